@@ -1,0 +1,47 @@
+"""Distributed neural ODEs: PETSc time steppers, exact discrete adjoints, torch right-hand sides.
+
+The public names are loaded on first use, because PETSc reads its command-line options when it is first imported:
+a program that wants to hand options to PETSc calls ``petsc4py.init(options)`` before it touches any of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pnode_dist.compatibility import check_versions
+
+if TYPE_CHECKING:
+    from pnode_dist.errors import ConfigurationError as ConfigurationError
+    from pnode_dist.mesh import Mesh as Mesh
+    from pnode_dist.ode.odeint import NeuralODE as NeuralODE
+    from pnode_dist.ode.odeint import odeint as odeint
+    from pnode_dist.partition.batch import BatchPartition as BatchPartition
+    from pnode_dist.partition.grid import GridPartition as GridPartition
+    from pnode_dist.trajectory.budget import Trajectory as Trajectory
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BatchPartition": "pnode_dist.partition.batch",
+    "ConfigurationError": "pnode_dist.errors",
+    "GridPartition": "pnode_dist.partition.grid",
+    "Mesh": "pnode_dist.mesh",
+    "NeuralODE": "pnode_dist.ode.odeint",
+    "Trajectory": "pnode_dist.trajectory.budget",
+    "odeint": "pnode_dist.ode.odeint",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+check_versions()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pnode_dist' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

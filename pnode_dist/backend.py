@@ -1,0 +1,235 @@
+"""A torch.distributed process group over mpi4py.
+
+torch wheels are built without their own MPI backend. This one runs every collective on the MPI library that PETSc
+uses, so gradient sums take the same fabric as halo exchanges and need no sockets of their own. Operations complete
+before they return; the `Work` objects only carry the result.
+"""
+
+# torch declares every collective twice, with options and without; its dispatcher calls the form with options only.
+# mypy: disable-error-code="override"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
+
+NAME = "mpi4py"
+
+_OPERATIONS = (
+    (dist.ReduceOp.SUM, MPI.SUM),
+    (dist.ReduceOp.AVG, MPI.SUM),
+    (dist.ReduceOp.PRODUCT, MPI.PROD),
+    (dist.ReduceOp.MIN, MPI.MIN),
+    (dist.ReduceOp.MAX, MPI.MAX),
+    (dist.ReduceOp.BAND, MPI.BAND),
+    (dist.ReduceOp.BOR, MPI.BOR),
+    (dist.ReduceOp.BXOR, MPI.BXOR),
+)
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def _mpi_operation(operation: Any) -> MPI.Op:
+    for torch_operation, mpi_operation in _OPERATIONS:
+        if operation == torch_operation:
+            return mpi_operation
+    raise NotImplementedError(f"the mpi backend does not reduce with {operation}")
+
+
+def _completed(result: Any) -> Any:
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    future.set_result(result)
+    return _create_work_from_future(future)
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The tensor's memory as bytes, for operations that move data without interpreting it."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+@contextmanager
+def _contiguous(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A contiguous stand-in for `tensor`, copied back on exit if it had to be made."""
+    if tensor.device.type != "cpu":
+        raise NotImplementedError(f"the mpi backend moves CPU tensors, got one on {tensor.device}")
+    work = tensor.detach().contiguous()
+    yield work
+    if work.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(work)
+
+
+@contextmanager
+def _reducible(tensor: torch.Tensor) -> Iterator[np.ndarray[Any, Any]]:
+    """The tensor's numbers in a type MPI can reduce: 16-bit floats are summed in float32, booleans as bytes."""
+    with _contiguous(tensor) as work:
+        if work.dtype in _HALF_TYPES:
+            wide = work.float()
+            yield wide.numpy()
+            work.copy_(wide)
+        elif work.dtype == torch.bool:
+            yield work.view(torch.uint8).numpy()
+        else:
+            yield work.numpy()
+
+
+class MPIProcessGroup(dist.ProcessGroup):
+    """torch.distributed's collectives on an mpi4py communicator, which the group owns until `free()`.
+
+    All methods are collective on the group's communicator, except `send` and `recv`.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]
+        self._comm = comm
+        self._group_name = ""
+
+    def free(self) -> None:
+        """Free the communicator. Collective on the group."""
+        if self._comm != MPI.COMM_NULL:
+            self._comm.Free()
+
+    # torch keeps a group's name in its C++ backends, which a group written in Python has none of.
+    def _set_group_name(self, name: str) -> None:
+        self._group_name = name
+
+    @property
+    def group_name(self) -> str:
+        return self._group_name
+
+    def getBackendName(self) -> str:
+        return NAME
+
+    def name(self) -> str:
+        return NAME
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Any:
+        operation = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+        for tensor in tensors:
+            with _reducible(tensor) as buffer:
+                self._comm.Allreduce(MPI.IN_PLACE, buffer, _mpi_operation(operation))
+            if operation == dist.ReduceOp.AVG:
+                tensor.detach().div_(self._comm.size)
+        return _completed(tensors)
+
+    def allreduce_coalesced(self, tensors: list[torch.Tensor], opts: Any = None) -> Any:
+        return self.allreduce(tensors, opts)
+
+    def reduce(self, tensors: list[torch.Tensor], opts: Any) -> Any:
+        for tensor in tensors:
+            with _reducible(tensor) as buffer:
+                operation = _mpi_operation(opts.reduceOp)
+                if self._comm.rank == opts.rootRank:
+                    self._comm.Reduce(MPI.IN_PLACE, buffer, operation, opts.rootRank)
+                else:
+                    self._comm.Reduce(buffer, None, operation, opts.rootRank)
+            if opts.reduceOp == dist.ReduceOp.AVG and self._comm.rank == opts.rootRank:
+                tensor.detach().div_(self._comm.size)
+        return _completed(tensors)
+
+    def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> Any:
+        for tensor in tensors:
+            with _contiguous(tensor) as work:
+                self._comm.Bcast(_bytes_of(work), opts.rootRank)
+        return _completed(tensors)
+
+    def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> Any:
+        for parts, tensor in zip(outputs, inputs, strict=True):
+            gathered = torch.empty((self._comm.size, *tensor.shape), dtype=tensor.dtype)
+            with _contiguous(tensor) as work:
+                self._comm.Allgather(_bytes_of(work), _bytes_of(gathered))
+            for part, value in zip(parts, gathered, strict=True):
+                part.detach().copy_(value)
+        return _completed(outputs)
+
+    def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
+        with _contiguous(output) as work, _contiguous(tensor) as source:
+            self._comm.Allgather(_bytes_of(source), _bytes_of(work))
+        return _completed([output])
+
+    def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
+        return self._allgather_base(output, tensor, opts)
+
+    def gather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any) -> Any:
+        (tensor,) = inputs
+        at_root = self._comm.rank == opts.rootRank
+        gathered = torch.empty((self._comm.size, *tensor.shape), dtype=tensor.dtype) if at_root else None
+        with _contiguous(tensor) as work:
+            self._comm.Gather(_bytes_of(work), _bytes_of(gathered) if gathered is not None else None, opts.rootRank)
+        if gathered is not None:
+            for part, value in zip(outputs[0], gathered, strict=True):
+                part.detach().copy_(value)
+        return _completed(outputs)
+
+    def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> Any:
+        (tensor,) = outputs
+        at_root = self._comm.rank == opts.rootRank
+        parts = torch.stack([part.detach() for part in inputs[0]]) if at_root else None
+        with _contiguous(tensor) as work:
+            self._comm.Scatter(_bytes_of(parts) if parts is not None else None, _bytes_of(work), opts.rootRank)
+        return _completed(outputs)
+
+    def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> Any:
+        (tensor,) = outputs
+        total = torch.stack([part.detach() for part in inputs[0]])
+        self.allreduce([total], opts)
+        tensor.detach().copy_(total[self._comm.rank])
+        return _completed(outputs)
+
+    def _reduce_scatter_base(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any) -> Any:
+        parts = list(tensor.detach().reshape(self._comm.size, *output.shape))
+        return self.reduce_scatter([output], [parts], opts)
+
+    def reduce_scatter_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any) -> Any:
+        return self._reduce_scatter_base(output, tensor, opts)
+
+    def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None) -> Any:
+        requests = []
+        received = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in outputs]
+        sent = [part.detach().contiguous() for part in inputs]
+        for rank in range(self._comm.size):
+            requests.append(self._comm.Irecv(_bytes_of(received[rank]), rank))
+            requests.append(self._comm.Isend(_bytes_of(sent[rank]), rank))
+        MPI.Request.Waitall(requests)
+        for part, value in zip(outputs, received, strict=True):
+            part.detach().copy_(value)
+        return _completed(outputs)
+
+    def send(self, tensors: list[torch.Tensor], destination: int, tag: int = 0) -> Any:
+        for tensor in tensors:
+            with _contiguous(tensor) as work:
+                self._comm.Send(_bytes_of(work), destination, tag)
+        return _completed(tensors)
+
+    def recv(self, tensors: list[torch.Tensor], source: int, tag: int = 0) -> Any:
+        for tensor in tensors:
+            with _contiguous(tensor) as work:
+                self._comm.Recv(_bytes_of(work), source, tag)
+        return _completed(tensors)
+
+    def barrier(self, opts: Any = None) -> Any:
+        self._comm.Barrier()
+        return _completed([])
+
+
+def _create(options: Any, backend_options: Any = None) -> MPIProcessGroup:
+    ranks: list[int] = list(options.global_ranks_in_group)
+    world = MPI.COMM_WORLD
+    if not ranks:
+        return MPIProcessGroup(world.Dup())
+    return MPIProcessGroup(world.Create_group(world.group.Incl(ranks)))
+
+
+def register() -> None:
+    """Make the backend known to torch.distributed under the name `mpi4py`; again is harmless."""
+    if NAME not in dist.Backend.backend_list:
+        dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+
+
+TIMEOUT = timedelta(minutes=30)

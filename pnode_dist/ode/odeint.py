@@ -1,0 +1,353 @@
+"""`odeint` and `NeuralODE`: a solve as one differentiable operation.
+
+C. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on high-level adjoint
+differentiation, IEEE Trans. Artif. Intell. (2022), arXiv 2206.01298 (PNODE): the adjoint of the time integration is
+discrete and exact, only f itself is differentiated by the automatic tool.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from pnode_dist.ode import methods
+from pnode_dist.ode.layout import State, StateLayout, layout_of
+from pnode_dist.ode.parameters import find_parameters
+from pnode_dist.ode.rhs import Function, Problem, Recording
+from pnode_dist.ode.stepper import PetscOptions, Stepper
+from pnode_dist.ode.time_grid import TimeGrid, time_grid
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.trajectory.budget import Slots, Trajectory, agree_on_slots
+from pnode_dist.trajectory.replay import run_backward, run_forward
+from pnode_dist.trajectory.schedule import Action, Tier, multistage
+from pnode_dist.trajectory.spill import SpillPool
+from pnode_dist.trajectory.statistics import SolveStatistics
+from pnode_dist.trajectory.store import Checkpoints, MemoryPool, SlotPool
+from pnode_dist.trajectory.store import State as FlatState
+
+Times = torch.Tensor | Sequence[float]
+_KEPT_SOLVERS = 8
+
+
+@dataclass
+class _Solver:
+    """A stepper with the checkpoint slots that its solves share, on the ranks of `partition`."""
+
+    stepper: Stepper
+    pools: dict[Tier, SlotPool]
+    partition: Partition | None
+
+    @classmethod
+    def create(
+        cls,
+        partition: Partition | None,
+        layout: StateLayout,
+        method: methods.Method,
+        parameter_sizes: tuple[int, ...],
+        options: PetscOptions,
+        trajectory: Trajectory,
+    ) -> _Solver:
+        comm = _communicator(partition)
+        stepper = Stepper(comm, layout, method, parameter_sizes, options)
+        dtype = stepper.state_array.dtype
+        pools: dict[Tier, SlotPool] = {
+            Tier.RAM: MemoryPool(layout.size, dtype),
+            Tier.DISK: SpillPool(layout.size, dtype, trajectory.scratch, comm.rank),
+        }
+        return cls(stepper, pools, partition)
+
+
+@dataclass
+class _Solve:
+    """One solve: its steps on the shared stepper, its checkpoints, and what it counted."""
+
+    solver: _Solver
+    grid: TimeGrid
+    problem: Problem
+    statistics: SolveStatistics
+    keeps_trajectory: bool
+    slots: Slots
+    actions: Iterator[Action] = field(init=False)
+    checkpoints: Checkpoints = field(init=False)
+    pending: Recording = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        array = self.solver.stepper.state_array
+        self.checkpoints = Checkpoints(self.solver.pools, array.nbytes, self.statistics)
+
+    @property
+    def state(self) -> FlatState:
+        return self.solver.stepper.state_array
+
+    def time(self, step: int) -> float:
+        return self.grid.starts[step]
+
+    def overwrite(self, write: Callable[[FlatState], None]) -> None:
+        write(self.solver.stepper.state_array)
+        self.solver.stepper.touched()
+
+    def advance(self, step: int) -> None:
+        self.solver.stepper.step(step, self.grid.starts[step], self.grid.sizes[step])
+
+    def record(self, step: int, outlives_sweep: bool) -> None:
+        self.pending = []
+        self.solver.stepper.step(step, self.grid.starts[step], self.grid.sizes[step], self.pending, outlives_sweep)
+
+    def adjoint(self, step: int) -> None:
+        self.solver.stepper.adjoint_step(step, self.grid.starts[step], self.grid.sizes[step], self.pending)
+        self.pending = []
+
+    def forward(self, initial: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Solve from `initial`; the outputs of each part, `[len(t), *shape]`. Collective."""
+        stepper = self.solver.stepper
+        layout = stepper.layout
+        outputs = tuple(torch.empty((len(self.grid.outputs), *shape), dtype=layout.dtype) for shape in layout.shapes)
+
+        def reached(step: int) -> None:
+            number = self.grid.outputs.get(step)
+            if number is not None:
+                for output, part in zip(outputs, layout.parts(stepper.state), strict=True):
+                    output[number].copy_(part)
+            end = step == self.grid.steps
+            stepper.monitor(step, self.grid.starts[-1] + self.grid.sizes[-1] if end else self.grid.starts[step])
+
+        self.checkpoints.clear()
+        stepper.bind(self.problem)
+        stepper.set_state(initial)
+        if self.grid.steps == 0:
+            for output, part in zip(outputs, initial, strict=True):
+                output[0].copy_(part)
+            return outputs
+        reached(0)
+        if self.keeps_trajectory:
+            self.actions = multistage(self.grid.steps, self.slots.ram, self.slots.disk)
+            run_forward(self.actions, self, self.checkpoints, self.statistics, reached)
+        else:
+            for step in range(self.grid.steps):
+                self.advance(step)
+                self.statistics.forward_steps += 1
+                reached(step + 1)
+        self._count()
+        return outputs
+
+    def backward(
+        self, cotangents: Sequence[torch.Tensor | None]
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """The gradient with respect to the initial parts and to the parameters, on this rank. Collective."""
+        stepper = self.solver.stepper
+        layout = stepper.layout
+        stepper.bind(self.problem)
+        adjoint = layout.parts(stepper.adjoint)
+        stepper.adjoint.zero_()
+        stepper.parameter_gradient.zero_()
+
+        def reversed_to(step: int) -> None:
+            number = self.grid.outputs.get(step)
+            if number is not None:
+                for part, cotangent in zip(adjoint, cotangents, strict=True):
+                    if cotangent is not None:
+                        part.add_(cotangent[number])
+                stepper.touched()
+
+        reversed_to(self.grid.steps)
+        if self.grid.steps > 0:
+            run_backward(self.actions, self, self.checkpoints, self.statistics, reversed_to)
+        self._count()
+        states = tuple(part.to(layout.dtype, copy=True) for part in adjoint)
+        sizes = [parameter.numel() for parameter in self.problem.parameters]
+        parameters = tuple(
+            piece.view(parameter.shape).to(parameter.dtype, copy=True)
+            for piece, parameter in zip(
+                torch.split(stepper.parameter_gradient, sizes), self.problem.parameters, strict=True
+            )
+        )
+        return states, parameters
+
+    def _count(self) -> None:
+        self.statistics.function_evaluations = self.problem.evaluations
+        self.statistics.vjps = self.problem.vjps
+
+
+class _Differentiable(torch.autograd.Function):
+    """The solve as a node of torch's graph: state parts first, then parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, solve: _Solve, parts: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.solve, ctx.parts, ctx.reversed = solve, parts, False
+        ctx.set_materialize_grads(False)
+        # Not only for a second backward pass: torch now notices when they are changed in place before the first.
+        ctx.save_for_backward(*tensors)
+        # A graph that is dropped without a backward pass gives its checkpoints back.
+        weakref.finalize(ctx, solve.checkpoints.clear)
+        return solve.forward(tensors[:parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
+        solve, tensors = ctx.solve, ctx.saved_tensors
+        if ctx.reversed:
+            # The checkpoints went as they were used: lay the trajectory down again.
+            solve.forward(tensors[: ctx.parts])
+        ctx.reversed = True
+        states, parameters = solve.backward(cotangents)
+        return None, None, *states, *parameters
+
+
+def _communicator(partition: Partition | None) -> MPI.Comm:
+    return MPI.COMM_SELF if partition is None else partition.comm
+
+
+class _Solvers:
+    """The solvers that a `NeuralODE` keeps between calls, least recently used ones dropped."""
+
+    def __init__(self) -> None:
+        self._solvers: OrderedDict[Any, _Solver] = OrderedDict()
+
+    def get(self, key: Any, create: Callable[[], _Solver]) -> _Solver:
+        if key not in self._solvers:
+            self._solvers[key] = create()
+            if len(self._solvers) > _KEPT_SOLVERS:
+                self._solvers.popitem(last=False)
+        self._solvers.move_to_end(key)
+        return self._solvers[key]
+
+
+def _solve(
+    solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    method: str,
+    step_size: float | None,
+    partition: Partition | None,
+    trajectory: Trajectory | None,
+    args: tuple[Any, ...],
+    params: Sequence[torch.Tensor] | None,
+    options: PetscOptions | None,
+) -> tuple[State, SolveStatistics]:
+    layout, parts = layout_of(u0)
+    grid = time_grid(t, step_size)
+    table = methods.resolve(method)
+    comm = _communicator(partition)
+    trajectory = trajectory or Trajectory()
+    parameters = find_parameters(func, (*args, *(params or ())))
+    sizes = tuple(parameter.numel() for parameter in parameters)
+    options = dict(options or {})
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*parts, *parameters))
+    if not callable(func):
+        raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
+    solver = solvers.get(
+        (id(partition), layout, table, sizes, repr(options), os.fspath(trajectory.scratch)),
+        lambda: _Solver.create(partition, layout, table, sizes, options, trajectory),
+    )
+    slots = agree_on_slots(trajectory, solver.stepper.state_array.nbytes, grid.steps, needs_gradient, comm)
+    statistics = SolveStatistics()
+    solve = _Solve(solver, grid, Problem(func, args, parameters), statistics, needs_gradient, slots)
+    if needs_gradient:
+        outputs = _Differentiable.apply(solve, len(parts), *parts, *parameters)  # type: ignore[no-untyped-call]
+    else:
+        with torch.no_grad():
+            outputs = solve.forward(parts)
+    return layout.as_state(outputs), statistics
+
+
+def odeint(
+    func: Function,
+    u0: State,
+    t: Times,
+    *,
+    method: str = "rk4",
+    step_size: float | None = None,
+    partition: Partition | None = None,
+    trajectory: Trajectory | None = None,
+    args: tuple[Any, ...] = (),
+    params: Sequence[torch.Tensor] | None = None,
+    options: PetscOptions | None = None,
+) -> State:
+    """Solve du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0 and in func's parameters.
+
+    Collective on the partition's communicator, and so is the backward pass.
+
+    `func(t, u, *args)` gets a 0-dimensional tensor and this rank's part of the state, and returns du/dt in the same
+    shape. It must be deterministic: parts of the solve are run again for the gradient. `u0` is this rank's part of the
+    initial state, a tensor or a tuple of tensors; `func` computes in its floating type, while steps, checkpoints
+    and adjoints are in PETSc's scalar type. `t` holds the output times, strictly increasing or strictly decreasing.
+    Every interval between them is divided into `ceil(|dt| / step_size)` equal steps of `method`, one step if
+    `step_size` is None. Returns `[len(t), *u0.shape]`, for a tuple a tuple of such.
+
+    `method` is one of `pnode_dist.ode.methods.METHODS` or PETSc's name of it. `partition` says over which ranks the
+    state is spread; None: this rank's state is its own. `trajectory` is the budget for checkpoints. `options` are
+    PETSc options for the solver, such as `{"ts_monitor": None}`.
+
+    The gradient is that of the numbers computed (a discrete adjoint), for the objective that is the sum of all ranks'
+    losses. Parameter gradients are this rank's contributions: `pnode_dist.sync.parallel` sums them. `func`'s
+    parameters are those of a module, and otherwise the tensors requiring a gradient that a function closes over,
+    also in `args`; `params` adds those that cannot be found, and an error says when that is needed.
+
+    Raises `ConfigurationError` for an unknown method or a budget too small for one checkpoint, `ValueError` for
+    times that are not monotone or require a gradient and for a du/dt of another shape, `TypeError` for a state that
+    is not real floating-point CPU tensors.
+    """
+    outputs, _ = _solve(_Solvers(), func, u0, t, method, step_size, partition, trajectory, args, params, options)
+    return outputs
+
+
+class NeuralODE(nn.Module):
+    """`odeint` of a right-hand side as a module that keeps its PETSc solver between calls.
+
+    The arguments are those of `odeint`; `forward(u0, t, *args)` returns `[len(t), *u0.shape]`. Attributes may be
+    changed between calls. `last_solve` holds the counts of the last call, and after its backward pass those too.
+    """
+
+    def __init__(
+        self,
+        func: Function,
+        *,
+        method: str = "rk4",
+        step_size: float | None = None,
+        partition: Partition | None = None,
+        trajectory: Trajectory | None = None,
+        params: Sequence[torch.Tensor] | None = None,
+        options: PetscOptions | None = None,
+    ) -> None:
+        super().__init__()
+        methods.resolve(method)
+        self.func = func
+        self.method = method
+        self.step_size = step_size
+        self.partition = partition
+        self.trajectory = trajectory
+        self.params = params
+        self.options = options
+        self.last_solve = SolveStatistics()
+        self._solvers = _Solvers()
+
+    def forward(self, u0: State, t: Times, *args: Any) -> State:
+        """The states at the times `t`, starting from `u0` at `t[0]`. Collective on the partition's communicator."""
+        outputs, self.last_solve = _solve(
+            self._solvers,
+            self.func,
+            u0,
+            t,
+            self.method,
+            self.step_size,
+            self.partition,
+            self.trajectory,
+            args,
+            self.params,
+            self.options,
+        )
+        return outputs
+
+    def extra_repr(self) -> str:
+        """Settings, for printing."""
+        return f"method={self.method!r}, step_size={self.step_size}"

@@ -1,0 +1,61 @@
+"""The steps between the output times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """Steps n = 0, 1, ... of size `sizes[n]` (negative when time decreases) from `starts[n]`.
+
+    `outputs[n]` is the number of the output time that the state before step n is asked for at; the initial state is
+    output 0 and the state after the last step is the one before step `steps`.
+    """
+
+    starts: tuple[float, ...]
+    sizes: tuple[float, ...]
+    outputs: dict[int, int]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return len(self.starts)
+
+
+def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> TimeGrid:
+    """Divide every interval between output times into `ceil(|dt| / step_size)` equal steps, one if it is None.
+
+    Raises `ValueError` when `t` is not one-dimensional, finite and strictly monotone, when it requires a gradient,
+    or when `step_size` is not positive.
+    """
+    if isinstance(t, torch.Tensor):
+        if t.requires_grad:
+            raise ValueError("t requires a gradient: gradients with respect to the evaluation times are not available")
+        if t.dim() != 1:
+            raise ValueError(f"t must be one-dimensional, got shape {tuple(t.shape)}")
+    times = [float(value) for value in t]
+    if not times or not all(math.isfinite(value) for value in times):
+        raise ValueError(f"t must hold one or more finite times, got {times}")
+    if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
+        raise ValueError(f"step_size = {step_size}: must be positive (time may decrease: its sign comes from t)")
+    starts: list[float] = []
+    sizes: list[float] = []
+    outputs = {0: 0}
+    direction = 0.0
+    for number, (begin, end) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
+        span = end - begin
+        if span == 0 or span * direction < 0:
+            raise ValueError(f"t must increase or decrease strictly, got {begin} and then {end}")
+        direction = span
+        # 0.3 / 0.1 is a little over 3: a step more for the sake of rounding helps nobody.
+        count = 1 if step_size is None else max(1, math.ceil(abs(span) / step_size * (1 - 1e-12)))
+        size = span / count
+        starts.extend(begin + step * size for step in range(count))
+        sizes.extend([size] * count)
+        outputs[len(starts)] = number
+    return TimeGrid(tuple(starts), tuple(sizes), outputs)

@@ -1,0 +1,1 @@
+"""How a state lives on the ranks of one replica: which rank owns which part, and its PETSc Vecs."""

@@ -1,0 +1,132 @@
+"""What every partition can say of itself, and what follows from it alone: Vecs, tensor views, scatter and gather."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from pnode_dist.mesh import Mesh
+
+Slices = tuple[slice, ...]
+
+
+class Partition(Protocol):
+    """A global array of `global_shape` of which each rank of `comm` owns one contiguous block."""
+
+    @property
+    def comm(self) -> MPI.Comm: ...
+
+    @property
+    def global_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def local_shape(self) -> tuple[int, ...]: ...
+
+    def owned_slices(self, rank: int) -> Slices:
+        """The part of the global array that `rank` owns, one slice an axis."""
+        ...
+
+
+def communicator(place: Mesh | MPI.Comm) -> MPI.Comm:
+    """The communicator over which a partition spreads: a mesh's state ranks, or the one given."""
+    return place.state_comm if isinstance(place, Mesh) else place
+
+
+def even_ranges(length: int, parts: int) -> list[tuple[int, int]]:
+    """`length` items cut into `parts` consecutive ranges whose sizes differ by at most one, larger ones first."""
+    small, larger = divmod(length, parts)
+    starts = [part * small + min(part, larger) for part in range(parts + 1)]
+    return list(zip(starts[:-1], starts[1:], strict=True))
+
+
+def create_vec(comm: MPI.Comm, local_size: int) -> PETSc.Vec:
+    """A PETSc MPI Vec with `local_size` entries on this rank. Collective on `comm`."""
+    return PETSc.Vec().createMPI((local_size, None), comm=comm)
+
+
+def view(vec: PETSc.Vec, shape: tuple[int, ...]) -> torch.Tensor:
+    """This rank's entries of `vec` as a tensor of `shape`, in PETSc's scalar type, sharing memory.
+
+    The view stays valid while the Vec lives. PETSc caches norms by the Vec's state counter: call
+    `vec.stateIncrease()` after writing through the view.
+    """
+    # Vecs handed to callbacks are locked for reading, which array_w refuses; whoever asked for the view knows better.
+    address = vec.array_r.__array_interface__["data"][0]
+    size = vec.getLocalSize()
+    if size == 0:
+        return torch.empty(shape, dtype=scalar_dtype())
+    buffer = (ctypes.c_char * (size * np.dtype(PETSc.ScalarType).itemsize)).from_address(address)
+    return torch.frombuffer(buffer, dtype=scalar_dtype()).view(shape)
+
+
+def scalar_dtype() -> torch.dtype:
+    """PETSc's scalar type as a torch dtype."""
+    return torch.from_numpy(np.empty(0, dtype=PETSc.ScalarType)).dtype
+
+
+def scatter(source: Any, partition: Partition, root: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Each rank's block of a global array that only `root` holds. Collective on the partition's communicator.
+
+    `source`: on `root` an array or tensor of shape `[..., *global_shape]`, elsewhere ignored. Returns a tensor
+    `[..., *local_shape]`. Raises `ValueError` on all ranks when the shape does not fit.
+    """
+    comm = partition.comm
+    layout: Any = None
+    if comm.rank == root:
+        whole = source.detach().cpu() if isinstance(source, torch.Tensor) else torch.as_tensor(np.asarray(source))
+        trailing = tuple(whole.shape[whole.dim() - len(partition.global_shape) :])
+        layout = (tuple(whole.shape[: whole.dim() - len(trailing)]), whole.dtype, trailing == partition.global_shape)
+        shape = tuple(whole.shape)
+        layout = (*layout, shape)
+    leading, source_dtype, fits, shape = comm.bcast(layout, root=root)
+    if not fits:
+        raise ValueError(f"cannot scatter shape {shape}: its last axes must be {partition.global_shape}")
+    local = torch.empty((*leading, *partition.local_shape), dtype=source_dtype)
+    if comm.rank == root:
+        blocks = [whole[_block(partition, rank)].contiguous() for rank in range(comm.size)]
+        requests = [comm.Isend([_bytes(block), MPI.BYTE], rank) for rank, block in enumerate(blocks) if rank != root]
+        local.copy_(blocks[root])
+        MPI.Request.Waitall(requests)
+    else:
+        comm.Recv([_bytes(local), MPI.BYTE], root)
+    return local if dtype is None else local.to(dtype)
+
+
+def gather(local: torch.Tensor, partition: Partition, root: int = 0) -> torch.Tensor | None:
+    """The global array `[..., *global_shape]` on `root`, None elsewhere. Collective on the partition's communicator."""
+    comm = partition.comm
+    leading = tuple(local.shape[: local.dim() - len(partition.local_shape)])
+    if tuple(local.shape[len(leading) :]) != partition.local_shape:
+        raise ValueError(f"cannot gather shape {tuple(local.shape)}: its last axes must be {partition.local_shape}")
+    if comm.rank != root:
+        comm.Send([_bytes(local.detach().contiguous()), MPI.BYTE], root)
+        return None
+    whole = torch.empty((*leading, *partition.global_shape), dtype=local.dtype)
+    for rank in range(comm.size):
+        target = whole[_block(partition, rank)]
+        if rank == root:
+            target.copy_(local.detach())
+        else:
+            block = torch.empty(target.shape, dtype=local.dtype)
+            comm.Recv([_bytes(block), MPI.BYTE], rank)
+            target.copy_(block)
+    return whole
+
+
+def _block(partition: Partition, rank: int) -> tuple[Any, ...]:
+    return (..., *partition.owned_slices(rank))
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """The number of entries of an array of `shape`."""
+    return math.prod(shape)

@@ -1,0 +1,28 @@
+"""What one solve and its adjoint cost, in counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class SolveStatistics:
+    """Counters of one solve on this rank, filled by its forward pass and then by its backward pass.
+
+    `forward_steps` are the steps of the forward pass, `recomputed_steps` those run again for the adjoint,
+    `adjoint_steps` the reversed ones. `function_evaluations` counts calls of the right-hand side, `vjps` its
+    vector-Jacobian products. `bytes_written` and `bytes_read` are the traffic with disk checkpoints;
+    `checkpoint_bytes_peak` the most that checkpoints occupied at once in memory and on disk together.
+    """
+
+    forward_steps: int = 0
+    recomputed_steps: int = 0
+    adjoint_steps: int = 0
+    function_evaluations: int = 0
+    vjps: int = 0
+    bytes_written: int = 0
+    bytes_read: int = 0
+    checkpoint_bytes_peak: int = 0
+
+    def __add__(self, other: SolveStatistics) -> SolveStatistics:
+        return SolveStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
