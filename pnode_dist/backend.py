@@ -21,6 +21,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
+from pnode_dist.buffers import bytes_of
+
 NAME = "mpi4py"
 
 _OPERATIONS = (
@@ -47,11 +49,6 @@ def _completed(result: Any) -> Any:
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result(result)
     return _create_work_from_future(future)
-
-
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's memory as bytes, for operations that move data without interpreting it."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 @contextmanager
@@ -136,21 +133,21 @@ class MPIProcessGroup(dist.ProcessGroup):
     def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> Any:
         for tensor in tensors:
             with _contiguous(tensor) as work:
-                self._comm.Bcast(_bytes_of(work), opts.rootRank)
+                self._comm.Bcast(bytes_of(work), opts.rootRank)
         return _completed(tensors)
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> Any:
         for parts, tensor in zip(outputs, inputs, strict=True):
             gathered = torch.empty((self._comm.size, *tensor.shape), dtype=tensor.dtype)
             with _contiguous(tensor) as work:
-                self._comm.Allgather(_bytes_of(work), _bytes_of(gathered))
+                self._comm.Allgather(bytes_of(work), bytes_of(gathered))
             for part, value in zip(parts, gathered, strict=True):
                 part.detach().copy_(value)
         return _completed(outputs)
 
     def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
         with _contiguous(output) as work, _contiguous(tensor) as source:
-            self._comm.Allgather(_bytes_of(source), _bytes_of(work))
+            self._comm.Allgather(bytes_of(source), bytes_of(work))
         return _completed([output])
 
     def all_gather_single(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
@@ -161,7 +158,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         at_root = self._comm.rank == opts.rootRank
         gathered = torch.empty((self._comm.size, *tensor.shape), dtype=tensor.dtype) if at_root else None
         with _contiguous(tensor) as work:
-            self._comm.Gather(_bytes_of(work), _bytes_of(gathered) if gathered is not None else None, opts.rootRank)
+            self._comm.Gather(bytes_of(work), bytes_of(gathered) if gathered is not None else None, opts.rootRank)
         if gathered is not None:
             for part, value in zip(outputs[0], gathered, strict=True):
                 part.detach().copy_(value)
@@ -172,7 +169,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         at_root = self._comm.rank == opts.rootRank
         parts = torch.stack([part.detach() for part in inputs[0]]) if at_root else None
         with _contiguous(tensor) as work:
-            self._comm.Scatter(_bytes_of(parts) if parts is not None else None, _bytes_of(work), opts.rootRank)
+            self._comm.Scatter(bytes_of(parts) if parts is not None else None, bytes_of(work), opts.rootRank)
         return _completed(outputs)
 
     def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> Any:
@@ -194,8 +191,8 @@ class MPIProcessGroup(dist.ProcessGroup):
         received = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in outputs]
         sent = [part.detach().contiguous() for part in inputs]
         for rank in range(self._comm.size):
-            requests.append(self._comm.Irecv(_bytes_of(received[rank]), rank))
-            requests.append(self._comm.Isend(_bytes_of(sent[rank]), rank))
+            requests.append(self._comm.Irecv(bytes_of(received[rank]), rank))
+            requests.append(self._comm.Isend(bytes_of(sent[rank]), rank))
         MPI.Request.Waitall(requests)
         for part, value in zip(outputs, received, strict=True):
             part.detach().copy_(value)
@@ -204,13 +201,13 @@ class MPIProcessGroup(dist.ProcessGroup):
     def send(self, tensors: list[torch.Tensor], destination: int, tag: int = 0) -> Any:
         for tensor in tensors:
             with _contiguous(tensor) as work:
-                self._comm.Send(_bytes_of(work), destination, tag)
+                self._comm.Send(bytes_of(work), destination, tag)
         return _completed(tensors)
 
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int = 0) -> Any:
         for tensor in tensors:
             with _contiguous(tensor) as work:
-                self._comm.Recv(_bytes_of(work), source, tag)
+                self._comm.Recv(bytes_of(work), source, tag)
         return _completed(tensors)
 
     def barrier(self, opts: Any = None) -> Any:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from mpi4py import MPI
 
+from pnode_dist.buffers import bytes_of
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition import protocol
 from pnode_dist.partition.grid import GridPartition
@@ -74,20 +74,16 @@ def _swap(
     requests = []
     if lower != MPI.PROC_NULL:
         from_lower = torch.empty(to_upper.shape, dtype=to_upper.dtype)
-        requests.append(partition.comm.Irecv([_bytes(from_lower), MPI.BYTE], lower, _TO_UPPER))
+        requests.append(partition.comm.Irecv([bytes_of(from_lower), MPI.BYTE], lower, _TO_UPPER))
     if upper != MPI.PROC_NULL:
         from_upper = torch.empty(to_lower.shape, dtype=to_lower.dtype)
-        requests.append(partition.comm.Irecv([_bytes(from_upper), MPI.BYTE], upper, _TO_LOWER))
+        requests.append(partition.comm.Irecv([bytes_of(from_upper), MPI.BYTE], upper, _TO_LOWER))
     if lower != MPI.PROC_NULL:
-        requests.append(partition.comm.Isend([_bytes(to_lower.contiguous()), MPI.BYTE], lower, _TO_LOWER))
+        requests.append(partition.comm.Isend([bytes_of(to_lower.contiguous()), MPI.BYTE], lower, _TO_LOWER))
     if upper != MPI.PROC_NULL:
-        requests.append(partition.comm.Isend([_bytes(to_upper.contiguous()), MPI.BYTE], upper, _TO_UPPER))
+        requests.append(partition.comm.Isend([bytes_of(to_upper.contiguous()), MPI.BYTE], upper, _TO_UPPER))
     MPI.Request.Waitall(requests)
     return from_lower, from_upper
-
-
-def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def _padded(x: torch.Tensor, partition: GridPartition, width: tuple[int, int]) -> torch.Tensor:

@@ -117,8 +117,9 @@ class _Solve:
             if number is not None:
                 for output, part in zip(outputs, layout.parts(stepper.state), strict=True):
                     output[number].copy_(part)
-            end = step == self.grid.steps
-            stepper.monitor(step, self.grid.starts[-1] + self.grid.sizes[-1] if end else self.grid.starts[step])
+            last = min(step, self.grid.steps - 1)
+            size = self.grid.sizes[last]
+            stepper.monitor(step, self.grid.starts[last] + (step - last) * size, size)
 
         self.checkpoints.clear()
         stepper.bind(self.problem)
@@ -187,7 +188,7 @@ class _Differentiable(torch.autograd.Function):
         # Not only for a second backward pass: torch now notices when they are changed in place before the first.
         ctx.save_for_backward(*tensors)
         # A graph that is dropped without a backward pass gives its checkpoints back.
-        weakref.finalize(ctx, solve.checkpoints.clear)
+        weakref.finalize(ctx, solve.checkpoints.clear).atexit = False
         return solve.forward(tensors[:parts])
 
     @staticmethod
@@ -213,7 +214,7 @@ class _Solvers:
         self._solvers: OrderedDict[Any, _Solver] = OrderedDict()
 
     def get(self, key: Any, create: Callable[[], _Solver]) -> _Solver:
-        if key not in self._solvers:
+        if key not in self._solvers or self._solvers[key].stepper.failed:
             self._solvers[key] = create()
             if len(self._solvers) > _KEPT_SOLVERS:
                 self._solvers.popitem(last=False)

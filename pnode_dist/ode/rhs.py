@@ -46,6 +46,7 @@ Recording = list[StageGraph | None]
 class RightHandSide:
     """PETSc's callbacks for one TS. Holds no reference to the TS: PETSc's own references could not be collected.
 
+    `direction` is -1 when time decreases and PETSc integrates -f over -t (see `Stepper.step`).
     `skipped_stage` is the stage that is not evaluated because its weight is zero (see `Method`), or None;
     `fsal` says whether PETSc's adjoint leaves that stage out as well.
     """
@@ -60,9 +61,11 @@ class RightHandSide:
         self._recording: Recording | None = None
         self._isolate = False
         self._stage = 0
+        self.direction = 1.0
         self.skipped_stage: int | None = None
         self.fsal = False
         self.problem: Problem | None = None
+        self.error: BaseException | None = None
 
     def _parts(self, vec: PETSc.Vec) -> tuple[torch.Tensor, ...]:
         # Stage Vecs live as long as the TS, and so do their addresses.
@@ -86,6 +89,14 @@ class RightHandSide:
 
     def function(self, ts: PETSc.TS, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
         """RHSFunction: f = func(t, u)."""
+        # PETSc turns an exception into an error code; the stepper raises the one kept here instead.
+        try:
+            self._function(t, u, f)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def _function(self, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
         stage = self._stage
         self._stage = stage + 1
         recording = self._recording
@@ -112,10 +123,12 @@ class RightHandSide:
             recording.append(StageGraph(inputs, outputs))
         for target, value in zip(self._parts(f), outputs, strict=True):
             target.copy_(value.detach())
+            if self.direction < 0:
+                target.neg_()
         f.stateIncrease()
 
     def _evaluate(self, problem: Problem, t: float, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        time = torch.tensor(t, dtype=self._layout.dtype)
+        time = torch.tensor(self.direction * t, dtype=self._layout.dtype)
         result = problem.func(time, self._layout.as_state(inputs), *problem.args)
         outputs = tuple(result) if self._layout.is_tuple and isinstance(result, tuple | list) else (result,)
         if len(outputs) != len(inputs) or not all(isinstance(value, torch.Tensor) for value in outputs):
@@ -149,7 +162,7 @@ class RightHandSide:
             cotangents = torch.autograd.grad(
                 [out for out, _ in pairs],
                 [*graph.inputs, *self.problem.parameters],
-                [part.to(out.dtype) for out, part in pairs],
+                [(part if self.direction > 0 else -part).to(out.dtype) for out, part in pairs],
                 allow_unused=True,
             )
             for target, value in zip(targets, cotangents, strict=False):
@@ -187,7 +200,11 @@ class StateJacobian:
         self._rhs = rhs
 
     def multTranspose(self, mat: PETSc.Mat, v: PETSc.Vec, result: PETSc.Vec) -> None:
-        self._rhs.apply_transposed(v, result)
+        try:
+            self._rhs.apply_transposed(v, result)
+        except BaseException as error:
+            self._rhs.error = error
+            raise
 
 
 class ParameterJacobian:

@@ -10,6 +10,7 @@ second-order sensitivity analysis, SIAM J. Sci. Comput. 44 (2022).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,7 @@ class Stepper:
     `state` and `adjoint` are this rank's parts of the current state and of its adjoint, `parameter_gradient` the
     part of the gradient with respect to the parameters that this rank has gathered; all are tensors in PETSc's
     scalar type that share memory with PETSc (`state_array` is `state` for NumPy). After writing through them call
-    `touched()`.
+    `touched()`. `failed` says that a step ended with an error, after which the stepper cannot be used again.
 
     `options` are PETSc options (without the leading dash) for this solver, on top of those on the command line.
     Raises `ConfigurationError` if they choose a type other than an explicit Runge-Kutta method of the table.
@@ -67,6 +68,7 @@ class Stepper:
         options: PetscOptions,
     ) -> None:
         self.comm, self.layout = comm, layout
+        self.failed = False
         self._rhs = RightHandSide(layout, parameter_sizes)
         self._solution = protocol.create_vec(comm, layout.size)
         self._lambda = self._solution.duplicate()
@@ -108,7 +110,11 @@ class Stepper:
         ts.setMaxTime(_END_OF_TIME)
         # petsc4py has no TSAdapt object: the options database is the way to turn step control off.
         with _options_database({**options, "ts_adapt_type": "none"}):
-            ts.setFromOptions()
+            try:
+                ts.setFromOptions()
+            except PETSc.Error as error:
+                reason = str(error).strip().splitlines()[-1].partition("] ")[2]
+                raise ConfigurationError(f"petsc options: {reason}") from None
             self.monitored = any(name.startswith("ts_monitor") for name in PETSc.Options().getAll())
         if ts.getType() != PETSc.TS.Type.RK:
             raise ConfigurationError(
@@ -141,28 +147,46 @@ class Stepper:
     ) -> None:
         """Advance the current state from `time` by `size`; into `recording`, if given, go the stages' graphs.
 
+        A negative `size` goes backward in time; PETSc, which steps forward only, then sees du/ds = -f(-s, u), s = -t.
         Collective on `comm`. With `isolate` the recording survives further steps of this stepper.
         """
+        direction = self._rhs.direction = math.copysign(1.0, size)
         self._rhs.start_step(recording, isolate)
         ts = self._ts
-        ts.setTime(time)
-        ts.setTimeStep(size)
+        ts.setTime(direction * time)
+        ts.setTimeStep(direction * size)
         ts.setStepNumber(number)
         ts.restartStep()
-        ts.step()
+        with self._errors_of_func():
+            ts.step()
 
     def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
         """Take `adjoint` and `parameter_gradient` back over step `number`, which was recorded. Collective on `comm`."""
+        direction = self._rhs.direction = math.copysign(1.0, size)
         self._rhs.start_adjoint(recording)
         ts = self._ts
-        ts.setTime(time + size)
-        ts.setTimeStep(-size)
+        ts.setTime(direction * (time + size))
+        ts.setTimeStep(-direction * size)
         ts.setStepNumber(number + 1)
-        ts.adjointStep()
+        with self._errors_of_func():
+            ts.adjointStep()
 
-    def monitor(self, number: int, time: float) -> None:
+    @contextmanager
+    def _errors_of_func(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # PETSc does not unwind: its Vecs stay locked, so this TS is of no further use.
+            self.failed = True
+            error, self._rhs.error = self._rhs.error, None
+            if error is None:
+                raise
+            raise error from None
+
+    def monitor(self, number: int, time: float, size: float) -> None:
         """Run PETSc's monitors (`-ts_monitor`, ...) on the current state, if there are any. Collective on `comm`."""
         if self.monitored:
+            self._ts.setTimeStep(size)
             self._ts.monitor(number, time, self._solution)
 
 

@@ -11,6 +11,7 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from pnode_dist.buffers import bytes_of
 from pnode_dist.mesh import Mesh
 
 Slices = tuple[slice, ...]
@@ -90,11 +91,11 @@ def scatter(source: Any, partition: Partition, root: int = 0, dtype: torch.dtype
     local = torch.empty((*leading, *partition.local_shape), dtype=source_dtype)
     if comm.rank == root:
         blocks = [whole[_block(partition, rank)].contiguous() for rank in range(comm.size)]
-        requests = [comm.Isend([_bytes(block), MPI.BYTE], rank) for rank, block in enumerate(blocks) if rank != root]
+        requests = [comm.Isend([bytes_of(block), MPI.BYTE], rank) for rank, block in enumerate(blocks) if rank != root]
         local.copy_(blocks[root])
         MPI.Request.Waitall(requests)
     else:
-        comm.Recv([_bytes(local), MPI.BYTE], root)
+        comm.Recv([bytes_of(local), MPI.BYTE], root)
     return local if dtype is None else local.to(dtype)
 
 
@@ -105,7 +106,7 @@ def gather(local: torch.Tensor, partition: Partition, root: int = 0) -> torch.Te
     if tuple(local.shape[len(leading) :]) != partition.local_shape:
         raise ValueError(f"cannot gather shape {tuple(local.shape)}: its last axes must be {partition.local_shape}")
     if comm.rank != root:
-        comm.Send([_bytes(local.detach().contiguous()), MPI.BYTE], root)
+        comm.Send([bytes_of(local.detach().contiguous()), MPI.BYTE], root)
         return None
     whole = torch.empty((*leading, *partition.global_shape), dtype=local.dtype)
     for rank in range(comm.size):
@@ -114,17 +115,13 @@ def gather(local: torch.Tensor, partition: Partition, root: int = 0) -> torch.Te
             target.copy_(local.detach())
         else:
             block = torch.empty(target.shape, dtype=local.dtype)
-            comm.Recv([_bytes(block), MPI.BYTE], rank)
+            comm.Recv([bytes_of(block), MPI.BYTE], rank)
             target.copy_(block)
     return whole
 
 
 def _block(partition: Partition, rank: int) -> tuple[Any, ...]:
     return (..., *partition.owned_slices(rank))
-
-
-def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def count(shape: tuple[int, ...]) -> int:
