@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -47,7 +48,7 @@ def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> Tim
     sizes: list[float] = []
     outputs = {0: 0}
     direction = 0.0
-    for number, (begin, end) in enumerate(zip(times[:-1], times[1:], strict=True), start=1):
+    for number, (begin, end) in enumerate(pairwise(times), start=1):
         span = end - begin
         if span == 0 or span * direction < 0:
             raise ValueError(f"t must increase or decrease strictly, got {begin} and then {end}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,7 +44,7 @@ def even_ranges(length: int, parts: int) -> list[tuple[int, int]]:
     """`length` items cut into `parts` consecutive ranges whose sizes differ by at most one, larger ones first."""
     small, larger = divmod(length, parts)
     starts = [part * small + min(part, larger) for part in range(parts + 1)]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return list(pairwise(starts))
 
 
 def create_vec(comm: MPI.Comm, local_size: int) -> PETSc.Vec:

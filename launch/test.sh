@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Checks the code (ruff, mypy) and runs the tests: the serial ones once, those marked mpi at 1, 2, 3 and 4 ranks.
+#
+#   launch/test.sh [--ranks "1 2"] [--no-lint] [PYTEST ARGUMENT...]
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 1
+rank_counts="1 2 3 4" lint=yes
+while [ $# -gt 0 ]; do
+    case $1 in
+        --ranks)
+            rank_counts=${2:?test.sh: --ranks needs numbers, such as "1 2"}
+            shift 2
+            ;;
+        --no-lint)
+            lint=no
+            shift
+            ;;
+        *) break ;;
+    esac
+done
+
+launch/bootstrap.sh || exit 1
+export PATH=$root/.venv/bin:$PATH
+summary=() failed=no
+
+part() {
+    local name=$1 started=$SECONDS outcome=passed
+    shift
+    printf '\n== %s\n' "$name"
+    if ! "$@"; then outcome=FAILED failed=yes; fi
+    summary+=("$(printf '%-28s %s in %d s' "$name" "$outcome" $((SECONDS - started)))")
+}
+
+# Every rank runs its own pytest. Rank 0 speaks; another rank's output is shown when that rank failed.
+mpi_tests() {
+    local ranks=$1 logs status
+    shift
+    logs=$(mktemp -d)
+    export PNODE_DIST_TEST_LOGS=$logs
+    timeout --kill-after 10 900 launch/mpirun.sh -n "$ranks" python tests/mpi/run_rank.py "$@"
+    status=$?
+    if [ "$status" -ne 0 ]; then
+        for log in "$logs"/rank*.log; do
+            if [ -f "$log" ] && ! grep -q -E '^=+ [0-9]+ passed[^=]*=+$' "$log"; then
+                printf -- '-- the end of %s at %s ranks\n' "$(basename "$log" .log)" "$ranks"
+                tail -n 60 "$log"
+            fi
+        done
+    fi
+    rm -rf "$logs"
+    return "$status"
+}
+
+if [ "$lint" = yes ]; then
+    part "ruff check" ruff check .
+    part "ruff format" ruff format --check .
+    part "mypy" mypy
+fi
+part "serial tests" timeout --kill-after 10 1500 python -m pytest tests -m "not mpi" "$@"
+for ranks in $rank_counts; do
+    part "mpi tests at $ranks rank(s)" mpi_tests "$ranks" "$@"
+done
+
+printf '\n'
+printf '%s\n' "${summary[@]}"
+[ "$failed" = no ]

@@ -1,0 +1,70 @@
+"""Do the installed MPI, PETSc and petsc4py fit together? Asked at import, and answered in one line if not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+PETSC4PY_FLOOR = (3, 26)
+_INSTALL = "launch/bootstrap.sh installs one that fits"
+
+
+def check_versions() -> None:
+    """Raise `ImportError` if petsc4py or mpi4py is missing or petsc4py is too old. Loads neither of them."""
+    for package in ("petsc4py", "mpi4py"):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise ImportError(f"pnode_dist needs {package}, which is not installed: {_INSTALL}") from None
+    problem = petsc4py_problem(metadata.version("petsc4py"))
+    if problem:
+        raise ImportError(problem)
+
+
+def petsc4py_problem(version: str) -> str | None:
+    """What is wrong with a petsc4py version, None if nothing is."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers >= PETSC4PY_FLOOR:
+        return None
+    floor = ".".join(map(str, PETSC4PY_FLOOR))
+    return f"pnode_dist needs petsc4py {floor} or newer and found {version}: {_INSTALL}"
+
+
+def check_mpi() -> None:
+    """Load mpi4py and PETSc, and raise `ImportError` if they do not fit each other or this package."""
+    # mpi4py first: the MPI library it loads is then there already when PETSc asks for one.
+    import mpi4py.MPI  # noqa: F401
+    from petsc4py import PETSc
+
+    maps = Path("/proc/self/maps")
+    mapped = maps.read_text().splitlines() if maps.exists() else []
+    problem = scalar_problem(str(PETSc.ScalarType().dtype)) or mpi_problem(mapped)
+    if problem:
+        raise ImportError(problem)
+
+
+def scalar_problem(scalar: str) -> str | None:
+    """What is wrong with a PETSc build whose scalar type has this NumPy name, None if nothing is."""
+    if scalar in ("float64", "float32"):
+        return None
+    return f"pnode_dist needs a PETSc with real scalars and found {scalar}: configure it with --with-scalar-type=real"
+
+
+def mpi_problem(mapped: Iterable[str]) -> str | None:
+    """What is wrong if these lines of /proc/PID/maps are those of a process with mpi4py and PETSc, None if nothing is.
+
+    Two MPI libraries in one process do not see each other's communicators: ranks would come up as singletons, or worse.
+    """
+    libraries = set()
+    for line in mapped:
+        path = line.split(maxsplit=5)[-1] if line.count(" ") >= 5 else ""
+        if re.fullmatch(r"libmpi(ch|_abi)?\.so(\.\d+)*", Path(path).name):
+            libraries.add(str(Path(path).resolve()))
+    if len(libraries) < 2:
+        return None
+    return (
+        f"mpi4py and petsc4py use different MPI libraries, {' and '.join(sorted(libraries))}: build both on the same "
+        f"one ({_INSTALL})"
+    )
