@@ -1,0 +1,55 @@
+"""The installed stack is checked, and what is wrong is said in one line."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+
+from pnode_dist import compatibility
+
+MAPPED = "7f0000000000-7f0000001000 r-xp 00000000 fe:00 1234 {}"
+
+
+def test_the_installed_stack_fits() -> None:
+    compatibility.check_versions()
+    compatibility.check_mpi()
+
+
+@pytest.mark.parametrize("version", ["3.26.0", "3.26.1", "3.27", "4.0"])
+def test_petsc4py_from_the_floor_on_is_accepted(version: str) -> None:
+    assert compatibility.petsc4py_problem(version) is None
+
+
+def test_an_old_petsc4py_is_refused_at_import_naming_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda package: "3.20.5")
+    with pytest.raises(ImportError, match=r"needs petsc4py 3\.26 or newer and found 3\.20\.5: launch/bootstrap\.sh"):
+        compatibility.check_versions()
+
+
+def test_a_missing_petsc4py_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(ImportError, match=r"needs petsc4py, which is not installed: launch/bootstrap\.sh"):
+        compatibility.check_versions()
+
+
+def test_complex_scalars_are_refused() -> None:
+    assert compatibility.scalar_problem("float64") is None
+    assert "real scalars and found complex128" in str(compatibility.scalar_problem("complex128"))
+
+
+def test_two_mpi_libraries_in_one_process_are_refused_naming_both() -> None:
+    problem = compatibility.mpi_problem([MAPPED.format("/a/lib/libmpi.so.12"), MAPPED.format("/b/lib/libmpi.so.40")])
+    assert problem is not None
+    assert "/a/lib/libmpi.so.12 and /b/lib/libmpi.so.40" in problem
+
+
+def test_one_mpi_library_mapped_in_several_pieces_is_one() -> None:
+    lines = [MAPPED.format("/a/lib/libmpi.so.12")] * 4 + [
+        MAPPED.format("/a/lib/libmpifort.so.12"),
+        "7f00-7f01 rw-p 0 0 0",
+    ]
+    assert compatibility.mpi_problem(lines) is None
