@@ -7,182 +7,35 @@ discrete and exact, only f itself is differentiated by the automatic tool.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from mpi4py import MPI
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from pnode_dist.ode import methods
-from pnode_dist.ode.layout import State, StateLayout, layout_of
+from pnode_dist.ode.layout import State, layout_of
 from pnode_dist.ode.parameters import find_parameters
-from pnode_dist.ode.rhs import Function, Problem, Recording
-from pnode_dist.ode.stepper import PetscOptions, Stepper
-from pnode_dist.ode.time_grid import TimeGrid, time_grid
+from pnode_dist.ode.rhs import Function, Problem
+from pnode_dist.ode.solve import Solve, Solver, communicator
+from pnode_dist.ode.stepper import PetscOptions
+from pnode_dist.ode.time_grid import time_grid
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.trajectory.budget import Slots, Trajectory, agree_on_slots
-from pnode_dist.trajectory.replay import run_backward, run_forward
-from pnode_dist.trajectory.schedule import Action, Tier, multistage
-from pnode_dist.trajectory.spill import SpillPool
+from pnode_dist.trajectory.budget import Trajectory, agree_on_slots
 from pnode_dist.trajectory.statistics import SolveStatistics
-from pnode_dist.trajectory.store import Checkpoints, MemoryPool, SlotPool
-from pnode_dist.trajectory.store import State as FlatState
 
 Times = torch.Tensor | Sequence[float]
 _KEPT_SOLVERS = 8
-
-
-@dataclass
-class _Solver:
-    """A stepper with the checkpoint slots that its solves share, on the ranks of `partition`."""
-
-    stepper: Stepper
-    pools: dict[Tier, SlotPool]
-    partition: Partition | None
-
-    @classmethod
-    def create(
-        cls,
-        partition: Partition | None,
-        layout: StateLayout,
-        method: methods.Method,
-        parameter_sizes: tuple[int, ...],
-        options: PetscOptions,
-        trajectory: Trajectory,
-    ) -> _Solver:
-        comm = _communicator(partition)
-        stepper = Stepper(comm, layout, method, parameter_sizes, options)
-        dtype = stepper.state_array.dtype
-        pools: dict[Tier, SlotPool] = {
-            Tier.RAM: MemoryPool(layout.size, dtype),
-            Tier.DISK: SpillPool(layout.size, dtype, trajectory.scratch, comm.rank),
-        }
-        return cls(stepper, pools, partition)
-
-
-@dataclass
-class _Solve:
-    """One solve: its steps on the shared stepper, its checkpoints, and what it counted."""
-
-    solver: _Solver
-    grid: TimeGrid
-    problem: Problem
-    statistics: SolveStatistics
-    keeps_trajectory: bool
-    slots: Slots
-    actions: Iterator[Action] = field(init=False)
-    checkpoints: Checkpoints = field(init=False)
-    pending: Recording = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        array = self.solver.stepper.state_array
-        self.checkpoints = Checkpoints(self.solver.pools, array.nbytes, self.statistics)
-
-    @property
-    def state(self) -> FlatState:
-        return self.solver.stepper.state_array
-
-    def time(self, step: int) -> float:
-        return self.grid.starts[step]
-
-    def overwrite(self, write: Callable[[FlatState], None]) -> None:
-        write(self.solver.stepper.state_array)
-        self.solver.stepper.touched()
-
-    def advance(self, step: int) -> None:
-        self.solver.stepper.step(step, self.grid.starts[step], self.grid.sizes[step])
-
-    def record(self, step: int, outlives_sweep: bool) -> None:
-        self.pending = []
-        self.solver.stepper.step(step, self.grid.starts[step], self.grid.sizes[step], self.pending, outlives_sweep)
-
-    def adjoint(self, step: int) -> None:
-        self.solver.stepper.adjoint_step(step, self.grid.starts[step], self.grid.sizes[step], self.pending)
-        self.pending = []
-
-    def forward(self, initial: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Solve from `initial`; the outputs of each part, `[len(t), *shape]`. Collective."""
-        stepper = self.solver.stepper
-        layout = stepper.layout
-        outputs = tuple(torch.empty((len(self.grid.outputs), *shape), dtype=layout.dtype) for shape in layout.shapes)
-
-        def reached(step: int) -> None:
-            number = self.grid.outputs.get(step)
-            if number is not None:
-                for output, part in zip(outputs, layout.parts(stepper.state), strict=True):
-                    output[number].copy_(part)
-            last = min(step, self.grid.steps - 1)
-            size = self.grid.sizes[last]
-            stepper.monitor(step, self.grid.starts[last] + (step - last) * size, size)
-
-        self.checkpoints.clear()
-        stepper.bind(self.problem)
-        stepper.set_state(initial)
-        if self.grid.steps == 0:
-            for output, part in zip(outputs, initial, strict=True):
-                output[0].copy_(part)
-            return outputs
-        reached(0)
-        if self.keeps_trajectory:
-            self.actions = multistage(self.grid.steps, self.slots.ram, self.slots.disk)
-            run_forward(self.actions, self, self.checkpoints, self.statistics, reached)
-        else:
-            for step in range(self.grid.steps):
-                self.advance(step)
-                self.statistics.forward_steps += 1
-                reached(step + 1)
-        self._count()
-        return outputs
-
-    def backward(
-        self, cotangents: Sequence[torch.Tensor | None]
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """The gradient with respect to the initial parts and to the parameters, on this rank. Collective."""
-        stepper = self.solver.stepper
-        layout = stepper.layout
-        stepper.bind(self.problem)
-        adjoint = layout.parts(stepper.adjoint)
-        stepper.adjoint.zero_()
-        stepper.parameter_gradient.zero_()
-
-        def reversed_to(step: int) -> None:
-            number = self.grid.outputs.get(step)
-            if number is not None:
-                for part, cotangent in zip(adjoint, cotangents, strict=True):
-                    if cotangent is not None:
-                        part.add_(cotangent[number])
-                stepper.touched()
-
-        reversed_to(self.grid.steps)
-        if self.grid.steps > 0:
-            run_backward(self.actions, self, self.checkpoints, self.statistics, reversed_to)
-        self._count()
-        states = tuple(part.to(layout.dtype, copy=True) for part in adjoint)
-        sizes = [parameter.numel() for parameter in self.problem.parameters]
-        parameters = tuple(
-            piece.view(parameter.shape).to(parameter.dtype, copy=True)
-            for piece, parameter in zip(
-                torch.split(stepper.parameter_gradient, sizes), self.problem.parameters, strict=True
-            )
-        )
-        return states, parameters
-
-    def _count(self) -> None:
-        self.statistics.function_evaluations = self.problem.evaluations
-        self.statistics.vjps = self.problem.vjps
 
 
 class _Differentiable(torch.autograd.Function):
     """The solve as a node of torch's graph: state parts first, then parameters."""
 
     @staticmethod
-    def forward(ctx: Any, solve: _Solve, parts: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, solve: Solve, parts: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.solve, ctx.parts, ctx.reversed = solve, parts, False
         ctx.set_materialize_grads(False)
         # Not only for a second backward pass: torch now notices when they are changed in place before the first.
@@ -203,17 +56,13 @@ class _Differentiable(torch.autograd.Function):
         return None, None, *states, *parameters
 
 
-def _communicator(partition: Partition | None) -> MPI.Comm:
-    return MPI.COMM_SELF if partition is None else partition.comm
-
-
 class _Solvers:
     """The solvers that a `NeuralODE` keeps between calls, least recently used ones dropped."""
 
     def __init__(self) -> None:
-        self._solvers: OrderedDict[Any, _Solver] = OrderedDict()
+        self._solvers: OrderedDict[Any, Solver] = OrderedDict()
 
-    def get(self, key: Any, create: Callable[[], _Solver]) -> _Solver:
+    def get(self, key: Any, create: Callable[[], Solver]) -> Solver:
         if key not in self._solvers or self._solvers[key].stepper.failed:
             self._solvers[key] = create()
             if len(self._solvers) > _KEPT_SOLVERS:
@@ -238,7 +87,7 @@ def _solve(
     layout, parts = layout_of(u0)
     grid = time_grid(t, step_size)
     table = methods.resolve(method)
-    comm = _communicator(partition)
+    comm = communicator(partition)
     trajectory = trajectory or Trajectory()
     parameters = find_parameters(func, (*args, *(params or ())))
     sizes = tuple(parameter.numel() for parameter in parameters)
@@ -247,12 +96,12 @@ def _solve(
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
     solver = solvers.get(
-        (id(partition), layout, table, sizes, repr(options), os.fspath(trajectory.scratch)),
-        lambda: _Solver.create(partition, layout, table, sizes, options, trajectory),
+        (id(partition), layout, table, sizes, repr(options), trajectory),
+        lambda: Solver.create(partition, layout, table, sizes, options, trajectory),
     )
     slots = agree_on_slots(trajectory, solver.stepper.state_array.nbytes, grid.steps, needs_gradient, comm)
     statistics = SolveStatistics()
-    solve = _Solve(solver, grid, Problem(func, args, parameters), statistics, needs_gradient, slots)
+    solve = Solve(solver, grid, Problem(func, args, parameters), statistics, needs_gradient, slots)
     if needs_gradient:
         outputs = _Differentiable.apply(solve, len(parts), *parts, *parameters)  # type: ignore[no-untyped-call]
     else:

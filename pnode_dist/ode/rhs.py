@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from petsc4py import PETSc
+from torch import nn
 
 from pnode_dist.ode.layout import StateLayout
 from pnode_dist.ode.parameters import check_complete
@@ -30,6 +31,12 @@ class Problem:
     checked: bool = False
     evaluations: int = 0
     vjps: int = 0
+
+    @property
+    def constants(self) -> tuple[torch.Tensor, ...]:
+        """What exists once, however often `func` is evaluated: the parameters, and a module's buffers."""
+        buffers = tuple(self.func.buffers()) if isinstance(self.func, nn.Module) else ()
+        return (*self.parameters, *buffers)
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,8 @@ class RightHandSide:
     def apply_transposed(self, v: PETSc.Vec, result: PETSc.Vec) -> None:
         """result = (df/du)^T v at the next stage back; (df/dtheta)^T v is kept for `apply_parameters_transposed`."""
         recording = self._recording
-        assert recording is not None and self.problem is not None
+        assert recording is not None
+        assert self.problem is not None
         graph = recording.pop()
         targets = self._parts(result)
         self._parameter_cotangents = []

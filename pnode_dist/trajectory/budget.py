@@ -20,6 +20,7 @@ _UNITS = {
 }  # fmt: skip
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*\Z")
 _UNLIMITED = 2**62
+KEEP_LEVELS = ("auto", "solution", "graph")
 
 
 def parse_size(size: int | str) -> int:
@@ -58,7 +59,12 @@ class Trajectory:
     type) of one solve that awaits its backward pass. `directory` is where the disk checkpoints go, by default
     SLURM_TMPDIR, TMPDIR or the system's temporary directory; it should be local to the node. `ram_slots` and
     `disk_slots` give numbers of checkpoints instead of bytes.
-    Raises `ConfigurationError` for a size that cannot be read or a negative number.
+
+    `keep` is what may be kept of a step: `solution` only checkpoints, from which every step but the last is run
+    again; `graph` the autograd graph of every step, as back-propagation does, or an error where `ram` is too small for
+    them; `auto` graphs for the last steps and checkpoints for the rest, whatever needs the fewest steps within `ram`.
+    With `ram_slots` given, `auto` is `solution`.
+    Raises `ConfigurationError` for a size that cannot be read, a negative number or an unknown `keep`.
     """
 
     ram: int | str = "256MiB"
@@ -66,8 +72,11 @@ class Trajectory:
     directory: str | os.PathLike[str] | None = None
     ram_slots: int | None = None
     disk_slots: int | None = None
+    keep: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.keep not in KEEP_LEVELS:
+            raise ConfigurationError(f"trajectory: keep = {self.keep!r}: must be one of {', '.join(KEEP_LEVELS)}")
         for key in ("ram", "disk"):
             try:
                 parse_size(getattr(self, key))
@@ -79,6 +88,11 @@ class Trajectory:
                 raise ConfigurationError(f"trajectory: {key} = {value!r}: must be a whole number of checkpoints")
 
     @property
+    def keeps_graphs(self) -> bool:
+        """Whether graphs of several steps may be kept."""
+        return self.keep == "graph" or (self.keep == "auto" and self.ram_slots is None)
+
+    @property
     def scratch(self) -> Path:
         """The directory for disk checkpoints."""
         return Path(self.directory or os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
@@ -86,10 +100,16 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Slots:
-    """How many checkpoints every rank may hold at a time, in memory and on disk."""
+    """What every rank may hold of a solve: checkpoints in memory and on disk, and the graphs of the last steps.
+
+    `graphs` counts the last step, whose graph always outlives the forward pass. `checkpoint_bytes` is the size of a
+    checkpoint on the rank where it is largest.
+    """
 
     ram: int
     disk: int
+    graphs: int = 1
+    checkpoint_bytes: int = 0
 
 
 def _affordable(slots: int | None, budget: int | str, checkpoint_bytes: int) -> int:
@@ -136,4 +156,5 @@ def agree_on_slots(
             f"trajectory: ram = {trajectory.ram!r}, disk = {trajectory.disk!r}: too small for one checkpoint of "
             f"{-largest} bytes on the fullest rank: the smallest that works is ram = {-largest}"
         )
-    return Slots(min(least_ram, max(steps - 1, 0)), min(least_disk, max(steps - 1, 0)))
+    most = max(steps - 1, 0)
+    return Slots(min(least_ram, most), min(least_disk, most), checkpoint_bytes=-largest)

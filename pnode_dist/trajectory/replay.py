@@ -35,7 +35,7 @@ class Steps(Protocol):
         ...
 
     def adjoint(self, step: int) -> None:
-        """Reverse the step that was recorded last."""
+        """Reverse a step that was recorded, and forget its recording."""
         ...
 
 

@@ -53,7 +53,7 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Adjoint:
-    """Reverse `step`, which was recorded just before."""
+    """Reverse `step`, which was recorded."""
 
     step: int
 
@@ -82,6 +82,21 @@ def multistage(steps: int, ram_slots: int, disk_slots: int) -> Iterator[Action]:
     if steps <= _CACHED_STEPS:
         return iter(_multistage_cached(steps, min(ram_slots, steps - 1), min(disk_slots, steps - 1)))
     return _multistage(steps, ram_slots, disk_slots)
+
+
+def with_graphs(steps: int, graphs: int, ram_slots: int, disk_slots: int) -> Iterator[Action]:
+    """`multistage` for the first steps, and for the last `graphs` (1 or more) recordings that the forward pass leaves.
+
+    Raises `ValueError` as `multistage` does.
+    """
+    first_graph = max(steps - graphs + 1, 1)
+    for action in multistage(first_graph, ram_slots, disk_slots):
+        if isinstance(action, EndForward):
+            yield from (Record(step) for step in range(first_graph, steps))
+            yield action
+            yield from (Adjoint(step) for step in reversed(range(first_graph, steps)))
+        else:
+            yield action
 
 
 @lru_cache(maxsize=64)

@@ -12,7 +12,8 @@ class SolveStatistics:
     `forward_steps` are the steps of the forward pass, `recomputed_steps` those run again for the adjoint,
     `adjoint_steps` the reversed ones. `function_evaluations` counts calls of the right-hand side, `vjps` its
     vector-Jacobian products. `bytes_written` and `bytes_read` are the traffic with disk checkpoints;
-    `checkpoint_bytes_peak` the most that checkpoints occupied at once in memory and on disk together.
+    `checkpoint_bytes_peak` the most that checkpoints occupied at once in memory and on disk together. `graph_steps`
+    are the steps whose graphs were kept from the forward pass, `graph_bytes` the memory of these.
     """
 
     forward_steps: int = 0
@@ -23,6 +24,8 @@ class SolveStatistics:
     bytes_written: int = 0
     bytes_read: int = 0
     checkpoint_bytes_peak: int = 0
+    graph_steps: int = 0
+    graph_bytes: int = 0
 
     def __add__(self, other: SolveStatistics) -> SolveStatistics:
         return SolveStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
