@@ -1,0 +1,23 @@
+"""Benchmarks against peers: each measures, compares and says which of its targets hold."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pnode_dist.bench.report import Report
+
+BENCHMARKS = {
+    "gradient": "time and exactness of one gradient, against torchdiffeq (one rank)",
+    "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
+}
+
+
+def run(name: str) -> Report:
+    """Run a benchmark by name. Collective on the world.
+
+    Raises `ConfigurationError` when it does not run on this number of ranks or a peer is not installed.
+    """
+    report: Report = import_module(f"pnode_dist.bench.{name}").run()
+    return report

@@ -1,0 +1,122 @@
+"""What a benchmark returns: rows of measurements, and checks of them against targets."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A figure of this run against what is promised of it; it holds if the value is at most the target."""
+
+    name: str
+    value: float
+    target: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the promise was kept."""
+        return self.value <= self.target
+
+    def as_dict(self) -> dict[str, Any]:
+        """`{name, value, target, holds}`."""
+        return {**asdict(self), "holds": self.holds}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows, each with the same keys, the checks, notes on how to read them, and the machine they are of."""
+
+    name: str
+    rows: Sequence[Row]
+    checks: Sequence[Check]
+    notes: Sequence[str] = ()
+    machine: dict[str, Any] = field(default_factory=lambda: machine_facts())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON has it."""
+        return {
+            "name": self.name,
+            "rows": list(self.rows),
+            "checks": [check.as_dict() for check in self.checks],
+            "notes": list(self.notes),
+            "machine": self.machine,
+        }
+
+    def show(self, console: Console) -> None:
+        """Print the report as tables."""
+        table = Table(title=self.name)
+        for key, value in self.rows[0].items():
+            table.add_column(key, justify="left" if isinstance(value, str) else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*(_shown(value) for value in row.values()))
+        console.print(table)
+        checks = Table(title="checks")
+        for key in ("name", "value", "target", "holds"):
+            checks.add_column(key, justify="left" if key == "name" else "right", no_wrap=True)
+        for check in self.checks:
+            checks.add_row(check.name, _shown(check.value), f"<= {check.target:g}", "yes" if check.holds else "NO")
+        console.print(checks)
+        for note in self.notes:
+            console.print(note, highlight=False)
+        machine = self.machine
+        console.print(f"{machine['processor']}, {machine['cores']} cores, {machine['ranks']} rank(s)", highlight=False)
+
+
+def machine_facts() -> dict[str, Any]:
+    """What the figures of a benchmark depend on besides the code."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "ranks": MPI.COMM_WORLD.size,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "mpi_library": MPI.Get_library_version().split("\0")[0].splitlines()[0].strip(),
+        "versions": {
+            name: _version(name) for name in ("pnode_dist", "torch", "petsc", "petsc4py", "mpi4py", "torchdiffeq")
+        },
+    }
+
+
+def interleaved(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each candidate, which are run in turn `repeats` times so that a slow moment hits all of them alike.
+
+    A candidate runs once and returns the seconds it took.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, candidate in candidates.items():
+            seconds[name].append(candidate())
+    return seconds
+
+
+def _shown(value: str | int | float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,403 @@
+"""The command `pnode-dist`. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from pnode_dist.bench import BENCHMARKS
+from pnode_dist.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from rich.console import Console
+
+    from pnode_dist.mesh import Mesh
+    from pnode_dist.train.config import Config
+    from pnode_dist.verify import GradcheckResult
+
+PROGRAM = "pnode-dist"
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+_LAUNCHER_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID", "RANK")
+_PATIENCE = 10.0
+_FILE_WIDTH = 160
+_EPILOG = "Arguments after -- are PETSc options, such as: -- -ts_monitor -log_view"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 2 for wrong usage or configuration, 1 for a check that failed."""
+    own, petsc_options = _split(list(sys.argv[1:] if argv is None else argv))
+    try:
+        arguments = _parser().parse_args(own)
+        _initialise_petsc(petsc_options)
+    except ConfigurationError as error:
+        if _launcher_rank() == 0:
+            _complain(error)
+        return WRONG_USAGE
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    return command(arguments) if arguments.alone else _run_together(command, arguments)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
+    """The command line's own arguments, and PETSc's after `--`, None if there is no `--`."""
+    if "--" not in argv:
+        return argv, None
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def _initialise_petsc(options: list[str] | None) -> None:
+    """Hand the options to PETSc, which reads them when it is first imported."""
+    if not options:
+        return
+    if not options[0].startswith("-"):
+        raise ConfigurationError(f"{options[0]!r} after --: must be a PETSc option, such as -ts_monitor")
+    import petsc4py
+
+    petsc4py.init([PROGRAM, *options])
+
+
+def _launcher_rank() -> int:
+    """This process' rank before MPI is started, from what launchers put into the environment."""
+    ranks = (os.environ.get(name, "") for name in _LAUNCHER_RANKS)
+    return next((int(rank) for rank in ranks if rank.isdigit()), 0)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that complains in one line, and speaks on the first rank alone."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if _launcher_rank() == 0:
+            super()._print_message(message, file)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pnode_dist import __version__
+
+    parser = _Parser(prog=PROGRAM, description="Train and check distributed neural ODEs.", epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, command: Callable[[argparse.Namespace], int], alone: bool = False) -> _Parser:
+        sub: _Parser = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG, allow_abbrev=False
+        )
+        sub.set_defaults(command=command, alone=alone)
+        return sub
+
+    train = add("train", "train the model of a configuration", _train)
+    evaluate = add("evaluate", "forecast the validation data with a trained model", _evaluate)
+    gradcheck = add("gradcheck", "check the gradient of a configuration against finite differences", _gradcheck)
+    methods = add("methods", "list the time-stepping methods", _methods, alone=True)
+    doctor = add("doctor", "say what is installed and whether the ranks see each other", _doctor)
+    bench = add("bench", "measure against peers: " + ", ".join(BENCHMARKS), _bench)
+    for sub in (train, gradcheck):
+        sub.add_argument("config", metavar="CONFIG", help="a TOML file")
+    evaluate.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a trained run")
+    bench.add_argument("name", metavar="NAME", choices=list(BENCHMARKS), help=" | ".join(BENCHMARKS))
+    train.add_argument("--run-dir", metavar="DIR", help="where the run's files go, instead of [run] directory")
+    train.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run there")
+    for sub in (train, evaluate, gradcheck):
+        sub.add_argument(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            dest="overrides",
+            action="append",
+            default=[],
+            help="put a value over the configuration's; may be repeated",
+        )
+    for sub in (evaluate, gradcheck, methods, doctor, bench):
+        sub.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return parser
+
+
+# Ending together
+
+
+def _run_together(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Run a command on all ranks, and let no rank wait for one that has failed. Collective on the world."""
+    from mpi4py import MPI
+
+    from pnode_dist.train.divergence import DivergenceError
+
+    # Of its own, because the other ranks may be anywhere in the program when one fails.
+    together = MPI.COMM_WORLD.Dup()
+    try:
+        code = command(arguments)
+    except ConfigurationError as error:
+        return _end(error, WRONG_USAGE, together)
+    except DivergenceError as error:
+        return _end(error, FAILED, together)
+    except KeyboardInterrupt:
+        if _first(together):
+            print(f"{PROGRAM}: interrupted", file=sys.stderr, flush=True)
+        if together.size > 1:
+            together.Abort(INTERRUPTED)
+        return INTERRUPTED
+    except Exception:
+        if together.size == 1:
+            raise
+        # The hook of an open mesh names the rank and ends all; without one, this does.
+        sys.excepthook(*sys.exc_info())
+        together.Abort(FAILED)
+    together.Free()
+    return code
+
+
+def _end(error: Exception, code: int, together: MPI.Intracomm) -> int:
+    """Say what is wrong once if all ranks have come to it; if some have not, end them."""
+    everyone = together.Ibarrier()
+    patient_until = time.monotonic() + _PATIENCE
+    while not everyone.Test():
+        if time.monotonic() > patient_until:
+            _complain(error, f"[rank {together.rank}] ")
+            together.Abort(code)
+        time.sleep(0.005)
+    if _first(together):
+        _complain(error)
+    return code
+
+
+def _complain(error: Exception, rank: str = "") -> None:
+    line = " ".join(str(error).split())
+    print(f"{rank}{PROGRAM}: error: {line}", file=sys.stderr, flush=True)
+
+
+def _first(comm: MPI.Intracomm) -> bool:
+    return comm.rank == 0 and (comm.size > 1 or _launcher_rank() == 0)
+
+
+# Output
+
+
+@contextlib.contextmanager
+def _output(as_json: bool, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What prints a command's result as JSON on standard output. With `as_json`, all else goes to standard error.
+
+    That includes what libraries written in C print, now and when PETSc is finalised.
+    """
+    if not as_json:
+        yield lambda result: None
+        return
+    results: list[dict[str, Any]] = []
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield results.append
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+    if shown:
+        for result in results:
+            print(json.dumps(result), flush=True)
+    atexit.register(os.dup2, 2, 1)
+
+
+def _console() -> Console:
+    """Standard output; as wide as it takes where it is not a terminal."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
+
+
+def _show_table(result: dict[str, Any]) -> None:
+    """Print figures for people: lists of rows as tables, the rest as lines."""
+    from rich.table import Table
+
+    console = _console()
+    for key, value in result.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            table = Table(title=key.replace("_", " "))
+            for column, entry in value[0].items():
+                justify: Literal["left", "right"] = "left" if isinstance(entry, str) else "right"
+                table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
+            for row in value:
+                table.add_row(*(_figure(entry) for entry in row.values()))
+            console.print(table)
+        elif isinstance(value, dict):
+            for name, entry in value.items():
+                console.print(f"{key.replace('_', ' ')}: {name.replace('_', ' ')}: {_figure(entry)}", highlight=False)
+        else:
+            console.print(f"{key.replace('_', ' ')}: {_figure(value)}", highlight=False)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_figure(entry) for entry in value)
+    return "-" if value is None else str(value)
+
+
+# Commands
+
+
+def _load(path: str | Path, overrides: Sequence[str]) -> Config:
+    """The configuration as rank 0 read it, or the error that it met, on every rank. Collective on the world."""
+    from mpi4py import MPI
+
+    from pnode_dist.train.config import load
+
+    loaded: Config | ConfigurationError | None = None
+    if MPI.COMM_WORLD.rank == 0:
+        try:
+            loaded = load(path, list(overrides))
+        except ConfigurationError as error:
+            loaded = error
+    loaded = MPI.COMM_WORLD.bcast(loaded)
+    if isinstance(loaded, ConfigurationError):
+        raise loaded
+    assert loaded is not None
+    return loaded
+
+
+def _mesh(config: Config) -> Mesh:
+    import torch
+
+    from pnode_dist.mesh import Mesh
+
+    torch.manual_seed(config.run.seed)
+    return Mesh(config.mesh.state, config.mesh.data, backend=config.mesh.backend)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.overrides)
+    if arguments.run_dir is not None:
+        overrides.append(f"run.directory={json.dumps(arguments.run_dir)}")
+    config = _load(arguments.config, overrides)
+    import torch
+
+    from pnode_dist.problems import build
+    from pnode_dist.train import loop, run_directory
+
+    directory = config.run.path
+    with _mesh(config) as mesh:
+        run_directory.on_root(mesh, lambda: run_directory.check_free(directory, arguments.overwrite))
+        problem = build(config, mesh, getattr(torch, config.training.dtype))
+        run_directory.create(directory, config, mesh, arguments.overwrite)
+        outcome = loop.train(problem, config.training, mesh, directory)
+        if mesh.is_root:
+            figures = ", ".join(
+                f"{name.replace('_', ' ')} {value:.4g} {problem.units}".rstrip()
+                for name, value in outcome.figures.items()
+            )
+            print(f"{outcome.steps} steps in {outcome.seconds:.1f} s, loss {outcome.loss:.6g}; validation: {figures}")
+            print(f"kept the parameters after epoch {outcome.kept_epoch} in {directory / run_directory.MODEL}")
+            print(f"next: {PROGRAM} evaluate {directory}", flush=True)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from pnode_dist.train import run_directory
+
+    directory: Path = arguments.run_dir
+    config = _load(directory / run_directory.CONFIG, arguments.overrides)
+    import torch
+
+    from pnode_dist.problems import build
+
+    with _mesh(config) as mesh, _output(arguments.json, mesh.is_root) as emit:
+        problem = build(config, mesh, getattr(torch, config.training.dtype))
+        run_directory.load_parameters(problem.model, directory / run_directory.MODEL)
+        problem.model.eval()
+        with torch.no_grad():
+            result = problem.evaluate(problem.model, directory)
+        emit(result)
+        if mesh.is_root and not arguments.json:
+            _show_table(result)
+    return 0
+
+
+def _gradcheck(arguments: argparse.Namespace) -> int:
+    config = _load(arguments.config, arguments.overrides)
+    import torch
+
+    from pnode_dist.problems import build
+    from pnode_dist.verify import gradcheck
+
+    with _mesh(config) as mesh, _output(arguments.json, mesh.is_root) as emit:
+        problem = build(config, mesh, torch.float64)
+        result = gradcheck(problem.gradcheck_case(), mesh, config.run.seed)
+        emit({"problem": problem.name, "method": config.solver.method, **result.as_dict()})
+        failures = result.failures()
+        if mesh.is_root:
+            if not arguments.json:
+                _show_gradcheck(result)
+            for failure in failures:
+                print(f"{PROGRAM}: the gradient is wrong: {failure}", file=sys.stderr, flush=True)
+    return FAILED if failures else 0
+
+
+def _show_gradcheck(result: GradcheckResult) -> None:
+    columns = (
+        "taylor_remainders_without_gradient",
+        "taylor_orders_without_gradient",
+        "taylor_remainders",
+        "taylor_orders",
+    )
+    shown = {name: value for name, value in result.as_dict().items() if name not in (*columns, "steps", "failures")}
+    rows = []
+    for number, step in enumerate(result.steps):
+        row: dict[str, Any] = {"step": step}
+        for name in columns:
+            values = getattr(result, name)
+            # An order belongs to the halving that led to this step.
+            at = number - 1 if "orders" in name else number
+            row[name.removeprefix("taylor_")] = values[at] if at >= 0 else None
+        rows.append(row)
+    _show_table({**shown, "taylor_test": rows})
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from pnode_dist.ode.methods import METHODS
+
+    rows = [asdict(method) for method in METHODS.values()]
+    if _launcher_rank() == 0:
+        if arguments.json:
+            print(json.dumps({"methods": rows}))
+        else:
+            _show_table({"methods": rows})
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from pnode_dist.doctor import run_doctor
+
+    return run_doctor(as_json=arguments.json)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from mpi4py import MPI
+
+    from pnode_dist.bench import run
+
+    first = _first(MPI.COMM_WORLD)
+    with _output(arguments.json, first) as emit:
+        report = run(arguments.name)
+        emit(report.as_dict())
+        if first and not arguments.json:
+            report.show(_console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

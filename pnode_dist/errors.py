@@ -1,0 +1,11 @@
+"""The one exception that means: what the user asked for cannot be done as asked."""
+
+from __future__ import annotations
+
+
+class ConfigurationError(ValueError):
+    """A wrong configuration, option or command.
+
+    Its message is one line that names what is wrong and what is allowed. The command line prints it on rank 0 and
+    ends with exit code 2. Where the ranks are already connected it is raised on all of them alike.
+    """

@@ -1,0 +1,23 @@
+"""The built-in problems, and the one place that knows them all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from pnode_dist.mesh import Mesh
+    from pnode_dist.problems.protocol import Problem
+    from pnode_dist.train.config import Config
+
+
+def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
+    """The configured problem, its model computing in `dtype`. Collective on the world.
+
+    Raises `ConfigurationError` for what can only be said with the data set and the mesh at hand: a file or variable
+    that is not there, more ranks than rows, a window longer than the data.
+    """
+    from pnode_dist.problems.field import build_field
+
+    return build_field(config, mesh, dtype)

@@ -1,0 +1,236 @@
+"""The field problem: learn the tendency of a field on a grid from its past, forecast its last part, and compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.mesh import Mesh
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.ode.time_grid import time_grid
+from pnode_dist.partition import protocol
+from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.field_data import Field, agreed, open_source, read_field
+from pnode_dist.problems.field_model import FieldModel, Tendency, Windows, number_of_harmonics, windows
+from pnode_dist.problems.protocol import GradcheckCase
+from pnode_dist.report.forecast import Forecast, write_forecast
+from pnode_dist.trajectory.budget import agree_on_slots
+from pnode_dist.trajectory.statistics import SolveStatistics
+
+if TYPE_CHECKING:
+    from pnode_dist.train.config import Config
+
+FORECAST, REPORT = "forecast.h5", "report.png"
+
+
+def build_field(config: Config, mesh: Mesh, dtype: torch.dtype) -> FieldProblem:
+    """The configured field problem, its model computing in `dtype`. Collective on the world.
+
+    Raises `ConfigurationError` on all ranks for whatever the data or the number of ranks do not allow.
+    """
+    problem, model = config.problem, config.model
+    source = agreed(mesh, lambda: open_source(problem))
+    longest = max(config.evaluation.leads)
+    if longest > problem.validation:
+        raise ConfigurationError(
+            f"[evaluation] leads = {list(config.evaluation.leads)}: must be at most [problem] validation = "
+            f"{problem.validation}, so that a whole forecast lies in the validation part"
+        )
+    training = len(source.time) - problem.validation
+    starts = training - problem.window
+    if starts < mesh.data_replicas:
+        raise ConfigurationError(
+            f"[mesh] data = {mesh.data_replicas}: must be at most {starts}, the number of training windows"
+        )
+    harmonics = number_of_harmonics(model, source.time, training)
+    partition = GridPartition(
+        mesh,
+        source.shape,
+        source.channels,
+        problem.boundary,
+        stencil_width=max(model.dilations) * (model.kernel_size - 1) // 2,
+        processes=problem.processes,
+    )
+    field = read_field(problem, source, partition, mesh)
+    source.dataset.close()
+    # From the seed alone, and in float64, so that every rank and every dtype starts from the same parameters.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        tendency = Tendency(model, field, partition, mesh, harmonics)
+    solve = NeuralODE(
+        tendency.to(dtype),
+        method=config.solver.method,
+        step_size=config.solver.step_size,
+        partition=partition,
+        trajectory=config.trajectory.build(),
+        options=config.solver.options,
+    )
+    result = FieldProblem(config, mesh, partition, field, FieldModel(solve, field.time.step), dtype)
+    result.check_budget()
+    return result
+
+
+@dataclass(frozen=True)
+class FieldProblem:
+    """A field, its model, and how one is learnt and judged by the other. See `pnode_dist.problems.protocol.Problem`."""
+
+    config: Config
+    mesh: Mesh
+    partition: GridPartition
+    field: Field
+    model: FieldModel
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """The variable's name."""
+        return self.field.name
+
+    @property
+    def units(self) -> str:
+        """The variable's units."""
+        return self.field.units
+
+    def check_budget(self) -> None:
+        """Raise `ConfigurationError` if no checkpoint of a batch fits the trajectory. Collective on the state ranks."""
+        window = self.config.problem.window
+        times = [number * self.field.time.step for number in range(window + 1)]
+        values = self.config.training.batch_size * protocol.count(self.partition.local_shape)
+        checkpoint = values * protocol.scalar_dtype().itemsize
+        steps = time_grid(times, self.config.solver.step_size).steps
+        agree_on_slots(self.config.trajectory.build(), checkpoint, steps, True, self.partition.comm)
+
+    def batches(self, epoch: int) -> Iterator[Windows]:
+        """This replica's training windows of an epoch, shuffled; what does not divide by the replicas waits for another
+        epoch. No window touches the validation part."""
+        window = self.config.problem.window
+        generator = np.random.default_rng([self.config.run.seed, epoch])
+        starts = [int(start) for start in generator.permutation(self.field.training - window)]
+        replicas = self.mesh.data_replicas
+        own = starts[self.mesh.replica :: replicas][: len(starts) // replicas]
+        size = self.config.training.batch_size
+        for first in range(0, len(own), size):
+            yield windows(self.field, own[first : first + size], window, self.dtype)
+
+    def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
+        """This rank's share of the mean square error, normalised, over cells inside, windows, leads and channels."""
+        error: torch.Tensor = model(batch) - batch.targets
+        leads, size = batch.targets.shape[:2]
+        return error.square().sum() / (leads * size * self.field.cells * self.field.channels)
+
+    def validation(self, model: nn.Module) -> dict[str, float]:
+        """Root mean square errors of forecasts of the validation part, over all leads and for each evaluated lead."""
+        forecast, batch = self._forecast(model)
+        squares = self._mean_squares(forecast, batch.targets)
+        leads = self.config.evaluation.leads
+        return {
+            "validation_rmse": math.sqrt(squares.mean().item()),
+            **{f"lead_{lead}": math.sqrt(squares[lead - 1].item()) for lead in leads},
+        }
+
+    def solve_statistics(self) -> SolveStatistics:
+        """The counts of the model's last call."""
+        return self.model.solve.last_solve
+
+    def gradcheck_case(self) -> GradcheckCase:
+        """The training loss of the first window, as a function of its initial state."""
+        batch = windows(self.field, [0], self.config.problem.window, self.dtype)
+
+        def loss(state: torch.Tensor) -> torch.Tensor:
+            return self.loss(self.model, dataclasses.replace(batch, initial=state))
+
+        return GradcheckCase(
+            batch.initial.clone().requires_grad_(), loss, tuple(self.model.parameters()), self.partition
+        )
+
+    def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
+        """The errors of the model and of three simple forecasts at each lead; writes `forecast.h5` and `report.png`.
+
+        A forecast starts from a time such that all that it forecasts, up to the longest lead, lies in the validation
+        part; the first starts from the last training time. Errors are root mean squares over all starts and all
+        cells inside the mask, not weighted by area. Persistence keeps the start's field; climatology is the mean of
+        the same season in the training part; anomaly persistence adds the start's departure from climatology to it.
+        """
+        forecast, batch = self._forecast(model)
+        forecasts = {"model": forecast, **baselines(self.field, batch)}
+        errors = {name: self._mean_squares(value, batch.targets).sqrt() for name, value in forecasts.items()}
+        rows = [
+            {"lead": lead, **{name: error[lead - 1].item() for name, error in errors.items()}}
+            for lead in self.config.evaluation.leads
+        ]
+        time, training = self.field.time, self.field.training
+        result = {
+            "variable": self.name,
+            "units": self.units,
+            "cells": self.field.cells,
+            "lead_unit": time.step_name,
+            "training": f"{time.label(0)} to {time.label(training - 1)}, {training} times",
+            "validation": f"{time.label(training)} to {time.label(len(time) - 1)}, {len(time) - training} times",
+            "forecasts": f"{len(batch.starts)} starts, {time.label(batch.starts[0])} to {time.label(batch.starts[-1])}",
+            "rmse": rows,
+        }
+        self._write(forecast, batch, run_directory)
+        result["forecast"] = str(run_directory / FORECAST)
+        drawn = agreed(self.mesh, lambda: self._draw(run_directory, result) if self.mesh.is_root else None)
+        return {**result, "report": self.mesh.broadcast_object(drawn)}
+
+    def _draw(self, run_directory: Path, result: dict[str, Any]) -> str:
+        """Draw the report where matplotlib is installed; says which."""
+        if importlib.util.find_spec("matplotlib") is None:
+            return "not drawn, as matplotlib is missing: pip install 'pnode-dist[plot]'"
+        from pnode_dist.report.plots import draw_report
+
+        path = run_directory / REPORT
+        try:
+            draw_report(path, run_directory / FORECAST, run_directory / "metrics.jsonl", result)
+        except OSError as error:
+            raise ConfigurationError(f"{path}: cannot be written: {error.strerror or error}") from None
+        return str(path)
+
+    def _forecast(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
+        """Forecasts `[lead, start, ny_local, nx_local, channel]` of the validation part, and what they are to be."""
+        longest = max(self.config.evaluation.leads)
+        starts = range(self.field.training - 1, len(self.field.time) - longest)
+        size = self.config.training.batch_size
+        parts = []
+        for first in range(0, len(starts), size):
+            parts.append(model(windows(self.field, list(starts[first : first + size]), longest, self.dtype)).detach())
+        return torch.cat(parts, dim=1), windows(self.field, list(starts), longest, torch.float64)
+
+    def _mean_squares(self, forecast: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """The mean square error of each lead `[lead]` in the field's units. Collective on the state ranks."""
+        error = (forecast.double() - truth) * self.field.deviation * self.field.inside
+        squares = self.mesh.sum(error.square().sum(dim=(1, 2, 3, 4)), over="state")
+        return squares / (truth.shape[1] * self.field.cells * self.field.channels)
+
+    def _write(self, forecast: torch.Tensor, batch: Windows, run_directory: Path) -> None:
+        outside = self.field.inside == 0
+
+        def stored(values: torch.Tensor) -> torch.Tensor:
+            return self.field.physical(values).masked_fill(outside, math.nan).transpose(0, 1)
+
+        contents = Forecast(self.field, batch.starts, stored(forecast), stored(batch.targets))
+        write_forecast(run_directory / FORECAST, contents, self.partition, self.mesh)
+
+
+def baselines(field: Field, batch: Windows) -> dict[str, torch.Tensor]:
+    """What a forecast is to beat, for each of the windows' leads, normalised and shaped like their targets."""
+    climatology = field.climatology()
+    starts = torch.tensor(batch.starts)
+    usual = torch.stack([climatology[starts + lead] for lead in range(1, len(batch.targets) + 1)])
+    start = field.values[starts]
+    return {
+        "persistence": start.expand_as(usual),
+        "climatology": usual,
+        "anomaly_persistence": usual + (start - climatology[starts]),
+    }

@@ -1,0 +1,94 @@
+"""What the training loop, the gradient check and the evaluation ask of a problem.
+
+A problem is data, a model and a loss over one mesh. Adding one means writing a module with a function
+`build(config, mesh, dtype) -> Problem` and naming it in `pnode_dist.problems.build`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.trajectory.statistics import SolveStatistics
+
+Batch = Any
+"""Whatever a problem's `batches` yields and its `loss` takes."""
+
+
+@dataclass(frozen=True)
+class GradcheckCase:
+    """One scalar function of an initial state and the parameters, to be differentiated both ways.
+
+    `state` is this rank's part of the initial state, a float64 leaf `[..., *partition.local_shape]` with any number
+    of leading axes. `loss(state)` is this rank's share: the objective is the sum of the shares over the state ranks,
+    and every data replica is given the same case. `loss` is collective on the state ranks, deterministic, and reads
+    the current values of `parameters`, which are the same on every rank.
+    """
+
+    state: torch.Tensor
+    loss: Callable[[torch.Tensor], torch.Tensor]
+    parameters: Sequence[nn.Parameter]
+    partition: Partition
+
+
+class Problem(Protocol):
+    """Data, model and loss on one mesh."""
+
+    @property
+    def name(self) -> str:
+        """A short name of what is modelled, for tables and plots."""
+        ...
+
+    @property
+    def units(self) -> str:
+        """The units of the validation figures, such as `K`."""
+        ...
+
+    @property
+    def partition(self) -> Partition:
+        """How a state lies on the state ranks."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, whose `forward(batch)` is the prediction. It has the same parameters on every rank."""
+        ...
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """This replica's training batches of an epoch, in an order that (seed, epoch) fixes; as many on every rank."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """This rank's share of the loss; the shares add up to the replica's loss. Collective on the state ranks.
+
+        `model` is `self.model` or DistributedDataParallel around it, and is called as `model(...)`.
+        """
+        ...
+
+    def validation(self, model: nn.Module) -> dict[str, float]:
+        """Named errors on the validation data, in `units`, the same on every rank. Collective on the world.
+
+        The first is the one that training reports, and by which the best parameters are chosen if that is asked for.
+        """
+        ...
+
+    def solve_statistics(self) -> SolveStatistics:
+        """What the model's last call, and its backward pass if there was one, cost on this rank."""
+        ...
+
+    def gradcheck_case(self) -> GradcheckCase:
+        """A case for `pnode_dist.verify.gradcheck`. Collective on the world."""
+        ...
+
+    def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
+        """Forecast the validation data, write `forecast.h5` and `report.png` into the run directory.
+
+        Returns the table of figures, which JSON can hold, the same on every rank. Collective on the world.
+        """
+        ...

@@ -1,0 +1,223 @@
+"""The configuration of a run: what each table of the TOML file may hold, and reading it.
+
+Neither torch nor PETSc is imported here, so that a wrong configuration is answered at once. What needs the data set
+or the number of ranks is checked by those who know them, and ends as the same kind of error.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode import methods
+from pnode_dist.problems.field_config import FieldConfig, FieldModelConfig
+from pnode_dist.train.diagnosis import first_error
+from pnode_dist.trajectory.budget import Trajectory, parse_size
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+CountOrNone = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+
+
+def _method(name: str) -> str:
+    methods.resolve(name)
+    return name
+
+
+def _size(size: int | str) -> int | str:
+    parse_size(size)
+    return size
+
+
+def _run_name(name: str) -> str:
+    if not name.strip() or name in (".", "..") or set(name) & set('/\\"\0\n'):
+        raise ValueError("must be a plain file name, without slashes or quotes")
+    return name
+
+
+def _petsc_options(options: dict[str, Any]) -> dict[str, Any]:
+    for name in options:
+        if not name or name.startswith("-") or any(character.isspace() for character in name):
+            raise ValueError(f"{name!r} must be the name of a PETSc option without its dash, such as ts_monitor")
+    return options
+
+
+def _leads(leads: tuple[int, ...]) -> tuple[int, ...]:
+    if list(leads) != sorted(set(leads)):
+        raise ValueError("must be increasing")
+    return leads
+
+
+class Table(BaseModel):
+    """A table of the file: its keys and no others, fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(Table):
+    """`[run]`: what the run is called and where its files go."""
+
+    name: Annotated[StrictStr, AfterValidator(_run_name)]
+    """By default the name of the configuration file."""
+    directory: StrictStr | None = None
+    """The run directory; by default `runs/<name>`."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
+    """Seeds the parameters, the order of the batches and the directions of the gradient check."""
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return Path(self.directory or Path("runs") / self.name)
+
+
+class MeshConfig(Table):
+    """`[mesh]`: the MPI world as state ranks x data replicas."""
+
+    state: Count | None = None
+    """Ranks over which one state is spread; by default all that `data` leaves."""
+    data: Count = 1
+    """Replicas, each on other training data."""
+    backend: Literal["mpi", "gloo", "nccl"] = "mpi"
+    """How torch.distributed communicates."""
+
+
+class SolverConfig(Table):
+    """`[solver]`: the time stepping."""
+
+    method: Annotated[StrictStr, AfterValidator(_method)] = "rk4"
+    """A name from `pnode-dist methods`."""
+    step_size: Positive | None = None
+    """The longest step, in the problem's time units; by default one step between output times."""
+    petsc_options: Annotated[dict[str, StrictStr | bool | int | float], AfterValidator(_petsc_options)] = {}
+    """PETSc options of the solver, without the dash; an option that takes no value is written `""`."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The PETSc options as `odeint` takes them: None stands for an option without a value."""
+        return {name: None if value == "" else value for name, value in self.petsc_options.items()}
+
+
+class TrajectoryConfig(Table):
+    """`[trajectory]`: what may be kept for the adjoint, per rank. Sizes are bytes or strings such as `"256MiB"`."""
+
+    ram: Annotated[StrictInt | StrictStr, AfterValidator(_size)] = "256MiB"
+    disk: Annotated[StrictInt | StrictStr, AfterValidator(_size)] = 0
+    directory: StrictStr | None = None
+    """For disk checkpoints, best local to the node; by default SLURM_TMPDIR or the system's temporary directory."""
+    ram_slots: CountOrNone | None = None
+    """A number of checkpoints, instead of bytes."""
+    disk_slots: CountOrNone | None = None
+
+    def build(self) -> Trajectory:
+        """The budget as `odeint` takes it."""
+        return Trajectory(**self.model_dump())
+
+
+class TrainingConfig(Table):
+    """`[training]`: AdamW on the batches of the problem."""
+
+    epochs: Count
+    learning_rate: Positive = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine`: the learning rate falls to zero over the run along half a cosine."""
+    weight_decay: NotNegative = 0.0
+    batch_size: Count = 1
+    """Per replica."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """In what the model computes; PETSc's state is in its own scalar type."""
+    gradient_clip: Positive | None = None
+    """The largest norm of the gradient, summed over ranks, that a step is taken with."""
+    log_every: Count = 1
+    """Epochs between progress lines where the output is not a terminal."""
+    validate_every: CountOrNone = 0
+    """Epochs between validations; 0: only after the last."""
+    keep: Literal["last", "best"] = "last"
+    """Which parameters the run ends with. `best` chooses them by the validation data, whose errors are then no
+    longer those of unseen data: it needs a test set of its own to report on."""
+
+
+class EvaluationConfig(Table):
+    """`[evaluation]`: what `pnode-dist evaluate` reports."""
+
+    leads: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_leads)] = (1, 2, 3, 6)
+    """Forecast lead times, in steps of the data's time axis."""
+
+
+class Config(Table):
+    """A whole configuration."""
+
+    run: RunConfig
+    mesh: MeshConfig = MeshConfig()
+    problem: FieldConfig
+    model: FieldModelConfig = FieldModelConfig()
+    solver: SolverConfig = SolverConfig()
+    trajectory: TrajectoryConfig = TrajectoryConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def to_toml(self) -> str:
+        """The configuration with all defaults written out, as `load` reads it."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read and validate a configuration file, with `section.key=value` overrides put over it.
+
+    An override's value is read as a TOML value, and as a string if it is none.
+    Raises `ConfigurationError`: one line with the file, the key, its value and what is allowed.
+    """
+    path = Path(path)
+    tables = _read(path)
+    sources = {}
+    for override in overrides:
+        sources[_apply(tables, override)] = f"--set {override}"
+    run = tables.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", path.stem)
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigurationError(first_error(error, Config, str(path), sources)) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigurationError(f"{path}: there is no such configuration file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path}: not valid TOML: {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{path}: not valid TOML: not a text in UTF-8") from None
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _apply(tables: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Put one override into `tables`; returns the keys it went to."""
+    dotted, equals, text = override.partition("=")
+    keys = tuple(key.strip() for key in dotted.split("."))
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigurationError(f"--set {override}: must be section.key=value, such as training.epochs=10")
+    table = tables
+    for depth, key in enumerate(keys[:-1], 1):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"--set {override}: {'.'.join(keys[:depth])} is a value, not a table")
+    table[keys[-1]] = _value(text.strip())
+    return keys
+
+
+def _value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text

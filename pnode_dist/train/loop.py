@@ -1,0 +1,177 @@
+"""The training loop: AdamW on gradients that are summed over the mesh."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.mesh import Mesh
+from pnode_dist.problems.protocol import Batch, Problem
+from pnode_dist.sync import parallel
+from pnode_dist.train import run_directory
+from pnode_dist.train.config import TrainingConfig
+from pnode_dist.train.divergence import DivergenceError
+from pnode_dist.train.metrics import MetricsFile, StepRecord, ValidationRecord, peak_memory
+from pnode_dist.train.progress import EpochSummary, reporter
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the last epoch's mean loss, the figures of the parameters that were kept and their epoch."""
+
+    steps: int
+    seconds: float
+    loss: float
+    kept_epoch: int
+    figures: dict[str, float]
+
+
+@dataclass
+class _Best:
+    """The parameters with the least headline figure so far."""
+
+    epoch: int
+    figures: dict[str, float]
+    parameters: list[torch.Tensor]
+
+
+class _Optimiser:
+    """One optimiser step at a time, counted and measured."""
+
+    def __init__(self, problem: Problem, training: TrainingConfig, mesh: Mesh) -> None:
+        self._problem, self._training, self._mesh = problem, training, mesh
+        self._model = parallel(problem.model, mesh)
+        self._optimiser = torch.optim.AdamW(
+            self._model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+        self._schedule = None
+        if training.schedule == "cosine":
+            self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, T_max=training.epochs)
+        self._began = time.perf_counter()
+        self.steps = 0
+
+    @property
+    def seconds(self) -> float:
+        """Since training began."""
+        return time.perf_counter() - self._began
+
+    def step(self, batch: Batch, epoch: int) -> StepRecord:
+        """One step; raises `DivergenceError` on all ranks before parameters are spoilt. Collective on the world."""
+        self.steps += 1
+        self._optimiser.zero_grad(set_to_none=True)
+        share = self._problem.loss(self._model, batch)
+        share.backward()  # type: ignore[no-untyped-call]
+        solve = self._problem.solve_statistics()
+        totals = self._mesh.sum(
+            torch.tensor([share.item(), solve.bytes_written, solve.bytes_read], dtype=torch.float64)
+        )
+        loss = totals[0].item() / self._mesh.data_replicas
+        # The gradient is already the sum, the same on all ranks, and so are its norm and the clipping.
+        limit = self._training.gradient_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self._model.parameters(), limit).item()
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                raise DivergenceError(
+                    f"step {self.steps} (epoch {epoch}): the {name} is {value}: "
+                    "try a smaller learning_rate, a gradient_clip or a smaller step_size"
+                )
+        learning_rate = self._optimiser.param_groups[0]["lr"]
+        self._optimiser.step()
+        memory = self._mesh.max(torch.tensor([peak_memory()], dtype=torch.int64))
+        return StepRecord(
+            step=self.steps,
+            epoch=epoch,
+            loss=loss,
+            learning_rate=learning_rate,
+            wall_time=self.seconds,
+            gradient_norm=norm,
+            forward_steps=solve.forward_steps,
+            recomputed_steps=solve.recomputed_steps,
+            adjoint_steps=solve.adjoint_steps,
+            function_evaluations=solve.function_evaluations,
+            vjps=solve.vjps,
+            bytes_written=int(totals[1].item()),
+            bytes_read=int(totals[2].item()),
+            peak_memory=int(memory.item()),
+        )
+
+    def end_epoch(self) -> None:
+        """Let the learning rate follow its schedule."""
+        if self._schedule is not None:
+            self._schedule.step()
+
+
+def train(problem: Problem, training: TrainingConfig, mesh: Mesh, directory: Path) -> Outcome:
+    """Train `problem.model` and leave metrics and parameters in `directory`. Collective on the world.
+
+    Every rank differentiates its share of the loss; the gradients are summed over state ranks and averaged over data
+    replicas, so parameters stay bit for bit the same on all ranks. The parameters are saved after each validation
+    and at the end. Validation data choose parameters only with `keep = "best"`.
+    Raises `DivergenceError` on all ranks when the loss or its gradient is not finite.
+    """
+    optimiser = _Optimiser(problem, training, mesh)
+    metrics_path = directory / run_directory.METRICS if mesh.is_root else None
+    best: _Best | None = None
+    figures: dict[str, float] = {}
+    loss = math.nan
+    with (
+        MetricsFile(metrics_path) as metrics,
+        reporter(mesh.is_root, training.epochs, training.log_every) as report,
+    ):
+        for epoch in range(1, training.epochs + 1):
+            began = time.perf_counter()
+            losses = []
+            for batch in problem.batches(epoch):
+                record = optimiser.step(batch, epoch)
+                metrics.write(record)
+                losses.append(record.loss)
+            if not losses:
+                raise ConfigurationError(
+                    "there is no training batch: make batch_size smaller or the training part longer"
+                )
+            optimiser.end_epoch()
+            seconds = time.perf_counter() - began
+            loss = math.fsum(losses) / len(losses)
+            validates = epoch == training.epochs or (training.validate_every and epoch % training.validate_every == 0)
+            headline = None
+            if validates:
+                figures = _validate(problem)
+                metrics.write(ValidationRecord(optimiser.steps, epoch, optimiser.seconds, problem.units, figures))
+                headline = next(iter(figures.items()), None)
+                if training.keep == "best" and headline is not None and _improves(headline[1], best):
+                    best = _Best(epoch, figures, [value.detach().clone() for value in problem.model.parameters()])
+                if mesh.is_root and (best is None or best.epoch == epoch):
+                    run_directory.save_parameters(problem.model, directory / run_directory.MODEL)
+            summary = EpochSummary(
+                epoch, training.epochs, loss, seconds, len(losses) / seconds, headline, problem.units
+            )
+            report.epoch(summary)
+    kept_epoch = training.epochs
+    if best is not None:
+        kept_epoch, figures = best.epoch, best.figures
+        with torch.no_grad():
+            for value, kept in zip(problem.model.parameters(), best.parameters, strict=True):
+                value.copy_(kept)
+    if mesh.is_root:
+        run_directory.save_parameters(problem.model, directory / run_directory.MODEL)
+    mesh.barrier()
+    return Outcome(optimiser.steps, optimiser.seconds, loss, kept_epoch, figures)
+
+
+def _validate(problem: Problem) -> dict[str, float]:
+    training = problem.model.training
+    problem.model.eval()
+    with torch.no_grad():
+        figures = problem.validation(problem.model)
+    problem.model.train(training)
+    return figures
+
+
+def _improves(figure: float, best: _Best | None) -> bool:
+    return math.isfinite(figure) and (best is None or figure < next(iter(best.figures.values())))

@@ -1,0 +1,158 @@
+"""The directory of a run: who may write there, and the files that a run leaves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.mesh import Mesh
+from pnode_dist.train.config import Config
+
+CONFIG, VERSIONS, METRICS, MODEL = "config.toml", "versions.json", "metrics.jsonl", "model.pt"
+FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", "report.png")
+"""All files that the project writes into a run directory; no others are ever removed."""
+
+Result = TypeVar("Result")
+
+
+def on_root(mesh: Mesh, action: Callable[[], Result]) -> Result:
+    """What `action` returned on rank 0, or the `ConfigurationError` it raised, on all. Collective on the world."""
+    result: Any = None
+    if mesh.is_root:
+        try:
+            result = action()
+        except ConfigurationError as error:
+            result = error
+    result = mesh.broadcast_object(result)
+    if isinstance(result, ConfigurationError):
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise `ConfigurationError` unless a run may write to `path`: it is new, empty, or to be overwritten."""
+    try:
+        occupied = any(path.iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise ConfigurationError(f"run directory {path}: there is a file of that name") from None
+    except OSError as error:
+        raise ConfigurationError(f"run directory {path}: cannot be read: {error.strerror}") from None
+    if occupied and not overwrite:
+        raise ConfigurationError(
+            f"run directory {path}: is not empty: choose another with --run-dir, or --overwrite it"
+        )
+
+
+def create(path: Path, config: Config, mesh: Mesh, overwrite: bool) -> None:
+    """Make the run directory, for its owner only, with `config.toml` and `versions.json`. Collective on the world.
+
+    With `overwrite`, files of an earlier run are removed, and nothing else.
+    Raises `ConfigurationError` on all ranks when it is not free or cannot be written.
+    """
+    versions = describe_versions(mesh)
+    on_root(mesh, lambda: _create(path, config, versions, overwrite))
+
+
+def _create(path: Path, config: Config, versions: dict[str, Any], overwrite: bool) -> None:
+    check_free(path, overwrite)
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700)
+        discard(path)
+        _write_atomically(path / CONFIG, config.to_toml().encode())
+        _write_atomically(path / VERSIONS, (json.dumps(versions, indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigurationError(f"run directory {path}: cannot be written: {error.strerror}") from None
+
+
+def discard(path: Path) -> None:
+    """Remove the files that a run wrote into `path`, and no others."""
+    for name in FILES:
+        (path / name).unlink(missing_ok=True)
+
+
+def describe_versions(mesh: Mesh) -> dict[str, Any]:
+    """What the run was made with: packages, MPI library, ranks and hosts. Collective on the world."""
+    hosts = [mesh.broadcast_object(socket.gethostname(), source=rank) for rank in range(mesh.size)]
+    packages = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "mpi_library": MPI.Get_library_version().split("\0")[0].splitlines()[0].strip(),
+        "ranks": mesh.size,
+        "mesh": {"state": mesh.state_ranks, "data": mesh.data_replicas, "backend": mesh.backend},
+        "threads_per_rank": torch.get_num_threads(),
+        "hosts": hosts,
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def save_parameters(model: nn.Module, path: Path) -> None:
+    """Write a model's parameters as a state_dict of tensors, all at once or not at all. For one rank.
+
+    Buffers are left out: they may hold a rank's own part of a field, and are made anew from the configuration.
+    """
+    parameters = {name: value.detach().cpu().clone() for name, value in model.named_parameters()}
+    _write_atomically(path, lambda file: torch.save(parameters, file))
+
+
+def load_parameters(model: nn.Module, path: Path) -> None:
+    """Put the parameters in the file into `model`. Raises `ConfigurationError` if they are not those of this model."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise ConfigurationError(f"{path}: there is no such file: the run has not saved its model") from None
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ConfigurationError(f"{path}: cannot be read as saved parameters: {reason[:120]}") from None
+    wanted = dict(model.named_parameters())
+    if not isinstance(saved, dict) or saved.keys() != wanted.keys():
+        raise ConfigurationError(f"{path}: holds other parameters than the configured model has")
+    for name, value in wanted.items():
+        if saved[name].shape != value.shape:
+            raise ConfigurationError(
+                f"{path}: {name} has shape {tuple(saved[name].shape)}, in the configured model {tuple(value.shape)}"
+            )
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(saved[name])
+
+
+def _write_atomically(path: Path, content: bytes | Callable[[Any], None]) -> None:
+    """Write a file so that after a crash the old one or the whole new one is there."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
