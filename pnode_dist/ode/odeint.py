@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pnode_dist.ode import methods
 from pnode_dist.ode.layout import State, layout_of
-from pnode_dist.ode.parameters import find_parameters
+from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.rhs import Function, Problem
 from pnode_dist.ode.solve import Solve, Solver, communicator
 from pnode_dist.ode.stepper import PetscOptions
@@ -62,7 +62,14 @@ class _Solvers:
     def __init__(self) -> None:
         self._solvers: OrderedDict[Any, Solver] = OrderedDict()
 
+    def __reduce__(self) -> tuple[type[_Solvers], tuple[()]]:
+        # Copies and pickles of a module make solvers of their own.
+        return _Solvers, ()
+
     def get(self, key: Any, create: Callable[[], Solver]) -> Solver:
+        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver."""
+        if key in self._solvers and self._solvers[key].stepper.stepping:
+            return create()
         if key not in self._solvers or self._solvers[key].stepper.failed:
             self._solvers[key] = create()
             if len(self._solvers) > _KEPT_SOLVERS:
@@ -89,10 +96,11 @@ def _solve(
     table = methods.resolve(method)
     comm = communicator(partition)
     trajectory = trajectory or Trajectory()
-    parameters = find_parameters(func, (*args, *(params or ())))
-    sizes = tuple(parameter.numel() for parameter in parameters)
+    parameters = independent(find_parameters(func, (*args, *(params or ()))))
+    sizes = tuple(parameter.numel() for parameter in parameters.tensors)
     options = dict(options or {})
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*parts, *parameters))
+    tensors = (*parts, *parameters.tensors)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
     solver = solvers.get(
@@ -101,9 +109,10 @@ def _solve(
     )
     slots = agree_on_slots(trajectory, solver.stepper.state_array.nbytes, grid.steps, needs_gradient, comm)
     statistics = SolveStatistics()
-    solve = Solve(solver, grid, Problem(func, args, parameters), statistics, needs_gradient, slots)
+    problem = Problem(func, args, parameters, watched=torch.is_grad_enabled() and not needs_gradient)
+    solve = Solve(solver, grid, problem, statistics, needs_gradient, slots)
     if needs_gradient:
-        outputs = _Differentiable.apply(solve, len(parts), *parts, *parameters)  # type: ignore[no-untyped-call]
+        outputs = _Differentiable.apply(solve, len(parts), *tensors)  # type: ignore[no-untyped-call]
     else:
         with torch.no_grad():
             outputs = solve.forward(parts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,24 +71,100 @@ def _is_data(function: types.FunctionType, name: str) -> bool:
     return isinstance(function.__globals__.get(name), torch.Tensor | nn.Module | dict | list | tuple)
 
 
-def check_complete(outputs: Iterable[torch.Tensor], known: Iterable[torch.Tensor]) -> None:
-    """Raise `ValueError` if `outputs` depend on a leaf tensor that is not reached through `known`.
+@dataclass(frozen=True)
+class Parameters:
+    """What a right-hand side is differentiated by.
 
-    Walks the autograd graph of one evaluation of the right-hand side, stopping at the `known` tensors.
+    `tensors` do not depend on one another, so that each gets its own partial derivative. `shares_graph`: evaluations
+    have part of their graph in common, made before the solve, which must outlive the first pass over it.
     """
-    leaves = {id(tensor) for tensor in known if tensor.grad_fn is None}
-    boundary = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(boundary)
+
+    tensors: tuple[torch.Tensor, ...]
+    shares_graph: bool
+
+
+def independent(tensors: Iterable[torch.Tensor]) -> Parameters:
+    """Replace intermediate results that were computed from other parameters by the leaves they came from.
+
+    Differentiating by such a result and by its origin at once would count the way through the result twice.
+    """
+    tensors = tuple(tensors)
+    leaves = {id(tensor): tensor for tensor in tensors if tensor.grad_fn is None}
+    results = {tensor.grad_fn: tensor for tensor in tensors if tensor.grad_fn is not None}
+    kept = dict(leaves)
+    shares_graph = False
+    for node, tensor in results.items():
+        origins, through = _upstream(node)
+        if through & results.keys() - {node} or origins.keys() & leaves.keys():
+            kept.update(origins)
+            shares_graph = True
+        else:
+            kept[id(tensor)] = tensor
+    if shares_graph:
+        # The leaves that came in may be origins of results that were kept so far.
+        return Parameters(tuple(_leaves_of(tensors).values()), shares_graph=True)
+    return Parameters(tuple(kept[id(tensor)] for tensor in tensors), shares_graph=False)
+
+
+def _leaves_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    found: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        found.update({id(tensor): tensor} if tensor.grad_fn is None else _upstream(tensor.grad_fn)[0])
+    return found
+
+
+def _upstream(start: Any) -> tuple[dict[int, torch.Tensor], set[Any]]:
+    """The leaf tensors that a node of the autograd graph depends on, and the nodes on the way."""
+    leaves: dict[int, torch.Tensor] = {}
+    seen: set[Any] = set()
+    pending = [start]
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, torch.Tensor) and id(leaf) not in leaves:
-            raise ValueError(
-                f"func depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and was not found "
-                "among its parameters: name it with params=(...)"
-            )
-        pending.extend(parent for parent, _ in node.next_functions if parent is not None)
+        parents = node.next_functions
+        if not parents:
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, torch.Tensor):
+                leaves[id(leaf)] = leaf
+        pending.extend(parent for parent, _ in parents if parent is not None)
+    return leaves, seen
+
+
+def completeness_check(parameters: Parameters) -> Callable[[Iterable[torch.Tensor], Iterable[torch.Tensor]], None]:
+    """A check of one evaluation: `check(outputs, inputs)` raises `ValueError` if `outputs` depend on anything else.
+
+    It walks the autograd graph of the evaluation down to the inputs and the parameters. What it finds beyond them is
+    a tensor that the search has missed.
+    """
+    known = {id(tensor) for tensor in parameters.tensors}
+    boundary = {tensor.grad_fn for tensor in parameters.tensors if tensor.grad_fn is not None}
+
+    def check(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
+        leaves = {id(tensor) for tensor in inputs}
+        seen = set(boundary)
+        pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            parents = node.next_functions
+            if not parents:
+                leaf = getattr(node, "variable", None)
+                if leaf is not None and id(leaf) not in known and id(leaf) not in leaves:
+                    _refuse(leaf)
+            pending.extend(parent for parent, _ in parents if parent is not None)
+        for output in outputs:
+            if output.grad_fn is None and output.requires_grad and id(output) not in known | leaves:
+                _refuse(output)
+
+    return check
+
+
+def _refuse(leaf: torch.Tensor) -> None:
+    raise ValueError(
+        f"func depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and was not found among its "
+        "parameters: name it with params=(...)"
+    )

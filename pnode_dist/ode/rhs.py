@@ -15,7 +15,7 @@ from petsc4py import PETSc
 from torch import nn
 
 from pnode_dist.ode.layout import StateLayout
-from pnode_dist.ode.parameters import check_complete
+from pnode_dist.ode.parameters import Parameters, completeness_check
 from pnode_dist.partition import protocol
 
 Function = Callable[..., Any]
@@ -23,20 +23,29 @@ Function = Callable[..., Any]
 
 @dataclass
 class Problem:
-    """What one solve binds to the solver: the function, its extra arguments, its parameters, and counters."""
+    """What one solve binds to the solver: the function, its extra arguments, its parameters, and counters.
+
+    `watched`: nothing is known to require a gradient, but one may be asked for; evaluations are looked at for what
+    the search for parameters has missed.
+    """
 
     func: Function
     args: tuple[Any, ...]
-    parameters: tuple[torch.Tensor, ...]
-    checked: bool = False
+    parameters: Parameters
+    watched: bool = False
     evaluations: int = 0
     vjps: int = 0
+
+    def __post_init__(self) -> None:
+        self.check = completeness_check(self.parameters)
+        # A module says what its parameters are: it is looked at once. A function may use others at other times.
+        self.checks_left = 1 if isinstance(self.func, nn.Module) else -1
 
     @property
     def constants(self) -> tuple[torch.Tensor, ...]:
         """What exists once, however often `func` is evaluated: the parameters, and a module's buffers."""
         buffers = tuple(self.func.buffers()) if isinstance(self.func, nn.Module) else ()
-        return (*self.parameters, *buffers)
+        return (*self.parameters.tensors, *buffers)
 
 
 @dataclass(frozen=True)
@@ -118,15 +127,18 @@ class RightHandSide:
         if self._converts:
             inputs = tuple(part.to(self._layout.dtype) for part in inputs)
         if recording is None:
-            outputs = self._evaluate(problem, t, inputs)
+            with torch.set_grad_enabled(problem.watched):
+                outputs = self._evaluate(problem, t, inputs)
+            if problem.watched:
+                problem.check(outputs, ())
         else:
             copy = self._isolate and not self._converts
             inputs = tuple((part.clone() if copy else part.detach()).requires_grad_() for part in inputs)
             with torch.enable_grad():
                 outputs = self._evaluate(problem, t, inputs)
-            if not problem.checked:
-                check_complete(outputs, (*inputs, *problem.parameters))
-                problem.checked = True
+            if problem.checks_left:
+                problem.check(outputs, inputs)
+                problem.checks_left -= 1
             recording.append(StageGraph(inputs, outputs))
         for target, value in zip(self._parts(f), outputs, strict=True):
             target.copy_(value.detach())
@@ -167,12 +179,7 @@ class RightHandSide:
                 target.zero_()
         else:
             self.problem.vjps += 1
-            cotangents = torch.autograd.grad(
-                [out for out, _ in pairs],
-                [*graph.inputs, *self.problem.parameters],
-                [(part if self.direction > 0 else -part).to(out.dtype) for out, part in pairs],
-                allow_unused=True,
-            )
+            cotangents = self._vjp(graph, pairs)
             for target, value in zip(targets, cotangents, strict=False):
                 if value is None:
                     target.zero_()
@@ -180,6 +187,27 @@ class RightHandSide:
                     target.copy_(value)
             self._parameter_cotangents = list(cotangents[len(targets) :])
         result.stateIncrease()
+
+    def _vjp(
+        self, graph: StageGraph, pairs: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor | None, ...]:
+        assert self.problem is not None
+        parameters = self.problem.parameters
+        try:
+            return torch.autograd.grad(
+                [out for out, _ in pairs],
+                [*graph.inputs, *parameters.tensors],
+                [(part if self.direction > 0 else -part).to(out.dtype) for out, part in pairs],
+                allow_unused=True,
+                retain_graph=parameters.shares_graph,
+            )
+        except RuntimeError as error:
+            if "through the graph a second time" not in str(error):
+                raise
+            raise ValueError(
+                "func depends on an intermediate result that was computed before the solve and was not found among its "
+                "parameters: name it with params=(...)"
+            ) from None
 
     def apply_parameters_transposed(self, result: PETSc.Vec) -> None:
         """result = (df/dtheta)^T v for the v of the last `apply_transposed`."""

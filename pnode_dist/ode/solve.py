@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from pnode_dist.trajectory.replay import run_backward, run_forward
 from pnode_dist.trajectory.schedule import Action, Tier, with_graphs
 from pnode_dist.trajectory.spill import SpillPool
 from pnode_dist.trajectory.statistics import SolveStatistics
-from pnode_dist.trajectory.store import Checkpoints, MemoryPool, SlotPool
+from pnode_dist.trajectory.store import Checkpoints, MemoryPool, SlotPool, SpillError
 from pnode_dist.trajectory.store import State as FlatState
 
 
@@ -35,7 +36,8 @@ def communicator(partition: Partition | None) -> MPI.Comm:
 class Solver:
     """A stepper with the checkpoint slots that its solves share, on the ranks of `partition`.
 
-    `graph_bytes` is the memory of one step's graph on the rank where it is largest, once it has been measured.
+    `graph_bytes` is the memory of one step's graph on the rank where it is largest, once it has been measured;
+    `disk_is_lost` says that the disk failed some rank, and that later solves do without it.
     """
 
     stepper: Stepper
@@ -43,6 +45,7 @@ class Solver:
     partition: Partition | None
     trajectory: Trajectory
     graph_bytes: int | None = None
+    disk_is_lost: bool = False
 
     @classmethod
     def create(
@@ -80,6 +83,7 @@ class Solve:
     recordings: dict[int, Recording] = field(default_factory=dict)
     # The first step, taken to measure its graph before there was a plan: the state after it, and its recording.
     first_step: tuple[FlatState, Recording] | None = None
+    initial: tuple[torch.Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         array = self.solver.stepper.state_array
@@ -95,6 +99,9 @@ class Solve:
     def overwrite(self, write: Callable[[FlatState], None]) -> None:
         write(self.solver.stepper.state_array)
         self.solver.stepper.touched()
+
+    def restart(self) -> None:
+        self.solver.stepper.set_state(self.initial)
 
     def advance(self, step: int) -> None:
         if not self._use_first_step():
@@ -134,6 +141,7 @@ class Solve:
             stepper.monitor(step, self.grid.starts[last] + (step - last) * size, size)
 
         self.release()
+        self.initial = tuple(part.detach() for part in initial)
         stepper.bind(self.problem)
         stepper.set_state(initial)
         if self.grid.steps == 0:
@@ -142,7 +150,7 @@ class Solve:
             return outputs
         reached(0)
         if self.keeps_trajectory:
-            slots = self._plan(initial)
+            slots = self.slots = self._plan(initial)
             self.actions = with_graphs(self.grid.steps, slots.graphs, slots.ram, slots.disk)
             run_forward(self.actions, self, self.checkpoints, self.statistics, reached)
             self.statistics.graph_steps = slots.graphs
@@ -155,9 +163,25 @@ class Solve:
         self._count()
         return outputs
 
+    def _lost(self, error: str | None) -> bool:
+        """Whether some rank lost a checkpoint on disk; warns of it, or raises if that was asked for. Collective."""
+        comm = self.solver.stepper.comm
+        if not comm.allreduce(error is not None, MPI.LOR):
+            return False
+        errors = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(error)) if text is not None]
+        if self.solver.trajectory.on_spill_error == "raise":
+            raise SpillError(f"trajectory: {errors[0]}")
+        if comm.rank == 0:
+            warnings.warn(
+                f"trajectory: {errors[0]}; going on without checkpoints on disk", RuntimeWarning, stacklevel=2
+            )
+        return True
+
     def _plan(self, initial: tuple[torch.Tensor, ...]) -> Slots:
         """What to keep. The same on all ranks: it follows from figures that they have agreed on. Collective."""
         trajectory, stepper = self.solver.trajectory, self.solver.stepper
+        if self.solver.disk_is_lost:
+            self.slots = replace(self.slots, disk=0)
         if self.grid.steps == 1 or not trajectory.keeps_graphs:
             return self.slots
         if self.solver.graph_bytes is None:
@@ -192,14 +216,17 @@ class Solve:
 
         reversed_to(self.grid.steps)
         if self.grid.steps > 0:
-            run_backward(self.actions, self, self.checkpoints, self.statistics, reversed_to)
+            disk_is_lost = run_backward(
+                self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.slots.ram
+            )
+            self.solver.disk_is_lost = self.solver.disk_is_lost or disk_is_lost
         self._count()
         states = tuple(part.to(layout.dtype, copy=True) for part in adjoint)
-        sizes = [parameter.numel() for parameter in self.problem.parameters]
+        sizes = [parameter.numel() for parameter in self.problem.parameters.tensors]
         parameters = tuple(
             piece.view(parameter.shape).to(parameter.dtype, copy=True)
             for piece, parameter in zip(
-                torch.split(stepper.parameter_gradient, sizes), self.problem.parameters, strict=True
+                torch.split(stepper.parameter_gradient, sizes), self.problem.parameters.tensors, strict=True
             )
         )
         return states, parameters

@@ -53,7 +53,8 @@ class Stepper:
     `state` and `adjoint` are this rank's parts of the current state and of its adjoint, `parameter_gradient` the
     part of the gradient with respect to the parameters that this rank has gathered; all are tensors in PETSc's
     scalar type that share memory with PETSc (`state_array` is `state` for NumPy). After writing through them call
-    `touched()`. `failed` says that a step ended with an error, after which the stepper cannot be used again.
+    `touched()`. `stepping` says that a step is under way, `failed` that one ended with an error, after which the
+    stepper cannot be used again.
 
     `options` are PETSc options (without the leading dash) for this solver, on top of those on the command line.
     Raises `ConfigurationError` if they choose a type other than an explicit Runge-Kutta method of the table.
@@ -68,7 +69,7 @@ class Stepper:
         options: PetscOptions,
     ) -> None:
         self.comm, self.layout = comm, layout
-        self.failed = False
+        self.failed = self.stepping = False
         self._rhs = RightHandSide(layout, parameter_sizes)
         self._solution = protocol.create_vec(comm, layout.size)
         self._lambda = self._solution.duplicate()
@@ -173,6 +174,7 @@ class Stepper:
 
     @contextmanager
     def _errors_of_func(self) -> Iterator[None]:
+        self.stepping = True
         try:
             yield
         except BaseException:
@@ -182,6 +184,8 @@ class Stepper:
             if error is None:
                 raise
             raise error from None
+        finally:
+            self.stepping = False
 
     def monitor(self, number: int, time: float, size: float) -> None:
         """Run PETSc's monitors (`-ts_monitor`, ...) on the current state, if there are any. Collective on `comm`."""

@@ -21,6 +21,7 @@ _UNITS = {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*\Z")
 _UNLIMITED = 2**62
 KEEP_LEVELS = ("auto", "solution", "graph")
+SPILL_ERROR_POLICIES = ("recompute", "raise")
 
 
 def parse_size(size: int | str) -> int:
@@ -64,6 +65,10 @@ class Trajectory:
     again; `graph` the autograd graph of every step, as back-propagation does, or an error where `ram` is too small for
     them; `auto` graphs for the last steps and checkpoints for the rest, whatever needs the fewest steps within `ram`.
     With `ram_slots` given, `auto` is `solution`.
+
+    `on_spill_error` says what follows when a disk checkpoint cannot be written or read (a full disk, an I/O error, a
+    wrong checksum): `recompute` warns once and goes on without the disk, to the same gradient; `raise` ends the solve
+    with `SpillError` on all ranks.
     Raises `ConfigurationError` for a size that cannot be read, a negative number or an unknown `keep`.
     """
 
@@ -73,10 +78,16 @@ class Trajectory:
     ram_slots: int | None = None
     disk_slots: int | None = None
     keep: str = "auto"
+    on_spill_error: str = "recompute"
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP_LEVELS:
             raise ConfigurationError(f"trajectory: keep = {self.keep!r}: must be one of {', '.join(KEEP_LEVELS)}")
+        if self.on_spill_error not in SPILL_ERROR_POLICIES:
+            raise ConfigurationError(
+                f"trajectory: on_spill_error = {self.on_spill_error!r}: must be one of "
+                f"{', '.join(SPILL_ERROR_POLICIES)}"
+            )
         for key in ("ram", "disk"):
             try:
                 parse_size(getattr(self, key))
@@ -112,6 +123,15 @@ class Slots:
     checkpoint_bytes: int = 0
 
 
+def _is_writable(directory: Path) -> bool:
+    """Whether a directory can be made in `directory`: permissions alone do not tell, for root they are always there."""
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=directory))
+    except OSError:
+        return False
+    return True
+
+
 def _affordable(slots: int | None, budget: int | str, checkpoint_bytes: int) -> int:
     if slots is not None:
         return slots
@@ -133,8 +153,8 @@ def agree_on_slots(
     """
     ram = _affordable(trajectory.ram_slots, trajectory.ram, checkpoint_bytes)
     disk = _affordable(trajectory.disk_slots, trajectory.disk, checkpoint_bytes)
-    spills = disk > 0 and (trajectory.disk_slots is not None or parse_size(trajectory.disk) > 0) and steps - 1 > ram
-    unwritable = keeps_trajectory and spills and not os.access(trajectory.scratch, os.W_OK | os.X_OK)
+    has_disk = trajectory.disk_slots > 0 if trajectory.disk_slots is not None else parse_size(trajectory.disk) > 0
+    unwritable = keeps_trajectory and has_disk and steps - 1 > ram and not _is_writable(trajectory.scratch)
     bounds = np.array(
         [ram, disk, steps, -steps, keeps_trajectory, -keeps_trajectory, -checkpoint_bytes, -unwritable], dtype=np.int64
     )

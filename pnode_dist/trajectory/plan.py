@@ -52,7 +52,7 @@ def divide(trajectory: Trajectory, slots: Slots, steps: int, graph_bytes: int) -
             f"trajectory: keep = 'graph': the graphs of {steps} steps need ram = {(steps - 1) * graph_bytes}, "
             f"more than {trajectory.ram!r}"
         )
-    best, work = slots, optimal_forward_steps(steps, slots.ram + slots.disk)
+    best, work = slots, optimal_forward_steps(steps, slots.ram + slots.disk) if slots.ram + slots.disk else steps**2
     most = ram // graph_bytes + 1
     for graphs in range(2, most + 1, -(-most // _MOST_CANDIDATES)):
         rest = steps - graphs

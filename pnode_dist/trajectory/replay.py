@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from pnode_dist.trajectory.schedule import Action, Adjoint, Advance, EndForward, Record, Restore
+from pnode_dist.trajectory.schedule import (
+    Action,
+    Adjoint,
+    Advance,
+    EndForward,
+    Record,
+    Restart,
+    Restore,
+    Tier,
+    without_disk,
+)
 from pnode_dist.trajectory.statistics import SolveStatistics
-from pnode_dist.trajectory.store import Checkpoints, State
+from pnode_dist.trajectory.store import Checkpoints, SpillError, State
+
+_FETCHED_AHEAD = 2
+_LOOK_AHEAD = 4096
 
 
 class Steps(Protocol):
@@ -24,6 +38,10 @@ class Steps(Protocol):
 
     def overwrite(self, write: Callable[[State], None]) -> None:
         """Let `write` fill the current state."""
+        ...
+
+    def restart(self) -> None:
+        """Put the initial state of the solve back."""
         ...
 
     def advance(self, step: int) -> None:
@@ -75,12 +93,19 @@ def run_backward(
     checkpoints: Checkpoints,
     statistics: SolveStatistics,
     reversed_to: Callable[[int], None],
-) -> None:
+    lost: Callable[[str | None], bool],
+    ram_slots: int,
+) -> bool:
     """Run the rest of the schedule; `reversed_to(n)` is called when the adjoint has reached the state before step n.
 
-    Collective on the solver's communicator.
+    After every checkpoint read from disk, `lost(error)` tells the other ranks how it went here (None: well) and says
+    whether any of them lost it. If so the rest is planned anew, with `ram_slots` checkpoints in memory and none on
+    disk. Returns whether that happened. Collective on the solver's communicator.
     """
-    for action in actions:
+    disk_is_lost = False
+    remaining = 0
+    ahead = _looking_ahead(actions, checkpoints)
+    while (action := next(ahead, None)) is not None:
         match action:
             case Advance(first, last, tier):
                 if tier is not None:
@@ -91,11 +116,51 @@ def run_backward(
             case Record(step):
                 steps.record(step, outlives_sweep=False)
                 statistics.recomputed_steps += 1
-            case Restore(step, _, discard):
-                steps.overwrite(lambda state, step=step, discard=discard: checkpoints.restore(step, state, discard))  # type: ignore[misc]
+            case Restart():
+                steps.restart()
+            case Restore(step, tier, discard):
+                error = _restore(steps, checkpoints, step, discard)
+                if tier is Tier.DISK and lost(error):
+                    disk_is_lost = True
+                    checkpoints.drop_disk()
+                    ahead = without_disk(remaining, checkpoints.in_memory(), ram_slots)
             case Adjoint(step):
                 steps.adjoint(step)
                 statistics.adjoint_steps += 1
+                remaining = step
                 reversed_to(step)
             case EndForward():
                 raise AssertionError("the forward pass ended twice")
+    return disk_is_lost
+
+
+def _restore(steps: Steps, checkpoints: Checkpoints, step: int, discard: bool) -> str | None:
+    """Put a checkpoint back; what went wrong, None if nothing did."""
+    error: str | None = None
+
+    def write(state: State) -> None:
+        nonlocal error
+        try:
+            checkpoints.restore(step, state, discard)
+        except SpillError as reason:
+            error = str(reason)
+
+    steps.overwrite(write)
+    return error
+
+
+def _looking_ahead(actions: Iterator[Action], checkpoints: Checkpoints) -> Iterator[Action]:
+    """The same actions, with the next checkpoints on disk being fetched while those before them are carried out."""
+    upcoming: deque[Action] = deque()
+    fetched = 0
+    while True:
+        while fetched < _FETCHED_AHEAD and len(upcoming) < _LOOK_AHEAD and (action := next(actions, None)) is not None:
+            upcoming.append(action)
+            if isinstance(action, Restore) and action.tier is Tier.DISK:
+                checkpoints.prefetch(action.step)
+                fetched += 1
+        if not upcoming:
+            return
+        action = upcoming.popleft()
+        fetched -= isinstance(action, Restore) and action.tier is Tier.DISK
+        yield action

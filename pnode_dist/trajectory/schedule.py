@@ -6,7 +6,7 @@ puts their actions into the few words that the replay needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -52,13 +52,18 @@ class Restore:
 
 
 @dataclass(frozen=True, slots=True)
+class Restart:
+    """Put the initial state of the solve back."""
+
+
+@dataclass(frozen=True, slots=True)
 class Adjoint:
     """Reverse `step`, which was recorded."""
 
     step: int
 
 
-Action = Advance | Record | EndForward | Restore | Adjoint
+Action = Advance | Record | EndForward | Restore | Restart | Adjoint
 
 _TIERS = {
     checkpoint_schedules.StorageType.RAM: Tier.RAM,
@@ -87,16 +92,65 @@ def multistage(steps: int, ram_slots: int, disk_slots: int) -> Iterator[Action]:
 def with_graphs(steps: int, graphs: int, ram_slots: int, disk_slots: int) -> Iterator[Action]:
     """`multistage` for the first steps, and for the last `graphs` (1 or more) recordings that the forward pass leaves.
 
-    Raises `ValueError` as `multistage` does.
+    Without any slot the first steps are each reached from the initial state.
     """
     first_graph = max(steps - graphs + 1, 1)
-    for action in multistage(first_graph, ram_slots, disk_slots):
+    head = multistage(first_graph, ram_slots, disk_slots) if ram_slots + disk_slots else from_start(first_graph)
+    for action in head:
         if isinstance(action, EndForward):
             yield from (Record(step) for step in range(first_graph, steps))
             yield action
             yield from (Adjoint(step) for step in reversed(range(first_graph, steps)))
         else:
             yield action
+
+
+def from_start(steps: int) -> Iterator[Action]:
+    """A schedule without any checkpoint: every step is reached anew from the initial state."""
+    if steps > 1:
+        yield Advance(0, steps - 1, None)
+    yield Record(steps - 1)
+    yield EndForward()
+    yield Adjoint(steps - 1)
+    for step in reversed(range(steps - 1)):
+        yield Restart()
+        if step:
+            yield Advance(0, step, None)
+        yield Record(step)
+        yield Adjoint(step)
+
+
+def without_disk(remaining: int, held: Sequence[int], ram_slots: int) -> Iterator[Action]:
+    """Reverse steps `remaining - 1` to 0 when the checkpoints on disk are lost.
+
+    `held` are the steps whose checkpoints in memory are left, in order. Between them, binomial schedules use the slots
+    that are free; each checkpoint is given up when everything after it is reversed.
+    """
+    ends = [*held[1:], remaining]
+    for number in reversed(range(len(held))):
+        yield Restore(held[number], Tier.RAM, discard=True)
+        yield from _shifted(held[number], ends[number], ram_slots - number)
+    start = held[0] if held else remaining
+    if start:
+        yield Restart()
+        if ram_slots or start == 1:
+            yield from _shifted(0, start, ram_slots)
+        else:
+            yield from (action for action in from_start(start) if not isinstance(action, EndForward))
+
+
+def _shifted(first: int, end: int, ram_slots: int) -> Iterator[Action]:
+    """Binomial checkpointing of steps `first` to `end - 1`, from the state before `first`."""
+    for action in multistage(end - first, ram_slots, 0):
+        match action:
+            case Advance(start, last, tier):
+                yield Advance(first + start, first + last, tier)
+            case Record(step):
+                yield Record(first + step)
+            case Adjoint(step):
+                yield Adjoint(first + step)
+            case Restore(step, tier, discard):
+                yield Restore(first + step, tier, discard)
 
 
 @lru_cache(maxsize=64)

@@ -14,6 +14,7 @@ class SolveStatistics:
     vector-Jacobian products. `bytes_written` and `bytes_read` are the traffic with disk checkpoints;
     `checkpoint_bytes_peak` the most that checkpoints occupied at once in memory and on disk together. `graph_steps`
     are the steps whose graphs were kept from the forward pass, `graph_bytes` the memory of these.
+    `seconds_waiting_for_disk` is how long the solver stood still for disk checkpoints.
     """
 
     forward_steps: int = 0
@@ -26,6 +27,7 @@ class SolveStatistics:
     checkpoint_bytes_peak: int = 0
     graph_steps: int = 0
     graph_bytes: int = 0
+    seconds_waiting_for_disk: float = 0.0
 
     def __add__(self, other: SolveStatistics) -> SolveStatistics:
         return SolveStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -1,0 +1,79 @@
+"""Private scratch directories that do not outlive their process.
+
+A directory is removed with the object that asked for it, at interpreter exit and on SIGTERM (unless the program
+handles that itself). What a killed process leaves behind is removed by the next one that works in the same place: a
+live process holds a lock on its directory, which the system drops when it dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+PREFIX = "pnode-dist-"
+_GRACE = 60.0
+_live: set[Path] = set()
+
+
+class PrivateDirectory:
+    """A new directory under `parent`, readable by its owner only and with an unguessable name.
+
+    Raises `OSError` if it cannot be made.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        _remove_leftovers(parent)
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        lock = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _live.add(self.path)
+        _remove_on_sigterm()
+        self.remove: Callable[[], None] = weakref.finalize(self, _remove, self.path, lock)
+        """Remove the directory now; again is harmless."""
+
+
+def _remove(path: Path, lock: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(lock)
+    _live.discard(path)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove directories of our own whose processes are gone."""
+    for path in parent.glob(f"{PREFIX}*"):
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            # A directory made a moment ago is not locked yet.
+            old = os.fstat(lock)
+            if old.st_uid == os.getuid() and time.time() - old.st_mtime > _GRACE:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            continue
+        finally:
+            os.close(lock)
+
+
+def _remove_on_sigterm() -> None:
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return
+
+    def clean_up(number: int, frame: FrameType | None) -> None:
+        for path in list(_live):
+            shutil.rmtree(path, ignore_errors=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, clean_up)
