@@ -291,6 +291,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with _mesh(config) as mesh:
         run_directory.on_root(mesh, lambda: run_directory.check_free(directory, arguments.overwrite))
         problem = build(config, mesh, getattr(torch, config.training.dtype))
+        loop.rehearse(problem)
         run_directory.create(directory, config, mesh, arguments.overwrite)
         outcome = loop.train(problem, config.training, mesh, directory)
         if mesh.is_root:

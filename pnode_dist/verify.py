@@ -109,7 +109,7 @@ def gradcheck(case: GradcheckCase, mesh: Mesh, seed: int = 0) -> GradcheckResult
         adjoint_derivative=adjoint,
         finite_difference=difference,
         finite_difference_error=difference_error,
-        relative_error=abs(adjoint - difference) / scale if scale > 0 else 0.0,
+        relative_error=0.0 if adjoint == difference else abs(adjoint - difference) / scale,
         steps=steps,
         taylor_remainders_without_gradient=without,
         taylor_remainders=remainders,

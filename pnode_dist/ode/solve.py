@@ -216,9 +216,10 @@ class Solve:
 
         reversed_to(self.grid.steps)
         if self.grid.steps > 0:
-            disk_is_lost = run_backward(
-                self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.slots.ram
-            )
+            with _hooks_aside(self.problem.parameters.tensors):
+                disk_is_lost = run_backward(
+                    self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.slots.ram
+                )
             self.solver.disk_is_lost = self.solver.disk_is_lost or disk_is_lost
         self._count()
         states = tuple(part.to(layout.dtype, copy=True) for part in adjoint)
@@ -257,3 +258,16 @@ def _saved_bytes(constants: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+@contextmanager
+def _hooks_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Keep hooks on tensors from running: they are for the gradient of the whole solve, not for that of each stage."""
+    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks

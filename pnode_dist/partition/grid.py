@@ -30,10 +30,11 @@ def process_grid(shape: tuple[int, int], size: int, width: int) -> tuple[int, in
     choices = [(rows, size // rows) for rows in range(1, size + 1) if size % rows == 0]
     fitting = [grid for grid in choices if all(n // p >= least for n, p in zip(shape, grid, strict=True))]
     if not fitting:
-        most = max(shape[0] // least, 1) * max(shape[1] // least, 1)
+        most = (shape[0] // least) * (shape[1] // least)
         raise ConfigurationError(
-            f"a grid of {shape[0]} x {shape[1]} points cannot be split over {size} ranks with {least} or more rows and "
-            f"columns each (the width of the halo): use at most {most}"
+            f"a grid of {shape[0]} x {shape[1]} points cannot be split over {size} rank(s) with {least} or more rows "
+            "and columns each (the width of the halo): "
+            + (f"use at most {most}, or fewer" if most else "it needs a larger grid or a narrower halo")
         )
     return min(fitting, key=lambda grid: ((grid[0] - 1) * shape[1] + (grid[1] - 1) * shape[0], grid[1]))
 

@@ -20,7 +20,7 @@ from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.time_grid import time_grid
 from pnode_dist.partition import protocol
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.field_data import Field, agreed, open_source, read_field
+from pnode_dist.problems.field_data import Field, Source, agreed, open_source, read_field
 from pnode_dist.problems.field_model import FieldModel, Tendency, Windows, number_of_harmonics, windows
 from pnode_dist.problems.protocol import GradcheckCase
 from pnode_dist.report.forecast import Forecast, write_forecast
@@ -53,14 +53,7 @@ def build_field(config: Config, mesh: Mesh, dtype: torch.dtype) -> FieldProblem:
             f"[mesh] data = {mesh.data_replicas}: must be at most {starts}, the number of training windows"
         )
     harmonics = number_of_harmonics(model, source.time, training)
-    partition = GridPartition(
-        mesh,
-        source.shape,
-        source.channels,
-        problem.boundary,
-        stencil_width=max(model.dilations) * (model.kernel_size - 1) // 2,
-        processes=problem.processes,
-    )
+    partition = _partition(config, source, mesh)
     field = read_field(problem, source, partition, mesh)
     source.dataset.close()
     # From the seed alone, and in float64, so that every rank and every dtype starts from the same parameters.
@@ -78,6 +71,16 @@ def build_field(config: Config, mesh: Mesh, dtype: torch.dtype) -> FieldProblem:
     result = FieldProblem(config, mesh, partition, field, FieldModel(solve, field.time.step), dtype)
     result.check_budget()
     return result
+
+
+def _partition(config: Config, source: Source, mesh: Mesh) -> GridPartition:
+    problem, model = config.problem, config.model
+    halo = max(model.dilations) * (model.kernel_size - 1) // 2
+    try:
+        return GridPartition(mesh, source.shape, source.channels, problem.boundary, halo, problem.processes)
+    except ConfigurationError as error:
+        key = f"[mesh] state = {mesh.state_ranks}" if problem.processes is None else "[problem] processes"
+        raise ConfigurationError(f"{key}: {error}; [model] dilations and kernel_size need a halo of {halo}") from None
 
 
 @dataclass(frozen=True)
@@ -154,15 +157,16 @@ class FieldProblem:
         )
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
-        """The errors of the model and of three simple forecasts at each lead; writes `forecast.h5` and `report.png`.
+        """The errors of the model and of four simple forecasts at each lead; writes `forecast.h5` and `report.png`.
 
         A forecast starts from a time such that all that it forecasts, up to the longest lead, lies in the validation
         part; the first starts from the last training time. Errors are root mean squares over all starts and all
         cells inside the mask, not weighted by area. Persistence keeps the start's field; climatology is the mean of
-        the same season in the training part; anomaly persistence adds the start's departure from climatology to it.
+        the same season in the training part; anomaly persistence adds the start's departure from climatology to it,
+        and damped persistence only as much of it as persists from one step to the next in the training part.
         """
         forecast, batch = self._forecast(model)
-        forecasts = {"model": forecast, **baselines(self.field, batch)}
+        forecasts = {"model": forecast, **baselines(self.field, batch, self.mesh)}
         errors = {name: self._mean_squares(value, batch.targets).sqrt() for name, value in forecasts.items()}
         rows = [
             {"lead": lead, **{name: error[lead - 1].item() for name, error in errors.items()}}
@@ -223,14 +227,24 @@ class FieldProblem:
         write_forecast(run_directory / FORECAST, contents, self.partition, self.mesh)
 
 
-def baselines(field: Field, batch: Windows) -> dict[str, torch.Tensor]:
-    """What a forecast is to beat, for each of the windows' leads, normalised and shaped like their targets."""
+def baselines(field: Field, batch: Windows, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """What a forecast is to beat, for each of the windows' leads, normalised and shaped like their targets.
+
+    Damping is by the lag-one correlation of the training part's departures from climatology, to the power of the
+    lead. Collective on the state ranks.
+    """
     climatology = field.climatology()
+    departures = ((field.values - climatology) * field.inside)[: field.training]
+    moments = torch.stack([(departures[:-1] * departures[1:]).sum(), departures[:-1].square().sum()])
+    covariance, variance = mesh.sum(moments, over="state")
+    correlation = covariance / variance if variance > 0 else torch.zeros_like(variance)
     starts = torch.tensor(batch.starts)
     usual = torch.stack([climatology[starts + lead] for lead in range(1, len(batch.targets) + 1)])
     start = field.values[starts]
+    damping = correlation ** torch.arange(1, len(usual) + 1).reshape(-1, 1, 1, 1, 1)
     return {
         "persistence": start.expand_as(usual),
         "climatology": usual,
         "anomaly_persistence": usual + (start - climatology[starts]),
+        "damped_persistence": usual + (start - climatology[starts]) * damping,
     }

@@ -64,6 +64,11 @@ def number_of_harmonics(model: FieldModelConfig, time: TimeAxis, training: int) 
         raise ConfigurationError(
             f"[model] harmonics = {harmonics}: must be 0, as the times are no dates and [problem] period is not set"
         )
+    steps_per_cycle = math.inf if time.period is None else round(time.period / time.step)
+    if 2 * harmonics >= steps_per_cycle:
+        raise ConfigurationError(
+            f"[model] harmonics = {harmonics}: must be below half of the {steps_per_cycle} steps in a cycle"
+        )
     design = _harmonic_basis(torch.from_numpy(time.phases[:training]), harmonics)
     if np.linalg.matrix_rank(design.numpy(), rtol=1e-3) < design.shape[1]:
         raise ConfigurationError(

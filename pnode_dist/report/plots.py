@@ -28,6 +28,7 @@ _CURVES: dict[str, dict[str, Any]] = {
     "persistence": {"label": "persistence", "color": "#5b6770", "linestyle": "--", "marker": "s"},
     "climatology": {"label": "climatology", "color": "#1f78b4", "linestyle": "-.", "marker": "^"},
     "anomaly_persistence": {"label": "anomaly persistence", "color": "#e08a1e", "linestyle": ":", "marker": "D"},
+    "damped_persistence": {"label": "damped persistence", "color": "#4d8f3a", "linestyle": (0, (3, 1)), "marker": "v"},
 }
 _STYLE: Any = {
     "font.size": 10,

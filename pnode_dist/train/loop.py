@@ -107,6 +107,19 @@ class _Optimiser:
             self._schedule.step()
 
 
+def rehearse(problem: Problem) -> None:
+    """Compute the loss of one batch, without its gradient. Collective on the world.
+
+    Done before a run writes or replaces anything, so that what only the solver can find wrong with a configuration
+    is found here. Raises what the solver raises, and `ConfigurationError` when there is no training batch.
+    """
+    batch = next(problem.batches(1), None)
+    if batch is None:
+        raise ConfigurationError("there is no training batch: make batch_size smaller or the training part longer")
+    with torch.no_grad():
+        problem.loss(problem.model, batch)
+
+
 def train(problem: Problem, training: TrainingConfig, mesh: Mesh, directory: Path) -> Outcome:
     """Train `problem.model` and leave metrics and parameters in `directory`. Collective on the world.
 
@@ -131,10 +144,6 @@ def train(problem: Problem, training: TrainingConfig, mesh: Mesh, directory: Pat
                 record = optimiser.step(batch, epoch)
                 metrics.write(record)
                 losses.append(record.loss)
-            if not losses:
-                raise ConfigurationError(
-                    "there is no training batch: make batch_size smaller or the training part longer"
-                )
             optimiser.end_epoch()
             seconds = time.perf_counter() - began
             loss = math.fsum(losses) / len(losses)

@@ -1,0 +1,61 @@
+"""What tests at several ranks need: a mesh, a timeout each, and the same verdict on every rank."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from pnode_dist import Mesh
+
+TIMEOUT, PATIENCE = 60, 15
+_verdicts = MPI.COMM_WORLD.Dup()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A deadlock is a failure with the stacks of all threads, and ends the other ranks too.
+    for item in items:
+        if "mpi" in item.keywords and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUT, method="thread"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Let a test that failed on one rank fail on all; end the run when the others are stuck waiting for it."""
+    report = yield
+    if call.when != "call" or _verdicts.size == 1 or "mpi" not in item.keywords:
+        return report
+    failed = np.array([report.failed], dtype="i")
+    anywhere = np.empty(_verdicts.size, dtype="i")
+    agreement = _verdicts.Iallgather(failed, anywhere)
+    deadline = time.monotonic() + (PATIENCE if report.failed else 2 * TIMEOUT)
+    while not agreement.Test():
+        if time.monotonic() > deadline:
+            print(f"\nrank {_verdicts.rank}: {item.nodeid} ended here and not elsewhere\n{report.longreprtext}")
+            sys.stdout.flush()
+            sys.__stderr__.write(f"\nrank {_verdicts.rank}: {item.nodeid}\n{report.longreprtext}\n")  # type: ignore[union-attr]
+            sys.__stderr__.flush()  # type: ignore[union-attr]
+            MPI.COMM_WORLD.Abort(1)
+        time.sleep(1e-4)
+    if anywhere.any() and not report.failed:
+        report.outcome = "failed"
+        report.longrepr = f"failed on rank {', '.join(str(rank) for rank in np.flatnonzero(anywhere))}"
+    return report
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """All ranks as state ranks of one replica, for a whole file."""
+    with Mesh() as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def comm() -> MPI.Comm:
+    """All ranks."""
+    return MPI.COMM_WORLD

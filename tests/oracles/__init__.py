@@ -1,0 +1,1 @@
+"""Independent answers to compare with: plain torch, numpy and arithmetic, nothing of the package or of PETSc."""

@@ -1,0 +1,292 @@
+"""Explicit Runge-Kutta methods in plain torch, differentiable by ordinary back-propagation.
+
+The tables are those of PETSc's TSRK, written down from the literature and kept as exact fractions, so that
+`order_defect` can tell whether a table has the order it claims.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, lru_cache
+from itertools import combinations_with_replacement, pairwise
+from typing import Any
+
+import torch
+
+State = Any
+Tree = tuple["Tree", ...]
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """A Butcher tableau: `stages[i]` are the weights of the earlier stages in stage i, `weights` those of the step."""
+
+    order: int
+    stages: tuple[tuple[Fraction, ...], ...]
+    weights: tuple[Fraction, ...]
+
+    @property
+    def nodes(self) -> tuple[Fraction, ...]:
+        """The stage times, as fractions of the step: the sums of the rows."""
+        return tuple(sum(row, Fraction(0)) for row in self.stages)
+
+    @property
+    def first_same_as_last(self) -> bool:
+        """Whether the last stage is evaluated at the result of the step."""
+        return len(self.weights) > 1 and (*self.stages[-1], Fraction(0)) == self.weights
+
+    @property
+    def contributing_stages(self) -> int:
+        """The number of stages that the result of a step depends on."""
+        needed = {i for i, weight in enumerate(self.weights) if weight != 0}
+        for i in reversed(range(len(self.weights))):
+            if i in needed:
+                needed |= {j for j, weight in enumerate(self.stages[i]) if weight != 0}
+        return len(needed)
+
+
+def tableau(order: int, text: str) -> Tableau:
+    """A tableau from the rows of its lower triangle and then its weights, separated by semicolons."""
+    *stages, weights = (tuple(Fraction(entry) for entry in row.split()) for row in text.split(";"))
+    assert [len(row) for row in (*stages, weights)] == [*range(1, len(weights)), len(weights)]
+    return Tableau(order, ((), *stages), weights)
+
+
+# Keys are PETSc's names.
+TABLEAUX = {
+    # Euler 1768.
+    "1fe": tableau(1, "1"),
+    # Heun 1900: the explicit trapezoidal rule.
+    "2a": tableau(2, "1 ; 1/2 1/2"),
+    # Runge 1895: the explicit midpoint rule.
+    "2b": tableau(2, "1/2 ; 0 1"),
+    # The member of Kutta's third-order family with both later stages at 2/3 (Butcher 2016, section 32, case II).
+    "3": tableau(3, "2/3 ; -1/3 1 ; 1/4 1/2 1/4"),
+    # Bogacki & Shampine 1989, 3(2).
+    "3bs": tableau(3, "1/2 ; 0 3/4 ; 2/9 1/3 4/9 ; 2/9 1/3 4/9 0"),
+    # Kutta 1901: the classical method.
+    "4": tableau(4, "1/2 ; 0 1/2 ; 0 0 1 ; 1/6 1/3 1/3 1/6"),
+    # Fehlberg 1969, 4(5) with the fifth-order weights.
+    "5f": tableau(
+        5,
+        """
+        1/4 ;
+        3/32 9/32 ;
+        1932/2197 -7200/2197 7296/2197 ;
+        439/216 -8 3680/513 -845/4104 ;
+        -8/27 2 -3544/2565 1859/4104 -11/40 ;
+        16/135 0 6656/12825 28561/56430 -9/50 2/55
+        """,
+    ),
+    # Dormand & Prince 1980, 5(4).
+    "5dp": tableau(
+        5,
+        """
+        1/5 ;
+        3/40 9/40 ;
+        44/45 -56/15 32/9 ;
+        19372/6561 -25360/2187 64448/6561 -212/729 ;
+        9017/3168 -355/33 46732/5247 49/176 -5103/18656 ;
+        35/384 0 500/1113 125/192 -2187/6784 11/84 ;
+        35/384 0 500/1113 125/192 -2187/6784 11/84 0
+        """,
+    ),
+    # Bogacki & Shampine 1996, 5(4).
+    "5bs": tableau(
+        5,
+        """
+        1/6 ;
+        2/27 4/27 ;
+        183/1372 -162/343 1053/1372 ;
+        68/297 -4/11 42/143 1960/3861 ;
+        597/22528 81/352 63099/585728 58653/366080 4617/20480 ;
+        174197/959244 -30942/79937 8152137/19744439 666106/1039181 -29421/29068 482048/414219 ;
+        587/8064 0 4440339/15491840 24353/124800 387/44800 2152/5985 7267/94080 ;
+        587/8064 0 4440339/15491840 24353/124800 387/44800 2152/5985 7267/94080 0
+        """,
+    ),
+    # Verner 2010, the "most robust" 6(5) pair of 9 stages.
+    "6vr": tableau(
+        6,
+        """
+        9/50 ;
+        29/324 25/324 ;
+        1/16 0 3/16 ;
+        79129/250000 0 -261237/250000 19663/15625 ;
+        1336883/4909125 0 -25476/30875 194159/185250 8225/78546 ;
+        -2459386/14727375 0 19504/30875 2377474/13615875 -6157250/5773131 902/735 ;
+        2699/7410 0 -252/1235 -1393253/3993990 236875/72618 -135/49 15/22 ;
+        11/144 0 0 256/693 0 125/504 125/528 5/72 ;
+        11/144 0 0 256/693 0 125/504 125/528 5/72 0
+        """,
+    ),
+    # Verner 2010, the "most robust" 7(6) pair of 10 stages, to the 40 digits that he gives.
+    "7vr": tableau(
+        7,
+        """
+        0.005 ;
+        -1.0767901234567901234567901234567901234568 1.1856790123456790123456790123456790123457 ;
+        0.040833333333333333333333333333333333333333 0 0.1225 ;
+        0.63607142857142857142857142857142857142857 0 -2.4444642857142857142857142857142857142857
+        2.2633928571428571428571428571428571428571 ;
+        -2.5351211079349245229256383554660215487207 0 10.299374654449267920438514460756024913612
+        -7.9513032885990579949493217458266876536482 0.793011489231005922012260142711152618238 ;
+        1.0018765812524632961969196583094999808207 0 -4.1665712824423798331313938005470971453189
+        3.8343432929128642412552665218251378665197 -0.50233333560710847547464330228611765612403
+        0.66768474388416077115385092269857695410259 ;
+        27.255018354630767130333963819175005717348 0 -42.004617278410638355318645443909295369611
+        -10.535713126619489917921081600546526103722 80.495536711411937147983652158926826634202
+        -67.343882271790513468549075963212975640927 13.04865761077793746347118702956696476271 ;
+        -3.0397378057114965146943658658755763226883 0 10.138161410329801111857946190709700150441
+        -6.4293056748647215721462825629555298064437 -1.5864371483408276587115312853798610579467
+        1.8921781841968424410864308909131353365021 0.019699335407608869061292360163336442838006
+        0.0054416989827933235465102724247952572977903 ;
+        -1.4449518916777735137351003179355712360517 0 8.0318913859955919224117033223019560435041
+        -7.5831741663401346820798883023671588604984 3.5816169353190074211247685442452878696855
+        -2.4369722632199529411183809065693752383733 0.8515899999232617933968976603248614217339 0 0 ;
+        0.047425837833706756083569172717574534698932 0 0 0.2562236165937056265996172745827462344816
+        0.26951376833074206619473817258075952886764 0.12686622409092782845989138364739173247882
+        0.24887225942060071622046449427647492767292 0.0030744837408200631335304388479099184768645
+        0.048023809989496943308189063347143123323209 0
+        """,
+    ),
+    # Verner 2010, the "most robust" 8(7) pair of 13 stages, to the 40 digits that he gives.
+    "8vr": tableau(
+        8,
+        """
+        0.25 ;
+        0.087400846504915232052686327594877411977046 0.025487604938654321753087950620345685135815 ;
+        0.042333169291338582677165354330708661417323 0 0.12699950787401574803149606299212598425197 ;
+        0.42609505888742261494881445237572274090942 0 -1.5987952846591523265427733230657181117089
+        1.5967002257717297115939588706899953707994 ;
+        0.050719337296713929515090618138513639239329 0 0 0.25433377264600407582754714408877778031369
+        0.20394689005728199465736223777270858044698 ;
+        -0.29000374717523110970388379285425896124091 0 0 1.3441873910260789889438681109414337003184
+        -2.864777943361442730961110382703656282947 2.6775942995105948517211260646164815438695 ;
+        0.098535011337993546469740402980727014284756 0 0 0 0.22192680630751384842024036498197387903583
+        -0.18140622911806994312690338288073952457474 0.010944411472562548236922614918038631254153 ;
+        0.38711052545731144679444618165166373405645 0 0 -1.4424454974855277571256745553077927767173
+        2.9053981890699509317691346449233848441744 -1.8537710696301059290843332675811978025183
+        0.14003648098728154269497325109771241479223 0.57273940811495816575746774624447706488753 ;
+        -0.16124403444439308100630016197913480595436 0 0 -0.17339602957358984083578404473962567894901
+        -1.3012892814065147406016812745172492529744 1.1379503751738617308558792131431003472124
+        -0.03174764966396688010692352113804302469898 0.9335129382493366643981106448605688485659
+        -0.083786318334733852703300855629616433201504 ;
+        -0.019199444881589533281510804651483576073142 0 0 0.27330857265264284907942326254016124275617
+        -0.6753497320694437291969161121094238085624 0.34151849813846016071738489974728382711981
+        -0.06795006480337577247892051619852462939191 0.096591752247623878884265586491216376509746
+        0.13253082511182101180721038466545389951226 0.36854959360386113446906329951531666812946 ;
+        0.60918774036452898676888412111588817784584 0 0 -2.2725690858980016768999800931413088399719
+        4.7578983426940290068155255881914785497547 -5.5161067066927584824294689667844248244842
+        0.2900596369680119270909581856594617437818 0.5691423963359036822910985845480184914563
+        0.79267957603321670271339916205893327579951 0.15473720453288822894126190771849898232047
+        1.6149708956621816247083215106334544434974 ;
+        0.88735762208534719663211694051981022704884 0 0 -2.9754597821085367558513632804709301581977
+        5.6007170094881630597990392548350098923829 -5.915607450536674468001493018994165735184
+        0.22029689156134927016879142540807638331238 0.10155097824462216666143271340902996997549
+        1.1514345647386055909780397752125850553556 1.9297101665271239396134361900805843653065 0 0 ;
+        0.044729564666695714203015840429049382466467 0 0 0 0 0.15691033527708199813368698010726645409175
+        0.18460973408151637740702451873526277892035 0.2251638060208699104247941940035072197092
+        0.14794615651970234687005179885449141753736 0.076055542444955825269798361910336491012732
+        0.12277290235018619610824346315921437388535 0.041811958638991631583384842800871882376786 0
+        """,
+    ),
+}
+
+
+def steps_between(begin: float, end: float, step_size: float | None) -> list[tuple[float, float]]:
+    """The (start, size) of the equal steps from `begin` to `end`, each at most `step_size` long."""
+    # An interval that is a whole number of steps but for rounding takes that number.
+    count = 1 if step_size is None else max(1, math.ceil(abs(end - begin) / step_size - 1e-9))
+    size = (end - begin) / count
+    return [(begin + k * size, size) for k in range(count)]
+
+
+def odeint_plain(
+    func: Callable[..., State],
+    u0: State,
+    t: Sequence[float] | torch.Tensor,
+    table: Tableau,
+    step_size: float | None = None,
+    args: tuple[Any, ...] = (),
+) -> State:
+    """The states at the times `t` from u(t[0]) = u0, `[len(t), *u0.shape]`; a tuple of such for a tuple."""
+    is_tuple = isinstance(u0, tuple)
+    state: tuple[torch.Tensor, ...] = u0 if is_tuple else (u0,)
+
+    def derivative(time: float, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        value = func(torch.tensor(time, dtype=parts[0].dtype), parts if is_tuple else parts[0], *args)
+        return tuple(value) if is_tuple else (value,)
+
+    def combined(
+        base: tuple[torch.Tensor, ...], size: float, weights: Sequence[Fraction], slopes: list[tuple[torch.Tensor, ...]]
+    ) -> tuple[torch.Tensor, ...]:
+        for weight, slope in zip(weights, slopes, strict=True):
+            if weight:
+                base = tuple(part + size * float(weight) * k for part, k in zip(base, slope, strict=True))
+        return base
+
+    outputs = [state]
+    for begin, end in pairwise(float(time) for time in t):
+        for start, size in steps_between(begin, end, step_size):
+            slopes: list[tuple[torch.Tensor, ...]] = []
+            for row, node in zip(table.stages, table.nodes, strict=True):
+                slopes.append(derivative(start + float(node) * size, combined(state, size, row, slopes)))
+            state = combined(state, size, table.weights, slopes)
+        outputs.append(state)
+    stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+    return stacked if is_tuple else stacked[0]
+
+
+@lru_cache
+def rooted_trees(vertices: int) -> tuple[Tree, ...]:
+    """All rooted trees with so many vertices; a tree is the sorted tuple of the subtrees at its root."""
+    return tuple(sorted(set(_forests(vertices - 1, vertices - 1))))
+
+
+def _forests(vertices: int, largest: int) -> Iterator[Tree]:
+    if vertices == 0:
+        yield ()
+    for size in range(1, min(vertices, largest) + 1):
+        for count in range(1, vertices // size + 1):
+            for chosen in combinations_with_replacement(rooted_trees(size), count):
+                for rest in _forests(vertices - size * count, size - 1):
+                    yield tuple(sorted((*chosen, *rest)))
+
+
+def _vertices(tree: Tree) -> int:
+    return 1 + sum(_vertices(branch) for branch in tree)
+
+
+def _density(tree: Tree) -> int:
+    return _vertices(tree) * math.prod(_density(branch) for branch in tree)
+
+
+def order_defect(table: Tableau, order: int) -> Fraction:
+    """The largest violation of Butcher's conditions for `order`: sum_i b_i phi_i(tree) = 1 / density(tree).
+
+    J. C. Butcher: Numerical Methods for Ordinary Differential Equations, 3rd ed. (2016), theorem 315A.
+    """
+    stages = range(len(table.weights))
+
+    @cache
+    def elementary_weights(tree: Tree) -> tuple[Fraction, ...]:
+        factors = [Fraction(1)] * len(stages)
+        for branch in tree:
+            inner = elementary_weights(branch)
+            factors = [
+                factors[i] * sum((a * inner[j] for j, a in enumerate(table.stages[i])), Fraction(0)) for i in stages
+            ]
+        return tuple(factors)
+
+    return max(
+        abs(
+            sum((b * phi for b, phi in zip(table.weights, elementary_weights(tree), strict=True)), Fraction(0))
+            - Fraction(1, _density(tree))
+        )
+        for vertices in range(1, order + 1)
+        for tree in rooted_trees(vertices)
+    )

@@ -1,0 +1,54 @@
+"""The table of methods: what it holds, what it is called, and what is said to a wrong name."""
+
+import pytest
+from petsc4py import PETSc
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.methods import METHODS, resolve
+from tests.oracles.runge_kutta import TABLEAUX
+
+USUAL_NAMES = {
+    "euler": "1fe",
+    "heun": "2a",
+    "midpoint": "2b",
+    "bosh3": "3bs",
+    "rk4": "4",
+    "fehlberg5": "5f",
+    "dopri5": "5dp",
+}
+
+
+def test_every_table_of_petsc_is_there_once() -> None:
+    assert sorted(method.petsc_name for method in METHODS.values()) == sorted(TABLEAUX)
+    of_petsc = {value for key, value in vars(PETSc.TS.RKType).items() if key.startswith("RK")}
+    assert of_petsc <= set(TABLEAUX)
+
+
+@pytest.mark.parametrize(("usual", "petsc"), USUAL_NAMES.items())
+def test_the_usual_name_and_petsc_s_mean_the_same_method(usual: str, petsc: str) -> None:
+    assert resolve(usual) is resolve(petsc)
+    assert resolve(usual).petsc_name == petsc
+    assert resolve(usual).name == usual
+
+
+@pytest.mark.parametrize("petsc_name", TABLEAUX)
+def test_order_stages_and_fsal_are_those_of_the_published_table(petsc_name: str) -> None:
+    method, table = resolve(petsc_name), TABLEAUX[petsc_name]
+    assert (method.order, method.stages) == (table.order, len(table.weights))
+    assert method.fsal == table.first_same_as_last
+
+
+@pytest.mark.parametrize("wrong", ["rk5", "RK4", "dopri", "", "beuler", "tsit5", "cn"])
+def test_an_unknown_name_is_answered_with_all_that_are_known(wrong: str) -> None:
+    with pytest.raises(ConfigurationError, match="method") as caught:
+        resolve(wrong)
+    message = str(caught.value)
+    assert repr(wrong) in message
+    assert "\n" not in message
+    for name in (*METHODS, *TABLEAUX):
+        assert name in message
+
+
+def test_a_near_miss_is_recognised() -> None:
+    with pytest.raises(ConfigurationError, match="did you mean 'dopri5'"):
+        resolve("dopri")

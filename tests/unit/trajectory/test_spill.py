@@ -1,0 +1,152 @@
+"""Checkpoints on disk: HDF5 that others can read, private while it is there, and gone afterwards."""
+
+import gc
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from pnode_dist import NeuralODE, Trajectory, odeint
+from pnode_dist.trajectory.schedule import Tier
+from tests.oracles.right_hand_sides import Network, random
+
+TIMES, U0 = [0.0, 1.0], random(2, 3)
+
+
+@pytest.fixture
+def spilling(tmp_path: Path) -> Trajectory:
+    return Trajectory(ram_slots=1, disk_slots=3, directory=tmp_path)
+
+
+def wait_until_written(node: NeuralODE) -> None:
+    """Until the thread that writes in the background has nothing left to do."""
+    (solver,) = node._solvers._solvers.values()
+    file = solver.pools[Tier.DISK]._file
+    with file.changed:
+        assert file.changed.wait_for(lambda: not any(slot.busy for slot in file.slots), timeout=30)
+
+
+def files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+def test_a_file_holds_the_states_before_the_steps_it_names(tmp_path: Path, spilling: Trajectory) -> None:
+    network = Network()
+    # Steps of a power of two: their ends are the same numbers whichever way they are reached.
+    states = odeint(network, U0, np.linspace(0, 1, 17).tolist()).detach()
+    node = NeuralODE(network, step_size=0.0625, trajectory=spilling)
+    solution = node(U0, TIMES)
+    wait_until_written(node)
+    (path,) = files(tmp_path)
+    with h5py.File(path, "r", locking=False) as file:
+        slots = [file[f"slot/{k}"] for k in range(3)]
+        assert sorted(file["slot"]) == ["0", "1", "2"]
+        steps = [int(slot.attrs["step"]) for slot in slots]
+        assert len(set(steps)) == 3
+        for step, slot in zip(steps, slots, strict=True):
+            assert slot.dtype == np.float64
+            assert float(slot.attrs["time"]) == step * 0.0625
+            assert np.array_equal(slot[...].reshape(2, 3), states[step].numpy())
+    assert node.last_solve.bytes_written == 3 * 48
+    solution.sum().backward()
+
+
+def test_files_are_private_whatever_the_umask(tmp_path: Path, spilling: Trajectory) -> None:
+    before = os.umask(0)
+    try:
+        solution = odeint(Network(), U0, TIMES, step_size=0.05, trajectory=spilling)
+    finally:
+        os.umask(before)
+    (path,) = files(tmp_path)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.parent.parent == tmp_path
+    del solution
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_files_are_gone_when_the_solution_is(backward: bool, tmp_path: Path, spilling: Trajectory) -> None:
+    network = Network()
+    solution = odeint(network, U0, TIMES, step_size=0.05, trajectory=spilling)
+    assert files(tmp_path)
+    if backward:
+        solution.sum().backward()
+    del solution
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_keeps_one_file_between_solves_and_removes_it_with_itself(
+    tmp_path: Path, spilling: Trajectory
+) -> None:
+    node = NeuralODE(Network(), step_size=0.05, trajectory=spilling)
+    for _ in range(3):
+        node(U0, TIMES).sum().backward()
+        assert len(files(tmp_path)) == 1
+    (path,) = files(tmp_path)
+    with h5py.File(path, "r", locking=False) as file:
+        assert len(file["slot"]) == 3
+    del node
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_while_memory_suffices(tmp_path: Path) -> None:
+    node = NeuralODE(Network(), step_size=0.05, trajectory=Trajectory(disk="1GiB", directory=tmp_path))
+    node(U0, TIMES).sum().backward()
+    assert list(tmp_path.iterdir()) == []
+    assert (node.last_solve.bytes_written, node.last_solve.bytes_read) == (0, 0)
+
+
+def test_nothing_is_written_without_gradients(tmp_path: Path, spilling: Trajectory) -> None:
+    with torch.no_grad():
+        odeint(Network(), U0, TIMES, step_size=0.05, trajectory=spilling)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_func_leaves_no_file(tmp_path: Path, spilling: Trajectory) -> None:
+    def func(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        if float(t) > 0.8:
+            raise FloatingPointError("blew up")
+        return -u
+
+    with pytest.raises(FloatingPointError, match="blew up"):
+        odeint(func, U0.clone().requires_grad_(), TIMES, step_size=0.05, trajectory=spilling)
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_petsc_writes_no_trajectory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spilling: Trajectory
+) -> None:
+    elsewhere = tmp_path / "working directory"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    odeint(Network(), U0, TIMES, step_size=0.05).sum().backward()
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "raise RuntimeError('the end')"])
+def test_files_are_gone_when_the_process_ends(ending: str, tmp_path: Path) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+import torch
+from pnode_dist import NeuralODE, Trajectory
+trajectory = Trajectory(ram_slots=1, disk_slots=3, directory={str(tmp_path)!r})
+node = NeuralODE(lambda t, u: -u, step_size=0.05, trajectory=trajectory)
+solution = node(torch.ones(3, dtype=torch.float64, requires_grad=True), [0.0, 1.0])
+assert list(Path({str(tmp_path)!r}).rglob("*.h5"))
+print("spilled")
+{ending}
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout == "spilled\n", ended.stderr
+    assert ended.returncode == {"pass": 0, "sys.exit(3)": 3}.get(ending, 1)
+    assert list(tmp_path.iterdir()) == []
