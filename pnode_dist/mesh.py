@@ -97,11 +97,11 @@ class _TorchDistributed:
             )
         self.open_meshes += 1
 
-    def release(self) -> None:
+    def release(self, free: bool) -> None:
         self.open_meshes -= 1
         if self.open_meshes == 0 and self.backend is not None:
             group = dist.group.WORLD
-            if isinstance(group, mpi_backend.MPIProcessGroup):
+            if free and isinstance(group, mpi_backend.MPIProcessGroup):
                 group.free()
             dist.destroy_process_group()
             self.backend = None
@@ -225,17 +225,20 @@ class Mesh:
 
     def close(self) -> None:
         """Free the process groups and communicators; again is harmless. Collective on the world."""
-        if self._closed:
-            return
+        if not self._closed:
+            self._release(free=True)
+            self.state_comm.Free()
+            if self._remove_abort is not None:
+                self._remove_abort()
+
+    def _release(self, free: bool) -> None:
+        """Leave torch.distributed; with `free` also free the groups' communicators, which takes all ranks."""
         self._closed = True
         for group in (self.data_group, self.state_group, self.world_group):
-            if isinstance(group, mpi_backend.MPIProcessGroup):
+            if free and isinstance(group, mpi_backend.MPIProcessGroup):
                 group.free()
             dist.destroy_process_group(group)
-        self.state_comm.Free()
-        _torch_distributed.release()
-        if self._remove_abort is not None:
-            self._remove_abort()
+        _torch_distributed.release(free)
 
     def __enter__(self) -> Mesh:
         return self
@@ -245,7 +248,11 @@ class Mesh:
     ) -> None:
         if error is None or self.size == 1:
             self.close()
-        elif isinstance(error, SystemExit) and error.code not in (0, None):
+            return
+        if not self._closed:
+            # The other ranks may not come here. What only they together can free goes with the process.
+            self._release(free=False)
+        if isinstance(error, SystemExit) and error.code not in (0, None):
             # The other ranks may be waiting for this one; interpreter shutdown would wait for them in turn.
             sys.stdout.flush()
             sys.stderr.flush()

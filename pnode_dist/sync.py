@@ -2,36 +2,66 @@
 
 Every rank differentiates its own share of the loss, so a replica's gradient is the sum of its ranks' gradients, and
 the gradient of the mean loss over replicas is that sum divided by their number. torch's DistributedDataParallel does
-the bucketing; the communication hook below replaces its mean over all ranks by this rule.
+the bucketing and takes the mean over all ranks. What each rank contributes is therefore multiplied by the number of
+state ranks first: unlike a sum in place of the mean, that leaves alone what earlier backward passes have accumulated.
 """
+
+from __future__ import annotations
 
 import hashlib
 import warnings
+import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree
 
 from pnode_dist.mesh import Mesh
 
 
-def _sum_over_state_mean_over_data(
-    mesh: Mesh,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> torch.futures.Future[torch.Tensor]:
-    buffer = bucket.buffer()
-    work = dist.all_reduce(buffer, group=mesh.world_group, async_op=True)
-    assert work is not None
-    replicas = mesh.data_replicas
+class _Contribution:
+    """Multiplies parameter gradients by `factor` while a backward pass comes through the wrapped module."""
 
-    def divide(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
-        total = future.value()[0]
-        return total if replicas == 1 else total.div_(replicas)
+    def __init__(self, factor: int) -> None:
+        self._factor = factor
+        self._coming_through = False
 
-    summed: torch.futures.Future[torch.Tensor] = work.get_future().then(divide)
-    return summed
+    def begin(self) -> None:
+        """Called when a backward pass reaches the module's output."""
+        if not self._coming_through:
+            self._coming_through = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+
+    def end(self) -> None:
+        """Called when that backward pass is over."""
+        self._coming_through = False
+
+    def scale(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The hook of every parameter."""
+        return gradient * self._factor if self._coming_through else gradient
+
+    def watch(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """The forward hook of the wrapper."""
+        self.end()
+        return _pytree.tree_map_only(torch.Tensor, lambda x: _Watched.apply(x, self), output)  # type: ignore[no-untyped-call]
+
+
+class _Watched(torch.autograd.Function):
+    """The identity, whose backward says that it is being run."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, contribution: _Contribution) -> torch.Tensor:
+        ctx.contribution = contribution
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        ctx.contribution.begin()
+        return cotangents[0], None
 
 
 def broadcast_parameters(module: nn.Module, mesh: Mesh) -> None:
@@ -53,7 +83,8 @@ def parallel(module: nn.Module, mesh: Mesh) -> DistributedDataParallel:
     """`module` under DistributedDataParallel over the whole mesh, with its parameters taken from rank 0.
 
     After `backward()` of each rank's share of the loss every parameter's `.grad` holds, bit for bit the same on all
-    ranks, the sum over state ranks and mean over data replicas. Buffers are never communicated.
+    ranks, the sum over state ranks and mean over data replicas. Gradients may be accumulated over several backward
+    passes, also under `no_sync()`. Buffers are never communicated.
     Raises `ValueError` when no parameter requires a gradient. Collective on the world.
     """
     if not any(value.requires_grad for value in module.parameters()):
@@ -69,8 +100,18 @@ def parallel(module: nn.Module, mesh: Mesh) -> DistributedDataParallel:
             init_sync=False,
             gradient_as_bucket_view=True,
         )
-    wrapped.register_comm_hook(mesh, _sum_over_state_mean_over_data)
+    if mesh.state_ranks > 1:
+        contribution = _Contribution(mesh.state_ranks)
+        trained = [value for value in module.parameters() if value.requires_grad]
+        hooks = [value.register_hook(contribution.scale) for value in trained]  # type: ignore[no-untyped-call]
+        weakref.finalize(wrapped, _remove, hooks).atexit = False
+        wrapped.register_forward_hook(contribution.watch)
     return wrapped
+
+
+def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def sum_gradients(tensors: list[torch.Tensor], comm: MPI.Comm) -> None:
