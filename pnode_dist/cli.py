@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import contextlib
-import ctypes
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pnode_dist.bench import BENCHMARKS
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.output import console, json_line, output, show_table
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-    from rich.console import Console
 
     from pnode_dist.mesh import Mesh
     from pnode_dist.train.config import Config
@@ -29,7 +26,6 @@ PROGRAM = "pnode-dist"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 _LAUNCHER_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID", "RANK")
 _PATIENCE = 10.0
-_FILE_WIDTH = 160
 _EPILOG = "Arguments after -- are PETSc options, such as: -- -ts_monitor -log_view"
 
 
@@ -181,71 +177,6 @@ def _first(comm: MPI.Intracomm) -> bool:
     return comm.rank == 0 and (comm.size > 1 or _launcher_rank() == 0)
 
 
-# Output
-
-
-@contextlib.contextmanager
-def _output(as_json: bool, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What prints a command's result as JSON on standard output. With `as_json`, all else goes to standard error.
-
-    That includes what libraries written in C print, now and when PETSc is finalised.
-    """
-    if not as_json:
-        yield lambda result: None
-        return
-    results: list[dict[str, Any]] = []
-    sys.stdout.flush()
-    saved = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield results.append
-    finally:
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(saved, 1)
-        os.close(saved)
-    if shown:
-        for result in results:
-            print(json.dumps(result), flush=True)
-    atexit.register(os.dup2, 2, 1)
-
-
-def _console() -> Console:
-    """Standard output; as wide as it takes where it is not a terminal."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
-
-
-def _show_table(result: dict[str, Any]) -> None:
-    """Print figures for people: lists of rows as tables, the rest as lines."""
-    from rich.table import Table
-
-    console = _console()
-    for key, value in result.items():
-        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            table = Table(title=key.replace("_", " "))
-            for column, entry in value[0].items():
-                justify: Literal["left", "right"] = "left" if isinstance(entry, str) else "right"
-                table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
-            for row in value:
-                table.add_row(*(_figure(entry) for entry in row.values()))
-            console.print(table)
-        elif isinstance(value, dict):
-            for name, entry in value.items():
-                console.print(f"{key.replace('_', ' ')}: {name.replace('_', ' ')}: {_figure(entry)}", highlight=False)
-        else:
-            console.print(f"{key.replace('_', ' ')}: {_figure(value)}", highlight=False)
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(_figure(entry) for entry in value)
-    return "-" if value is None else str(value)
-
-
 # Commands
 
 
@@ -314,7 +245,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from pnode_dist.problems import build
 
-    with _mesh(config) as mesh, _output(arguments.json, mesh.is_root) as emit:
+    with _mesh(config) as mesh, output(arguments.json, mesh.is_root) as emit:
         problem = build(config, mesh, getattr(torch, config.training.dtype))
         run_directory.load_parameters(problem.model, directory / run_directory.MODEL)
         problem.model.eval()
@@ -322,7 +253,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             result = problem.evaluate(problem.model, directory)
         emit(result)
         if mesh.is_root and not arguments.json:
-            _show_table(result)
+            show_table(result)
     return 0
 
 
@@ -333,7 +264,7 @@ def _gradcheck(arguments: argparse.Namespace) -> int:
     from pnode_dist.problems import build
     from pnode_dist.verify import gradcheck
 
-    with _mesh(config) as mesh, _output(arguments.json, mesh.is_root) as emit:
+    with _mesh(config) as mesh, output(arguments.json, mesh.is_root) as emit:
         problem = build(config, mesh, torch.float64)
         result = gradcheck(problem.gradcheck_case(), mesh, config.run.seed)
         emit({"problem": problem.name, "method": config.solver.method, **result.as_dict()})
@@ -363,7 +294,7 @@ def _show_gradcheck(result: GradcheckResult) -> None:
             at = number - 1 if "orders" in name else number
             row[name.removeprefix("taylor_")] = values[at] if at >= 0 else None
         rows.append(row)
-    _show_table({**shown, "taylor_test": rows})
+    show_table({**shown, "taylor_test": rows})
 
 
 def _methods(arguments: argparse.Namespace) -> int:
@@ -374,9 +305,9 @@ def _methods(arguments: argparse.Namespace) -> int:
     rows = [asdict(method) for method in METHODS.values()]
     if _launcher_rank() == 0:
         if arguments.json:
-            print(json.dumps({"methods": rows}))
+            print(json_line({"methods": rows}))
         else:
-            _show_table({"methods": rows})
+            show_table({"methods": rows})
     return 0
 
 
@@ -392,11 +323,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     from pnode_dist.bench import run
 
     first = _first(MPI.COMM_WORLD)
-    with _output(arguments.json, first) as emit:
+    with output(arguments.json, first) as emit:
         report = run(arguments.name)
         emit(report.as_dict())
         if first and not arguments.json:
-            report.show(_console())
+            report.show(console())
     return 0
 
 

@@ -7,6 +7,7 @@ like h, and what the gradient leaves of it, J(x + h d) - J(x) - h <dJ, d>, like 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pnode_dist.buffers import bytes_of
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.problems.protocol import GradcheckCase
@@ -36,7 +38,8 @@ class GradcheckResult:
     `gradient_norm` is over parameters and initial state together. `adjoint_derivative` is the gradient along the
     direction, `finite_difference` the extrapolated central difference with its own estimated error. The Taylor
     remainders belong to `steps`, and their orders to the halvings between them; an order is None where the remainders
-    are too near to rounding to have one.
+    are too near to rounding to have one. `parameter_gradient_sha256` is of the bytes of the parameters' gradient: the
+    same for trajectories kept differently.
     """
 
     loss: float
@@ -50,6 +53,7 @@ class GradcheckResult:
     taylor_remainders: list[float]
     taylor_orders_without_gradient: list[float | None]
     taylor_orders: list[float | None]
+    parameter_gradient_sha256: str
     parameters: int
     state_size: int
     ranks: int
@@ -115,6 +119,7 @@ def gradcheck(case: GradcheckCase, mesh: Mesh, seed: int = 0) -> GradcheckResult
         taylor_remainders=remainders,
         taylor_orders_without_gradient=orders(without, smallest),
         taylor_orders=orders(remainders, smallest),
+        parameter_gradient_sha256=_sha256(parameter_gradients),
         parameters=sum(value.numel() for value in case.parameters),
         state_size=math.prod(_leading(case)) * math.prod(case.partition.global_shape),
         ranks=mesh.size,
@@ -164,6 +169,13 @@ def state_direction(
         whole = torch.from_numpy(generator.standard_normal((*leading, *partition.global_shape[1:])))
         drawn.select(len(leading), number).copy_(whole[columns])
     return drawn
+
+
+def _sha256(tensors: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(bytes_of(tensor.contiguous()).data)
+    return digest.hexdigest()
 
 
 def _leading(case: GradcheckCase) -> tuple[int, ...]:

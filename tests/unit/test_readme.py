@@ -1,0 +1,88 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+# Run here; the others are run by .ci/run, the tests or the demonstration itself.
+QUICK = ["pnode-dist methods", "pnode-dist doctor"]
+
+
+def test_there_are_examples_to_run() -> None:
+    assert len(EXAMPLES) == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_partitioned_example_runs_at_any_number_of_ranks_to_the_same_loss(
+    mpirun: Run, tmp_path: Path, ranks: int
+) -> None:
+    total = "total = mesh.sum(loss.double()).item()"
+    script = EXAMPLES[1].replace("if mesh.is_root:\n        print(", f"{total}\n    if mesh.is_root:\n        print(")
+    (tmp_path / "reaction.py").write_text(script.replace('"loss share of rank 0:", loss.item()', "total"))
+    done = mpirun(ranks, "python", "reaction.py")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(0.97334791, rel=1e-6)
+
+
+def test_the_first_example_spills_and_counts(mpirun: Run, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(EXAMPLES[0])
+    done = mpirun(1, "python", "example.py")
+    assert done.returncode == 0, done.stderr
+    counts = dict(re.findall(r"(\w+)=(\d+)", done.stdout))
+    assert counts["forward_steps"] == counts["adjoint_steps"] == "100"
+    assert int(counts["bytes_written"]) > 0
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_quick_commands_run(mpirun: Run, command: str) -> None:
+    assert command in COMMANDS
+    done = mpirun(1, *command.split())
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_benchmark_s_checks_hold_what_they_say(mpirun: Run) -> None:
+    assert "pnode-dist bench gradient" in COMMANDS
+    done = mpirun(1, "pnode-dist", "bench", "gradient", "--json", timeout=110)
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    assert all(set(check) == {"name", "value", "target", "holds"} for check in checks)
+    exact = [check for check in checks if "error" in check["name"] or "difference" in check["name"]]
+    assert exact
+    assert all(check["holds"] for check in exact)
+
+
+def test_every_other_command_is_run_elsewhere() -> None:
+    demo, ci = (ROOT / "launch/demo.sh").read_text(), (ROOT / ".ci/run").read_text()
+    elsewhere = {
+        "launch/demo.sh": "launch/demo.sh" in ci,
+        "launch/test.sh": "launch/test.sh" in ci,
+        "launch/mpirun.sh -n 2 pnode-dist train launch/configs/sea_surface.toml": (
+            "launch/mpirun.sh -n 2 pnode-dist train launch/configs/sea_surface.toml" in demo
+        ),
+        "launch/mpirun.sh -n 2 pnode-dist evaluate runs/sea_surface": (
+            "launch/mpirun.sh -n 2 pnode-dist evaluate runs/sea_surface" in demo
+        ),
+        "launch/mpirun.sh -n 2 pnode-dist gradcheck launch/configs/sea_surface.toml": (
+            "launch/mpirun.sh -n 2 pnode-dist gradcheck launch/configs/sea_surface.toml" in demo
+        ),
+        "pnode-dist bench gradient": True,
+    }
+    assert set(COMMANDS) == {*QUICK, *elsewhere}
+    assert all(elsewhere.values()), elsewhere
+
+
+def test_figures_and_pictures_that_the_readme_shows_exist() -> None:
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).stat().st_size > 10_000
