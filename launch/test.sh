@@ -2,6 +2,7 @@
 # Checks the code (ruff, mypy) and runs the tests: the serial ones once, those marked mpi at 1, 2, 3 and 4 ranks.
 #
 #   launch/test.sh [--ranks "1 2"] [--no-lint] [PYTEST ARGUMENT...]
+#   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,27 +22,43 @@ while [ $# -gt 0 ]; do
     esac
 done
 
+selection=no
+[ $# -eq 0 ] || selection=yes
+
 launch/bootstrap.sh || exit 1
 export PATH=$root/.venv/bin:$PATH
-summary=() failed=no
+summary=() failed=no tested=no
+no_tests=5 # pytest's exit code
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 part() {
-    local name=$1 started=$SECONDS outcome=passed
+    local name=$1 started=$SECONDS outcome=passed status=0
     shift
     printf '\n== %s\n' "$name"
-    if ! "$@"; then outcome=FAILED failed=yes; fi
+    "$@" || status=$?
+    # A selection of tests may well leave nothing for one of the parts.
+    if [ "$status" = "$no_tests" ] && [ "$selection" = yes ]; then
+        outcome="has none of these tests,"
+    elif [ "$status" != 0 ]; then
+        outcome=FAILED failed=yes
+        [ "$status" != 124 ] || outcome="FAILED (timed out)"
+    fi
+    if [[ $name == *tests* ]] && [ "$status" != "$no_tests" ]; then tested=yes; fi
     summary+=("$(printf '%-28s %s in %d s' "$name" "$outcome" $((SECONDS - started)))")
 }
 
 # Every rank runs its own pytest. Rank 0 speaks; another rank's output is shown when that rank failed.
 mpi_tests() {
-    local ranks=$1 logs status
+    local ranks=$1 status
     shift
-    logs=$(mktemp -d)
+    rm -rf "${logs:?}"/*
     export PNODE_DIST_TEST_LOGS=$logs
-    timeout --kill-after 10 900 launch/mpirun.sh -n "$ranks" python tests/mpi/run_rank.py "$@"
+    timeout --foreground --kill-after 10 900 launch/mpirun.sh -n "$ranks" python tests/mpi/run_rank.py "$@"
     status=$?
-    if [ "$status" -ne 0 ]; then
+    if [ "$status" -ne 0 ] && [ "$status" -ne "$no_tests" ]; then
         for log in "$logs"/rank*.log; do
             if [ -f "$log" ] && ! grep -q -E '^=+ [0-9]+ passed[^=]*=+$' "$log"; then
                 printf -- '-- the end of %s at %s ranks\n' "$(basename "$log" .log)" "$ranks"
@@ -49,7 +66,6 @@ mpi_tests() {
             fi
         done
     fi
-    rm -rf "$logs"
     return "$status"
 }
 
@@ -58,11 +74,15 @@ if [ "$lint" = yes ]; then
     part "ruff format" ruff format --check .
     part "mypy" mypy
 fi
-part "serial tests" timeout --kill-after 10 1500 python -m pytest tests -m "not mpi" "$@"
+part "serial tests" timeout --foreground --kill-after 10 1500 python -m pytest -m "not mpi" "$@"
 for ranks in $rank_counts; do
     part "mpi tests at $ranks rank(s)" mpi_tests "$ranks" "$@"
 done
 
 printf '\n'
 printf '%s\n' "${summary[@]}"
+if [ "$tested" = no ]; then
+    printf 'no test ran\n'
+    exit 1
+fi
 [ "$failed" = no ]

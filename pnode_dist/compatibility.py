@@ -35,12 +35,26 @@ def petsc4py_problem(version: str) -> str | None:
 def check_mpi() -> None:
     """Load mpi4py and PETSc, and raise `ImportError` if they do not fit each other or this package."""
     # mpi4py first: the MPI library it loads is then there already when PETSc asks for one.
-    import mpi4py.MPI  # noqa: F401
-    from petsc4py import PETSc
+    import mpi4py.MPI
+    import petsc4py
 
+    try:
+        from petsc4py import PETSc
+    except ImportError as error:
+        library = mpi4py.MPI.Get_library_version().splitlines()[0].strip("\0 ")
+        raise ImportError(
+            f"petsc4py cannot be loaded beside mpi4py, which uses {library}: {error}: build both on the same MPI "
+            f"({_INSTALL})"
+        ) from None
     maps = Path("/proc/self/maps")
     mapped = maps.read_text().splitlines() if maps.exists() else []
-    problem = scalar_problem(str(PETSc.ScalarType().dtype)) or mpi_problem(mapped)
+    config = petsc4py.get_config()
+    header = Path(config["PETSC_DIR"], config["PETSC_ARCH"], "include", "petscconf.h")
+    problem = (
+        scalar_problem(str(PETSc.ScalarType().dtype))
+        or uniprocessor_problem(header.read_text() if header.is_file() else "")
+        or mpi_problem(mapped)
+    )
     if problem:
         raise ImportError(problem)
 
@@ -50,6 +64,13 @@ def scalar_problem(scalar: str) -> str | None:
     if scalar in ("float64", "float32"):
         return None
     return f"pnode_dist needs a PETSc with real scalars and found {scalar}: configure it with --with-scalar-type=real"
+
+
+def uniprocessor_problem(petscconf: str) -> str | None:
+    """What is wrong with a PETSc build that has this petscconf.h, None if nothing is."""
+    if not re.search(r"^#define PETSC_HAVE_MPIUNI\b", petscconf, re.MULTILINE):
+        return None
+    return f"pnode_dist needs a PETSc with MPI and found one configured without: {_INSTALL}"
 
 
 def mpi_problem(mapped: Iterable[str]) -> str | None:

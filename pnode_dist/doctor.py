@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -10,7 +11,9 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +22,18 @@ import numpy as np
 import petsc4py
 import torch
 from mpi4py import MPI
-from petsc4py import PETSc
 from rich.console import Console
 from rich.table import Table
 
 import pnode_dist
-from pnode_dist.compatibility import mpi_problem, scalar_problem
+from pnode_dist.compatibility import check_mpi
 from pnode_dist.trajectory.budget import Trajectory, format_size
 
 PACKAGES = ("torch", "petsc4py", "mpi4py", "h5py", "numpy", "checkpoint-schedules", "pydantic", "xarray", "matplotlib")
 _SCRATCH_BYTES = 64 * 2**20
-# How many tasks the launcher says it started, by launcher.
+# How many tasks the launcher says it started, and which of them this is.
 _TASK_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "MPI_LOCALNRANKS")
+_TASK_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "MPI_LOCALRANKID")
 
 
 @dataclass(frozen=True)
@@ -52,22 +55,26 @@ class RankFacts:
     problem: str | None
 
 
-def run_doctor(as_json: bool) -> int:
-    """Print the findings on rank 0. Collective on the MPI world; returns 0 if nothing is wrong and 1 otherwise."""
+def run_doctor(as_json: bool, emit: Callable[[dict[str, Any]], None] | None = None) -> int:
+    """Print the findings on rank 0. Collective on the MPI world; returns 0 if nothing is wrong and 1 otherwise.
+
+    With `as_json` they go to `emit`, by default as one line to standard output, instead of into tables.
+    """
     comm = MPI.COMM_WORLD
     facts = comm.allgather(_facts_of(comm))
     ring = ring_problem(comm)
     problems = find_problems(facts, comm.size, ring)
-    if comm.rank == 0:
+    # Where MPI does not connect the processes, each is its own rank 0; the launcher's first one speaks.
+    if comm.rank == 0 and (comm.size > 1 or _from_environment(_TASK_RANKS, 0) == 0):
         findings = {
             "versions": versions(),
-            "mpi": {"library": _mpi_library(), "ranks": comm.size},
+            "mpi": {"library": _mpi_library(), "vendor": MPI.get_vendor()[0], "ranks": comm.size},
             "petsc": petsc_build(),
             "ranks": [asdict(rank) for rank in facts],
             "problems": problems,
         }
         if as_json:
-            print(json.dumps(findings), flush=True)
+            (emit or _print_json)(findings)
         else:
             _show(findings, facts)
         for problem in problems:
@@ -78,7 +85,11 @@ def run_doctor(as_json: bool) -> int:
 def versions() -> dict[str, str | None]:
     """The versions of Python, of the package and of what it stands on; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "pnode_dist": pnode_dist.__version__}
-    found["petsc"] = ".".join(map(str, PETSc.Sys.getVersion()))
+    found["petsc"] = None
+    with contextlib.suppress(ImportError):
+        from petsc4py import PETSc
+
+        found["petsc"] = ".".join(map(str, PETSc.Sys.getVersion()))
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -88,7 +99,11 @@ def versions() -> dict[str, str | None]:
 
 
 def petsc_build() -> dict[str, Any]:
-    """PETSc's types and how it was configured."""
+    """PETSc's types and how it was configured; empty if it cannot be loaded."""
+    try:
+        from petsc4py import PETSc
+    except ImportError:
+        return {}
     configured = ""
     directory = petsc4py.get_config().get("PETSC_DIR", "")
     arch = petsc4py.get_config().get("PETSC_ARCH", "")
@@ -104,19 +119,31 @@ def petsc_build() -> dict[str, Any]:
     }
 
 
-def memory_limit() -> int | None:
-    """The memory this rank's job may use, from Slurm or the control group, in bytes; None if there is no limit."""
+def memory_limit(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The memory this rank's job may use, from Slurm or its control groups, in bytes; None if there is no limit."""
     limits = []
-    if os.environ.get("SLURM_MEM_PER_NODE", "").isdigit():
-        limits.append(int(os.environ["SLURM_MEM_PER_NODE"]) * 2**20)
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
+    per_cpu = _from_environment(("SLURM_MEM_PER_CPU",), 0) * _from_environment(("SLURM_CPUS_ON_NODE",), 1)
+    for megabytes in (_from_environment(("SLURM_MEM_PER_NODE",), 0), per_cpu):
+        if megabytes:
+            limits.append(megabytes * 2**20)
+    try:
+        memberships = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        memberships = []
+    for _, controllers, path in memberships:
+        if controllers not in ("", "memory"):
             continue
-        # Version 1 of control groups says "no limit" by a number near 2^63.
-        if text.isdigit() and int(text) < 2**60:
-            limits.append(int(text))
+        base, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
+        group = base / path.lstrip("/")
+        # The limits of all groups above hold too. In a container the path is the host's, and only the base is there.
+        for directory in (group, *group.parents):
+            if not directory.is_relative_to(base):
+                break
+            with contextlib.suppress(OSError):
+                text = (directory / name).read_text().strip()
+                # Version 1 of control groups says "no limit" by a number near 2^63.
+                if text.isdigit() and int(text) < 2**60:
+                    limits.append(int(text))
     return min(limits, default=None)
 
 
@@ -145,9 +172,10 @@ def _facts_of(comm: MPI.Comm) -> RankFacts:
         first, again, read = scratch_speed(scratch)
     except OSError as error:
         problem = f"the scratch directory {scratch} cannot be used: {error.strerror or error}"
-    maps = Path("/proc/self/maps")
-    stack = scalar_problem(str(PETSc.ScalarType().dtype))
-    stack = stack or (mpi_problem(maps.read_text().splitlines()) if maps.exists() else None)
+    try:
+        check_mpi()
+    except ImportError as error:
+        problem = str(error)
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return RankFacts(
         rank=comm.rank,
@@ -157,13 +185,18 @@ def _facts_of(comm: MPI.Comm) -> RankFacts:
         torch_threads=torch.get_num_threads(),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         memory_limit=memory_limit(),
-        launched_tasks=max((int(os.environ[n]) for n in _TASK_COUNTS if os.environ.get(n, "").isdigit()), default=1),
+        launched_tasks=_from_environment(_TASK_COUNTS, 1),
         scratch=str(scratch),
         scratch_first_write=first,
         scratch_rewrite=again,
         scratch_read=read,
-        problem=stack or problem,
+        problem=problem,
     )
+
+
+def _from_environment(names: Iterable[str], default: int) -> int:
+    """The largest number that these environment variables hold."""
+    return max((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default=default)
 
 
 def ring_problem(comm: MPI.Comm) -> str | None:
@@ -196,6 +229,16 @@ def find_problems(facts: list[RankFacts], ranks: int, ring: str | None) -> list[
     return problems
 
 
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers for people: `ranges([0, 1, 2, 5]) == "0-2,5"`."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _print_json(findings: dict[str, Any]) -> None:
+    print(json.dumps(findings), flush=True)
+
+
 def _mpi_library() -> str:
     return " ".join(MPI.Get_library_version().splitlines()[0].strip("\0").split())
 
@@ -206,8 +249,8 @@ def _show(findings: dict[str, Any], facts: list[RankFacts]) -> None:
     for name, version in findings["versions"].items():
         software.add_row(name, version or "not installed")
     software.add_row("MPI", findings["mpi"]["library"])
-    for name in ("scalar", "integer", "configure_options"):
-        software.add_row(f"PETSc {name.replace('_', ' ')}", findings["petsc"][name])
+    for name, entry in findings["petsc"].items():
+        software.add_row(f"PETSc {name.replace('_', ' ')}", entry)
     console.print(software)
     ranks = Table(
         "rank", "host", "cpus", "threads", "memory limit", "scratch", "write", "rewrite", "read", title="ranks"
@@ -217,8 +260,8 @@ def _show(findings: dict[str, Any], facts: list[RankFacts]) -> None:
         ranks.add_row(
             str(rank.rank),
             rank.host,
-            ",".join(map(str, rank.cpus)),
-            str(rank.torch_threads),
+            ranges(rank.cpus),
+            f"{rank.torch_threads} torch, {rank.omp_num_threads or 'no limit for'} OpenMP",
             "none" if rank.memory_limit is None else format_size(rank.memory_limit),
             rank.scratch,
             *("-" if speed is None else f"{format_size(speed)}/s" for speed in speeds),

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ class Mesh:
         uncaught = sys.excepthook
         _torch_distributed.acquire(world, backend)
         # After torch.distributed, whose own hook would swallow the message when the process ends inside it.
-        self._remove_abort = _install_abort(world, uncaught) if world.size > 1 else None
+        self._remove_abort = _install_abort(world, uncaught) if world.size > 1 else _restoring(uncaught)
         source = MPI.COMM_WORLD if world.connected_by_mpi else MPI.COMM_SELF
         self.state_comm = source.Split(self.replica if world.connected_by_mpi else 0, world.rank)
         self.world_group = self._new_group([list(range(world.size))])
@@ -228,8 +229,7 @@ class Mesh:
         if not self._closed:
             self._release(free=True)
             self.state_comm.Free()
-            if self._remove_abort is not None:
-                self._remove_abort()
+            self._remove_abort()
 
     def _release(self, free: bool) -> None:
         """Leave torch.distributed; with `free` also free the groups' communicators, which takes all ranks."""
@@ -264,6 +264,17 @@ class Mesh:
         return f"Mesh(state={self.state_ranks}, data={self.data_replicas}, backend={self.backend!r}, rank={self.rank})"
 
 
+def _restoring(previous: Callable[..., None]) -> Callable[[], None]:
+    """What puts `previous` back in place of the hook for uncaught exceptions that is there now."""
+    installed = sys.excepthook
+
+    def restore() -> None:
+        if sys.excepthook is installed:
+            sys.excepthook = previous
+
+    return restore
+
+
 def _install_abort(world: _World, previous: Callable[..., None]) -> Callable[[], None]:
     """End all ranks on an uncaught exception in any thread of this one; returns what puts `previous` back."""
     previous_thread = threading.excepthook
@@ -274,6 +285,8 @@ def _install_abort(world: _World, previous: Callable[..., None]) -> Callable[[],
         sys.stdout.flush()
         sys.stderr.write("".join(f"[rank {world.rank} on {host}] {line}\n" for line in text.splitlines()))
         sys.stderr.flush()
+        # The launcher forwards what was written, and stops reading when it is told to abort.
+        time.sleep(0.3)
         if world.connected_by_mpi:
             MPI.COMM_WORLD.Abort(1)
         os._exit(1)
@@ -283,10 +296,10 @@ def _install_abort(world: _World, previous: Callable[..., None]) -> Callable[[],
             abort(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
 
     sys.excepthook, threading.excepthook = abort, abort_thread
+    restore_main = _restoring(previous)
 
     def restore() -> None:
-        if sys.excepthook is abort:
-            sys.excepthook = previous
+        restore_main()
         if threading.excepthook is abort_thread:
             threading.excepthook = previous_thread
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -119,6 +119,38 @@ def _solve(
     return layout.as_state(outputs), statistics
 
 
+@overload
+def odeint(
+    func: Function,
+    u0: torch.Tensor,
+    t: Times,
+    *,
+    method: str = ...,
+    step_size: float | None = ...,
+    partition: Partition | None = ...,
+    trajectory: Trajectory | None = ...,
+    args: tuple[Any, ...] = ...,
+    params: Sequence[torch.Tensor] | None = ...,
+    options: PetscOptions | None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def odeint(
+    func: Function,
+    u0: tuple[torch.Tensor, ...],
+    t: Times,
+    *,
+    method: str = ...,
+    step_size: float | None = ...,
+    partition: Partition | None = ...,
+    trajectory: Trajectory | None = ...,
+    args: tuple[Any, ...] = ...,
+    params: Sequence[torch.Tensor] | None = ...,
+    options: PetscOptions | None = ...,
+) -> tuple[torch.Tensor, ...]: ...
+
+
 def odeint(
     func: Function,
     u0: State,
@@ -189,6 +221,12 @@ class NeuralODE(nn.Module):
         self.options = options
         self.last_solve = SolveStatistics()
         self._solvers = _Solvers()
+
+    @overload
+    def forward(self, u0: torch.Tensor, t: Times, *args: Any) -> torch.Tensor: ...
+
+    @overload
+    def forward(self, u0: tuple[torch.Tensor, ...], t: Times, *args: Any) -> tuple[torch.Tensor, ...]: ...
 
     def forward(self, u0: State, t: Times, *args: Any) -> State:
         """The states at the times `t`, starting from `u0` at `t[0]`. Collective on the partition's communicator."""

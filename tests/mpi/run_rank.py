@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from mpi4py import MPI
 
 def main() -> int:
     rank = MPI.COMM_WORLD.rank
-    logs = Path(os.environ.get("PNODE_DIST_TEST_LOGS", "."))
+    chosen = os.environ.get("PNODE_DIST_TEST_LOGS")
+    logs = Path(MPI.COMM_WORLD.bcast(chosen or (tempfile.mkdtemp() if rank == 0 else None)))
     if rank > 0:
         log = (logs / f"rank{rank}.log").open("w", buffering=1)
         os.dup2(log.fileno(), sys.stdout.fileno())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 
+import petsc4py
 import pytest
+from mpi4py import MPI
 
 from pnode_dist import compatibility
 
@@ -39,6 +42,22 @@ def test_a_missing_petsc4py_is_named_with_what_installs_it(monkeypatch: pytest.M
 def test_complex_scalars_are_refused() -> None:
     assert compatibility.scalar_problem("float64") is None
     assert "real scalars and found complex128" in str(compatibility.scalar_problem("complex128"))
+
+
+def test_a_petsc_without_mpi_is_refused() -> None:
+    assert compatibility.uniprocessor_problem("#define PETSC_HAVE_MPICH 1\n") is None
+    problem = compatibility.uniprocessor_problem("#define PETSC_HAVE_MPIIO 1\n#define PETSC_HAVE_MPIUNI 1\n")
+    assert "a PETSc with MPI and found one configured without" in str(problem)
+
+
+def test_a_petsc4py_that_does_not_load_beside_mpi4py_is_refused_naming_the_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(petsc4py, "PETSc", raising=False)
+    monkeypatch.setitem(sys.modules, "petsc4py.PETSc", None)  # importing it fails
+    library = MPI.Get_library_version().split()[0]
+    with pytest.raises(
+        ImportError, match=rf"petsc4py cannot be loaded beside mpi4py, which uses {library}.*: build both"
+    ):
+        compatibility.check_mpi()
 
 
 def test_two_mpi_libraries_in_one_process_are_refused_naming_both() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pnode_dist.compatibility import PETSC4PY_FLOOR
 from tests.conftest import ROOT
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -63,8 +64,42 @@ def test_open_mpi_may_run_as_root_and_oversubscribe(tmp_path: Path) -> None:
     assert "--bind-to none --oversubscribe" in many
 
 
-def test_intel_mpi_is_left_to_pin_by_itself(tmp_path: Path) -> None:
-    assert "mpiexec -n 2 true" in mpirun_command(tmp_path, "intel", "-n", "2", "true")
+def test_intel_mpi_pins_by_itself_where_there_are_enough_cores(tmp_path: Path) -> None:
+    def pinning(ranks: int, **environment: str) -> str:
+        # Not a dry run: the mpiexec that stands in for Intel's prints what it is given.
+        mpirun_command(tmp_path, "intel", "true")
+        mpiexec = tmp_path / "mpiexec"
+        mpiexec.write_text(f"#!/bin/sh\necho '{FAKE_VERSIONS['intel']}' $I_MPI_PIN $I_MPI_PIN_DOMAIN $*\n")
+        return subprocess.run(
+            ["bash", str(tmp_path / "launch" / "mpirun.sh"), "-n", str(ranks), "true"],
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert pinning(1).rstrip().endswith("2021.12 omp -n 1 true")
+    assert pinning(1000).rstrip().endswith("2021.12 off omp -n 1000 true")
+    assert pinning(1000, I_MPI_PIN="on").rstrip().endswith("2021.12 on omp -n 1000 true")
+
+
+def test_ranks_on_the_nodes_of_a_slurm_job_are_bound_where_each_node_has_enough_cores(tmp_path: Path) -> None:
+    assert "-bind-to core:1" in mpirun_command(tmp_path, "mpich", "-n", "8", "true", SLURM_JOB_NUM_NODES="8")
+
+
+def test_the_number_of_ranks_is_found_behind_values_that_are_also_programs(tmp_path: Path) -> None:
+    options = ("-launcher", "ls", "-genv", "NAME", "cat")
+    assert "-bind-to" not in mpirun_command(tmp_path, "mpich", *options, "-n", "1000", "true")
+
+
+def test_the_mpiexec_of_the_mpi_that_the_environment_was_built_on_comes_first(tmp_path: Path) -> None:
+    built_on = tmp_path / "own mpi"
+    built_on.mkdir()
+    (built_on / "mpiexec").write_text(f"#!/bin/sh\necho '{FAKE_VERSIONS['openmpi']}'\n")
+    (built_on / "mpiexec").chmod(0o755)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".pnode-dist-mpi").write_text(f"{built_on}\n")
+    assert "own\\ mpi/mpiexec" in mpirun_command(tmp_path, "mpich", "-n", "1", "true")
 
 
 def test_the_programs_own_arguments_pass_through_untouched(tmp_path: Path) -> None:
@@ -81,6 +116,7 @@ def test_a_failing_rank_makes_the_launch_fail(mpirun: Run) -> None:
     [
         (["-n", "0", "true"], "mpirun.sh: -n 0: must be a number of ranks, 1 or more"),
         (["-n", "two", "true"], "mpirun.sh: -n two: must be a number of ranks, 1 or more"),
+        (["-np", "1.5", "true"], "mpirun.sh: -np 1.5: must be a number of ranks, 1 or more"),
         ([], "mpirun.sh: nothing to run: launch/mpirun.sh -n RANKS PROGRAM [ARGUMENT...]"),
     ],
 )
@@ -89,7 +125,21 @@ def test_wrong_usage_gets_one_line(arguments: list[str], message: str) -> None:
     assert (done.returncode, done.stderr.strip()) == (2, message)
 
 
-def test_sigterm_to_the_launcher_ends_all_ranks(tmp_path: Path) -> None:
+def test_a_wrong_number_of_threads_gets_one_line() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "many"}
+    done = subprocess.run(
+        [str(ROOT / "launch/mpirun.sh"), "-n", "1", "true"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "mpirun.sh: OMP_NUM_THREADS=many: must be a number of threads, 1 or more\n"
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, ending: signal.Signals) -> None:
     program = "echo $$ > $1/pid.$$; exec sleep 60"
     launcher = subprocess.Popen([str(ROOT / "launch/mpirun.sh"), "-n", "2", "sh", "-c", program, "sh", str(tmp_path)])
     deadline = time.monotonic() + 20
@@ -97,21 +147,64 @@ def test_sigterm_to_the_launcher_ends_all_ranks(tmp_path: Path) -> None:
         time.sleep(0.05)
     ranks = [int(path.suffix[1:]) for path in tmp_path.glob("pid.*")]
     assert len(ranks) == 2
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(ending)
     assert launcher.wait(timeout=20) != 0
     while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline + 20:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
-def test_bootstrap_refuses_what_it_does_not_know() -> None:
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of what bootstrap.sh reads, in a folder with a blank in its name and without a .venv."""
+    copy = tmp_path / "a copy"
+    (copy / "launch").mkdir(parents=True)
+    for name in ("pyproject.toml", "launch/bootstrap.sh", "launch/constraints.txt"):
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    return copy
+
+
+def bootstrap(copy: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(copy / "launch" / "bootstrap.sh"), *arguments],
+        cwd=copy.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_bootstrap_refuses_what_it_does_not_know(copy: Path) -> None:
     for arguments, message in [
         (["--frobnicate"], "unknown argument '--frobnicate'"),
         (["--python"], "--python needs an interpreter"),
         (["--python", "/bin/false"], "'/bin/false' is not Python 3.11 or newer"),
     ]:
-        done = subprocess.run(
-            [str(ROOT / "launch/bootstrap.sh"), *arguments], capture_output=True, text=True, check=False
-        )
+        done = bootstrap(copy, *arguments)
         assert done.returncode == 1
         assert message in done.stderr
+
+
+def test_bootstrap_refuses_a_petsc_dir_that_does_not_fit(copy: Path) -> None:
+    own = copy.parent / "petsc"
+    include = own / "include"
+    include.mkdir(parents=True)
+
+    def refused() -> str:
+        done = bootstrap(copy, PETSC_DIR="petsc", PETSC_ARCH="")
+        assert done.returncode == 1
+        return done.stderr.strip()
+
+    assert refused() == f"bootstrap: PETSC_DIR={own} is not a PETSc: it has no include/petscversion.h"
+    (include / "petscversion.h").write_text("#define PETSC_VERSION_MAJOR 3\n#define PETSC_VERSION_MINOR 9\n")
+    assert refused() == f"bootstrap: PETSC_DIR={own}, PETSC_ARCH=: nothing is built in {own}"
+    (include / "petscconf.h").write_text("#define PETSC_HAVE_MPIUNI 1\n")
+    assert refused() == f"bootstrap: PETSC_DIR={own}: this PETSc was configured without MPI"
+    (include / "petscconf.h").write_text("")
+    assert refused() == f"bootstrap: PETSC_DIR={own} is PETSc 3.9; pnode_dist needs 3.26 or newer"
+
+
+def test_bootstrap_asks_for_the_floor_that_the_package_checks() -> None:
+    script = (ROOT / "launch" / "bootstrap.sh").read_text()
+    assert f"\nfloor={'.'.join(map(str, PETSC4PY_FLOOR))} " in script
