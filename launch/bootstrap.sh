@@ -292,7 +292,7 @@ if [ -z "$own_stack" ]; then
     # for the next environment, by their source alone: one for another MPI or with other options must not come of that.
     if [ -n "$mpicc" ]; then
         export MPICC=$mpicc
-        phase "building mpi4py on $mpicc (1 minute)" compile mpi4py --no-binary mpi4py --no-cache-dir
+        phase "building mpi4py on $mpicc (2 minutes)" compile mpi4py --no-binary mpi4py --no-cache-dir
     else
         phase "installing MPICH and mpi4py (seconds)" "${pip[@]}" install mpich mpi4py
     fi

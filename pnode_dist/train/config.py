@@ -113,6 +113,10 @@ class TrajectoryConfig(Table):
     ram_slots: CountOrNone | None = None
     """A number of checkpoints, instead of bytes."""
     disk_slots: CountOrNone | None = None
+    keep: Literal["auto", "solution", "graph"] = "auto"
+    """`solution`: only checkpoints. `graph`: the graph of every step. `auto`: what runs the fewest steps in `ram`."""
+    on_spill_error: Literal["recompute", "raise"] = "recompute"
+    """When the disk fails: go on without it, or end the run."""
 
     def build(self) -> Trajectory:
         """The budget as `odeint` takes it."""

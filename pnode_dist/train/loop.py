@@ -99,6 +99,8 @@ class _Optimiser:
             bytes_written=int(totals[1].item()),
             bytes_read=int(totals[2].item()),
             peak_memory=int(memory.item()),
+            graph_steps=solve.graph_steps,
+            seconds_waiting_for_disk=solve.seconds_waiting_for_disk,
         )
 
     def end_epoch(self) -> None:

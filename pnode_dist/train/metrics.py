@@ -21,7 +21,8 @@ class StepRecord:
     `loss` is the mean over replicas of the loss before the step, `gradient_norm` that of its gradient before clipping,
     `wall_time` seconds since training began. The counts of steps and evaluations are those of one rank, all ranks
     taking the same steps; bytes are summed over ranks; `peak_memory` is the largest resident size of any rank so
-    far, in bytes.
+    far, in bytes. `graph_steps` are those whose graphs were kept from the forward pass, `seconds_waiting_for_disk` how
+    long rank 0 stood still for disk checkpoints.
     """
 
     step: int
@@ -38,6 +39,8 @@ class StepRecord:
     bytes_written: int
     bytes_read: int
     peak_memory: int
+    graph_steps: int = 0
+    seconds_waiting_for_disk: float = 0.0
 
 
 @dataclass(frozen=True)
