@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,9 +115,14 @@ def _leaves_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
 
 def _upstream(start: Any) -> tuple[dict[int, torch.Tensor], set[Any]]:
     """The leaf tensors that a node of the autograd graph depends on, and the nodes on the way."""
-    leaves: dict[int, torch.Tensor] = {}
     seen: set[Any] = set()
-    pending = [start]
+    leaves = {id(leaf): leaf for leaf in _leaves_above([start], seen)}
+    return leaves, seen
+
+
+def _leaves_above(starts: Iterable[Any], seen: set[Any]) -> Iterator[torch.Tensor]:
+    """Walk the autograd graph up from `starts`, not past nodes in `seen`, to which those visited are added."""
+    pending = list(starts)
     while pending:
         node = pending.pop()
         if node in seen:
@@ -126,13 +131,12 @@ def _upstream(start: Any) -> tuple[dict[int, torch.Tensor], set[Any]]:
         parents = node.next_functions
         if not parents:
             leaf = getattr(node, "variable", None)
-            if isinstance(leaf, torch.Tensor):
-                leaves[id(leaf)] = leaf
+            if leaf is not None:
+                yield leaf
         pending.extend(parent for parent, _ in parents if parent is not None)
-    return leaves, seen
 
 
-def completeness_check(parameters: Parameters) -> Callable[[Iterable[torch.Tensor], Iterable[torch.Tensor]], None]:
+def completeness_check(parameters: Parameters) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:
     """A check of one evaluation: `check(outputs, inputs)` raises `ValueError` if `outputs` depend on anything else.
 
     It walks the autograd graph of the evaluation down to the inputs and the parameters. What it finds beyond them is
@@ -141,24 +145,13 @@ def completeness_check(parameters: Parameters) -> Callable[[Iterable[torch.Tenso
     known = {id(tensor) for tensor in parameters.tensors}
     boundary = {tensor.grad_fn for tensor in parameters.tensors if tensor.grad_fn is not None}
 
-    def check(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
-        leaves = {id(tensor) for tensor in inputs}
-        seen = set(boundary)
-        pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-        while pending:
-            node = pending.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            parents = node.next_functions
-            if not parents:
-                leaf = getattr(node, "variable", None)
-                if leaf is not None and id(leaf) not in known and id(leaf) not in leaves:
-                    _refuse(leaf)
-            pending.extend(parent for parent, _ in parents if parent is not None)
-        for output in outputs:
-            if output.grad_fn is None and output.requires_grad and id(output) not in known | leaves:
-                _refuse(output)
+    def check(outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
+        expected = known.union(id(tensor) for tensor in inputs)
+        nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+        direct = [output for output in outputs if output.grad_fn is None and output.requires_grad]
+        for leaf in (*direct, *_leaves_above(nodes, set(boundary))):
+            if id(leaf) not in expected:
+                _refuse(leaf)
 
     return check
 
