@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mpi4py import MPI
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
@@ -112,12 +111,3 @@ def parallel(module: nn.Module, mesh: Mesh) -> DistributedDataParallel:
 def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-def sum_gradients(tensors: list[torch.Tensor], comm: MPI.Comm) -> None:
-    """Sum each tensor over the ranks of `comm`, in place. Collective on `comm`."""
-    for value in tensors:
-        total = value.contiguous()
-        comm.Allreduce(MPI.IN_PLACE, total.numpy(), MPI.SUM)
-        if total.data_ptr() != value.data_ptr():
-            value.copy_(total)

@@ -15,6 +15,9 @@ from pnode_dist import Mesh
 
 TIMEOUT, PATIENCE = 60, 15
 _verdicts = MPI.COMM_WORLD.Dup()
+# Every way to write the number of ranks as state ranks times replicas.
+_SIZE = MPI.COMM_WORLD.size
+SPLITS = [(state, _SIZE // state) for state in range(1, _SIZE + 1) if _SIZE % state == 0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,3 +62,18 @@ def mesh() -> Iterator[Mesh]:
 def comm() -> MPI.Comm:
     """All ranks."""
     return MPI.COMM_WORLD
+
+
+@pytest.fixture(params=["mpi", "gloo"], ids=lambda backend: f"backend {backend}")
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each of the backends that run on CPUs."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=SPLITS, ids=[f"{state} x {data}" for state, data in SPLITS])
+def split(request: pytest.FixtureRequest, backend: str) -> Iterator[Mesh]:
+    """A mesh of each shape that the ranks allow."""
+    state, data = request.param
+    with Mesh(state, data, backend=backend) as mesh:
+        yield mesh

@@ -2,7 +2,6 @@
 
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,25 +10,11 @@ from mpi4py import MPI
 
 from pnode_dist import Mesh
 from pnode_dist.errors import ConfigurationError
+from tests.mpi.conftest import SPLITS
 
 pytestmark = pytest.mark.mpi
 
 WORLD = MPI.COMM_WORLD
-# Every way to write the number of ranks as state ranks times replicas.
-SPLITS = [(state, WORLD.size // state) for state in range(1, WORLD.size + 1) if WORLD.size % state == 0]
-
-
-@pytest.fixture(params=["mpi", "gloo"], ids=lambda backend: f"backend {backend}")
-def backend(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture(params=SPLITS, ids=[f"{state} x {data}" for state, data in SPLITS])
-def split(request: pytest.FixtureRequest, backend: str) -> Iterator[Mesh]:
-    state, data = request.param
-    with Mesh(state, data, backend=backend) as mesh:
-        yield mesh
 
 
 def test_all_ranks_are_state_ranks_by_default() -> None:

@@ -1,35 +1,19 @@
 """Parameter gradients over the mesh: the sum over state ranks, the mean over replicas, the same bits everywhere."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import BatchPartition, Mesh, NeuralODE
-from pnode_dist.sync import broadcast_parameters, parallel, sum_gradients
+from pnode_dist.sync import broadcast_parameters, parallel
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
 pytestmark = pytest.mark.mpi
 
 WORLD = MPI.COMM_WORLD
-SPLITS = [(state, WORLD.size // state) for state in range(1, WORLD.size + 1) if WORLD.size % state == 0]
 TIMES, SAMPLES = [0.0, 0.4, 1.0], 5
-
-
-@pytest.fixture(params=["mpi", "gloo"], ids=lambda backend: f"backend {backend}")
-def backend(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.fixture(params=SPLITS, ids=[f"{state} x {data}" for state, data in SPLITS])
-def split(request: pytest.FixtureRequest, backend: str) -> Iterator[Mesh]:
-    state, data = request.param
-    with Mesh(state, data, backend=backend) as mesh:
-        yield mesh
 
 
 def same_on_all_ranks(tensors: list[torch.Tensor]) -> bool:
@@ -141,13 +125,3 @@ def test_ranks_with_different_models_are_told_so_on_all(mesh: Mesh) -> None:
         return
     with pytest.raises(ValueError, match="parameters differ in name, shape or type"):
         parallel(network, mesh)
-
-
-def test_sum_gradients_sums_in_place_over_a_communicator(comm: MPI.Comm) -> None:
-    whole = [random(4, 6, seed=rank) for rank in range(comm.size)]
-    tensors = [whole[comm.rank].clone(), whole[comm.rank].clone()[:, ::2], torch.tensor(1.0, dtype=torch.float64)]
-    sum_gradients(tensors, comm)
-    total = torch.stack(whole).sum(0)
-    torch.testing.assert_close(tensors[0], total, rtol=1e-13, atol=1e-14)
-    torch.testing.assert_close(tensors[1], total[:, ::2], rtol=1e-13, atol=1e-14)
-    assert tensors[2].item() == comm.size
