@@ -314,7 +314,8 @@ def _methods(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from pnode_dist.doctor import run_doctor
 
-    return run_doctor(as_json=arguments.json)
+    with output(arguments.json, _launcher_rank() == 0) as emit:
+        return run_doctor(arguments.json, emit)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
