@@ -28,8 +28,19 @@ from rich.table import Table
 import pnode_dist
 from pnode_dist.compatibility import check_mpi
 from pnode_dist.trajectory.budget import Trajectory, format_size
+from pnode_dist.trajectory.machine import memory_limit
 
-PACKAGES = ("torch", "petsc4py", "mpi4py", "h5py", "numpy", "checkpoint-schedules", "pydantic", "xarray", "matplotlib")
+PACKAGES = (
+    "torch",
+    "petsc4py",
+    "mpi4py",
+    "h5py",
+    "isal",
+    "numpy",
+    "pydantic",
+    "xarray",
+    "matplotlib",
+)
 _SCRATCH_BYTES = 64 * 2**20
 # How many tasks the launcher says it started, and which of them this is.
 _TASK_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "MPI_LOCALNRANKS")
@@ -117,34 +128,6 @@ def petsc_build() -> dict[str, Any]:
         "directory": directory,
         "configure_options": configured,
     }
-
-
-def memory_limit(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The memory this rank's job may use, from Slurm or its control groups, in bytes; None if there is no limit."""
-    limits = []
-    per_cpu = _from_environment(("SLURM_MEM_PER_CPU",), 0) * _from_environment(("SLURM_CPUS_ON_NODE",), 1)
-    for megabytes in (_from_environment(("SLURM_MEM_PER_NODE",), 0), per_cpu):
-        if megabytes:
-            limits.append(megabytes * 2**20)
-    try:
-        memberships = [line.split(":", 2) for line in groups.read_text().splitlines()]
-    except OSError:
-        memberships = []
-    for _, controllers, path in memberships:
-        if controllers not in ("", "memory"):
-            continue
-        base, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
-        group = base / path.lstrip("/")
-        # The limits of all groups above hold too. In a container the path is the host's, and only the base is there.
-        for directory in (group, *group.parents):
-            if not directory.is_relative_to(base):
-                break
-            with contextlib.suppress(OSError):
-                text = (directory / name).read_text().strip()
-                # Version 1 of control groups says "no limit" by a number near 2^63.
-                if text.isdigit() and int(text) < 2**60:
-                    limits.append(int(text))
-    return min(limits, default=None)
 
 
 def scratch_speed(directory: Path, size: int = _SCRATCH_BYTES) -> tuple[float, float, float]:

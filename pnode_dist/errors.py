@@ -9,3 +9,7 @@ class ConfigurationError(ValueError):
     Its message is one line that names what is wrong and what is allowed. The command line prints it on rank 0 and
     ends with exit code 2. Where the ranks are already connected it is raised on all of them alike.
     """
+
+
+class StepSizeError(ArithmeticError):
+    """Steps with error control became too small to go on. Raised on all ranks alike, in one line."""

@@ -14,7 +14,8 @@ class Method:
 
     `name` is the usual name and `petsc_name` TSRK's. `fsal`: the last stage is the first of the next step.
     `last_stage_weighs`: the last stage contributes to the step's result. Where it does not, it only serves the error
-    estimate of adaptive stepping, and steps of fixed size do not evaluate it. `source` is where the table comes from.
+    estimate of adaptive stepping, and steps of fixed size do not evaluate it. `estimates_error`: there is such an
+    estimate, by an embedded method. `source` is where the table comes from.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Method:
     stages: int
     fsal: bool
     last_stage_weighs: bool
+    estimates_error: bool
     source: str
 
     @property
@@ -34,18 +36,18 @@ class Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("euler", "1fe", 1, 1, False, True, "Euler 1768"),
-        Method("heun", "2a", 2, 2, False, True, "Heun 1900, the explicit trapezoidal rule"),
-        Method("midpoint", "2b", 2, 2, False, True, "Runge 1895, the explicit midpoint rule"),
-        Method("rk3", "3", 3, 3, False, True, "PETSc TSRK3, three stages at 0, 2/3, 2/3"),
-        Method("bosh3", "3bs", 3, 4, True, False, "Bogacki & Shampine, Appl. Math. Lett. 2 (1989)"),
-        Method("rk4", "4", 4, 4, False, True, "Kutta 1901, the classical method"),
-        Method("fehlberg5", "5f", 5, 6, False, True, "Fehlberg, NASA TR R-315 (1969)"),
-        Method("dopri5", "5dp", 5, 7, True, False, "Dormand & Prince, J. Comput. Appl. Math. 6 (1980)"),
-        Method("bosh5", "5bs", 5, 8, True, False, "Bogacki & Shampine, Comput. Math. Appl. 32 (1996)"),
-        Method("verner6", "6vr", 6, 9, True, False, "Verner's robust 6(5) pair, Numer. Algorithms 53 (2010)"),
-        Method("verner7", "7vr", 7, 10, False, False, "Verner's robust 7(6) pair, Numer. Algorithms 53 (2010)"),
-        Method("verner8", "8vr", 8, 13, False, False, "Verner's robust 8(7) pair, Numer. Algorithms 53 (2010)"),
+        Method("euler", "1fe", 1, 1, False, True, False, "Euler 1768"),
+        Method("heun", "2a", 2, 2, False, True, True, "Heun 1900, the explicit trapezoidal rule"),
+        Method("midpoint", "2b", 2, 2, False, True, False, "Runge 1895, the explicit midpoint rule"),
+        Method("rk3", "3", 3, 3, False, True, False, "PETSc TSRK3, three stages at 0, 2/3, 2/3"),
+        Method("bosh3", "3bs", 3, 4, True, False, True, "Bogacki & Shampine, Appl. Math. Lett. 2 (1989)"),
+        Method("rk4", "4", 4, 4, False, True, False, "Kutta 1901, the classical method"),
+        Method("fehlberg5", "5f", 5, 6, False, True, True, "Fehlberg, NASA TR R-315 (1969)"),
+        Method("dopri5", "5dp", 5, 7, True, False, True, "Dormand & Prince, J. Comput. Appl. Math. 6 (1980)"),
+        Method("bosh5", "5bs", 5, 8, True, False, True, "Bogacki & Shampine, Comput. Math. Appl. 32 (1996)"),
+        Method("verner6", "6vr", 6, 9, True, False, True, "Verner's robust 6(5) pair, Numer. Algorithms 53 (2010)"),
+        Method("verner7", "7vr", 7, 10, False, False, True, "Verner's robust 7(6) pair, Numer. Algorithms 53 (2010)"),
+        Method("verner8", "8vr", 8, 13, False, False, True, "Verner's robust 8(7) pair, Numer. Algorithms 53 (2010)"),
     )
 }
 

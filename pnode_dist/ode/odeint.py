@@ -9,26 +9,42 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any, overload
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
-from pnode_dist.ode.layout import State, layout_of
+from pnode_dist.ode.adaptive import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
+from pnode_dist.ode.layout import State, StateLayout, layout_of
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.rhs import Function, Problem
-from pnode_dist.ode.solve import Solve, Solver, communicator
+from pnode_dist.ode.solve import Solve, Solver
 from pnode_dist.ode.stepper import PetscOptions
-from pnode_dist.ode.time_grid import time_grid
+from pnode_dist.ode.time_grid import check_step_size, output_times, time_grid
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.trajectory.budget import Trajectory, agree_on_slots
+from pnode_dist.trajectory import budget
+from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.trajectory.plan import Plan, Plans
 from pnode_dist.trajectory.statistics import SolveStatistics
 
 Times = torch.Tensor | Sequence[float]
 _KEPT_SOLVERS = 8
+
+
+@contextmanager
+def _released_on_error(solve: Solve) -> Iterator[None]:
+    """Give back what a solve holds at once if it fails: whoever keeps the error keeps the solve alive."""
+    try:
+        yield
+    except BaseException:
+        solve.release()
+        raise
 
 
 class _Differentiable(torch.autograd.Function):
@@ -41,18 +57,20 @@ class _Differentiable(torch.autograd.Function):
         # Not only for a second backward pass: torch now notices when they are changed in place before the first.
         ctx.save_for_backward(*tensors)
         # A graph that is dropped without a backward pass gives its checkpoints back.
-        weakref.finalize(ctx, solve.checkpoints.clear).atexit = False
-        return solve.forward(tensors[:parts])
+        weakref.finalize(ctx, solve.release).atexit = False
+        with _released_on_error(solve):
+            return solve.forward(tensors[:parts])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         solve, tensors = ctx.solve, ctx.saved_tensors
-        if ctx.reversed:
-            # The checkpoints went as they were used: lay the trajectory down again.
-            solve.forward(tensors[: ctx.parts])
-        ctx.reversed = True
-        states, parameters = solve.backward(cotangents)
+        with _released_on_error(solve):
+            if ctx.reversed:
+                # The checkpoints went as they were used: lay the trajectory down again.
+                solve.forward(tensors[: ctx.parts])
+            ctx.reversed = True
+            states, parameters = solve.backward(cotangents)
         return None, None, *states, *parameters
 
 
@@ -78,45 +96,71 @@ class _Solvers:
         return self._solvers[key]
 
 
-def _solve(
-    solvers: _Solvers,
-    func: Function,
-    u0: State,
-    t: Times,
-    method: str,
-    step_size: float | None,
-    partition: Partition | None,
-    trajectory: Trajectory | None,
-    args: tuple[Any, ...],
-    params: Sequence[torch.Tensor] | None,
-    options: PetscOptions | None,
-) -> tuple[State, SolveStatistics]:
+@dataclass(frozen=True)
+class _Settings:
+    """What `odeint` takes by keyword and `NeuralODE` keeps."""
+
+    method: str | None
+    step_size: float | None
+    rtol: Tolerance | None
+    atol: Tolerance | None
+    adaptor: str
+    partition: Partition | None
+    trajectory: Trajectory | None
+    params: Sequence[torch.Tensor] | None
+    options: PetscOptions | None
+    fixed_plan: Plan | None = None
+
+    def control(self) -> ErrorControl | None:
+        """The error control, None for steps of fixed size."""
+        if self.rtol is None and self.atol is None:
+            return None
+        rtol = DEFAULT_RTOL if self.rtol is None else self.rtol
+        atol = DEFAULT_ATOL if self.atol is None else self.atol
+        return ErrorControl(rtol, atol, self.adaptor, self.step_size)
+
+
+def _prepared(
+    solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
+) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
+    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters."""
     layout, parts = layout_of(u0)
-    grid = time_grid(t, step_size)
-    table = methods.resolve(method)
-    comm = communicator(partition)
-    trajectory = trajectory or Trajectory()
-    parameters = independent(find_parameters(func, (*args, *(params or ()))))
+    times = output_times(t)
+    check_step_size(settings.step_size)
+    control = settings.control()
+    grid = None if control is not None else time_grid(t, settings.step_size)
+    if control is not None and settings.fixed_plan is not None:
+        raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
+    table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
+    partition = settings.partition
+    trajectory = settings.trajectory or budget.DEFAULT
+    parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
     sizes = tuple(parameter.numel() for parameter in parameters.tensors)
-    options = dict(options or {})
+    options = dict(settings.options or {})
     tensors = (*parts, *parameters.tensors)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
     solver = solvers.get(
-        (id(partition), layout, table, sizes, repr(options), trajectory),
+        (id(partition), layout, table, sizes, repr(options), trajectory, id(trajectory.ledger)),
         lambda: Solver.create(partition, layout, table, sizes, options, trajectory),
     )
-    slots = agree_on_slots(trajectory, solver.stepper.state_array.nbytes, grid.steps, needs_gradient, comm)
-    statistics = SolveStatistics()
     problem = Problem(func, args, parameters, watched=torch.is_grad_enabled() and not needs_gradient)
-    solve = Solve(solver, grid, problem, statistics, needs_gradient, slots)
-    if needs_gradient:
-        outputs = _Differentiable.apply(solve, len(parts), *tensors)  # type: ignore[no-untyped-call]
+    solve = Solve(solver, times, grid, control, problem, SolveStatistics(), needs_gradient, settings.fixed_plan)
+    return solve, layout, tensors
+
+
+def _solve(
+    solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
+) -> tuple[State, Solve]:
+    solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
+    parts = len(layout.shapes)
+    if solve.keeps_trajectory:
+        outputs = _Differentiable.apply(solve, parts, *tensors)  # type: ignore[no-untyped-call]
     else:
         with torch.no_grad():
-            outputs = solve.forward(parts)
-    return layout.as_state(outputs), statistics
+            outputs = solve.forward(tensors[:parts])
+    return layout.as_state(outputs), solve
 
 
 @overload
@@ -125,8 +169,11 @@ def odeint(
     u0: torch.Tensor,
     t: Times,
     *,
-    method: str = ...,
+    method: str | None = ...,
     step_size: float | None = ...,
+    rtol: Tolerance | None = ...,
+    atol: Tolerance | None = ...,
+    adaptor: str = ...,
     partition: Partition | None = ...,
     trajectory: Trajectory | None = ...,
     args: tuple[Any, ...] = ...,
@@ -141,8 +188,11 @@ def odeint(
     u0: tuple[torch.Tensor, ...],
     t: Times,
     *,
-    method: str = ...,
+    method: str | None = ...,
     step_size: float | None = ...,
+    rtol: Tolerance | None = ...,
+    atol: Tolerance | None = ...,
+    adaptor: str = ...,
     partition: Partition | None = ...,
     trajectory: Trajectory | None = ...,
     args: tuple[Any, ...] = ...,
@@ -156,8 +206,11 @@ def odeint(
     u0: State,
     t: Times,
     *,
-    method: str = "rk4",
+    method: str | None = None,
     step_size: float | None = None,
+    rtol: Tolerance | None = None,
+    atol: Tolerance | None = None,
+    adaptor: str = "basic",
     partition: Partition | None = None,
     trajectory: Trajectory | None = None,
     args: tuple[Any, ...] = (),
@@ -173,53 +226,68 @@ def odeint(
     initial state, a tensor or a tuple of tensors; `func` computes in its floating type, while steps, checkpoints
     and adjoints are in PETSc's scalar type. `t` holds the output times, strictly increasing or strictly decreasing.
     Every interval between them is divided into `ceil(|dt| / step_size)` equal steps of `method`, one step if
-    `step_size` is None. Returns `[len(t), *u0.shape]`, for a tuple a tuple of such.
+    `step_size` is None. With `rtol` or `atol` (by default 1e-6 and 1e-9 beside the other one) steps are as long as the
+    estimate of their error allows, controlled by PETSc's `adaptor` (see `ErrorControl`), and `step_size` is that of
+    the first. Returns `[len(t), *u0.shape]`, for a tuple a tuple of such.
 
-    `method` is one of `pnode_dist.ode.methods.METHODS` or PETSc's name of it. `partition` says over which ranks the
+    `method` is one of `pnode_dist.ode.methods.METHODS` or PETSc's name of it, by default `rk4`, and `dopri5` for steps
+    with error control. `partition` says over which ranks the
     state is spread; None: this rank's state is its own. `trajectory` is the budget for checkpoints. `options` are
     PETSc options for the solver, such as `{"ts_monitor": None}`.
 
-    The gradient is that of the numbers computed (a discrete adjoint), for the objective that is the sum of all ranks'
+    The gradient is that of the numbers computed (a discrete adjoint: of the steps that were accepted, their sizes taken
+    as given), for the objective that is the sum of all ranks'
     losses. Parameter gradients are this rank's contributions: `pnode_dist.sync.parallel` sums them. `func`'s
     parameters are those of a module, and otherwise the tensors requiring a gradient that a function closes over,
     also in `args`; `params` adds those that cannot be found, and an error says when that is needed.
 
     Raises `ConfigurationError` for an unknown method or a budget too small for one checkpoint, `ValueError` for
     times that are not monotone or require a gradient and for a du/dt of another shape, `TypeError` for a state that
-    is not real floating-point CPU tensors.
+    is not real floating-point CPU tensors, `StepSizeError` where no step meets the tolerances.
     """
-    outputs, _ = _solve(_Solvers(), func, u0, t, method, step_size, partition, trajectory, args, params, options)
-    return outputs
+    settings = _Settings(method, step_size, rtol, atol, adaptor, partition, trajectory, params, options)
+    return _solve(_Solvers(), func, u0, t, settings, args)[0]
 
 
 class NeuralODE(nn.Module):
     """`odeint` of a right-hand side as a module that keeps its PETSc solver between calls.
 
     The arguments are those of `odeint`; `forward(u0, t, *args)` returns `[len(t), *u0.shape]`. Attributes may be
-    changed between calls. `last_solve` holds the counts of the last call, and after its backward pass those too.
+    changed between calls. `last_solve` holds the counts of the last call, and after its backward pass those too;
+    `last_plan` is what was kept of it, None without gradients or with error control. A `fixed_plan`, one of the
+    candidates of `plan`, is followed instead of choosing one.
     """
 
     def __init__(
         self,
         func: Function,
         *,
-        method: str = "rk4",
+        method: str | None = None,
         step_size: float | None = None,
+        rtol: Tolerance | None = None,
+        atol: Tolerance | None = None,
+        adaptor: str = "basic",
         partition: Partition | None = None,
         trajectory: Trajectory | None = None,
         params: Sequence[torch.Tensor] | None = None,
         options: PetscOptions | None = None,
     ) -> None:
         super().__init__()
-        methods.resolve(method)
+        if method is not None:
+            methods.resolve(method)
         self.func = func
         self.method = method
         self.step_size = step_size
+        self.rtol = rtol
+        self.atol = atol
+        self.adaptor = adaptor
         self.partition = partition
         self.trajectory = trajectory
         self.params = params
         self.options = options
         self.last_solve = SolveStatistics()
+        self.last_plan: Plan | None = None
+        self.fixed_plan: Plan | None = None
         self._solvers = _Solvers()
 
     @overload
@@ -230,21 +298,27 @@ class NeuralODE(nn.Module):
 
     def forward(self, u0: State, t: Times, *args: Any) -> State:
         """The states at the times `t`, starting from `u0` at `t[0]`. Collective on the partition's communicator."""
-        outputs, self.last_solve = _solve(
-            self._solvers,
-            self.func,
-            u0,
-            t,
-            self.method,
-            self.step_size,
-            self.partition,
-            self.trajectory,
-            args,
-            self.params,
-            self.options,
-        )
+        outputs, solve = _solve(self._solvers, self.func, u0, t, self._settings, args)
+        self.last_solve, self.last_plan = solve.statistics, solve.plan
         return outputs
+
+    def plan(self, u0: State, t: Times, *args: Any) -> Plans:
+        """What the trajectory's budget allows for this solve, with predicted times, and what would be chosen.
+
+        Measures the first step and checkpoints of this problem first. Collective on the partition's communicator.
+        Raises `ValueError` for steps with error control, whose number is not known before they are taken.
+        """
+        solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
+        if solve.control is not None:
+            raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
+        with torch.no_grad():
+            return solve.measured_plans(tensors[: len(layout.shapes)])
+
+    @property
+    def _settings(self) -> _Settings:
+        return _Settings(*(getattr(self, field.name) for field in fields(_Settings)))
 
     def extra_repr(self) -> str:
         """Settings, for printing."""
-        return f"method={self.method!r}, step_size={self.step_size}"
+        control = "" if self.rtol is None and self.atol is None else f", rtol={self.rtol}, atol={self.atol}"
+        return f"method={self.method!r}, step_size={self.step_size}{control}"

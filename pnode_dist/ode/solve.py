@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,16 +12,22 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode import events
+from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, ErrorControl, integrate
 from pnode_dist.ode.layout import StateLayout
 from pnode_dist.ode.methods import Method
+from pnode_dist.ode.probe import probe, record_measured
 from pnode_dist.ode.rhs import Problem, Recording
 from pnode_dist.ode.stepper import PetscOptions, Stepper
 from pnode_dist.ode.time_grid import TimeGrid
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.trajectory.budget import Slots, Trajectory
-from pnode_dist.trajectory.plan import divide
+from pnode_dist.trajectory.budget import ScratchError, Slots, Trajectory, agree_on_slots
+from pnode_dist.trajectory.costs import Costs
+from pnode_dist.trajectory.online import OnlineTrajectory
+from pnode_dist.trajectory.plan import Plan, Plans, best, check_plan, needs_costs
 from pnode_dist.trajectory.replay import run_backward, run_forward
-from pnode_dist.trajectory.schedule import Action, Tier, with_graphs
+from pnode_dist.trajectory.schedule import Action, Tier
 from pnode_dist.trajectory.spill import SpillPool
 from pnode_dist.trajectory.statistics import SolveStatistics
 from pnode_dist.trajectory.store import Checkpoints, MemoryPool, SlotPool, SpillError
@@ -36,16 +43,22 @@ def communicator(partition: Partition | None) -> MPI.Comm:
 class Solver:
     """A stepper with the checkpoint slots that its solves share, on the ranks of `partition`.
 
-    `graph_bytes` is the memory of one step's graph on the rank where it is largest, once it has been measured;
-    `disk_is_lost` says that the disk failed some rank, and that later solves do without it.
+    `recorded_bytes` is the memory of one recorded step on the rank where it is largest, and `costs` are what a probe
+    measured, once they have been; `disk_is_lost` says that the disk failed some rank, and that later solves do
+    without it, `has_spilt` that it worked for a solve before.
     """
 
     stepper: Stepper
+    options: PetscOptions
+    memory: MemoryPool
     pools: dict[Tier, SlotPool]
     partition: Partition | None
     trajectory: Trajectory
-    graph_bytes: int | None = None
+    recorded_bytes: int | None = None
+    costs: Costs | None = None
     disk_is_lost: bool = False
+    has_spilt: bool = False
+    adaptive: dict[str, AdaptiveStepper] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -60,63 +73,99 @@ class Solver:
         """A new stepper with empty pools. Collective on the partition's communicator."""
         comm = communicator(partition)
         stepper = Stepper(comm, layout, method, parameter_sizes, options)
-        dtype = stepper.state_array.dtype
+        dtype = np.dtype(trajectory.checkpoint_dtype)
+        memory = MemoryPool(layout.size, dtype)
+        trajectory.ledger.pools.add(memory)
         pools: dict[Tier, SlotPool] = {
-            Tier.RAM: MemoryPool(layout.size, dtype),
+            Tier.RAM: memory,
             Tier.DISK: SpillPool(layout.size, dtype, trajectory.scratch, comm.rank),
         }
-        return cls(stepper, pools, partition, trajectory)
+        return cls(stepper, options, memory, pools, partition, trajectory)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A checkpoint of this rank."""
+        return self.stepper.layout.size * np.dtype(self.trajectory.checkpoint_dtype).itemsize
+
+    def adaptive_stepper(self, adaptor: str) -> AdaptiveStepper:
+        """The stepper with error control, made when it is first asked for. Collective."""
+        if adaptor not in self.adaptive:
+            self.adaptive[adaptor] = AdaptiveStepper(self.stepper, adaptor, self.options)
+        return self.adaptive[adaptor]
 
 
 @dataclass
 class Solve:
-    """One solve: its steps on the shared stepper, its checkpoints and graphs, and what it counted."""
+    """One solve: its steps on the shared stepper, its checkpoints and recordings, and what it counted.
+
+    `grid` are its steps: given, or with `control` those that were accepted, once they are known.
+    """
 
     solver: Solver
-    grid: TimeGrid
+    times: tuple[float, ...]
+    grid: TimeGrid | None
+    control: ErrorControl | None
     problem: Problem
     statistics: SolveStatistics
     keeps_trajectory: bool
-    slots: Slots
+    fixed_plan: Plan | None = None
+    plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
     recordings: dict[int, Recording] = field(default_factory=dict)
-    # The first step, taken to measure its graph before there was a plan: the state after it, and its recording.
+    # The first step, taken to measure its recording before there was a plan: the state after it, and the recording.
     first_step: tuple[FlatState, Recording] | None = None
     initial: tuple[torch.Tensor, ...] = ()
+    give_back: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        array = self.solver.stepper.state_array
-        self.checkpoints = Checkpoints(self.solver.pools, array.nbytes, self.statistics)
+        self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics)
+        self.logs = events.logging()
+        self.problem.logs = self.logs
+        self.ram_slots = 0
+
+    # The steps of the solve, as `trajectory.replay` asks for them
 
     @property
     def state(self) -> FlatState:
         return self.solver.stepper.state_array
 
+    @property
+    def steps(self) -> TimeGrid:
+        assert self.grid is not None
+        return self.grid
+
     def time(self, step: int) -> float:
-        return self.grid.starts[step]
+        return self.steps.starts[step]
 
     def overwrite(self, write: Callable[[FlatState], None]) -> None:
-        write(self.solver.stepper.state_array)
+        with events.event(events.CHECKPOINT, self.logs):
+            write(self.solver.stepper.state_array)
         self.solver.stepper.touched()
 
     def restart(self) -> None:
         self.solver.stepper.set_state(self.initial)
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, again: bool = False) -> None:
         if not self._use_first_step():
-            self.solver.stepper.step(step, self.grid.starts[step], self.grid.sizes[step])
+            with events.event(events.RERUN if again else events.STEP, self.logs):
+                self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step])
 
-    def record(self, step: int, outlives_sweep: bool) -> None:
+    def record(self, step: int, again: bool = False) -> None:
         recording = self._use_first_step()
         if not recording:
             recording = []
-            self.solver.stepper.step(step, self.grid.starts[step], self.grid.sizes[step], recording, outlives_sweep)
+            level = self.solver.trajectory.level if self.plan is None else self.plan.level
+            with events.event(events.RERUN if again else events.STEP, self.logs):
+                self.solver.stepper.step(
+                    step, self.steps.starts[step], self.steps.sizes[step], recording, not again, level
+                )
         self.recordings[step] = recording
 
     def adjoint(self, step: int) -> None:
         recording = self.recordings.pop(step)
-        self.solver.stepper.adjoint_step(step, self.grid.starts[step], self.grid.sizes[step], recording)
+        with events.event(events.ADJOINT_STEP, self.logs):
+            self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], recording)
 
     def _use_first_step(self) -> Recording | None:
         if self.first_step is None:
@@ -125,43 +174,215 @@ class Solve:
         self.overwrite(lambda state: np.copyto(state, after))
         return recording
 
+    # Forward
+
     def forward(self, initial: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Solve from `initial`; the outputs of each part, `[len(t), *shape]`. Collective."""
         stepper = self.solver.stepper
         layout = stepper.layout
-        outputs = tuple(torch.empty((len(self.grid.outputs), *shape), dtype=layout.dtype) for shape in layout.shapes)
+        outputs = tuple(torch.empty((len(self.times), *shape), dtype=layout.dtype) for shape in layout.shapes)
 
-        def reached(step: int) -> None:
-            number = self.grid.outputs.get(step)
-            if number is not None:
-                for output, part in zip(outputs, layout.parts(stepper.state), strict=True):
-                    output[number].copy_(part)
-            last = min(step, self.grid.steps - 1)
-            size = self.grid.sizes[last]
-            stepper.monitor(step, self.grid.starts[last] + (step - last) * size, size)
+        def output(number: int) -> None:
+            for values, part in zip(outputs, layout.parts(stepper.state), strict=True):
+                values[number].copy_(part)
 
         self.release()
         self.initial = tuple(part.detach() for part in initial)
         stepper.bind(self.problem)
         stepper.set_state(initial)
-        if self.grid.steps == 0:
-            for output, part in zip(outputs, initial, strict=True):
-                output[0].copy_(part)
+        if len(self.times) == 1:
+            for values, part in zip(outputs, initial, strict=True):
+                values[0].copy_(part)
+            self._slots(0)
             return outputs
-        reached(0)
-        if self.keeps_trajectory:
-            slots = self.slots = self._plan(initial)
-            self.actions = with_graphs(self.grid.steps, slots.graphs, slots.ram, slots.disk)
-            run_forward(self.actions, self, self.checkpoints, self.statistics, reached)
-            self.statistics.graph_steps = slots.graphs
-            self.statistics.graph_bytes = slots.graphs * (self.solver.graph_bytes or 0)
-        else:
-            for step in range(self.grid.steps):
+        with events.stage(events.FORWARD_PASS, self.logs):
+            output(0)
+            if self.grid is None:
+                self._forward_adaptive(output)
+            else:
+                self._forward_fixed(output)
+        self._count()
+        return outputs
+
+    def _forward_fixed(self, output: Callable[[int], None]) -> None:
+        stepper, grid = self.solver.stepper, self.steps
+
+        def reached(step: int) -> None:
+            number = grid.outputs.get(step)
+            if number is not None:
+                output(number)
+            last = min(step, grid.steps - 1)
+            size = grid.sizes[last]
+            stepper.monitor(step, grid.starts[last] + (step - last) * size, size)
+
+        slots = self._slots(grid.steps)
+        stepper.monitor(0, grid.starts[0], grid.sizes[0])
+        if not self.keeps_trajectory:
+            for step in range(grid.steps):
                 self.advance(step)
                 self.statistics.forward_steps += 1
                 reached(step + 1)
-        self._count()
-        return outputs
+            return
+        fixed = self.fixed_plan
+        if fixed is not None and fixed.disk and self.solver.disk_is_lost:
+            fixed = None  # It went with the disk.
+        self.plan = fixed or self.plans(slots).chosen
+        if fixed is not None:
+            check_plan(fixed, grid.steps, slots)
+        self._charge(self.plan.ram, self.plan.ram_bytes, self.plan.disk_bytes)
+        self.solver.has_spilt = self.solver.has_spilt or self.plan.disk > 0
+        self.actions = self.plan.actions()
+        run_forward(self.actions, self, self.checkpoints, self.statistics, reached)
+        self.statistics.graph_steps = self.plan.kept
+        self.statistics.graph_bytes = self.plan.kept * (self.solver.recorded_bytes or 0)
+
+    def _forward_adaptive(self, output: Callable[[int], None]) -> None:
+        """The forward pass with error control; what it keeps is decided as it goes."""
+        assert self.control is not None
+        stepper, trajectory = self.solver.stepper, self.solver.trajectory
+        slots = self._slots(None)
+        adaptive = self.solver.adaptive_stepper(self.control.adaptor)
+        starts: list[float] = []
+        sizes: list[float] = []
+        ends = {0: 0}
+        online: OnlineTrajectory | None = None
+        most_recorded = 0
+        if self.keeps_trajectory:
+            if trajectory.keeps_steps and trajectory.level == "graph":
+                most_recorded = self._most_recordings(adaptive, slots)
+            self._charge(slots.ram, slots.ram_bytes, slots.disk * slots.checkpoint_bytes)
+            online = OnlineTrajectory(self.checkpoints, slots.ram, slots.disk)
+        # Checkpoints are kept beside the graphs, in case that there are more steps than graphs fit.
+        recording = most_recorded > 0
+
+        def before(step: int, time: float) -> bool:
+            nonlocal recording
+            if recording and step > most_recorded:
+                if trajectory.keep == "graph":
+                    raise ConfigurationError(
+                        f"trajectory: keep = 'graph': the graphs of the first {step} steps fill ram = "
+                        f"{trajectory.ram!r} and there are more: make it larger, or use keep = 'auto'"
+                    )
+                recording = False
+                self.recordings.clear()
+            if online is not None:
+                with events.event(events.CHECKPOINT, self.logs):
+                    online.before(step, time, stepper.state_array)
+            return recording
+
+        def after(step: AcceptedStep) -> None:
+            starts.append(step.start)
+            sizes.append(step.size)
+            self.statistics.forward_steps += 1
+            if step.recording is not None:
+                self.recordings[step.number] = step.recording
+            if step.output is not None:
+                ends[len(starts)] = step.output
+                output(step.output)
+            stepper.monitor(len(starts), step.start + step.size, step.size)
+
+        stepper.monitor(0, self.times[0], self.times[1] - self.times[0])
+        with events.event(events.STEP, self.logs):
+            self.statistics.rejected_steps += integrate(adaptive, self.times, self.control, before, after)
+        self.grid = TimeGrid(tuple(starts), tuple(sizes), ends)
+        if online is not None:
+            self._charge_held(slots)
+            self.actions = online.reversal(len(starts), recorded=recording)
+            self.statistics.graph_steps = len(self.recordings)
+            self.statistics.graph_bytes = len(self.recordings) * (self.solver.recorded_bytes or 0)
+
+    def _most_recordings(self, adaptive: AdaptiveStepper, slots: Slots) -> int:
+        """How many recorded steps fit beside their checkpoints; the first is the working set. Collective."""
+        solver, stepper = self.solver, self.solver.stepper
+        if solver.recorded_bytes is None:
+            assert self.control is not None
+            evaluations = self.problem.evaluations
+            adaptive.begin(self.control)
+            size = adaptive.first_size(self.times[0], self.times[1] - self.times[0])
+            size = math.copysign(size, self.times[1] - self.times[0])
+            _, solver.recorded_bytes = record_measured(stepper, self.problem, self.times[0], size, "graph")
+            stepper.set_state(self.initial)
+            self.problem.evaluations = evaluations
+        return slots.ram_bytes // max(solver.recorded_bytes + slots.checkpoint_bytes, 1) + 1
+
+    def _slots(self, steps: int | None) -> Slots:
+        """What this solve may hold, as agreed on by all ranks. Collective."""
+        solver = self.solver
+        try:
+            slots = agree_on_slots(
+                solver.trajectory,
+                solver.checkpoint_bytes,
+                steps,
+                self.keeps_trajectory,
+                solver.stepper.comm,
+                solver.disk_is_lost,
+            )
+        except ScratchError as error:
+            if not solver.has_spilt:
+                raise
+            # It was there for earlier solves: that is a disk that failed, not a wrong configuration.
+            solver.disk_is_lost = self._lost(str(error))
+            return self._slots(steps)
+        self.ram_slots = slots.ram
+        return slots
+
+    def _charge(self, checkpoints: int, ram: int, disk: int) -> None:
+        ledger = self.solver.trajectory.ledger
+        ledger.make_room(self.solver.memory, checkpoints)
+        self.give_back = ledger.charge(ram, disk)
+
+    def measured_plans(self, initial: tuple[torch.Tensor, ...]) -> Plans:
+        """The candidates with predicted times, from costs measured now. Collective."""
+        self.release()
+        self.initial = tuple(part.detach() for part in initial)
+        self.keeps_trajectory = True
+        self.solver.costs = None
+        self.solver.stepper.bind(self.problem)
+        self.solver.stepper.set_state(initial)
+        try:
+            return self.plans(measure=True)
+        finally:
+            self.release()
+
+    def _charge_held(self, slots: Slots) -> None:
+        """Book what is held now that the number of steps is known, and may be held while they are reversed."""
+        most = self.steps.steps - 1
+        recorded = len(self.recordings) * (self.solver.recorded_bytes or 0)
+        assert self.give_back is not None
+        self.give_back()
+        size = slots.checkpoint_bytes
+        self._charge(min(slots.ram, most), recorded + min(slots.ram, most) * size, min(slots.disk, most) * size)
+
+    def plans(self, slots: Slots | None = None, measure: bool = False) -> Plans:
+        """What may be kept, chosen among candidates. The same on all ranks: it follows from figures agreed on.
+
+        With `measure` the costs are measured in any case, else only if the choice depends on them. Collective.
+        """
+        solver, grid = self.solver, self.steps
+        trajectory, stepper = solver.trajectory, solver.stepper
+        slots = slots or self._slots(grid.steps)
+        if solver.disk_is_lost and trajectory.schedule == "all":
+            # What is left of it: as many states as memory holds.
+            keep = "solution" if trajectory.keep == "auto" else trajectory.keep
+            trajectory = replace(trajectory, schedule="revolve", keep=keep)
+        evaluations = self.problem.evaluations
+        if trajectory.keeps_steps and grid.steps > 1 and solver.recorded_bytes is None:
+            recording, solver.recorded_bytes = record_measured(
+                stepper, self.problem, grid.starts[0], grid.sizes[0], trajectory.level
+            )
+            self.first_step = (stepper.state_array.copy(), recording)
+            stepper.set_state(self.initial)
+        recorded_bytes = (solver.recorded_bytes or 0) if trajectory.keeps_steps else None
+        if not (measure or needs_costs(trajectory, slots, grid.steps, recorded_bytes)):
+            return best(trajectory, slots, grid.steps, recorded_bytes, None)
+        # Costs of a solve that had no disk say nothing about it.
+        if solver.costs is None or (slots.disk and solver.costs.write == 0):
+            self.first_step, self.problem.evaluations = None, evaluations
+            pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
+            solver.costs = probe(stepper, self.problem, self.initial, grid.starts[0], grid.sizes[0], pools)
+        return best(trajectory, slots, grid.steps, recorded_bytes, solver.costs)
+
+    # Backward
 
     def _lost(self, error: str | None) -> bool:
         """Whether some rank lost a checkpoint on disk; warns of it, or raises if that was asked for. Collective."""
@@ -177,51 +398,36 @@ class Solve:
             )
         return True
 
-    def _plan(self, initial: tuple[torch.Tensor, ...]) -> Slots:
-        """What to keep. The same on all ranks: it follows from figures that they have agreed on. Collective."""
-        trajectory, stepper = self.solver.trajectory, self.solver.stepper
-        if self.solver.disk_is_lost:
-            self.slots = replace(self.slots, disk=0)
-        if self.grid.steps == 1 or not trajectory.keeps_graphs:
-            return self.slots
-        if self.solver.graph_bytes is None:
-            recording: Recording = []
-            with _saved_bytes(self.problem.constants) as saved:
-                stepper.step(0, self.grid.starts[0], self.grid.sizes[0], recording, isolate=True)
-            held = (tensor for graph in recording if graph for tensor in (*graph.inputs, *graph.outputs))
-            saved.update((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) for tensor in held)
-            self.first_step = (stepper.state_array.copy(), recording)
-            self.solver.graph_bytes = stepper.comm.allreduce(sum(saved.values()), MPI.MAX)
-            stepper.set_state(initial)
-        return divide(trajectory, self.slots, self.grid.steps, self.solver.graph_bytes)
-
     def backward(
         self, cotangents: Sequence[torch.Tensor | None]
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """The gradient with respect to the initial parts and to the parameters, on this rank. Collective."""
         stepper = self.solver.stepper
         layout = stepper.layout
+        ends = {0: 0} if self.grid is None else self.grid.outputs
+        steps = 0 if self.grid is None else self.grid.steps
         stepper.bind(self.problem)
         adjoint = layout.parts(stepper.adjoint)
         stepper.adjoint.zero_()
         stepper.parameter_gradient.zero_()
 
         def reversed_to(step: int) -> None:
-            number = self.grid.outputs.get(step)
+            number = ends.get(step)
             if number is not None:
                 for part, cotangent in zip(adjoint, cotangents, strict=True):
                     if cotangent is not None:
                         part.add_(cotangent[number])
                 stepper.touched()
 
-        reversed_to(self.grid.steps)
-        if self.grid.steps > 0:
-            with _hooks_aside(self.problem.parameters.tensors):
+        reversed_to(steps)
+        if steps > 0:
+            with _hooks_aside(self.problem.parameters.tensors), events.stage(events.BACKWARD_PASS, self.logs):
                 disk_is_lost = run_backward(
-                    self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.slots.ram
+                    self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.ram_slots
                 )
             self.solver.disk_is_lost = self.solver.disk_is_lost or disk_is_lost
         self._count()
+        self.release()
         states = tuple(part.to(layout.dtype, copy=True) for part in adjoint)
         sizes = [parameter.numel() for parameter in self.problem.parameters.tensors]
         parameters = tuple(
@@ -233,31 +439,17 @@ class Solve:
         return states, parameters
 
     def release(self) -> None:
-        """Give back the checkpoints and drop the graphs."""
+        """Give back the checkpoints and their budget, and drop the recordings."""
         self.checkpoints.clear()
         self.recordings.clear()
         self.first_step = None
+        if self.give_back is not None:
+            self.give_back()
+            self.give_back = None
 
     def _count(self) -> None:
         self.statistics.function_evaluations = self.problem.evaluations
         self.statistics.vjps = self.problem.vjps
-
-
-@contextmanager
-def _saved_bytes(constants: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
-    """Count what autograd saves meanwhile: bytes by address of the storage, those of `constants` left out."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in constants}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        # Not the tensor itself: an operation that saves its own result would then keep itself alive.
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
 
 
 @contextmanager

@@ -31,7 +31,7 @@ _END_OF_TIME = 1e300
 
 
 @contextmanager
-def _options_database(options: PetscOptions) -> Iterator[None]:
+def options_database(options: PetscOptions) -> Iterator[None]:
     """Put `options` into PETSc's options database for a while."""
     database = PETSc.Options()
     before = {name: database.getString(name) for name in options if database.hasName(name)}
@@ -70,11 +70,12 @@ class Stepper:
     ) -> None:
         self.comm, self.layout = comm, layout
         self.failed = self.stepping = False
-        self._rhs = RightHandSide(layout, parameter_sizes)
-        self._solution = protocol.create_vec(comm, layout.size)
-        self._lambda = self._solution.duplicate()
+        self.rhs = RightHandSide(layout, parameter_sizes)
+        self.solution = protocol.create_vec(comm, layout.size)
+        self._slope = self.solution.duplicate()
+        self._lambda = self.solution.duplicate()
         self._lambda.zeroEntries()
-        self.state = protocol.view(self._solution, (layout.size,))
+        self.state = protocol.view(self.solution, (layout.size,))
         self.state_array: np.ndarray[Any, Any] = self.state.numpy()
         self.adjoint = protocol.view(self._lambda, (layout.size,))
         parameters = sum(parameter_sizes)
@@ -82,35 +83,36 @@ class Stepper:
         self.parameter_gradient = protocol.view(self._mu, (parameters,))
         self._ts = self._create_ts(method, parameters > 0, options)
         self.method = by_petsc_name(self._ts.getRKType())
-        self._rhs.skipped_stage = None if self.method.last_stage_weighs else self.method.stages - 1
-        self._rhs.fsal = self.method.fsal
+        self.rhs.skipped_stage = None if self.method.last_stage_weighs else self.method.stages - 1
+        self.rhs.fsal = self.method.fsal
+        self.rhs.last_index = self.method.stages - 1
 
     def _create_ts(self, method: Method, has_parameters: bool, options: PetscOptions) -> PETSc.TS:
         local = self.layout.size
-        jacobian = PETSc.Mat().createPython(((local, None), (local, None)), StateJacobian(self._rhs), comm=self.comm)
+        jacobian = PETSc.Mat().createPython(((local, None), (local, None)), StateJacobian(self.rhs), comm=self.comm)
         jacobian.setUp()
         ts = PETSc.TS().create(comm=self.comm)
         ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
         ts.setType(PETSc.TS.Type.RK)
         ts.setRKType(method.petsc_name)
-        ts.setRHSFunction(self._rhs.function, self._solution.duplicate())
+        ts.setRHSFunction(self.rhs.function, self.solution.duplicate())
         ts.setRHSJacobian(_matrix_free, jacobian, jacobian)
         if has_parameters:
             columns = self._mu.getLocalSize()
             by_parameters = PETSc.Mat().createPython(
-                ((local, None), (columns, None)), ParameterJacobian(self._rhs), comm=self.comm
+                ((local, None), (columns, None)), ParameterJacobian(self.rhs), comm=self.comm
             )
             by_parameters.setUp()
             ts.setRHSJacobianP(_matrix_free, by_parameters)
             ts.setCostGradients([self._lambda], [self._mu])
         else:
             ts.setCostGradients([self._lambda])
-        ts.setSolution(self._solution)
+        ts.setSolution(self.solution)
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
         ts.setMaxSteps(2**31 - 1)
         ts.setMaxTime(_END_OF_TIME)
         # petsc4py has no TSAdapt object: the options database is the way to turn step control off.
-        with _options_database({**options, "ts_adapt_type": "none"}):
+        with options_database({**options, "ts_adapt_type": "none"}):
             try:
                 ts.setFromOptions()
             except PETSc.Error as error:
@@ -129,11 +131,11 @@ class Stepper:
 
     def bind(self, problem: Problem) -> None:
         """Solve this problem from now on."""
-        self._rhs.problem = problem
+        self.rhs.problem = problem
 
     def touched(self) -> None:
         """Tell PETSc that `state`, `adjoint` or `parameter_gradient` were written to."""
-        self._solution.stateIncrease()
+        self.solution.stateIncrease()
         self._lambda.stateIncrease()
         self._mu.stateIncrease()
 
@@ -141,57 +143,79 @@ class Stepper:
         """Copy the parts of a state into the current state."""
         for target, part in zip(self.layout.parts(self.state), parts, strict=True):
             target.copy_(part)
-        self._solution.stateIncrease()
+        self.solution.stateIncrease()
 
     def step(
-        self, number: int, time: float, size: float, recording: Recording | None = None, isolate: bool = False
+        self,
+        number: int,
+        time: float,
+        size: float,
+        recording: Recording | None = None,
+        isolate: bool = False,
+        level: str = "graph",
     ) -> None:
         """Advance the current state from `time` by `size`; into `recording`, if given, go the stages' graphs.
 
-        A negative `size` goes backward in time; PETSc, which steps forward only, then sees du/ds = -f(-s, u), s = -t.
-        Collective on `comm`. With `isolate` the recording survives further steps of this stepper.
+        With the `level` "stages" their states go there instead; with `isolate` the recording survives further steps of
+        this stepper. The last stage of an FSAL method is its result, to the last bit, so that an evaluation of it is
+        that of the next step's first stage. A negative `size` goes backward in time; PETSc, which steps forward only,
+        then sees du/ds = -f(-s, u), s = -t. Collective on `comm`.
         """
-        direction = self._rhs.direction = math.copysign(1.0, size)
-        self._rhs.start_step(recording, isolate)
+        direction = self.rhs.direction = math.copysign(1.0, size)
+        self.rhs.start_step(recording, isolate, level)
         ts = self._ts
         ts.setTime(direction * time)
         ts.setTimeStep(direction * size)
         ts.setStepNumber(number)
         ts.restartStep()
-        with self._errors_of_func():
+        with self.errors_of_func():
             ts.step()
+        if self.method.fsal:
+            # PETSc sums the same terms for both, grouped otherwise.
+            self.state.copy_(self.rhs.last_stage)
+            self.solution.stateIncrease()
+
+    def derivative(self, time: float, direction: float) -> torch.Tensor:
+        """du/dt at `time` in the current state, flat, in a solve that goes in `direction` (1 or -1). Collective."""
+        self.rhs.direction = direction
+        self.rhs.start_step(None, False, "graph")
+        with self.errors_of_func():
+            self.rhs.function(self._ts, direction * time, self.solution, self._slope)
+        return direction * protocol.view(self._slope, (self.layout.size,))
 
     def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
         """Take `adjoint` and `parameter_gradient` back over step `number`, which was recorded. Collective on `comm`."""
-        direction = self._rhs.direction = math.copysign(1.0, size)
-        self._rhs.start_adjoint(recording)
+        direction = self.rhs.direction = math.copysign(1.0, size)
+        self.rhs.start_adjoint(recording)
         ts = self._ts
         ts.setTime(direction * (time + size))
         ts.setTimeStep(-direction * size)
         ts.setStepNumber(number + 1)
-        with self._errors_of_func():
+        with self.errors_of_func():
             ts.adjointStep()
 
     @contextmanager
-    def _errors_of_func(self) -> Iterator[None]:
+    def errors_of_func(self) -> Iterator[None]:
+        """While PETSc steps: raise what func raised instead of PETSc's error code."""
         self.stepping = True
         try:
             yield
         except BaseException:
             # PETSc does not unwind: its Vecs stay locked, so this TS is of no further use.
             self.failed = True
-            error, self._rhs.error = self._rhs.error, None
+            error, self.rhs.error = self.rhs.error, None
             if error is None:
                 raise
             raise error from None
         finally:
             self.stepping = False
+            self.rhs.end_step()
 
     def monitor(self, number: int, time: float, size: float) -> None:
         """Run PETSc's monitors (`-ts_monitor`, ...) on the current state, if there are any. Collective on `comm`."""
         if self.monitored:
             self._ts.setTimeStep(size)
-            self._ts.monitor(number, time, self._solution)
+            self._ts.monitor(number, time, self.solution)
 
 
 def _matrix_free(*arguments: Any) -> None:

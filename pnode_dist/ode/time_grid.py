@@ -28,31 +28,40 @@ class TimeGrid:
         return len(self.starts)
 
 
-def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> TimeGrid:
-    """Divide every interval between output times into `ceil(|dt| / step_size)` equal steps, one if it is None.
+def output_times(t: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
+    """The times at which states are asked for.
 
-    Raises `ValueError` when `t` is not one-dimensional, finite and strictly monotone, when it requires a gradient,
-    or when `step_size` is not positive.
+    Raises `ValueError` when `t` is not one-dimensional, finite and strictly monotone, or when it requires a gradient.
     """
     if isinstance(t, torch.Tensor):
         if t.requires_grad:
             raise ValueError("t requires a gradient: gradients with respect to the evaluation times are not available")
         if t.dim() != 1:
             raise ValueError(f"t must be one-dimensional, got shape {tuple(t.shape)}")
-    times = [float(value) for value in t]
+    times = tuple(float(value) for value in t)
     if not times or not all(math.isfinite(value) for value in times):
-        raise ValueError(f"t must hold one or more finite times, got {times}")
-    if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
-        raise ValueError(f"step_size = {step_size}: must be positive (time may decrease: its sign comes from t)")
-    starts: list[float] = []
-    sizes: list[float] = []
-    outputs = {0: 0}
+        raise ValueError(f"t must hold one or more finite times, got {list(times)}")
     direction = 0.0
-    for number, (begin, end) in enumerate(pairwise(times), start=1):
+    for begin, end in pairwise(times):
         span = end - begin
         if span == 0 or span * direction < 0:
             raise ValueError(f"t must increase or decrease strictly, got {begin} and then {end}")
         direction = span
+    return times
+
+
+def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> TimeGrid:
+    """Divide every interval between output times into `ceil(|dt| / step_size)` equal steps, one if it is None.
+
+    Raises what `output_times` raises, and `ValueError` when `step_size` is not positive.
+    """
+    times = output_times(t)
+    check_step_size(step_size)
+    starts: list[float] = []
+    sizes: list[float] = []
+    outputs = {0: 0}
+    for number, (begin, end) in enumerate(pairwise(times), start=1):
+        span = end - begin
         # 0.3 / 0.1 is a little over 3: a step more for the sake of rounding helps nobody.
         count = 1 if step_size is None else max(1, math.ceil(abs(span) / step_size * (1 - 1e-12)))
         size = span / count
@@ -60,3 +69,9 @@ def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> Tim
         sizes.extend([size] * count)
         outputs[len(starts)] = number
     return TimeGrid(tuple(starts), tuple(sizes), outputs)
+
+
+def check_step_size(step_size: float | None) -> None:
+    """Raise `ValueError` for a size that is not positive."""
+    if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
+        raise ValueError(f"step_size = {step_size}: must be positive (time may decrease: its sign comes from t)")

@@ -101,6 +101,8 @@ class _Optimiser:
             peak_memory=int(memory.item()),
             graph_steps=solve.graph_steps,
             seconds_waiting_for_disk=solve.seconds_waiting_for_disk,
+            rejected_steps=solve.rejected_steps,
+            largest_rounding=solve.largest_rounding,
         )
 
     def end_epoch(self) -> None:

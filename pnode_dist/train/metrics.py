@@ -22,7 +22,8 @@ class StepRecord:
     `wall_time` seconds since training began. The counts of steps and evaluations are those of one rank, all ranks
     taking the same steps; bytes are summed over ranks; `peak_memory` is the largest resident size of any rank so
     far, in bytes. `graph_steps` are those whose graphs were kept from the forward pass, `seconds_waiting_for_disk` how
-    long rank 0 stood still for disk checkpoints.
+    long rank 0 stood still for disk checkpoints, `rejected_steps` the attempts that error control did not accept, and
+    `largest_rounding` what a narrower `checkpoint_dtype` made of rank 0's checkpoints.
     """
 
     step: int
@@ -41,6 +42,8 @@ class StepRecord:
     peak_memory: int
     graph_steps: int = 0
     seconds_waiting_for_disk: float = 0.0
+    rejected_steps: int = 0
+    largest_rounding: float = 0.0
 
 
 @dataclass(frozen=True)

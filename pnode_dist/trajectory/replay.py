@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from pnode_dist.trajectory.binomial import from_remains
 from pnode_dist.trajectory.schedule import (
     Action,
     Adjoint,
@@ -15,7 +16,6 @@ from pnode_dist.trajectory.schedule import (
     Restart,
     Restore,
     Tier,
-    without_disk,
 )
 from pnode_dist.trajectory.statistics import SolveStatistics
 from pnode_dist.trajectory.store import Checkpoints, SpillError, State
@@ -44,12 +44,12 @@ class Steps(Protocol):
         """Put the initial state of the solve back."""
         ...
 
-    def advance(self, step: int) -> None:
-        """Run `step` on the current state."""
+    def advance(self, step: int, again: bool = False) -> None:
+        """Run `step` on the current state, `again` if it is run for the backward pass."""
         ...
 
-    def record(self, step: int, outlives_sweep: bool) -> None:
-        """Run `step` and keep what its adjoint needs, also while other solves run if it `outlives_sweep`."""
+    def record(self, step: int, again: bool = False) -> None:
+        """Run `step` and keep what its adjoint needs: until the next step if it is run `again`, else until then."""
         ...
 
     def adjoint(self, step: int) -> None:
@@ -78,7 +78,7 @@ def run_forward(
                     statistics.forward_steps += 1
                     reached(step + 1)
             case Record(step):
-                steps.record(step, outlives_sweep=True)
+                steps.record(step)
                 statistics.forward_steps += 1
                 reached(step + 1)
             case EndForward():
@@ -111,10 +111,10 @@ def run_backward(
                 if tier is not None:
                     checkpoints.store(first, tier, steps.state, steps.time(first))
                 for step in range(first, last):
-                    steps.advance(step)
+                    steps.advance(step, again=True)
                     statistics.recomputed_steps += 1
             case Record(step):
-                steps.record(step, outlives_sweep=False)
+                steps.record(step, again=True)
                 statistics.recomputed_steps += 1
             case Restart():
                 steps.restart()
@@ -123,7 +123,7 @@ def run_backward(
                 if tier is Tier.DISK and lost(error):
                     disk_is_lost = True
                     checkpoints.drop_disk()
-                    ahead = without_disk(remaining, checkpoints.in_memory(), ram_slots)
+                    ahead = from_remains(remaining, checkpoints.in_memory(), ram_slots)
             case Adjoint(step):
                 steps.adjoint(step)
                 statistics.adjoint_steps += 1

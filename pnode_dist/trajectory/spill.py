@@ -3,29 +3,41 @@
 A state to be written is copied into one of a fixed number of staging buffers; when none is free, the solver waits,
 so memory never grows. A state that still is in its staging buffer is read from there. The schedule is known ahead, so
 states are fetched before they are needed. Every slot's checksum is compared when it is read.
+
+The file is flushed after every slot, so that other processes can read it meanwhile, and after a crash.
 """
 
 from __future__ import annotations
 
+import os
 import queue
+import socket
 import threading
 import time as clock
+import uuid
 import weakref
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+from isal import isal_zlib
 
+import pnode_dist
 from pnode_dist.trajectory.scratch import PrivateDirectory
-from pnode_dist.trajectory.store import SpillError, State
+from pnode_dist.trajectory.store import PrecisionError, SpillError, State, copy_rounded
 
 STAGING_BUFFERS = 3
+LABEL = np.dtype([("step", "i8"), ("time", "f8"), ("crc32", "u4")])
+_ONE_LABEL = h5py.h5s.create_simple((1,))
+_GROWTH = 64
+_WIDEST_CHUNK = 2**28  # HDF5's chunks are smaller than 4 GiB.
 
 
 class _Phase(Enum):
@@ -44,7 +56,6 @@ class _Slot:
     number: int
     phase: _Phase = _Phase.EMPTY
     buffer: int | None = None
-    dataset: h5py.Dataset | None = None
     crc: int = 0
     error: str = ""
     given_back: bool = True
@@ -59,6 +70,8 @@ class _SlotFile:
 
     def __init__(self, size: int, dtype: np.dtype[Any], parent: Path, rank: int) -> None:
         self.size, self.dtype = size, dtype
+        self._datasets: tuple[h5py.Dataset, h5py.Dataset] | None = None
+        self._one_state = h5py.h5s.create_simple((size,))
         self._parent, self._rank = parent, rank
         self.changed = threading.Condition()
         self.slots: list[_Slot] = []
@@ -66,8 +79,10 @@ class _SlotFile:
         self.free_buffers: list[int] = []
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._opening = threading.Lock()
         self._directory: PrivateDirectory | None = None
         self._file: h5py.File | None = None
+        self._failed = False
 
     def start(self) -> None:
         """Make the buffers and start the thread, the first time."""
@@ -87,14 +102,37 @@ class _SlotFile:
 
     def open(self) -> h5py.File:
         """The file, made if it is not there. Raises `OSError` if it cannot be."""
-        if self._file is None:
-            self._directory = PrivateDirectory(self._parent)
-            path = self._directory.path / f"trajectory-rank{self._rank}.h5"
-            # The file belongs to this process alone: locks would only trouble network file systems.
-            self._file = h5py.File(path, "w", libver="latest", locking=False)
-            path.chmod(0o600)
-            self._file.attrs["rank"] = self._rank
-        return self._file
+        # After a failure the solver and the thread may both try again.
+        with self._opening:
+            if self._file is None:
+                self._directory = PrivateDirectory(self._parent)
+                path = self._directory.path / f"trajectory-rank{self._rank}.h5"
+                # The file belongs to this process alone: locks would only trouble network file systems. Formats newer
+                # than 1.8 mark the file as being written, and no other process could open it.
+                file = h5py.File(path, "w", libver="v108", locking=False, rdcc_nbytes=0)
+                path.chmod(0o600)
+                for name, value in _provenance(self._rank).items():
+                    file.attrs[name] = value
+                self._file = file
+            return self._file
+
+    def _room_for(self, slot: int) -> tuple[h5py.Dataset, h5py.Dataset]:
+        """The datasets of states and labels, with a row for `slot`."""
+        file = self.open()
+        if self._datasets is None:
+            width = max(self.size, 1)
+            # Single rows go past HDF5's cache, and take place in the file when they are first written.
+            states = file.create_dataset(
+                "state", (0, width), self.dtype, chunks=(1, min(width, _WIDEST_CHUNK)), maxshape=(None, width)
+            )
+            empty = np.array((-1, np.nan, 0), dtype=LABEL)
+            labels = file.create_dataset("label", (0,), LABEL, chunks=(_GROWTH,), maxshape=(None,), fillvalue=empty)
+            self._datasets = states, labels
+        states, labels = self._datasets
+        if slot >= len(labels):
+            states.resize(slot + _GROWTH, axis=0)
+            labels.resize(slot + _GROWTH, axis=0)
+        return states, labels
 
     def write(self, slot: _Slot, step: int, time: float) -> None:
         """Put a slot's staging buffer into the file. Runs in the thread."""
@@ -102,13 +140,13 @@ class _SlotFile:
         state = self.buffers[slot.buffer]
         phase, error = _Phase.ON_DISK, ""
         try:
-            slot.crc = zlib.crc32(state.data)
-            if slot.dataset is None:
-                slot.dataset = self.open().create_dataset(f"slot/{slot.number}", (self.size,), self.dtype)
+            slot.crc = isal_zlib.crc32(state.data)
+            states, labels = self._room_for(slot.number)
             if self.size:
-                slot.dataset.write_direct(state)
-            for name, value in (("step", step), ("time", time), ("crc32", slot.crc)):
-                slot.dataset.attrs[name] = value
+                states.id.write(self._one_state, _row_of(states, slot.number, self.size), state)
+            label = np.array([(step, time, slot.crc)], dtype=LABEL)
+            labels.id.write(_ONE_LABEL, _row_of(labels, slot.number), label)
+            states.file.flush()
         except (OSError, RuntimeError, ValueError) as reason:
             phase, error = _Phase.FAILED, f"checkpoint of step {step} could not be written: {_said(reason)}"
         self._finish(slot, phase, error)
@@ -116,13 +154,13 @@ class _SlotFile:
     def fetch(self, slot: _Slot) -> None:
         """Get a slot's contents into its staging buffer. Runs in the thread."""
         assert slot.buffer is not None
-        assert slot.dataset is not None
         state = self.buffers[slot.buffer]
         phase, error = _Phase.FETCHED, ""
         try:
+            states, _ = self._room_for(slot.number)
             if self.size:
-                slot.dataset.read_direct(state)
-            if zlib.crc32(state.data) != slot.crc:
+                states.id.read(self._one_state, _row_of(states, slot.number, self.size), state)
+            if isal_zlib.crc32(state.data) != slot.crc:
                 phase, error = _Phase.FAILED, f"slot {slot.number} is damaged: its checksum is wrong"
         except (OSError, RuntimeError, ValueError) as reason:
             phase, error = _Phase.FAILED, f"slot {slot.number} could not be read: {_said(reason)}"
@@ -131,6 +169,7 @@ class _SlotFile:
     def _finish(self, slot: _Slot, phase: _Phase, error: str) -> None:
         with self.changed:
             slot.phase, slot.error = phase, error
+            self._failed = self._failed or phase is _Phase.FAILED
             if phase is not _Phase.FETCHED or slot.given_back:
                 self.drop_buffer(slot)
             self.changed.notify_all()
@@ -147,12 +186,23 @@ class _SlotFile:
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join()
-        try:
-            if self._file is not None:
-                self._file.close()
-        except (OSError, RuntimeError):
-            # A full disk fails here again; the file goes anyway.
-            pass
+        self._remove()
+
+    def give_up_failed(self) -> None:
+        """Remove a file that failed, once nothing in it is needed, so that the next slot is in a new one."""
+        with self.changed:
+            if self._failed and all(slot.given_back for slot in self.slots):
+                self.changed.wait_for(lambda: not any(slot.busy for slot in self.slots))
+                self._failed = False
+                self._remove()
+
+    def _remove(self) -> None:
+        file, self._file = self._file, None
+        self._datasets = None
+        # A full disk fails here again; the file goes anyway.
+        with suppress(OSError, RuntimeError):
+            if file is not None:
+                file.close()
         if self._directory is not None:
             self._directory.remove()
 
@@ -160,9 +210,9 @@ class _SlotFile:
 class SpillPool:
     """Slots in an HDF5 file of this rank's own, made on the first write and removed with the pool.
 
-    Slot k is the dataset `/slot/k`, `size` scalars of `dtype`, whose attributes `step`, `time` and `crc32` say which
-    state it holds; slots are rewritten in place. `waited` is the time in seconds that the solver waited for the disk.
-    Whatever goes wrong with a slot comes out as `SpillError` when it is read.
+    Slot k is row k of the dataset `/state`, `size` scalars of `dtype`, and row k of `/label` says which state it holds:
+    `step` (-1: none), `time` and `crc32`. Slots are rewritten in place. `waited` is the time in seconds that the solver
+    waited for the disk. Whatever goes wrong with a slot comes out as `SpillError` when it is read.
     """
 
     on_disk = True
@@ -174,6 +224,7 @@ class SpillPool:
 
     def acquire(self) -> int:
         slots = self._file.slots
+        self._file.give_up_failed()
         with suppress(OSError):
             # If it fails it fails again when the slot is written, and is told to whoever reads it.
             self._file.open()
@@ -197,11 +248,12 @@ class SpillPool:
             if not place.busy:
                 self._file.drop_buffer(place)
 
-    def write(self, slot: int, state: State, step: int, time: float) -> None:
+    def write(self, slot: int, state: State, step: int, time: float) -> float:
         place = self._file.slots[slot]
-        self._take_buffer(place, _Phase.WRITING, lambda buffer: np.copyto(buffer, state))
+        rounding = self._take_buffer(place, _Phase.WRITING, lambda buffer: copy_rounded(state, buffer))
         file = self._file  # The thread must not hold this pool: it ends with it.
         file.submit(lambda: file.write(place, step, time))
+        return rounding
 
     def prefetch(self, slot: int) -> None:
         """Begin to fetch a slot that will be read soon, if a staging buffer can be spared."""
@@ -217,7 +269,7 @@ class SpillPool:
         with self._file.changed:
             if place.phase is _Phase.WRITING:
                 assert place.buffer is not None
-                np.copyto(state, self._file.buffers[place.buffer])
+                np.copyto(state, self._file.buffers[place.buffer], casting="same_kind")
                 return
         if place.phase is _Phase.ON_DISK:
             self._fetch(place)
@@ -226,22 +278,53 @@ class SpillPool:
             if place.phase is _Phase.FAILED:
                 raise SpillError(place.error)
             assert place.buffer is not None
-            np.copyto(state, self._file.buffers[place.buffer])
+            np.copyto(state, self._file.buffers[place.buffer], casting="same_kind")
             self._file.drop_buffer(place)
             place.phase = _Phase.ON_DISK
 
+    def seconds(self, state: State) -> tuple[float, float]:
+        slot = self.acquire()
+        try:
+            self._write_through(slot, state)
+            written = self._write_through(slot, state)
+            copy = state.copy()
+            began = clock.perf_counter()
+            self.read(slot, copy)
+            return written, clock.perf_counter() - began
+        finally:
+            self.release(slot)
+
+    def _write_through(self, slot: int, state: State) -> float:
+        """Write a slot and wait until it is on disk; the seconds it took."""
+        began = clock.perf_counter()
+        self.write(slot, state, 0, 0.0)
+        place = self._file.slots[slot]
+        with self._file.changed:
+            self._file.changed.wait_for(lambda: not place.busy)
+        return clock.perf_counter() - began
+
     def _fetch(self, place: _Slot) -> None:
-        self._take_buffer(place, _Phase.FETCHING, lambda buffer: None)
+        self._take_buffer(place, _Phase.FETCHING, lambda buffer: 0.0)
         file = self._file
         file.submit(lambda: file.fetch(place))
 
-    def _take_buffer(self, place: _Slot, phase: _Phase, fill: Callable[[State], None]) -> None:
+    def _take_buffer(self, place: _Slot, phase: _Phase, fill: Callable[[State], float]) -> float:
+        """Give a slot a staging buffer, and what it returns of `fill`, which may fail: then the slot has none."""
         self._file.start()
         with self._file.changed:
+            # A slot that is used anew may still be on its way to the disk, or have been fetched for nothing.
+            self._wait(lambda: not place.busy)
+            self._file.drop_buffer(place)
             self._wait(lambda: bool(self._file.free_buffers))
             place.buffer = self._file.free_buffers.pop()
-            fill(self._file.buffers[place.buffer])
+            try:
+                rounding = fill(self._file.buffers[place.buffer])
+            except PrecisionError as error:
+                self._file.drop_buffer(place)
+                place.phase, place.error = _Phase.FAILED, str(error)
+                raise
             place.phase = phase
+            return rounding
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         """Wait until the thread has made `ready` true. Call it holding `changed`."""
@@ -249,6 +332,31 @@ class SpillPool:
             began = clock.perf_counter()
             self._file.changed.wait_for(ready)
             self.waited += clock.perf_counter() - began
+
+
+@cache
+def _run_id(pid: int) -> str:
+    """An unguessable name of a process, which has it for all its files; a fork has one of its own."""
+    return str(uuid.uuid4())
+
+
+def _provenance(rank: int) -> dict[str, str | int]:
+    """Where a file comes from, for whoever finds it."""
+    return {
+        "rank": rank,
+        "run_id": _run_id(os.getpid()),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "program": f"pnode_dist {pnode_dist.__version__}",
+    }
+
+
+def _row_of(dataset: h5py.Dataset, row: int, width: int | None = None) -> h5py.h5s.SpaceID:
+    """The part of a dataset that is one slot's."""
+    space = dataset.id.get_space()
+    space.select_hyperslab(*(((row,), (1,)) if width is None else ((row, 0), (1, width))))
+    return space
 
 
 def _said(error: Exception) -> str:

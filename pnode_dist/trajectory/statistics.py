@@ -14,7 +14,10 @@ class SolveStatistics:
     vector-Jacobian products. `bytes_written` and `bytes_read` are the traffic with disk checkpoints;
     `checkpoint_bytes_peak` the most that checkpoints occupied at once in memory and on disk together. `graph_steps`
     are the steps whose graphs were kept from the forward pass, `graph_bytes` the memory of these.
-    `seconds_waiting_for_disk` is how long the solver stood still for disk checkpoints.
+    `rejected_steps` are the attempts that error control did not accept. `seconds_waiting_for_disk` is how long the
+    solver stood still for disk checkpoints. `largest_rounding` is the largest error that a narrower
+    `checkpoint_dtype` made in a checkpoint, relative to the largest entry of the state on this rank; of several solves
+    it is the largest, everything else adds up.
     """
 
     forward_steps: int = 0
@@ -25,9 +28,13 @@ class SolveStatistics:
     bytes_written: int = 0
     bytes_read: int = 0
     checkpoint_bytes_peak: int = 0
+    rejected_steps: int = 0
     graph_steps: int = 0
     graph_bytes: int = 0
     seconds_waiting_for_disk: float = 0.0
+    largest_rounding: float = 0.0
 
     def __add__(self, other: SolveStatistics) -> SolveStatistics:
-        return SolveStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        total = SolveStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        total.largest_rounding = max(self.largest_rounding, other.largest_rounding)
+        return total

@@ -101,7 +101,8 @@ def test_ranks_with_uneven_shares_follow_the_schedule_of_the_fullest(
     partition = BatchPartition(mesh, samples, (3,))
     assert comm.allgather(partition.local_shape[0]) == [2] + [1] * (mesh.size - 1)
     fullest = 2 * 3 * NUMBER
-    trajectory = Trajectory(ram=3 * fullest + 1, disk=2 * fullest if disk else 0, directory=scratch, keep="solution")
+    disk_bytes = 2 * fullest if disk else 0
+    trajectory = Trajectory(3 * fullest + 1, disk_bytes, scratch, keep="solution", schedule="multistage")
     node = NeuralODE(Coupled(comm, samples), step_size=0.1, partition=partition, trajectory=trajectory)
     u0 = partition.scatter(random(samples, 3))
     found = gradient(node, u0)
@@ -115,7 +116,8 @@ def test_ranks_with_uneven_shares_follow_the_schedule_of_the_fullest(
 
 def test_a_rank_that_owns_nothing_limits_nobody_and_follows(mesh: Mesh, comm: MPI.Comm, scratch: Path) -> None:
     partition = BatchPartition(mesh, 1, (3,))
-    trajectory = Trajectory(ram=2 * 3 * NUMBER, disk=2 * 3 * NUMBER, directory=scratch, keep="solution")
+    size = 2 * 3 * NUMBER
+    trajectory = Trajectory(ram=size, disk=size, directory=scratch, keep="solution", schedule="multistage")
     node = NeuralODE(Coupled(comm, 1), step_size=0.1, partition=partition, trajectory=trajectory)
     u0 = partition.scatter(random(1, 3))
     found = gradient(node, u0)
@@ -137,7 +139,8 @@ def test_every_rank_spills_its_own_part_into_its_own_file(mesh: Mesh, comm: MPI.
     (own,) = (path for path in files if path.name == f"trajectory-rank{comm.rank}.h5")
     with h5py.File(own, "r", locking=False) as file:
         assert file.attrs["rank"] == comm.rank
-        mine = [(int(slot.attrs["step"]), slot[...]) for slot in file["slot"].values()]
+        used = file["label"]["step"] >= 0
+        mine = list(zip(file["label"]["step"][used].tolist(), file["state"][used], strict=True))
     assert len(mine) == 3
     for step, content in mine:
         assert np.array_equal(content.reshape(partition.local_shape), states[step].numpy())

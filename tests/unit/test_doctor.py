@@ -61,37 +61,6 @@ def test_cpus_are_shown_as_ranges() -> None:
     assert [doctor.ranges(cpus) for cpus in ([], [3], [0, 1, 2, 5, 7, 8])] == ["", "3", "0-2,5,7-8"]
 
 
-@pytest.mark.parametrize(
-    ("membership", "limits", "limit"),
-    [
-        ("0::/job/step", {"job/memory.max": "1000", "job/step/memory.max": "max"}, 1000),
-        ("0::/job/step", {"job/memory.max": "1000", "job/step/memory.max": "600"}, 600),
-        ("0::/of/the/host", {"memory.max": "700"}, 700),
-        ("4:memory:/job", {"memory/job/memory.limit_in_bytes": "800"}, 800),
-        ("4:memory:/job", {"memory/job/memory.limit_in_bytes": "9223372036854771712"}, None),
-        ("3:cpuset:/job", {"memory/job/memory.limit_in_bytes": "800"}, None),
-    ],
-)
-def test_the_memory_limit_is_the_least_of_all_groups_above(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str, limits: dict[str, str], limit: int | None
-) -> None:
-    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "cgroup").write_text(f"{membership}\n")
-    for name, text in limits.items():
-        path = tmp_path / "mounted" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
-    assert doctor.memory_limit(tmp_path / "cgroup", tmp_path / "mounted") == limit
-
-
-def test_slurms_memory_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
-    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
-    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "4")
-    assert doctor.memory_limit(tmp_path / "nothing", tmp_path) == 400 * 2**20
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_json_is_one_object_about_every_rank(mpirun: Run, ranks: int) -> None:
     done = mpirun(ranks, "pnode-dist", "doctor", "--json")

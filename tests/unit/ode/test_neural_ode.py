@@ -155,4 +155,6 @@ def test_counts_are_those_of_the_last_solve(node: NeuralODE) -> None:
 
 
 def test_it_prints_its_settings(node: NeuralODE) -> None:
-    assert "method='rk4', step_size=0.1" in repr(node)
+    assert "method=None, step_size=0.1" in repr(node)
+    node.method, node.rtol = "bosh3", 1e-5
+    assert "method='bosh3', step_size=0.1, rtol=1e-05, atol=None" in repr(node)

@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pnode_dist import ConfigurationError, NeuralODE, Trajectory
+from pnode_dist.trajectory.binomial import optimal_forward_steps
 from pnode_dist.trajectory.budget import Slots
-from pnode_dist.trajectory.plan import divide, optimal_forward_steps
-from pnode_dist.trajectory.schedule import Adjoint, Advance, EndForward, Record, with_graphs
+from pnode_dist.trajectory.plan import Plan, best
+from pnode_dist.trajectory.schedule import Adjoint, Advance, EndForward, Record
 
 
-def forward_steps(steps: int, slots: Slots) -> int:
+def forward_steps(plan: Plan) -> int:
     """Counted from the schedule itself."""
     total = 0
-    for action in with_graphs(steps, slots.graphs, slots.ram, slots.disk):
+    for action in plan.actions():
         if isinstance(action, Advance):
             total += action.last - action.first
         total += isinstance(action, Record)
@@ -39,18 +40,18 @@ def test_the_optimum_is_the_published_one(steps: int, slots: int, published: int
 def test_a_division_fits_the_budget_and_no_other_needs_fewer_steps(
     steps: int, ram: int, disk: int, checkpoint: int, graph: int
 ) -> None:
-    base = Slots(min(ram // checkpoint, steps - 1), min(disk, steps - 1), checkpoint_bytes=checkpoint)
+    base = Slots(min(ram // checkpoint, steps - 1), min(disk, steps - 1), checkpoint, ram)
     if base.ram + base.disk == 0:
         return
-    chosen = divide(Trajectory(ram=ram), base, steps, graph)
-    assert chosen.ram * checkpoint + (chosen.graphs - 1) * graph <= ram
+    chosen = best(Trajectory(ram=ram), base, steps, graph, None).chosen
+    assert chosen.ram_bytes == chosen.ram * checkpoint + (chosen.kept - 1) * graph <= ram
     assert chosen.disk <= disk
-    best = min(
+    fewest = min(
         optimal_forward_steps(steps - graphs + 1, slots) + graphs - 1
         for graphs in range(1, steps + 1)
         if (left := ram - (graphs - 1) * graph) >= 0 and ((slots := left // checkpoint + disk) > 0 or graphs == steps)
     )
-    assert forward_steps(steps, chosen) == best
+    assert forward_steps(chosen) == chosen.forward_steps == fewest
 
 
 @given(steps=st.integers(1, 40), graphs=st.integers(1, 40), slots=st.integers(1, 6))
@@ -58,7 +59,9 @@ def test_every_step_is_recorded_before_its_adjoint_and_reversed_in_order(steps: 
     recorded: set[int] = set()
     adjoints = []
     kept = None
-    for action in with_graphs(steps, min(graphs, steps), slots, 0):
+    budget = Slots(min(slots, steps - 1), 0, 1, (min(graphs, steps) - 1) * 1000 + slots)
+    plan = best(Trajectory(ram=budget.ram_bytes), budget, steps, 1000, None).chosen
+    for action in plan.actions():
         if isinstance(action, Record):
             recorded.add(action.step)
         elif isinstance(action, EndForward):
@@ -67,7 +70,7 @@ def test_every_step_is_recorded_before_its_adjoint_and_reversed_in_order(steps: 
             recorded.remove(action.step)
             adjoints.append(action.step)
     assert adjoints == list(reversed(range(steps)))
-    assert kept == min(graphs, steps)
+    assert kept == plan.kept <= graphs
     assert not recorded
 
 
@@ -122,5 +125,5 @@ def test_demanding_more_graphs_than_fit_names_the_budget_that_works() -> None:
 
 
 def test_an_unknown_level_is_refused_naming_the_known() -> None:
-    with pytest.raises(ConfigurationError, match="keep = 'all': must be one of auto, solution, graph"):
+    with pytest.raises(ConfigurationError, match="keep = 'all': must be one of auto, solution, stages, graph"):
         Trajectory(keep="all")

@@ -4,12 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnode_dist.trajectory.schedule import multistage
+from pnode_dist.trajectory.binomial import multistage
+from pnode_dist.trajectory.schedule import with_last_recorded
 from tests.oracles.checkpointing import ModelExecutor, fewest_steps
 
 
 def executed(steps: int, ram: int, disk: int) -> ModelExecutor:
-    return ModelExecutor(steps, {"ram": ram, "disk": disk}).run(multistage(steps, ram, disk))
+    return ModelExecutor(steps, {"ram": ram, "disk": disk}).run(
+        with_last_recorded(multistage(steps, ram, disk), steps, steps)
+    )
 
 
 @settings(deadline=None, max_examples=150)

@@ -1,10 +1,14 @@
 """Checkpoints on disk: HDF5 that others can read, private while it is there, and gone afterwards."""
 
 import gc
+import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 
 import h5py
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import pnode_dist
 from pnode_dist import NeuralODE, Trajectory, odeint
 from pnode_dist.trajectory.schedule import Tier
 from tests.oracles.right_hand_sides import Network, random
@@ -45,16 +50,74 @@ def test_a_file_holds_the_states_before_the_steps_it_names(tmp_path: Path, spill
     wait_until_written(node)
     (path,) = files(tmp_path)
     with h5py.File(path, "r", locking=False) as file:
-        slots = [file[f"slot/{k}"] for k in range(3)]
-        assert sorted(file["slot"]) == ["0", "1", "2"]
-        steps = [int(slot.attrs["step"]) for slot in slots]
-        assert len(set(steps)) == 3
-        for step, slot in zip(steps, slots, strict=True):
-            assert slot.dtype == np.float64
-            assert float(slot.attrs["time"]) == step * 0.0625
-            assert np.array_equal(slot[...].reshape(2, 3), states[step].numpy())
+        labels = file["label"][...]
+        assert np.all(labels["step"][3:] == -1)
+        assert len(set(labels["step"][:3])) == 3
+        assert file["state"].dtype == np.float64
+        for label, state in zip(labels[:3], file["state"], strict=False):
+            assert label["time"] == label["step"] * 0.0625
+            assert np.array_equal(state.reshape(2, 3), states[label["step"]].numpy())
     assert node.last_solve.bytes_written == 3 * 48
     solution.sum().backward()
+
+
+READING = """
+import json, sys
+import h5py
+
+with h5py.File(sys.argv[1], "r", locking=False) as file:
+    used = file["label"]["step"] >= 0
+    steps = file["label"]["step"][used].tolist()
+    slots = {k: {"dtype": str(file["state"].dtype), "step": step} for k, step in enumerate(steps)}
+    values = dict(enumerate(file["state"][used].tolist()))
+    attributes = {name: value if isinstance(value, str) else int(value) for name, value in file.attrs.items()}
+print(json.dumps([attributes, slots, values]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_another_process_can_read_the_file_meanwhile_and_learns_where_it_is_from(tmp_path: Path, dtype: str) -> None:
+    trajectory = Trajectory(ram_slots=1, disk_slots=3, directory=tmp_path, checkpoint_dtype=dtype)
+    network = Network()
+    states = odeint(network, U0, np.linspace(0, 1, 17).tolist()).detach()
+    node = NeuralODE(network, step_size=0.0625, trajectory=trajectory)
+    began = datetime.now(UTC).replace(microsecond=0)
+    solution = node(U0, TIMES)
+    wait_until_written(node)
+    (path,) = files(tmp_path)
+    read = subprocess.run(
+        [sys.executable, "-c", READING, path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert read.returncode == 0, read.stderr
+    attributes, slots, values = json.loads(read.stdout)
+    assert attributes["rank"] == 0
+    assert attributes["host"] == socket.gethostname()
+    assert attributes["pid"] == os.getpid()
+    assert attributes["program"] == f"pnode_dist {pnode_dist.__version__}"
+    assert began <= datetime.fromisoformat(attributes["created"]) <= datetime.now(UTC)
+    assert uuid.UUID(attributes["run_id"]).version == 4
+    assert sorted(slots) == ["0", "1", "2"]
+    for name, slot in slots.items():
+        assert slot["dtype"] == dtype
+        assert np.array_equal(values[name], states[slot["step"]].numpy().astype(dtype).ravel())
+    solution.sum().backward()
+
+
+def test_the_files_of_one_process_carry_one_run_id_and_those_of_another_a_different_one(
+    tmp_path: Path, spilling: Trajectory
+) -> None:
+    nodes = [NeuralODE(Network(), step_size=0.05, trajectory=spilling) for _ in range(2)]
+    solutions = [node(U0, TIMES) for node in nodes]
+    run_ids = []
+    for path in files(tmp_path):
+        with h5py.File(path, "r", locking=False) as file:
+            run_ids.append(file.attrs["run_id"])
+    assert len(run_ids) == 2
+    assert len(set(run_ids)) == 1
+    script = "import os; from pnode_dist.trajectory.spill import _run_id; print(_run_id(os.getpid()))"
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert other.stdout.strip() not in run_ids
+    del solutions
 
 
 def test_files_are_private_whatever_the_umask(tmp_path: Path, spilling: Trajectory) -> None:
@@ -91,7 +154,7 @@ def test_a_module_keeps_one_file_between_solves_and_removes_it_with_itself(
         assert len(files(tmp_path)) == 1
     (path,) = files(tmp_path)
     with h5py.File(path, "r", locking=False) as file:
-        assert len(file["slot"]) == 3
+        assert np.count_nonzero(file["label"]["step"] >= 0) == 3
     del node
     gc.collect()
     assert list(tmp_path.iterdir()) == []
@@ -136,6 +199,8 @@ def test_petsc_writes_no_trajectory_of_its_own(
 def test_files_are_gone_when_the_process_ends(ending: str, tmp_path: Path) -> None:
     script = f"""
 import sys
+import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 import torch
 from pnode_dist import NeuralODE, Trajectory

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import h5py
 import pytest
 import torch
 from torch import nn
@@ -35,15 +41,26 @@ class Net(nn.Module):
 
 
 def solve_and_differentiate(
-    trajectory: Trajectory, spoil: Callable[[NeuralODE], None] = lambda node: None
+    trajectory: Trajectory,
+    spoil: Callable[[NeuralODE], None] = lambda node: None,
+    observe: Callable[..., None] = lambda *_: None,
 ) -> tuple[torch.Tensor, NeuralODE]:
+    """The gradient of a solve with `spoil` done between its passes and `observe` before every evaluation of f."""
     torch.manual_seed(3)
-    node = NeuralODE(Net(), step_size=1 / STEPS, trajectory=trajectory)
+    net = Net()
+    net.register_forward_pre_hook(observe)
+    node = NeuralODE(net, step_size=1 / STEPS, trajectory=trajectory)
+    return gradient_of(node, spoil), node
+
+
+def gradient_of(node: NeuralODE, spoil: Callable[[NeuralODE], None] = lambda node: None) -> torch.Tensor:
+    """The gradient of one more solve, always the same one."""
+    torch.manual_seed(4)
     u0 = torch.randn(4096, 4, dtype=torch.float64, requires_grad=True)
     loss = node(u0, [0.0, 1.0])[-1].square().sum()
     spoil(node)
     gradients = torch.autograd.grad(loss, [u0, *node.parameters()])
-    return torch.cat([value.reshape(-1) for value in gradients]), node
+    return torch.cat([value.reshape(-1) for value in gradients])
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +80,45 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def flip_a_byte(node: NeuralODE) -> None:
-    """Damage the first slot behind the program's back, once it is on disk."""
+def slot_file(node: NeuralODE) -> Any:
+    """The file of a module's only solver, once all that was to be written is."""
     (solver,) = node._solvers._solvers.values()
     file = solver.pools[Tier.DISK]._file
     with file.changed:
         assert file.changed.wait_for(lambda: not any(slot.busy for slot in file.slots), timeout=30)
+    return file
+
+
+def flip_a_byte(node: NeuralODE) -> None:
+    """Damage the first slot behind the program's back, once it is on disk."""
+    file = slot_file(node)
     file.open().flush()
-    dataset = file.slots[0].dataset
+    chunk = file.open()["state"].id.get_chunk_info(0)
     with Path(file.open().filename).open("r+b") as raw:
-        raw.seek(dataset.id.get_offset() + 1000)
+        raw.seek(chunk.byte_offset + 1000)
         byte = raw.read(1)[0]
         raw.seek(-1, os.SEEK_CUR)
         raw.write(bytes([byte ^ 1]))
+
+
+def lose_the_file(node: NeuralODE) -> None:
+    """Take the directory away and the open file too, as with a file system that is no longer there."""
+    file = slot_file(node).open()
+    shutil.rmtree(Path(file.filename).parent)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, file.id.get_vfd_handle())
+    os.close(nothing)
+
+
+def remove_at(evaluation: int, directory: Path) -> Callable[..., None]:
+    """What removes a directory before so many evaluations of f."""
+    evaluations = itertools.count(1)
+
+    def observe(*_: object) -> None:
+        if next(evaluations) == evaluation:
+            shutil.rmtree(directory)
+
+    return observe
 
 
 @pytest.mark.parametrize("ram_slots", [0, 1, 3])
@@ -95,14 +138,9 @@ def test_after_a_full_disk_the_next_solve_does_without_it_and_does_not_warn_agai
     trajectory = Trajectory(ram_slots=2, disk_slots=12, directory=small_disk)
     with pytest.warns(RuntimeWarning, match="going on without checkpoints on disk"):
         _, node = solve_and_differentiate(trajectory)
-    torch.manual_seed(3)
-    Net()
-    u0 = torch.randn(4096, 4, dtype=torch.float64, requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loss = node(u0, [0.0, 1.0])[-1].square().sum()
-        gradients = torch.autograd.grad(loss, [u0, *node.parameters()])
-    assert torch.equal(torch.cat([value.reshape(-1) for value in gradients]), expected)
+        assert torch.equal(gradient_of(node), expected)
     assert node.last_solve.bytes_written == 0
 
 
@@ -126,6 +164,66 @@ def test_without_faults_nothing_is_recomputed_on_their_account(tmp_path: Path, e
     assert torch.equal(gradient, expected)
     assert node.last_solve.recomputed_steps == in_memory.last_solve.recomputed_steps
     assert node.last_solve.bytes_written > 0
+
+
+@pytest.mark.parametrize("policy", ["recompute", "raise"])
+@pytest.mark.parametrize("evaluation", [40, 97, 200])
+def test_a_scratch_directory_that_is_removed_while_its_file_is_open_loses_nothing(
+    policy: str, evaluation: int, tmp_path: Path, expected: torch.Tensor
+) -> None:
+    """Removed between two writes of the forward pass, after it, and between two writes of the backward pass."""
+    place = tmp_path / "scratch"
+    place.mkdir()
+    trajectory = Trajectory(ram_slots=0, disk_slots=4, directory=place, on_spill_error=policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradient, node = solve_and_differentiate(trajectory, observe=remove_at(evaluation, place))
+        assert not place.exists()
+        assert torch.equal(gradient, expected)
+        place.mkdir()
+        assert torch.equal(gradient_of(node), expected)
+        assert node.last_solve.bytes_read > 0
+
+
+@pytest.mark.parametrize("ram_slots", [0, 2])
+def test_a_file_system_that_vanishes_costs_steps_and_one_warning(
+    ram_slots: int, tmp_path: Path, expected: torch.Tensor
+) -> None:
+    trajectory = Trajectory(ram_slots=ram_slots, disk_slots=4, directory=tmp_path)
+    with pytest.warns(RuntimeWarning, match="going on without checkpoints on disk") as warned:
+        gradient, node = solve_and_differentiate(trajectory, lose_the_file)
+    assert len(warned) == 1
+    assert torch.equal(gradient, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(gradient_of(node), expected)
+    assert node.last_solve.bytes_written == 0
+
+
+def test_a_file_system_that_vanishes_ends_the_solve_where_that_was_asked_for_and_the_next_makes_a_new_file(
+    tmp_path: Path, expected: torch.Tensor
+) -> None:
+    trajectory = Trajectory(ram_slots=0, disk_slots=4, directory=tmp_path, on_spill_error="raise")
+    torch.manual_seed(3)
+    node = NeuralODE(Net(), step_size=1 / STEPS, trajectory=trajectory)
+    with pytest.raises(SpillError, match=r"trajectory: rank 0: slot \d+ is damaged: its checksum is wrong"):
+        gradient_of(node, lose_the_file)
+    gc.collect()
+    assert torch.equal(gradient_of(node), expected)
+    assert node.last_solve.bytes_read > 0
+
+
+def test_a_scratch_directory_that_is_removed_before_the_first_write_costs_only_steps(
+    tmp_path: Path, expected: torch.Tensor
+) -> None:
+    place = tmp_path / "scratch"
+    place.mkdir()
+    # Without numbers of slots the first step is run, and measured, before its state is stored.
+    trajectory = Trajectory(ram="128KiB", disk="512KiB", schedule="multistage", directory=place)
+    with pytest.warns(RuntimeWarning, match="could not be written: No such file or directory; going on") as warned:
+        gradient, _ = solve_and_differentiate(trajectory, observe=remove_at(1, place))
+    assert len(warned) == 1
+    assert torch.equal(gradient, expected)
 
 
 def test_an_unknown_policy_is_refused() -> None:
@@ -168,6 +266,54 @@ def test_sigterm_in_the_backward_pass_leaves_nothing_and_ends_the_process_as_it_
     assert list(tmp_path.iterdir()) == []
 
 
+BUSY = """
+import sys, time
+from pathlib import Path
+import torch
+from pnode_dist import NeuralODE, Trajectory
+
+class Decay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u):
+        return -u
+
+    @staticmethod
+    def backward(ctx, gradient):
+        print("in an adjoint step", flush=True)
+        time.sleep(0.02)
+        return -gradient
+
+trajectory = Trajectory(ram_slots=0, disk_slots=3, directory=Path(sys.argv[1]))
+node = NeuralODE(lambda t, u: Decay.apply(u), step_size=0.01, trajectory=trajectory)
+node(torch.ones(2**16, dtype=torch.float64, requires_grad=True), [0.0, 1.0]).sum().backward()
+"""
+
+
+@pytest.mark.parametrize("steps", [1, 30])
+def test_sigterm_between_adjoint_steps_with_the_disk_at_work_leaves_nothing(tmp_path: Path, steps: int) -> None:
+    process = subprocess.Popen([sys.executable, "-c", BUSY, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(steps):
+        assert process.stdout.readline() == "in an adjoint step\n"
+    assert list(tmp_path.rglob("*.h5"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == -signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_that_a_killed_process_leaves_can_be_read(tmp_path: Path) -> None:
+    process = spilling_process(tmp_path)
+    process.kill()
+    process.wait(timeout=30)
+    (path,) = tmp_path.rglob("*.h5")
+    with h5py.File(path, "r") as file:
+        assert file.attrs["pid"] == process.pid
+        used = file["label"]["step"] >= 0
+        assert used.any()
+        for state, label in zip(file["state"][used], file["label"][used], strict=True):
+            assert zlib.crc32(state.data) == label["crc32"]
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_one_s_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,3 +333,19 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_one_s_is
         living.terminate()
         living.wait(timeout=30)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ram_slots", [0, 2])
+def test_a_directory_that_is_gone_before_the_next_solve_costs_steps_and_one_warning(
+    ram_slots: int, tmp_path: Path, expected: torch.Tensor
+) -> None:
+    directory = tmp_path / "scratch"
+    directory.mkdir()
+    trajectory = Trajectory(ram_slots=ram_slots, disk_slots=4, directory=directory)
+    gradient, node = solve_and_differentiate(trajectory)
+    assert torch.equal(gradient, expected)
+    shutil.rmtree(directory)
+    with pytest.warns(RuntimeWarning, match="must be a directory that every rank can write; going on without") as seen:
+        assert torch.equal(gradient_of(node), expected)
+    assert len(seen) == 1
+    assert node.last_solve.bytes_written == 0

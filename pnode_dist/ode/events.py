@@ -1,0 +1,60 @@
+"""What a solve tells PETSc's log: events and stages that `-log_view` lists with their counts and times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+from petsc4py import PETSc
+
+FORWARD_PASS, BACKWARD_PASS = "pnode forward", "pnode backward"
+FUNCTION, PRODUCT = "pnode f", "pnode vjp"
+STEP, RERUN, ADJOINT_STEP, CHECKPOINT = "pnode step", "pnode rerun", "pnode adjoint", "pnode chkpoint"
+
+_NOTHING = nullcontext()
+
+
+@cache
+def _event(name: str) -> Any:
+    return PETSc.Log.Event(name)
+
+
+@cache
+def _stage(name: str) -> Any:
+    return PETSc.Log.Stage(name)
+
+
+def logging() -> bool:
+    """Whether PETSc keeps a log. Asked once a solve: most do not, and an event takes as long as a small stage."""
+    return bool(PETSc.Log.isActive())
+
+
+@contextmanager
+def _begun(name: str) -> Iterator[None]:
+    event = _event(name)
+    event.begin()
+    try:
+        yield
+    finally:
+        event.end()
+
+
+@contextmanager
+def stage(name: str, active: bool) -> Iterator[None]:
+    """Count what happens meanwhile to a stage of the log, if `active`."""
+    if not active:
+        yield
+        return
+    entered = _stage(name)
+    entered.push()
+    try:
+        yield
+    finally:
+        entered.pop()
+
+
+def event(name: str, active: bool) -> Any:
+    """A context whose time is logged under `name`, if `active`."""
+    return _begun(name) if active else _NOTHING

@@ -1,0 +1,200 @@
+"""How much memory and how many cores of its node a rank may use, found without asking the other ranks.
+
+The limits of control groups count on every level: those of all groups above a process hold for it too. In a container
+the path of a group is often the host's, and only the topmost directory is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+GROUPS = Path("/proc/self/cgroup")
+MOUNTED = Path("/sys/fs/cgroup")
+# Version 1 of control groups says "no limit" by a number near 2^63.
+_NO_LIMIT = 2**60
+# How many ranks of the job the launcher started on this node: MPICH and Intel MPI, Open MPI, MVAPICH.
+_LOCAL_SIZES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+_SLURM_TASKS = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+_TASKS_OF_NODES = re.compile(r"(\d+)(?:\(x(\d+)\))?\Z")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The names that one version of control groups has for a limit, what is used of it, and cache that can be freed."""
+
+    limit: str
+    used: str
+    cached: tuple[str, ...]
+
+
+_VERSION_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "inactive_file"))
+_VERSION_2 = _Files("memory.max", "memory.current", ("inactive_file",))
+
+
+def memory_limit(
+    groups: Path = GROUPS, mounted: Path = MOUNTED, environment: Mapping[str, str] = os.environ
+) -> int | None:
+    """The memory this rank's job may use on its node, from Slurm or its control groups, in bytes; None: no limit."""
+    limits = [limit for limit, _, _ in _limited_groups(groups, mounted)]
+    return min([*limits, *_slurm_limits(environment)], default=None)
+
+
+def available_memory(
+    meminfo: Path = MEMINFO,
+    groups: Path = GROUPS,
+    mounted: Path = MOUNTED,
+    environment: Mapping[str, str] = os.environ,
+) -> int:
+    """The memory in bytes that this node's part of the job can still take.
+
+    The least of what the system has left, of what every control group above this process has left (its page cache is
+    given up when memory is short, and counts as left), and of Slurm's limits.
+    """
+    left = [_left_on_node(meminfo), *_slurm_limits(environment)]
+    for limit, directory, files in _limited_groups(groups, mounted):
+        used = _number(directory / files.used)
+        if used is not None:
+            left.append(limit - used + _page_cache(directory / "memory.stat", files.cached))
+    return max(min(left), 0)
+
+
+def ranks_on_node(environment: Mapping[str, str] = os.environ, fallback: int = 1) -> int:
+    """How many ranks of the job share this node, as its launcher tells them; `fallback` if it does not."""
+    for name in _LOCAL_SIZES:
+        if (ranks := _positive(environment, name)) is not None:
+            return ranks
+    # Outside of a step these describe the allocation, not what was started.
+    if "SLURM_STEP_ID" in environment:
+        for name in _SLURM_TASKS:
+            if (ranks := _tasks_of_node(environment.get(name, ""), environment.get("SLURM_NODEID", "0"))) is not None:
+                return ranks
+    return _positive(environment, "LOCAL_WORLD_SIZE") or fallback
+
+
+@cache
+def default_ram(world_size: int) -> int:
+    """The bytes this rank may fill with checkpoints and graphs when no budget was given.
+
+    It is half of the memory that is left, divided by the ranks on the node (as many as in the world, where that is not
+    known). The other half is for what the budget does not count: the working set of the step at hand, parameters,
+    optimizer and data, what the allocators hold back, the page cache of spilled checkpoints, and whatever else starts
+    on the node. Measured once per process: every solve then plans with the same number.
+    """
+    return available_memory() // (2 * ranks_on_node(fallback=world_size))
+
+
+def spare_cores(world_size: int) -> int:
+    """How many cores this rank has beside the one it computes on; a thread in the background is free if there is one.
+
+    Where the ranks of the node share their cores, each has its part of them.
+    """
+    own = _affinity(0)
+    try:
+        launcher = _affinity(os.getppid())
+    except OSError:
+        launcher = own
+    return cores_of_rank(own, launcher, os.environ, world_size) - 1
+
+
+def cores_of_rank(own: int, launcher: int, environment: Mapping[str, str], world_size: int) -> int:
+    """How many cores a rank has that may run on `own` of them and was started by a process that may on `launcher`.
+
+    If the ranks of the node can all have so many to themselves, they were bound to different ones; else they share
+    them. At least 1.
+    """
+    ranks = ranks_on_node(environment, fallback=world_size)
+    # A launcher may stand outside of the job's cores.
+    of_job = min(launcher, _positive(environment, "SLURM_CPUS_ON_NODE") or launcher)
+    return own if own * ranks <= of_job else max(own // ranks, 1)
+
+
+def _affinity(process: int) -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(process))
+    return os.cpu_count() or 1
+
+
+def _left_on_node(meminfo: Path) -> int:
+    with suppress(OSError):
+        for line in meminfo.read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name == "MemAvailable":
+                return int(rest.split()[0]) * 1024
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _limited_groups(groups: Path, mounted: Path) -> Iterator[tuple[int, Path, _Files]]:
+    """The control groups of this process that limit its memory: the limit in bytes, the directory, its files."""
+    try:
+        memberships = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in memberships:
+        if controllers == "":
+            base, files = mounted, _VERSION_2
+        elif "memory" in controllers.split(","):
+            base, files = mounted / "memory", _VERSION_1
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for directory in (group, *group.parents):
+            if not directory.is_relative_to(base):
+                break
+            limit = _number(directory / files.limit)
+            if limit is not None and limit < _NO_LIMIT:
+                yield limit, directory, files
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _page_cache(statistics: Path, names: tuple[str, ...]) -> int:
+    """The first of `names` that is in a group's memory.stat, in bytes; 0 if none is."""
+    entries: dict[str, str] = {}
+    with suppress(OSError, ValueError):
+        entries = dict(line.split(None, 1) for line in statistics.read_text().splitlines())
+    return next((int(entries[name]) for name in names if name in entries), 0)
+
+
+def _slurm_limits(environment: Mapping[str, str]) -> list[int]:
+    """Slurm's limits for the job on this node, in bytes; it gives them in MiB, and says "all of it" by 0."""
+    per_node = _positive(environment, "SLURM_MEM_PER_NODE")
+    per_cpu = _positive(environment, "SLURM_MEM_PER_CPU")
+    limits = [] if per_node is None else [per_node]
+    if per_cpu is not None:
+        limits.append(per_cpu * (_positive(environment, "SLURM_CPUS_ON_NODE") or 1))
+    return [limit * 2**20 for limit in limits]
+
+
+def _tasks_of_node(counts: str, node: str) -> int | None:
+    """Entry `node` of Slurm's "2(x3),1", which is 2, 2, 2, 1; None if there is none."""
+    if not node.isdigit():
+        return None
+    before = int(node)
+    for entry in counts.split(","):
+        match = _TASKS_OF_NODES.match(entry)
+        if match is None:
+            return None
+        nodes = int(match[2] or 1)
+        if before < nodes:
+            return int(match[1])
+        before -= nodes
+    return None
+
+
+def _positive(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "")
+    return int(text) if text.isdigit() and int(text) > 0 else None
