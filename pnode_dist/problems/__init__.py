@@ -18,6 +18,16 @@ def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
     Raises `ConfigurationError` for what can only be said with the data set and the mesh at hand: a file or variable
     that is not there, more ranks than rows, a window longer than the data.
     """
-    from pnode_dist.problems.field import build_field
+    from pnode_dist.train.config import FieldRun, GrayScottRun
 
-    return build_field(config, mesh, dtype)
+    # Each problem needs packages of its own.
+    match config:
+        case FieldRun():
+            from pnode_dist.problems.field import build_field
+
+            return build_field(config, mesh, dtype)
+        case GrayScottRun():
+            from pnode_dist.problems.gray_scott import build_gray_scott
+
+            return build_gray_scott(config, mesh, dtype)
+    raise TypeError(f"there is no problem for a {type(config).__name__}")

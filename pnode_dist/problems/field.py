@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,24 +15,23 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
-from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.ode.time_grid import time_grid
-from pnode_dist.partition import protocol
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.field_data import Field, Source, agreed, open_source, read_field
+from pnode_dist.problems.agreement import agreed
+from pnode_dist.problems.field_data import Field, Source, open_source, read_field
 from pnode_dist.problems.field_model import FieldModel, Tendency, Windows, number_of_harmonics, windows
-from pnode_dist.problems.protocol import GradcheckCase
+from pnode_dist.problems.protocol import GradcheckCase, SolveCase
+from pnode_dist.problems.solver import check_budget, neural_ode
 from pnode_dist.report.forecast import Forecast, write_forecast
-from pnode_dist.trajectory.budget import agree_on_slots
+from pnode_dist.report.picture import draw
 from pnode_dist.trajectory.statistics import SolveStatistics
 
 if TYPE_CHECKING:
-    from pnode_dist.train.config import Config
+    from pnode_dist.train.config import FieldRun
 
 FORECAST, REPORT = "forecast.h5", "report.png"
 
 
-def build_field(config: Config, mesh: Mesh, dtype: torch.dtype) -> FieldProblem:
+def build_field(config: FieldRun, mesh: Mesh, dtype: torch.dtype) -> FieldProblem:
     """The configured field problem, its model computing in `dtype`. Collective on the world.
 
     Raises `ConfigurationError` on all ranks for whatever the data or the number of ranks do not allow.
@@ -60,20 +58,12 @@ def build_field(config: Config, mesh: Mesh, dtype: torch.dtype) -> FieldProblem:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         tendency = Tendency(model, field, partition, mesh, harmonics)
-    solve = NeuralODE(
-        tendency.to(dtype),
-        method=config.solver.method,
-        step_size=config.solver.step_size,
-        partition=partition,
-        trajectory=config.trajectory.build(),
-        options=config.solver.options,
-    )
-    result = FieldProblem(config, mesh, partition, field, FieldModel(solve, field.time.step), dtype)
-    result.check_budget()
-    return result
+    check_budget(config, partition, field.time.step, problem.window)
+    solve = neural_ode(config, tendency.to(dtype), partition)
+    return FieldProblem(config, mesh, partition, field, FieldModel(solve, field.time.step), dtype)
 
 
-def _partition(config: Config, source: Source, mesh: Mesh) -> GridPartition:
+def _partition(config: FieldRun, source: Source, mesh: Mesh) -> GridPartition:
     problem, model = config.problem, config.model
     halo = max(model.dilations) * (model.kernel_size - 1) // 2
     try:
@@ -87,7 +77,7 @@ def _partition(config: Config, source: Source, mesh: Mesh) -> GridPartition:
 class FieldProblem:
     """A field, its model, and how one is learnt and judged by the other. See `pnode_dist.problems.protocol.Problem`."""
 
-    config: Config
+    config: FieldRun
     mesh: Mesh
     partition: GridPartition
     field: Field
@@ -103,15 +93,6 @@ class FieldProblem:
     def units(self) -> str:
         """The variable's units."""
         return self.field.units
-
-    def check_budget(self) -> None:
-        """Raise `ConfigurationError` if no checkpoint of a batch fits the trajectory. Collective on the state ranks."""
-        window = self.config.problem.window
-        times = [number * self.field.time.step for number in range(window + 1)]
-        values = self.config.training.batch_size * protocol.count(self.partition.local_shape)
-        checkpoint = values * protocol.scalar_dtype().itemsize
-        steps = time_grid(times, self.config.solver.step_size).steps
-        agree_on_slots(self.config.trajectory.build(), checkpoint, steps, True, self.partition.comm)
 
     def batches(self, epoch: int) -> Iterator[Windows]:
         """This replica's training windows of an epoch, shuffled; what does not divide by the replicas waits for another
@@ -144,6 +125,12 @@ class FieldProblem:
     def solve_statistics(self) -> SolveStatistics:
         """The counts of the model's last call."""
         return self.model.solve.last_solve
+
+    def solve_case(self) -> SolveCase:
+        """The solve of the first training batch."""
+        batch = next(self.batches(1))
+        times = [number * self.field.time.step for number in range(len(batch.targets) + 1)]
+        return SolveCase(self.model.solve, batch.initial, times, (batch.phase,))
 
     def gradcheck_case(self) -> GradcheckCase:
         """The training loss of the first window, as a function of its initial state."""
@@ -185,21 +172,12 @@ class FieldProblem:
         }
         self._write(forecast, batch, run_directory)
         result["forecast"] = str(run_directory / FORECAST)
-        drawn = agreed(self.mesh, lambda: self._draw(run_directory, result) if self.mesh.is_root else None)
-        return {**result, "report": self.mesh.broadcast_object(drawn)}
+        return {**result, "report": draw(run_directory / REPORT, lambda path: self._draw(path, result), self.mesh)}
 
-    def _draw(self, run_directory: Path, result: dict[str, Any]) -> str:
-        """Draw the report where matplotlib is installed; says which."""
-        if importlib.util.find_spec("matplotlib") is None:
-            return "not drawn, as matplotlib is missing: pip install 'pnode-dist[plot]'"
+    def _draw(self, path: Path, result: dict[str, Any]) -> None:
         from pnode_dist.report.plots import draw_report
 
-        path = run_directory / REPORT
-        try:
-            draw_report(path, run_directory / FORECAST, run_directory / "metrics.jsonl", result)
-        except OSError as error:
-            raise ConfigurationError(f"{path}: cannot be written: {error.strerror or error}") from None
-        return str(path)
+        draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"), result)
 
     def _forecast(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
         """Forecasts `[lead, start, ny_local, nx_local, channel]` of the validation part, and what they are to be."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.agreement import agreed
 from pnode_dist.problems.field_config import FieldConfig
 
 try:
@@ -24,7 +25,6 @@ except ModuleNotFoundError:
     raise ConfigurationError("a field problem needs xarray and h5netcdf: pip install 'pnode-dist[data]'") from None
 
 Array = npt.NDArray[Any]
-Result = TypeVar("Result")
 
 EPOCH = np.datetime64("2000-01-01T00:00:00", "ns")
 DAYS_PER_YEAR = 365.2425
@@ -171,20 +171,6 @@ def time_label(stamp: Any, step_name: str) -> str:
     if np.asarray(stamp).dtype.kind == "M":
         return str(np.datetime_as_string(stamp, unit=_SHOWN_UNITS.get(step_name, "m")))
     return f"{float(stamp):g}"
-
-
-def agreed(mesh: Mesh, action: Callable[[], Result]) -> Result:
-    """Do `action` on every rank; a `ConfigurationError` of any rank is raised on all. Collective on the world."""
-    result: Result | None = None
-    failure: ConfigurationError | None = None
-    try:
-        result = action()
-    except ConfigurationError as error:
-        failure = error
-    first = int(mesh.max(torch.tensor([0 if failure is None else mesh.size - mesh.rank])).item())
-    if first:
-        raise ConfigurationError(mesh.broadcast_object(str(failure), source=mesh.size - first))
-    return result  # type: ignore[return-value]
 
 
 def resolve_path(path: str) -> Path:

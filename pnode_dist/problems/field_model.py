@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.nn import Conv2d
+from pnode_dist.nn.activation import ACTIVATIONS
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.field_config import FieldModelConfig
 from pnode_dist.problems.field_data import Field, TimeAxis
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": functional.gelu,
-    "silu": functional.silu,
-    "tanh": torch.tanh,
-}
 _DEFAULT_HARMONICS = 2
 _FIRST_DAMPING = 0.1
 _FIRST_OUTPUT = 0.1
@@ -132,7 +126,7 @@ class Tendency(nn.Module):
         self.cycle = SeasonalCycle(field, harmonics)
         self.step = field.time.step
         self.period = field.time.period
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.register_buffer("inside", field.inside, persistent=False)
         self.register_buffer("place", _place(partition) * field.inside, persistent=False)
         self.register_buffer("scale", _departure_deviation(self.cycle, field, mesh), persistent=False)

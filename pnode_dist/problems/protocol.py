@@ -1,7 +1,8 @@
 """What the training loop, the gradient check and the evaluation ask of a problem.
 
 A problem is data, a model and a loss over one mesh. Adding one means writing a module with a function
-`build(config, mesh, dtype) -> Problem` and naming it in `pnode_dist.problems.build`.
+`build(config, mesh, dtype) -> Problem` and naming it in `pnode_dist.problems.build`, and its tables `[problem]` and
+`[model]` in `pnode_dist.train.config.RUNS`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.trajectory.statistics import SolveStatistics
 
@@ -35,6 +37,16 @@ class GradcheckCase:
     loss: Callable[[torch.Tensor], torch.Tensor]
     parameters: Sequence[nn.Parameter]
     partition: Partition
+
+
+@dataclass(frozen=True)
+class SolveCase:
+    """One solve as training does it: `solve(state, times, *args)`, of a whole batch. Collective on the state ranks."""
+
+    solve: NeuralODE
+    state: torch.Tensor
+    times: Sequence[float]
+    args: tuple[Any, ...] = ()
 
 
 class Problem(Protocol):
@@ -80,6 +92,10 @@ class Problem(Protocol):
 
     def solve_statistics(self) -> SolveStatistics:
         """What the model's last call, and its backward pass if there was one, cost on this rank."""
+        ...
+
+    def solve_case(self) -> SolveCase:
+        """The solve of a training batch, to plan and to measure with. Collective on the world."""
         ...
 
     def gradcheck_case(self) -> GradcheckCase:

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.field_data import Field, TimeAxis, agreed
+from pnode_dist.problems.field_data import Field, TimeAxis
+from pnode_dist.report.turns import in_turn, write_failure
 
 _SECONDS = "seconds since 1970-01-01 00:00:00"
 
@@ -45,14 +45,7 @@ def write_forecast(path: Path, contents: Forecast, partition: GridPartition, mes
     of the first replica write in turn: no rank holds more than its own part, and HDF5 need not be parallel.
     Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
-    agreed(mesh, lambda: _create(path, contents, partition) if mesh.is_root else None)
-    for turn in range(partition.comm.size):
-        mine = mesh.replica == 0 and partition.comm.rank == turn
-        agreed(mesh, lambda mine=mine: _write_part(path, contents, partition) if mine else None)  # type: ignore[misc]
-
-
-def _failure(path: Path, error: OSError) -> ConfigurationError:
-    return ConfigurationError(f"{path}: cannot be written: {error.strerror or error}")
+    in_turn(lambda: _create(path, contents, partition), lambda: _write_part(path, contents, partition), partition, mesh)
 
 
 def _create(path: Path, contents: Forecast, partition: GridPartition) -> None:
@@ -82,7 +75,7 @@ def _create(path: Path, contents: Forecast, partition: GridPartition) -> None:
                 if field.units:
                     stored.attrs["units"] = field.units
     except OSError as error:
-        raise _failure(path, error) from None
+        raise write_failure(path, error) from None
 
 
 def _coordinate(
@@ -110,4 +103,4 @@ def _write_part(path: Path, contents: Forecast, partition: GridPartition) -> Non
                 part = values if len(contents.field.axes) == 3 else values[..., 0]
                 file.variables[name][:, :, y0:y1, x0:x1] = part.numpy().astype(np.float32)
     except OSError as error:
-        raise _failure(path, error) from None
+        raise write_failure(path, error) from None

@@ -16,38 +16,21 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from pnode_dist.problems.field_data import time_label
-from pnode_dist.train import metrics
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training
 
 Array = npt.NDArray[Any]
 
 _LAND = "#b9b9b9"
-_INK = "#2b2b2b"
-_MODEL = "#c1272d"
 _CURVES: dict[str, dict[str, Any]] = {
-    "model": {"label": "neural ODE", "color": _MODEL, "linewidth": 2.4, "marker": "o", "zorder": 3},
+    "model": {"label": "neural ODE", "color": MODEL_COLOUR, "linewidth": 2.4, "marker": "o", "zorder": 3},
     "persistence": {"label": "persistence", "color": "#5b6770", "linestyle": "--", "marker": "s"},
     "climatology": {"label": "climatology", "color": "#1f78b4", "linestyle": "-.", "marker": "^"},
     "anomaly_persistence": {"label": "anomaly persistence", "color": "#e08a1e", "linestyle": ":", "marker": "D"},
     "damped_persistence": {"label": "damped persistence", "color": "#4d8f3a", "linestyle": (0, (3, 1)), "marker": "v"},
 }
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#777777",
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-}
 _SIZE = (12.0, 8.6)
 _DPI = 120
 _SHOWN_LEAD = 3
-_LOGARITHMIC = 20
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str, Any]) -> None:
@@ -56,7 +39,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str,
     Maps show the first channel at lead 3, or the longest lead if it is shorter, from the start in the middle.
     """
     # Only this picture is to look like this, and no display is to be needed.
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, hspace=0.03)
         figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
         grid = GridSpec(4, 2, figure=figure, height_ratios=(1, 1, 1, 2.1))
@@ -67,7 +50,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str,
             f"{name[:1].upper()}{name[1:]}: learnt from {table['training']}, judged by {table['validation']}",
             fontsize=12,
         )
-        _draw_training(figure.add_subplot(grid[3, 0]), metrics_file, table["units"])
+        draw_training(figure.add_subplot(grid[3, 0]), metrics_file, table["units"])
         _draw_errors(figure.add_subplot(grid[3, 1]), table)
         figure.savefig(path)
 
@@ -139,39 +122,6 @@ def _edges(data: xarray.Dataset, name: str) -> tuple[float, float]:
 def _label(data: xarray.Dataset, name: str) -> str:
     units = str(data[name].attrs.get("units", "")) if name in data.coords else ""
     return f"{name} (°{units[8].upper()})" if units.startswith("degrees_") else f"{name} ({units})" if units else name
-
-
-def _draw_training(axis: Axes, metrics_file: Path, units: str) -> None:
-    """The training loss of each step and its mean over each epoch, and the validation error if it was computed."""
-    records = list(metrics.read(metrics_file)) if metrics_file.exists() else []
-    steps = [record for record in records if record["kind"] == "step" and record["loss"] is not None]
-    axis.set_title("Training")
-    if not steps:
-        axis.text(0.5, 0.5, "no metrics file", ha="center", transform=axis.transAxes)
-        return
-    numbers, losses = (np.array([record[key] for record in steps]) for key in ("step", "loss"))
-    epochs = np.array([record["epoch"] for record in steps])
-    axis.plot(numbers, losses, color=_MODEL, alpha=0.3, linewidth=1, label="loss of a batch")
-    means = [(numbers[epochs == epoch].max(), losses[epochs == epoch].mean()) for epoch in np.unique(epochs)]
-    axis.plot(*zip(*means, strict=True), color=_MODEL, linewidth=2.2, marker="o", markersize=4, label="epoch mean")
-    if losses.max() > _LOGARITHMIC * losses.min():
-        axis.set_yscale("log")
-    else:
-        axis.set_ylim(0, 1.25 * losses.max())
-    axis.set_xlabel("optimiser step")
-    axis.set_ylabel("loss (normalised)")
-    axis.grid(alpha=0.25)
-    lines, labels = axis.get_legend_handles_labels()
-    checks = [record for record in records if record["kind"] == "validation" and record["figures"]]
-    if len(checks) > 1:
-        other = axis.twinx()
-        figures = [next(iter(record["figures"].values())) for record in checks]
-        (line,) = other.plot([record["step"] for record in checks], figures, color="#1f78b4", marker="^", markersize=5)
-        other.set_ylim(0, 1.35 * max(figures))
-        other.set_ylabel(f"validation error ({units})" if units else "validation error")
-        other.spines["right"].set_visible(True)
-        lines, labels = [*lines, line], [*labels, "validation error, all leads"]
-    axis.legend(lines, labels, loc="upper center", ncols=len(lines), fontsize=9, handlelength=1.4, columnspacing=1.0)
 
 
 def _draw_errors(axis: Axes, table: dict[str, Any]) -> None:

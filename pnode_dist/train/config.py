@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, St
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
 from pnode_dist.problems.field_config import FieldConfig, FieldModelConfig
-from pnode_dist.train.diagnosis import first_error
+from pnode_dist.problems.gray_scott_config import GrayScottConfig, GrayScottModelConfig
+from pnode_dist.train.diagnosis import first_error, wrong_choice
 from pnode_dist.trajectory.budget import Trajectory, parse_size
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -33,6 +34,10 @@ def _method(name: str) -> str:
 def _size(size: int | str) -> int | str:
     parse_size(size)
     return size
+
+
+def _size_or_auto(size: int | str) -> int | str:
+    return size if size == "auto" else _size(size)
 
 
 def _run_name(name: str) -> str:
@@ -93,7 +98,14 @@ class SolverConfig(Table):
     method: Annotated[StrictStr, AfterValidator(_method)] = "rk4"
     """A name from `pnode-dist methods`."""
     step_size: Positive | None = None
-    """The longest step, in the problem's time units; by default one step between output times."""
+    """The longest step, in the problem's time units; by default one step between output times. With error control the
+    first step, by default chosen from the problem."""
+    rtol: Positive | None = None
+    """Relative tolerance of error control; steps are of fixed size unless this or `atol` is given."""
+    atol: Positive | None = None
+    """Absolute tolerance, in the units of the state as it is solved for."""
+    adaptor: Literal["basic", "dsp"] = "basic"
+    """PETSc's control of the step size."""
     petsc_options: Annotated[dict[str, StrictStr | bool | int | float], AfterValidator(_petsc_options)] = {}
     """PETSc options of the solver, without the dash; an option that takes no value is written `""`."""
 
@@ -106,15 +118,24 @@ class SolverConfig(Table):
 class TrajectoryConfig(Table):
     """`[trajectory]`: what may be kept for the adjoint, per rank. Sizes are bytes or strings such as `"256MiB"`."""
 
-    ram: Annotated[StrictInt | StrictStr, AfterValidator(_size)] = "256MiB"
+    ram: Annotated[StrictInt | StrictStr, AfterValidator(_size_or_auto)] = "auto"
+    """`auto`: half of the memory that is left to the ranks of a node, divided among them."""
     disk: Annotated[StrictInt | StrictStr, AfterValidator(_size)] = 0
     directory: StrictStr | None = None
     """For disk checkpoints, best local to the node; by default SLURM_TMPDIR or the system's temporary directory."""
     ram_slots: CountOrNone | None = None
     """A number of checkpoints, instead of bytes."""
     disk_slots: CountOrNone | None = None
-    keep: Literal["auto", "solution", "graph"] = "auto"
-    """`solution`: only checkpoints. `graph`: the graph of every step. `auto`: what runs the fewest steps in `ram`."""
+    keep: Literal["auto", "solution", "stages", "graph"] = "auto"
+    """`solution`: only checkpoints. `stages`: the states of the stages. `graph`: the graph of every step. `auto`: what
+    is fastest in `ram`."""
+    schedule: Literal["auto", "all", "revolve", "multistage", "h-revolve"] = "auto"
+    """Which checkpoints to hold: the state before every step, binomially in memory, also on disk, or with the costs of
+    the disk weighed in. `auto`: what is predicted to be fastest."""
+    checkpoint_dtype: Literal["float64", "float32"] = "float64"
+    """`float32` halves the checkpoints and rounds what is run again from them."""
+    solves: Count = 1
+    """How many solves share the budget at a time."""
     on_spill_error: Literal["recompute", "raise"] = "recompute"
     """When the disk fails: go on without it, or end the run."""
 
@@ -154,12 +175,12 @@ class EvaluationConfig(Table):
 
 
 class Config(Table):
-    """A whole configuration."""
+    """A whole configuration. Its subclasses say what `[problem]` and `[model]` hold, see `RUNS`."""
 
     run: RunConfig
     mesh: MeshConfig = MeshConfig()
-    problem: FieldConfig
-    model: FieldModelConfig = FieldModelConfig()
+    problem: BaseModel
+    model: BaseModel
     solver: SolverConfig = SolverConfig()
     trajectory: TrajectoryConfig = TrajectoryConfig()
     training: TrainingConfig
@@ -168,6 +189,24 @@ class Config(Table):
     def to_toml(self) -> str:
         """The configuration with all defaults written out, as `load` reads it."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+class FieldRun(Config):
+    """A whole configuration of a field problem."""
+
+    problem: FieldConfig
+    model: FieldModelConfig = FieldModelConfig()
+
+
+class GrayScottRun(Config):
+    """A whole configuration of a Gray-Scott problem."""
+
+    problem: GrayScottConfig
+    model: GrayScottModelConfig = GrayScottModelConfig()
+
+
+RUNS: dict[str, type[Config]] = {"field": FieldRun, "gray_scott": GrayScottRun}
+"""The configuration that each `[problem] type` needs; without a type the problem is `field`."""
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -184,10 +223,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     run = tables.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("name", path.stem)
+    problem = tables.get("problem")
+    kind = problem.get("type", "field") if isinstance(problem, dict) else "field"
+    if not isinstance(kind, str) or kind not in RUNS:
+        raise ConfigurationError(wrong_choice(("problem", "type"), kind, list(RUNS), str(path), sources))
     try:
-        return Config.model_validate(tables)
+        return RUNS[kind].model_validate(tables)
     except ValidationError as error:
-        raise ConfigurationError(first_error(error, Config, str(path), sources)) from None
+        raise ConfigurationError(first_error(error, RUNS[kind], str(path), sources)) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

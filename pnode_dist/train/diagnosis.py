@@ -27,8 +27,21 @@ def first_error(
         by_key.setdefault(tuple(str(part) for part in details["loc"][:2]), details)
     keys, details = next(iter(by_key.items()))
     others = f" (and {len(by_key) - 1} more)" if len(by_key) > 1 else ""
-    overridden = (text for path, text in overrides.items() if path[: len(keys)] == keys)
-    return f"{next(overridden, source)}: {_sentence(details, schema)}{others}"
+    return f"{_origin(keys, source, overrides)}: {_sentence(details, schema)}{others}"
+
+
+def wrong_choice(
+    keys: tuple[str, str], value: Any, choices: Sequence[str], source: str, overrides: Mapping[tuple[str, ...], str]
+) -> str:
+    """One line for a value that is needed to know the schema, and is none of `choices`. See `first_error`."""
+    return (
+        f"{_origin(keys, source, overrides)}: [{keys[0]}] {keys[1]} = {_shown(value)}: must be {' or '.join(choices)}"
+    )
+
+
+def _origin(keys: tuple[str, ...], source: str, overrides: Mapping[tuple[str, ...], str]) -> str:
+    """The option that set the keys, or else the file."""
+    return next((text for path, text in overrides.items() if path[: len(keys)] == keys), source)
 
 
 def _sentence(details: ErrorDetails, schema: Schema) -> str:

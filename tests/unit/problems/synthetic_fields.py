@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xarray
 
 from pnode_dist.problems.field_config import FieldConfig
-from pnode_dist.train.config import Config
+from pnode_dist.train.config import FieldRun
 
 TIMES, NY, NX = 30, 6, 9
 VALIDATION, WINDOW = 6, 3
@@ -81,7 +81,7 @@ def _problem(path: Path | str) -> dict[str, Any]:
     }
 
 
-def config(path: Path | str, **tables: dict[str, Any]) -> Config:
+def config(path: Path | str, **tables: dict[str, Any]) -> FieldRun:
     """A whole configuration over a file; `tables` change single keys of its tables."""
     whole: dict[str, dict[str, Any]] = {
         "run": {"name": "test"},
@@ -93,4 +93,4 @@ def config(path: Path | str, **tables: dict[str, Any]) -> Config:
     }
     for name, changes in tables.items():
         whole[name] = whole.get(name, {}) | changes
-    return Config.model_validate(whole)
+    return FieldRun.model_validate(whole)

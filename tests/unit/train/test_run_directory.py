@@ -10,12 +10,12 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.train import run_directory
-from pnode_dist.train.config import Config, load
+from pnode_dist.train.config import Config, FieldRun, load
 
 
 @pytest.fixture
 def config() -> Config:
-    return Config.model_validate(
+    return FieldRun.model_validate(
         {
             "run": {"name": "test"},
             "problem": {"path": "sst.nc", "variable": "sst", "validation": 3, "window": 2},

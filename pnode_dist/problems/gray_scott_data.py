@@ -1,0 +1,129 @@
+"""The data of the Gray-Scott problem: trajectories that PETSc's own adaptive integrator computes from the equations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from petsc4py import PETSc
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.mesh import Mesh
+from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.gray_scott_config import GrayScottConfig
+from pnode_dist.problems.gray_scott_physics import GrayScott, initial_state
+
+_METHOD = "5dp"
+_TOLERANCE = 1e-9
+_FIRST_STEP = 1e-2
+_MOST_STEPS = 2**31 - 1
+_PREFIX = "gray_scott_data_"
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """This rank's part of all trajectories, and what is known of the whole of those to learn from.
+
+    `values` `[trajectory, time, ny_local, nx_local, species]` are normalised by the `mean` and `deviation`
+    `[species]` of the first `training` trajectories; the others are held out. `rate` `[species]` is the root mean
+    square of what the normalised states change per unit of time from one sample to the next. All are float64.
+    """
+
+    values: torch.Tensor
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    rate: torch.Tensor
+    training: int
+    interval: float
+
+    def physical(self, values: torch.Tensor) -> torch.Tensor:
+        """Normalised values as concentrations, in float64."""
+        return values.double() * self.deviation + self.mean
+
+    @property
+    def times(self) -> int:
+        """Samples of a trajectory."""
+        return self.values.shape[1]
+
+
+def generate(config: GrayScottConfig, partition: GridPartition, mesh: Mesh) -> Trajectories:
+    """Compute and normalise all trajectories. Collective on the state ranks.
+
+    Raises `ConfigurationError` on all ranks for equations whose solution cannot be followed, and for a grid so coarse
+    that all trajectories to learn from are at rest on it.
+    """
+    equations = GrayScott(partition, config.parameters)
+    count = config.trajectories + config.validation
+    states = torch.stack(
+        [
+            reference(equations, initial_state(partition, config.seed, number), config.times, config.interval)
+            for number in range(count)
+        ]
+    )
+    learnt = states[: config.trajectories]
+    mean = _mean(learnt, partition, mesh)
+    deviation = _mean((learnt - mean).square(), partition, mesh).sqrt()
+    if not bool((deviation > 0).all()):
+        raise ConfigurationError(
+            f"[problem] shape = {list(config.shape)}: too coarse: the initial states' bumps lie between its points"
+        )
+    values = (states - mean) / deviation
+    changes = (values[: config.trajectories, 1:] - values[: config.trajectories, :-1]) / config.interval
+    rate = _mean(changes.square(), partition, mesh).sqrt()
+    return Trajectories(values, mean, deviation, rate, config.trajectories, config.interval)
+
+
+def reference(equations: GrayScott, initial: torch.Tensor, times: int, interval: float) -> torch.Tensor:
+    """The states at 0, `interval`, ..., `[times, ny_local, nx_local, 2]`, starting from `initial`. Collective on the
+    partition's communicator.
+
+    Computed by PETSc's TS with the Dormand-Prince pair and step control at a relative and absolute tolerance of 1e-9.
+    The steps follow from norms over all ranks, so that rank counts differ by rounding alone.
+    Raises `ConfigurationError` on all ranks where the step control gives up.
+    """
+    partition = equations.partition
+    solution = partition.create_vec()
+    state = partition.view(solution)
+
+    def rates(ts: Any, t: float, u: PETSc.Vec, rate: PETSc.Vec) -> None:
+        with torch.no_grad():
+            partition.view(rate).copy_(equations(torch.tensor(t), partition.view(u)))
+        rate.stateIncrease()
+
+    ts = PETSc.TS().create(comm=partition.comm)
+    # Options for the solver under study are not for this one.
+    ts.setOptionsPrefix(_PREFIX)
+    ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
+    ts.setType(PETSc.TS.Type.RK)
+    ts.setRKType(_METHOD)
+    ts.setRHSFunction(rates, solution.duplicate())
+    ts.setTolerances(rtol=_TOLERANCE, atol=_TOLERANCE)
+    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
+    ts.setMaxSteps(_MOST_STEPS)
+    ts.setTimeStep(min(_FIRST_STEP, interval))
+    state.copy_(initial)
+    solution.stateIncrease()
+    samples = [state.clone()]
+    try:
+        for number in range(1, times):
+            ts.setMaxTime(number * interval)
+            ts.solve(solution)
+            samples.append(state.clone())
+    except PETSc.Error:
+        raise ConfigurationError(
+            f"[problem]: the equations cannot be integrated beyond time {ts.getTime():g}: diffusion, feed or kill is "
+            "too large"
+        ) from None
+    finally:
+        ts.destroy()
+    return torch.stack(samples)
+
+
+def _mean(values: torch.Tensor, partition: GridPartition, mesh: Mesh) -> torch.Tensor:
+    """The mean `[species]` over all trajectories, times and cells of all ranks. Collective on the state ranks."""
+    cells = partition.shape[0] * partition.shape[1]
+    total: torch.Tensor = mesh.sum(values.sum(dim=(0, 1, 2, 3)), over="state") / (
+        values.shape[0] * values.shape[1] * cells
+    )
+    return total

@@ -1,0 +1,48 @@
+"""What the tables [solver] and [trajectory] make of a problem's right-hand side, and whether they can."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.ode.time_grid import time_grid
+from pnode_dist.partition import protocol
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.trajectory.budget import agree_on_slots
+
+if TYPE_CHECKING:
+    from pnode_dist.train.config import Config
+
+
+def neural_ode(config: Config, right_hand_side: nn.Module, partition: Partition) -> NeuralODE:
+    """The configured solve of `right_hand_side` on the partition."""
+    solver = config.solver
+    return NeuralODE(
+        right_hand_side,
+        method=solver.method,
+        step_size=solver.step_size,
+        rtol=solver.rtol,
+        atol=solver.atol,
+        adaptor=solver.adaptor,
+        partition=partition,
+        trajectory=config.trajectory.build(),
+        options=solver.options,
+    )
+
+
+def check_budget(config: Config, partition: Partition, interval: float, window: int) -> None:
+    """Raise `ConfigurationError` if no checkpoint of a batch of windows fits the trajectory. Collective on the
+    partition's communicator.
+
+    A window has `window` output times, `interval` apart in the problem's time units.
+    """
+    times = [number * interval for number in range(window + 1)]
+    values = config.training.batch_size * protocol.count(partition.local_shape)
+    trajectory = config.trajectory.build()
+    checkpoint = values * trajectory.checkpoint_itemsize
+    solver = config.solver
+    adaptive = solver.rtol is not None or solver.atol is not None
+    steps = None if adaptive else time_grid(times, solver.step_size).steps
+    agree_on_slots(trajectory, checkpoint, steps, True, partition.comm)

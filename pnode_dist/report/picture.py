@@ -1,0 +1,30 @@
+"""Drawing the report where there is something to draw it with."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from pnode_dist.mesh import Mesh
+from pnode_dist.problems.agreement import agreed
+from pnode_dist.report.turns import write_failure
+
+
+def draw(path: Path, drawing: Callable[[Path], None], mesh: Mesh) -> str:
+    """Let rank 0 do `drawing(path)`; returns the path, or that matplotlib is missing. Collective on the world.
+
+    Raises `ConfigurationError` on all ranks when the file cannot be written.
+    """
+
+    def drawn() -> str:
+        if importlib.util.find_spec("matplotlib") is None:
+            return "not drawn, as matplotlib is missing: pip install 'pnode-dist[plot]'"
+        try:
+            drawing(path)
+        except OSError as error:
+            raise write_failure(path, error) from None
+        return str(path)
+
+    said: str = mesh.broadcast_object(agreed(mesh, lambda: drawn() if mesh.is_root else None))
+    return said

@@ -1,0 +1,27 @@
+"""Writing one file by many ranks without parallel HDF5: one creates it, then each in its turn writes its own part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.mesh import Mesh
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.problems.agreement import agreed
+
+
+def in_turn(create: Callable[[], None], write_part: Callable[[], None], partition: Partition, mesh: Mesh) -> None:
+    """`create` on rank 0, then `write_part` on one rank of the first replica after the other. Collective on the world.
+
+    A `ConfigurationError` of any rank is raised on all.
+    """
+    agreed(mesh, lambda: create() if mesh.is_root else None)
+    for turn in range(partition.comm.size):
+        mine = mesh.replica == 0 and partition.comm.rank == turn
+        agreed(mesh, lambda mine=mine: write_part() if mine else None)  # type: ignore[misc]
+
+
+def write_failure(path: Path, error: OSError) -> ConfigurationError:
+    """What to raise for a file that cannot be written."""
+    return ConfigurationError(f"{path}: cannot be written: {error.strerror or error}")
