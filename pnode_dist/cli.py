@@ -98,16 +98,24 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", "train the model of a configuration", _train)
     evaluate = add("evaluate", "forecast the validation data with a trained model", _evaluate)
     gradcheck = add("gradcheck", "check the gradient of a configuration against finite differences", _gradcheck)
+    plan = add("plan", "say what a trajectory's budget allows and how long it takes", _plan)
     methods = add("methods", "list the time-stepping methods", _methods, alone=True)
     doctor = add("doctor", "say what is installed and whether the ranks see each other", _doctor)
     bench = add("bench", "measure against peers: " + ", ".join(BENCHMARKS), _bench)
-    for sub in (train, gradcheck):
+    for sub in (train, gradcheck, plan):
         sub.add_argument("config", metavar="CONFIG", help="a TOML file")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a trained run")
     bench.add_argument("name", metavar="NAME", choices=list(BENCHMARKS), help=" | ".join(BENCHMARKS))
     train.add_argument("--run-dir", metavar="DIR", help="where the run's files go, instead of [run] directory")
     train.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run there")
-    for sub in (train, evaluate, gradcheck):
+    plan.add_argument("--ram", metavar="SIZE", help="instead of [trajectory] ram, such as 64MiB or auto")
+    plan.add_argument("--disk", metavar="SIZE", help="instead of [trajectory] disk")
+    plan.add_argument("--measure", action="store_true", help="also run every candidate and measure it")
+    plan.add_argument(
+        "--sweep", action="store_true", help="plan for budgets of all sizes, and draw time against memory"
+    )
+    plan.add_argument("--plot", metavar="FILE", type=Path, default=Path("plan.png"), help="where --sweep draws")
+    for sub in (train, evaluate, gradcheck, plan):
         sub.add_argument(
             "--set",
             metavar="SECTION.KEY=VALUE",
@@ -116,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="put a value over the configuration's; may be repeated",
         )
-    for sub in (evaluate, gradcheck, methods, doctor, bench):
+    for sub in (evaluate, gradcheck, plan, methods, doctor, bench):
         sub.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
@@ -128,6 +136,7 @@ def _run_together(command: Callable[[argparse.Namespace], int], arguments: argpa
     """Run a command on all ranks, and let no rank wait for one that has failed. Collective on the world."""
     from mpi4py import MPI
 
+    from pnode_dist.errors import StepSizeError
     from pnode_dist.train.divergence import DivergenceError
 
     # Of its own, because the other ranks may be anywhere in the program when one fails.
@@ -136,7 +145,7 @@ def _run_together(command: Callable[[argparse.Namespace], int], arguments: argpa
         code = command(arguments)
     except ConfigurationError as error:
         return _end(error, WRONG_USAGE, together)
-    except DivergenceError as error:
+    except (DivergenceError, StepSizeError) as error:
         return _end(error, FAILED, together)
     except KeyboardInterrupt:
         if _first(together):
@@ -295,6 +304,53 @@ def _show_gradcheck(result: GradcheckResult) -> None:
             row[name.removeprefix("taylor_")] = values[at] if at >= 0 else None
         rows.append(row)
     show_table({**shown, "taylor_test": rows})
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    overrides = list(arguments.overrides)
+    slots: dict[str, None] = {}
+    for key in ("ram", "disk"):
+        value = getattr(arguments, key)
+        if value is not None:
+            overrides.append(f"trajectory.{key}={json.dumps(value)}")
+            slots[f"{key}_slots"] = None
+    config = _load(arguments.config, overrides)
+    # A size on the command line stands above a number of checkpoints in the file.
+    config = config.model_copy(update={"trajectory": config.trajectory.model_copy(update=slots)})
+    import torch
+
+    from pnode_dist import planning
+    from pnode_dist.problems import build
+    from pnode_dist.report.picture import draw
+
+    with _mesh(config) as mesh, output(arguments.json, mesh.is_root) as emit:
+        case = build(config, mesh, getattr(torch, config.training.dtype)).solve_case()
+        plans = planning.plan_case(case)
+        measured = planning.measure(case, plans.candidates) if arguments.measure and not arguments.sweep else None
+        result: dict[str, Any] = plans.as_dict()
+        tables: dict[str, Any] = {"costs": planning.costs_table(plans), "plans": planning.as_table(plans, measured)}
+        if measured is not None:
+            result["measured_seconds"] = measured
+        if arguments.sweep:
+            points = planning.sweep(case, arguments.measure)
+            rows = [
+                {"ram": point.ram, "plan": point.plan.name, "seconds": point.plan.seconds, "measured": point.measured}
+                for point in points
+            ]
+            from pnode_dist.report.plan_plot import draw_sweep
+
+            title = (
+                f"{config.run.name}: {plans.chosen.steps} steps of {config.solver.method}, {mesh.state_ranks} rank(s)"
+            )
+            result["sweep"], result["plot"] = (
+                rows,
+                draw(arguments.plot, lambda path: draw_sweep(path, points, title), mesh),
+            )
+            tables |= {"sweep": rows, "plot": result["plot"]}
+        emit(result)
+        if mesh.is_root and not arguments.json:
+            show_table(tables)
+    return 0
 
 
 def _methods(arguments: argparse.Namespace) -> int:
