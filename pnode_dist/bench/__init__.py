@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = {
     "gradient": "time and exactness of one gradient, against torchdiffeq (one rank)",
+    "trajectory": "cost of keeping and recomputing trajectories (one rank), and of a very long one (several)",
     "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
 }
 

@@ -25,7 +25,7 @@ LARGEST_GRADIENT_ERROR = 1e-12
 _REPEATS = 7
 _END = 1.0
 
-Solve = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+Solve = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RightHandSide(nn.Module):
         return result
 
 
-def classical_rk4(func: nn.Module, u0: torch.Tensor, steps: int) -> torch.Tensor:
+def classical_rk4(func: Solve, u0: torch.Tensor, steps: int) -> torch.Tensor:
     """Kutta's classical method in plain torch, written here to stand apart from PETSc's."""
     h = _END / steps
     u = u0

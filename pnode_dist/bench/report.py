@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -90,7 +90,7 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def interleaved(candidates: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def interleaved(candidates: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each candidate, which are run in turn `repeats` times so that a slow moment hits all of them alike.
 
     A candidate runs once and returns the seconds it took.
