@@ -47,7 +47,10 @@ def parse_size(size: int | str) -> int:
         raise ConfigurationError(
             f"size = {size!r}: must be a number of bytes with one of the units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
         )
-    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+    bytes_of_it = float(match.group(1)) * _UNITS[match.group(2).lower()]
+    if bytes_of_it % 1 and _UNITS[match.group(2).lower()] == 1:
+        raise ConfigurationError(f"size = {size!r}: must be a whole number of bytes, or have a unit such as MiB or GiB")
+    return int(bytes_of_it)
 
 
 def format_size(size: float) -> str:
@@ -130,7 +133,8 @@ class Trajectory:
     predicted to be fastest, or with `ram_slots` or `disk_slots` given the one with the fewest steps.
 
     Where error control chooses the steps, and their number is not known beforehand, `schedule` has no say: graphs are
-    kept as long as they fit, and else checkpoints are placed as the steps go by; stages are not kept.
+    kept as long as they fit, and else checkpoints are placed as the steps go by; stages are not kept. Such a solve
+    books its whole part of the budget until its steps are known, and half of what is left with `ram = "auto"`.
 
     `checkpoint_dtype = "float32"` halves the checkpoints: each entry of a state that is run again from one then
     carries a relative error of up to 2^-24, which reaches the gradient, and the gradient's bits depend on the budget
@@ -281,6 +285,9 @@ def agree_on_slots(
     number = -1 if steps is None else steps
     most = _MOST_CHECKPOINTS if steps is None else max(steps - 1, 0)
     ram = _left(trajectory.ram_bytes, trajectory.solves, ledger.ram)
+    if steps is None and trajectory.ram == AUTO:
+        # It books all that it may need before it knows; solves inside f, which nobody budgeted, are to find room too.
+        ram //= 2
     disk = _left(trajectory.disk_bytes, trajectory.solves, ledger.disk) if has_disk else 0
     needs_disk = (
         keeps_trajectory

@@ -47,7 +47,25 @@ def test_a_size_is_read(written: int | str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "written",
-    ["", " ", "MiB", "12 XB", "-1", "-5MiB", "1e3", "1,5GB", "1 2", "0x10", "nan", "inf", "12MiB!", "1_000", "five"],
+    [
+        "",
+        " ",
+        "MiB",
+        "12 XB",
+        "-1",
+        "-5MiB",
+        "1e3",
+        "1,5GB",
+        "1 2",
+        "0x10",
+        "nan",
+        "inf",
+        "12MiB!",
+        "1_000",
+        "five",
+        "1.5",
+        "2.5B",
+    ],
 )
 def test_a_string_that_is_no_size_is_refused(written: str) -> None:
     with pytest.raises(ConfigurationError, match="size = ") as caught:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pnode_dist import ConfigurationError, NeuralODE, Trajectory
+from pnode_dist.trajectory import budget
 from pnode_dist.trajectory.budget import Ledger
 from pnode_dist.trajectory.store import MemoryPool
 from tests.oracles.checkpointing import fewest_steps
@@ -360,3 +361,12 @@ def test_memory_of_a_module_that_alternates_between_two_sizes_stays_within_the_b
     for samples in (2, 4, 2, 4):
         node(random(samples, 3).requires_grad_(), TIMES).sum().backward()
         assert memory_of(node) <= 12 * CHECKPOINT
+
+
+def test_a_solve_within_f_finds_room_beside_one_with_error_control_and_no_budget_of_its_own() -> None:
+    inner = NeuralODE(Network(), step_size=0.5)
+    outer = NeuralODE(lambda t, u: inner(u, [0.0, 1.0])[-1] - u, params=list(inner.parameters()), rtol=1e-5)
+    u0 = random(2, 3).requires_grad_()
+    outer(u0, TIMES).sum().backward()
+    assert outer.last_solve.graph_steps == outer.last_solve.forward_steps
+    assert books(budget.DEFAULT) == (0, 0, 0)
