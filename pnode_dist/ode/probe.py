@@ -23,7 +23,7 @@ from pnode_dist.trajectory.schedule import Tier
 from pnode_dist.trajectory.store import SlotPool, SpillError
 
 _REPEATS = 5
-_LONG_ENOUGH = 0.15
+_LONG_ENOUGH, _LONG = 0.15, 1.0
 _LEVELS = ("graph", "stages")
 _NEVER = 1e9
 _MOST_STEPS_BETWEEN = 20
@@ -113,7 +113,7 @@ def _disk(stepper: Stepper, pool: SlotPool, step: float, steps_of: Callable[[int
     between = min(max(math.ceil(agreed[0] / agreed[1]), 1), _MOST_STEPS_BETWEEN)
     slot, other = pool.acquire(), state.copy()
     alone, beside = [], []
-    for _ in range(_REPEATS):
+    for _ in range(_REPEATS if 2 * between * agreed[1] < _LONG_ENOUGH else 1):
         alone.append(_seconds(lambda: steps_of(2 * between)))
         began = clock.perf_counter()
         pool.write(slot, other, 0, 0.0)
@@ -129,11 +129,11 @@ def _disk(stepper: Stepper, pool: SlotPool, step: float, steps_of: Callable[[int
 
 
 def _enough(comm: MPI.Comm) -> Iterator[None]:
-    """So many rounds that they take a while, but not fewer than 3 or more than 50; as many on every rank."""
+    """So many rounds that they take a while, 3 to 50 of them, or 1 where that takes long; as many on every rank."""
     began = clock.perf_counter()
     for repeat in range(50):
         yield
-        if repeat >= 2 and comm.allreduce(clock.perf_counter() - began, MPI.MAX) > _LONG_ENOUGH:
+        if comm.allreduce(clock.perf_counter() - began, MPI.MAX) > (_LONG_ENOUGH if repeat >= 2 else _LONG):
             return
 
 
