@@ -253,54 +253,50 @@ def integrate(
     Raises `StepSizeError` when steps become too small for the time to change.
     """
     adaptive.begin(control)
+    time, number, rejected = times[0], 0, 0
     try:
-        return _integrated(adaptive, times, control, before, after)
+        wanted = control.first_size or adaptive.first_size(time, times[1] - time)
+        for output, target in enumerate(times[1:], start=1):
+            while time != target:
+                recording: Recording | None = [] if before(number, time) else None
+                size, wanted, rejections = _accepted(adaptive, number, time, target, wanted, recording)
+                lands = size == target - time
+                after(AcceptedStep(number, time, size, output if lands else None, recording))
+                time = target if lands else time + size
+                number += 1
+                rejected += rejections
     finally:
         adaptive.end()
-
-
-def _integrated(
-    adaptive: AdaptiveStepper,
-    times: tuple[float, ...],
-    control: ErrorControl,
-    before: Callable[[int, float], bool],
-    after: Callable[[AcceptedStep], None],
-) -> int:
-    time, number, rejected = times[0], 0, 0
-    wanted = control.first_size or adaptive.first_size(time, times[1] - time)
-    for output, target in enumerate(times[1:], start=1):
-        while time != target:
-            records = before(number, time)
-            size, lands = _fitted(wanted, target - time)
-            failures = 0
-            while True:
-                recording: Recording | None = [] if records else None
-                end = target if lands else time + size
-                accepted, proposed = adaptive.attempt(number, time, size, end, recording)
-                if accepted:
-                    break
-                rejected += 1
-                failures += 1
-                # Where f is not a number there is no estimate either.
-                proposed = proposed if math.isfinite(proposed) and abs(proposed) < abs(size) else size / 4
-                if abs(proposed) <= _SMALLEST_RATIO * abs(time) or proposed == 0 or failures > _MOST_REJECTIONS:
-                    raise StepSizeError(
-                        f"step {number} at t = {time:.6g}: its size fell to {abs(proposed):.3g} without the error "
-                        "estimate meeting rtol and atol: the problem may be stiff, discontinuous or infinite there"
-                    )
-                size, lands = proposed, False
-            # A step that was cut to land on an output time says little about the next.
-            wanted = max(abs(proposed), wanted) if lands and abs(proposed) >= abs(size) else abs(proposed)
-            after(AcceptedStep(number, time, size, output if lands else None, recording))
-            time = end
-            number += 1
     return rejected
 
 
-def _fitted(wanted: float, remaining: float) -> tuple[float, bool]:
-    """The size of the next step towards a time that far away, and whether it lands there. Two steps are made equal."""
+def _accepted(
+    adaptive: AdaptiveStepper, number: int, time: float, target: float, wanted: float, recording: Recording | None
+) -> tuple[float, float, int]:
+    """Attempt step `number` until it is accepted: its size, the size wanted for the next, and the rejections."""
+    size = _fitted(wanted, target - time)
+    for rejections in range(_MOST_REJECTIONS):
+        lands = size == target - time
+        accepted, proposed = adaptive.attempt(number, time, size, target if lands else time + size, recording)
+        if accepted:
+            # A step that was cut to land on an output time says little about the next.
+            cut = lands and abs(proposed) >= abs(size)
+            return size, max(abs(proposed), wanted) if cut else abs(proposed), rejections
+        wanted = 0.0
+        # Where f is not a number there is no estimate either.
+        size = proposed if math.isfinite(proposed) and abs(proposed) < abs(size) else size / 4
+        if abs(size) <= _SMALLEST_RATIO * abs(time):
+            break
+    raise StepSizeError(
+        f"step {number} at t = {time:.6g}: its size fell to {abs(size):.3g} without the error estimate meeting rtol "
+        "and atol: the problem may be stiff, discontinuous or infinite there"
+    )
+
+
+def _fitted(wanted: float, remaining: float) -> float:
+    """The size of the next step towards a time that far away. It lands there if it can; two steps are made equal."""
     if wanted >= abs(remaining) * (1 - 1e-10):
-        return remaining, True
+        return remaining
     if 2 * wanted > abs(remaining):
-        return remaining / 2, False
-    return math.copysign(wanted, remaining), False
+        return remaining / 2
+    return math.copysign(wanted, remaining)
