@@ -1,4 +1,4 @@
-"""How much memory and how many cores of its node a rank may use, found without asking the other ranks.
+"""How much memory of its node a rank may use, found without asking the other ranks.
 
 The limits of control groups count on every level: those of all groups above a process hold for it too. In a container
 the path of a group is often the host's, and only the topmost directory is there.
@@ -88,37 +88,6 @@ def default_ram(world_size: int) -> int:
     on the node. Measured once per process: every solve then plans with the same number.
     """
     return available_memory() // (2 * ranks_on_node(fallback=world_size))
-
-
-def spare_cores(world_size: int) -> int:
-    """How many cores this rank has beside the one it computes on; a thread in the background is free if there is one.
-
-    Where the ranks of the node share their cores, each has its part of them.
-    """
-    own = _affinity(0)
-    try:
-        launcher = _affinity(os.getppid())
-    except OSError:
-        launcher = own
-    return cores_of_rank(own, launcher, os.environ, world_size) - 1
-
-
-def cores_of_rank(own: int, launcher: int, environment: Mapping[str, str], world_size: int) -> int:
-    """How many cores a rank has that may run on `own` of them and was started by a process that may on `launcher`.
-
-    If the ranks of the node can all have so many to themselves, they were bound to different ones; else they share
-    them. At least 1.
-    """
-    ranks = ranks_on_node(environment, fallback=world_size)
-    # A launcher may stand outside of the job's cores.
-    of_job = min(launcher, _positive(environment, "SLURM_CPUS_ON_NODE") or launcher)
-    return own if own * ranks <= of_job else max(own // ranks, 1)
-
-
-def _affinity(process: int) -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(process))
-    return os.cpu_count() or 1
 
 
 def _left_on_node(meminfo: Path) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 
 from pnode_dist.trajectory import machine
-from pnode_dist.trajectory.machine import available_memory, cores_of_rank, memory_limit, ranks_on_node
+from pnode_dist.trajectory.machine import available_memory, memory_limit, ranks_on_node
 
 NODE = 10_000 * 1024
 Describe = Callable[[str, dict[str, str]], tuple[Path, Path, Path]]
@@ -159,36 +158,3 @@ def test_the_default_budget_is_half_of_what_is_left_shared_by_the_ranks_and_stay
         assert [machine.default_ram(4) for _ in range(3)] == [1000] * 3
     finally:
         machine.default_ram.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("own", "launcher", "environment", "world_size", "cores"),
-    [
-        (8, 8, {}, 1, 8),
-        (1, 8, {"MPI_LOCALNRANKS": "8"}, 8, 1),
-        (2, 8, {"MPI_LOCALNRANKS": "4"}, 4, 2),
-        (8, 8, {"MPI_LOCALNRANKS": "4"}, 4, 2),
-        (2, 2, {"MPI_LOCALNRANKS": "3"}, 3, 1),
-        (8, 8, {"MPI_LOCALNRANKS": "4"}, 16, 2),
-        (8, 8, {}, 16, 1),
-        # The daemon that starts a step may run on all cores of the node, the tasks on the job's alone.
-        (4, 64, {"SLURM_STEP_ID": "0", "SLURM_TASKS_PER_NODE": "4", "SLURM_CPUS_ON_NODE": "4"}, 4, 1),
-        (1, 64, {"SLURM_STEP_ID": "0", "SLURM_TASKS_PER_NODE": "4", "SLURM_CPUS_ON_NODE": "4"}, 4, 1),
-    ],
-)
-def test_bound_ranks_have_their_cores_and_others_share_them(
-    own: int, launcher: int, environment: dict[str, str], world_size: int, cores: int
-) -> None:
-    assert cores_of_rank(own, launcher, environment, world_size) == cores
-
-
-def test_ranks_bound_to_a_core_each_have_none_to_spare(mpirun: Callable[..., CompletedProcess[str]]) -> None:
-    # One rank prints for both: what two ranks print may run into each other.
-    script = (
-        "from mpi4py.MPI import COMM_WORLD as world\n"
-        "from pnode_dist.trajectory.machine import spare_cores\n"
-        "spare = world.gather(spare_cores(2))\n"
-        "if world.rank == 0: print(spare)"
-    )
-    done = mpirun(2, "python", "-c", script, OMP_NUM_THREADS="1")
-    assert (done.returncode, done.stdout.strip()) == (0, "[0, 0]"), done.stderr
