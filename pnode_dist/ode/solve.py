@@ -257,7 +257,7 @@ class Solve:
 
         def before(step: int, time: float) -> bool:
             nonlocal recording
-            if recording and step > most_recorded:
+            if recording and step >= most_recorded:
                 if trajectory.keep == "graph":
                     raise ConfigurationError(
                         f"trajectory: keep = 'graph': the graphs of the first {step} steps fill ram = "

@@ -158,6 +158,18 @@ def test_graphs_are_kept_while_they_fit_and_given_up_when_they_do_not() -> None:
     assert node.trajectory.ledger.ram == 0
 
 
+def test_as_many_graphs_are_kept_as_fit_beside_their_checkpoints_and_the_working_set() -> None:
+    network, u0 = Network(), random(2, 3, seed=4).requires_grad_()
+    node = NeuralODE(network, method="dopri5", rtol=1e-8, atol=1e-9, trajectory=Trajectory("1MiB"))
+    node(u0, TIMES)[-1].sum().backward()
+    steps = node.last_solve.graph_steps
+    needed = (steps - 1) * (node.last_solve.graph_bytes // steps + u0.numel() * 8)
+    for ram, kept in ((needed, steps), (needed - 1, 0)):
+        node.trajectory = Trajectory(ram=ram)
+        node(u0, TIMES)[-1].sum().backward()
+        assert node.last_solve.graph_steps == kept
+
+
 def test_a_second_backward_pass_replays_the_accepted_steps() -> None:
     network, u0 = Network(), random(2, 3).requires_grad_()
     node = NeuralODE(network, method="bosh3", rtol=1e-6, atol=1e-8, step_size=2.0, trajectory=Trajectory(ram_slots=3))
