@@ -13,9 +13,12 @@ from pnode_dist.compatibility import check_versions
 
 if TYPE_CHECKING:
     from pnode_dist.errors import ConfigurationError as ConfigurationError
+    from pnode_dist.errors import ConvergenceError as ConvergenceError
     from pnode_dist.mesh import Mesh as Mesh
+    from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
+    from pnode_dist.ode.split import SplitFunction as SplitFunction
     from pnode_dist.partition.batch import BatchPartition as BatchPartition
     from pnode_dist.partition.grid import GridPartition as GridPartition
     from pnode_dist.trajectory.budget import Trajectory as Trajectory
@@ -25,10 +28,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BatchPartition": "pnode_dist.partition.batch",
     "ConfigurationError": "pnode_dist.errors",
+    "ConvergenceError": "pnode_dist.errors",
     "GridPartition": "pnode_dist.partition.grid",
     "Mesh": "pnode_dist.mesh",
     "NeuralODE": "pnode_dist.ode.odeint",
+    "SplitFunction": "pnode_dist.ode.split",
     "Trajectory": "pnode_dist.trajectory.budget",
+    "consistent": "pnode_dist.ode.consistent",
     "odeint": "pnode_dist.ode.odeint",
 }
 

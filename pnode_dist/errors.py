@@ -13,3 +13,7 @@ class ConfigurationError(ValueError):
 
 class StepSizeError(ArithmeticError):
     """Steps with error control became too small to go on. Raised on all ranks alike, in one line."""
+
+
+class ConvergenceError(ArithmeticError):
+    """A nonlinear or linear solve did not converge. Raised on all ranks alike, in one line with PETSc's reason."""

@@ -8,73 +8,67 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from mpi4py import MPI
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError, StepSizeError
-from pnode_dist.ode.layout import State, StateLayout
+from pnode_dist.ode.evaluation import Recording
+from pnode_dist.ode.explicit import ExplicitStepper
 from pnode_dist.ode.methods import METHODS
-from pnode_dist.ode.rhs import Recording
-from pnode_dist.ode.stepper import PetscOptions, Stepper, options_database
-from pnode_dist.partition import protocol
+from pnode_dist.ode.stepper import END_OF_TIME, MOST_STEPS, PetscOptions, options_database
+from pnode_dist.ode.tolerances import ErrorControl, Tolerances
 
-ADAPTORS = ("basic", "dsp")
-DEFAULT_RTOL, DEFAULT_ATOL = 1e-6, 1e-9
 _MOST_REJECTIONS = 100
 _NOT_A_NUMBER = 72  # PETSC_ERR_FP
 _SMALLEST_RATIO = 8 * np.finfo(np.float64).eps
 
-Tolerance = float | State
+
+class AdaptiveStepper(Protocol):
+    """Attempts of steps with error control. Collective on the stepper's communicator."""
+
+    def begin(self, control: ErrorControl) -> None:
+        """Start a solve with the tolerances of `control`. Raises `ConfigurationError` if their shape is wrong."""
+        ...
+
+    def end(self) -> None:
+        """End a solve."""
+        ...
+
+    def attempt(
+        self, number: int, time: float, size: float, end: float, recording: Recording | None
+    ) -> tuple[bool, float]:
+        """Try a step from `time` by `size`: whether it was accepted, and the size that PETSc proposes to go on with.
+
+        `end` is where the next step would start, `time + size` or an output time that differs in the last bit.
+        A step that is not accepted leaves the state as it was; not a number is proposed where no size can be. With
+        `recording`, the graphs of the stages that an adjoint needs go there. Collective on the communicator.
+        """
+        ...
+
+    def first_size(self, time: float, span: float) -> float:
+        """A size to begin with, for a solve that goes on for `span`. Collective on the communicator."""
+        ...
 
 
-@dataclass(frozen=True, eq=False)
-class ErrorControl:
-    """Steps for which the root mean square over all entries of error / (atol + rtol |u|) is at most 1.
-
-    Tolerances are numbers, or tensors that broadcast to this rank's part of the state (for a tuple one for each part).
-    `adaptor` is PETSc's: `basic`, or `dsp` (digital signal processing control: Soederlind, ACM Trans. Math. Softw. 29,
-    2003). `first_size` is the size of the first step; None: chosen from f and its change (Hairer, Norsett & Wanner,
-    Solving ODEs I, II.4). Raises `ConfigurationError` for tolerances that are not positive or an unknown adaptor.
-    """
-
-    rtol: Tolerance = DEFAULT_RTOL
-    atol: Tolerance = DEFAULT_ATOL
-    adaptor: str = "basic"
-    first_size: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
-                raise ConfigurationError(f"{name} = {value!r}: must be positive")
-            parts = value if isinstance(value, tuple | list) else [value]
-            if any(isinstance(part, torch.Tensor) and not bool((part > 0).all()) for part in parts):
-                raise ConfigurationError(f"{name}: every entry must be positive")
-        if self.adaptor not in ADAPTORS:
-            raise ConfigurationError(f"adaptor = {self.adaptor!r}: must be one of {', '.join(ADAPTORS)}")
-
-
-class AdaptiveStepper:
-    """Attempts of steps with error control, on the state of `stepper`. Collective on its communicator.
+class ExplicitAttempts:
+    """Attempts of explicit steps with error control, on the state of `stepper`. Collective on its communicator.
 
     Raises `ConfigurationError` for a method without an error estimate.
     """
 
-    def __init__(self, stepper: Stepper, adaptor: str, options: PetscOptions) -> None:
+    def __init__(self, stepper: ExplicitStepper, adaptor: str, options: PetscOptions) -> None:
         method = stepper.method
         if not method.estimates_error:
-            able = ", ".join(name for name, other in METHODS.items() if other.estimates_error)
+            able = ", ".join(name for name, other in METHODS.items() if other.estimates_error and other.family == "rk")
             raise ConfigurationError(
                 f"method = {method.name!r}: has no error estimate to adapt steps to (rtol, atol): must be one of {able}"
             )
         self._stepper = stepper
         self._before = stepper.state.clone()
-        self._tolerances: list[torch.Tensor | float] = [DEFAULT_RTOL, DEFAULT_ATOL]
-        self._petsc_tolerances: list[Any] = [DEFAULT_RTOL, DEFAULT_ATOL]
+        self._tolerances = Tolerances(stepper)
+        self.first_size = self._tolerances.first_size
         self._fresh, self._rejected = True, False
         self._first_graph: Any = None
         self._options = {**options, "ts_adapt_type": adaptor, "ts_rk_type": method.petsc_name}
@@ -94,29 +88,14 @@ class AdaptiveStepper:
         # PETSc tries again by itself after undoing the step in floating point. That is not the state before it.
         ts.setMaxStepRejections(0)
         ts.setErrorIfStepFails(False)
-        ts.setMaxSteps(2**31 - 1)
-        ts.setMaxTime(1e300)
+        ts.setMaxSteps(MOST_STEPS)
+        ts.setMaxTime(END_OF_TIME)
         return ts
 
     def begin(self, control: ErrorControl) -> None:
-        """Start a solve with the tolerances of `control`. Raises `ConfigurationError` if their shape is wrong."""
+        """See `AdaptiveStepper.begin`."""
         self._fresh, self._rejected, self._first_graph = True, False, None
-        given = (("rtol", control.rtol), ("atol", control.atol))
-        vecs: list[Any] = []
-        for number, (name, tolerance) in enumerate(given):
-            if isinstance(tolerance, int | float) and not isinstance(self._petsc_tolerances[number], PETSc.Vec):
-                self._tolerances[number] = float(tolerance)
-                vecs.append(float(tolerance))
-                continue
-            # Once PETSc has a Vec of tolerances it heeds no number any more.
-            vec = self._stepper.solution.duplicate()
-            flat = protocol.view(vec, (self._stepper.layout.size,))
-            _spread(name, tolerance, self._stepper.layout, flat)
-            vec.stateIncrease()
-            self._tolerances[number] = flat
-            vecs.append(vec)
-        self._petsc_tolerances = vecs
-        self._ts.setTolerances(rtol=vecs[0], atol=vecs[1])
+        self._tolerances.take(control, self._ts)
 
     def end(self) -> None:
         """End a solve: the evaluation that a next step would have begun with is not kept alive from here."""
@@ -125,13 +104,7 @@ class AdaptiveStepper:
     def attempt(
         self, number: int, time: float, size: float, end: float, recording: Recording | None
     ) -> tuple[bool, float]:
-        """Try a step from `time` by `size`: whether it was accepted, and the size that PETSc proposes to go on with.
-
-        `end` is where the next step would start, `time + size` or an output time that differs in the last bit.
-
-        A step that is not accepted leaves the state as it was. With `recording`, the graphs of the stages that an
-        adjoint needs go there. Collective on the communicator.
-        """
+        """See `AdaptiveStepper.attempt`."""
         stepper, ts, rhs = self._stepper, self._ts, self._stepper.rhs
         method = stepper.method
         direction = rhs.direction = math.copysign(1.0, size)
@@ -159,7 +132,7 @@ class AdaptiveStepper:
             self._ts.destroy()
             rhs.forget_views()
             self._ts = self._create_ts()
-            self._ts.setTolerances(rtol=self._petsc_tolerances[0], atol=self._petsc_tolerances[1])
+            self._tolerances.give(self._ts)
             self._fresh, self._rejected = True, False
             return False, math.nan
         self._fresh = False
@@ -183,50 +156,6 @@ class AdaptiveStepper:
             if not method.fsal and not method.last_stage_weighs:
                 recording[-1] = None
         return True, proposed
-
-    def first_size(self, time: float, span: float) -> float:
-        """A size to begin with, for a solve that goes on for `span`. Collective on the communicator.
-
-        E. Hairer, S. P. Norsett, G. Wanner: Solving Ordinary Differential Equations I, 2nd ed., section II.4.
-        """
-        stepper = self._stepper
-        state = stepper.state.clone()
-        rtol, atol = self._tolerances
-        scale = atol + rtol * state.abs()
-        slope = stepper.derivative(time, math.copysign(1.0, span))
-        size, speed = self._norm(state / scale), self._norm(slope / scale)
-        first = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
-        first = min(first, abs(span))
-        stepper.state.copy_(state + math.copysign(first, span) * slope)
-        stepper.touched()
-        later = stepper.derivative(time + math.copysign(first, span), math.copysign(1.0, span))
-        bend = self._norm((later - slope) / scale) / first
-        stepper.state.copy_(state)
-        stepper.touched()
-        steepest = max(speed, bend)
-        order = stepper.method.order
-        second = max(1e-6, first * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / (order + 1))
-        chosen = min(100 * first, second, abs(span))
-        return chosen if math.isfinite(chosen) else abs(span) * 1e-6
-
-    def _norm(self, values: torch.Tensor) -> float:
-        sums = np.array([values.square().sum().item(), values.numel()])
-        self._stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
-        return math.sqrt(sums[0] / max(sums[1], 1.0))
-
-
-def _spread(name: str, tolerance: Tolerance, layout: StateLayout, flat: torch.Tensor) -> None:
-    tolerances = tolerance if isinstance(tolerance, tuple | list) else (tolerance,) * len(layout.shapes)
-    if len(tolerances) != len(layout.shapes):
-        raise ConfigurationError(f"{name}: {len(tolerances)} parts for a state of {len(layout.shapes)}")
-    for target, values in zip(layout.parts(flat), tolerances, strict=True):
-        try:
-            target.copy_(torch.as_tensor(values).expand(target.shape))
-        except RuntimeError:
-            raise ConfigurationError(
-                f"{name}: shape {tuple(torch.as_tensor(values).shape)} does not broadcast to this rank's part of shape "
-                f"{tuple(target.shape)}"
-            ) from None
 
 
 @dataclass(frozen=True)

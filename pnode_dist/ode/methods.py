@@ -1,77 +1,210 @@
-"""The table of time-stepping methods."""
+"""The table of time-stepping methods.
+
+A method is data: what PETSc calls it, and the facts that decide what can be asked of it.
+"""
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Literal
 
 from pnode_dist.errors import ConfigurationError
+
+Family = Literal["rk", "theta", "arkimex", "dirk", "rosw", "bdf", "ssp"]
+FAMILIES: dict[Family, str] = {
+    "rk": "explicit Runge-Kutta",
+    "theta": "implicit, one stage or two; also for mass matrices and DAEs",
+    "arkimex": "additive Runge-Kutta: one part of the right-hand side implicit, the other explicit",
+    "dirk": "diagonally implicit Runge-Kutta",
+    "rosw": "linearly implicit (Rosenbrock-W)",
+    "bdf": "backward differentiation formulas",
+    "ssp": "explicit, strong stability preserving",
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """An explicit Runge-Kutta method of PETSc's TSRK.
+    """A time-stepping method of PETSc's.
 
-    `name` is the usual name and `petsc_name` TSRK's. `fsal`: the last stage is the first of the next step.
-    `last_stage_weighs`: the last stage contributes to the step's result. Where it does not, it only serves the error
-    estimate of adaptive stepping, and steps of fixed size do not evaluate it. `estimates_error`: there is such an
-    estimate, by an embedded method. `source` is where the table comes from.
+    `name` is the usual name, `family` PETSc's type of solver (see `FAMILIES`) and `petsc_name` its name within the
+    family. `fsal`: the last stage is the first of the next step. `last_stage_weighs`: the last stage contributes to
+    the step's result. Where it does not, it only serves the error estimate of adaptive stepping, and explicit steps of
+    fixed size do not evaluate it. `estimates_error`: there is such an estimate. `stiffly_accurate`: the step's result
+    is its last stage, as stiff problems and algebraic equations want it. `adjoint`: whether gradients are offered, all
+    of which the tests compare with an independent implementation; the others solve forward only, because PETSc has no
+    adjoint of theirs. `source` is where the method comes from.
     """
 
     name: str
+    family: Family
     petsc_name: str
     order: int
     stages: int
     fsal: bool
     last_stage_weighs: bool
     estimates_error: bool
+    stiffly_accurate: bool
+    adjoint: Literal["verified", "none"]
     source: str
 
     @property
+    def implicit(self) -> bool:
+        """Whether a step solves equations."""
+        return self.family not in ("rk", "ssp")
+
+    @property
     def evaluations_per_step(self) -> int:
-        """Evaluations of the right-hand side in a step of fixed size."""
+        """Evaluations of the right-hand side in an explicit step of fixed size."""
         return self.stages if self.last_stage_weighs else self.stages - 1
 
+
+def _explicit(
+    name: str, petsc_name: str, order: int, stages: int, fsal: bool, weighs: bool, estimates: bool, source: str
+) -> Method:
+    return Method(name, "rk", petsc_name, order, stages, fsal, weighs, estimates, fsal, "verified", source)
+
+
+def _theta(name: str, order: int, stages: int, stiffly_accurate: bool, source: str) -> Method:
+    return Method(name, "theta", name, order, stages, False, True, True, stiffly_accurate, "verified", source)
+
+
+def _table(family: Family, name: str, order: int, stages: int, estimates: bool, stiff: bool, source: str) -> Method:
+    return Method(f"{family}_{name}", family, name, order, stages, False, True, estimates, stiff, "verified", source)
+
+
+def _forward_only(family: Family, name: str, order: int, stages: int, estimates: bool, source: str) -> Method:
+    full = name if family == "bdf" else f"{family}_{name}"
+    return Method(full, family, name, order, stages, False, True, estimates, False, "none", source)
+
+
+_ARS = "Ascher, Ruuth & Spiteri, Appl. Numer. Math. 25 (1997)"
+_PR = "Pareschi & Russo, J. Sci. Comput. 25 (2005)"
+_GKC = "Giraldo, Kelly & Constantinescu, SIAM J. Sci. Comput. 35 (2013)"
+_BPR = "Boscarino, Pareschi & Russo, arXiv 1110.4375 (2011)"
+_KC = "Kennedy & Carpenter, Appl. Numer. Math. 44 (2003)"
+_KC19 = "Kennedy & Carpenter, Appl. Numer. Math. 136 (2019)"
+_AL = "Alamri & Ketcheson, arXiv 2211.14574 (2022)"
+_RANG = "Rang & Angermann, BIT 45 (2005)"
+_RANG15 = "Rang, J. Comput. Appl. Math. 286 (2015)"
+_HW = "Hairer & Wanner, Solving ODEs II (1996), sec. IV.7"
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("euler", "1fe", 1, 1, False, True, False, "Euler 1768"),
-        Method("heun", "2a", 2, 2, False, True, True, "Heun 1900, the explicit trapezoidal rule"),
-        Method("midpoint", "2b", 2, 2, False, True, False, "Runge 1895, the explicit midpoint rule"),
-        Method("rk3", "3", 3, 3, False, True, False, "PETSc TSRK3, three stages at 0, 2/3, 2/3"),
-        Method("bosh3", "3bs", 3, 4, True, False, True, "Bogacki & Shampine, Appl. Math. Lett. 2 (1989)"),
-        Method("rk4", "4", 4, 4, False, True, False, "Kutta 1901, the classical method"),
-        Method("fehlberg5", "5f", 5, 6, False, True, True, "Fehlberg, NASA TR R-315 (1969)"),
-        Method("dopri5", "5dp", 5, 7, True, False, True, "Dormand & Prince, J. Comput. Appl. Math. 6 (1980)"),
-        Method("bosh5", "5bs", 5, 8, True, False, True, "Bogacki & Shampine, Comput. Math. Appl. 32 (1996)"),
-        Method("verner6", "6vr", 6, 9, True, False, True, "Verner's robust 6(5) pair, Numer. Algorithms 53 (2010)"),
-        Method("verner7", "7vr", 7, 10, False, False, True, "Verner's robust 7(6) pair, Numer. Algorithms 53 (2010)"),
-        Method("verner8", "8vr", 8, 13, False, False, True, "Verner's robust 8(7) pair, Numer. Algorithms 53 (2010)"),
+        _explicit("euler", "1fe", 1, 1, False, True, False, "Euler 1768"),
+        _explicit("heun", "2a", 2, 2, False, True, True, "Heun 1900, the explicit trapezoidal rule"),
+        _explicit("midpoint", "2b", 2, 2, False, True, False, "Runge 1895, the explicit midpoint rule"),
+        _explicit("rk3", "3", 3, 3, False, True, False, "PETSc TSRK3, three stages at 0, 2/3, 2/3"),
+        _explicit("bosh3", "3bs", 3, 4, True, False, True, "Bogacki & Shampine, Appl. Math. Lett. 2 (1989)"),
+        _explicit("rk4", "4", 4, 4, False, True, False, "Kutta 1901, the classical method"),
+        _explicit("fehlberg5", "5f", 5, 6, False, True, True, "Fehlberg, NASA TR R-315 (1969)"),
+        _explicit("dopri5", "5dp", 5, 7, True, False, True, "Dormand & Prince, J. Comput. Appl. Math. 6 (1980)"),
+        _explicit("bosh5", "5bs", 5, 8, True, False, True, "Bogacki & Shampine, Comput. Math. Appl. 32 (1996)"),
+        _explicit("verner6", "6vr", 6, 9, True, False, True, "Verner's robust 6(5) pair, Numer. Algorithms 53 (2010)"),
+        _explicit(
+            "verner7", "7vr", 7, 10, False, False, True, "Verner's robust 7(6) pair, Numer. Algorithms 53 (2010)"
+        ),
+        _explicit(
+            "verner8", "8vr", 8, 13, False, False, True, "Verner's robust 8(7) pair, Numer. Algorithms 53 (2010)"
+        ),
+        _theta("beuler", 1, 1, True, "the implicit Euler method"),
+        _theta("cn", 2, 2, True, "Crank & Nicolson, Proc. Camb. Phil. Soc. 43 (1947), the trapezoidal rule"),
+        _theta("theta", 2, 1, False, "PETSc TSTHETA, by default the implicit midpoint rule"),
+        _table("arkimex", "1bee", 1, 3, True, False, "two half steps of the implicit Euler method"),
+        _table("arkimex", "a2", 2, 2, True, True, "PETSc TSARKIMEXA2, trapezoidal rule and Heun's method"),
+        _table("arkimex", "l2", 2, 2, True, False, _PR),
+        _table("arkimex", "ars122", 2, 2, True, False, _ARS),
+        _table("arkimex", "2c", 2, 3, True, True, _GKC),
+        _table("arkimex", "2d", 2, 3, True, True, "PETSc TSARKIMEX2D, Constantinescu"),
+        _table("arkimex", "2e", 2, 3, True, True, "PETSc TSARKIMEX2E, Constantinescu"),
+        _table("arkimex", "prssp2", 2, 3, False, True, _PR),
+        _table("arkimex", "3", 3, 4, True, True, _KC),
+        _table("arkimex", "bpr3", 1, 5, False, True, f"{_BPR}; PETSc's explicit table has order 1"),
+        _table("arkimex", "ars443", 3, 5, False, True, _ARS),
+        _table("arkimex", "4", 4, 6, True, True, _KC),
+        _table("arkimex", "5", 5, 8, True, True, _KC),
+        _table("dirk", "s212", 2, 2, True, False, "PETSc TSDIRKS212"),
+        _table("dirk", "es122sal", 1, 2, True, True, "implicit Euler method with an explicit first stage"),
+        _table("dirk", "es213sal", 2, 3, True, True, _KC19),
+        _table("dirk", "es324sal", 3, 4, True, True, _KC19),
+        _table("dirk", "es325sal", 3, 5, True, True, _KC19),
+        _table("dirk", "657a", 6, 7, True, False, _AL),
+        _table("dirk", "es648sa", 6, 8, True, True, _AL),
+        _table("dirk", "658a", 6, 8, True, True, _AL),
+        _table("dirk", "s659a", 6, 9, True, True, _AL),
+        _table("dirk", "7510sal", 7, 10, True, True, _AL),
+        _table("dirk", "es7510sa", 7, 10, True, True, _AL),
+        _table("dirk", "759a", 7, 9, True, False, _AL),
+        _table("dirk", "s7511sal", 7, 11, True, True, _AL),
+        _table("dirk", "8614a", 8, 14, True, False, _AL),
+        _table("dirk", "8616sal", 8, 16, True, False, _AL),
+        _table("dirk", "es8516sal", 8, 16, True, True, _AL),
+        _forward_only(
+            "bdf", "bdf", 2, 1, False, "Curtiss & Hirschfelder 1952; the order is PETSc's option ts_bdf_order"
+        ),
+        _forward_only("rosw", "2m", 2, 2, True, "PETSc TSROSW2M"),
+        _forward_only("rosw", "2p", 2, 2, True, "PETSc TSROSW2P"),
+        _forward_only("rosw", "ra3pw", 3, 3, True, _RANG),
+        _forward_only("rosw", "ra34pw2", 3, 4, True, _RANG),
+        _forward_only("rosw", "r34prw", 3, 4, True, _RANG15),
+        _forward_only("rosw", "r3prl2", 3, 4, True, _RANG15),
+        _forward_only("rosw", "rodas3", 3, 4, True, "Sandu et al., Atmos. Environ. 31 (1997)"),
+        _forward_only("rosw", "rodaspr", 4, 6, True, _RANG15),
+        _forward_only("rosw", "rodaspr2", 4, 6, True, _RANG15),
+        _forward_only("rosw", "sandu3", 3, 3, True, "Sandu et al., Atmos. Environ. 31 (1997)"),
+        _forward_only("rosw", "assp3p3s1c", 3, 3, True, "PETSc TSROSWASSP3P3S1C, Constantinescu"),
+        _forward_only("rosw", "lassp3p4s2c", 3, 4, True, "PETSc TSROSWLASSP3P4S2C, Constantinescu"),
+        _forward_only("rosw", "llssp3p4s2c", 3, 4, True, "PETSc TSROSWLLSSP3P4S2C, Constantinescu"),
+        _forward_only("rosw", "ark3", 3, 4, True, "PETSc TSROSWARK3"),
+        _forward_only("rosw", "grk4t", 4, 4, True, f"Kaps & Rentrop 1979; {_HW}"),
+        _forward_only("rosw", "shamp4", 4, 4, True, f"Shampine 1982; {_HW}"),
+        _forward_only("rosw", "veldd4", 4, 4, True, f"van Veldhuizen 1984; {_HW}"),
+        _forward_only("rosw", "4l", 4, 4, True, _HW),
+        _forward_only("ssp", "rks2", 2, 5, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
+        _forward_only("ssp", "rks3", 3, 9, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
+        _forward_only("ssp", "rk104", 4, 10, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
     )
 }
 
-_BY_PETSC_NAME = {method.petsc_name: method for method in METHODS.values()}
+_EXPLICIT = {method.petsc_name: method for method in METHODS.values() if method.family == "rk"}
 
 
 def by_petsc_name(petsc_name: str) -> Method:
     """The method that TSRK calls `petsc_name`. Raises `ConfigurationError` if it is not in the table."""
-    if petsc_name not in _BY_PETSC_NAME:
-        raise ConfigurationError(f"ts_rk_type = {petsc_name!r}: must be one of {', '.join(_BY_PETSC_NAME)}")
-    return _BY_PETSC_NAME[petsc_name]
+    if petsc_name not in _EXPLICIT:
+        raise ConfigurationError(f"ts_rk_type = {petsc_name!r}: must be one of {', '.join(_EXPLICIT)}")
+    return _EXPLICIT[petsc_name]
 
 
 def resolve(name: str) -> Method:
-    """The method of a usual name (`rk4`) or of PETSc's (`4`).
+    """The method of a usual name (`rk4`, `cn`, `arkimex_3`) or of TSRK's own (`4`).
 
     `rk4` is the classical method; torchdiffeq's `rk4` is Kutta's 3/8 rule.
     Raises `ConfigurationError` naming what is allowed.
     """
     if name in METHODS:
         return METHODS[name]
-    if name in _BY_PETSC_NAME:
-        return _BY_PETSC_NAME[name]
-    allowed = [*METHODS, *_BY_PETSC_NAME]
-    near = difflib.get_close_matches(str(name), allowed, n=1)
+    if name in _EXPLICIT:
+        return _EXPLICIT[name]
+    near = difflib.get_close_matches(str(name), [*METHODS, *_EXPLICIT], n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ConfigurationError(f"method = {name!r}{hint}: must be one of {', '.join(allowed)}")
+    raise ConfigurationError(f"method = {name!r}{hint}: must be one of {_allowed()} (`pnode-dist methods` lists all)")
+
+
+def _allowed() -> str:
+    """All names in one line: each family's tables after its own name."""
+    names = [method.name for method in METHODS.values() if method.family in ("rk", "theta", "bdf")]
+    names += _EXPLICIT
+    for family in ("arkimex", "dirk", "rosw", "ssp"):
+        tables = [method.petsc_name for method in METHODS.values() if method.family == family]
+        names.append(f"{family}_<{'|'.join(tables)}>")
+    return ", ".join(names)
+
+
+def gradient_refusal(method: Method) -> str:
+    """What is said to a gradient of a method without an adjoint."""
+    return (
+        f"method = {method.name!r}: PETSc has no discrete adjoint of it: solve under torch.no_grad(), or choose a "
+        "method of the families rk, theta, arkimex or dirk"
+    )

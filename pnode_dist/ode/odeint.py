@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 import torch
@@ -20,13 +20,18 @@ from torch.autograd.function import once_differentiable
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
-from pnode_dist.ode.adaptive import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
+from pnode_dist.ode.evaluation import Function, Problem
 from pnode_dist.ode.layout import State, StateLayout, layout_of
+from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.parameters import find_parameters, independent
-from pnode_dist.ode.rhs import Function, Problem
+from pnode_dist.ode.preconditioner import Preconditioner
+from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.solve import Solve, Solver
+from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
-from pnode_dist.ode.time_grid import check_step_size, output_times, time_grid
+from pnode_dist.ode.tangent import checked_direction, joined, with_tangent
+from pnode_dist.ode.time_grid import TimeGrid, check_step_size, output_times, time_grid
+from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.trajectory import budget
 from pnode_dist.trajectory.budget import Trajectory
@@ -48,7 +53,7 @@ def _released_on_error(solve: Solve) -> Iterator[None]:
 
 
 class _Differentiable(torch.autograd.Function):
-    """The solve as a node of torch's graph: state parts first, then parameters."""
+    """The solve as a node of torch's graph: state parts first, then parameters, then the evaluation times if asked."""
 
     @staticmethod
     def forward(ctx: Any, solve: Solve, parts: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -70,8 +75,8 @@ class _Differentiable(torch.autograd.Function):
                 # The checkpoints went as they were used: lay the trajectory down again.
                 solve.forward(tensors[: ctx.parts])
             ctx.reversed = True
-            states, parameters = solve.backward(cotangents)
-        return None, None, *states, *parameters
+            states, parameters, times = solve.backward(cotangents)
+        return None, None, *states, *parameters, *times
 
 
 class _Solvers:
@@ -109,7 +114,10 @@ class _Settings:
     trajectory: Trajectory | None
     params: Sequence[torch.Tensor] | None
     options: PetscOptions | None
+    mass: Mass | None = None
+    preconditioner: Preconditioner | str | None = None
     fixed_plan: Plan | None = None
+    grid: TimeGrid | None = None
 
     def control(self) -> ErrorControl | None:
         """The error control, None for steps of fixed size."""
@@ -128,7 +136,9 @@ def _prepared(
     times = output_times(t)
     check_step_size(settings.step_size)
     control = settings.control()
-    grid = None if control is not None else time_grid(t, settings.step_size)
+    grid = settings.grid
+    if grid is None and control is None:
+        grid = time_grid(t, settings.step_size)
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
@@ -137,17 +147,44 @@ def _prepared(
     parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
     sizes = tuple(parameter.numel() for parameter in parameters.tensors)
     options = dict(settings.options or {})
-    tensors = (*parts, *parameters.tensors)
+    by_times = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
+    # The times are parameters as well: of each step, its size and its start.
+    sizes = (*sizes, 1, 1) if by_times else sizes
+    tensors = (*parts, *parameters.tensors, *((t,) if by_times else ()))
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
+    if needs_gradient and table.adjoint == "none":
+        raise ConfigurationError(methods.gradient_refusal(table))
+    if settings.mass is not None and not table.implicit:
+        raise ConfigurationError(
+            f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of beuler, cn, theta"
+        )
+    mass, preconditioner = settings.mass, resolve_preconditioner(settings.preconditioner)
+    if not table.implicit:
+        preconditioner = None
+    linear = _matrix_part(func, table)
     solver = solvers.get(
-        (id(partition), layout, table, sizes, repr(options), trajectory, id(trajectory.ledger)),
-        lambda: Solver.create(partition, layout, table, sizes, options, trajectory),
+        (
+            *(id(partition), layout, table, sizes, repr(options), trajectory, id(trajectory.ledger)),
+            *(id(mass), preconditioner, id(linear)),
+        ),
+        lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
     )
-    problem = Problem(func, args, parameters, watched=torch.is_grad_enabled() and not needs_gradient)
-    solve = Solve(solver, times, grid, control, problem, SolveStatistics(), needs_gradient, settings.fixed_plan)
+    problem = Problem(func, args, parameters, watched=torch.is_grad_enabled() and not needs_gradient, by_times=by_times)
+    time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
+    solve = Solve(
+        solver, times, grid, control, problem, SolveStatistics(), needs_gradient, settings.fixed_plan, time_dtype
+    )
     return solve, layout, tensors
+
+
+def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | None:
+    """The Mat that is all of what the method treats implicitly, if there is one."""
+    if not method.implicit:
+        return None
+    part = func.implicit if isinstance(func, SplitFunction) and method.family == "arkimex" else func
+    return part if isinstance(part, MatrixFunction) else None
 
 
 def _solve(
@@ -179,6 +216,8 @@ def odeint(
     args: tuple[Any, ...] = ...,
     params: Sequence[torch.Tensor] | None = ...,
     options: PetscOptions | None = ...,
+    mass: Mass | None = ...,
+    preconditioner: Preconditioner | str | None = ...,
 ) -> torch.Tensor: ...
 
 
@@ -198,6 +237,8 @@ def odeint(
     args: tuple[Any, ...] = ...,
     params: Sequence[torch.Tensor] | None = ...,
     options: PetscOptions | None = ...,
+    mass: Mass | None = ...,
+    preconditioner: Preconditioner | str | None = ...,
 ) -> tuple[torch.Tensor, ...]: ...
 
 
@@ -216,6 +257,8 @@ def odeint(
     args: tuple[Any, ...] = (),
     params: Sequence[torch.Tensor] | None = None,
     options: PetscOptions | None = None,
+    mass: Mass | None = None,
+    preconditioner: Preconditioner | str | None = None,
 ) -> State:
     """Solve du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0 and in func's parameters.
 
@@ -245,7 +288,9 @@ def odeint(
     times that are not monotone or require a gradient and for a du/dt of another shape, `TypeError` for a state that
     is not real floating-point CPU tensors, `StepSizeError` where no step meets the tolerances.
     """
-    settings = _Settings(method, step_size, rtol, atol, adaptor, partition, trajectory, params, options)
+    settings = _Settings(
+        method, step_size, rtol, atol, adaptor, partition, trajectory, params, options, mass, preconditioner
+    )
     return _solve(_Solvers(), func, u0, t, settings, args)[0]
 
 
@@ -271,6 +316,8 @@ class NeuralODE(nn.Module):
         trajectory: Trajectory | None = None,
         params: Sequence[torch.Tensor] | None = None,
         options: PetscOptions | None = None,
+        mass: Mass | None = None,
+        preconditioner: Preconditioner | str | None = None,
     ) -> None:
         super().__init__()
         if method is not None:
@@ -285,10 +332,13 @@ class NeuralODE(nn.Module):
         self.trajectory = trajectory
         self.params = params
         self.options = options
+        self.mass = mass
+        self.preconditioner = preconditioner
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
         self.fixed_plan: Plan | None = None
         self._solvers = _Solvers()
+        self._tangent_solvers = _Solvers()
 
     @overload
     def forward(self, u0: torch.Tensor, t: Times, *args: Any) -> torch.Tensor: ...
@@ -302,6 +352,39 @@ class NeuralODE(nn.Module):
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         return outputs
 
+    def jvp(
+        self,
+        u0: State,
+        t: Times,
+        u0_tangent: State,
+        parameter_tangents: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        *args: Any,
+    ) -> tuple[State, State]:
+        """The states at the times `t`, and their derivatives along a direction in initial state and parameters.
+
+        `u0_tangent` has the shape of `u0`; `parameter_tangents` maps parameters to tangents of theirs, those that are
+        not in it stay as they are. Both results are differentiable. With error control the steps are those that a solve
+        without tangent takes. Collective on the partition's communicator.
+        """
+        settings = self._settings
+        state, is_tuple = joined(u0, u0_tangent)
+        direction = checked_direction(parameter_tangents)
+        if settings.control() is not None:
+            with torch.no_grad():
+                _, before = _solve(self._solvers, self.func, u0, t, settings, args)
+            settings = replace(settings, rtol=None, atol=None, grid=before.grid)
+            # Without error control another method would be the default.
+            settings = replace(settings, method=before.solver.stepper.method.name)
+        if settings.mass is not None:
+            masses = tuple(settings.mass) if is_tuple else (settings.mass,)
+            settings = replace(settings, mass=(*masses, *masses))
+        func = with_tangent(self.func, is_tuple, direction)
+        outputs, solve = _solve(self._tangent_solvers, func, state, t, settings, args)
+        self.last_solve, self.last_plan = solve.statistics, solve.plan
+        half = len(state) // 2
+        values, tangents = outputs[:half], outputs[half:]
+        return (values, tangents) if is_tuple else (values[0], tangents[0])
+
     def plan(self, u0: State, t: Times, *args: Any) -> Plans:
         """What the trajectory's budget allows for this solve, with predicted times, and what would be chosen.
 
@@ -311,12 +394,14 @@ class NeuralODE(nn.Module):
         solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
         if solve.control is not None:
             raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
+        if solve.solver.stepper.method.adjoint == "none":
+            raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
         with torch.no_grad():
             return solve.measured_plans(tensors[: len(layout.shapes)])
 
     @property
     def _settings(self) -> _Settings:
-        return _Settings(*(getattr(self, field.name) for field in fields(_Settings)))
+        return _Settings(*(getattr(self, field.name) for field in fields(_Settings) if field.name != "grid"))
 
     def extra_repr(self) -> str:
         """Settings, for printing."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pnode_dist.ode.split import SplitFunction
+
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType)
 
 
@@ -41,6 +43,8 @@ def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor]:
         elif isinstance(thing, nn.Module):
             yield from thing.parameters()
             yield from thing.buffers()
+            if isinstance(thing, SplitFunction):
+                pending.extend((thing.explicit, thing.implicit))
         else:
             pending.extend(reversed(list(_inside(thing))))
 

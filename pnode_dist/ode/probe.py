@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from pnode_dist.ode.rhs import Problem, Recording, StageGraph, StageState
+from pnode_dist.ode.evaluation import Problem, Recording, StageGraph, StageState
 from pnode_dist.ode.stepper import Stepper
 from pnode_dist.trajectory.costs import Costs, LevelCosts
 from pnode_dist.trajectory.schedule import Tier
@@ -57,7 +57,7 @@ def probe(
     The slot on disk has been written before it is timed. Leaves the initial state in the stepper and zero in its
     adjoint. Collective on the stepper's communicator.
     """
-    counts = problem.evaluations, problem.vjps
+    counts = problem.counts()
     held: dict[str, int] = {}
     for level in _LEVELS:
         stepper.set_state(initial)
@@ -93,7 +93,7 @@ def probe(
                 stepper.step(0, time, size)
 
         write, read, overlapped = _disk(stepper, pools[Tier.DISK], _usual(steps), steps_of)
-    problem.evaluations, problem.vjps = counts
+    problem.count_from(counts)
     stepper.set_state(initial)
     return Costs(_usual(steps), copy, write, read, overlapped, levels).agreed(stepper.comm)
 

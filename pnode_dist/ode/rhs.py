@@ -1,4 +1,4 @@
-"""The right-hand side f(t, u; theta) as PETSc calls it: on Vecs, forward and transposed.
+"""The right-hand side f(t, u; theta) as PETSc's explicit steppers call it: on Vecs, forward and transposed.
 
 While a step is recorded, f runs with gradients on and the graph of every stage is kept, or the states of the stages
 alone, on which f is evaluated again. The step's adjoint then asks for J^T v of the stages, last one first, and each
@@ -7,75 +7,21 @@ vector-Jacobian product serves the state and the parameters at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from petsc4py import PETSc
-from torch import nn
 
-from pnode_dist.ode import events
+from pnode_dist.ode.evaluation import Cotangents, Problem, Recording, Stage, StageState
 from pnode_dist.ode.layout import StateLayout
-from pnode_dist.ode.parameters import Parameters, completeness_check
 from pnode_dist.partition import protocol
-
-Function = Callable[..., Any]
-
-
-@dataclass
-class Problem:
-    """What one solve binds to the solver: the function, its extra arguments, its parameters, and counters.
-
-    `watched`: nothing is known to require a gradient, but one may be asked for; evaluations are looked at for what
-    the search for parameters has missed. `logs`: PETSc keeps a log.
-    """
-
-    func: Function
-    args: tuple[Any, ...]
-    parameters: Parameters
-    watched: bool = False
-    logs: bool = False
-    evaluations: int = 0
-    vjps: int = 0
-
-    def __post_init__(self) -> None:
-        self.check = completeness_check(self.parameters)
-        # A module says what its parameters are: it is looked at once. A function may use others at other times.
-        self.checks_left = 1 if isinstance(self.func, nn.Module) else -1
-
-    @property
-    def constants(self) -> tuple[torch.Tensor, ...]:
-        """What exists once, however often `func` is evaluated: the parameters, and a module's buffers."""
-        buffers = tuple(self.func.buffers()) if isinstance(self.func, nn.Module) else ()
-        return (*self.parameters.tensors, *buffers)
-
-
-@dataclass(frozen=True)
-class StageGraph:
-    """One recorded evaluation: f's inputs (leaves of their own graph) and its outputs."""
-
-    inputs: tuple[torch.Tensor, ...]
-    outputs: tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class StageState:
-    """What an evaluation was given, in PETSc's time and f's floating type: its graph is made when it is asked for."""
-
-    time: float
-    inputs: tuple[torch.Tensor, ...]
-
-
-Recording = list[StageGraph | StageState | None]
-Stage = StageGraph | StageState | None
 
 
 class RightHandSide:
     """PETSc's callbacks for one layout. Holds no reference to a TS: PETSc's own references could not be collected.
 
-    `direction` is -1 when time decreases and PETSc integrates -f over -t (see `Stepper.step`).
+    `direction` is -1 when time decreases and PETSc integrates -f over -t (see `Stepper.step`). Where the gradient by
+    the times is asked for, two more parameters than the problem has come last (see `by_step`).
     `skipped_stage` is the stage that is not evaluated because its weight is zero (see `Method`), or None; `fsal` says
     whether PETSc's adjoint leaves that stage out as well, `last_index` is the last stage's. `last_stage` is the state
     of the last stage that was formed, flat.
@@ -98,6 +44,7 @@ class RightHandSide:
         self.last_index = 0
         self._last_handle = 0
         self.direction = 1.0
+        self.start = 0.0
         self.skipped_stage: int | None = None
         self.fsal = False
         self.problem: Problem | None = None
@@ -140,9 +87,9 @@ class RightHandSide:
         self._stage, self._recording, self._isolate, self._level = first, recording, True, "graph"
         self._knows_first, self._last_time = knows_first, last_time
 
-    def start_adjoint(self, recording: Recording) -> None:
-        """Say whose stages the adjoint will ask for."""
-        self._recording = recording
+    def start_adjoint(self, recording: Recording, start: float) -> None:
+        """Say whose stages the adjoint will ask for, and when the step that they belong to began."""
+        self._recording, self.start = recording, start
 
     def end_step(self) -> None:
         """Say that a step or its adjoint is over: its recording is not kept alive from here."""
@@ -192,54 +139,26 @@ class RightHandSide:
         """Evaluate func at `u` into `f`; returns what is to be recorded of it."""
         problem = self.problem
         assert problem is not None
-        problem.evaluations += 1
         inputs = self._parts(u)
         if self._converts:
             inputs = tuple(part.to(self._layout.dtype) for part in inputs)
         kept: Stage = None
         if self._recording is not None and self._isolate and not self._converts:
             inputs = tuple(part.clone() for part in inputs)
+        time = self.direction * t
         if self._recording is not None and self._level == "graph":
-            graph = self._graph(problem, t, inputs)
+            graph = problem.graph(problem.func, self._layout, time, inputs)
             kept, outputs = graph, graph.outputs
         else:
-            with torch.set_grad_enabled(problem.watched):
-                outputs = self._evaluate(problem, t, inputs)
-            if problem.watched:
-                problem.check(outputs, ())
+            outputs = problem.value(problem.func, self._layout, time, inputs)
             if self._recording is not None:
-                kept = StageState(t, inputs)
+                kept = StageState(time, inputs)
         for target, value in zip(self._parts(f), outputs, strict=True):
             target.copy_(value.detach())
             if self.direction < 0:
                 target.neg_()
         f.stateIncrease()
         return kept
-
-    def _graph(self, problem: Problem, t: float, inputs: tuple[torch.Tensor, ...]) -> StageGraph:
-        inputs = tuple(part.detach().requires_grad_() for part in inputs)
-        with torch.enable_grad():
-            outputs = self._evaluate(problem, t, inputs)
-        if problem.checks_left:
-            problem.check(outputs, inputs)
-            problem.checks_left -= 1
-        return StageGraph(inputs, outputs)
-
-    def _evaluate(self, problem: Problem, t: float, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        time = torch.tensor(self.direction * t, dtype=self._layout.dtype)
-        with events.event(events.FUNCTION, problem.logs):
-            result = problem.func(time, self._layout.as_state(inputs), *problem.args)
-        outputs = tuple(result) if self._layout.is_tuple and isinstance(result, tuple | list) else (result,)
-        if len(outputs) != len(inputs) or not all(isinstance(value, torch.Tensor) for value in outputs):
-            wanted = f"a tuple of {len(inputs)} tensors" if self._layout.is_tuple else "a tensor"
-            raise TypeError(f"func must return {wanted} like u, got {_describe(result)}")
-        for part, value in zip(inputs, outputs, strict=True):
-            if value.shape != part.shape:
-                raise ValueError(
-                    f"func returned shape {tuple(value.shape)} for a state of shape {tuple(part.shape)}: "
-                    "du/dt must have the shape of u"
-                )
-        return outputs
 
     def apply_transposed(self, v: PETSc.Vec, result: PETSc.Vec) -> None:
         """result = (df/du)^T v at the next stage back; (df/dtheta)^T v is kept for `apply_parameters_transposed`."""
@@ -248,50 +167,26 @@ class RightHandSide:
         assert self.problem is not None
         graph = recording.pop()
         if isinstance(graph, StageState):
-            self.problem.evaluations += 1
-            graph = self._graph(self.problem, graph.time, graph.inputs)
+            graph = self.problem.graph(self.problem.func, self._layout, graph.when, graph.inputs)
         targets = self._parts(result)
         self._parameter_cotangents = []
-        pairs = (
-            []
-            if graph is None
-            else [(out, part) for out, part in zip(graph.outputs, self._parts(v), strict=True) if out.requires_grad]
-        )
-        if graph is None or not pairs:
+        if graph is None:
             for target in targets:
                 target.zero_()
         else:
-            self.problem.vjps += 1
-            with events.event(events.PRODUCT, self.problem.logs):
-                cotangents = self._vjp(graph, pairs)
-            for target, value in zip(targets, cotangents, strict=False):
+            cotangents = self._parts(v)
+            if self.direction < 0:
+                cotangents = tuple(-part for part in cotangents)
+            found = self.problem.vjp(graph, cotangents)
+            for target, value in zip(targets, found.states, strict=True):
                 if value is None:
                     target.zero_()
                 else:
                     target.copy_(value)
-            self._parameter_cotangents = list(cotangents[len(targets) :])
+            self._parameter_cotangents = list(found.parameters)
+            if self.problem.by_times:
+                self._parameter_cotangents += by_step(found, graph.when - self.start)
         result.stateIncrease()
-
-    def _vjp(
-        self, graph: StageGraph, pairs: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor | None, ...]:
-        assert self.problem is not None
-        parameters = self.problem.parameters
-        try:
-            return torch.autograd.grad(
-                [out for out, _ in pairs],
-                [*graph.inputs, *parameters.tensors],
-                [(part if self.direction > 0 else -part).to(out.dtype) for out, part in pairs],
-                allow_unused=True,
-                retain_graph=parameters.shares_graph,
-            )
-        except RuntimeError as error:
-            if "through the graph a second time" not in str(error):
-                raise
-            raise ValueError(
-                "func depends on an intermediate result that was computed before the solve and was not found among its "
-                "parameters: name it with params=(...)"
-            ) from None
 
     def apply_parameters_transposed(self, result: PETSc.Vec) -> None:
         """result = (df/dtheta)^T v for the v of the last `apply_transposed`."""
@@ -338,5 +233,15 @@ class ParameterJacobian:
         self._rhs.apply_parameters_transposed(result)
 
 
-def _describe(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+def by_step(found: Cotangents, offset: float) -> list[torch.Tensor | None]:
+    """The cotangents of a step's size and start, as if they were two parameters of f, for one stage `offset` later.
+
+    A step of size h from t_n with alpha f(t_n + alpha (t - t_n) + beta, u) for f is one of size alpha h from
+    t_n + beta: the derivative by alpha = 1 is h times that by h, and the one by beta = 0 is that by t_n. So every
+    method that has an adjoint with respect to parameters has one with respect to time.
+    """
+    stretch = found.value if isinstance(found.value, torch.Tensor) else None
+    if found.time is None:
+        return [stretch, None]
+    shift = found.time.double()
+    return [shift * offset if stretch is None else stretch + shift * offset, shift]

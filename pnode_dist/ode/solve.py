@@ -14,13 +14,20 @@ from mpi4py import MPI
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import events
-from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, ErrorControl, integrate
+from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, ExplicitAttempts, integrate
+from pnode_dist.ode.evaluation import Problem, Recording
+from pnode_dist.ode.explicit import ExplicitStepper
+from pnode_dist.ode.implicit import ImplicitStepper
+from pnode_dist.ode.implicit_adaptive import ImplicitAttempts
 from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.mass import Mass, mass_matrix
 from pnode_dist.ode.methods import Method
+from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.probe import probe, record_measured
-from pnode_dist.ode.rhs import Problem, Recording
+from pnode_dist.ode.split import MatrixFunction
 from pnode_dist.ode.stepper import PetscOptions, Stepper
-from pnode_dist.ode.time_grid import TimeGrid
+from pnode_dist.ode.time_grid import TimeGrid, gradient_by_times
+from pnode_dist.ode.tolerances import ErrorControl
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.trajectory.budget import ScratchError, Slots, Trajectory, agree_on_slots
 from pnode_dist.trajectory.costs import Costs
@@ -69,10 +76,27 @@ class Solver:
         parameter_sizes: tuple[int, ...],
         options: PetscOptions,
         trajectory: Trajectory,
+        mass: Mass | None = None,
+        preconditioner: Preconditioner | None = None,
+        linear: MatrixFunction | None = None,
     ) -> Solver:
         """A new stepper with empty pools. Collective on the partition's communicator."""
         comm = communicator(partition)
-        stepper = Stepper(comm, layout, method, parameter_sizes, options)
+        stepper: Stepper
+        if not method.implicit:
+            stepper = ExplicitStepper(comm, layout, method, parameter_sizes, options)
+        else:
+            stepper = ImplicitStepper(
+                comm,
+                layout,
+                method,
+                parameter_sizes,
+                options,
+                partition,
+                mass_matrix(mass, layout),
+                preconditioner,
+                linear,
+            )
         dtype = np.dtype(trajectory.checkpoint_dtype)
         memory = MemoryPool(layout.size, dtype)
         trajectory.ledger.pools.add(memory)
@@ -90,7 +114,12 @@ class Solver:
     def adaptive_stepper(self, adaptor: str) -> AdaptiveStepper:
         """The stepper with error control, made when it is first asked for. Collective."""
         if adaptor not in self.adaptive:
-            self.adaptive[adaptor] = AdaptiveStepper(self.stepper, adaptor, self.options)
+            stepper = self.stepper
+            self.adaptive[adaptor] = (
+                ExplicitAttempts(stepper, adaptor, self.options)
+                if isinstance(stepper, ExplicitStepper)
+                else ImplicitAttempts(stepper, adaptor, self.options)
+            )
         return self.adaptive[adaptor]
 
 
@@ -109,6 +138,7 @@ class Solve:
     statistics: SolveStatistics
     keeps_trajectory: bool
     fixed_plan: Plan | None = None
+    time_dtype: torch.dtype = torch.float64
     plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -166,6 +196,11 @@ class Solve:
         recording = self.recordings.pop(step)
         with events.event(events.ADJOINT_STEP, self.logs):
             self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], recording)
+        if self.problem.by_times:
+            by_step = self.solver.stepper.parameter_gradient[-2:]
+            self._by_size[step], self._by_start[step] = by_step.tolist()
+            by_step.zero_()
+            self.solver.stepper.touched()
 
     def _use_first_step(self) -> Recording | None:
         if self.first_step is None:
@@ -296,13 +331,13 @@ class Solve:
         solver, stepper = self.solver, self.solver.stepper
         if solver.recorded_bytes is None:
             assert self.control is not None
-            evaluations = self.problem.evaluations
+            counts = self.problem.counts()
             adaptive.begin(self.control)
             size = adaptive.first_size(self.times[0], self.times[1] - self.times[0])
             size = math.copysign(size, self.times[1] - self.times[0])
             _, solver.recorded_bytes = record_measured(stepper, self.problem, self.times[0], size, "graph")
             stepper.set_state(self.initial)
-            self.problem.evaluations = evaluations
+            self.problem.count_from(counts)
         return slots.ram_bytes // max(solver.recorded_bytes + slots.checkpoint_bytes, 1) + 1
 
     def _slots(self, steps: int | None) -> Slots:
@@ -365,7 +400,7 @@ class Solve:
             # What is left of it: as many states as memory holds.
             keep = "solution" if trajectory.keep == "auto" else trajectory.keep
             trajectory = replace(trajectory, schedule="revolve", keep=keep)
-        evaluations = self.problem.evaluations
+        counts = self.problem.counts()
         if trajectory.keeps_steps and grid.steps > 1 and solver.recorded_bytes is None:
             recording, solver.recorded_bytes = record_measured(
                 stepper, self.problem, grid.starts[0], grid.sizes[0], trajectory.level
@@ -377,7 +412,8 @@ class Solve:
             return best(trajectory, slots, grid.steps, recorded_bytes, None)
         # Costs of a solve that had no disk say nothing about it.
         if solver.costs is None or (slots.disk and solver.costs.write == 0):
-            self.first_step, self.problem.evaluations = None, evaluations
+            self.first_step = None
+            self.problem.count_from(counts)
             pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
             solver.costs = probe(stepper, self.problem, self.initial, grid.starts[0], grid.sizes[0], pools)
         return best(trajectory, slots, grid.steps, recorded_bytes, solver.costs)
@@ -400,8 +436,11 @@ class Solve:
 
     def backward(
         self, cotangents: Sequence[torch.Tensor | None]
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """The gradient with respect to the initial parts and to the parameters, on this rank. Collective."""
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """The gradient with respect to the initial parts, the parameters and, if asked for, the times, on this rank.
+
+        Collective.
+        """
         stepper = self.solver.stepper
         layout = stepper.layout
         ends = {0: 0} if self.grid is None else self.grid.outputs
@@ -410,6 +449,7 @@ class Solve:
         adjoint = layout.parts(stepper.adjoint)
         stepper.adjoint.zero_()
         stepper.parameter_gradient.zero_()
+        self._by_size, self._by_start = [0.0] * steps, [0.0] * steps
 
         def reversed_to(step: int) -> None:
             number = ends.get(step)
@@ -430,13 +470,17 @@ class Solve:
         self.release()
         states = tuple(part.to(layout.dtype, copy=True) for part in adjoint)
         sizes = [parameter.numel() for parameter in self.problem.parameters.tensors]
+        gradient = stepper.parameter_gradient[: sum(sizes)]
         parameters = tuple(
             piece.view(parameter.shape).to(parameter.dtype, copy=True)
-            for piece, parameter in zip(
-                torch.split(stepper.parameter_gradient, sizes), self.problem.parameters.tensors, strict=True
-            )
+            for piece, parameter in zip(torch.split(gradient, sizes), self.problem.parameters.tensors, strict=True)
         )
-        return states, parameters
+        if not self.problem.by_times:
+            return states, parameters, ()
+        found = [0.0] * len(self.times)
+        if steps > 0:
+            found = gradient_by_times(self.steps, self.times, self._by_size, self._by_start)
+        return states, parameters, (torch.tensor(found, dtype=self.time_dtype),)
 
     def release(self) -> None:
         """Give back the checkpoints and their budget, and drop the recordings."""
@@ -450,6 +494,10 @@ class Solve:
     def _count(self) -> None:
         self.statistics.function_evaluations = self.problem.evaluations
         self.statistics.vjps = self.problem.vjps
+        self.statistics.jvps = self.problem.jvps
+        self.statistics.newton_iterations = self.problem.newton_iterations
+        self.statistics.linear_iterations = self.problem.linear_iterations
+        self.statistics.adjoint_linear_iterations = self.problem.adjoint_linear_iterations
 
 
 @contextmanager

@@ -31,11 +31,10 @@ class TimeGrid:
 def output_times(t: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
     """The times at which states are asked for.
 
-    Raises `ValueError` when `t` is not one-dimensional, finite and strictly monotone, or when it requires a gradient.
+    Raises `ValueError` when `t` is not one-dimensional, finite and strictly monotone.
     """
     if isinstance(t, torch.Tensor):
-        if t.requires_grad:
-            raise ValueError("t requires a gradient: gradients with respect to the evaluation times are not available")
+        t = t.detach()
         if t.dim() != 1:
             raise ValueError(f"t must be one-dimensional, got shape {tuple(t.shape)}")
     times = tuple(float(value) for value in t)
@@ -69,6 +68,27 @@ def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> Tim
         sizes.extend([size] * count)
         outputs[len(starts)] = number
     return TimeGrid(tuple(starts), tuple(sizes), outputs)
+
+
+def gradient_by_times(
+    grid: TimeGrid, times: Sequence[float], by_size: Sequence[float], by_start: Sequence[float]
+) -> list[float]:
+    """The derivative by each output time, from those by the sizes and starts of the steps (given as h dL/dh, dL/dt_n).
+
+    A step keeps its place in its interval, as a fraction of it, while the ends of the interval move.
+    """
+    found = [0.0] * len(times)
+    interval = 0
+    for step, start in enumerate(grid.starts):
+        begin, end = times[interval], times[interval + 1]
+        span = end - begin
+        along = by_size[step] / span  # dL/dh * h / span: h is a fixed share of the span
+        place = (start - begin) / span
+        found[interval] += (1 - place) * by_start[step] - along
+        found[interval + 1] += place * by_start[step] + along
+        if step + 1 in grid.outputs:
+            interval = grid.outputs[step + 1]
+    return found
 
 
 def check_step_size(step_size: float | None) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-
+from pnode_dist.ode.evaluation import Function
+from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.time_grid import time_grid
 from pnode_dist.partition import protocol
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pnode_dist.train.config import Config
 
 
-def neural_ode(config: Config, right_hand_side: nn.Module, partition: Partition) -> NeuralODE:
-    """The configured solve of `right_hand_side` on the partition."""
+def neural_ode(config: Config, right_hand_side: Function, partition: Partition, mass: Mass | None = None) -> NeuralODE:
+    """The configured solve of `right_hand_side`, M du/dt = f if there is a `mass`, on the partition."""
     solver = config.solver
     return NeuralODE(
         right_hand_side,
@@ -29,6 +29,8 @@ def neural_ode(config: Config, right_hand_side: nn.Module, partition: Partition)
         partition=partition,
         trajectory=config.trajectory.build(),
         options=solver.options,
+        mass=mass,
+        preconditioner=solver.preconditioner,
     )
 
 

@@ -10,8 +10,10 @@ class SolveStatistics:
     """Counters of one solve on this rank, filled by its forward pass and then by its backward pass.
 
     `forward_steps` are the steps of the forward pass, `recomputed_steps` those run again for the adjoint,
-    `adjoint_steps` the reversed ones. `function_evaluations` counts calls of the right-hand side, `vjps` its
-    vector-Jacobian products. `bytes_written` and `bytes_read` are the traffic with disk checkpoints;
+    `adjoint_steps` the reversed ones. `function_evaluations` counts calls of the right-hand side (of either part of a
+    `SplitFunction`), `vjps` its vector-Jacobian products, `jvps` its Jacobian-vector products. Of implicit methods,
+    `newton_iterations` and `linear_iterations` are those of steps, run again or not, and `adjoint_linear_iterations`
+    those of the transposed systems. `bytes_written` and `bytes_read` are the traffic with disk checkpoints;
     `checkpoint_bytes_peak` the most that checkpoints occupied at once in memory and on disk together. `graph_steps`
     are the steps whose graphs were kept from the forward pass, `graph_bytes` the memory of these.
     `rejected_steps` are the attempts that error control did not accept. `seconds_waiting_for_disk` is how long the
@@ -25,6 +27,10 @@ class SolveStatistics:
     adjoint_steps: int = 0
     function_evaluations: int = 0
     vjps: int = 0
+    jvps: int = 0
+    newton_iterations: int = 0
+    linear_iterations: int = 0
+    adjoint_linear_iterations: int = 0
     bytes_written: int = 0
     bytes_read: int = 0
     checkpoint_bytes_peak: int = 0

@@ -18,8 +18,8 @@ from pnode_dist.ode.time_grid import TimeGrid
 from tests.oracles.right_hand_sides import Network, distance, gradients, identical, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
-ADAPTIVE = [method.name for method in METHODS.values() if method.estimates_error]
-FIXED = [method.name for method in METHODS.values() if not method.estimates_error]
+ADAPTIVE = [method.name for method in METHODS.values() if method.family == "rk" and method.estimates_error]
+FIXED = [method.name for method in METHODS.values() if method.family == "rk" and not method.estimates_error]
 TIMES = [0.0, 0.4, 1.0, 2.5]
 LONG = [0.0, 2.5, 3.0]
 

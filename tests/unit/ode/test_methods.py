@@ -18,8 +18,8 @@ USUAL_NAMES = {
 }
 
 
-def test_every_table_of_petsc_is_there_once() -> None:
-    assert sorted(method.petsc_name for method in METHODS.values()) == sorted(TABLEAUX)
+def test_every_explicit_table_of_petsc_is_there_once() -> None:
+    assert sorted(method.petsc_name for method in METHODS.values() if method.family == "rk") == sorted(TABLEAUX)
     of_petsc = {value for key, value in vars(PETSc.TS.RKType).items() if key.startswith("RK")}
     assert of_petsc <= set(TABLEAUX)
 
@@ -38,7 +38,7 @@ def test_order_stages_and_fsal_are_those_of_the_published_table(petsc_name: str)
     assert method.fsal == table.first_same_as_last
 
 
-@pytest.mark.parametrize("wrong", ["rk5", "RK4", "dopri", "", "beuler", "tsit5", "cn"])
+@pytest.mark.parametrize("wrong", ["rk5", "RK4", "dopri", "", "backward_euler", "tsit5", "arkimex"])
 def test_an_unknown_name_is_answered_with_all_that_are_known(wrong: str) -> None:
     with pytest.raises(ConfigurationError, match="method") as caught:
         resolve(wrong)
@@ -46,7 +46,8 @@ def test_an_unknown_name_is_answered_with_all_that_are_known(wrong: str) -> None
     assert repr(wrong) in message
     assert "\n" not in message
     for name in (*METHODS, *TABLEAUX):
-        assert name in message
+        family, _, table = name.partition("_")
+        assert name in message or (f"{family}_<" in message and table in message)
 
 
 def test_a_near_miss_is_recognised() -> None:

@@ -104,11 +104,6 @@ def test_times_that_make_no_sense_are_refused(times: object, complaint: str) -> 
     assert str(caught.value).startswith("t must")
 
 
-def test_times_requiring_a_gradient_are_refused() -> None:
-    with pytest.raises(ValueError, match="t requires a gradient"):
-        odeint(decay, U0, torch.tensor([0.0, 1.0], requires_grad=True))
-
-
 @pytest.mark.parametrize("step_size", [0.0, -0.1, float("nan"), float("inf")])
 def test_a_step_size_that_is_not_positive_is_refused(step_size: float) -> None:
     with pytest.raises(ValueError, match=r"step_size = .*must be positive"):

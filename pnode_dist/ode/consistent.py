@@ -1,0 +1,74 @@
+"""Consistent initial values of a semi-explicit DAE: those for which its algebraic equations hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.evaluation import Function
+from pnode_dist.ode.layout import State, layout_of
+from pnode_dist.ode.mass import Mass, mass_matrix
+from pnode_dist.ode.odeint import odeint
+from pnode_dist.ode.preconditioner import Preconditioner
+from pnode_dist.ode.stepper import PetscOptions
+from pnode_dist.partition.protocol import Partition
+
+
+class _AlgebraicEquations:
+    """-f(t_0, u) in the algebraic rows, zero in the others: one implicit Euler step of length 1 with the mass matrix
+    1 in these and 0 in those leaves the differential components as they are and solves f = 0 for the others."""
+
+    def __init__(self, func: Function, time: float, algebraic: tuple[torch.Tensor, ...]) -> None:
+        self.func, self.time, self.algebraic = func, time, algebraic
+
+    def __call__(self, t: torch.Tensor, u: State, *args: Any) -> State:
+        values = self.func(torch.full_like(t, self.time), u, *args)
+        parts = values if isinstance(values, tuple | list) else (values,)
+        kept = tuple(-part * mask for part, mask in zip(parts, self.algebraic, strict=True))
+        return kept if isinstance(u, tuple) else kept[0]
+
+
+def consistent(
+    func: Function,
+    u0: State,
+    t0: float,
+    mass: Mass,
+    *,
+    partition: Partition | None = None,
+    args: tuple[Any, ...] = (),
+    params: Sequence[torch.Tensor] | None = None,
+    options: PetscOptions | None = None,
+    preconditioner: Preconditioner | str | None = None,
+) -> Any:
+    """`u0` with its algebraic components replaced so that the algebraic equations of M du/dt = func(t, u) hold at `t0`.
+
+    Algebraic are the rows of M that are zero; their equations 0 = func are solved for the components of the same
+    numbers, near those of `u0`, by Newton's method. The result is differentiable in the differential components of
+    `u0` and in func's parameters, by the implicit function theorem. The other arguments are those of `odeint`.
+    Collective on the partition's communicator.
+
+    Raises `ConfigurationError` if M has no row of zeros, and `ConvergenceError` if the equations cannot be solved.
+    """
+    layout, parts = layout_of(u0)
+    matrix = mass_matrix(mass, layout)
+    if matrix is None or not (bool(matrix.algebraic.any()) or partition is not None):
+        raise ConfigurationError("mass: has no row of zeros: there are no algebraic equations to be consistent with")
+    masks = tuple(mask.to(layout.dtype) for mask in layout.parts(matrix.algebraic))
+    differential = tuple(1 - mask for mask in masks)
+    equations = _AlgebraicEquations(func, float(t0), masks)
+    solved = odeint(
+        equations,
+        u0 if layout.is_tuple else parts[0],
+        [0.0, 1.0],
+        method="beuler",
+        mass=differential if layout.is_tuple else differential[0],
+        partition=partition,
+        args=args,
+        params=params,
+        options=options,
+        preconditioner=preconditioner,
+    )
+    return tuple(part[-1] for part in solved) if layout.is_tuple else solved[-1]

@@ -1,0 +1,276 @@
+"""One evaluation of a right-hand side at a state: its value, its graph, and its products with vectors.
+
+Nothing here knows of PETSc's solvers. Times are the caller's; states come as the parts of a `StateLayout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pnode_dist.ode import events
+from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.parameters import Parameters, completeness_check
+
+Function = Callable[..., Any]
+Parts = tuple[torch.Tensor, ...]
+_COUNTERS = (
+    "evaluations",
+    "vjps",
+    "jvps",
+    "newton_iterations",
+    "linear_iterations",
+    "adjoint_linear_iterations",
+)
+
+
+@dataclass
+class Problem:
+    """What one solve binds to the solver: the function, its extra arguments, its parameters, and counters.
+
+    `watched`: nothing is known to require a gradient, but one may be asked for; evaluations are looked at for what
+    the search for parameters has missed. `by_times`: the gradient with respect to the evaluation times is asked for as
+    well. `logs`: PETSc keeps a log.
+    """
+
+    func: Function
+    args: tuple[Any, ...]
+    parameters: Parameters
+    watched: bool = False
+    by_times: bool = False
+    logs: bool = False
+    evaluations: int = 0
+    vjps: int = 0
+    jvps: int = 0
+    newton_iterations: int = 0
+    linear_iterations: int = 0
+    adjoint_linear_iterations: int = 0
+
+    def __post_init__(self) -> None:
+        self.check = completeness_check(self.parameters)
+        # A module says what its parameters are: it is looked at once. A function may use others at other times.
+        self.checks_left = 1 if isinstance(self.func, nn.Module) else -1
+
+    def counts(self) -> dict[str, int]:
+        """All counters, for `count_from`."""
+        return {name: getattr(self, name) for name in _COUNTERS}
+
+    def count_from(self, counts: dict[str, int]) -> None:
+        """Go on counting from there: what was done since is not to be counted."""
+        for name, count in counts.items():
+            setattr(self, name, count)
+
+    @property
+    def constants(self) -> Parts:
+        """What exists once, however often `func` is evaluated: the parameters, and a module's buffers."""
+        buffers = tuple(self.func.buffers()) if isinstance(self.func, nn.Module) else ()
+        return (*self.parameters.tensors, *buffers)
+
+    def evaluate(self, func: Function, layout: StateLayout, time: float | torch.Tensor, inputs: Parts) -> Parts:
+        """`func` at `time` and the state of these parts, part by part. Collective if `func` is.
+
+        Raises `TypeError` or `ValueError` if it does not return what a time derivative of the state must be.
+        """
+        if not isinstance(time, torch.Tensor):
+            time = torch.tensor(time, dtype=layout.dtype)
+        with events.event(events.FUNCTION, self.logs):
+            result = func(time, layout.as_state(inputs), *self.args)
+        outputs = tuple(result) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
+        if len(outputs) != len(inputs) or not all(isinstance(value, torch.Tensor) for value in outputs):
+            wanted = f"a tuple of {len(inputs)} tensors" if layout.is_tuple else "a tensor"
+            raise TypeError(f"func must return {wanted} like u, got {_describe(result)}")
+        for part, value in zip(inputs, outputs, strict=True):
+            if value.shape != part.shape:
+                raise ValueError(
+                    f"func returned shape {tuple(value.shape)} for a state of shape {tuple(part.shape)}: "
+                    "du/dt must have the shape of u"
+                )
+        return outputs
+
+    def value(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> Parts:
+        """An evaluation that no gradient is asked of, which is counted. Collective if `func` is."""
+        self.evaluations += 1
+        with torch.set_grad_enabled(self.watched):
+            outputs = self.evaluate(func, layout, time, inputs)
+        if self.watched:
+            self.check(outputs, ())
+        return outputs
+
+    def graph(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> StageGraph:
+        """An evaluation with its graph, which is counted. Collective if `func` is."""
+        self.evaluations += 1
+        inputs = tuple(part.detach().requires_grad_() for part in inputs)
+        when = torch.tensor(time, dtype=layout.dtype, requires_grad=True) if self.by_times else None
+        with torch.enable_grad():
+            outputs = self.evaluate(func, layout, time if when is None else when, inputs)
+        if self.checks_left:
+            self.check(outputs, inputs if when is None else (*inputs, when))
+            self.checks_left -= 1
+        return StageGraph(inputs, outputs, time, when)
+
+    def vjp(
+        self, graph: StageGraph, cotangents: Parts, *, states: bool = True, parameters: bool = True, keep: bool = False
+    ) -> Cotangents:
+        """The products of the cotangents of func's value with its derivatives. Collective if `func`'s backward is.
+
+        `states` and `parameters` say which are wanted, and `keep` that the graph will be used again. Raises
+        `ValueError` if the graph leads to what was computed, and reversed, before the solve.
+        """
+        pairs = [
+            (out, part.to(out.dtype)) for out, part in zip(graph.outputs, cotangents, strict=True) if out.requires_grad
+        ]
+        # Where nothing depends on anything there is only the value itself.
+        stretch = None
+        if parameters and self.by_times:
+            stretch = sum(
+                (out.detach().double() * part).sum() for out, part in zip(graph.outputs, cotangents, strict=True)
+            )
+        times = [] if graph.time is None or not parameters else [graph.time]
+        if not pairs:
+            count = len(self.parameters.tensors) if parameters else 0
+            return Cotangents((None,) * len(graph.inputs) if states else (), (None,) * count, stretch, None)
+        self.vjps += 1
+        wanted = [*(graph.inputs if states else ()), *(self.parameters.tensors if parameters else ()), *times]
+        if not wanted:
+            return Cotangents((), (), stretch, None)
+        try:
+            with events.event(events.PRODUCT, self.logs):
+                found = torch.autograd.grad(
+                    [out for out, _ in pairs],
+                    wanted,
+                    [part for _, part in pairs],
+                    allow_unused=True,
+                    retain_graph=keep or self.parameters.shares_graph,
+                )
+        except RuntimeError as error:
+            if "through the graph a second time" not in str(error):
+                raise
+            raise ValueError(
+                "func depends on an intermediate result that was computed before the solve and was not found among its "
+                "parameters: name it with params=(...)"
+            ) from None
+        split = len(graph.inputs) if states else 0
+        last = len(found) - len(times)
+        return Cotangents(found[:split], found[split:last], stretch, found[last] if times else None)
+
+    def batched_vjp(self, graph: StageGraph, layout: StateLayout, flats: torch.Tensor) -> torch.Tensor:
+        """The products of each row of `flats` with func's derivative by the state, at once. Not for collective funcs.
+
+        Raises `RuntimeError` where an operation has no rule for batches.
+        """
+        pieces = [
+            piece.reshape(-1, *shape).to(layout.dtype)
+            for piece, shape in zip(torch.split(flats, list(layout.sizes), dim=1), layout.shapes, strict=True)
+        ]
+        pairs = [(out, piece) for out, piece in zip(graph.outputs, pieces, strict=True) if out.requires_grad]
+        if not pairs:
+            return torch.zeros_like(flats)
+        outputs, along = zip(*pairs, strict=True)
+        found = torch.autograd.grad(
+            outputs,
+            graph.inputs,
+            along,
+            allow_unused=True,
+            materialize_grads=True,
+            retain_graph=True,
+            is_grads_batched=True,
+        )
+        self.vjps += len(flats)
+        return torch.cat([value.reshape(len(flats), -1) for value in found], dim=1).to(flats.dtype)
+
+    def tangent_map(self, graph: StageGraph) -> TangentMap:
+        """The products of func's derivative by the state with vectors, as a map. Collective if func's backward is.
+
+        A vector-Jacobian product J^T w is linear in w: its derivative by w, along v, is J v. Its graph is kept, so that
+        every product costs one backward pass. (Forward-mode differentiation evaluates func anew for each, and torch's
+        takes a slow path through Python for operands without a tangent.)
+        """
+        numbers = [number for number, out in enumerate(graph.outputs) if out.requires_grad]
+        probes = tuple(torch.zeros_like(graph.outputs[number], requires_grad=True) for number in numbers)
+        if not numbers:
+            return TangentMap(self, graph.outputs, (), (), ())
+        with torch.enable_grad():
+            pulled = torch.autograd.grad(
+                [graph.outputs[number] for number in numbers],
+                graph.inputs,
+                probes,
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return TangentMap(self, graph.outputs, tuple(numbers), probes, pulled)
+
+
+@dataclass(slots=True)
+class TangentMap:
+    """J v at one state for any v, see `Problem.tangent_map`: `pulled` is J^T `probes`, with its graph."""
+
+    problem: Problem
+    outputs: Parts
+    numbers: tuple[int, ...]
+    probes: Parts
+    pulled: Parts
+
+    def __call__(self, tangents: Parts) -> Parts:
+        """J v, part by part."""
+        self.problem.jvps += 1
+        results = [torch.zeros_like(out) for out in self.outputs]
+        pairs = [
+            (value, tangent.to(value.dtype))
+            for value, tangent in zip(self.pulled, tangents, strict=True)
+            if value.requires_grad
+        ]
+        if pairs:
+            values, along = zip(*pairs, strict=True)
+            pushed = torch.autograd.grad(
+                values, self.probes, along, allow_unused=True, materialize_grads=True, retain_graph=True
+            )
+            for number, value in zip(self.numbers, pushed, strict=True):
+                results[number] = value
+        return tuple(results)
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """One recorded evaluation: f's inputs (leaves of their own graph), its outputs, and the time.
+
+    `time` is a leaf of the graph as well where the gradient by the times is wanted, else None.
+    """
+
+    inputs: Parts
+    outputs: Parts
+    when: float
+    time: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What an evaluation was given, in f's floating type: its graph is made when it is asked for."""
+
+    when: float
+    inputs: Parts
+
+
+@dataclass(slots=True)
+class Cotangents:
+    """Products of a vector v with the derivatives of f: by the parts of the state and by each parameter, None for zero.
+
+    With respect to times: `value` is <f, v>, and `time` <df/dt, v>, None for zero.
+    """
+
+    states: Sequence[torch.Tensor | None]
+    parameters: Sequence[torch.Tensor | None]
+    value: torch.Tensor | int | None
+    time: torch.Tensor | None
+
+
+Stage = StageGraph | StageState | None
+Recording = list[Stage]
+
+
+def _describe(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__

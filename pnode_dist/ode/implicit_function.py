@@ -1,0 +1,290 @@
+"""F(t, u, du/dt) = M du/dt - g(t, u) and h(t, u) as PETSc's implicit steppers call them: values, Jacobians, products.
+
+g is the part that is treated implicitly (all of f, unless it is a `SplitFunction`), h the explicit one. Jacobians are
+shell Mats. The adjoint finds what was recorded of a step by the stage Vecs that PETSc asks for it with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from petsc4py import PETSc
+
+from pnode_dist.ode.evaluation import Function, Parts, Problem, Stage, StageGraph
+from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.mass import MassMatrix
+from pnode_dist.ode.point import Part, Place, Point
+from pnode_dist.ode.split import MatrixFunction, SplitFunction
+from pnode_dist.partition import protocol
+
+
+class ImplicitFunction:
+    """PETSc's callbacks for one layout. Holds no reference to a TS: PETSc's own references could not be collected.
+
+    `splits`: the problem is a `SplitFunction` and h is its explicit part; `solves_for_slope`: the method begins a step
+    with solving for du/dt. `on_new_operator(point, shift)` is called when PETSc wants the operator shift M - dg/du at
+    another state.
+    """
+
+    def __init__(
+        self,
+        layout: StateLayout,
+        parameter_sizes: tuple[int, ...],
+        mass: MassMatrix | None,
+        on_new_operator: Callable[[Point, float], None],
+    ) -> None:
+        self.layout, self.mass = layout, mass
+        self._parameter_sizes = list(parameter_sizes)
+        self._on_new_operator = on_new_operator
+        self.problem: Problem | None = None
+        self.error: BaseException | None = None
+        self.direction = 1.0
+        self.start = 0.0
+        self.splits = False
+        self.solves_for_slope = False
+        self._slope_handle: int | None = None
+        self.times: dict[Place, float] = {}
+        self._kept: Mapping[Place, Stage] = {}
+        self._points: dict[Place, Point] = {}
+        self.implicit_point: Point | None = None
+        self.explicit_point: Point | None = None
+
+    def part(self, part: Part) -> Function:
+        """The function of a part of the problem that is bound."""
+        assert self.problem is not None
+        func = self.problem.func
+        if not self.splits:
+            return func
+        assert isinstance(func, SplitFunction)
+        return func.implicit if part is Part.IMPLICIT else func.explicit
+
+    def start_step(self, start: float, direction: float) -> None:
+        """Say that a step from `start` begins, `direction` being -1 when time decreases."""
+        self.start, self.direction = start, direction
+        self._slope_handle = None
+        self.times.clear()
+        self._kept = {}
+        self._points.clear()
+
+    def start_adjoint(self, start: float, direction: float, kept: Mapping[Place, Stage]) -> None:
+        """Say that the adjoint of a step from `start` begins, and what was recorded of it."""
+        self.start_step(start, direction)
+        self._kept = kept
+
+    def end_step(self) -> None:
+        """Say that a step or its adjoint is over: its recording is not kept alive from here."""
+        self._kept = {}
+        self._points.clear()
+        self.implicit_point = self.explicit_point = None
+
+    def point(self, part: Part, time: float, inputs: Parts, graph: StageGraph | None = None) -> Point:
+        """A part of the right-hand side at a state, `time` being the problem's own."""
+        assert self.problem is not None
+        return Point(self.problem, self.part(part), self.layout, self.direction, time, inputs, graph)
+
+    def inputs(self, u: PETSc.Vec) -> Parts:
+        """The parts of the state in `u` in f's floating type: views of its memory where that is PETSc's."""
+        flat = protocol.view(u, (self.layout.size,))
+        return tuple(part.to(self.layout.dtype) for part in self.layout.parts(flat))
+
+    def _at(self, part: Part, t: float, u: PETSc.Vec) -> Point:
+        """The point that PETSc asks for: that which was recorded of the step being reversed, else a new one."""
+        place = (part, u.handle)
+        if place in self._points:
+            return self._points[place]
+        stage = self._kept.get(place)
+        if stage is None:
+            return self.point(part, self.direction * t, self.inputs(u))
+        graph = stage if isinstance(stage, StageGraph) else None
+        found = self._points[place] = self.point(part, stage.when, stage.inputs, graph)
+        return found
+
+    # What PETSc calls. It turns an exception into an error code; the stepper raises the one kept here instead.
+
+    def residual(self, ts: PETSc.TS, t: float, u: PETSc.Vec, udot: PETSc.Vec, f: PETSc.Vec) -> None:
+        """IFunction: f = M udot - g(t, u)."""
+        try:
+            if self.solves_for_slope and self._slope_handle is None:
+                self._slope_handle = u.handle
+            t = self._time(t, u)
+            self.times.setdefault((Part.IMPLICIT, u.handle), self.direction * t)
+            rates = protocol.view(udot, (self.layout.size,))
+            result = protocol.view(f, (self.layout.size,))
+            result.copy_(rates if self.mass is None else self.mass.multiply(rates))
+            self._add(Part.IMPLICIT, t, u, result, -1.0)
+            f.stateIncrease()
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def explicit(self, ts: PETSc.TS, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
+        """RHSFunction: f = h(t, u), zero where all of the right-hand side is implicit."""
+        try:
+            result = protocol.view(f, (self.layout.size,))
+            result.zero_()
+            if self.splits:
+                self.times.setdefault((Part.EXPLICIT, u.handle), self.direction * t)
+                self._add(Part.EXPLICIT, t, u, result, 1.0)
+            f.stateIncrease()
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def _time(self, t: float, u: PETSc.Vec) -> float:
+        """The time of an evaluation at `u`. PETSc starts DIRK methods with an explicit first stage by solving for the
+        slope there, and names the time of whatever stage it came to last."""
+        return self.direction * self.start if u.handle == self._slope_handle else t
+
+    def _add(self, part: Part, t: float, u: PETSc.Vec, result: torch.Tensor, sign: float) -> None:
+        assert self.problem is not None
+        func = self.part(part)
+        if isinstance(func, MatrixFunction):
+            self.problem.evaluations += 1
+            result.add_(func.multiply(protocol.view(u, (self.layout.size,)), False), alpha=sign * self.direction)
+            return
+        values = self.problem.value(func, self.layout, self.direction * t, self.inputs(u))
+        for target, value in zip(self.layout.parts(result), values, strict=True):
+            target.add_(value.detach(), alpha=sign * self.direction)
+
+    def jacobian(
+        self,
+        ts: PETSc.TS,
+        t: float,
+        u: PETSc.Vec,
+        udot: PETSc.Vec,
+        shift: float,
+        operator: PETSc.Mat,
+        matrix: PETSc.Mat,
+    ) -> None:
+        """IJacobian: what `operator` applies from now on is shift M - dg/du at (t, u)."""
+        try:
+            self.implicit_point = self._at(Part.IMPLICIT, self._time(t, u), u)
+            context = operator.getPythonContext()
+            context.shift, context.factor = shift, 1.0
+            self._on_new_operator(self.implicit_point, shift)
+            operator.assemble()
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def explicit_jacobian(self, ts: PETSc.TS, t: float, u: PETSc.Vec, operator: PETSc.Mat, matrix: PETSc.Mat) -> None:
+        """RHSJacobian: what `operator` applies from now on is dh/du at (t, u)."""
+        if self.splits:
+            self.explicit_point = self._at(Part.EXPLICIT, t, u)
+
+    def parameter_jacobian(
+        self, ts: PETSc.TS, t: float, u: PETSc.Vec, udot: PETSc.Vec, shift: float, operator: PETSc.Mat
+    ) -> None:
+        """IJacobianP: what `operator` applies from now on is -dg/dtheta at (t, u)."""
+        self.implicit_point = self._at(Part.IMPLICIT, t, u)
+
+    def explicit_parameter_jacobian(self, ts: PETSc.TS, t: float, u: PETSc.Vec, operator: PETSc.Mat) -> None:
+        """RHSJacobianP: what `operator` applies from now on is dh/dtheta at (t, u)."""
+        if self.splits:
+            self.explicit_point = self._at(Part.EXPLICIT, t, u)
+
+    def add_parameters(self, products: list[torch.Tensor | None], result: PETSc.Vec, sign: float) -> None:
+        """result = sign * products, zero where there is none."""
+        flat = protocol.view(result, (sum(self._parameter_sizes),))
+        for target, value in zip(torch.split(flat, self._parameter_sizes), products, strict=True):
+            if value is None:
+                target.zero_()
+            else:
+                target.copy_(value.reshape(-1)).mul_(sign)
+        result.stateIncrease()
+
+
+class ShiftedOperator:
+    """Context of the shell Mat factor * (shift M - dg/du), at the function's current point."""
+
+    def __init__(self, function: ImplicitFunction) -> None:
+        self._function = function
+        self.shift, self.factor = 1.0, 1.0
+
+    def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        self._apply(x, y, transposed=False)
+
+    def multTranspose(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        self._apply(x, y, transposed=True)
+
+    def scale(self, mat: PETSc.Mat, factor: float) -> None:
+        """Scale what is applied, until the next Jacobian. (PETSc does so to start methods with an explicit stage.)"""
+        self.factor *= factor
+
+    def duplicate(self, mat: PETSc.Mat, option: Any) -> PETSc.Mat:
+        """An operator of the same sizes for the explicit part that PETSc believes in where there is none: zero."""
+        copy = PETSc.Mat().createPython(mat.getSizes(), ZeroOperator(), comm=mat.comm)
+        copy.setUp()
+        return copy
+
+    def _apply(self, x: PETSc.Vec, y: PETSc.Vec, transposed: bool) -> None:
+        function = self._function
+        try:
+            point = function.implicit_point
+            assert point is not None
+            flat = protocol.view(x, (function.layout.size,))
+            product = (point.vjp(flat) if transposed else point.jvp(flat)).neg_()
+            product.add_(flat if function.mass is None else function.mass.multiply(flat, transposed), alpha=self.shift)
+            protocol.view(y, (function.layout.size,)).copy_(product.mul_(self.factor))
+            y.stateIncrease()
+        except BaseException as error:
+            function.error = error
+            raise
+
+
+class ZeroOperator:
+    """Context of a shell Mat that is zero, whatever it is given."""
+
+    def zeroEntries(self, mat: PETSc.Mat) -> None:
+        """Nothing to do."""
+
+    def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        y.zeroEntries()
+
+    def multTranspose(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        y.zeroEntries()
+
+
+class ExplicitOperator:
+    """Context of the shell Mat dh/du, of which the adjoint wants the transpose."""
+
+    def __init__(self, function: ImplicitFunction) -> None:
+        self._function = function
+
+    def multTranspose(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        function = self._function
+        try:
+            size = function.layout.size
+            if function.splits:
+                assert function.explicit_point is not None
+                protocol.view(y, (size,)).copy_(function.explicit_point.vjp(protocol.view(x, (size,))))
+                y.stateIncrease()
+            else:
+                y.zeroEntries()
+        except BaseException as error:
+            function.error = error
+            raise
+
+
+class ParameterOperator:
+    """Context of the shell Mats -dg/dtheta and dh/dtheta, whose columns are this rank's own: no communication here."""
+
+    def __init__(self, function: ImplicitFunction, part: Part) -> None:
+        self._function, self._part = function, part
+
+    def multTranspose(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        function = self._function
+        try:
+            implicit = self._part is Part.IMPLICIT
+            if not implicit and not function.splits:
+                y.zeroEntries()
+                return
+            point = function.implicit_point if implicit else function.explicit_point
+            assert point is not None
+            products = point.by_parameters(protocol.view(x, (function.layout.size,)), function.start)
+            function.add_parameters(products, y, -1.0 if implicit else 1.0)
+        except BaseException as error:
+            function.error = error
+            raise

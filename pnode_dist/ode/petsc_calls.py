@@ -1,0 +1,54 @@
+"""The few functions of PETSc's that petsc4py does not have, called in the library that petsc4py has loaded."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+from petsc4py import PETSc
+
+_INTEGERS = {4: ctypes.c_int32, 8: ctypes.c_int64}
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(PETSc.__file__)
+
+
+def _integer() -> Any:
+    return _INTEGERS[np.dtype(PETSc.IntType).itemsize]()
+
+
+def _check(code: int) -> None:
+    if code:
+        raise PETSc.Error(code)
+
+
+def stage_handles(ts: PETSc.TS) -> list[int]:
+    """The handles of the Vecs that hold the stages of `ts`, as its type defines them (TSGetStages). Not collective."""
+    count, vecs = _integer(), ctypes.POINTER(ctypes.c_void_p)()
+    _check(_library().TSGetStages(ctypes.c_void_p(ts.handle), ctypes.byref(count), ctypes.byref(vecs)))
+    return [int(vecs[number] or 0) for number in range(count.value)]
+
+
+def local_array(handle: int, size: int) -> np.ndarray[Any, Any]:
+    """The `size` local entries of the Vec of that handle, as a view of its memory; it must live on. Not collective."""
+    address = ctypes.c_void_p()
+    vec = ctypes.c_void_p(handle)
+    _check(_library().VecGetArrayRead(vec, ctypes.byref(address)))
+    if size == 0:
+        found = np.empty(0, dtype=PETSc.ScalarType)
+    else:
+        buffer = (ctypes.c_char * (size * np.dtype(PETSc.ScalarType).itemsize)).from_address(address.value or 0)
+        found = np.frombuffer(buffer, dtype=PETSc.ScalarType)
+    _check(_library().VecRestoreArrayRead(vec, ctypes.byref(address)))
+    return found
+
+
+def total_linear_iterations(ksp: PETSc.KSP) -> int:
+    """All iterations that `ksp` has done so far, transposed solves included (KSPGetTotalIterations)."""
+    count = _integer()
+    _check(_library().KSPGetTotalIterations(ctypes.c_void_p(ksp.handle), ctypes.byref(count)))
+    return int(count.value)

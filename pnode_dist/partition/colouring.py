@@ -1,0 +1,91 @@
+"""Colours of grid points: those of one colour are never seen by the same stencil.
+
+The columns of a sparse Jacobian that share no row can be found from one product J v (A. R. Curtis, M. J. D. Powell,
+J. K. Reid: On the estimation of sparse Jacobian matrices, J. Inst. Maths Applics 13 (1974)); which columns may go
+together is a colouring of a graph (T. F. Coleman, J. J. More, SIAM J. Numer. Anal. 20 (1983)). For box-shaped
+stencils on a regular grid the product of one colouring an axis serves (D. Goldfarb, Ph. L. Toint, Math. Comp. 43
+(1984)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.partition.protocol import even_ranges
+
+Integers = npt.NDArray[np.int64]
+NONE = -1
+
+
+@dataclass(frozen=True)
+class AxisColouring:
+    """Colours 0 ... `count` - 1 along an axis of n points.
+
+    `colour` `[n]` is the colour of each point. `source` `[n, count]` is the one point of each colour that the
+    stencil around a point reaches, or `NONE`.
+    """
+
+    count: int
+    colour: Integers
+    source: Integers
+
+
+def colour_axis(length: int, reach: int, periodic: bool) -> AxisColouring:
+    """The colouring with the fewest colours of `length` points, of which a stencil sees `reach` to each side.
+
+    Points of one colour lie at least 2 `reach` + 1 apart, on a periodic axis also around the end. That allows
+    floor(length / (2 reach + 1)) points a colour there; the axis is cut into so many equal segments, each coloured
+    from 0 on, which makes ceil(length / that) colours. Without periodicity there are min(length, 2 reach + 1).
+    """
+    period = 2 * reach + 1
+    if periodic:
+        segments = even_ranges(length, max(length // period, 1))
+        colour = np.concatenate([np.arange(stop - start) for start, stop in segments])
+    else:
+        colour = np.arange(length) % period
+    count = int(colour.max()) + 1
+    source = np.full((length, count), NONE, dtype=np.int64)
+    # Beyond half of a periodic axis, and beyond all of another one, nothing new is seen.
+    furthest = min(reach, length // 2 if periodic else length - 1)
+    point = np.arange(length)[:, None]
+    seen = point + np.arange(-furthest, furthest + 1)
+    inside = np.broadcast_to(True, seen.shape) if periodic else (seen >= 0) & (seen < length)
+    seen %= length
+    source[np.broadcast_to(point, seen.shape)[inside], colour[seen[inside]]] = seen[inside]
+    return AxisColouring(count, colour, source)
+
+
+@dataclass(frozen=True)
+class GridColouring:
+    """Colours of the points of a 2-D grid: a pair, the colour along `y` and that along `x`."""
+
+    y: AxisColouring
+    x: AxisColouring
+
+    @property
+    def count(self) -> int:
+        """The number of colours."""
+        return self.y.count * self.x.count
+
+
+def colour_grid(shape: tuple[int, int], width: int | Sequence[int], boundary: Sequence[str]) -> GridColouring:
+    """The colouring of a grid of `shape = (ny, nx)` whose stencils reach `width`, one number or `(wy, wx)`, each way.
+
+    `boundary` is the rule of each axis, as in `GridPartition`: `periodic` ones are coloured around the end. A stencil
+    may reach further than the grid. Where the lengths of periodic axes are multiples of 2 w + 1, and on other axes
+    that are longer, there are (2 wy + 1)(2 wx + 1) colours: as many as points are seen at once, hence the fewest.
+    Raises `ConfigurationError` for a negative width.
+    """
+    wy, wx = (width, width) if isinstance(width, int) else width
+    if wy < 0 or wx < 0:
+        raise ConfigurationError(f"stencil: width = {(wy, wx)}: must be at least 0")
+    y, x = (
+        colour_axis(length, reach, rule == "periodic")
+        for length, reach, rule in zip(shape, (wy, wx), boundary, strict=True)
+    )
+    return GridColouring(y, x)
