@@ -98,8 +98,7 @@ class ImplicitStepper(Stepper):
         self.monitored = set_from_options(self._ts, self._options)
         self.finish(self._ts)
         self.method = self._chosen(method)
-        self.function.solves_for_slope = self.method.petsc_name.startswith("es")
-        self._ts.setUp()
+        self.set_up(self._ts)
         if method.adjoint != "none":
             set_up_adjoint(self._ts)
         self._variant = _theta_variant(self._ts)
@@ -199,6 +198,16 @@ class ImplicitStepper(Stepper):
         mat = PETSc.Mat().createPython(((self.layout.size, None), (columns, None)), context, comm=self.comm)
         mat.setUp()
         return mat
+
+    def set_up(self, ts: PETSc.TS) -> None:
+        """Let `ts`, whose options are set, make its Vecs. Collective."""
+        function = self.function
+        function.solves_for_slope = self.method.petsc_name.startswith("es")
+        if function.solves_for_slope:
+            ts.getSNES().setInitialGuess(function.initial_guess)
+        ts.setUp()
+        if self.method.adjoint != "none":
+            function.stage_handles.update(petsc_calls.stage_handles(ts))
 
     def finish(self, ts: PETSc.TS) -> None:
         """Leave to us what becomes of a step that failed."""

@@ -42,7 +42,7 @@ class ImplicitAttempts:
         with options_database({**stepper.defaults, **options, "ts_adapt_type": adaptor}):
             self._ts.setFromOptions()
         stepper.finish(self._ts)
-        self._ts.setUp()
+        stepper.set_up(self._ts)
 
     def begin(self, control: ErrorControl) -> None:
         """See `AdaptiveStepper.begin`."""

@@ -24,8 +24,8 @@ class ImplicitFunction:
     """PETSc's callbacks for one layout. Holds no reference to a TS: PETSc's own references could not be collected.
 
     `splits`: the problem is a `SplitFunction` and h is its explicit part; `solves_for_slope`: the method begins a step
-    with solving for du/dt. `on_new_operator(point, shift)` is called when PETSc wants the operator shift M - dg/du at
-    another state.
+    with solving for du/dt; `stage_handles` are those of the Vecs of its stages. `on_new_operator(point, shift)` is
+    called when PETSc wants the operator shift M - dg/du at another state.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class ImplicitFunction:
         self.start = 0.0
         self.splits = False
         self.solves_for_slope = False
+        self.stage_handles: set[int] = set()
         self._slope_handle: int | None = None
         self.times: dict[Place, float] = {}
         self._kept: Mapping[Place, Stage] = {}
@@ -118,6 +119,11 @@ class ImplicitFunction:
         except BaseException as error:
             self.error = error
             raise
+
+    def initial_guess(self, snes: PETSc.SNES, x: PETSc.Vec) -> None:
+        """Where a solve for the slope begins: at zero. PETSc would begin with what happened to be there before."""
+        if x.handle not in self.stage_handles:
+            x.zeroEntries()
 
     def explicit(self, ts: PETSc.TS, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
         """RHSFunction: f = h(t, u), zero where all of the right-hand side is implicit."""

@@ -260,7 +260,7 @@ def odeint(
     mass: Mass | None = None,
     preconditioner: Preconditioner | str | None = None,
 ) -> State:
-    """Solve du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0 and in func's parameters.
+    """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
     Collective on the partition's communicator, and so is the backward pass.
 
@@ -273,20 +273,24 @@ def odeint(
     estimate of their error allows, controlled by PETSc's `adaptor` (see `ErrorControl`), and `step_size` is that of
     the first. Returns `[len(t), *u0.shape]`, for a tuple a tuple of such.
 
-    `method` is one of `pnode_dist.ode.methods.METHODS` or PETSc's name of it, by default `rk4`, and `dopri5` for steps
-    with error control. `partition` says over which ranks the
-    state is spread; None: this rank's state is its own. `trajectory` is the budget for checkpoints. `options` are
-    PETSc options for the solver, such as `{"ts_monitor": None}`.
+    `method` is one of `pnode_dist.ode.methods.METHODS`, by default `rk4`, and `dopri5` for steps with error control.
+    Those of the families `theta`, `arkimex` and `dirk` solve equations in every step; with `arkimex` the parts of a
+    `SplitFunction` are treated implicitly and explicitly. `mass` is a constant matrix M (see `mass_matrix`), which may
+    be singular, for theta methods. `preconditioner` is that of the linear systems: `block`, `assembled`, or an object
+    of `pnode_dist.ode.preconditioner`. `partition` says over which ranks the state is spread; None: this rank's state
+    is its own. `trajectory` is the budget for checkpoints. `options` are PETSc options for the solver, such as
+    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`.
 
-    The gradient is that of the numbers computed (a discrete adjoint: of the steps that were accepted, their sizes taken
-    as given), for the objective that is the sum of all ranks'
-    losses. Parameter gradients are this rank's contributions: `pnode_dist.sync.parallel` sums them. `func`'s
+    The gradient is that of the numbers computed (a discrete adjoint: of the steps that were accepted, each taken as a
+    fixed share of its interval), for the objective that is the sum of all ranks' losses. Gradients by parameters and
+    times are this rank's contributions: `pnode_dist.sync.parallel` sums those of parameters. `func`'s
     parameters are those of a module, and otherwise the tensors requiring a gradient that a function closes over,
     also in `args`; `params` adds those that cannot be found, and an error says when that is needed.
 
-    Raises `ConfigurationError` for an unknown method or a budget too small for one checkpoint, `ValueError` for
-    times that are not monotone or require a gradient and for a du/dt of another shape, `TypeError` for a state that
-    is not real floating-point CPU tensors, `StepSizeError` where no step meets the tolerances.
+    Raises `ConfigurationError` for an unknown method, a gradient of a method without an adjoint, or a budget too small
+    for one checkpoint, `ValueError` for times that are not monotone and for a du/dt of another shape, `TypeError` for a
+    state that is not real floating-point CPU tensors, `StepSizeError` where no step meets the tolerances, and
+    `ConvergenceError` where the equations of a step or of its adjoint are not solved.
     """
     settings = _Settings(
         method, step_size, rtol, atol, adaptor, partition, trajectory, params, options, mass, preconditioner
