@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pnode_dist.abort import abort
 from pnode_dist.bench import BENCHMARKS
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.output import console, json_line, output, show_table
@@ -102,8 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     methods = add("methods", "list the time-stepping methods", _methods, alone=True)
     doctor = add("doctor", "say what is installed and whether the ranks see each other", _doctor)
     bench = add("bench", "measure against peers: " + ", ".join(BENCHMARKS), _bench)
-    for sub in (train, gradcheck, plan):
+    for sub in (train, plan):
         sub.add_argument("config", metavar="CONFIG", help="a TOML file")
+    gradcheck.add_argument("config", metavar="CONFIG", nargs="?", help="a TOML file")
+    gradcheck.add_argument("--all-methods", action="store_true", help="check every method on a small problem instead")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a trained run")
     bench.add_argument("name", metavar="NAME", choices=list(BENCHMARKS), help=" | ".join(BENCHMARKS))
     train.add_argument("--run-dir", metavar="DIR", help="where the run's files go, instead of [run] directory")
@@ -136,7 +139,7 @@ def _run_together(command: Callable[[argparse.Namespace], int], arguments: argpa
     """Run a command on all ranks, and let no rank wait for one that has failed. Collective on the world."""
     from mpi4py import MPI
 
-    from pnode_dist.errors import StepSizeError
+    from pnode_dist.errors import ConvergenceError, StepSizeError
     from pnode_dist.train.divergence import DivergenceError
 
     # Of its own, because the other ranks may be anywhere in the program when one fails.
@@ -145,20 +148,20 @@ def _run_together(command: Callable[[argparse.Namespace], int], arguments: argpa
         code = command(arguments)
     except ConfigurationError as error:
         return _end(error, WRONG_USAGE, together)
-    except (DivergenceError, StepSizeError) as error:
+    except (ConvergenceError, DivergenceError, StepSizeError) as error:
         return _end(error, FAILED, together)
     except KeyboardInterrupt:
         if _first(together):
             print(f"{PROGRAM}: interrupted", file=sys.stderr, flush=True)
         if together.size > 1:
-            together.Abort(INTERRUPTED)
+            abort(INTERRUPTED, together)
         return INTERRUPTED
     except Exception:
         if together.size == 1:
             raise
         # The hook of an open mesh names the rank and ends all; without one, this does.
         sys.excepthook(*sys.exc_info())
-        together.Abort(FAILED)
+        abort(FAILED, together)
     together.Free()
     return code
 
@@ -170,7 +173,7 @@ def _end(error: Exception, code: int, together: MPI.Intracomm) -> int:
     while not everyone.Test():
         if time.monotonic() > patient_until:
             _complain(error, f"[rank {together.rank}] ")
-            together.Abort(code)
+            abort(code, together)
         time.sleep(0.005)
     if _first(together):
         _complain(error)
@@ -267,6 +270,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _gradcheck(arguments: argparse.Namespace) -> int:
+    if arguments.all_methods:
+        return _check_methods(arguments)
+    if arguments.config is None:
+        raise ConfigurationError("gradcheck: needs a CONFIG, or --all-methods")
     config = _load(arguments.config, arguments.overrides)
     import torch
 
@@ -284,6 +291,24 @@ def _gradcheck(arguments: argparse.Namespace) -> int:
             for failure in failures:
                 print(f"{PROGRAM}: the gradient is wrong: {failure}", file=sys.stderr, flush=True)
     return FAILED if failures else 0
+
+
+def _check_methods(arguments: argparse.Namespace) -> int:
+    if arguments.config is not None or arguments.overrides:
+        raise ConfigurationError("gradcheck: --all-methods has a problem of its own: takes no CONFIG and no --set")
+    from pnode_dist.mesh import Mesh
+    from pnode_dist.method_check import check_methods, failures
+
+    with Mesh() as mesh, output(arguments.json, mesh.is_root) as emit:
+        rows = list(check_methods(mesh))
+        found = failures(rows)
+        emit({"methods": rows, "failures": found, "ranks": mesh.size})
+        if mesh.is_root:
+            if not arguments.json:
+                show_table({"methods": rows, "ranks": mesh.size})
+            for failure in found:
+                print(f"{PROGRAM}: the gradient is wrong: {failure}", file=sys.stderr, flush=True)
+    return FAILED if found else 0
 
 
 def _show_gradcheck(result: GradcheckResult) -> None:

@@ -3,14 +3,22 @@
 The convention throughout: every rank differentiates its own share of the loss, and the objective is the sum of the
 shares. The adjoint of an exchange is then its transpose as a linear map over all ranks, and calling `backward()` is
 as collective as the forward call was.
+
+The exchanges may be differentiated in reverse and in forward mode (torch.autograd.forward_ad, torch.func.vjp and jvp)
+and in any nesting of the two. A tangent is exchanged like the value that carries it: forward mode is collective too.
+What is differentiated on one rank is to be differentiated on all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from mpi4py import MPI
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 from pnode_dist.buffers import bytes_of
 from pnode_dist.errors import ConfigurationError
@@ -20,7 +28,48 @@ from pnode_dist.partition.protocol import Partition
 
 Width = int | tuple[int, int]
 
+Map = Callable[[torch.Tensor], torch.Tensor]
+
 _TO_LOWER, _TO_UPPER = 1, 2
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map over all ranks, which with its transpose is all that any derivative of it needs.
+
+    Both are given plain tensors, with any number of leading axes.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """As inherited, without inspecting `forward` for default arguments, which takes as long as a small halo."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+    @staticmethod
+    def forward(x: torch.Tensor, forward: Map, transpose: Map) -> torch.Tensor:
+        return forward(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.forward, ctx.transpose = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return _linear(cotangents[0], ctx.transpose, ctx.forward), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _linear(tangents[0], ctx.forward, ctx.transpose)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, forward: Map, transpose: Map) -> Any:
+        return _linear(x.movedim(in_dims[0], 0), forward, transpose), 0
+
+
+def _linear(x: torch.Tensor, forward: Map, transpose: Map) -> torch.Tensor:
+    image: torch.Tensor = _Linear.apply(x, forward, transpose)
+    return image
 
 
 def halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) -> torch.Tensor:
@@ -40,8 +89,9 @@ def halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) 
         )
     if wy == wx == 0:
         return x
-    padded: torch.Tensor = _Halo.apply(x, partition, (wy, wx))  # type: ignore[no-untyped-call]
-    return padded
+    padded = partial(_padded, partition=partition, width=(wy, wx))
+    folded = partial(_folded, partition=partition, width=(wy, wx))
+    return _linear(x, padded, folded)
 
 
 def _widths(partition: GridPartition, width: Width | None) -> tuple[int, int]:
@@ -131,76 +181,75 @@ def _folded(cotangent: torch.Tensor, partition: GridPartition, width: tuple[int,
     return folded[..., rows, wx : wx + nx, :].contiguous()
 
 
-class _Halo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, partition: GridPartition, width: tuple[int, int]) -> torch.Tensor:
-        ctx.partition, ctx.width = partition, width
-        return _padded(x, partition, width)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        return _HaloAdjoint.apply(cotangents[0], ctx.partition, ctx.width), None, None  # type: ignore[no-untyped-call]
-
-
-class _HaloAdjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cotangent: torch.Tensor, partition: GridPartition, width: tuple[int, int]) -> torch.Tensor:
-        ctx.partition, ctx.width = partition, width
-        return _folded(cotangent, partition, width)
-
-    @staticmethod
-    def backward(ctx: Any, *tangents: Any) -> Any:
-        return _Halo.apply(tangents[0], ctx.partition, ctx.width), None, None  # type: ignore[no-untyped-call]
-
-
 def global_sum(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
     """The sum of `x` over the ranks of `comm`, on every rank. Collective on `comm`.
 
     Its adjoint is the sum of all ranks' cotangents. A loss made of a global sum is therefore to be weighted so that
     the ranks' shares add up to it once: `global_sum(x, comm) / comm.size`, or on one rank only.
     """
-    total: torch.Tensor = _GlobalSum.apply(x, comm)  # type: ignore[no-untyped-call]
+    add = partial(_summed, comm=comm)
+    return _linear(x, add, add)
+
+
+def _summed(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    comm.Allreduce(MPI.IN_PLACE, total.numpy(), MPI.SUM)
     return total
-
-
-class _GlobalSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
-        ctx.comm = comm
-        total = x.detach().clone(memory_format=torch.contiguous_format)
-        comm.Allreduce(MPI.IN_PLACE, total.numpy(), MPI.SUM)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        return global_sum(cotangents[0], ctx.comm), None
 
 
 def scatter(x: torch.Tensor | None, partition: Partition, root: int = 0) -> torch.Tensor:
     """Each rank's block of the global tensor that `root` holds. Collective on the partition's communicator.
 
-    `x` is `[..., *global_shape]` on `root` and ignored elsewhere. The adjoint gathers the cotangents on `root`.
+    `x` is `[..., *global_shape]` on `root`; its values are ignored elsewhere. The adjoint gathers the cotangents on
+    `root`. Under torch.func the other ranks pass a tensor that is differentiated like root's, if only an empty one.
     """
-    comm = partition.comm
-    at_root = comm.rank == root
-    differentiable = comm.bcast(bool(at_root and x is not None and x.requires_grad), root=root)
-    # The other ranks need a node of their own in the graph, so that their backward pass takes part in the gather.
-    source = x if at_root and x is not None else torch.empty(0, requires_grad=differentiable)
-    local: torch.Tensor = _Scatter.apply(source, partition, root)  # type: ignore[no-untyped-call]
+    local: torch.Tensor = _Scatter.apply(_source(x, partition, root), partition, root)  # type: ignore[no-untyped-call]
     return local
+
+
+def _source(x: torch.Tensor | None, partition: Partition, root: int) -> torch.Tensor:
+    """What is scattered: `x` on `root`; elsewhere an empty tensor, differentiated as `x` is on `root`.
+
+    The other ranks need a node of their own in the graph, so that derivatives find them taking part.
+    """
+    at_root = partition.comm.rank == root
+    traits = (x.dtype, x.requires_grad, _has_tangent(x)) if at_root and x is not None else None
+    traits = partition.comm.bcast(traits, root=root)
+    if traits is None:
+        raise ValueError(f"scatter: rank {root}, the root, gave no tensor")
+    if at_root and x is not None:
+        return x
+    dtype, differentiable, dual = traits
+    if not (differentiable or dual):
+        return torch.empty(0, dtype=dtype)
+    source = torch.empty(0) if x is None else x.reshape(-1)[:0].to(dtype)
+    if differentiable and not source.requires_grad:
+        source = torch.empty(0, dtype=dtype, requires_grad=True)
+    if dual and not _has_tangent(source):
+        source = forward_ad.make_dual(source, torch.empty(0, dtype=dtype))  # type: ignore[no-untyped-call]
+    return source
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, partition: Partition, root: int) -> torch.Tensor:
-        ctx.partition, ctx.root = partition, root
-        ctx.dtype = x.dtype
+    def forward(x: torch.Tensor, partition: Partition, root: int) -> torch.Tensor:
         return protocol.scatter(x, partition, root)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.partition, ctx.root = inputs
+
+    @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        whole = protocol.gather(cotangents[0], ctx.partition, ctx.root)
-        return (torch.empty(0) if whole is None else whole), None, None
+        return gather(cotangents[0], ctx.partition, ctx.root), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return scatter(tangents[0], ctx.partition, ctx.root)
 
 
 def gather(x: torch.Tensor, partition: Partition, root: int = 0) -> torch.Tensor:
@@ -215,11 +264,18 @@ def gather(x: torch.Tensor, partition: Partition, root: int = 0) -> torch.Tensor
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, partition: Partition, root: int) -> torch.Tensor:
-        ctx.partition, ctx.root = partition, root
+    def forward(x: torch.Tensor, partition: Partition, root: int) -> torch.Tensor:
         whole = protocol.gather(x, partition, root)
         return x.new_empty(0) if whole is None else whole
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.partition, ctx.root = inputs
+
+    @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        return protocol.scatter(cotangents[0], ctx.partition, ctx.root), None, None
+        return scatter(cotangents[0], ctx.partition, ctx.root), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return gather(tangents[0], ctx.partition, ctx.root)

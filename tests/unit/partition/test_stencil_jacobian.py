@@ -1,0 +1,48 @@
+"""The matrix of a stencil operator on one rank, for grids and stencils of any size."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from petsc4py import PETSc
+
+from pnode_dist import GridPartition, Mesh
+from pnode_dist.partition.stencil_jacobian import StencilJacobian
+from tests.oracles.stencils import stencil_matrix
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """One rank."""
+    with Mesh() as mesh:
+        yield mesh
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    width=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    boundary=st.tuples(*[st.sampled_from(["periodic", "replicate", "zero"])] * 2),
+    channels=st.integers(1, 2),
+    leading=st.sampled_from([(), (1,), (3,), (2, 1)]),
+    shift=st.floats(-10, 10),
+)
+def test_every_entry_is_found_exactly(
+    mesh: Mesh,
+    shape: tuple[int, int],
+    width: tuple[int, int],
+    boundary: tuple[str, str],
+    channels: int,
+    leading: tuple[int, ...],
+    shift: float,
+) -> None:
+    samples = torch.Size(leading).numel()
+    whole = stencil_matrix(shape, channels, samples, width, boundary, seed=1)
+    partition = GridPartition(mesh, shape, channels=channels, boundary=boundary, stencil_width=0)
+    jacobian = StencilJacobian(partition, width, (*leading, *partition.local_shape))
+    mass = torch.linspace(0, 1, len(whole), dtype=torch.float64)
+    matrix = jacobian.assemble(lambda v: whole @ v, shift, mass)
+    found = torch.from_numpy(matrix.convert("dense", PETSc.Mat()).getDenseArray())
+    assert torch.equal(found, torch.diag(shift * mass) - whole)
