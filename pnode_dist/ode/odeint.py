@@ -161,8 +161,10 @@ def _prepared(
             f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of beuler, cn, theta"
         )
     mass, preconditioner = settings.mass, resolve_preconditioner(settings.preconditioner)
-    if not table.implicit:
-        preconditioner = None
+    if not table.implicit and preconditioner is not None:
+        raise ConfigurationError(
+            f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
+        )
     linear = _matrix_part(func, table)
     solver = solvers.get(
         (

@@ -21,7 +21,7 @@ QUICK = ["pnode-dist methods", "pnode-dist doctor"]
 
 
 def test_there_are_examples_to_run() -> None:
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -29,7 +29,7 @@ def test_the_partitioned_example_runs_at_any_number_of_ranks_to_the_same_loss(
     mpirun: Run, tmp_path: Path, ranks: int
 ) -> None:
     total = "total = mesh.sum(loss.double()).item()"
-    script = EXAMPLES[1].replace("if mesh.is_root:\n        print(", f"{total}\n    if mesh.is_root:\n        print(")
+    script = EXAMPLES[2].replace("if mesh.is_root:\n        print(", f"{total}\n    if mesh.is_root:\n        print(")
     (tmp_path / "reaction.py").write_text(script.replace('"loss share of rank 0:", loss.item()', "total"))
     done = mpirun(ranks, "python", "reaction.py")
     assert done.returncode == 0, done.stderr
@@ -43,6 +43,15 @@ def test_the_first_example_spills_and_counts(mpirun: Run, tmp_path: Path) -> Non
     counts = dict(re.findall(r"(\w+)=(\d+)", done.stdout))
     assert counts["forward_steps"] == counts["adjoint_steps"] == "100"
     assert int(counts["bytes_written"]) > 0
+
+
+def test_the_implicit_example_solves_its_equations(mpirun: Run, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(EXAMPLES[1])
+    done = mpirun(1, "python", "example.py")
+    assert done.returncode == 0, done.stderr
+    counts = dict(re.findall(r"(\w+)=(\d+)", done.stdout))
+    assert counts["forward_steps"] == counts["adjoint_steps"] == "20"
+    assert int(counts["adjoint_linear_iterations"]) >= 20
 
 
 @pytest.mark.parametrize("command", QUICK)

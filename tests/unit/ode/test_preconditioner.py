@@ -147,5 +147,7 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
         NeuralODE(Stiff(), method="cn", preconditioner="ilu")(random(2, 3), TIMES)
     with pytest.raises(ConfigurationError, match="needs a state that is one tensor on a GridPartition"):
         NeuralODE(Stiff(), method="cn", preconditioner="assembled")(random(2, 3), TIMES)
+    with pytest.raises(ConfigurationError, match=r"preconditioner: method = 'rk4' is explicit and solves no equations"):
+        NeuralODE(Stiff(), method="rk4", preconditioner="block")(random(2, 3), TIMES)
     with pytest.raises(ConfigurationError, match="must have an axis"):
         NeuralODE(lambda t, u: -u, method="cn", preconditioner="block")(random(1)[0], TIMES)
