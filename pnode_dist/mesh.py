@@ -10,7 +10,6 @@ import os
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from mpi4py import MPI
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
 from pnode_dist import backend as mpi_backend
+from pnode_dist.abort import abort
 from pnode_dist.compatibility import check_mpi
 from pnode_dist.errors import ConfigurationError
 
@@ -254,11 +254,9 @@ class Mesh:
             self._release(free=False)
         if isinstance(error, SystemExit) and error.code not in (0, None):
             # The other ranks may be waiting for this one; interpreter shutdown would wait for them in turn.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            if isinstance(error.code, str):
-                print(error.code, file=sys.stderr, flush=True)
-            MPI.COMM_WORLD.Abort(error.code if isinstance(error.code, int) else 1)
+            if not isinstance(error.code, int):
+                print(error.code, file=sys.stderr)
+            abort(error.code if isinstance(error.code, int) else 1, MPI.COMM_WORLD)
 
     def __repr__(self) -> str:
         return f"Mesh(state={self.state_ranks}, data={self.data_replicas}, backend={self.backend!r}, rank={self.rank})"
@@ -279,28 +277,23 @@ def _install_abort(world: _World, previous: Callable[..., None]) -> Callable[[],
     """End all ranks on an uncaught exception in any thread of this one; returns what puts `previous` back."""
     previous_thread = threading.excepthook
 
-    def abort(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    def end_all(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
         text = "".join(traceback.format_exception(kind, error, trace))
         host = socket.gethostname()
         sys.stdout.flush()
         sys.stderr.write("".join(f"[rank {world.rank} on {host}] {line}\n" for line in text.splitlines()))
-        sys.stderr.flush()
-        # The launcher forwards what was written, and stops reading when it is told to abort.
-        time.sleep(0.3)
-        if world.connected_by_mpi:
-            MPI.COMM_WORLD.Abort(1)
-        os._exit(1)
+        abort(1, MPI.COMM_WORLD if world.connected_by_mpi else None)
 
-    def abort_thread(arguments: threading.ExceptHookArgs) -> None:
+    def end_all_from_thread(arguments: threading.ExceptHookArgs) -> None:
         if arguments.exc_type is not SystemExit:
-            abort(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+            end_all(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
 
-    sys.excepthook, threading.excepthook = abort, abort_thread
+    sys.excepthook, threading.excepthook = end_all, end_all_from_thread
     restore_main = _restoring(previous)
 
     def restore() -> None:
         restore_main()
-        if threading.excepthook is abort_thread:
+        if threading.excepthook is end_all_from_thread:
             threading.excepthook = previous_thread
 
     return restore

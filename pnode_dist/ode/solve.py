@@ -102,7 +102,7 @@ class Solver:
         trajectory.ledger.pools.add(memory)
         pools: dict[Tier, SlotPool] = {
             Tier.RAM: memory,
-            Tier.DISK: SpillPool(layout.size, dtype, trajectory.scratch, comm.rank),
+            Tier.DISK: SpillPool(layout.size, dtype, trajectory.scratch, comm.rank, layout.shapes),
         }
         return cls(stepper, options, memory, pools, partition, trajectory)
 

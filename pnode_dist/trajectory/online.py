@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import chain
 
-from pnode_dist.trajectory.binomial import reversal
-from pnode_dist.trajectory.schedule import Action, Adjoint, Tier
+from pnode_dist.trajectory.binomial import from_remains, reversal
+from pnode_dist.trajectory.schedule import Action, Adjoint, StartBackward, Tier
 from pnode_dist.trajectory.store import Checkpoints, State
 
 
@@ -65,16 +66,19 @@ class OnlineTrajectory:
     New ones go to memory; when it is full the earliest there, which the backward pass needs last, moves to disk.
     From what is held at the end the steps are reversed by the fewest forward steps that it allows. In all they are at
     most 4/3 of the offline optimum and one (measured for up to 4000 steps and 64 slots; 1.2 is usual for 2 to 8).
+    Without any slot, which is what a lost disk may leave, every step is reached anew from the initial state.
     """
 
     def __init__(self, checkpoints: Checkpoints, ram_slots: int, disk_slots: int) -> None:
         self._checkpoints = checkpoints
         self._ram, self._disk = ram_slots, disk_slots
-        self._placement = OnlinePlacement(ram_slots + disk_slots)
+        self._placement = OnlinePlacement(ram_slots + disk_slots) if ram_slots + disk_slots else None
         self._in_memory: list[int] = []
 
     def before(self, step: int, time: float, state: State) -> None:
         """Keep `state`, the one before `step` at `time`, if it is worth a slot. Call it for every step in turn."""
+        if self._placement is None:
+            return
         keep, given_up = self._placement.before(step)
         if given_up is not None:
             self._checkpoints.discard(given_up)
@@ -97,6 +101,8 @@ class OnlineTrajectory:
         if recorded:
             self._checkpoints.clear()
             return iter([Adjoint(step) for step in reversed(range(steps))])
+        if self._placement is None:
+            return chain([StartBackward(steps)], from_remains(steps, [], 0))
         held = self._checkpoints.held()
         tiers = list(held.values())
         free_disk = self._disk - tiers.count(Tier.DISK)
@@ -104,4 +110,4 @@ class OnlineTrajectory:
         most = max(steps - 1 - len(tiers), 0)
         ram = min(free_ram, most)
         free = [Tier.DISK] * min(free_disk, most - ram) + [Tier.RAM] * ram
-        return reversal(0, steps, [*tiers, *free], list(held))
+        return chain([StartBackward(steps)], reversal(0, steps, [*tiers, *free], list(held)))

@@ -15,6 +15,7 @@ from pnode_dist.trajectory.schedule import (
     Record,
     Restart,
     Restore,
+    StartBackward,
     Tier,
 )
 from pnode_dist.trajectory.statistics import SolveStatistics
@@ -103,7 +104,7 @@ def run_backward(
     disk. Returns whether that happened. Collective on the solver's communicator.
     """
     disk_is_lost = False
-    remaining = 0
+    remaining: int | None = None
     ahead = _looking_ahead(actions, checkpoints)
     while (action := next(ahead, None)) is not None:
         match action:
@@ -116,11 +117,14 @@ def run_backward(
             case Record(step):
                 steps.record(step, again=True)
                 statistics.recomputed_steps += 1
+            case StartBackward(count):
+                remaining = count
             case Restart():
                 steps.restart()
             case Restore(step, tier, discard):
                 error = _restore(steps, checkpoints, step, discard)
                 if tier is Tier.DISK and lost(error):
+                    assert remaining is not None
                     disk_is_lost = True
                     checkpoints.drop_disk()
                     ahead = from_remains(remaining, checkpoints.in_memory(), ram_slots)
@@ -131,6 +135,7 @@ def run_backward(
                 reversed_to(step)
             case EndForward():
                 raise AssertionError("the forward pass ended twice")
+    assert remaining == 0, "the schedule ended before the first step was reversed"
     return disk_is_lost
 
 

@@ -39,6 +39,13 @@ class EndForward:
 
 
 @dataclass(frozen=True, slots=True)
+class StartBackward:
+    """The backward pass over so many steps begins, none of which is recorded."""
+
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class Restore:
     """Put the stored state before `step` back, and free its slot if `discard`."""
 
@@ -59,7 +66,7 @@ class Adjoint:
     step: int
 
 
-Action = Advance | Record | EndForward | Restore | Restart | Adjoint
+Action = Advance | Record | EndForward | StartBackward | Restore | Restart | Adjoint
 
 
 def with_last_recorded(head: Iterator[Action], first: int, steps: int) -> Iterator[Action]:

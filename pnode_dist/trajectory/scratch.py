@@ -1,23 +1,30 @@
 """Private scratch directories that do not outlive their process.
 
-A directory is removed with the object that asked for it, at interpreter exit and on SIGTERM (unless the program
-handles that itself). What a killed process leaves behind is removed by the next one that works in the same place: a
-live process holds a lock on its directory, which the system drops when it dies, however it dies.
+A directory is removed with the object that asked for it, at interpreter exit, when this rank ends all others on an
+error, and on SIGTERM (unless the program handles that itself). What a killed process leaves behind is removed by the
+next one on that host that works in the same place: a live process holds a lock on its directory, which the system drops
+when it dies, however it dies. The host is part of the name, because locks on a shared file system may hold on their own
+host alone.
 """
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+
+from pnode_dist.abort import before_abort
 
 PREFIX = "pnode-dist-"
 _GRACE = 60.0
@@ -32,13 +39,20 @@ class PrivateDirectory:
 
     def __init__(self, parent: Path) -> None:
         _remove_leftovers(parent)
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self.path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
         lock = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # A file system without locks lets nobody else take this one either.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         _live.add(self.path)
         _remove_on_sigterm()
         self.remove: Callable[[], None] = weakref.finalize(self, _remove, self.path, lock)
         """Remove the directory now; again is harmless."""
+
+
+def _prefix() -> str:
+    """How the names of this host's directories begin."""
+    return f"{PREFIX}{socket.gethostname()}-"
 
 
 def _remove(path: Path, lock: int) -> None:
@@ -49,7 +63,7 @@ def _remove(path: Path, lock: int) -> None:
 
 def _remove_leftovers(parent: Path) -> None:
     """Remove directories of our own whose processes are gone."""
-    for path in parent.glob(f"{PREFIX}*"):
+    for path in parent.glob(f"{glob.escape(_prefix())}*"):
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
@@ -66,13 +80,20 @@ def _remove_leftovers(parent: Path) -> None:
             os.close(lock)
 
 
+def _remove_live() -> None:
+    for path in list(_live):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+before_abort(_remove_live)
+
+
 def _remove_on_sigterm() -> None:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         return
 
     def clean_up(number: int, frame: FrameType | None) -> None:
-        for path in list(_live):
-            shutil.rmtree(path, ignore_errors=True)
+        _remove_live()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 

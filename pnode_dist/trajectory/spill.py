@@ -33,6 +33,7 @@ import pnode_dist
 from pnode_dist.trajectory.scratch import PrivateDirectory
 from pnode_dist.trajectory.store import PrecisionError, SpillError, State, copy_rounded
 
+Shapes = tuple[tuple[int, ...], ...]
 STAGING_BUFFERS = 3
 LABEL = np.dtype([("step", "i8"), ("time", "f8"), ("crc32", "u4")])
 _ONE_LABEL = h5py.h5s.create_simple((1,))
@@ -68,8 +69,9 @@ class _Slot:
 class _SlotFile:
     """The file, the staging buffers and the thread: what `SpillPool` must not be kept alive by."""
 
-    def __init__(self, size: int, dtype: np.dtype[Any], parent: Path, rank: int) -> None:
+    def __init__(self, size: int, dtype: np.dtype[Any], parent: Path, rank: int, shapes: Shapes | None) -> None:
         self.size, self.dtype = size, dtype
+        self._shapes: Shapes = shapes or ((size,),)
         self._datasets: tuple[h5py.Dataset, h5py.Dataset] | None = None
         self._one_state = h5py.h5s.create_simple((size,))
         self._parent, self._rank = parent, rank
@@ -125,6 +127,8 @@ class _SlotFile:
             states = file.create_dataset(
                 "state", (0, width), self.dtype, chunks=(1, min(width, _WIDEST_CHUNK)), maxshape=(None, width)
             )
+            for number, shape in enumerate(self._shapes):
+                states.attrs[f"shape{number}"] = np.array(shape, dtype=np.int64)
             empty = np.array((-1, np.nan, 0), dtype=LABEL)
             labels = file.create_dataset("label", (0,), LABEL, chunks=(_GROWTH,), maxshape=(None,), fillvalue=empty)
             self._datasets = states, labels
@@ -147,7 +151,7 @@ class _SlotFile:
             label = np.array([(step, time, slot.crc)], dtype=LABEL)
             labels.id.write(_ONE_LABEL, _row_of(labels, slot.number), label)
             states.file.flush()
-        except (OSError, RuntimeError, ValueError) as reason:
+        except Exception as reason:  # Whatever it is: the solver waits for this thread.
             phase, error = _Phase.FAILED, f"checkpoint of step {step} could not be written: {_said(reason)}"
         self._finish(slot, phase, error)
 
@@ -162,7 +166,7 @@ class _SlotFile:
                 states.id.read(self._one_state, _row_of(states, slot.number, self.size), state)
             if isal_zlib.crc32(state.data) != slot.crc:
                 phase, error = _Phase.FAILED, f"slot {slot.number} is damaged: its checksum is wrong"
-        except (OSError, RuntimeError, ValueError) as reason:
+        except Exception as reason:  # Whatever it is: the solver waits for this thread.
             phase, error = _Phase.FAILED, f"slot {slot.number} could not be read: {_said(reason)}"
         self._finish(slot, phase, error)
 
@@ -211,14 +215,17 @@ class SpillPool:
     """Slots in an HDF5 file of this rank's own, made on the first write and removed with the pool.
 
     Slot k is row k of the dataset `/state`, `size` scalars of `dtype`, and row k of `/label` says which state it holds:
-    `step` (-1: none), `time` and `crc32`. Slots are rewritten in place. `waited` is the time in seconds that the solver
+    `step` (-1: none), `time` and `crc32`. The attributes `shape0`, `shape1`, ... of `/state` are the `shapes` of the
+    parts that follow each other in a row. Slots are rewritten in place. `waited` is the time in seconds that the solver
     waited for the disk. Whatever goes wrong with a slot comes out as `SpillError` when it is read.
     """
 
     on_disk = True
 
-    def __init__(self, size: int, dtype: np.dtype[Any], directory: Path, rank: int) -> None:
-        self._file = _SlotFile(size, dtype, directory, rank)
+    def __init__(
+        self, size: int, dtype: np.dtype[Any], directory: Path, rank: int, shapes: Shapes | None = None
+    ) -> None:
+        self._file = _SlotFile(size, dtype, directory, rank, shapes)
         self.waited = 0.0
         weakref.finalize(self, self._file.close)
 

@@ -12,6 +12,7 @@ import pytest
 from mpi4py import MPI
 
 from pnode_dist import Mesh
+from pnode_dist.abort import abort
 
 TIMEOUT, PATIENCE = 60, 15
 _verdicts = MPI.COMM_WORLD.Dup()
@@ -40,10 +41,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     while not agreement.Test():
         if time.monotonic() > deadline:
             print(f"\nrank {_verdicts.rank}: {item.nodeid} ended here and not elsewhere\n{report.longreprtext}")
-            sys.stdout.flush()
             sys.__stderr__.write(f"\nrank {_verdicts.rank}: {item.nodeid}\n{report.longreprtext}\n")  # type: ignore[union-attr]
             sys.__stderr__.flush()  # type: ignore[union-attr]
-            MPI.COMM_WORLD.Abort(1)
+            abort(1, MPI.COMM_WORLD)
         time.sleep(1e-4)
     if anywhere.any() and not report.failed:
         report.outcome = "failed"

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
+from pnode_dist.abort import abort
+
 
 def main() -> int:
     rank = MPI.COMM_WORLD.rank
@@ -23,8 +25,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if status != 0:
         # The others may be waiting for this rank in a collective that it will never reach.
-        MPI.COMM_WORLD.Abort(status)
+        abort(status, MPI.COMM_WORLD)

@@ -65,7 +65,8 @@ def root(residual: Callable[[torch.Tensor], torch.Tensor], guess: torch.Tensor) 
     else:
         raise RuntimeError(f"Newton's method has not converged in {_MOST_ITERATIONS} iterations")
     jacobian, _ = _linearized(residual, x)
-    return x - torch.linalg.solve(jacobian, residual(x))
+    solution: torch.Tensor = x - torch.linalg.solve(jacobian, residual(x))
+    return solution
 
 
 def _linearized(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,9 +189,9 @@ def consistent_state(func: Field, u0: torch.Tensor, t0: float | torch.Tensor, ma
     time = torch.as_tensor(t0, dtype=u0.dtype)
 
     def moved(along: torch.Tensor) -> torch.Tensor:
-        return start + directions @ along
+        return torch.add(start, directions @ along)
 
     def equations(along: torch.Tensor) -> torch.Tensor:
-        return combinations.T @ func(time, moved(along).reshape(u0.shape)).reshape(-1)
+        return torch.mv(combinations.T, func(time, moved(along).reshape(u0.shape)).reshape(-1))
 
     return moved(root(equations, torch.zeros(int(algebraic.sum()), dtype=u0.dtype))).reshape(u0.shape)

@@ -175,7 +175,8 @@ def test_an_algebraic_equation_is_solved_out_of_the_system(name: str) -> None:
     start = random(2, 2).requires_grad_()
 
     def reduced(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        return constrained(t, torch.cat([u, algebraic_part(constrained, t, u)], dim=-1))[..., :2]
+        slopes: torch.Tensor = constrained(t, torch.cat([u, algebraic_part(constrained, t, u)], dim=-1))
+        return slopes[..., :2]
 
     zero = torch.zeros((), dtype=torch.float64)
     u0 = torch.cat([start, algebraic_part(constrained, zero, start)], dim=-1)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from pnode_dist import ConfigurationError, Mesh
 
-SECONDS = 30
+SECONDS = 100  # less than for ever, however busy the machine is: two ranks that import torch on a loaded one take 20
 
 
 def launched(script: str, directory: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pnode_dist.trajectory.binomial import reversal_steps
 from pnode_dist.trajectory.online import OnlinePlacement, OnlineTrajectory
-from pnode_dist.trajectory.schedule import Adjoint, Advance, Record, Restore, Tier
+from pnode_dist.trajectory.schedule import Adjoint, Advance, Record, Restart, Restore, StartBackward, Tier
 from pnode_dist.trajectory.statistics import SolveStatistics
 from pnode_dist.trajectory.store import Checkpoints, MemoryPool
 from tests.oracles.checkpointing import fewest_steps
@@ -61,8 +61,6 @@ class DiskLike(MemoryPool):
 @settings(deadline=None, max_examples=60)
 @given(steps=st.integers(1, 90), ram=st.integers(0, 6), disk=st.integers(0, 6))
 def test_a_solve_is_reversed_in_order_from_the_states_that_were_kept(steps: int, ram: int, disk: int) -> None:
-    if ram + disk == 0:
-        ram = 1
     pools = {Tier.RAM: MemoryPool(1, np.dtype(float)), Tier.DISK: DiskLike(1, np.dtype(float))}
     checkpoints = Checkpoints(pools, 8, SolveStatistics())
     online = OnlineTrajectory(checkpoints, ram, disk)
@@ -74,7 +72,10 @@ def test_a_solve_is_reversed_in_order_from_the_states_that_were_kept(steps: int,
         assert tiers.count(Tier.RAM) <= ram
         assert tiers.count(Tier.DISK) <= disk
     current, expected = -1, steps - 1
-    for action in online.reversal(steps, recorded=False):
+    actions = online.reversal(steps, recorded=False)
+    # Whoever loses a checkpoint before the first step is reversed has to know how many there are.
+    assert next(actions) == StartBackward(steps)
+    for action in actions:
         match action:
             case Restore(step, _, discard):
                 checkpoints.restore(step, state, discard)
@@ -89,6 +90,9 @@ def test_a_solve_is_reversed_in_order_from_the_states_that_were_kept(steps: int,
                     assert tiers.count(Tier.RAM) <= ram
                     assert tiers.count(Tier.DISK) <= disk
                 current = last
+            case Restart():
+                assert ram + disk == 0
+                current = 0
             case Record(step):
                 assert current == step == expected
             case Adjoint(step):

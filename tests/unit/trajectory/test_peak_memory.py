@@ -27,7 +27,7 @@ import sys
 import torch
 from pnode_dist import NeuralODE, Trajectory
 
-given = json.loads(sys.argv[1])
+given, control = json.loads(sys.argv[1]), json.loads(sys.argv[3])
 torch.set_num_threads(1)
 
 
@@ -47,10 +47,11 @@ class Decay(torch.nn.Module):
 
 u0 = torch.ones(2**19, dtype=torch.float64, requires_grad=True)
 small = torch.ones(4, dtype=torch.float64, requires_grad=True)
-node = NeuralODE(Decay(), method="euler", step_size=0.01, trajectory=Trajectory("1MiB"))
+solver = {"method": "euler", "step_size": 0.01, **control}
+node = NeuralODE(Decay(), trajectory=Trajectory("1MiB"), **solver)
 # What is loaded on first use is no part of a solve.
 node(small, [0.0, 0.1])[-1].sum().backward()
-node = NeuralODE(Decay(), method="euler", step_size=0.01, trajectory=Trajectory(**given))
+node = NeuralODE(Decay(), trajectory=Trajectory(**given), **solver)
 try:
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
@@ -65,6 +66,7 @@ solve = node.last_solve
 print(json.dumps({
     "grown": status("VmHWM") - begun, "recomputed": solve.recomputed_steps, "kept": solve.graph_steps,
     "written": solve.bytes_written, "checkpoints": solve.checkpoint_bytes_peak, "graphs": solve.graph_bytes,
+    "steps": solve.forward_steps,
 }))
 """
 
@@ -73,10 +75,10 @@ print(json.dumps({
 def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """Solve with Euler steps of a 4 MiB state in a process of its own: what it says of its peak."""
 
-    def in_process(steps: int = 40, **given: Any) -> dict[str, Any]:
+    def in_process(steps: int = 40, control: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
         given["directory"] = str(tmp_path_factory.mktemp("scratch"))
         ran = subprocess.run(
-            [sys.executable, "-c", PROGRAM, json.dumps(given), str(steps)],
+            [sys.executable, "-c", PROGRAM, json.dumps(given), str(steps), json.dumps(control or {})],
             # Freed memory goes back to the system at once, so that the peak is of what is in use.
             env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
             capture_output=True,
@@ -149,3 +151,38 @@ def test_checkpoints_in_single_precision_take_half(run: Callable[..., dict[str, 
     found = run(ram_slots=20, keep="solution", checkpoint_dtype="float32")
     assert found["checkpoints"] == 20 * STATE // 2
     assert found["grown"] <= working_set + 20 * STATE // 2 + SLACK
+
+
+# Steps that error control is not to make longer than those of fixed size, so that there are as many or a few more.
+CONTROL = {"method": "heun", "rtol": 1e-3, "atol": 1e-3, "options": {"ts_adapt_dt_max": 0.01}}
+
+
+@pytest.fixture(scope="module")
+def working_set_of_control(run: Callable[..., dict[str, Any]]) -> int:
+    """What a solve with error control takes beside one checkpoint."""
+    found = run(steps=6, control=CONTROL, ram=STATE, keep="solution")
+    assert found["checkpoints"] == STATE
+    working_set: int = found["grown"] - STATE
+    return working_set
+
+
+@pytest.mark.parametrize("keep", ["solution", "auto"])
+def test_with_error_control_too_all_that_is_kept_stays_within_the_budget(
+    keep: str, run: Callable[..., dict[str, Any]], working_set_of_control: int
+) -> None:
+    # Graphs are kept until there are more than fit, and given up then for the checkpoints that were kept beside them.
+    found = run(control=CONTROL, ram="80MiB", keep=keep)
+    assert found["steps"] >= 40
+    assert found["recomputed"] >= 40
+    assert found["checkpoints"] == 80 * MIB
+    assert 70 * MIB <= found["grown"] - working_set_of_control <= 80 * MIB + SLACK
+
+
+def test_with_error_control_too_graphs_of_all_steps_are_charged_for(
+    run: Callable[..., dict[str, Any]], working_set_of_control: int
+) -> None:
+    ram = 800 * MIB
+    found = run(steps=20, control=CONTROL, ram=ram)
+    assert found["recomputed"] == 0
+    assert found["kept"] == found["steps"] >= 20
+    assert found["graphs"] <= found["grown"] <= working_set_of_control + ram + SLACK

@@ -10,6 +10,7 @@ import sys
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,7 +19,10 @@ import torch
 
 import pnode_dist
 from pnode_dist import NeuralODE, Trajectory, odeint
+from pnode_dist.trajectory import spill
 from pnode_dist.trajectory.schedule import Tier
+from pnode_dist.trajectory.spill import SpillPool
+from pnode_dist.trajectory.store import SpillError
 from tests.oracles.right_hand_sides import Network, random
 
 TIMES, U0 = [0.0, 1.0], random(2, 3)
@@ -32,7 +36,11 @@ def spilling(tmp_path: Path) -> Trajectory:
 def wait_until_written(node: NeuralODE) -> None:
     """Until the thread that writes in the background has nothing left to do."""
     (solver,) = node._solvers._solvers.values()
-    file = solver.pools[Tier.DISK]._file
+    wait_for(solver.pools[Tier.DISK])
+
+
+def wait_for(pool: Any) -> None:
+    file = pool._file
     with file.changed:
         assert file.changed.wait_for(lambda: not any(slot.busy for slot in file.slots), timeout=30)
 
@@ -59,6 +67,36 @@ def test_a_file_holds_the_states_before_the_steps_it_names(tmp_path: Path, spill
             assert np.array_equal(state.reshape(2, 3), states[label["step"]].numpy())
     assert node.last_solve.bytes_written == 3 * 48
     solution.sum().backward()
+
+
+@pytest.mark.parametrize("shapes", [((2, 3),), ((2,), (), (1, 3))], ids=["one part", "three parts"])
+def test_a_file_says_what_shapes_the_parts_of_a_row_have(shapes: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
+    pool = SpillPool(6, np.dtype("float64"), tmp_path, 0, shapes)
+    slot = pool.acquire()
+    pool.write(slot, np.arange(6.0), 0, 0.0)
+    wait_for(pool)
+    (path,) = files(tmp_path)
+    with h5py.File(path, "r", locking=False) as file:
+        attributes = file["state"].attrs
+        assert tuple(tuple(attributes[f"shape{k}"].tolist()) for k in range(len(attributes))) == shapes
+
+
+@pytest.mark.parametrize("stage", ["write", "fetch"])
+def test_whatever_fails_in_the_background_is_told_to_the_reader_and_keeps_nobody_waiting(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> int:
+        raise MemoryError("no memory left")
+
+    pool = SpillPool(6, np.dtype("float64"), tmp_path, 0)
+    slot = pool.acquire()
+    if stage == "write":
+        monkeypatch.setattr(spill.isal_zlib, "crc32", no_memory)
+    pool.write(slot, np.arange(6.0), 7, 0.0)
+    wait_for(pool)
+    monkeypatch.setattr(spill.isal_zlib, "crc32", no_memory)
+    with pytest.raises(SpillError, match="no memory left"):
+        pool.read(slot, np.empty(6))
 
 
 READING = """

@@ -44,12 +44,13 @@ def solve_and_differentiate(
     trajectory: Trajectory,
     spoil: Callable[[NeuralODE], None] = lambda node: None,
     observe: Callable[..., None] = lambda *_: None,
+    **control: Any,
 ) -> tuple[torch.Tensor, NeuralODE]:
     """The gradient of a solve with `spoil` done between its passes and `observe` before every evaluation of f."""
     torch.manual_seed(3)
     net = Net()
     net.register_forward_pre_hook(observe)
-    node = NeuralODE(net, step_size=1 / STEPS, trajectory=trajectory)
+    node = NeuralODE(net, step_size=1 / STEPS, trajectory=trajectory, **control)
     return gradient_of(node, spoil), node
 
 
@@ -150,6 +151,30 @@ def test_a_flipped_byte_is_noticed_and_costs_only_steps(ram_slots: int, tmp_path
     with pytest.warns(RuntimeWarning, match=r"slot 0 is damaged: its checksum is wrong; going on without"):
         gradient, _ = solve_and_differentiate(trajectory, flip_a_byte)
     assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("ram_slots", [0, 1, 3])
+@pytest.mark.parametrize("fault", ["a flipped byte", "a lost file", "a full disk"])
+def test_with_error_control_a_disk_that_fails_changes_no_bit_of_the_gradient(
+    fault: str, ram_slots: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Its backward pass may begin with a checkpoint from disk, before any step is reversed."""
+    control = {"method": "dopri5", "rtol": 1e-9, "atol": 1e-11}
+    exact, ample = solve_and_differentiate(Trajectory(keep="solution"), **control)
+    assert ample.last_solve.forward_steps > 10
+    directory, slots, spoil = tmp_path, 3, {"a flipped byte": flip_a_byte, "a lost file": lose_the_file}.get(fault)
+    if spoil is None:
+        directory, slots = request.getfixturevalue("small_disk"), 9
+    trajectory = Trajectory(ram_slots=ram_slots, disk_slots=slots, directory=directory)
+    with pytest.warns(RuntimeWarning, match="going on without checkpoints on disk") as warned:
+        gradient, node = solve_and_differentiate(trajectory, spoil or (lambda node: None), **control)
+    assert len(warned) == 1
+    assert torch.equal(gradient, exact)
+    assert node.last_solve.adjoint_steps == node.last_solve.forward_steps
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(gradient_of(node), exact)
+    assert node.last_solve.bytes_written == 0
 
 
 def test_a_flipped_byte_ends_the_solve_where_that_was_asked_for(tmp_path: Path) -> None:
