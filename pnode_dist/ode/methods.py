@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {
         _theta("beuler", 1, 1, True, "the implicit Euler method"),
         _theta("cn", 2, 2, True, "Crank & Nicolson, Proc. Camb. Phil. Soc. 43 (1947), the trapezoidal rule"),
         _theta("theta", 2, 1, False, "PETSc TSTHETA, by default the implicit midpoint rule"),
-        _table("arkimex", "1bee", 1, 3, True, False, "two half steps of the implicit Euler method"),
+        _table("arkimex", "1bee", 1, 3, True, True, "two half steps of the implicit Euler method"),
         _table("arkimex", "a2", 2, 2, True, True, "PETSc TSARKIMEXA2, trapezoidal rule and Heun's method"),
         _table("arkimex", "l2", 2, 2, True, False, _PR),
         _table("arkimex", "ars122", 2, 2, True, False, _ARS),
