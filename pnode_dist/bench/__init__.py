@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 BENCHMARKS = {
     "gradient": "time and exactness of one gradient, against torchdiffeq (one rank)",
+    "implicit": "Newton and Krylov iterations with and without preconditioners (one rank), and on more ranks (several)",
+    "semi-implicit": "semi-implicit against explicit steps on a stiff equation: their sizes and an epoch (one rank)",
     "trajectory": "cost of keeping and recomputing trajectories (one rank), and of a very long one (several)",
     "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
 }
@@ -20,5 +22,5 @@ def run(name: str) -> Report:
 
     Raises `ConfigurationError` when it does not run on this number of ranks or a peer is not installed.
     """
-    report: Report = import_module(f"pnode_dist.bench.{name}").run()
+    report: Report = import_module(f"pnode_dist.bench.{name.replace('-', '_')}").run()
     return report

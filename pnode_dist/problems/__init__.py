@@ -18,7 +18,14 @@ def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
     Raises `ConfigurationError` for what can only be said with the data set and the mesh at hand: a file or variable
     that is not there, more ranks than rows, a window longer than the data.
     """
-    from pnode_dist.train.config import FieldRun, GrayScottRun
+    from pnode_dist.train.config import (
+        BurgersRun,
+        FieldRun,
+        GrayScottRun,
+        KuramotoSivashinskyRun,
+        PendulumRun,
+        RobertsonRun,
+    )
 
     # Each problem needs packages of its own.
     match config:
@@ -30,4 +37,16 @@ def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
             from pnode_dist.problems.gray_scott import build_gray_scott
 
             return build_gray_scott(config, mesh, dtype)
+        case KuramotoSivashinskyRun() | BurgersRun():
+            from pnode_dist.problems.semilinear import build_semilinear
+
+            return build_semilinear(config, mesh, dtype)
+        case RobertsonRun():
+            from pnode_dist.problems.robertson import build_robertson
+
+            return build_robertson(config, mesh, dtype)
+        case PendulumRun():
+            from pnode_dist.problems.pendulum import build_pendulum
+
+            return build_pendulum(config, mesh, dtype)
     raise TypeError(f"there is no problem for a {type(config).__name__}")

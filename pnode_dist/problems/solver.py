@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.ode.preconditioner import AssembledJacobian
 from pnode_dist.ode.time_grid import time_grid
 from pnode_dist.partition import protocol
 from pnode_dist.partition.protocol import Partition
@@ -30,7 +31,9 @@ def neural_ode(config: Config, right_hand_side: Function, partition: Partition, 
         trajectory=config.trajectory.build(),
         options=solver.options,
         mass=mass,
-        preconditioner=solver.preconditioner,
+        preconditioner=(
+            AssembledJacobian(solver.reach) if solver.preconditioner == "assembled" else solver.preconditioner
+        ),
     )
 
 

@@ -17,6 +17,9 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
 from pnode_dist.problems.field_config import FieldConfig, FieldModelConfig
 from pnode_dist.problems.gray_scott_config import GrayScottConfig, GrayScottModelConfig
+from pnode_dist.problems.pendulum_config import PendulumConfig, PendulumModelConfig
+from pnode_dist.problems.robertson_config import RivalConfig, RobertsonConfig, RobertsonModelConfig
+from pnode_dist.problems.semilinear_config import BurgersConfig, KuramotoSivashinskyConfig, SemilinearModelConfig
 from pnode_dist.train.diagnosis import first_error, wrong_choice
 from pnode_dist.trajectory.budget import Trajectory, parse_size
 
@@ -106,6 +109,12 @@ class SolverConfig(Table):
     """Absolute tolerance, in the units of the state as it is solved for."""
     adaptor: Literal["basic", "dsp"] = "basic"
     """PETSc's control of the step size."""
+    preconditioner: Literal["none", "block", "assembled"] = "none"
+    """Of the linear systems of implicit methods: the exact inverse of every sample's own, or the sparse Jacobian on a
+    grid, for PETSc's own preconditioners (`petsc_options = { pc_type = "gamg" }`)."""
+    reach: Count = 1
+    """How many cells the right-hand side reaches in each direction, for `assembled`: 1 for a 3 x 3 stencil, the sum of
+    its layers' for a network."""
     petsc_options: Annotated[dict[str, StrictStr | bool | int | float], AfterValidator(_petsc_options)] = {}
     """PETSc options of the solver, without the dash; an option that takes no value is written `""`."""
 
@@ -205,7 +214,46 @@ class GrayScottRun(Config):
     model: GrayScottModelConfig = GrayScottModelConfig()
 
 
-RUNS: dict[str, type[Config]] = {"field": FieldRun, "gray_scott": GrayScottRun}
+class KuramotoSivashinskyRun(Config):
+    """A whole configuration of a Kuramoto-Sivashinsky problem."""
+
+    problem: KuramotoSivashinskyConfig
+    model: SemilinearModelConfig = SemilinearModelConfig()
+
+
+class BurgersRun(Config):
+    """A whole configuration of a Burgers problem."""
+
+    problem: BurgersConfig
+    model: SemilinearModelConfig = SemilinearModelConfig()
+
+
+SemilinearRun = KuramotoSivashinskyRun | BurgersRun
+
+
+class RobertsonRun(Config):
+    """A whole configuration of a Robertson problem."""
+
+    problem: RobertsonConfig
+    model: RobertsonModelConfig = RobertsonModelConfig()
+    rival: RivalConfig = RivalConfig()
+
+
+class PendulumRun(Config):
+    """A whole configuration of a pendulum problem."""
+
+    problem: PendulumConfig
+    model: PendulumModelConfig = PendulumModelConfig()
+
+
+RUNS: dict[str, type[Config]] = {
+    "field": FieldRun,
+    "gray_scott": GrayScottRun,
+    "kuramoto_sivashinsky": KuramotoSivashinskyRun,
+    "burgers": BurgersRun,
+    "robertson": RobertsonRun,
+    "pendulum": PendulumRun,
+}
 """The configuration that each `[problem] type` needs; without a type the problem is `field`."""
 
 

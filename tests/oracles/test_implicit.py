@@ -74,11 +74,11 @@ def test_the_integrator_converges_at_the_order_of_the_method(name: str, converge
             solution = odeint_implicit(predator_and_prey, START, [0.0, 2.0], method, size)
         return float((solution[-1] - converged).norm())
 
-    steps = {1: 48, 2: 24, 3: 12, 4: 8, 5: 8, 6: 8, 7: 8, 8: 4}[order]
+    steps = {1: 32, 2: 16, 3: 12, 4: 8, 5: 8, 6: 8, 7: 8, 8: 4}[order]
     assert math.log2(error(steps) / error(2 * steps)) == pytest.approx(order, abs=0.45)
 
 
-GRADIENT_METHODS = [*THETAS, "dirk s212", "dirk es213sal", "dirk 657a", "arkimex l2", "arkimex ars122", "arkimex 3"]
+GRADIENT_METHODS = [*THETAS, "dirk s212", "dirk es213sal", "arkimex l2", "arkimex ars122", "arkimex 3"]
 
 
 @pytest.mark.parametrize("name", GRADIENT_METHODS)

@@ -1,0 +1,202 @@
+"""The semilinear problems at every number of ranks: the figures that the whole line in plain torch gives."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from pnode_dist import GridPartition, Mesh
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.problems.periodic_line import line, operator
+from pnode_dist.problems.semilinear import SemilinearProblem, build_semilinear
+from pnode_dist.problems.semilinear_data import reference
+from pnode_dist.problems.semilinear_equation import Convection, initial_state, linear_stencil
+from pnode_dist.problems.trajectories import windows
+from pnode_dist.sync import parallel
+from pnode_dist.train import loop
+from pnode_dist.verify import gradcheck
+from tests.unit.problems.plain_semilinear import (
+    CASES,
+    POINTS,
+    TIMES,
+    TRAINING,
+    VALIDATION,
+    WINDOW,
+    config,
+    convection,
+    linear_matrix,
+    problem_config,
+    rollout,
+    term,
+)
+
+pytestmark = pytest.mark.mpi
+
+STARTS = [(0, 0), (1, 1), (0, 2)]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def problem(mesh: Mesh, request: pytest.FixtureRequest) -> SemilinearProblem:
+    return build_semilinear(config(request.param), mesh, torch.float64)
+
+
+@pytest.fixture
+def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How exactly the largest stable step is found does not matter here."""
+    monkeypatch.setattr("pnode_dist.problems.stable_step.STEPS", 60)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """One directory for all ranks."""
+    yield Path(MPI.COMM_WORLD.bcast(str(tmp_path)))
+    MPI.COMM_WORLD.Barrier()
+
+
+def whole_states(name: str) -> torch.Tensor:
+    """All trajectories `[trajectory, time, point]` as one rank computes them alone."""
+    table = problem_config(name)
+    return torch.stack(
+        [
+            reference(
+                table.equation,
+                torch.from_numpy(initial_state(table.equation, POINTS, 0, number)),
+                TIMES,
+                table.interval,
+                table.spin_up,
+            )
+            for number in range(TRAINING + VALIDATION)
+        ]
+    )
+
+
+def own(partition: GridPartition, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part `[..., 1, points_local, 1]` of whole states `[..., point]`."""
+    return whole[..., None, slice(*partition.owned[1]), None]
+
+
+def leaves(problem: SemilinearProblem) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("term."): value.detach().clone().requires_grad_()
+        for name, value in problem.model.named_parameters()
+    }
+
+
+def test_the_matrix_and_the_convection_are_those_of_the_whole_line(mesh: Mesh) -> None:
+    partition = line(mesh, POINTS)
+    states = np.random.default_rng(0).standard_normal((3, POINTS))
+    for name in CASES:
+        equation = problem_config(name).equation
+        matrix = operator(partition, linear_stencil(equation, POINTS), 3)
+        source, target = matrix.createVecs()
+        source.setArray(own(partition, torch.from_numpy(states)).numpy().ravel())
+        matrix.mult(source, target)
+        expected = own(partition, torch.from_numpy(states @ linear_matrix(name).T)).numpy().ravel()
+        np.testing.assert_allclose(target.getArray(), expected, rtol=1e-10, atol=1e-9)
+        found = Convection(partition, equation.length)(torch.tensor(0.0), own(partition, torch.from_numpy(states)))
+        torch.testing.assert_close(
+            found, own(partition, torch.from_numpy(convection(name, states))), rtol=1e-12, atol=1e-12
+        )
+
+
+def test_trajectories_have_the_same_bits_at_every_number_of_ranks(problem: SemilinearProblem) -> None:
+    states = whole_states(problem.name)
+    assert problem.data.scale == states[:TRAINING].square().mean().sqrt().item()
+    assert torch.equal(problem.data.values, own(problem.partition, states) / problem.data.scale)
+
+
+def test_parameters_are_the_same_on_all_ranks(problem: SemilinearProblem) -> None:
+    values = [value.detach().numpy() for value in problem.model.parameters()]
+    for theirs in MPI.COMM_WORLD.allgather(values):
+        assert all(np.array_equal(a, b) for a, b in zip(values, theirs, strict=True))
+
+
+def test_loss_and_gradient_are_those_of_the_whole_line(problem: SemilinearProblem, mesh: Mesh) -> None:
+    model = parallel(problem.model, mesh)
+    share = problem.loss(model, windows(problem.data, STARTS, WINDOW, torch.float64))
+    share.backward()  # type: ignore[no-untyped-call]
+    scaled = whole_states(problem.name) / problem.data.scale
+    expected = leaves(problem)
+    initial = torch.stack([scaled[start] for start in STARTS])
+    targets = torch.stack(
+        [torch.stack([scaled[number, first + lead] for number, first in STARTS]) for lead in range(1, WINDOW + 1)]
+    )
+    found = rollout(problem.name, lambda u: term(problem.name, expected, problem.data.scale, u), initial, WINDOW)
+    whole_loss = (found - targets).square().mean()
+    whole_loss.backward()  # type: ignore[no-untyped-call]
+    assert mesh.sum(share).item() == pytest.approx(whole_loss.item(), rel=1e-9)
+    for name, value in problem.model.named_parameters():
+        torch.testing.assert_close(value.grad, expected[name.removeprefix("term.")].grad, rtol=1e-8, atol=1e-12)
+
+
+def test_the_gradient_check_passes(problem: SemilinearProblem, mesh: Mesh) -> None:
+    result = gradcheck(problem.gradcheck_case(), mesh)
+    assert result.failures() == []
+
+
+def test_the_evaluation_is_that_of_the_whole_line(
+    problem: SemilinearProblem, directory: Path, few_trials: None
+) -> None:
+    with torch.no_grad():
+        table = problem.evaluate(problem.model, directory)
+    scale = problem.data.scale
+    states = whole_states(problem.name)[TRAINING:]
+    with torch.no_grad():
+        expected = leaves(problem)
+        found = scale * rollout(
+            problem.name, lambda u: term(problem.name, expected, scale, u), states[:, 0] / scale, TIMES - 1
+        )
+    for row in table["rmse"]:
+        lead = row["lead"]
+        for name, candidate in (("model", found[lead - 1]), ("persistence", states[:, 0])):
+            error = math.sqrt((candidate - states[:, lead]).square().mean())
+            assert row[name] == pytest.approx(error, rel=1e-8)
+    assert all(other == table for other in MPI.COMM_WORLD.allgather(table))
+    with h5py.File(directory / "forecast.h5") as file:
+        np.testing.assert_allclose(file["truth"][:], states, atol=1e-6)
+        np.testing.assert_allclose(file["model"][:, 1:], found.transpose(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(mesh: Mesh, directory: Path) -> None:
+    problem = build_semilinear(config("burgers", training={"epochs": 4, "learning_rate": 0.02}), mesh, torch.float64)
+    batch = windows(problem.data, STARTS, WINDOW, torch.float64)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return mesh.sum(problem.loss(problem.model, batch)).item()
+
+    before = loss()
+    loop.train(problem, problem.config.training, mesh, directory)
+    assert loss() < 0.8 * before
+    test_parameters_are_the_same_on_all_ranks(problem)
+
+
+def test_replicas_have_different_windows_and_as_many() -> None:
+    ranks = MPI.COMM_WORLD.size
+    with Mesh(state=1, data=ranks) as mesh:
+        problem = build_semilinear(config("burgers"), mesh, torch.float64)
+        batches = [batch.starts for batch in problem.batches(1)]
+    everyone = MPI.COMM_WORLD.allgather(batches)
+    used = [start for theirs in everyone for starts in theirs for start in starts]
+    assert len(used) == len(set(used)) == TRAINING * (TIMES - WINDOW) // ranks * ranks
+
+
+def test_what_cannot_be_integrated_is_said_on_all_ranks(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pnode_dist.problems.semilinear_data._MOST_STEPS", 300)
+    changes = {"viscosity": 1e-7, "interval": 10.0}
+    with pytest.raises(ConfigurationError, match=r"^\[problem\]: the viscous Burgers equation on 36 points cannot"):
+        build_semilinear(config("burgers", problem=changes), mesh, torch.float64)
+
+
+def test_too_many_ranks_for_the_halo_are_refused_on_all(mesh: Mesh) -> None:
+    ranks = MPI.COMM_WORLD.size
+    kernel = 2 * (POINTS // ranks + 1) + 1
+    with pytest.raises(
+        ConfigurationError, match=rf"^\[mesh\] state = {ranks}: a line of 36 points cannot be split over"
+    ):
+        build_semilinear(config("burgers", model={"kernel_size": kernel}), mesh, torch.float64)
