@@ -56,7 +56,7 @@ mpi_tests() {
     shift
     rm -rf "${logs:?}"/*
     export PNODE_DIST_TEST_LOGS=$logs
-    timeout --foreground --kill-after 10 900 launch/mpirun.sh -n "$ranks" python tests/mpi/run_rank.py "$@"
+    timeout --foreground --kill-after 10 1500 launch/mpirun.sh -n "$ranks" python tests/mpi/run_rank.py "$@"
     status=$?
     if [ "$status" -ne 0 ] && [ "$status" -ne "$no_tests" ]; then
         for log in "$logs"/rank*.log; do
@@ -74,7 +74,7 @@ if [ "$lint" = yes ]; then
     part "ruff format" ruff format --check .
     part "mypy" mypy
 fi
-part "serial tests" timeout --foreground --kill-after 10 1500 python -m pytest -m "not mpi" "$@"
+part "serial tests" timeout --foreground --kill-after 10 2400 python -m pytest -m "not mpi" "$@"
 for ranks in $rank_counts; do
     part "mpi tests at $ranks rank(s)" mpi_tests "$ranks" "$@"
 done

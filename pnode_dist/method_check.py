@@ -21,11 +21,11 @@ LARGEST_ERROR = 1e-7
 _SHAPE, _CHANNELS = (4, 6), 2
 _TIMES = [0.0, 0.1]
 _TIGHT = {"snes_rtol": 1e-13, "snes_stol": 1e-15}
-_RATES = (1.0, 30.0)
+_RATES = (1.0, 10.0)
 
 
 class _Decay(nn.Module):
-    """Decay at rates from 1 to 30, with a drive: the stiff part."""
+    """Decay at rates from 1 to 10, with a drive: the stiff part."""
 
     def __init__(self) -> None:
         super().__init__()
