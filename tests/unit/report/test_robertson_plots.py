@@ -7,7 +7,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import pytest
 import torch
 from matplotlib import image
 
@@ -57,17 +56,6 @@ def draw(
 def changed(before: Any, after: Any) -> set[str]:
     """The panels in which two pictures differ."""
     return {name for name, panel in PANELS.items() if (before[panel] != after[panel]).any()}
-
-
-@pytest.mark.parametrize(
-    ("error", "reached", "trajectories"), [(0.1, 6, TRAJECTORIES), (0.0, 8, 1), (1e9, 0, TRAJECTORIES)]
-)
-def test_any_error_and_any_rival_can_be_drawn(
-    tmp_path: Path, mesh: Mesh, error: float, reached: int, trajectories: int
-) -> None:
-    picture = draw(tmp_path, mesh, error, reached, trajectories)
-    assert picture.shape[:2] == (HEIGHT, WIDTH)
-    assert (np.ptp(picture[..., :3], axis=-1) > 0.1).mean() > 0.005
 
 
 def test_each_panel_shows_what_it_is_for(tmp_path: Path, mesh: Mesh) -> None:
