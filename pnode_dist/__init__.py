@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pnode_dist.compatibility import check_versions
 
 if TYPE_CHECKING:
+    from pnode_dist.allocator import keep_freed_memory as keep_freed_memory
     from pnode_dist.errors import ConfigurationError as ConfigurationError
     from pnode_dist.errors import ConvergenceError as ConvergenceError
     from pnode_dist.mesh import Mesh as Mesh
@@ -35,6 +36,7 @@ _PUBLIC = {
     "SplitFunction": "pnode_dist.ode.split",
     "Trajectory": "pnode_dist.trajectory.budget",
     "consistent": "pnode_dist.ode.consistent",
+    "keep_freed_memory": "pnode_dist.allocator",
     "odeint": "pnode_dist.ode.odeint",
 }
 

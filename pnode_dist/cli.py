@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pnode_dist.abort import abort
+from pnode_dist.allocator import keep_freed_memory
 from pnode_dist.bench import BENCHMARKS
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.output import console, json_line, output, show_table
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_USAGE
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)
+    keep_freed_memory()
     command: Callable[[argparse.Namespace], int] = arguments.command
     return command(arguments) if arguments.alone else _run_together(command, arguments)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -76,14 +76,19 @@ class Problem:
         Raises `TypeError` or `ValueError` if it does not return what a time derivative of the state must be.
         """
         if not isinstance(time, torch.Tensor):
-            time = torch.tensor(time, dtype=layout.dtype)
-        with events.event(events.FUNCTION, self.logs):
-            result = func(time, layout.as_state(inputs), *self.args)
+            time = torch.scalar_tensor(time, dtype=layout.dtype)
+        state = inputs if layout.is_tuple else inputs[0]
+        if self.logs:
+            with events.event(events.FUNCTION, True):
+                result = func(time, state, *self.args)
+        else:
+            result = func(time, state, *self.args)
         outputs = tuple(result) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
-        if len(outputs) != len(inputs) or not all(isinstance(value, torch.Tensor) for value in outputs):
-            wanted = f"a tuple of {len(inputs)} tensors" if layout.is_tuple else "a tensor"
-            raise TypeError(f"func must return {wanted} like u, got {_describe(result)}")
+        if len(outputs) != len(inputs):
+            _refuse(result, layout)
         for part, value in zip(inputs, outputs, strict=True):
+            if not isinstance(value, torch.Tensor):
+                _refuse(result, layout)
             if value.shape != part.shape:
                 raise ValueError(
                     f"func returned shape {tuple(value.shape)} for a state of shape {tuple(part.shape)}: "
@@ -94,6 +99,8 @@ class Problem:
     def value(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> Parts:
         """An evaluation that no gradient is asked of, which is counted. Collective if `func` is."""
         self.evaluations += 1
+        if not self.watched and not torch.is_grad_enabled():
+            return self.evaluate(func, layout, time, inputs)
         with torch.set_grad_enabled(self.watched):
             outputs = self.evaluate(func, layout, time, inputs)
         if self.watched:
@@ -120,9 +127,10 @@ class Problem:
         `states` and `parameters` say which are wanted, and `keep` that the graph will be used again. Raises
         `ValueError` if the graph leads to what was computed, and reversed, before the solve.
         """
-        pairs = [
-            (out, part.to(out.dtype)) for out, part in zip(graph.outputs, cotangents, strict=True) if out.requires_grad
-        ]
+        outputs = tuple(out for out in graph.outputs if out.requires_grad)
+        along = tuple(
+            part.to(out.dtype) for out, part in zip(graph.outputs, cotangents, strict=True) if out.requires_grad
+        )
         # Where nothing depends on anything there is only the value itself.
         stretch = None
         if parameters and self.by_times:
@@ -130,22 +138,16 @@ class Problem:
                 (out.detach().double() * part).sum() for out, part in zip(graph.outputs, cotangents, strict=True)
             )
         times = [] if graph.time is None or not parameters else [graph.time]
-        if not pairs:
+        if not outputs:
             count = len(self.parameters.tensors) if parameters else 0
             return Cotangents((None,) * len(graph.inputs) if states else (), (None,) * count, stretch, None)
         self.vjps += 1
-        wanted = [*(graph.inputs if states else ()), *(self.parameters.tensors if parameters else ()), *times]
+        wanted = (*(graph.inputs if states else ()), *(self.parameters.tensors if parameters else ()), *times)
         if not wanted:
             return Cotangents((), (), stretch, None)
         try:
             with events.event(events.PRODUCT, self.logs):
-                found = torch.autograd.grad(
-                    [out for out, _ in pairs],
-                    wanted,
-                    [part for _, part in pairs],
-                    allow_unused=True,
-                    retain_graph=keep or self.parameters.shares_graph,
-                )
+                found = _gradients(outputs, wanted, along, keep or self.parameters.shares_graph)
         except RuntimeError as error:
             if "through the graph a second time" not in str(error):
                 raise
@@ -270,6 +272,19 @@ class Cotangents:
 
 Stage = StageGraph | StageState | None
 Recording = list[Stage]
+
+
+def _gradients(outputs: Parts, inputs: Parts, cotangents: Parts, keep: bool) -> tuple[torch.Tensor | None, ...]:
+    """`torch.autograd.grad` with unused inputs allowed, without its checks, which take longer than a small stage."""
+    found: tuple[torch.Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
+        outputs, cotangents, keep, False, inputs, allow_unreachable=True, accumulate_grad=False
+    )
+    return found
+
+
+def _refuse(result: Any, layout: StateLayout) -> NoReturn:
+    wanted = f"a tuple of {len(layout.shapes)} tensors" if layout.is_tuple else "a tensor"
+    raise TypeError(f"func must return {wanted} like u, got {_describe(result)}")
 
 
 def _describe(value: Any) -> str:

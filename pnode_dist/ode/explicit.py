@@ -9,7 +9,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.evaluation import Recording
+from pnode_dist.ode.evaluation import Problem, Recording
 from pnode_dist.ode.layout import StateLayout
 from pnode_dist.ode.methods import Method, by_petsc_name
 from pnode_dist.ode.rhs import ParameterJacobian, RightHandSide, StateJacobian
@@ -54,6 +54,10 @@ class ExplicitStepper(Stepper):
     def callbacks(self) -> RightHandSide:
         """What PETSc calls."""
         return self.rhs
+
+    def bind(self, problem: Problem) -> None:
+        """Solve this problem from now on."""
+        self.rhs.bind(problem)
 
     @property
     def _petsc(self) -> PETSc.TS:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from typing import Any
 
 import numpy as np
 from petsc4py import PETSc
 
+_THREADS = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"}
 _INTEGERS = {4: ctypes.c_int32, 8: ctypes.c_int64}
 
 
@@ -24,6 +26,19 @@ def _integer() -> Any:
 def _check(code: int) -> None:
     if code:
         raise PETSc.Error(code)
+
+
+@cache
+def one_blas_thread() -> None:
+    """Keep the BLAS that PETSc's vectors use from starting threads, unless the environment says how many it may have.
+
+    OpenBLAS would give each core a thread for vectors of some 10,000 entries. Between two calls they wait in a loop
+    that takes the cores from whatever runs there: other ranks, and torch's own threads.
+    """
+    if not _THREADS & os.environ.keys():
+        limit = getattr(_library(), "openblas_set_num_threads", None)
+        if limit is not None:
+            limit(1)
 
 
 def stage_handles(ts: PETSc.TS) -> list[int]:

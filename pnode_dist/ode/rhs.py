@@ -7,6 +7,7 @@ vector-Jacobian product serves the state and the parameters at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
@@ -33,7 +34,7 @@ class RightHandSide:
         self._converts = layout.dtype != protocol.scalar_dtype()
         self._views: dict[int, tuple[torch.Tensor, ...]] = {}
         self._parameter_views: dict[int, list[torch.Tensor]] = {}
-        self._parameter_cotangents: list[torch.Tensor | None] = []
+        self._parameter_cotangents: Sequence[torch.Tensor | None] = ()
         self._flat: dict[int, torch.Tensor] = {}
         self._recording: Recording | None = None
         self._level = "graph"
@@ -58,6 +59,11 @@ class RightHandSide:
             flat = self._flat[handle] = protocol.view(vec, (self._layout.size,))
             parts = self._views[handle] = self._layout.parts(flat)
         return parts
+
+    def bind(self, problem: Problem) -> None:
+        """Call this problem's function from now on."""
+        self.problem = problem
+        self._parameter_views.clear()
 
     def forget_views(self) -> None:
         """Forget all stage Vecs: those of a TS that has been destroyed may have come back as others."""
@@ -169,7 +175,7 @@ class RightHandSide:
         if isinstance(graph, StageState):
             graph = self.problem.graph(self.problem.func, self._layout, graph.when, graph.inputs)
         targets = self._parts(result)
-        self._parameter_cotangents = []
+        self._parameter_cotangents = ()
         if graph is None:
             for target in targets:
                 target.zero_()
@@ -183,9 +189,9 @@ class RightHandSide:
                     target.zero_()
                 else:
                     target.copy_(value)
-            self._parameter_cotangents = list(found.parameters)
+            self._parameter_cotangents = found.parameters
             if self.problem.by_times:
-                self._parameter_cotangents += by_step(found, graph.when - self.start)
+                self._parameter_cotangents = (*found.parameters, *by_step(found, graph.when - self.start))
         result.stateIncrease()
 
     def apply_parameters_transposed(self, result: PETSc.Vec) -> None:
@@ -193,20 +199,26 @@ class RightHandSide:
         handle = result.handle
         views = self._parameter_views.get(handle)
         if views is None:
-            flat = protocol.view(result, (sum(self._parameter_sizes),))
-            views = list(torch.split(flat, self._parameter_sizes))
-            self._parameter_views[handle] = views
+            views = self._parameter_views[handle] = self._views_of_parameters(result)
         cotangents = self._parameter_cotangents
         if cotangents and all(value is not None for value in cotangents):
-            torch._foreach_copy_(views, [value.reshape(-1) for value in cotangents])  # type: ignore[union-attr]
+            torch._foreach_copy_(views, cotangents)  # type: ignore[arg-type]
         else:
             for view, value in zip_longest(views, cotangents):
                 if value is None:
                     view.zero_()
                 else:
-                    view.copy_(value.reshape(-1))
-        self._parameter_cotangents = []
+                    view.copy_(value)
+        self._parameter_cotangents = ()
         result.stateIncrease()
+
+    def _views_of_parameters(self, vec: PETSc.Vec) -> list[torch.Tensor]:
+        assert self.problem is not None
+        shapes = [tensor.shape for tensor in self.problem.parameters.tensors]
+        if self.problem.by_times:
+            shapes += [torch.Size(), torch.Size()]
+        pieces = torch.split(protocol.view(vec, (sum(self._parameter_sizes),)), self._parameter_sizes)
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 class StateJacobian:

@@ -21,6 +21,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode import petsc_calls
 from pnode_dist.ode.evaluation import Problem, Recording
 from pnode_dist.ode.layout import StateLayout
 from pnode_dist.ode.methods import Method
@@ -73,6 +74,7 @@ class Stepper(ABC):
     monitored = False
 
     def __init__(self, comm: MPI.Comm, layout: StateLayout, parameter_sizes: tuple[int, ...]) -> None:
+        petsc_calls.one_blas_thread()
         self.comm, self.layout = comm, layout
         self.failed = self.stepping = False
         self.solution = protocol.create_vec(comm, layout.size)
