@@ -51,6 +51,7 @@ class ImplicitFunction:
         self._points: dict[Place, Point] = {}
         self.implicit_point: Point | None = None
         self.explicit_point: Point | None = None
+        self.explicit_products: list[torch.Tensor | None] | None = None
 
     def part(self, part: Part) -> Function:
         """The function of a part of the problem that is bound."""
@@ -78,7 +79,7 @@ class ImplicitFunction:
         """Say that a step or its adjoint is over: its recording is not kept alive from here."""
         self._kept = {}
         self._points.clear()
-        self.implicit_point = self.explicit_point = None
+        self.implicit_point = self.explicit_point = self.explicit_products = None
 
     def point(self, part: Part, time: float, inputs: Parts, graph: StageGraph | None = None) -> Point:
         """A part of the right-hand side at a state, `time` being the problem's own."""
@@ -265,7 +266,11 @@ class ExplicitOperator:
             size = function.layout.size
             if function.splits:
                 assert function.explicit_point is not None
-                protocol.view(y, (size,)).copy_(function.explicit_point.vjp(protocol.view(x, (size,))))
+                # PETSc multiplies the derivative by the parameters with the same vector next.
+                by_state, function.explicit_products = function.explicit_point.vjp_and_by_parameters(
+                    protocol.view(x, (size,)), function.start
+                )
+                protocol.view(y, (size,)).copy_(by_state)
                 y.stateIncrease()
             else:
                 y.zeroEntries()
@@ -287,9 +292,14 @@ class ParameterOperator:
             if not implicit and not function.splits:
                 y.zeroEntries()
                 return
-            point = function.implicit_point if implicit else function.explicit_point
-            assert point is not None
-            products = point.by_parameters(protocol.view(x, (function.layout.size,)), function.start)
+            if implicit:
+                assert function.implicit_point is not None
+                products = function.implicit_point.by_parameters(
+                    protocol.view(x, (function.layout.size,)), function.start
+                )
+            else:
+                assert function.explicit_products is not None
+                products, function.explicit_products = function.explicit_products, None
             function.add_parameters(products, y, -1.0 if implicit else 1.0)
         except BaseException as error:
             function.error = error

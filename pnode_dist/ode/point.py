@@ -54,13 +54,14 @@ class Point:
         """The product of the transposed Jacobian by the state with a flat vector. Collective if the function is."""
         if isinstance(self.func, MatrixFunction):
             return self.sign * self.func.multiply(flat, transposed=True)
-        found = self.problem.vjp(self._linearised(), self._parts(flat), parameters=False, keep=True)
-        return torch.cat(
-            [
-                torch.zeros(part.numel(), dtype=flat.dtype) if value is None else value.reshape(-1).to(flat.dtype)
-                for part, value in zip(self.inputs, found.states, strict=True)
-            ]
-        )
+        return self._by_state(self.problem.vjp(self._linearised(), self._parts(flat), parameters=False, keep=True), flat)
+
+    def vjp_and_by_parameters(self, flat: torch.Tensor, start: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """`vjp` and `by_parameters` of one vector, in one backward pass. Collective if the function is."""
+        if isinstance(self.func, MatrixFunction):
+            return self.vjp(flat), self.by_parameters(flat, start)
+        found = self.problem.vjp(self._linearised(), self._parts(flat), keep=True)
+        return self._by_state(found, flat), self._by_parameters(found, start)
 
     def vjps(self, flats: torch.Tensor) -> torch.Tensor:
         """The products of the transposed Jacobian by the state with each row of `flats`, at once where torch can."""
@@ -78,6 +79,17 @@ class Point:
             found = self._of_matrix(self.func, flat)
         else:
             found = self.problem.vjp(self._linearised(), self._parts(flat), states=False, keep=True)
+        return self._by_parameters(found, start)
+
+    def _by_state(self, found: Cotangents, flat: torch.Tensor) -> torch.Tensor:
+        return torch.cat(
+            [
+                torch.zeros(part.numel(), dtype=flat.dtype) if value is None else value.reshape(-1).to(flat.dtype)
+                for part, value in zip(self.inputs, found.states, strict=True)
+            ]
+        )
+
+    def _by_parameters(self, found: Cotangents, start: float) -> list[torch.Tensor | None]:
         products = list(found.parameters)
         if self.problem.by_times:
             products += by_step(found, self.time - start)
