@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks the code (ruff, mypy) and runs the tests: the serial ones once, those marked mpi at 1, 2, 3 and 4 ranks.
+# Checks the code (ruff, mypy) and runs the tests: the serial ones once, by a process for each of up to 4 cores, those
+# marked mpi at 1, 2, 3 and 4 ranks.
 #
 #   launch/test.sh [--ranks "1 2"] [--no-lint] [PYTEST ARGUMENT...]
 #   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
@@ -74,7 +75,10 @@ if [ "$lint" = yes ]; then
     part "ruff format" ruff format --check .
     part "mypy" mypy
 fi
-part "serial tests" timeout --foreground --kill-after 10 2400 python -m pytest -m "not mpi" "$@"
+# nproc would take OMP_NUM_THREADS for the number of cores.
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+part "serial tests" env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foreground --kill-after 10 2400 \
+    python -m pytest -m "not mpi" -n $((cores < 4 ? cores : 4)) --dist loadfile "$@"
 for ranks in $rank_counts; do
     part "mpi tests at $ranks rank(s)" mpi_tests "$ranks" "$@"
 done

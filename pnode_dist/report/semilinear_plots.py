@@ -89,7 +89,8 @@ def _draw_errors(axis: Axes, file: h5py.File) -> None:
     axis.set_yscale("log")
     # A rollout that blew up, or one without any error, must not flatten the other curves.
     highest = 3 * float(curves["persistence"].max())
-    lowest = min(float(np.nanmin(curve)) for curve in curves.values())
+    errors = np.concatenate(list(curves.values()))
+    lowest = float(errors[np.isfinite(errors)].min())
     axis.set_ylim(max(lowest / 2, 1e-7 * highest), highest)
     axis.grid(alpha=0.25)
     axis.legend(loc="lower right", fontsize=9)

@@ -24,10 +24,13 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from mpi4py import MPI
+
 from pnode_dist.abort import before_abort
 
 PREFIX = "pnode-dist-"
 _GRACE = 60.0
+_FOR_OTHERS = 2.0
 _live: set[Path] = set()
 
 
@@ -94,6 +97,9 @@ def _remove_on_sigterm() -> None:
 
     def clean_up(number: int, frame: FrameType | None) -> None:
         _remove_live()
+        if MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.size > 1:
+            # Launchers kill all ranks when the first one dies, and these may be in the middle of something.
+            time.sleep(_FOR_OTHERS)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 

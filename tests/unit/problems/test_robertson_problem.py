@@ -208,10 +208,14 @@ def test_a_rival_whose_steps_shrink_to_nothing_is_reported(
     assert rival["reached_time"] == pytest.approx(10.0 ** LOG_TIMES[3])
 
 
-def test_the_file_holds_truth_and_rollout_with_their_coordinates(built: Any, tmp_path: Path) -> None:
+def test_the_report_is_drawn_and_the_file_holds_truth_and_rollout_with_their_coordinates(
+    built: Any, tmp_path: Path
+) -> None:
     problem = built()
     with torch.no_grad():
-        problem.evaluate(problem.model, tmp_path)
+        table = problem.evaluate(problem.model, tmp_path)
+    assert table["report"] == str(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     data = xarray.open_dataset(tmp_path / "forecast.h5", engine="h5netcdf")
     for name in ("truth", "forecast", "persistence", "training_mean", "rival"):
         assert data[name].dims == ("time", "trajectory", "component")
@@ -220,14 +224,6 @@ def test_the_file_holds_truth_and_rollout_with_their_coordinates(built: Any, tmp
     assert [str(name) for name in data.component.to_numpy()] == ["A", "B", "C"]
     np.testing.assert_array_equal(data.forecast[0], data.truth[0])
     np.testing.assert_allclose(data.truth.sum("component")[:, 0], 1.0, rtol=1e-9)
-
-
-def test_the_report_is_drawn(built: Any, tmp_path: Path) -> None:
-    problem = built()
-    with torch.no_grad():
-        table = problem.evaluate(problem.model, tmp_path)
-    assert table["report"] == str(tmp_path / "report.png")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 # What cannot be done

@@ -22,8 +22,7 @@ class Decay(torch.nn.Module):
 def test_the_step_of_a_decay_is_that_of_the_stability_region(method: str, guess: float) -> None:
     state = torch.ones(1, 6, 1, dtype=torch.float64)
     found = largest_stable_step(Decay(), state, method, line(MPI.COMM_SELF, 6), guess)
-    # Just above the limit nothing has grown tenfold yet.
-    assert LIMITS[method] * (1 - TOLERANCE) < RATE * found < LIMITS[method] * (1 + TOLERANCE)
+    assert LIMITS[method] * (1 - 2 * TOLERANCE) < RATE * found < LIMITS[method]
 
 
 def test_what_can_grow_does_though_it_is_not_in_the_state() -> None:
@@ -35,7 +34,7 @@ def test_what_can_grow_does_though_it_is_not_in_the_state() -> None:
     found = largest_stable_step(
         Diffusion(), torch.ones(1, 8, 1, dtype=torch.float64), "euler", line(MPI.COMM_SELF, 8), 1.0
     )
-    assert found == pytest.approx(0.5, rel=0.03)
+    assert 0.48 < found < 0.5
 
 
 class Still(torch.nn.Module):

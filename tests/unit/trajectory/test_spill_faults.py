@@ -326,6 +326,66 @@ def test_sigterm_between_adjoint_steps_with_the_disk_at_work_leaves_nothing(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+ON_TWO_RANKS = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from pnode_dist import Mesh, NeuralODE, Trajectory
+
+with Mesh() as mesh:
+    place = Path(sys.argv[1])
+    own, other = place / f"rank{mesh.rank}", place / f"rank{1 - mesh.rank}"
+    own.mkdir()
+    trajectory = Trajectory(ram_slots=1, disk_slots=3, directory=own)
+    node = NeuralODE(lambda t, u: -u, step_size=0.05, trajectory=trajectory)
+    solution = node(torch.ones(3, dtype=torch.float64, requires_grad=True), [0.0, 1.0])
+
+    tidy_up = signal.getsignal(signal.SIGTERM)
+
+    def later(number, frame):
+        # As when the signal finds a rank in a long call: a little after the other one has done with it.
+        while list(other.iterdir()):
+            time.sleep(0.01)
+        time.sleep(0.3)
+        tidy_up(number, frame)
+
+    if mesh.rank == 1:
+        signal.signal(signal.SIGTERM, later)
+
+    def wait(gradient):
+        mesh.barrier()
+        (place / f"pid{mesh.rank}.tmp").write_text(str(os.getpid()))
+        (place / f"pid{mesh.rank}.tmp").rename(place / f"pid{mesh.rank}")
+        time.sleep(60)
+
+    solution.register_hook(wait)
+    solution.sum().backward()
+"""
+
+
+def test_sigterm_to_all_ranks_leaves_nothing_of_any_though_one_is_busy_for_a_moment(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(ON_TWO_RANKS)
+    root = Path(__file__).parents[3]
+    process = subprocess.Popen(
+        [str(root / "launch" / "mpirun.sh"), "-n", "2", sys.executable, str(program), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    try:
+        until = time.monotonic() + 60
+        while not all((tmp_path / f"pid{rank}").exists() for rank in (0, 1)):
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert all(list((tmp_path / f"rank{rank}").rglob("*.h5")) for rank in (0, 1))
+        for rank in (0, 1):
+            os.kill(int((tmp_path / f"pid{rank}").read_text()), signal.SIGTERM)
+        assert process.wait(timeout=30) != 0
+    finally:
+        process.kill()
+    assert [list((tmp_path / f"rank{rank}").iterdir()) for rank in (0, 1)] == [[], []]
+
+
 def test_the_file_that_a_killed_process_leaves_can_be_read(tmp_path: Path) -> None:
     process = spilling_process(tmp_path)
     process.kill()
