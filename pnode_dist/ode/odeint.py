@@ -26,7 +26,8 @@ from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
-from pnode_dist.ode.solve import Solve, Solver
+from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.tangent import checked_direction, joined, with_tangent

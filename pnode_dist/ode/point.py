@@ -54,7 +54,9 @@ class Point:
         """The product of the transposed Jacobian by the state with a flat vector. Collective if the function is."""
         if isinstance(self.func, MatrixFunction):
             return self.sign * self.func.multiply(flat, transposed=True)
-        return self._by_state(self.problem.vjp(self._linearised(), self._parts(flat), parameters=False, keep=True), flat)
+        return self._by_state(
+            self.problem.vjp(self._linearised(), self._parts(flat), parameters=False, keep=True), flat
+        )
 
     def vjp_and_by_parameters(self, flat: torch.Tensor, start: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """`vjp` and `by_parameters` of one vector, in one backward pass. Collective if the function is."""

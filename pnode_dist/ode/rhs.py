@@ -105,7 +105,18 @@ class RightHandSide:
         """RHSFunction: f = func(t, u)."""
         # PETSc turns an exception into an error code; the stepper raises the one kept here instead.
         try:
-            self._function(t, u, f)
+            stage = self._stage
+            self._stage = stage + 1
+            recording = self._recording
+            if stage == self.skipped_stage:
+                self._parts(u)
+                self._last_handle = u.handle
+                if recording is not None and not self.fsal:
+                    recording.append(None)
+                return
+            kept = self._evaluated(t, u, f)
+            if recording is not None:
+                recording.append(kept)
         except BaseException as error:
             self.error = error
             raise
@@ -127,20 +138,6 @@ class RightHandSide:
             self.error = error
             raise
 
-    def _function(self, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
-        stage = self._stage
-        self._stage = stage + 1
-        recording = self._recording
-        if stage == self.skipped_stage:
-            self._parts(u)
-            self._last_handle = u.handle
-            if recording is not None and not self.fsal:
-                recording.append(None)
-            return
-        kept = self._evaluated(t, u, f)
-        if recording is not None:
-            recording.append(kept)
-
     def _evaluated(self, t: float, u: PETSc.Vec, f: PETSc.Vec) -> Stage:
         """Evaluate func at `u` into `f`; returns what is to be recorded of it."""
         problem = self.problem
@@ -159,8 +156,9 @@ class RightHandSide:
             outputs = problem.value(problem.func, self._layout, time, inputs)
             if self._recording is not None:
                 kept = StageState(time, inputs)
+        tracked = torch.is_grad_enabled()
         for target, value in zip(self._parts(f), outputs, strict=True):
-            target.copy_(value.detach())
+            target.copy_(value.detach() if tracked else value)
             if self.direction < 0:
                 target.neg_()
         f.stateIncrease()

@@ -465,3 +465,32 @@ def test_an_error_in_the_backward_pass_comes_out_as_itself_and_leaves_the_module
         gradients(lambda u: node(u, TIMES), u0, [p])
     Sour.broken = False
     assert distance(gradients(lambda u: node(u, TIMES), u0, [p]), wanted) == 0
+
+
+# Times
+
+
+def test_a_func_that_writes_to_its_time_spoils_no_other_evaluation() -> None:
+    def spoiling(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return u * t.mul_(2.0)
+
+    u0 = random(2, 3)
+    found = [odeint(spoiling, u0, TIMES, step_size=0.2) for _ in range(2)]
+    assert all(torch.equal(one, found[0]) for one in found)
+    plain = odeint_plain(lambda t, u: u * 2.0 * t, u0, TIMES, TABLEAUX["4"], 0.2)
+    assert distance(found[0], plain) <= 1e-14
+
+
+def test_times_first_met_in_inference_mode_serve_gradients_later() -> None:
+    factor = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    times = [0.0, 0.123456789]
+
+    def func(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return u * factor * t
+
+    u0 = random(2, 3)
+    with torch.inference_mode():
+        odeint(func, u0, times, step_size=0.1)
+    odeint(func, u0, times, step_size=0.1)[-1].sum().backward()
+    expected = torch.autograd.grad(odeint_plain(func, u0, times, TABLEAUX["4"], 0.1)[-1].sum(), factor)[0]
+    assert distance(factor.grad, expected) <= 1e-14

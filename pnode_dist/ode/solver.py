@@ -1,0 +1,107 @@
+"""A stepper with the checkpoint slots that its solves share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from mpi4py import MPI
+
+from pnode_dist.ode.adaptive import AdaptiveStepper, ExplicitAttempts
+from pnode_dist.ode.explicit import ExplicitStepper
+from pnode_dist.ode.implicit import ImplicitStepper
+from pnode_dist.ode.implicit_adaptive import ImplicitAttempts
+from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.mass import Mass, mass_matrix
+from pnode_dist.ode.methods import Method
+from pnode_dist.ode.preconditioner import Preconditioner
+from pnode_dist.ode.split import MatrixFunction
+from pnode_dist.ode.stepper import PetscOptions, Stepper
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.trajectory.costs import Costs
+from pnode_dist.trajectory.schedule import Tier
+from pnode_dist.trajectory.spill import SpillPool
+from pnode_dist.trajectory.store import MemoryPool, SlotPool
+
+
+def communicator(partition: Partition | None) -> MPI.Comm:
+    """Over which ranks a state is spread: those of its partition, or none but this one."""
+    return MPI.COMM_SELF if partition is None else partition.comm
+
+
+@dataclass
+class Solver:
+    """A stepper with the checkpoint slots that its solves share, on the ranks of `partition`.
+
+    `recorded_bytes` is the memory of one recorded step on the rank where it is largest, and `costs` are what a probe
+    measured, once they have been; `disk_is_lost` says that the disk failed some rank, and that later solves do
+    without it, `has_spilt` that it worked for a solve before.
+    """
+
+    stepper: Stepper
+    options: PetscOptions
+    memory: MemoryPool
+    pools: dict[Tier, SlotPool]
+    partition: Partition | None
+    trajectory: Trajectory
+    recorded_bytes: int | None = None
+    costs: Costs | None = None
+    disk_is_lost: bool = False
+    has_spilt: bool = False
+    adaptive: dict[str, AdaptiveStepper] = field(default_factory=dict)
+
+    @classmethod
+    def create(
+        cls,
+        partition: Partition | None,
+        layout: StateLayout,
+        method: Method,
+        parameter_sizes: tuple[int, ...],
+        options: PetscOptions,
+        trajectory: Trajectory,
+        mass: Mass | None = None,
+        preconditioner: Preconditioner | None = None,
+        linear: MatrixFunction | None = None,
+    ) -> Solver:
+        """A new stepper with empty pools. Collective on the partition's communicator."""
+        comm = communicator(partition)
+        stepper: Stepper
+        if not method.implicit:
+            stepper = ExplicitStepper(comm, layout, method, parameter_sizes, options)
+        else:
+            stepper = ImplicitStepper(
+                comm,
+                layout,
+                method,
+                parameter_sizes,
+                options,
+                partition,
+                mass_matrix(mass, layout),
+                preconditioner,
+                linear,
+            )
+        dtype = np.dtype(trajectory.checkpoint_dtype)
+        memory = MemoryPool(layout.size, dtype)
+        trajectory.ledger.pools.add(memory)
+        pools: dict[Tier, SlotPool] = {
+            Tier.RAM: memory,
+            Tier.DISK: SpillPool(layout.size, dtype, trajectory.scratch, comm.rank, layout.shapes),
+        }
+        return cls(stepper, options, memory, pools, partition, trajectory)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """A checkpoint of this rank."""
+        return self.stepper.layout.size * np.dtype(self.trajectory.checkpoint_dtype).itemsize
+
+    def adaptive_stepper(self, adaptor: str) -> AdaptiveStepper:
+        """The stepper with error control, made when it is first asked for. Collective."""
+        if adaptor not in self.adaptive:
+            stepper = self.stepper
+            self.adaptive[adaptor] = (
+                ExplicitAttempts(stepper, adaptor, self.options)
+                if isinstance(stepper, ExplicitStepper)
+                else ImplicitAttempts(stepper, adaptor, self.options)
+            )
+        return self.adaptive[adaptor]
