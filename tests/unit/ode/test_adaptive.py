@@ -99,8 +99,8 @@ def test_the_gradient_has_the_same_bits_under_every_budget(method: str, tmp_path
         assert node.last_solve.recomputed_steps >= node.last_solve.forward_steps > 3
 
 
-@pytest.mark.parametrize("method", ["dopri5", "heun", "verner7"])
-def test_states_of_the_backward_pass_are_those_of_the_forward_pass_to_the_last_bit(method: str) -> None:
+@pytest.mark.parametrize(("method", "rtol"), [("dopri5", 1e-6), ("heun", 1e-5), ("verner7", 1e-6)])
+def test_states_of_the_backward_pass_are_those_of_the_forward_pass_to_the_last_bit(method: str, rtol: float) -> None:
     compared = 0
 
     class Watching(Network):
@@ -116,7 +116,7 @@ def test_states_of_the_backward_pass_are_those_of_the_forward_pass_to_the_last_b
 
     states: dict[float, set[bytes]] = {}
     backward = False
-    node = NeuralODE(Watching(), method=method, rtol=1e-6, atol=1e-8, trajectory=Trajectory(ram_slots=2))
+    node = NeuralODE(Watching(), method=method, rtol=rtol, atol=rtol / 100, trajectory=Trajectory(ram_slots=2))
     loss = node(random(2, 3).requires_grad_(), TIMES).square().sum()
     backward = True
     loss.backward()
