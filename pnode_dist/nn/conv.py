@@ -29,15 +29,19 @@ class Conv2d(nn.Module):
         dilation: int | tuple[int, int] = 1,
         bias: bool = True,
         dtype: torch.dtype | None = None,
+        groups: int = 1,
     ) -> None:
         super().__init__()
-        template = nn.Conv2d(in_channels, out_channels, kernel_size, dilation=dilation, bias=bias, dtype=dtype)
+        template = nn.Conv2d(
+            in_channels, out_channels, kernel_size, dilation=dilation, groups=groups, bias=bias, dtype=dtype
+        )
         ky, kx = (int(k) for k in template.kernel_size)
         dy, dx = (int(d) for d in template.dilation)
         if ky % 2 == 0 or kx % 2 == 0:
             raise ValueError(f"kernel_size = {(ky, kx)}: must be odd, so that the field keeps its size")
         self.partition = partition
         self.dilation = (dy, dx)
+        self.groups = groups
         self.halo_width = (dy * (ky - 1) // 2, dx * (kx - 1) // 2)
         self.weight = template.weight
         self.bias = template.bias
@@ -47,10 +51,13 @@ class Conv2d(nn.Module):
         leading = x.shape[:-3]
         padded = halo(x.reshape(-1, *x.shape[-3:]), self.partition, self.halo_width)
         # Moving the channel axis only relabels the strides: the memory is torch's channels_last format already.
-        out = functional.conv2d(padded.permute(0, 3, 1, 2), self.weight, self.bias, dilation=self.dilation)
+        out = functional.conv2d(
+            padded.permute(0, 3, 1, 2), self.weight, self.bias, dilation=self.dilation, groups=self.groups
+        )
         return out.permute(0, 2, 3, 1).reshape(*leading, *x.shape[-3:-1], self.weight.shape[0])
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
-        out_channels, in_channels, ky, kx = self.weight.shape
-        return f"{in_channels}, {out_channels}, kernel_size=({ky}, {kx}), dilation={self.dilation}"
+        out_channels, in_group, ky, kx = self.weight.shape
+        groups = f", groups={self.groups}" if self.groups > 1 else ""
+        return f"{in_group * self.groups}, {out_channels}, kernel_size=({ky}, {kx}), dilation={self.dilation}{groups}"
