@@ -16,7 +16,6 @@ from pnode_dist.problems.pendulum import PendulumProblem, build_pendulum
 from pnode_dist.problems.pendulum_physics import initial_motion
 from pnode_dist.sync import parallel
 from pnode_dist.train import loop
-from pnode_dist.verify import gradcheck
 from tests.unit.problems.plain_pendulum import (
     INTERVAL,
     LENGTH,
@@ -98,12 +97,6 @@ def test_loss_and_gradient_are_those_of_the_motion_without_the_tension(
     for name, value in problem.model.named_parameters():
         wanted = expected[name.removeprefix("solve.func.force.")].grad
         torch.testing.assert_close(value.grad, wanted, rtol=1e-6, atol=1e-8)
-
-
-def test_the_gradient_check_passes(problem: PendulumProblem, mesh: Mesh) -> None:
-    result = gradcheck(problem.gradcheck_case(), mesh)
-    assert result.failures() == []
-    assert result.state_size == 2 * TRAINING * 5
 
 
 def test_the_evaluation_is_that_of_all_trajectories(

@@ -15,7 +15,6 @@ from pnode_dist.problems.robertson import RobertsonProblem, build_robertson
 from pnode_dist.problems.robertson_physics import AS_PUBLISHED, initial_concentrations, reference
 from pnode_dist.sync import parallel
 from pnode_dist.train import loop
-from pnode_dist.verify import gradcheck
 from tests.unit.problems.plain_robertson import (
     LOG_TIMES,
     RATES,
@@ -99,12 +98,6 @@ def test_loss_and_gradient_are_those_of_a_naive_trapezoidal_rule_over_all_trajec
     for name, value in problem.model.named_parameters():
         wanted = expected[name.removeprefix("solve.func.")].grad
         torch.testing.assert_close(value.grad, wanted, rtol=1e-6, atol=1e-9)
-
-
-def test_the_gradient_check_passes(problem: RobertsonProblem, mesh: Mesh) -> None:
-    result = gradcheck(problem.gradcheck_case(), mesh)
-    assert result.failures() == []
-    assert result.state_size == 2 * TRAINING * 3
 
 
 def test_the_evaluation_is_that_of_all_trajectories(
