@@ -31,6 +31,7 @@ Width = int | tuple[int, int]
 Map = Callable[[torch.Tensor], torch.Tensor]
 
 _TO_LOWER, _TO_UPPER = 1, 2
+_AXES = (-3, -2)
 
 
 class _Linear(torch.autograd.Function):
@@ -79,7 +80,8 @@ def halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) 
     `[..., ny_local + 2 wy, nx_local + 2 wx, channels]`, with the boundary rules of the partition beyond the domain.
     `width` is one number or `(wy, wx)`, by default the partition's stencil width. Columns are exchanged first and
     rows, with the columns' ghosts, second: corners come along, and no rank sends more than four messages.
-    Raises `ConfigurationError` when the width exceeds the smallest block.
+    Where the partition has a value for a boundary, it is what lies beyond; in corners the rule of y comes last.
+    Raises `ConfigurationError` when the width exceeds the smallest block, less one point where the field is reflected.
     """
     wy, wx = _widths(partition, width)
     if x.dim() < 3 or tuple(x.shape[-3:-1]) != partition.local_shape[:2]:
@@ -91,19 +93,48 @@ def halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) 
         return x
     padded = partial(_padded, partition=partition, width=(wy, wx))
     folded = partial(_folded, partition=partition, width=(wy, wx))
-    return _linear(x, padded, folded)
+    image = _linear(x, padded, folded)
+    if all(isinstance(rule, str) for rule in partition.boundary):
+        return image
+    fixed, values = _beyond(partition, (wy, wx), x.dtype)
+    return torch.where(fixed, values, image)
 
 
 def _widths(partition: GridPartition, width: Width | None) -> tuple[int, int]:
     if width is None:
         width = partition.stencil_width
     wy, wx = (width, width) if isinstance(width, int) else width
-    smallest = (partition.smallest_block(0), partition.smallest_block(1))
+    smallest = (_widest(partition, 0), _widest(partition, 1))
     if wy < 0 or wx < 0 or wy > smallest[0] or wx > smallest[1]:
         raise ConfigurationError(
-            f"halo: width = {(wy, wx)}: must be between 0 and the smallest block of any rank, {smallest}"
+            f"halo: width = {(wy, wx)}: must be between 0 and what the smallest block of any rank has, {smallest}"
         )
     return wy, wx
+
+
+def _widest(partition: GridPartition, axis: int) -> int:
+    """The widest halo that the smallest block can give. A mirror needs the points beside the edge as well."""
+    return partition.smallest_block(axis) - (partition.boundary[axis] == "reflect")
+
+
+def _beyond(partition: GridPartition, width: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which points of a padded block have fixed values, and these values, both `[ny + 2 wy, nx + 2 wx, 1]`."""
+    key = (width, dtype)
+    if key not in partition.beyond:
+        shape = [n + 2 * w for n, w in zip(partition.local_shape[:2], width, strict=True)]
+        fixed, values = torch.zeros(*shape, 1, dtype=torch.bool), torch.zeros(*shape, 1, dtype=dtype)
+        # Columns first, as they are exchanged: what lies beyond in y and in x follows the rule of y.
+        for axis in (1, 0):
+            rule, w, n = partition.boundary[axis], width[axis], shape[axis] - 2 * width[axis]
+            for start, step in ((0, -1), (n + w, 1)):
+                if isinstance(rule, float) and partition.neighbour(axis, step) == MPI.PROC_NULL:
+                    _slab(fixed, axis, start, w, slice(None)).fill_(True)
+                    _slab(values, axis, start, w, slice(None)).fill_(rule)
+                elif rule == "zero" and partition.neighbour(axis, step) == MPI.PROC_NULL:
+                    _slab(fixed, axis, start, w, slice(None)).fill_(True)
+                    _slab(values, axis, start, w, slice(None)).zero_()
+        partition.beyond[key] = fixed, values
+    return partition.beyond[key]
 
 
 def _slab(padded: torch.Tensor, axis: int, start: int, length: int, columns: slice) -> torch.Tensor:
@@ -147,13 +178,16 @@ def _padded(x: torch.Tensor, partition: GridPartition, width: tuple[int, int]) -
             continue
         low, high = _slab(padded, axis, w, w, rows), _slab(padded, axis, n, w, rows)
         from_lower, from_upper = _swap(partition, axis, low, high)
-        replicate = partition.boundary[axis] == "replicate"
-        for ghost_start, arrived, edge in ((0, from_lower, w), (n + w, from_upper, n + w - 1)):
+        rule = partition.boundary[axis]
+        places = ((0, from_lower, w, w + 1), (n + w, from_upper, n + w - 1, n - 1))
+        for ghost_start, arrived, edge, mirrored in places:
             ghost = _slab(padded, axis, ghost_start, w, rows)
             if arrived is not None:
                 ghost.copy_(arrived)
-            elif replicate:
+            elif rule == "replicate":
                 ghost.copy_(_slab(padded, axis, edge, 1, rows))
+            elif rule == "reflect":
+                ghost.copy_(_slab(padded, axis, mirrored, w, rows).flip(_AXES[axis]))
             else:
                 ghost.zero_()
     return padded
@@ -165,19 +199,20 @@ def _folded(cotangent: torch.Tensor, partition: GridPartition, width: tuple[int,
     ny, nx = cotangent.shape[-3] - 2 * wy, cotangent.shape[-2] - 2 * wx
     folded = cotangent.detach().clone(memory_format=torch.contiguous_format)
     rows = slice(wy, wy + ny)
-    axis_length = -3, -2
     for axis, w, n in ((0, wy, ny), (1, wx, nx)):
         if w == 0:
             continue
         low_ghost, high_ghost = _slab(folded, axis, 0, w, rows), _slab(folded, axis, n + w, w, rows)
         from_lower, from_upper = _swap(partition, axis, low_ghost, high_ghost)
-        replicate = partition.boundary[axis] == "replicate"
-        edges = ((from_lower, w, low_ghost, w), (from_upper, n, high_ghost, n + w - 1))
-        for arrived, inner_start, ghost, edge in edges:
+        rule = partition.boundary[axis]
+        places = ((from_lower, w, low_ghost, w, w + 1), (from_upper, n, high_ghost, n + w - 1, n - 1))
+        for arrived, inner_start, ghost, edge, mirrored in places:
             if arrived is not None:
                 _slab(folded, axis, inner_start, w, rows).add_(arrived)
-            elif replicate:
-                _slab(folded, axis, edge, 1, rows).add_(ghost.sum(dim=axis_length[axis], keepdim=True))
+            elif rule == "replicate":
+                _slab(folded, axis, edge, 1, rows).add_(ghost.sum(dim=_AXES[axis], keepdim=True))
+            elif rule == "reflect":
+                _slab(folded, axis, mirrored, w, rows).add_(ghost.flip(_AXES[axis]))
     return folded[..., rows, wx : wx + nx, :].contiguous()
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.nn.conv import Conv2d
 from pnode_dist.nn.norm import BatchNorm2d, GlobalMean, GroupNorm
-from pnode_dist.partition.grid import GridPartition
+from pnode_dist.partition.grid import GridPartition, Rule
 
 _POINTWISE = (
     nn.CELU,
@@ -26,7 +26,7 @@ _POINTWISE = (
     nn.Tanh,
 )
 _OWN = (Conv2d, GroupNorm, BatchNorm2d, GlobalMean)
-_RULES = {"zeros": "zero", "circular": "periodic", "replicate": "replicate"}
+_RULES = {"zeros": "zero", "circular": "periodic", "replicate": "replicate", "reflect": "reflect"}
 
 
 def convert(module: nn.Module, partition: GridPartition) -> nn.Module:
@@ -96,7 +96,7 @@ def _convolution(module: nn.Conv2d, partition: GridPartition, name: str) -> Conv
         if width[axis] and beyond != rule:
             raise ConfigurationError(
                 f"convert: {_place(name)}: padding_mode = {module.padding_mode!r}: must be the partition's rule, "
-                f"{beyond!r} for {'yx'[axis]} (torch's name: {_torch_name(beyond)!r})"
+                f"{beyond!r} for {'yx'[axis]}{_in_torch(beyond)}"
             )
     return Conv2d(
         partition,
@@ -109,8 +109,9 @@ def _convolution(module: nn.Conv2d, partition: GridPartition, name: str) -> Conv
     )
 
 
-def _torch_name(rule: str) -> str:
-    return next(theirs for theirs, ours in _RULES.items() if ours == rule)
+def _in_torch(rule: Rule) -> str:
+    name = next((theirs for theirs, ours in _RULES.items() if ours == rule), None)
+    return " (which torch has no name for)" if name is None else f" (torch's name: {name!r})"
 
 
 def _place(name: str) -> str:

@@ -6,6 +6,7 @@ is a `[y, x, channel]` array: torch's channels-last order, viewed without a copy
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -17,8 +18,10 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition import protocol
 
-Boundary = Literal["periodic", "replicate", "zero"]
+Boundary = Literal["periodic", "replicate", "reflect", "zero"]
 BOUNDARIES: tuple[str, ...] = get_args(Boundary)
+Rule = str | float
+"""A boundary's name, or the value that is fixed beyond it."""
 
 
 def process_grid(shape: tuple[int, int], size: int, width: int) -> tuple[int, int]:
@@ -43,12 +46,14 @@ class GridPartition:
     """A 2-D grid of `shape = (ny, nx)` points with `channels` values each. Collective on the state ranks.
 
     `boundary` is the rule beyond the edge of the domain, for y and for x: `periodic`, `replicate` (the edge value
-    goes on) or `zero`. `stencil_width` is the widest halo a single exchange will need; every rank owns at least so
+    goes on), `reflect` (the field is mirrored about its last points, which are not repeated), `zero`, or a number (a
+    Dirichlet value). `stencil_width` is the widest halo a single exchange will need; every rank owns at least so
     many rows and columns. `processes = (py, px)` fixes the process grid, else the one with the shortest inner edges
     is taken. Blocks may differ by one row or column.
 
     Local states are `[..., ny_local, nx_local, channels]` with any number of leading batch axes. `owned` is this
-    rank's `((y0, y1), (x0, x1))`; `dm` is the PETSc DMDA behind it.
+    rank's `((y0, y1), (x0, x1))`; `dm` is the PETSc DMDA behind it; `beyond` keeps what exchanges of a width and type
+    put beyond the edges where values are fixed.
     Raises `ConfigurationError` for an unknown boundary or too many ranks for the grid.
     """
 
@@ -57,7 +62,7 @@ class GridPartition:
         mesh: Mesh | MPI.Comm,
         shape: tuple[int, int],
         channels: int = 1,
-        boundary: Sequence[str] = ("zero", "zero"),
+        boundary: Sequence[Rule] = ("zero", "zero"),
         stencil_width: int = 1,
         processes: tuple[int, int] | None = None,
     ) -> None:
@@ -81,14 +86,14 @@ class GridPartition:
                 f"columns of {self.shape}"
             )
         self._rows, self._columns = rows, columns
-        ghosted = {"periodic": PETSc.DM.BoundaryType.PERIODIC}
         self.dm = PETSc.DMDA().create(
             dim=2,
             dof=channels,
             sizes=(self.shape[1], self.shape[0]),
             proc_sizes=(self.processes[1], self.processes[0]),
             boundary_type=tuple(
-                ghosted.get(rule, PETSc.DM.BoundaryType.GHOSTED) for rule in (self.boundary[1], self.boundary[0])
+                PETSc.DM.BoundaryType.PERIODIC if rule == "periodic" else PETSc.DM.BoundaryType.GHOSTED
+                for rule in (self.boundary[1], self.boundary[0])
             ),
             stencil_type=PETSc.DMDA.StencilType.BOX,
             stencil_width=stencil_width,
@@ -98,6 +103,7 @@ class GridPartition:
             ),
             comm=self.comm,
         )
+        self.beyond: dict[tuple[tuple[int, int], torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self.position = divmod(self.comm.rank, self.processes[1])
         self.owned = (rows[self.position[0]], columns[self.position[1]])
         self.global_shape = (*self.shape, channels)
@@ -142,7 +148,11 @@ class GridPartition:
         return protocol.gather(local, self, root)
 
 
-def _checked(rule: str, axis: str) -> str:
+def _checked(rule: Rule, axis: str) -> Rule:
+    if isinstance(rule, int | float) and not isinstance(rule, bool) and math.isfinite(rule):
+        return float(rule)
     if rule not in BOUNDARIES:
-        raise ConfigurationError(f"grid: boundary of {axis} = {rule!r}: must be one of {', '.join(BOUNDARIES)}")
+        raise ConfigurationError(
+            f"grid: boundary of {axis} = {rule!r}: must be one of {', '.join(BOUNDARIES)}, or a finite number"
+        )
     return rule

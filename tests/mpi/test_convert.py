@@ -37,7 +37,9 @@ def block(whole: torch.Tensor, partition: GridPartition) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("mode", "rule"), [("zeros", "zero"), ("circular", "periodic"), ("replicate", "replicate")])
+@pytest.mark.parametrize(
+    ("mode", "rule"), [("zeros", "zero"), ("circular", "periodic"), ("replicate", "replicate"), ("reflect", "reflect")]
+)
 def test_outputs_and_gradients_are_those_of_the_module(
     mode: str, rule: str, shape: tuple[int, int], mesh: Mesh
 ) -> None:

@@ -8,24 +8,30 @@ import torch
 from torch.nn import functional
 
 
-def padded(field: torch.Tensor, boundary: Sequence[str], width: tuple[int, int]) -> torch.Tensor:
-    """`[..., ny, nx, channels]` with `width = (wy, wx)` more points on each side, by the rule of each axis."""
-    for axis, rule, w in zip((-3, -2), boundary, width, strict=True):
+def padded(field: torch.Tensor, boundary: Sequence[str | float], width: tuple[int, int]) -> torch.Tensor:
+    """`[..., ny, nx, channels]` with `width = (wy, wx)` more points on each side, by the rule of each axis, x first."""
+    for axis, rule, w in ((-2, boundary[1], width[1]), (-3, boundary[0], width[0])):
         n = field.shape[axis]
         places = torch.arange(-w, n + w)
         inside = (places >= 0) & (places < n)
-        source = places % n if rule == "periodic" else places.clamp(0, n - 1)
+        if rule == "periodic":
+            source = places % n
+        elif rule == "reflect":
+            source = (n - 1) - ((n - 1) - places.abs()).abs()
+        else:
+            source = places.clamp(0, n - 1)
         field = field.index_select(axis, source)
-        if rule == "zero":
+        if rule == "zero" or isinstance(rule, float):
             shape = [1] * field.dim()
             shape[axis] = n + 2 * w
-            field = torch.where(inside.view(shape), field, torch.zeros((), dtype=field.dtype))
+            value = 0.0 if rule == "zero" else float(rule)
+            field = torch.where(inside.view(shape), field, torch.full((), value, dtype=field.dtype))
     return field
 
 
 def convolved(
     field: torch.Tensor,
-    boundary: Sequence[str],
+    boundary: Sequence[str | float],
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     dilation: tuple[int, int] = (1, 1),
