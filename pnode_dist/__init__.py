@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pnode_dist.ode.odeint import odeint as odeint
     from pnode_dist.ode.split import SplitFunction as SplitFunction
     from pnode_dist.partition.batch import BatchPartition as BatchPartition
+    from pnode_dist.partition.dense import DensePartition as DensePartition
     from pnode_dist.partition.grid import GridPartition as GridPartition
     from pnode_dist.trajectory.budget import Trajectory as Trajectory
 
@@ -30,6 +31,7 @@ _PUBLIC = {
     "BatchPartition": "pnode_dist.partition.batch",
     "ConfigurationError": "pnode_dist.errors",
     "ConvergenceError": "pnode_dist.errors",
+    "DensePartition": "pnode_dist.partition.dense",
     "GridPartition": "pnode_dist.partition.grid",
     "Mesh": "pnode_dist.mesh",
     "NeuralODE": "pnode_dist.ode.odeint",

@@ -11,6 +11,7 @@ What is differentiated on one rank is to be differentiated on all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from torch.autograd import forward_ad
 from pnode_dist.buffers import bytes_of
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition import protocol
+from pnode_dist.partition.dense import DensePartition
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.partition.protocol import Partition
 
@@ -230,6 +232,43 @@ def _summed(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
     total = x.detach().clone(memory_format=torch.contiguous_format)
     comm.Allreduce(MPI.IN_PLACE, total.numpy(), MPI.SUM)
     return total
+
+
+def gather_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
+    """All of a partitioned vector, `[..., local_size] -> [..., size]`, on every rank. Collective on the partition's
+    communicator.
+
+    Its adjoint is `reduce_vector`.
+    """
+    return _linear(x, partial(_gathered, partition=partition), partial(_reduced, partition=partition))
+
+
+def reduce_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
+    """This rank's part of the sum of the ranks' vectors, `[..., size] -> [..., local_size]`. Collective on the
+    partition's communicator.
+
+    Its adjoint is `gather_vector`.
+    """
+    return _linear(x, partial(_reduced, partition=partition), partial(_gathered, partition=partition))
+
+
+def _gathered(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
+    # The ranks' parts follow one another in memory if the vector's axis comes first.
+    part = x.movedim(-1, 0).contiguous()
+    whole = x.new_empty((partition.size, *part.shape[1:]))
+    row = math.prod(part.shape[1:])
+    counts = [count * row * x.element_size() for count in partition.counts]
+    partition.comm.Allgatherv([bytes_of(part), MPI.BYTE], [bytes_of(whole), counts, MPI.BYTE])
+    return whole.movedim(0, -1).contiguous()
+
+
+def _reduced(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
+    whole = x.detach().movedim(-1, 0).contiguous()
+    row = math.prod(whole.shape[1:])
+    part = x.new_empty((*partition.local_shape, *whole.shape[1:]))
+    counts = [count * row for count in partition.counts]
+    partition.comm.Reduce_scatter(whole.numpy().reshape(-1), part.numpy().reshape(-1), counts, MPI.SUM)
+    return part.movedim(0, -1).contiguous()
 
 
 def scatter(x: torch.Tensor | None, partition: Partition, root: int = 0) -> torch.Tensor:
