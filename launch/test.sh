@@ -27,6 +27,8 @@ selection=no
 [ $# -eq 0 ] || selection=yes
 
 launch/bootstrap.sh || exit 1
+# The MPI that .venv was built on, if it is not one of its own, is not beside python.
+if [ -f "$root/.venv/.pnode-dist-mpi" ]; then PATH=$(cat "$root/.venv/.pnode-dist-mpi"):$PATH; fi
 export PATH=$root/.venv/bin:$PATH
 summary=() failed=no tested=no
 no_tests=5 # pytest's exit code
