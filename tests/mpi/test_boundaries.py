@@ -86,11 +86,3 @@ def test_a_mirror_needs_one_point_more_than_the_halo_is_wide(mesh: Mesh) -> None
     assert halo(torch.ones(partition.local_shape), partition, (2, 3)).shape == (7, 9, 1)
     with pytest.raises(ConfigurationError, match=r"width = \(3, 1\): must be between 0 and what .* has, \(2, 3\)"):
         halo(torch.ones(partition.local_shape), partition, (3, 1))
-
-
-@pytest.mark.parametrize("rule", ["mirror", float("nan"), True, None], ids=str)
-def test_other_rules_are_refused_with_those_that_are_known(rule: object, mesh: Mesh) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"boundary of x = .*: must be one of periodic, .*, or a finite number"
-    ):
-        GridPartition(mesh, SHAPE, boundary=("zero", rule))  # type: ignore[arg-type]

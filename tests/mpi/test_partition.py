@@ -146,7 +146,20 @@ def test_a_process_grid_of_another_size_is_refused(mesh: Mesh) -> None:
         GridPartition(mesh, (50, 50), processes=(mesh.size + 1, 1))
 
 
-@pytest.mark.parametrize("boundary", [("open", "periodic"), ("zero", "reflect"), ("Periodic", "zero")])
-def test_an_unknown_boundary_is_refused_with_those_that_are_known(boundary: tuple[str, str], mesh: Mesh) -> None:
-    with pytest.raises(ConfigurationError, match="periodic, replicate, zero"):
+@pytest.mark.parametrize(
+    "boundary",
+    [
+        ("open", "periodic"),
+        ("zero", "mirror"),
+        ("Periodic", "zero"),
+        ("zero", float("nan")),
+        ("zero", True),
+        (None, 1.0),
+    ],
+    ids=str,
+)
+def test_an_unknown_boundary_is_refused_with_those_that_are_known(boundary: Any, mesh: Mesh) -> None:
+    with pytest.raises(
+        ConfigurationError, match="must be one of periodic, replicate, reflect, zero, or a finite number"
+    ):
         GridPartition(mesh, (8, 8), boundary=boundary)
