@@ -24,8 +24,8 @@ def partition(mesh: Mesh) -> GridPartition:
 
 
 def field(*leading: int) -> torch.Tensor:
-    """Channels of different means and widths, the means much larger than the widths."""
-    offsets = torch.arange(CHANNELS, dtype=torch.float64) * 100.0
+    """Channels of different means and widths, the means up to 250 widths: so many times rounding errors grow."""
+    offsets = torch.arange(CHANNELS, dtype=torch.float64) * 10.0
     return (random(*leading, *SHAPE, CHANNELS) * torch.logspace(-2, 1, CHANNELS, dtype=torch.float64) + offsets).clone()
 
 
