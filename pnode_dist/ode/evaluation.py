@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -77,7 +76,8 @@ class Problem:
         Raises `TypeError` or `ValueError` if it does not return what a time derivative of the state must be.
         """
         if not isinstance(time, torch.Tensor):
-            time = _time(time, layout.dtype)
+            # Not kept for other steps: small tensors that stay make the memory between them useless for states.
+            time = torch.scalar_tensor(time, dtype=layout.dtype)
         state = inputs if layout.is_tuple else inputs[0]
         if self.logs:
             with events.event(events.FUNCTION, True):
@@ -275,19 +275,6 @@ class Cotangents:
 
 Stage = StageGraph | StageState | None
 Recording = list[Stage]
-
-
-@lru_cache(maxsize=4096)
-def _kept_time(time: float, dtype: torch.dtype) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.scalar_tensor(time, dtype=dtype)
-
-
-def _time(time: float, dtype: torch.dtype) -> torch.Tensor:
-    """A time as a tensor. Stages come to the same times again and again, and making one costs as much as a callback."""
-    found = _kept_time(time, dtype)
-    # Somebody has written to it.
-    return torch.scalar_tensor(time, dtype=dtype) if found._version else found
 
 
 def _gradients(outputs: Parts, inputs: Parts, cotangents: Parts, keep: bool) -> tuple[torch.Tensor | None, ...]:
