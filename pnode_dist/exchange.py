@@ -128,13 +128,13 @@ def _beyond(partition: GridPartition, width: tuple[int, int], dtype: torch.dtype
         # Columns first, as they are exchanged: what lies beyond in y and in x follows the rule of y.
         for axis in (1, 0):
             rule, w, n = partition.boundary[axis], width[axis], shape[axis] - 2 * width[axis]
+            value = 0.0 if rule == "zero" else rule
+            if isinstance(value, str):
+                continue
             for start, step in ((0, -1), (n + w, 1)):
-                if isinstance(rule, float) and partition.neighbour(axis, step) == MPI.PROC_NULL:
+                if partition.neighbour(axis, step) == MPI.PROC_NULL:
                     _slab(fixed, axis, start, w, slice(None)).fill_(True)
-                    _slab(values, axis, start, w, slice(None)).fill_(rule)
-                elif rule == "zero" and partition.neighbour(axis, step) == MPI.PROC_NULL:
-                    _slab(fixed, axis, start, w, slice(None)).fill_(True)
-                    _slab(values, axis, start, w, slice(None)).zero_()
+                    _slab(values, axis, start, w, slice(None)).fill_(value)
         partition.beyond[key] = fixed, values
     return partition.beyond[key]
 
