@@ -10,7 +10,6 @@ from mpi4py import MPI
 
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.partition.protocol import Partition
 
 STEPS = 300
@@ -27,7 +26,6 @@ def largest_stable_step(
     method: str,
     partition: Partition,
     guess: float,
-    options: PetscOptions | None = None,
 ) -> float:
     """The largest step, to a few hundredths, that is stable. Collective on the partition's communicator.
 
@@ -41,7 +39,7 @@ def largest_stable_step(
     limit = _GROWTH * _largest(noisy - state, partition)
 
     def stable(step: float) -> bool:
-        solve = NeuralODE(func, method=method, step_size=step, partition=partition, options=options)
+        solve = NeuralODE(func, method=method, step_size=step, partition=partition)
         ends = [state, noisy]
         # Most steps that are too long show it soon.
         for steps in (_FIRST_STEPS, STEPS - _FIRST_STEPS):
