@@ -78,12 +78,8 @@ class Problem:
         if not isinstance(time, torch.Tensor):
             # Not kept for other steps: small tensors that stay make the memory between them useless for states.
             time = torch.scalar_tensor(time, dtype=layout.dtype)
-        state = inputs if layout.is_tuple else inputs[0]
-        if self.logs:
-            with events.event(events.FUNCTION, True):
-                result = func(time, state, *self.args)
-        else:
-            result = func(time, state, *self.args)
+        with events.event(events.FUNCTION, self.logs):
+            result = func(time, layout.as_state(inputs), *self.args)
         outputs = tuple(result) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
         if len(outputs) != len(inputs):
             _refuse(result, layout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,13 @@ def mesh() -> Iterator[Mesh]:
     """All ranks as state ranks of one replica, for a whole file."""
     with Mesh() as mesh:
         yield mesh
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """One directory for all ranks."""
+    yield Path(MPI.COMM_WORLD.bcast(str(tmp_path)))
+    MPI.COMM_WORLD.Barrier()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The Gray-Scott problem at every number of ranks: the figures that the whole grid in numpy and plain torch gives."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pnode_dist.problems.gray_scott_physics import GrayScott, initial_state
 from pnode_dist.sync import parallel
 from pnode_dist.train import loop
 from pnode_dist.verify import gradcheck
+from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.plain_gray_scott import (
     DOMAIN,
     INTERVAL,
@@ -45,13 +45,6 @@ STARTS, STEP = [(0, 0), (1, 1), (0, 2)], 2.0
 @pytest.fixture(scope="module")
 def problem(mesh: Mesh) -> GrayScottProblem:
     return build_gray_scott(config(), mesh, torch.float64)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """One directory for all ranks."""
-    yield Path(MPI.COMM_WORLD.bcast(str(tmp_path)))
-    MPI.COMM_WORLD.Barrier()
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +102,7 @@ def test_trajectories_are_those_of_one_rank_to_rounding_and_of_scipy(
 
 
 def test_parameters_are_the_same_on_all_ranks(problem: GrayScottProblem) -> None:
-    values = [value.detach().numpy() for value in problem.model.parameters()]
-    for theirs in MPI.COMM_WORLD.allgather(values):
-        assert all(np.array_equal(a, b) for a, b in zip(values, theirs, strict=True))
+    assert_same_on_all_ranks(problem.model.parameters())
 
 
 def test_loss_and_gradient_are_those_of_the_whole_grid(

@@ -1,7 +1,6 @@
 """The pendulum problem at every number of ranks: the figures that plain torch finds for all trajectories."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -16,6 +15,7 @@ from pnode_dist.problems.pendulum import PendulumProblem, build_pendulum
 from pnode_dist.problems.pendulum_physics import initial_motion
 from pnode_dist.sync import parallel
 from pnode_dist.train import loop
+from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.plain_pendulum import (
     INTERVAL,
     LENGTH,
@@ -38,13 +38,6 @@ STARTS = (2, 0)
 def problem(mesh: Mesh) -> PendulumProblem:
     """The problem of a small configuration, its equations solved tightly."""
     return build_pendulum(config(solver={"petsc_options": {"snes_rtol": 1e-12}}), mesh, torch.float64)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """One directory for all ranks."""
-    yield Path(MPI.COMM_WORLD.bcast(str(tmp_path)))
-    MPI.COMM_WORLD.Barrier()
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +124,7 @@ def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(me
     before = loss()
     loop.train(problem, problem.config.training, mesh, directory)
     assert loss() < 0.9 * before
-    values = [value.detach().numpy() for value in problem.model.parameters()]
-    for theirs in MPI.COMM_WORLD.allgather(values):
-        assert all(np.array_equal(a, b) for a, b in zip(values, theirs, strict=True))
+    assert_same_on_all_ranks(problem.model.parameters())
 
 
 def test_more_ranks_than_trajectories_leave_some_without_any(mesh: Mesh) -> None:
@@ -143,7 +134,5 @@ def test_more_ranks_than_trajectories_leave_some_without_any(mesh: Mesh) -> None
     share.backward()  # type: ignore[no-untyped-call]
     owned = problem.partition.owned
     assert (share.item() > 0) == (owned[1] > owned[0])
-    gradients = [value.grad.numpy() for value in problem.model.parameters() if value.grad is not None]
-    for theirs in MPI.COMM_WORLD.allgather(gradients):
-        assert all(np.array_equal(a, b) for a, b in zip(gradients, theirs, strict=True))
+    assert_same_on_all_ranks(value.grad for value in problem.model.parameters())
     assert problem.validation(problem.model)["validation_rmse"] > 0

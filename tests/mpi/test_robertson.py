@@ -1,6 +1,5 @@
 """The Robertson problem at every number of ranks: the figures that one rank finds, and those of plain torch."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -15,6 +14,7 @@ from pnode_dist.problems.robertson import RobertsonProblem, build_robertson
 from pnode_dist.problems.robertson_physics import AS_PUBLISHED, initial_concentrations, reference
 from pnode_dist.sync import parallel
 from pnode_dist.train import loop
+from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.plain_robertson import (
     LOG_TIMES,
     RATES,
@@ -38,13 +38,6 @@ def problem(mesh: Mesh) -> RobertsonProblem:
     """The problem of a small configuration, its equations solved tightly."""
     options = {"snes_rtol": 1e-12, "snes_linesearch_type": "basic", "snes_divergence_tolerance": 1e30}
     return build_robertson(config(solver={"petsc_options": options}), mesh, torch.float64)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """One directory for all ranks."""
-    yield Path(MPI.COMM_WORLD.bcast(str(tmp_path)))
-    MPI.COMM_WORLD.Barrier()
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +129,7 @@ def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(me
     before = loss()
     loop.train(problem, problem.config.training, mesh, directory)
     assert loss() < 0.9 * before
-    values = [value.detach().numpy() for value in problem.model.parameters()]
-    for theirs in MPI.COMM_WORLD.allgather(values):
-        assert all(np.array_equal(a, b) for a, b in zip(values, theirs, strict=True))
+    assert_same_on_all_ranks(problem.model.parameters())
 
 
 def test_more_ranks_than_trajectories_leave_some_without_any(mesh: Mesh) -> None:
@@ -149,7 +140,5 @@ def test_more_ranks_than_trajectories_leave_some_without_any(mesh: Mesh) -> None
     share.backward()  # type: ignore[no-untyped-call]
     owned = problem.partition.owned
     assert (share.item() > 0) == (owned[1] > owned[0])
-    gradients = [value.grad.numpy() for value in problem.model.parameters() if value.grad is not None]
-    for theirs in MPI.COMM_WORLD.allgather(gradients):
-        assert all(np.array_equal(a, b) for a, b in zip(gradients, theirs, strict=True))
+    assert_same_on_all_ranks(value.grad for value in problem.model.parameters())
     assert problem.validation(problem.model)["validation_mae"] > 0

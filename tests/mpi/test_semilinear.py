@@ -1,7 +1,6 @@
 """The semilinear problems at every number of ranks: the figures that the whole line in plain torch gives."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -20,6 +19,7 @@ from pnode_dist.problems.trajectories import windows
 from pnode_dist.sync import parallel
 from pnode_dist.train import loop
 from pnode_dist.verify import gradcheck
+from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.plain_semilinear import (
     CASES,
     POINTS,
@@ -49,13 +49,6 @@ def problem(mesh: Mesh, request: pytest.FixtureRequest) -> SemilinearProblem:
 def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """How exactly the largest stable step is found does not matter here."""
     monkeypatch.setattr("pnode_dist.problems.stable_step.STEPS", 60)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """One directory for all ranks."""
-    yield Path(MPI.COMM_WORLD.bcast(str(tmp_path)))
-    MPI.COMM_WORLD.Barrier()
 
 
 def whole_states(name: str) -> torch.Tensor:
@@ -111,9 +104,7 @@ def test_trajectories_have_the_same_bits_at_every_number_of_ranks(problem: Semil
 
 
 def test_parameters_are_the_same_on_all_ranks(problem: SemilinearProblem) -> None:
-    values = [value.detach().numpy() for value in problem.model.parameters()]
-    for theirs in MPI.COMM_WORLD.allgather(values):
-        assert all(np.array_equal(a, b) for a, b in zip(values, theirs, strict=True))
+    assert_same_on_all_ranks(problem.model.parameters())
 
 
 def test_loss_and_gradient_are_those_of_the_whole_line(problem: SemilinearProblem, mesh: Mesh) -> None:
