@@ -1,0 +1,17 @@
+"""Differentiable communication between the ranks of one state.
+
+The convention throughout: every rank differentiates its own share of the loss, and the objective is the sum of the
+shares. The adjoint of an exchange is then its transpose as a linear map over all ranks, and calling `backward()` is
+as collective as the forward call was.
+
+The exchanges may be differentiated in reverse and in forward mode (torch.autograd.forward_ad, torch.func.vjp and jvp)
+and in any nesting of the two. A tangent is exchanged like the value that carries it: forward mode is collective too.
+What is differentiated on one rank is to be differentiated on all of them.
+"""
+
+from pnode_dist.exchange.blocks import gather, scatter
+from pnode_dist.exchange.grid_halo import halo
+from pnode_dist.exchange.sums import global_sum
+from pnode_dist.exchange.vectors import gather_vector, reduce_vector
+
+__all__ = ["gather", "gather_vector", "global_sum", "halo", "reduce_vector", "scatter"]

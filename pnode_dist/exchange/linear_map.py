@@ -1,0 +1,51 @@
+"""A linear map over all ranks as an operation of torch, given the map and its transpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._functorch.utils import unwrap_dead_wrappers
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map over all ranks, which with its transpose is all that any derivative of it needs.
+
+    Both are given plain tensors, with any number of leading axes.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """As inherited, without inspecting `forward` for default arguments, which takes as long as a small halo."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+    @staticmethod
+    def forward(x: torch.Tensor, forward: Map, transpose: Map) -> torch.Tensor:
+        return forward(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.forward, ctx.transpose = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        return linear_map(cotangents[0], ctx.transpose, ctx.forward), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return linear_map(tangents[0], ctx.forward, ctx.transpose)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: torch.Tensor, forward: Map, transpose: Map) -> Any:
+        return linear_map(x.movedim(in_dims[0], 0), forward, transpose), 0
+
+
+def linear_map(x: torch.Tensor, forward: Map, transpose: Map) -> torch.Tensor:
+    """`forward(x)`, differentiable in reverse and forward mode; collective as `forward` and `transpose` are."""
+    image: torch.Tensor = _Linear.apply(x, forward, transpose)
+    return image

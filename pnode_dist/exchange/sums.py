@@ -1,0 +1,26 @@
+"""Sums over ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from mpi4py import MPI
+
+from pnode_dist.exchange.linear_map import linear_map
+
+
+def global_sum(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
+    """The sum of `x` over the ranks of `comm`, on every rank. Collective on `comm`.
+
+    Its adjoint is the sum of all ranks' cotangents. A loss made of a global sum is therefore to be weighted so that
+    the ranks' shares add up to it once: `global_sum(x, comm) / comm.size`, or on one rank only.
+    """
+    add = partial(_summed, comm=comm)
+    return linear_map(x, add, add)
+
+
+def _summed(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    comm.Allreduce(MPI.IN_PLACE, total.numpy(), MPI.SUM)
+    return total

@@ -1,0 +1,50 @@
+"""All of a vector that is split over ranks, and the transpose of that."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from mpi4py import MPI
+
+from pnode_dist.buffers import bytes_of
+from pnode_dist.exchange.linear_map import linear_map
+from pnode_dist.partition.dense import DensePartition
+
+
+def gather_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
+    """All of a partitioned vector, `[..., local_size] -> [..., size]`, on every rank. Collective on the partition's
+    communicator.
+
+    Its adjoint is `reduce_vector`.
+    """
+    return linear_map(x, partial(_gathered, partition=partition), partial(_reduced, partition=partition))
+
+
+def reduce_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
+    """This rank's part of the sum of the ranks' vectors, `[..., size] -> [..., local_size]`. Collective on the
+    partition's communicator.
+
+    Its adjoint is `gather_vector`.
+    """
+    return linear_map(x, partial(_reduced, partition=partition), partial(_gathered, partition=partition))
+
+
+def _gathered(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
+    # The ranks' parts follow one another in memory if the vector's axis comes first.
+    part = x.movedim(-1, 0).contiguous()
+    whole = x.new_empty((partition.size, *part.shape[1:]))
+    row = math.prod(part.shape[1:])
+    counts = [count * row * x.element_size() for count in partition.counts]
+    partition.comm.Allgatherv([bytes_of(part), MPI.BYTE], [bytes_of(whole), counts, MPI.BYTE])
+    return whole.movedim(0, -1).contiguous()
+
+
+def _reduced(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
+    whole = x.detach().movedim(-1, 0).contiguous()
+    row = math.prod(whole.shape[1:])
+    part = x.new_empty((*partition.local_shape, *whole.shape[1:]))
+    counts = [count * row for count in partition.counts]
+    partition.comm.Reduce_scatter(whole.numpy().reshape(-1), part.numpy().reshape(-1), counts, MPI.SUM)
+    return part.movedim(0, -1).contiguous()
