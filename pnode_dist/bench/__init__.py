@@ -13,6 +13,7 @@ BENCHMARKS = {
     "implicit": "Newton and Krylov iterations with and without preconditioners (one rank), and on more ranks (several)",
     "semi-implicit": "semi-implicit against explicit steps on a stiff equation: their sizes and an epoch (one rank)",
     "trajectory": "cost of keeping and recomputing trajectories (one rank), and of a very long one (several)",
+    "overhead": "what a solver takes beyond the work on f, against torchdiffeq and torchode (one rank)",
     "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
 }
 

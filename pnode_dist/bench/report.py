@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 from mpi4py import MPI
 from rich.console import Console
 from rich.table import Table
+
+_PACKAGES = ("pnode_dist", "torch", "petsc", "petsc4py", "mpi4py", "torchdiffeq", "torchode")
 
 Row = dict[str, str | int | float]
 
@@ -84,9 +87,7 @@ def machine_facts() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "mpi_library": MPI.Get_library_version().split("\0")[0].splitlines()[0].strip(),
-        "versions": {
-            name: _version(name) for name in ("pnode_dist", "torch", "petsc", "petsc4py", "mpi4py", "torchdiffeq")
-        },
+        "versions": {name: _version(name) for name in _PACKAGES},
     }
 
 
@@ -103,7 +104,10 @@ def interleaved(candidates: Mapping[str, Callable[[], float]], repeats: int) -> 
 
 
 def _shown(value: str | int | float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A figure as a table has it; what does not apply is not a number."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
 
 
 def _processor() -> str:

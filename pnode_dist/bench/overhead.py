@@ -1,0 +1,312 @@
+"""What a solver takes beyond the evaluations of f and their derivatives, by the stage: small states make it visible.
+
+RK4 with fixed steps, forward and in the adjoint, beside torchdiffeq and torchode. The time of a solve grows with its
+steps by that of their stages: the slope between two numbers of steps is a stage's, what is left is the solve's own.
+From a stage's the work that no solver can avoid is taken, measured alone in loops as long as the solves: evaluations of
+f, with or without their graphs, and one `torch.autograd.grad` for each.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from mpi4py import MPI
+from torch import nn
+
+from pnode_dist.bench.gradient import Case, RightHandSide
+from pnode_dist.bench.report import Check, Report, Row
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.trajectory.budget import Trajectory
+
+FORWARD_MICROSECONDS = 5.0
+ADJOINT_MICROSECONDS = 15.0
+STAGES = 4
+STEPS = (20, 100)
+REPEATS = 11
+STEP_SIZE = 2.0**-10
+_BATCH = 16
+
+Turn = tuple[float, float]
+"""Seconds of processor time of a forward and of a backward pass: other programs do not count."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A right-hand side and the state `[batch, dimension]` that solves start from."""
+
+    name: str
+    func: nn.Module
+    state: torch.Tensor
+
+    @property
+    def wanted(self) -> list[torch.Tensor]:
+        """What gradients are taken by."""
+        return [self.state, *self.func.parameters()]
+
+
+class Decay(nn.Module):
+    """du/dt = -theta u: two operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """du/dt."""
+        return -self.theta * u
+
+
+def subjects() -> list[Subject]:
+    """The cheapest right-hand side, and a small perceptron with four parameters."""
+    torch.manual_seed(0)
+    state = torch.randn(_BATCH, 2, dtype=torch.float64, requires_grad=True)
+    return [
+        Subject(f"decay, {_BATCH}x2", Decay(), state),
+        Subject(f"perceptron, {_BATCH}x2x16", RightHandSide(Case(_BATCH, 2, 16, 0)), state),
+    ]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to solve: `solve(steps)` is the final state.
+
+    `graphs` says whether its forward pass evaluates f with graphs, and `backward` what its backward pass needs of f for
+    a stage: nothing, as there is none; a product with the graph that was kept; or an evaluation as well.
+    """
+
+    solver: str
+    keeps: str
+    solve: Callable[[int], torch.Tensor]
+    graphs: bool
+    backward: Literal["none", "product", "evaluation and product"]
+
+    def turn(self, subject: Subject, steps: int) -> Turn:
+        """Seconds of one solve and of its backward pass."""
+        with torch.set_grad_enabled(self.backward != "none"):
+            began = time.process_time()
+            end = self.solve(steps)
+            forward = time.process_time() - began
+            if self.backward == "none":
+                return forward, 0.0
+            loss = end.sum()
+        began = time.process_time()
+        torch.autograd.grad(loss, subject.wanted)
+        return forward, time.process_time() - began
+
+
+def ways(subject: Subject, odeint: Any, odeint_adjoint: Any) -> list[Way]:
+    """Our ways, torchdiffeq's, and torchode's where it is installed."""
+    func, state = subject.func, subject.state
+    options = {"step_size": STEP_SIZE}
+
+    def ours(**keywords: Any) -> Callable[[int], torch.Tensor]:
+        node = NeuralODE(func, method="rk4", step_size=STEP_SIZE, trajectory=Trajectory(ram="1GiB", **keywords))
+        return lambda steps: node(state, _times(steps))[-1]
+
+    def theirs(odeint: Any) -> Callable[[int], torch.Tensor]:
+        return lambda steps: odeint(func, state, _times(steps), method="rk4", options=options)[-1]
+
+    found = [
+        Way("pnode_dist", "nothing", ours(), False, "none"),
+        Way("pnode_dist", "graph", ours(keep="graph"), True, "product"),
+        Way("pnode_dist", "stages", ours(keep="stages", schedule="all"), False, "evaluation and product"),
+        Way("pnode_dist", "solution", ours(keep="solution", schedule="all"), False, "evaluation and product"),
+        Way("torchdiffeq", "nothing", theirs(odeint), False, "none"),
+        Way("torchdiffeq", "graph", theirs(odeint), True, "product"),
+        Way("torchdiffeq", "nothing, adjoint", theirs(odeint_adjoint), False, "evaluation and product"),
+    ]
+    if importlib.util.find_spec("torchode") is not None:
+        solve = _torchode(subject)
+        found += [Way("torchode", "nothing", solve, False, "none"), Way("torchode", "graph", solve, True, "product")]
+    return found
+
+
+def _times(steps: int) -> torch.Tensor:
+    return torch.tensor([0.0, steps * STEP_SIZE], dtype=torch.float64)
+
+
+def _torchode(subject: Subject) -> Callable[[int], torch.Tensor]:
+    """The classical method as a table for torchode's Runge-Kutta steps, which come without it."""
+    import torchode
+    from torchode.interpolation import ThirdOrderPolynomialInterpolation
+    from torchode.single_step_methods.runge_kutta import ButcherTableau, ExplicitRungeKutta
+
+    weights = [1 / 6, 1 / 3, 1 / 3, 1 / 6]
+    table = ButcherTableau.from_lists(
+        c=[0.0, 0.5, 0.5, 1.0], a=[[], [0.5], [0.0, 0.5], [0.0, 0.0, 1.0]], b=weights, b_err=[0.0] * 4
+    )
+
+    class Classical(ExplicitRungeKutta):  # type: ignore[misc]
+        def convergence_order(self) -> int:
+            return 4
+
+        def build_interpolation(self, data: Any) -> Any:
+            return ThirdOrderPolynomialInterpolation.from_k(data.t0, data.dt, data.y0, data.y1, data.k)
+
+    term = torchode.ODETerm(subject.func, with_stats=False)
+    solver = torchode.AutoDiffAdjoint(Classical(term, table), torchode.FixedStepController())
+    batch = len(subject.state)
+    start, size = torch.zeros(batch, dtype=torch.float64), torch.full((batch,), STEP_SIZE, dtype=torch.float64)
+
+    def solve(steps: int) -> torch.Tensor:
+        problem = torchode.InitialValueProblem(subject.state, start, start + steps * STEP_SIZE)
+        end: torch.Tensor = solver.solve(problem, dt0=size).ys[:, -1]
+        return end
+
+    return solve
+
+
+def work(subject: Subject) -> dict[str, Callable[[int], Turn]]:
+    """The work that no solver can avoid, by the number of steps: what it takes forward and backward.
+
+    evaluation: f without gradients. product: f with its graph forward, all graphs kept, and one autograd.grad for each
+    backward. evaluation and product: both for one stage after the other, as the backward time.
+    """
+    func, wanted = subject.func, subject.wanted
+    parameters = wanted[1:]
+    time_zero, state = torch.zeros((), dtype=torch.float64), subject.state.detach()
+    cotangent = torch.ones_like(state)
+
+    def evaluations(steps: int) -> Turn:
+        began = time.process_time()
+        with torch.no_grad():
+            for _ in range(STAGES * steps):
+                func(time_zero, state)
+        return time.process_time() - began, 0.0
+
+    def recorded() -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = state.detach().requires_grad_()
+        return leaf, func(time_zero, leaf)
+
+    def kept(steps: int) -> Turn:
+        began = time.process_time()
+        graphs = [recorded() for _ in range(STAGES * steps)]
+        forward = time.process_time() - began
+        began = time.process_time()
+        while graphs:
+            leaf, out = graphs.pop()
+            torch.autograd.grad(out, [leaf, *parameters], cotangent)
+        return forward, time.process_time() - began
+
+    def stage_by_stage(steps: int) -> Turn:
+        began = time.process_time()
+        for _ in range(STAGES * steps):
+            leaf, out = recorded()
+            torch.autograd.grad(out, [leaf, *parameters], cotangent)
+        return 0.0, time.process_time() - began
+
+    return {"evaluation": evaluations, "product": kept, "evaluation and product": stage_by_stage}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Microseconds of a stage, and of a solve besides its stages, forward and backward."""
+
+    stage: Turn
+    solve: Turn
+
+
+def line(least: Mapping[int, Turn]) -> Line:
+    """The straight line through the seconds for two numbers of steps."""
+    (few, low), (many, high) = sorted(least.items())
+    slopes = [(b - a) / (many - few) for a, b in zip(low, high, strict=True)]
+    rests = [a - few * slope for a, slope in zip(low, slopes, strict=True)]
+    return Line(
+        (1e6 * slopes[0] / STAGES, 1e6 * slopes[1] / STAGES),
+        (1e6 * rests[0], 1e6 * rests[1]),
+    )
+
+
+def measure(
+    turns: Mapping[str, Callable[[int], Turn]], steps: tuple[int, int] = STEPS, repeats: int = REPEATS
+) -> dict[str, Line]:
+    """The line of each candidate, through the least seconds of repeats that are run in turn.
+
+    What else the machine does only ever adds to a time of some milliseconds: the least is the program's own.
+    """
+    least: dict[str, dict[int, Turn]] = {name: {n: (float("inf"), float("inf")) for n in steps} for name in turns}
+    for repeat in range(repeats + 1):
+        for name, turn in turns.items():
+            for n in steps:
+                forward, backward = turn(n)
+                if repeat > 0:
+                    known = least[name][n]
+                    least[name][n] = (min(known[0], forward), min(known[1], backward))
+    return {name: line(values) for name, values in least.items()}
+
+
+def row(subject: Subject, way: Way, found: Line, alone: Mapping[str, Line]) -> Row:
+    """A way's microseconds by the stage, and what is left of them without the work on f."""
+    of_f = alone["product"].stage[0] if way.graphs else alone["evaluation"].stage[0]
+    result: Row = {
+        "problem": subject.name,
+        "solver": way.solver,
+        "keeps": way.keeps,
+        "forward": found.stage[0],
+        "f": of_f,
+        "overhead": found.stage[0] - of_f,
+    }
+    if way.backward == "none":
+        nothing = float("nan")
+        result |= {"adjoint": nothing, "f, grad": nothing, "adjoint overhead": nothing}
+    else:
+        of_grad = alone[way.backward].stage[1]
+        result |= {"adjoint": found.stage[1], "f, grad": of_grad, "adjoint overhead": found.stage[1] - of_grad}
+    result["a solve"] = sum(found.solve)
+    return result
+
+
+def checks(rows: list[Row]) -> list[Check]:
+    """Our overheads against their targets."""
+    found = []
+    for entry in rows:
+        if entry["solver"] != "pnode_dist":
+            continue
+        name = f"{entry['problem']}, keeping {entry['keeps']}"
+        found.append(Check(f"microseconds a stage forward, {name}", float(entry["overhead"]), FORWARD_MICROSECONDS))
+        if entry["keeps"] != "nothing":
+            backward = float(entry["adjoint overhead"])
+            found.append(Check(f"microseconds a stage in the adjoint, {name}", backward, ADJOINT_MICROSECONDS))
+    return found
+
+
+def run() -> Report:
+    """Measure on one thread of one rank."""
+    if MPI.COMM_WORLD.size > 1:
+        raise ConfigurationError(f"bench overhead runs on 1 rank, not on {MPI.COMM_WORLD.size}")
+    try:
+        import torchdiffeq
+    except ImportError:
+        raise ConfigurationError("bench overhead compares with torchdiffeq, which is not installed") from None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    try:
+        for subject in subjects():
+            candidates = ways(subject, torchdiffeq.odeint, torchdiffeq.odeint_adjoint)
+            turns: dict[str, Callable[[int], Turn]] = dict(work(subject))
+            turns |= {str(n): _turn(way, subject) for n, way in enumerate(candidates)}
+            found = measure(turns)
+            rows += [row(subject, way, found[str(n)], found) for n, way in enumerate(candidates)]
+    finally:
+        torch.set_num_threads(threads)
+    notes = [
+        "Microseconds by the stage, RK4, float64, 1 thread: the slope between solves of "
+        f"{STEPS[0]} and {STEPS[1]} steps, least of {REPEATS} interleaved repeats; a solve: what it takes besides.",
+        "f: evaluations alone, with graphs where they are kept. f, grad: one torch.autograd.grad a stage, and "
+        "where no graph is kept an evaluation with graph as well. overhead: what is left.",
+        "torchdiffeq's rk4 is Kutta's 3/8 rule, with as many stages; torchode got the table of the classical method.",
+    ]
+    if importlib.util.find_spec("torchode") is None:
+        notes.append("torchode is not installed.")
+    return Report("overhead", rows, checks(rows), notes)
+
+
+def _turn(way: Way, subject: Subject) -> Callable[[int], Turn]:
+    return lambda steps: way.turn(subject, steps)
