@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pnode_dist.ode.split import SplitFunction as SplitFunction
     from pnode_dist.partition.batch import BatchPartition as BatchPartition
     from pnode_dist.partition.dense import DensePartition as DensePartition
+    from pnode_dist.partition.graph import GraphPartition as GraphPartition
     from pnode_dist.partition.grid import GridPartition as GridPartition
     from pnode_dist.trajectory.budget import Trajectory as Trajectory
 
@@ -32,6 +33,7 @@ _PUBLIC = {
     "ConfigurationError": "pnode_dist.errors",
     "ConvergenceError": "pnode_dist.errors",
     "DensePartition": "pnode_dist.partition.dense",
+    "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",
     "Mesh": "pnode_dist.mesh",
     "NeuralODE": "pnode_dist.ode.odeint",

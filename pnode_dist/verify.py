@@ -164,7 +164,7 @@ def state_direction(
     rows, *others = partition.owned_slices(partition.comm.rank)
     columns: tuple[Any, ...] = (..., *others)
     drawn = torch.empty((*leading, *partition.local_shape), dtype=dtype)
-    for number, row in enumerate(range(rows.start, rows.stop)):
+    for number, row in enumerate(np.arange(partition.global_shape[0])[rows]):
         generator = np.random.default_rng([_STATE, seed, row])
         whole = torch.from_numpy(generator.standard_normal((*leading, *partition.global_shape[1:])))
         drawn.select(len(leading), number).copy_(whole[columns])

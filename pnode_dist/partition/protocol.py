@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
@@ -15,11 +16,14 @@ from petsc4py import PETSc
 from pnode_dist.buffers import bytes_of
 from pnode_dist.mesh import Mesh
 
+Integers = npt.NDArray[np.int64]
 Slices = tuple[slice, ...]
+Index = tuple[slice | Integers, ...]
+"""A part of an array: one slice an axis, or the ascending indices of what is not contiguous along one of them."""
 
 
 class Partition(Protocol):
-    """A global array of `global_shape` of which each rank of `comm` owns one contiguous block."""
+    """A global array of `global_shape` of which each rank of `comm` owns one part, for the most a contiguous block."""
 
     @property
     def comm(self) -> MPI.Comm: ...
@@ -30,8 +34,8 @@ class Partition(Protocol):
     @property
     def local_shape(self) -> tuple[int, ...]: ...
 
-    def owned_slices(self, rank: int) -> Slices:
-        """The part of the global array that `rank` owns, one slice an axis."""
+    def owned_slices(self, rank: int) -> Index:
+        """The part of the global array that `rank` owns, one slice an axis; indices where it is not contiguous."""
         ...
 
 
@@ -111,18 +115,24 @@ def gather(local: torch.Tensor, partition: Partition, root: int = 0) -> torch.Te
         return None
     whole = torch.empty((*leading, *partition.global_shape), dtype=local.dtype)
     for rank in range(comm.size):
-        target = whole[_block(partition, rank)]
-        if rank == root:
-            target.copy_(local.detach())
-        else:
-            block = torch.empty(target.shape, dtype=local.dtype)
+        block = local.detach()
+        if rank != root:
+            block = torch.empty((*leading, *_extents(partition, rank)), dtype=local.dtype)
             comm.Recv([bytes_of(block), MPI.BYTE], rank)
-            target.copy_(block)
+        whole[_block(partition, rank)] = block
     return whole
 
 
 def _block(partition: Partition, rank: int) -> tuple[Any, ...]:
     return (..., *partition.owned_slices(rank))
+
+
+def _extents(partition: Partition, rank: int) -> list[int]:
+    """The shape of the part that `rank` owns."""
+    return [
+        len(range(length)[index]) if isinstance(index, slice) else len(index)
+        for index, length in zip(partition.owned_slices(rank), partition.global_shape, strict=True)
+    ]
 
 
 def count(shape: tuple[int, ...]) -> int:

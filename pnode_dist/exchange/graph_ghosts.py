@@ -1,0 +1,71 @@
+"""The ghosts of a rank's part of a graph: the nodes of other ranks from which edges lead to its own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from mpi4py import MPI
+
+from pnode_dist.buffers import bytes_of
+from pnode_dist.exchange.linear_map import linear_map
+from pnode_dist.partition.graph import GraphPartition
+
+_NODES = -2
+
+
+def with_ghosts(x: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
+    """The rank's nodes followed by its ghosts, `[..., local_nodes, features]` -> `[..., local_nodes + ghosts,
+    features]`. Collective on the partition's communicator.
+
+    `x` may be of any floating type and have any number of features. Each rank sends one message to each rank that sees
+    nodes of it, holding these nodes and nothing else. The adjoint sends back what the ghosts received and adds it, in
+    the order of ranks: no bit of it depends on who is first. Raises `ValueError` for another number of nodes.
+    """
+    if x.dim() < 2 or x.shape[_NODES] != partition.local_shape[0]:
+        raise ValueError(
+            f"with_ghosts: got shape {tuple(x.shape)}, this rank owns [..., {partition.local_shape[0]}, features]"
+        )
+    if not (partition.sent or partition.received):
+        return x
+    return linear_map(x, partial(_extended, partition=partition), partial(_folded, partition=partition))
+
+
+def _extended(x: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
+    nodes = x.shape[_NODES]
+    extended = x.new_empty((*x.shape[:_NODES], nodes + len(partition.ghosts), x.shape[-1]))
+    extended[..., :nodes, :] = x
+    places = [extended[..., nodes + ghosts.start : nodes + ghosts.stop, :] for ghosts in partition.received]
+    arriving = [x.new_empty(place.shape) for place in places]
+    requests = [
+        partition.comm.Irecv([bytes_of(buffer), MPI.BYTE], ghosts.rank)
+        for ghosts, buffer in zip(partition.received, arriving, strict=True)
+    ]
+    for part in partition.sent:
+        requests.append(partition.comm.Isend([bytes_of(x.index_select(_NODES, part.nodes)), MPI.BYTE], part.rank))
+    MPI.Request.Waitall(requests)
+    for place, buffer in zip(places, arriving, strict=True):
+        place.copy_(buffer)
+    return extended
+
+
+def _folded(cotangent: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
+    """The transpose of `_extended`: what the ghosts received goes back to their owners, and is added there."""
+    cotangent = cotangent.detach()
+    nodes = cotangent.shape[_NODES] - len(partition.ghosts)
+    folded = cotangent[..., :nodes, :].clone(memory_format=torch.contiguous_format)
+    arriving = [
+        cotangent.new_empty((*cotangent.shape[:_NODES], len(part.nodes), cotangent.shape[-1]))
+        for part in partition.sent
+    ]
+    requests = [
+        partition.comm.Irecv([bytes_of(buffer), MPI.BYTE], part.rank)
+        for part, buffer in zip(partition.sent, arriving, strict=True)
+    ]
+    for ghosts in partition.received:
+        block = cotangent[..., nodes + ghosts.start : nodes + ghosts.stop, :].contiguous()
+        requests.append(partition.comm.Isend([bytes_of(block), MPI.BYTE], ghosts.rank))
+    MPI.Request.Waitall(requests)
+    for part, buffer in zip(partition.sent, arriving, strict=True):
+        folded.index_add_(_NODES, part.nodes, buffer)
+    return folded
