@@ -1,0 +1,134 @@
+"""Message passing on a graph that is split over ranks.
+
+J. Gilmer et al.: Neural message passing for quantum chemistry, ICML 2017, equations 1 and 2. A rank computes the
+messages to its own nodes, for which it needs the states of their neighbours and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.exchange.graph_ghosts import with_ghosts
+from pnode_dist.partition.graph import GraphPartition
+
+Aggregate = Literal["sum", "mean", "max"]
+AGGREGATES: tuple[str, ...] = get_args(Aggregate)
+_ROWS = -2
+
+
+class MessagePassing(nn.Module):
+    """update(x_i, aggregate of message(x_i, x_j, e_ji) over the edges j -> i) at every node i.
+
+    `message(x_target, x_source)` is given `[..., local_edges, features]` for both ends of each edge, and as a third
+    argument the edges' attributes if there are any; it returns `[..., local_edges, messages]`. They are aggregated at
+    the targets by `sum`, `mean` or `max`, where no edge leads to 0. `update(x, aggregated)` makes the output of
+    `[..., local_nodes, features]` and `[..., local_nodes, messages]`; without it the output is what was aggregated.
+    Sums are taken in the order of the edges, the same at any number of ranks. Where several messages are the largest,
+    they share the gradient. The parameters are those of `message` and `update`, and every rank has all of them: the
+    sum of the ranks' gradients, which `pnode_dist.sync.parallel` makes, is the gradient. `forward` is collective on
+    the partition's communicator, and so is its backward. Raises `ConfigurationError` for another `aggregate`.
+    """
+
+    def __init__(
+        self,
+        partition: GraphPartition,
+        message: nn.Module | Callable[..., torch.Tensor],
+        aggregate: Aggregate = "sum",
+        update: nn.Module | Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if aggregate not in AGGREGATES:
+            raise ConfigurationError(f"aggregate = {aggregate!r}: must be one of {', '.join(AGGREGATES)}")
+        self.partition = partition
+        self.message, self.update = message, update
+        self.aggregate = aggregate
+
+    def forward(self, x: torch.Tensor, edge_attributes: torch.Tensor | None = None) -> torch.Tensor:
+        """Exchange, send messages, aggregate, update. Collective on the partition's communicator.
+
+        `x` is `[..., local_nodes, features]`, `edge_attributes` `[..., local_edges, attributes]` as `scatter_edges` of
+        the partition gives them.
+        """
+        seen = with_ghosts(x, self.partition)
+        ends = [x.index_select(_ROWS, self.partition.targets), seen.index_select(_ROWS, self.partition.sources)]
+        messages = self.message(*ends, *([] if edge_attributes is None else [edge_attributes]))
+        aggregated = aggregate_at_targets(messages, self.partition, self.aggregate)
+        return aggregated if self.update is None else self.update(x, aggregated)
+
+    def extra_repr(self) -> str:
+        """What cannot be seen from the parts, for printing."""
+        return f"aggregate={self.aggregate!r}"
+
+
+def aggregate_at_targets(
+    messages: torch.Tensor, partition: GraphPartition, aggregate: Aggregate = "sum"
+) -> torch.Tensor:
+    """`[..., local_edges, messages]` -> `[..., local_nodes, messages]`, 0 where no edge leads to. Not collective."""
+    targets = partition.targets
+    nodes = messages.new_zeros((*messages.shape[:_ROWS], partition.local_shape[0], messages.shape[-1]))
+    if aggregate == "max":
+        index = targets.unsqueeze(-1).expand(messages.shape)
+        return nodes.scatter_reduce(_ROWS, index, messages, "amax", include_self=False)
+    total = nodes.index_add(_ROWS, targets, messages)
+    if aggregate == "sum":
+        return total
+    return total / torch.bincount(targets, minlength=partition.local_shape[0]).clamp(min=1).unsqueeze(-1)
+
+
+class GraphConv(nn.Module):
+    """D^(-1/2) (A + I) D^(-1/2) X W + b, `[..., local_nodes, in_features]` -> `[..., local_nodes, out_features]`.
+
+    T. N. Kipf, M. Welling: Semi-supervised classification with graph convolutional networks, ICLR 2017, arXiv
+    1609.02907, equation 2. A is the adjacency matrix of the partition's edges, a row for each target, D the diagonal of
+    the row sums of A + I; `edge_weight` `[local_edges]` are A's entries, 1 by default, and not differentiated. `weight`
+    and `bias` have torch.nn.Linear's names, shapes and initialisation. What is exchanged is the narrower of X and X W.
+    Making one and `forward` are collective on the partition's communicator, and so is its backward.
+    """
+
+    edge_coefficients: torch.Tensor
+    node_coefficients: torch.Tensor
+
+    def __init__(
+        self,
+        partition: GraphPartition,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        edge_weight: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        template = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+        self.partition = partition
+        self.weight, self.bias = template.weight, template.bias
+        entries = torch.ones(len(partition.targets)) if edge_weight is None else edge_weight.detach()
+        entries = entries.double().unsqueeze(-1)
+        # A zero row and column where the sum is not positive, which only weights of the user's own can make.
+        degree = 1 + aggregate_at_targets(entries, partition)
+        scale = torch.where(degree > 0, degree, torch.inf).rsqrt()
+        sources = with_ghosts(scale, partition).index_select(_ROWS, partition.sources)
+        coefficients = scale.index_select(_ROWS, partition.targets) * entries * sources
+        self.register_buffer("edge_coefficients", coefficients.to(self.weight.dtype), persistent=False)
+        self.register_buffer("node_coefficients", scale.square().to(self.weight.dtype), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve. Collective on the partition's communicator."""
+        widens = self.weight.shape[0] > self.weight.shape[1]
+        if not widens:
+            x = functional.linear(x, self.weight)
+        sources = with_ghosts(x, self.partition).index_select(_ROWS, self.partition.sources)
+        x = self.node_coefficients * x + aggregate_at_targets(self.edge_coefficients * sources, self.partition)
+        if widens:
+            x = functional.linear(x, self.weight)
+        return x if self.bias is None else x + self.bias
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        out_features, in_features = self.weight.shape
+        return f"{in_features}, {out_features}"
