@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = {
     "gradient": "time and exactness of one gradient, against torchdiffeq (one rank)",
+    "halo": "messages and bytes of halo exchanges against the least (one or more ranks)",
     "implicit": "Newton and Krylov iterations with and without preconditioners (one rank), and on more ranks (several)",
     "semi-implicit": "semi-implicit against explicit steps on a stiff equation: their sizes and an epoch (one rank)",
     "trajectory": "cost of keeping and recomputing trajectories (one rank), and of a very long one (several)",

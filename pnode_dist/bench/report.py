@@ -22,19 +22,23 @@ Row = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class Check:
-    """A figure of this run against what is promised of it; it holds if the value is at most the target."""
+    """A figure of this run against what is promised of it.
+
+    It holds if the value is at most the target, or with `at_least` if it is at least the target.
+    """
 
     name: str
     value: float
     target: float
+    at_least: bool = False
 
     @property
     def holds(self) -> bool:
         """Whether the promise was kept."""
-        return self.value <= self.target
+        return self.value >= self.target if self.at_least else self.value <= self.target
 
     def as_dict(self) -> dict[str, Any]:
-        """`{name, value, target, holds}`."""
+        """`{name, value, target, at_least, holds}`."""
         return {**asdict(self), "holds": self.holds}
 
 
@@ -70,7 +74,8 @@ class Report:
         for key in ("name", "value", "target", "holds"):
             checks.add_column(key, justify="left" if key == "name" else "right", no_wrap=True)
         for check in self.checks:
-            checks.add_row(check.name, _shown(check.value), f"<= {check.target:g}", "yes" if check.holds else "NO")
+            promise = f"{'>=' if check.at_least else '<='} {check.target:g}"
+            checks.add_row(check.name, _shown(check.value), promise, "yes" if check.holds else "NO")
         console.print(checks)
         for note in self.notes:
             console.print(note, highlight=False)

@@ -170,8 +170,8 @@ def test_a_benchmark_reports_its_checks_as_json_and_as_a_table(capfd, monkeypatc
 
     assert code == 0
     assert result["checks"] == [
-        {"name": "time", "value": 0.5, "target": 1.0, "holds": True},
-        {"name": "error", "value": 2.0, "target": 1.0, "holds": False},
+        {"name": "time", "value": 0.5, "target": 1.0, "at_least": False, "holds": True},
+        {"name": "error", "value": 2.0, "target": 1.0, "at_least": False, "holds": False},
     ]
     assert main(["bench", "sync"]) == 0
     assert "NO" in capfd.readouterr().out

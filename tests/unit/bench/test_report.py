@@ -14,12 +14,18 @@ def test_a_check_holds_up_to_and_at_its_target_and_not_for_what_is_no_number():
     assert not Check("time", float("nan"), 1.0).holds
 
 
+def test_a_check_of_what_is_to_be_large_holds_at_its_target_and_above_and_not_for_what_is_no_number():
+    assert Check("speed-up", 1.8, 1.8, at_least=True).holds
+    assert not Check("speed-up", 1.7999, 1.8, at_least=True).holds
+    assert not Check("speed-up", float("nan"), 1.8, at_least=True).holds
+
+
 def test_a_report_as_json_names_each_check_with_value_target_and_verdict():
     report = Report("speed", [{"case": "a", "seconds": 0.5}], [Check("time", 0.5, 1.0)], ("a note",))
 
     result = json.loads(json.dumps(report.as_dict()))
 
-    assert result["checks"] == [{"name": "time", "value": 0.5, "target": 1.0, "holds": True}]
+    assert result["checks"] == [{"name": "time", "value": 0.5, "target": 1.0, "at_least": False, "holds": True}]
     assert result["rows"] == [{"case": "a", "seconds": 0.5}]
     assert result["notes"] == ["a note"]
     assert {"processor", "cores", "ranks", "mpi_library", "versions"} <= result["machine"].keys()
@@ -27,7 +33,12 @@ def test_a_report_as_json_names_each_check_with_value_target_and_verdict():
 
 def test_a_report_as_tables_shows_a_promise_that_was_not_kept():
     stream = io.StringIO()
-    report = Report("speed", [{"case": "a", "seconds": 0.5}], [Check("time", 1.5, 1.0)], ("a note",))
+    report = Report(
+        "speed",
+        [{"case": "a", "seconds": 0.5}],
+        [Check("time", 1.5, 1.0), Check("speed-up", 2.5, 2.0, True)],
+        ("a note",),
+    )
 
     report.show(Console(file=stream, width=100))
 
@@ -37,6 +48,9 @@ def test_a_report_as_tables_shows_a_promise_that_was_not_kept():
     assert "1.5" in line
     assert "<= 1" in line
     assert "NO" in line
+    (line,) = (line for line in shown.splitlines() if "speed-up" in line)
+    assert ">= 2" in line
+    assert "yes" in line
 
 
 def test_candidates_are_run_in_turn():

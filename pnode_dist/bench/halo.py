@@ -1,0 +1,246 @@
+"""What halo exchanges send, counted, against the least that any exchange can send, and how long they take.
+
+The least follows from the owned ranges alone: the points within the halo of a rank's block that other ranks own, each
+once. The transposed exchange, which takes the cotangents back to these ranks, needs as many.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from mpi4py import MPI
+
+from pnode_dist.bench.report import Check, Report, Row
+from pnode_dist.exchange import halo
+from pnode_dist.partition.grid import GridPartition, Rule
+
+REPEATS = 40
+_WARM_UP = 5
+
+
+class CountingComm(MPI.Intracomm):
+    """A communicator that counts the messages that are sent through it, and their bytes.
+
+    Only with `Isend`, as exchanges do: what is sent in another way is missed, and then too little is counted.
+    """
+
+    messages: int
+    bytes: int
+
+    def __new__(cls, comm: MPI.Intracomm) -> CountingComm:
+        """The same communicator, counted from 0. Not collective."""
+        counting = super().__new__(cls, comm)
+        counting.reset()
+        return counting
+
+    def reset(self) -> None:
+        """Count anew."""
+        self.messages = self.bytes = 0
+
+    def Isend(self, buf: Any, dest: int, tag: int = 0) -> MPI.Request:
+        """As inherited, and counted."""
+        self.messages += 1
+        self.bytes += memoryview(buf[0]).nbytes
+        return super().Isend(buf, dest, tag)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A field on a grid, and the halo that is exchanged of it."""
+
+    shape: tuple[int, int]
+    channels: int
+    dtype: torch.dtype
+    boundary: tuple[Rule, Rule]
+    width: int
+
+    @property
+    def name(self) -> str:
+        """Points, channels and their type, and what is beyond the edges."""
+        size = "x".join(map(str, (*self.shape, self.channels)))
+        kind = str(self.dtype).removeprefix("torch.float")
+        return f"{size} f{kind} {', '.join(map(str, self.boundary))}"
+
+
+CASES = (
+    Case((512, 512), 2, torch.float64, ("periodic", "periodic"), 1),
+    Case((512, 512), 16, torch.float32, ("periodic", "periodic"), 1),
+    Case((512, 512), 16, torch.float32, ("replicate", "periodic"), 2),
+    Case((128, 384), 8, torch.float32, ("zero", "reflect"), 1),
+    Case((65, 97), 3, torch.float64, ("reflect", "periodic"), 3),
+    Case((65, 97), 3, torch.float64, (1.5, "replicate"), 2),
+)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a rank needs of others: distinct points, the ranks that own them, and the faces behind which they begin."""
+
+    points: int
+    ranks: int
+    faces: int
+
+
+def needs(partition: GridPartition, rank: int, width: int) -> Needs:
+    """What `rank` needs for a halo of `width`, from the ranges that ranks own and nothing else. Not collective."""
+    shape, size = partition.shape, partition.comm.size
+    owned = [partition.owned_slices(other)[: len(shape)] for other in range(size)]
+    own = owned[rank]
+    around = [
+        _coordinates(rule, n, part.start - width, part.stop + width)
+        for rule, n, part in zip(partition.boundary, shape, own, strict=True)
+    ]
+    needed = _marked(shape, around)
+    needed[own] = False
+    faces = 0
+    for axis, (rule, n, part) in enumerate(zip(partition.boundary, shape, own, strict=True)):
+        for beside in (part.start - 1, part.stop):
+            layer: list[Any] = [np.arange(n)[other] for n, other in zip(shape, own, strict=True)]
+            layer[axis] = _coordinates(rule, n, beside, beside + 1)
+            marked = _marked(shape, layer)
+            marked[own] = False
+            faces += bool(marked.any())
+    owners = sum(bool(needed[owned[other]].any()) for other in range(size) if other != rank)
+    return Needs(int(needed.sum()), owners, faces)
+
+
+def _coordinates(rule: Rule, n: int, start: int, stop: int) -> npt.NDArray[np.int64]:
+    """The points of an axis of `n` whose values stand at `start`, ..., `stop - 1`: beyond the edges by the rule."""
+    places = np.arange(start, stop)
+    if rule == "periodic":
+        return places % n
+    if rule == "replicate":
+        return places.clip(0, n - 1)
+    if rule == "reflect":
+        places = np.abs(places)
+        return np.where(places < n, places, 2 * (n - 1) - places)
+    return places[(places >= 0) & (places < n)]
+
+
+def _marked(shape: tuple[int, ...], coordinates: list[Any]) -> npt.NDArray[np.bool_]:
+    marked = np.zeros(shape, dtype=bool)
+    marked[np.ix_(*coordinates)] = True
+    return marked
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One exchange and its transpose: messages and bytes of all ranks, and the seconds of the slowest.
+
+    `faces` are those of all ranks, `excess` is the largest number of messages of a rank over its own faces, in either
+    direction, and `least` the bytes that all ranks need.
+    """
+
+    case: Case
+    processes: tuple[int, ...]
+    messages: int
+    faces: int
+    excess: int
+    sent: int
+    returned: int
+    least: int
+    seconds: float
+    transposed_seconds: float
+
+    def row(self) -> Row:
+        """As the report has it."""
+        ranks = math.prod(self.processes)
+        return {
+            "grid": self.case.name,
+            "width": self.case.width,
+            "ranks": "x".join(map(str, self.processes)),
+            "messages": self.messages,
+            "faces": self.faces,
+            "bytes": self.sent,
+            "bytes back": self.returned,
+            "least": self.least,
+            "us": 1e6 * self.seconds,
+            "us back": 1e6 * self.transposed_seconds,
+            "MB/s a rank": 1e-6 * self.sent / ranks / self.seconds,
+        }
+
+    def checks(self) -> list[Check]:
+        """That no byte was sent that is not needed, and no message without a face."""
+        name = f"{self.case.name}, width {self.case.width}"
+        other = max(abs(self.sent - self.least), abs(self.returned - self.least))
+        return [
+            Check(f"bytes more or less than the least, {name}", float(other), 0.0),
+            Check(f"messages of a rank over its faces, {name}", float(self.excess), 0.0),
+        ]
+
+
+def measure(comm: MPI.Intracomm, case: Case, repeats: int = REPEATS) -> Traffic:
+    """Count and time one exchange and its transpose. Collective on `comm`."""
+    partition = GridPartition(comm, case.shape, case.channels, case.boundary, case.width)
+    # PETSc, behind the partition, takes none but mpi4py's own types.
+    partition.comm = counting = CountingComm(comm)
+    x = torch.ones(partition.local_shape, dtype=case.dtype, requires_grad=True)
+    padded = halo(x, partition)
+    cotangent = torch.ones_like(padded)
+
+    def exchange() -> None:
+        with torch.no_grad():
+            halo(x, partition)
+
+    def transposed() -> None:
+        torch.autograd.grad(padded, x, cotangent, retain_graph=True)
+
+    need = needs(partition, comm.rank, case.width)
+    there, back = _counted(counting, exchange), _counted(counting, transposed)
+    forward, backward = (statistics.median(_seconds(comm, run, repeats)) for run in (exchange, transposed))
+    return Traffic(
+        case,
+        partition.processes,
+        messages=comm.allreduce(there[0]),
+        faces=comm.allreduce(need.faces),
+        excess=comm.allreduce(max(there[0], back[0]) - need.faces, MPI.MAX),
+        sent=comm.allreduce(there[1]),
+        returned=comm.allreduce(back[1]),
+        least=comm.allreduce(case.channels * x.element_size() * need.points),
+        seconds=forward,
+        transposed_seconds=backward,
+    )
+
+
+def _counted(comm: CountingComm, exchange: Callable[[], None]) -> tuple[int, int]:
+    comm.reset()
+    exchange()
+    return comm.messages, comm.bytes
+
+
+def _seconds(comm: MPI.Intracomm, exchange: Callable[[], None], repeats: int) -> list[float]:
+    """The slowest rank's seconds of each exchange, the first few left out."""
+    seconds = np.empty(repeats + _WARM_UP)
+    for repeat in range(len(seconds)):
+        comm.Barrier()
+        began = time.perf_counter()
+        exchange()
+        seconds[repeat] = time.perf_counter() - began
+    comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+    return [float(value) for value in seconds[_WARM_UP:]]
+
+
+def run() -> Report:
+    """Measure on all ranks. Collective on the world."""
+    comm = MPI.COMM_WORLD
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = [measure(comm, case) for case in CASES]
+    finally:
+        torch.set_num_threads(threads)
+    notes = (
+        "Messages and bytes of all ranks in one exchange; back: in the transposed one. faces: those of blocks behind "
+        "which another rank's points begin. least: distinct points in the halo that another rank owns, in bytes.",
+        f"Microseconds of the slowest rank, median of {REPEATS}, 1 thread; packing and filling edges included.",
+    )
+    checks = [check for traffic in found for check in traffic.checks()]
+    return Report("halo", [traffic.row() for traffic in found], checks, notes)
