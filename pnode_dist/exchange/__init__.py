@@ -11,8 +11,18 @@ What is differentiated on one rank is to be differentiated on all of them.
 
 from pnode_dist.exchange.blocks import gather, scatter
 from pnode_dist.exchange.graph_ghosts import with_ghosts
-from pnode_dist.exchange.grid_halo import halo
+from pnode_dist.exchange.grid_halo import halo, neighbour_halo, pad_edges
 from pnode_dist.exchange.sums import global_sum
 from pnode_dist.exchange.vectors import gather_vector, reduce_vector
 
-__all__ = ["gather", "gather_vector", "global_sum", "halo", "reduce_vector", "scatter", "with_ghosts"]
+__all__ = [
+    "gather",
+    "gather_vector",
+    "global_sum",
+    "halo",
+    "neighbour_halo",
+    "pad_edges",
+    "reduce_vector",
+    "scatter",
+    "with_ghosts",
+]

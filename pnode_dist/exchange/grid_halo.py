@@ -1,7 +1,15 @@
-"""The halo of a block of a grid: the neighbouring points that a stencil sees."""
+"""The halo of a block of a grid: the neighbouring points that a stencil sees.
+
+What surrounds a block are points of neighbouring ranks and points beyond the edges of the domain, which follow a
+boundary rule. `halo` brings both; `neighbour_halo` brings the first, and communicates; `pad_edges` the second, and does
+not. All three fill the sides of one axis after the other, the last axis first and each over what the previous ones
+brought, so that corners come along and no rank sends more than two messages an axis.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -10,152 +18,242 @@ from mpi4py import MPI
 from pnode_dist.buffers import bytes_of
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange.linear_map import linear_map
-from pnode_dist.partition.grid import GridPartition
+from pnode_dist.partition.grid import GridPartition, Rule
 
-Width = int | tuple[int, int]
+Width = int | Sequence[int | tuple[int, int]]
+"""How many points: one number, or for each axis a number or a pair of numbers, below and above."""
 
 _TO_LOWER, _TO_UPPER = 1, 2
-_AXES = (-3, -2)
 
 
 def halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) -> torch.Tensor:
     """The rank's block with the neighbouring points around it. Collective on the partition's communicator.
 
-    `x` is `[..., ny_local, nx_local, channels]` of any floating type and any number of channels; the result
-    `[..., ny_local + 2 wy, nx_local + 2 wx, channels]`, with the boundary rules of the partition beyond the domain.
-    `width` is one number or `(wy, wx)`, by default the partition's stencil width. Columns are exchanged first and
-    rows, with the columns' ghosts, second: corners come along, and no rank sends more than four messages.
-    Where the partition has a value for a boundary, it is what lies beyond; in corners the rule of y comes last.
+    `x` is `[..., *local, channels]` of any floating type and any number of channels; the result is as many points
+    wider on each side as `width` says, by default the partition's stencil width, with the boundary rules of the
+    partition beyond the domain. Where the partition has a value for a boundary, it is what lies beyond; in corners the
+    rule of the first axis comes last.
     Raises `ConfigurationError` when the width exceeds the smallest block, less one point where the field is reflected.
     """
-    wy, wx = _widths(partition, width)
-    if x.dim() < 3 or tuple(x.shape[-3:-1]) != partition.local_shape[:2]:
-        raise ValueError(
-            f"halo: got shape {tuple(x.shape)}, this rank owns [..., {partition.local_shape[0]}, "
-            f"{partition.local_shape[1]}, channels]"
+    rim = _rim("halo", partition, width)
+    _check_block("halo", x, partition, larger=False)
+    return _surrounded(x, rim)
+
+
+def neighbour_halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) -> torch.Tensor:
+    """`halo` towards neighbouring ranks only: nothing is put beyond the edges of the domain. Collective on the
+    partition's communicator.
+
+    A periodic axis has no edge: a rank that is alone along it is its own neighbour. `pad_edges` adds what is missing:
+    `pad_edges(neighbour_halo(x, partition, width), partition, width)` is `halo(x, partition, width)`.
+    Raises `ConfigurationError` when the width exceeds the smallest block.
+    """
+    rim = _rim("neighbour_halo", partition, width)
+    _check_block("neighbour_halo", x, partition, larger=False)
+    return _surrounded(x, rim)
+
+
+def pad_edges(x: torch.Tensor, partition: GridPartition, width: Width | None = None) -> torch.Tensor:
+    """The block with the boundary rules of the partition beyond the domain, and nothing towards neighbouring ranks.
+    Not collective, and neither are its derivatives.
+
+    `x` is `[..., *block, channels]`, the rank's own points and as many of its neighbours' around them as one likes.
+    Raises `ConfigurationError` when the width exceeds the smallest block, less one point where the field is reflected.
+    """
+    rim = _rim("pad_edges", partition, width)
+    _check_block("pad_edges", x, partition, larger=True)
+    return _surrounded(x, rim)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """What goes around a block along one axis; pairs are below and above.
+
+    `ranks` are the neighbours, MPI.PROC_NULL at an edge of the domain. `around` is how many points this rank's block
+    gets there, and `exchanged` how many come from any neighbour, which is 0 where nothing is exchanged.
+    """
+
+    rule: Rule
+    ranks: tuple[int, int]
+    around: tuple[int, int]
+    exchanged: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Rim:
+    """What goes around a block, and what has been fixed beyond edges so far, by the shape and type of the result."""
+
+    partition: GridPartition
+    axes: tuple[_Axis, ...]
+    fixed: dict[tuple[tuple[int, ...], torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+def _rim(name: str, partition: GridPartition, width: Width | None) -> _Rim:
+    """The rim of a partition that the function of this name asks for."""
+    given = partition.stencil_width if width is None else width
+    each = (given,) * len(partition.shape) if isinstance(given, int) else tuple(given)
+    found: _Rim | None = partition.rims.get((name, each))
+    if found is None:
+        found = partition.rims[name, each] = _new_rim(name, partition, each)
+    return found
+
+
+def _new_rim(name: str, partition: GridPartition, each: tuple[int | tuple[int, int], ...]) -> _Rim:
+    if len(each) != len(partition.shape):
+        raise ConfigurationError(f"{name}: width = {each}: must have one entry for each of {', '.join(partition.axes)}")
+    edges, neighbours = name != "neighbour_halo", name != "pad_edges"
+    # A mirror needs the points beside the edge as well.
+    most = tuple(
+        partition.smallest_block(axis) - (edges and rule == "reflect") for axis, rule in enumerate(partition.boundary)
+    )
+    widths = [(side, side) if isinstance(side, int) else (side[0], side[1]) for side in each]
+    if any(not 0 <= side <= m for pair, m in zip(widths, most, strict=True) for side in pair):
+        raise ConfigurationError(
+            f"{name}: width = {each}: must be between 0 and what the smallest block of any rank has, {most}"
         )
-    if wy == wx == 0:
+    axes = []
+    for axis, (rule, pair) in enumerate(zip(partition.boundary, widths, strict=True)):
+        ranks = partition.neighbour(axis, -1), partition.neighbour(axis, 1)
+        lower, upper = (
+            side if (edges if rank == MPI.PROC_NULL else neighbours) else 0
+            for rank, side in zip(ranks, pair, strict=True)
+        )
+        axes.append(_Axis(rule, ranks, (lower, upper), pair if neighbours else (0, 0)))
+    return _Rim(partition, tuple(axes))
+
+
+def _check_block(name: str, x: torch.Tensor, partition: GridPartition, larger: bool) -> None:
+    own = partition.local_shape[:-1]
+    block = tuple(x.shape[-1 - len(own) : -1])
+    if x.dim() <= len(own) or (any(b < o for b, o in zip(block, own, strict=True)) if larger else block != own):
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}, this rank owns [..., {', '.join(map(str, own))}, channels]"
+        )
+
+
+def _surrounded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
+    """The block with its rim."""
+    if not any(any(axis.around) or any(axis.exchanged) for axis in rim.axes):
         return x
-    padded = partial(_padded, partition=partition, width=(wy, wx))
-    folded = partial(_folded, partition=partition, width=(wy, wx))
-    image = linear_map(x, padded, folded)
-    if all(isinstance(rule, str) for rule in partition.boundary):
+    image = linear_map(x, partial(_padded, rim=rim), partial(_folded, rim=rim))
+    if not any(isinstance(axis.rule, float) for axis in rim.axes):
         return image
-    fixed, values = _beyond(partition, (wy, wx), x.dtype)
+    fixed, values = _fixed(rim, tuple(image.shape[-1 - len(rim.axes) : -1]), x.dtype)
     return torch.where(fixed, values, image)
 
 
-def _widths(partition: GridPartition, width: Width | None) -> tuple[int, int]:
-    if width is None:
-        width = partition.stencil_width
-    wy, wx = (width, width) if isinstance(width, int) else width
-    smallest = (_widest(partition, 0), _widest(partition, 1))
-    if wy < 0 or wx < 0 or wy > smallest[0] or wx > smallest[1]:
-        raise ConfigurationError(
-            f"halo: width = {(wy, wx)}: must be between 0 and what the smallest block of any rank has, {smallest}"
-        )
-    return wy, wx
-
-
-def _widest(partition: GridPartition, axis: int) -> int:
-    """The widest halo that the smallest block can give. A mirror needs the points beside the edge as well."""
-    return partition.smallest_block(axis) - (partition.boundary[axis] == "reflect")
-
-
-def _beyond(partition: GridPartition, width: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which points of a padded block have fixed values, and these values, both `[ny + 2 wy, nx + 2 wx, 1]`."""
-    key = (width, dtype)
-    if key not in partition.beyond:
-        shape = [n + 2 * w for n, w in zip(partition.local_shape[:2], width, strict=True)]
+def _fixed(rim: _Rim, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which points of a padded block of `shape` have fixed values, and these values, both `[*shape, 1]`."""
+    key = (shape, dtype)
+    if key not in rim.fixed:
         fixed, values = torch.zeros(*shape, 1, dtype=torch.bool), torch.zeros(*shape, 1, dtype=dtype)
-        # Columns first, as they are exchanged: what lies beyond in y and in x follows the rule of y.
-        for axis in (1, 0):
-            rule, w, n = partition.boundary[axis], width[axis], shape[axis] - 2 * width[axis]
-            value = 0.0 if rule == "zero" else rule
+        # The last axis first, as they are exchanged: what lies beyond along several follows the rule of the first.
+        for number, axis in reversed(list(enumerate(rim.axes))):
+            value = 0.0 if axis.rule == "zero" else axis.rule
             if isinstance(value, str):
                 continue
-            for start, step in ((0, -1), (n + w, 1)):
-                if partition.neighbour(axis, step) == MPI.PROC_NULL:
-                    _slab(fixed, axis, start, w, slice(None)).fill_(True)
-                    _slab(values, axis, start, w, slice(None)).fill_(value)
-        partition.beyond[key] = fixed, values
-    return partition.beyond[key]
-
-
-def _slab(padded: torch.Tensor, axis: int, start: int, length: int, columns: slice) -> torch.Tensor:
-    """`length` rows (axis 0, over all columns) or columns (axis 1, over the rows `columns`) of a padded block."""
-    if axis == 0:
-        return padded[..., start : start + length, :, :]
-    return padded[..., columns, start : start + length, :]
+            starts = (0, shape[number] - axis.around[1])
+            for rank, start, width in zip(axis.ranks, starts, axis.around, strict=True):
+                if rank == MPI.PROC_NULL:
+                    fixed.narrow(number, start, width).fill_(True)
+                    values.narrow(number, start, width).fill_(value)
+        rim.fixed[key] = fixed, values
+    return rim.fixed[key]
 
 
 def _swap(
-    partition: GridPartition, axis: int, to_lower: torch.Tensor, to_upper: torch.Tensor
+    comm: MPI.Comm, axis: _Axis, dim: int, to_lower: torch.Tensor, to_upper: torch.Tensor, lengths: tuple[int, int]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Exchange slabs with both neighbours along `axis`: what came (from the lower, from the upper), None at an edge."""
-    lower, upper = partition.neighbour(axis, -1), partition.neighbour(axis, 1)
-    if lower == upper == partition.comm.rank:
+    """Exchange slabs with both neighbours along `axis`: what came (from the lower, from the upper), None at an edge.
+
+    `lengths` along `dim` are those of the slabs that come: at an edge what goes may be of another one.
+    """
+    lower, upper = axis.ranks
+    if lower == upper == comm.rank:
         return to_upper, to_lower
     from_lower = from_upper = None
     requests = []
+    shape = list(to_lower.shape)
     if lower != MPI.PROC_NULL:
-        from_lower = torch.empty(to_upper.shape, dtype=to_upper.dtype)
-        requests.append(partition.comm.Irecv([bytes_of(from_lower), MPI.BYTE], lower, _TO_UPPER))
+        shape[dim] = lengths[0]
+        from_lower = torch.empty(shape, dtype=to_lower.dtype)
+        requests.append(comm.Irecv([bytes_of(from_lower), MPI.BYTE], lower, _TO_UPPER))
     if upper != MPI.PROC_NULL:
-        from_upper = torch.empty(to_lower.shape, dtype=to_lower.dtype)
-        requests.append(partition.comm.Irecv([bytes_of(from_upper), MPI.BYTE], upper, _TO_LOWER))
+        shape[dim] = lengths[1]
+        from_upper = torch.empty(shape, dtype=to_lower.dtype)
+        requests.append(comm.Irecv([bytes_of(from_upper), MPI.BYTE], upper, _TO_LOWER))
     if lower != MPI.PROC_NULL:
-        requests.append(partition.comm.Isend([bytes_of(to_lower.contiguous()), MPI.BYTE], lower, _TO_LOWER))
+        requests.append(comm.Isend([bytes_of(to_lower.contiguous()), MPI.BYTE], lower, _TO_LOWER))
     if upper != MPI.PROC_NULL:
-        requests.append(partition.comm.Isend([bytes_of(to_upper.contiguous()), MPI.BYTE], upper, _TO_UPPER))
+        requests.append(comm.Isend([bytes_of(to_upper.contiguous()), MPI.BYTE], upper, _TO_UPPER))
     MPI.Request.Waitall(requests)
     return from_lower, from_upper
 
 
-def _padded(x: torch.Tensor, partition: GridPartition, width: tuple[int, int]) -> torch.Tensor:
-    wy, wx = width
-    ny, nx, channels = x.shape[-3:]
-    padded = x.new_empty((*x.shape[:-3], ny + 2 * wy, nx + 2 * wx, channels))
-    rows = slice(wy, wy + ny)
-    padded[..., rows, wx : wx + nx, :] = x
-    for axis, w, n in ((1, wx, nx), (0, wy, ny)):
-        if w == 0:
-            continue
-        low, high = _slab(padded, axis, w, w, rows), _slab(padded, axis, n, w, rows)
-        from_lower, from_upper = _swap(partition, axis, low, high)
-        rule = partition.boundary[axis]
-        places = ((0, from_lower, w, w + 1), (n + w, from_upper, n + w - 1, n - 1))
-        for ghost_start, arrived, edge, mirrored in places:
-            ghost = _slab(padded, axis, ghost_start, w, rows)
+def _padded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
+    first = x.dim() - 1 - len(rim.axes)
+    shape, region = list(x.shape), [slice(None)] * x.dim()
+    for dim, axis in enumerate(rim.axes, first):
+        region[dim] = slice(axis.around[0], axis.around[0] + shape[dim])
+        shape[dim] += sum(axis.around)
+    padded = x.new_empty(shape)
+    padded[tuple(region)] = x
+    for dim in range(x.dim() - 2, first - 1, -1):
+        axis, n = rim.axes[dim - first], x.shape[dim]
+        # All that is known so far along the other axes; along this one nothing is left out.
+        region[dim] = slice(None)
+        slab = partial(padded[tuple(region)].narrow, dim)
+        lower, upper = axis.around
+        below, above = axis.exchanged
+        from_lower = from_upper = None
+        if below or above:
+            to_lower, to_upper = slab(lower, above), slab(lower + n - below, below)
+            from_lower, from_upper = _swap(rim.partition.comm, axis, dim, to_lower, to_upper, axis.exchanged)
+        places = (
+            (from_lower, 0, lower, lower, lower + 1),
+            (from_upper, lower + n, upper, lower + n - 1, lower + n - 1 - upper),
+        )
+        for arrived, start, width, edge, mirrored in places:
+            if width == 0:
+                continue
+            ghost = slab(start, width)
             if arrived is not None:
                 ghost.copy_(arrived)
-            elif rule == "replicate":
-                ghost.copy_(_slab(padded, axis, edge, 1, rows))
-            elif rule == "reflect":
-                ghost.copy_(_slab(padded, axis, mirrored, w, rows).flip(_AXES[axis]))
+            elif axis.rule == "replicate":
+                ghost.copy_(slab(edge, 1))
+            elif axis.rule == "reflect":
+                ghost.copy_(slab(mirrored, width).flip(dim))
             else:
                 ghost.zero_()
     return padded
 
 
-def _folded(cotangent: torch.Tensor, partition: GridPartition, width: tuple[int, int]) -> torch.Tensor:
+def _folded(cotangent: torch.Tensor, rim: _Rim) -> torch.Tensor:
     """The transpose of `_padded`: what the ghosts received goes back to where it came from, and is added there."""
-    wy, wx = width
-    ny, nx = cotangent.shape[-3] - 2 * wy, cotangent.shape[-2] - 2 * wx
+    first = cotangent.dim() - 1 - len(rim.axes)
     folded = cotangent.detach().clone(memory_format=torch.contiguous_format)
-    rows = slice(wy, wy + ny)
-    for axis, w, n in ((0, wy, ny), (1, wx, nx)):
-        if w == 0:
-            continue
-        low_ghost, high_ghost = _slab(folded, axis, 0, w, rows), _slab(folded, axis, n + w, w, rows)
-        from_lower, from_upper = _swap(partition, axis, low_ghost, high_ghost)
-        rule = partition.boundary[axis]
-        places = ((from_lower, w, low_ghost, w, w + 1), (from_upper, n, high_ghost, n + w - 1, n - 1))
-        for arrived, inner_start, ghost, edge, mirrored in places:
+    region = [slice(None)] * folded.dim()
+    for dim, axis in enumerate(rim.axes, first):
+        slab = partial(folded[tuple(region)].narrow, dim)
+        lower, upper = axis.around
+        below, above = axis.exchanged
+        n = folded.shape[dim] - lower - upper
+        low_ghost, high_ghost = slab(0, lower), slab(lower + n, upper)
+        from_lower = from_upper = None
+        if below or above:
+            from_lower, from_upper = _swap(rim.partition.comm, axis, dim, low_ghost, high_ghost, (above, below))
+        places = (
+            (from_lower, lower, above, low_ghost, lower, lower + 1),
+            (from_upper, lower + n - below, below, high_ghost, lower + n - 1, lower + n - 1 - upper),
+        )
+        for arrived, given, number, ghost, edge, mirrored in places:
             if arrived is not None:
-                _slab(folded, axis, inner_start, w, rows).add_(arrived)
-            elif rule == "replicate":
-                _slab(folded, axis, edge, 1, rows).add_(ghost.sum(dim=_AXES[axis], keepdim=True))
-            elif rule == "reflect":
-                _slab(folded, axis, mirrored, w, rows).add_(ghost.flip(_AXES[axis]))
-    return folded[..., rows, wx : wx + nx, :].contiguous()
+                slab(given, number).add_(arrived)
+            elif ghost.shape[dim] == 0:
+                continue
+            elif axis.rule == "replicate":
+                slab(edge, 1).add_(ghost.sum(dim=dim, keepdim=True))
+            elif axis.rule == "reflect":
+                slab(mirrored, ghost.shape[dim]).add_(ghost.flip(dim))
+        region[dim] = slice(lower, lower + n)
+    return folded[tuple(region)].contiguous()

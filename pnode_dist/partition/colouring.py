@@ -73,7 +73,7 @@ class GridColouring:
         return self.y.count * self.x.count
 
 
-def colour_grid(shape: tuple[int, int], width: int | Sequence[int], boundary: Sequence[str | float]) -> GridColouring:
+def colour_grid(shape: Sequence[int], width: int | Sequence[int], boundary: Sequence[str | float]) -> GridColouring:
     """The colouring of a grid of `shape = (ny, nx)` whose stencils reach `width`, one number or `(wy, wx)`, each way.
 
     `boundary` is the rule of each axis, as in `GridPartition`: `periodic` ones are coloured around the end. A stencil

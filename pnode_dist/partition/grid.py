@@ -1,13 +1,15 @@
-"""Rectangular blocks of a regular grid, laid out by a PETSc DMDA.
+"""Rectangular blocks of a regular grid of one, two or three axes, laid out by a PETSc DMDA.
 
-A DMDA stores a point's channels next to each other and rows one after another, so this rank's part of its global Vec
-is a `[y, x, channel]` array: torch's channels-last order, viewed without a copy.
+A DMDA stores a point's channels next to each other and the points of the last axis one after another, so this rank's
+part of its global Vec is a `[z, y, x, channel]` array: torch's channels-last order, viewed without a copy.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,119 +19,182 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition import protocol
+from pnode_dist.partition.process_grid import process_grid
 
 Boundary = Literal["periodic", "replicate", "reflect", "zero"]
 BOUNDARIES: tuple[str, ...] = get_args(Boundary)
 Rule = str | float
 """A boundary's name, or the value that is fixed beyond it."""
-
-
-def process_grid(shape: tuple[int, int], size: int, width: int) -> tuple[int, int]:
-    """The `(rows, columns)` of ranks whose blocks have the shortest inner edges, each at least `width` wide.
-
-    Raises `ConfigurationError` when the grid is too small for `size` ranks.
-    """
-    least = max(width, 1)
-    choices = [(rows, size // rows) for rows in range(1, size + 1) if size % rows == 0]
-    fitting = [grid for grid in choices if all(n // p >= least for n, p in zip(shape, grid, strict=True))]
-    if not fitting:
-        most = (shape[0] // least) * (shape[1] // least)
-        raise ConfigurationError(
-            f"a grid of {shape[0]} x {shape[1]} points cannot be split over {size} rank(s) with {least} or more rows "
-            "and columns each (the width of the halo): "
-            + (f"use at most {most}, or fewer" if most else "it needs a larger grid or a narrower halo")
-        )
-    return min(fitting, key=lambda grid: ((grid[0] - 1) * shape[1] + (grid[1] - 1) * shape[0], grid[1]))
+_AXES = "zyx"
 
 
 class GridPartition:
-    """A 2-D grid of `shape = (ny, nx)` points with `channels` values each. Collective on the state ranks.
+    """A grid of `shape` points with `channels` values each. Collective on the state ranks.
 
-    `boundary` is the rule beyond the edge of the domain, for y and for x: `periodic`, `replicate` (the edge value
-    goes on), `reflect` (the field is mirrored about its last points, which are not repeated), `zero`, or a number (a
-    Dirichlet value). `stencil_width` is the widest halo a single exchange will need; every rank owns at least so
-    many rows and columns. `processes = (py, px)` fixes the process grid, else the one with the shortest inner edges
-    is taken. Blocks may differ by one row or column.
+    `shape` is `(nx,)`, `(ny, nx)` or `(nz, ny, nx)`; what is given for each axis has this order everywhere.
+    `boundary` is the rule beyond the edge of the domain, one for each axis or one for all: `periodic`, `replicate`
+    (the edge value goes on), `reflect` (the field is mirrored about its last points, which are not repeated), `zero`,
+    or a number (a Dirichlet value). `stencil_width` is the widest halo a single exchange will need; every rank owns
+    at least so many points along each axis. `processes` fixes the numbers of ranks along the axes, else those with
+    the smallest inner surface are taken. Blocks are of whole multiples of `multiple_of` points (a number, or one for
+    each axis) and may differ by one such multiple along an axis: what is going to be coarsened by a factor wants
+    blocks of multiples of it.
 
-    Local states are `[..., ny_local, nx_local, channels]` with any number of leading batch axes. `owned` is this
-    rank's `((y0, y1), (x0, x1))`; `dm` is the PETSc DMDA behind it; `beyond` keeps what exchanges of a width and type
-    put beyond the edges where values are fixed.
+    Local states are `[..., nz_local, ny_local, nx_local, channels]`, fewer axes accordingly, with any number of leading
+    batch axes. `owned` is this rank's range along each axis, `position` its place in the process grid, and `axes` are
+    the axes' names. `rims` keeps what exchanges have worked out for their widths.
     Raises `ConfigurationError` for an unknown boundary or too many ranks for the grid.
     """
 
     def __init__(
         self,
         mesh: Mesh | MPI.Comm,
-        shape: tuple[int, int],
+        shape: Sequence[int],
         channels: int = 1,
-        boundary: Sequence[Rule] = ("zero", "zero"),
+        boundary: Rule | Sequence[Rule] = "zero",
         stencil_width: int = 1,
-        processes: tuple[int, int] | None = None,
+        processes: Sequence[int] | None = None,
+        multiple_of: int | Sequence[int] = 1,
     ) -> None:
         self.comm = protocol.communicator(mesh)
-        self.shape = (int(shape[0]), int(shape[1]))
+        self.shape = tuple(int(n) for n in shape)
+        if not 1 <= len(self.shape) <= len(_AXES):
+            raise ConfigurationError(f"grid: shape = {self.shape}: must have one, two or three axes")
+        self.axes = _AXES[-len(self.shape) :]
         self.channels = channels
         self.stencil_width = stencil_width
-        self.boundary = (_checked(boundary[0], "y"), _checked(boundary[1], "x"))
+        self.boundary = tuple(
+            _checked(rule, axis)
+            for rule, axis in zip(self._for_each_axis("boundary", boundary), self.axes, strict=True)
+        )
         if min(*self.shape, channels) < 1 or stencil_width < 0:
             raise ConfigurationError(
                 f"grid: shape = {self.shape}, channels = {channels}, stencil_width = {stencil_width}: "
                 "shape and channels must be at least 1, the width at least 0"
             )
-        self.processes = processes or process_grid(self.shape, self.comm.size, stencil_width)
-        if self.processes[0] * self.processes[1] != self.comm.size:
+        self.multiple_of: tuple[int, ...] = self._for_each_axis("multiple_of", multiple_of)
+        if any(step < 1 or n % step for n, step in zip(self.shape, self.multiple_of, strict=True)):
+            raise ConfigurationError(f"grid: multiple_of = {self.multiple_of}: must divide the shape {self.shape}")
+        if processes is None:
+            self.processes = process_grid(self.shape, self.comm.size, stencil_width, self.multiple_of)
+        else:
+            self.processes = self._for_each_axis("processes", tuple(processes))
+        if math.prod(self.processes) != self.comm.size or min(self.processes) < 1:
             raise ConfigurationError(f"grid: processes = {self.processes}: must multiply to {self.comm.size} ranks")
-        rows, columns = (protocol.even_ranges(n, p) for n, p in zip(self.shape, self.processes, strict=True))
-        if min(stop - start for start, stop in (*rows, *columns)) < max(stencil_width, 1):
+        if min(map(self.smallest_block, range(len(self.shape)))) < max(stencil_width, 1):
             raise ConfigurationError(
-                f"grid: processes = {self.processes}: some rank would own fewer than {max(stencil_width, 1)} rows or "
-                f"columns of {self.shape}"
+                f"grid: processes = {self.processes}: some rank would own fewer than {max(stencil_width, 1)} points "
+                f"along an axis of {self.shape}"
             )
-        self._rows, self._columns = rows, columns
-        self.dm = PETSc.DMDA().create(
-            dim=2,
-            dof=channels,
-            sizes=(self.shape[1], self.shape[0]),
-            proc_sizes=(self.processes[1], self.processes[0]),
+        self.ranges = tuple(
+            [(start * step, stop * step) for start, stop in protocol.even_ranges(n // step, p)]
+            for n, p, step in zip(self.shape, self.processes, self.multiple_of, strict=True)
+        )
+        self._positions = list(product(*map(range, self.processes)))
+        self.position = self._positions[self.comm.rank]
+        self.owned = tuple(ranges[place] for ranges, place in zip(self.ranges, self.position, strict=True))
+        self.global_shape = (*self.shape, channels)
+        self.local_shape = (*(stop - start for start, stop in self.owned), channels)
+        self.rims: dict[Any, Any] = {}
+
+    def _for_each_axis(self, name: str, value: Any) -> tuple[Any, ...]:
+        values = (value,) * len(self.shape) if isinstance(value, str | int | float) else tuple(value)
+        if len(values) != len(self.shape):
+            raise ConfigurationError(
+                f"grid: {name} = {value!r}: must have one entry for each of {', '.join(self.axes)}"
+            )
+        return values
+
+    @cached_property
+    def dm(self) -> PETSc.DMDA:
+        """The PETSc DMDA behind this partition, made when it is first asked for. Collective on the state ranks."""
+        kinds = PETSc.DM.BoundaryType
+        # PETSc's axes are x, y, z.
+        return PETSc.DMDA().create(
+            dim=len(self.shape),
+            dof=self.channels,
+            sizes=self.shape[::-1],
+            proc_sizes=self.processes[::-1],
             boundary_type=tuple(
-                PETSc.DM.BoundaryType.PERIODIC if rule == "periodic" else PETSc.DM.BoundaryType.GHOSTED
-                for rule in (self.boundary[1], self.boundary[0])
+                kinds.PERIODIC if rule == "periodic" else kinds.GHOSTED for rule in reversed(self.boundary)
             ),
             stencil_type=PETSc.DMDA.StencilType.BOX,
-            stencil_width=stencil_width,
-            ownership_ranges=(
-                [stop - start for start, stop in columns],
-                [stop - start for start, stop in rows],
-            ),
+            stencil_width=self.stencil_width,
+            ownership_ranges=tuple([stop - start for start, stop in ranges] for ranges in reversed(self.ranges)),
             comm=self.comm,
         )
-        self.beyond: dict[tuple[tuple[int, int], torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
-        self.position = divmod(self.comm.rank, self.processes[1])
-        self.owned = (rows[self.position[0]], columns[self.position[1]])
-        self.global_shape = (*self.shape, channels)
-        self.local_shape = (self.owned[0][1] - self.owned[0][0], self.owned[1][1] - self.owned[1][0], channels)
 
     def owned_slices(self, rank: int) -> protocol.Slices:
-        """The part of the global `[ny, nx, channels]` array that `rank` owns, one slice an axis."""
-        row, column = divmod(rank, self.processes[1])
-        return (slice(*self._rows[row]), slice(*self._columns[column]), slice(0, self.channels))
+        """The part of the global `[*shape, channels]` array that `rank` owns, one slice an axis."""
+        places = zip(self.ranges, self._positions[rank], strict=True)
+        return (*(slice(*ranges[place]) for ranges, place in places), slice(0, self.channels))
 
     def neighbour(self, axis: int, step: int) -> int:
-        """The rank next to this one along `axis` (0: y, 1: x), lower for `step` -1 and upper for 1.
+        """The rank next to this one along `axis`, lower for `step` -1 and upper for 1.
 
         MPI.PROC_NULL beyond the edge of the domain.
         """
-        position = list(self.position)
-        position[axis] += step
-        if not 0 <= position[axis] < self.processes[axis]:
+        place = self.position[axis] + step
+        if not 0 <= place < self.processes[axis]:
             if self.boundary[axis] != "periodic":
                 return MPI.PROC_NULL
-            position[axis] %= self.processes[axis]
-        return position[0] * self.processes[1] + position[1]
+            place %= self.processes[axis]
+        return self.comm.rank + (place - self.position[axis]) * math.prod(self.processes[axis + 1 :])
 
     def smallest_block(self, axis: int) -> int:
-        """The fewest rows (axis 0) or columns (axis 1) that any rank owns."""
-        return self.shape[axis] // self.processes[axis]
+        """The fewest points along `axis` that any rank owns."""
+        step = self.multiple_of[axis]
+        return self.shape[axis] // step // self.processes[axis] * step
+
+    def coarsened(self, factor: int | Sequence[int], channels: int | None = None) -> GridPartition:
+        """The grid with `factor` times fewer points along each axis, split so that every rank keeps its part of the
+        domain.
+
+        `factor` is one number, or one for each axis. The stencil is as wide as here, or as the smaller blocks allow.
+        Raises `ConfigurationError` where a rank owns no whole multiple of `factor` points.
+        """
+        factors = self._factors(factor)
+        for axis, ranges, step in zip(self.axes, self.ranges, factors, strict=True):
+            block = next((stop - start for start, stop in ranges if (stop - start) % step), None)
+            if block is not None:
+                raise ConfigurationError(
+                    f"grid: a rank owns {block} points along {axis}, which cannot be coarsened by {step}: make the "
+                    f"partition with multiple_of = {step} there"
+                )
+        narrowest = min(self.smallest_block(axis) // step for axis, step in enumerate(factors))
+        return GridPartition(
+            self.comm,
+            [n // step for n, step in zip(self.shape, factors, strict=True)],
+            self.channels if channels is None else channels,
+            self.boundary,
+            min(self.stencil_width, narrowest),
+            self.processes,
+            # Where the factor does not divide the multiple, all blocks are equal.
+            [m // step if m % step == 0 else 1 for m, step in zip(self.multiple_of, factors, strict=True)],
+        )
+
+    def refined(self, factor: int | Sequence[int], channels: int | None = None) -> GridPartition:
+        """The grid with `factor` times more points along each axis, split so that every rank keeps its part of the
+        domain.
+
+        `factor` is one number, or one for each axis. What is refined and then coarsened by the same is as before.
+        """
+        factors = self._factors(factor)
+        return GridPartition(
+            self.comm,
+            [n * step for n, step in zip(self.shape, factors, strict=True)],
+            self.channels if channels is None else channels,
+            self.boundary,
+            self.stencil_width,
+            self.processes,
+            [m * step for m, step in zip(self.multiple_of, factors, strict=True)],
+        )
+
+    def _factors(self, factor: int | Sequence[int]) -> tuple[int, ...]:
+        factors = self._for_each_axis("factor", factor)
+        if min(factors) < 1:
+            raise ConfigurationError(f"grid: factor = {factor}: must be at least 1")
+        return factors
 
     def create_vec(self) -> PETSc.Vec:
         """A zero global Vec of the DMDA. Collective on the state ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +110,7 @@ class Source:
         """Values in each cell."""
         return self.variable.shape[3] if self.variable.ndim == 4 else 1
 
-    def read(self, owned: tuple[tuple[int, int], tuple[int, int]]) -> tuple[Array, Array | None]:
+    def read(self, owned: Sequence[tuple[int, int]]) -> tuple[Array, Array | None]:
         """The rows and columns `owned` of the field, `[time, y, x, channel]`, and of its mask variable."""
         part = {1: slice(*owned[0]), 2: slice(*owned[1])}
         values = self.variable.isel({self.variable.dims[axis]: rows for axis, rows in part.items()}).to_numpy()

@@ -17,9 +17,22 @@ pytestmark = pytest.mark.mpi
 Partition = BatchPartition | GridPartition
 
 
-@pytest.fixture(params=["grid 7x9x2", "grid 13x5x1", "batch 7", "batch 1", "batch 3 of nothing", "batch of numbers"])
+@pytest.fixture(
+    params=[
+        "grid 11x2",
+        "grid 7x9x2",
+        "grid 13x5x1",
+        "grid 5x4x7x3",
+        "batch 7",
+        "batch 1",
+        "batch 3 of nothing",
+        "batch of numbers",
+    ]
+)
 def partition(request: pytest.FixtureRequest, mesh: Mesh) -> Partition:
     make: dict[str, Callable[[], Partition]] = {
+        "grid 11x2": lambda: GridPartition(mesh, (11,), channels=2, boundary="reflect"),
+        "grid 5x4x7x3": lambda: GridPartition(mesh, (5, 4, 7), channels=3, boundary=("zero", "periodic", 1.0)),
         "grid 7x9x2": lambda: GridPartition(mesh, (7, 9), channels=2, boundary=("replicate", "periodic")),
         "grid 13x5x1": lambda: GridPartition(mesh, (13, 5), boundary=("zero", "zero"), stencil_width=0),
         "batch 7": lambda: BatchPartition(mesh, 7, (3, 2)),
@@ -126,6 +139,59 @@ def test_the_process_grid_may_be_chosen(mesh: Mesh) -> None:
         split = 0 if processes[0] > 1 else 1
         assert partition.local_shape[1 - split] == (9, 8)[split] or mesh.size == 1
         assert partition.local_shape[split] <= -(-(8, 9)[split] // mesh.size)
+
+
+def test_the_process_grid_may_be_chosen_along_three_axes(mesh: Mesh) -> None:
+    for axis in range(3):
+        processes = [1, 1, 1]
+        processes[axis] = mesh.size
+        partition = GridPartition(mesh, (5, 6, 7), processes=processes)
+        assert partition.processes == tuple(processes)
+        assert partition.position[axis] == mesh.state_comm.rank
+        assert partition.smallest_block(axis) == min(
+            stop - start for start, stop in mesh.state_comm.allgather(partition.owned[axis])
+        )
+
+
+@pytest.mark.parametrize(("shape", "multiple"), [((28,), 4), ((14, 12), (2, 3)), ((4, 6, 10), 2)])
+def test_blocks_are_of_whole_multiples_and_differ_by_one_at_most(shape: Any, multiple: Any, mesh: Mesh) -> None:
+    partition = GridPartition(mesh, shape, multiple_of=multiple)
+    for axis, step in enumerate(partition.multiple_of):
+        lengths = [stop - start for start, stop in mesh.state_comm.allgather(partition.owned[axis])]
+        assert all(length % step == 0 for length in lengths)
+        assert max(lengths) - min(lengths) in (0, step)
+        assert partition.smallest_block(axis) == min(lengths)
+
+
+@pytest.mark.parametrize(
+    ("shape", "multiple", "factor"), [((28,), 4, 2), ((28,), 4, 4), ((14, 12), (2, 3), (1, 3)), ((4, 6, 10), 2, 2)]
+)
+def test_every_rank_keeps_its_part_of_the_domain_on_coarser_and_finer_grids(
+    shape: Any, multiple: Any, factor: Any, mesh: Mesh
+) -> None:
+    partition = GridPartition(mesh, shape, 2, boundary="reflect", stencil_width=2, multiple_of=multiple)
+    coarse = partition.coarsened(factor, channels=5)
+    factors = [factor] * len(shape) if isinstance(factor, int) else factor
+    assert (coarse.channels, coarse.boundary, coarse.processes) == (5, partition.boundary, partition.processes)
+    assert coarse.stencil_width <= min(coarse.local_shape[:-1])
+    for (start, stop), (first, last), step in zip(coarse.owned, partition.owned, factors, strict=True):
+        assert (start * step, stop * step) == (first, last)
+    fine = coarse.refined(factor)
+    assert (fine.owned, fine.shape, fine.channels) == (partition.owned, partition.shape, 5)
+
+
+def test_equal_blocks_can_be_coarsened_without_having_been_made_for_it(mesh: Mesh) -> None:
+    partition = GridPartition(mesh, (6 * mesh.size,), boundary="periodic")
+    assert partition.coarsened(3).local_shape == (2, 1)
+    assert partition.coarsened(3).coarsened(2).refined(6).owned == partition.owned
+
+
+def test_blocks_of_no_whole_multiple_cannot_be_coarsened_on_any_rank(mesh: Mesh) -> None:
+    # The first rank owns one point more than the others, if there are any.
+    partition = GridPartition(mesh, (2 * mesh.size + 1, 8), processes=(mesh.size, 1))
+    with pytest.raises(ConfigurationError, match=r"a rank owns 3 points along y, .* by 2: .* multiple_of = 2 there"):
+        partition.coarsened(2)
+    assert partition.coarsened((1, 2)).shape == (2 * mesh.size + 1, 4)
 
 
 def test_more_ranks_than_the_grid_can_hold_are_refused_on_all_ranks(mesh: Mesh) -> None:

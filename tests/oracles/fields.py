@@ -8,11 +8,19 @@ import torch
 from torch.nn import functional
 
 
-def padded(field: torch.Tensor, boundary: Sequence[str | float], width: tuple[int, int]) -> torch.Tensor:
-    """`[..., ny, nx, channels]` with `width = (wy, wx)` more points on each side, by the rule of each axis, x first."""
-    for axis, rule, w in ((-2, boundary[1], width[1]), (-3, boundary[0], width[0])):
+def padded(
+    field: torch.Tensor, boundary: Sequence[str | float], width: Sequence[int | tuple[int, int]]
+) -> torch.Tensor:
+    """`[..., *shape, channels]` with more points along each axis by its rule, the last axis first.
+
+    As many on each side as `width` says, or below and above as its pairs do.
+    """
+    axes = len(boundary)
+    for number in reversed(range(axes)):
+        axis, rule, w = number - axes - 1, boundary[number], width[number]
         n = field.shape[axis]
-        places = torch.arange(-w, n + w)
+        lower, upper = (w, w) if isinstance(w, int) else w
+        places = torch.arange(-lower, n + upper)
         inside = (places >= 0) & (places < n)
         if rule == "periodic":
             source = places % n
@@ -23,7 +31,7 @@ def padded(field: torch.Tensor, boundary: Sequence[str | float], width: tuple[in
         field = field.index_select(axis, source)
         if rule == "zero" or isinstance(rule, float):
             shape = [1] * field.dim()
-            shape[axis] = n + 2 * w
+            shape[axis] = len(places)
             value = 0.0 if rule == "zero" else float(rule)
             field = torch.where(inside.view(shape), field, torch.full((), value, dtype=field.dtype))
     return field
@@ -34,9 +42,12 @@ def convolved(
     boundary: Sequence[str | float],
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    dilation: tuple[int, int] = (1, 1),
+    dilation: Sequence[int] | None = None,
+    groups: int = 1,
 ) -> torch.Tensor:
-    """The convolution of `[batch, ny, nx, channels]` that keeps its size."""
-    width = (dilation[0] * (weight.shape[2] - 1) // 2, dilation[1] * (weight.shape[3] - 1) // 2)
-    around = padded(field, boundary, width).permute(0, 3, 1, 2)
-    return functional.conv2d(around, weight, bias, dilation=dilation).permute(0, 2, 3, 1)
+    """The convolution of `[batch, *shape, channels]` that keeps its size."""
+    steps = (1,) * len(boundary) if dilation is None else tuple(dilation)
+    width = [step * (k - 1) // 2 for step, k in zip(steps, weight.shape[2:], strict=True)]
+    convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[len(boundary) - 1]
+    around = padded(field, boundary, width).movedim(-1, 1).contiguous()
+    return convolution(around, weight, bias, dilation=steps, groups=groups).movedim(1, -1)

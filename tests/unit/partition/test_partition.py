@@ -25,6 +25,25 @@ def test_one_rank_owns_the_whole_grid(mesh: Mesh) -> None:
     assert (partition.boundary, partition.stencil_width) == (("replicate", "periodic"), 1)
 
 
+def test_axes_have_names_and_one_rule_may_serve_them_all(mesh: Mesh) -> None:
+    for shape, axes in (((4,), "x"), ((3, 4), "yx"), ((2, 3, 4), "zyx")):
+        partition = GridPartition(mesh, shape, boundary="periodic")
+        assert partition.axes == axes
+        assert partition.boundary == ("periodic",) * len(shape)
+        assert GridPartition(mesh, shape, boundary=1.5).boundary == (1.5,) * len(shape)
+        assert GridPartition(mesh, shape).boundary == ("zero",) * len(shape)
+
+
+@pytest.mark.parametrize("factor", [0, (2, -1), (2,), (2, 2, 2)])
+def test_a_factor_that_makes_no_sense_is_refused(factor: Any, mesh: Mesh) -> None:
+    partition = GridPartition(mesh, (4, 8))
+    for change in (partition.coarsened, partition.refined):
+        with pytest.raises(
+            ConfigurationError, match=r"factor = .*must (be at least 1|have one entry for each of y, x)"
+        ):
+            change(factor)
+
+
 def test_one_rank_owns_the_whole_batch(mesh: Mesh) -> None:
     partition = BatchPartition(mesh, 4, (2, 3))
     assert partition.owned == (0, 4)
@@ -58,6 +77,16 @@ def test_scatter_copies(mesh: Mesh) -> None:
         ({"shape": (4, 4), "boundary": ("Zero", "zero")}, "boundary of y = 'Zero': must be one of periodic"),
         ({"shape": (4, 4), "processes": (2, 2)}, "must multiply to 1 ranks"),
         ({"shape": (4, 2), "stencil_width": 3}, "4 x 2 points cannot be split"),
+        ({"shape": ()}, "must have one, two or three axes"),
+        ({"shape": (2, 2, 2, 2)}, "must have one, two or three axes"),
+        ({"shape": (4, 4, 4), "boundary": ("zero", "zero")}, "must have one entry for each of z, y, x"),
+        ({"shape": (4,), "boundary": ("zero", "zero")}, "must have one entry for each of x"),
+        ({"shape": (4, 4, 4), "boundary": ("zero", "zero", "on")}, "boundary of x = 'on'"),
+        ({"shape": (4, 4, 4), "boundary": ("on", "zero", "zero")}, "boundary of z = 'on'"),
+        ({"shape": (4,), "processes": (1, 1)}, "processes = (1, 1): must have one entry for each of x"),
+        ({"shape": (4, 4), "processes": (-1, -1)}, "must multiply to 1 ranks"),
+        ({"shape": (4, 6), "multiple_of": 4}, "multiple_of = (4, 4): must divide the shape (4, 6)"),
+        ({"shape": (4, 6), "multiple_of": (4, 0)}, "multiple_of = (4, 0): must divide"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(settings: dict[str, Any], complaint: str, mesh: Mesh) -> None:
