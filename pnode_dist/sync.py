@@ -63,6 +63,22 @@ class _Watched(torch.autograd.Function):
         return cotangents[0], None
 
 
+def share_of_mean(total: torch.Tensor, count: int, mesh: Mesh) -> torch.Tensor:
+    """This rank's share of a mean over the samples of all replicas, of which a replica may have more than another.
+
+    `total` is this rank's part of a sum that has `count` terms on its replica, which may be none. The mean over
+    replicas, which `parallel` takes, is the mean over all terms if each sum is divided by the replicas' mean count:
+    `total * replicas / (sum of the counts)`. Collective on the data replicas.
+    Raises `ValueError` on all of them if there are no terms at all.
+    """
+    if mesh.data_replicas > 1:
+        count = int(mesh.sum(torch.tensor([count]), over="data").item())
+    if count == 0:
+        raise ValueError("there is no mean over no samples")
+    # In one step with a single replica, as a loss that knows nothing of replicas would be divided.
+    return total / count if mesh.data_replicas == 1 else total * (mesh.data_replicas / count)
+
+
 def broadcast_parameters(module: nn.Module, mesh: Mesh) -> None:
     """Give every rank rank 0's parameters. Buffers stay as they are: they may hold a rank's own part of a field.
 

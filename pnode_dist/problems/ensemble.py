@@ -7,16 +7,16 @@ ensembles, each with a partition of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition.batch import BatchPartition
+from pnode_dist.sync import share_of_mean
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Windows:
 
 def windows(ensemble: Ensemble, starts: Sequence[int], leads: int, dtype: torch.dtype) -> Windows:
     """The windows of `leads` samples that begin at `starts`, in `dtype`."""
-    first = torch.tensor(tuple(starts))
+    first = torch.tensor(tuple(starts), dtype=torch.int64)
     targets = torch.stack([ensemble.values[first + lead] for lead in range(1, leads + 1)])
     return Windows(tuple(starts), ensemble.values[first].to(dtype), targets.to(dtype), ensemble.partition)
 
@@ -62,21 +62,12 @@ def spread(values: npt.NDArray[Any], partition: BatchPartition) -> Ensemble:
     return Ensemble(partition, torch.from_numpy(values[:, begin:end].copy()))
 
 
-def shuffled_starts(count: int, size: int, mesh: Mesh, seed: int, epoch: int) -> Iterator[tuple[int, ...]]:
-    """This replica's batches of up to `size` of the numbers below `count`, in the order that (seed, epoch) fixes.
+def mean_share(values: torch.Tensor, partition: BatchPartition, mesh: Mesh) -> torch.Tensor:
+    """This rank's share of the mean of `values` `[..., trajectory_local, component]` over everything on all ranks.
 
-    What does not divide by the replicas waits for another epoch, so that all have as many.
+    Collective on the data replicas.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    replicas = mesh.data_replicas
-    own = order[mesh.replica :: replicas][: count // replicas]
-    for begin in range(0, len(own), size):
-        yield tuple(int(number) for number in own[begin : begin + size])
-
-
-def mean_share(values: torch.Tensor, partition: BatchPartition) -> torch.Tensor:
-    """This rank's share of the mean of `values` `[..., trajectory_local, component]` over everything on all ranks."""
-    return values.sum() / (math.prod(values.shape[:-2]) * math.prod(partition.global_shape))
+    return share_of_mean(values.sum(), math.prod(values.shape[:-2]) * math.prod(partition.global_shape), mesh)
 
 
 def means(values: torch.Tensor, partition: BatchPartition, mesh: Mesh) -> torch.Tensor:

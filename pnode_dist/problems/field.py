@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,12 +16,14 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.agreement import agreed
+from pnode_dist.problems.batches import check_replicas, shared
 from pnode_dist.problems.field_data import Field, Source, open_source, read_field
 from pnode_dist.problems.field_model import FieldModel, Tendency, Windows, number_of_harmonics, windows
 from pnode_dist.problems.protocol import GradcheckCase, SolveCase
 from pnode_dist.problems.solver import check_budget, neural_ode
 from pnode_dist.report.forecast import Forecast, write_forecast
 from pnode_dist.report.picture import draw
+from pnode_dist.sync import share_of_mean
 from pnode_dist.trajectory.statistics import SolveStatistics
 
 if TYPE_CHECKING:
@@ -45,11 +46,7 @@ def build_field(config: FieldRun, mesh: Mesh, dtype: torch.dtype) -> FieldProble
             f"{problem.validation}, so that a whole forecast lies in the validation part"
         )
     training = len(source.time) - problem.validation
-    starts = training - problem.window
-    if starts < mesh.data_replicas:
-        raise ConfigurationError(
-            f"[mesh] data = {mesh.data_replicas}: must be at most {starts}, the number of training windows"
-        )
+    check_replicas(config, mesh, training - problem.window)
     harmonics = number_of_harmonics(model, source.time, training)
     partition = _partition(config, source, mesh)
     field = read_field(problem, source, partition, mesh)
@@ -95,22 +92,16 @@ class FieldProblem:
         return self.field.units
 
     def batches(self, epoch: int) -> Iterator[Windows]:
-        """This replica's training windows of an epoch, shuffled; what does not divide by the replicas waits for another
-        epoch. No window touches the validation part."""
+        """This replica's training windows of an epoch, shuffled. No window touches the validation part."""
         window = self.config.problem.window
-        generator = np.random.default_rng([self.config.run.seed, epoch])
-        starts = [int(start) for start in generator.permutation(self.field.training - window)]
-        replicas = self.mesh.data_replicas
-        own = starts[self.mesh.replica :: replicas][: len(starts) // replicas]
-        size = self.config.training.batch_size
-        for first in range(0, len(own), size):
-            yield windows(self.field, own[first : first + size], window, self.dtype)
+        for starts in shared(range(self.field.training - window), self.config, self.mesh, epoch):
+            yield windows(self.field, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
         """This rank's share of the mean square error, normalised, over cells inside, windows, leads and channels."""
         error: torch.Tensor = model(batch) - batch.targets
         leads, size = batch.targets.shape[:2]
-        return error.square().sum() / (leads * size * self.field.cells * self.field.channels)
+        return share_of_mean(error.square().sum(), leads * size * self.field.cells * self.field.channels, self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
         """Root mean square errors of forecasts of the validation part, over all leads and for each evaluated lead."""

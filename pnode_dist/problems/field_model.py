@@ -40,7 +40,7 @@ class Windows:
 
 def windows(field: Field, starts: list[int] | tuple[int, ...], steps: int, dtype: torch.dtype) -> Windows:
     """The windows of `steps` steps that begin at the times number `starts`."""
-    first = torch.tensor(starts)
+    first = torch.tensor(starts, dtype=torch.int64)
     targets = torch.stack([field.values[first + lead] for lead in range(1, steps + 1)])
     phase = torch.from_numpy(field.time.phases)[first]
     return Windows(tuple(starts), field.values[first].to(dtype), phase.to(dtype), targets.to(dtype))

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.batches import check_replicas, shared
 from pnode_dist.problems.gray_scott_data import Trajectories, generate
 from pnode_dist.problems.gray_scott_model import GrayScottModel, Windows, right_hand_side, windows
 from pnode_dist.problems.gray_scott_physics import SPECIES
@@ -23,6 +23,7 @@ from pnode_dist.problems.protocol import GradcheckCase, SolveCase
 from pnode_dist.problems.solver import check_budget, neural_ode
 from pnode_dist.report.gray_scott_forecast import Rollouts, write_rollouts
 from pnode_dist.report.picture import draw
+from pnode_dist.sync import share_of_mean
 from pnode_dist.trajectory.statistics import SolveStatistics
 
 if TYPE_CHECKING:
@@ -43,11 +44,7 @@ def build_gray_scott(config: GrayScottRun, mesh: Mesh, dtype: torch.dtype) -> Gr
             f"[evaluation] leads = {list(config.evaluation.leads)}: must be at most {problem.times - 1}, one less than "
             "[problem] times, so that they lie in the validation trajectories"
         )
-    starts = problem.trajectories * (problem.times - problem.window)
-    if starts < mesh.data_replicas:
-        raise ConfigurationError(
-            f"[mesh] data = {mesh.data_replicas}: must be at most {starts}, the number of training windows"
-        )
+    check_replicas(config, mesh, problem.trajectories * (problem.times - problem.window))
     partition = _partition(config, mesh)
     check_budget(config, partition, problem.interval, problem.window)
     data = generate(problem, partition, mesh)
@@ -92,23 +89,18 @@ class GrayScottProblem:
         return ""
 
     def batches(self, epoch: int) -> Iterator[Windows]:
-        """This replica's training windows of an epoch, shuffled; what does not divide by the replicas waits for another
-        epoch. No window is of a validation trajectory."""
+        """This replica's training windows of an epoch, shuffled. No window is of a validation trajectory."""
         window = self.config.problem.window
         firsts = range(self.data.times - window)
         starts = [(trajectory, first) for trajectory in range(self.data.training) for first in firsts]
-        order = np.random.default_rng([self.config.run.seed, epoch]).permutation(len(starts))
-        replicas = self.mesh.data_replicas
-        own = [starts[number] for number in order][self.mesh.replica :: replicas][: len(starts) // replicas]
-        size = self.config.training.batch_size
-        for begin in range(0, len(own), size):
-            yield windows(self.data, own[begin : begin + size], window, self.dtype)
+        for share in shared(starts, self.config, self.mesh, epoch):
+            yield windows(self.data, share, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
         """This rank's share of the mean square error, normalised, over cells, windows, leads and species."""
         error: torch.Tensor = model(batch) - batch.targets
         leads, size = batch.targets.shape[:2]
-        return error.square().sum() / (leads * size * math.prod(self.partition.global_shape))
+        return share_of_mean(error.square().sum(), leads * size * math.prod(self.partition.global_shape), self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
         """Root mean square errors of rollouts of the validation trajectories from their initial states: over all

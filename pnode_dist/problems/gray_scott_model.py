@@ -94,7 +94,7 @@ class Windows:
 
 def windows(data: Trajectories, starts: Sequence[tuple[int, int]], steps: int, dtype: torch.dtype) -> Windows:
     """The windows of `steps` samples that begin at `starts`, in `dtype`."""
-    trajectory, first = (torch.tensor(column) for column in zip(*starts, strict=True))
+    trajectory, first = torch.tensor(tuple(starts), dtype=torch.int64).reshape(-1, 2).unbind(1)
     targets = torch.stack([data.values[trajectory, first + lead] for lead in range(1, steps + 1)])
     return Windows(tuple(starts), data.values[trajectory, first].to(dtype), targets.to(dtype))
 

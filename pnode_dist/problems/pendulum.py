@@ -15,7 +15,8 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
-from pnode_dist.problems.ensemble import Windows, mean_share, means, shuffled_starts, windows
+from pnode_dist.problems.batches import check_replicas, shared
+from pnode_dist.problems.ensemble import Windows, mean_share, means, windows
 from pnode_dist.problems.pendulum_data import PendulumData, generate, partitions
 from pnode_dist.problems.pendulum_model import (
     ConstrainedMotion,
@@ -50,11 +51,7 @@ def build_pendulum(config: PendulumRun, mesh: Mesh, dtype: torch.dtype) -> Pendu
             f"[evaluation] leads = {list(config.evaluation.leads)}: must be at most {problem.times - 1}, one less than "
             "[problem] times, so that they lie in the validation trajectories"
         )
-    starts = problem.times - problem.window
-    if starts < mesh.data_replicas:
-        raise ConfigurationError(
-            f"[mesh] data = {mesh.data_replicas}: must be at most {starts}, the starts of training windows"
-        )
+    check_replicas(config, mesh, problem.times - problem.window)
     training, validation = partitions(problem, mesh)
     check_budget(config, training, problem.interval, problem.window)
     data = generate(problem, training, validation, mesh)
@@ -94,14 +91,13 @@ class PendulumProblem:
     def batches(self, epoch: int) -> Iterator[Windows]:
         """This replica's training windows of an epoch, by shuffled starts, each of all training trajectories."""
         window = self.config.problem.window
-        size, seed = self.config.training.batch_size, self.config.run.seed
-        for starts in shuffled_starts(self.data.training.times - window, size, self.mesh, seed, epoch):
+        for starts in shared(range(self.data.training.times - window), self.config, self.mesh, epoch):
             yield windows(self.data.training, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
         """This rank's share of the mean square error over windows, leads and components, each in units of its standard
         deviation."""
-        return mean_share(self._normalised(model(batch) - batch.targets).square(), batch.partition)
+        return mean_share(self._normalised(model(batch) - batch.targets).square(), batch.partition, self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
         """Root mean square errors, normalised, of rollouts of the validation trajectories from their initial states:

@@ -73,12 +73,17 @@ class Problem(Protocol):
         ...
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """This replica's training batches of an epoch, in an order that (seed, epoch) fixes; as many on every rank."""
+        """This replica's share of each training batch of an epoch, in an order that (seed, epoch) fixes.
+
+        As many on every rank, and the same batches however the ranks are split; a share may be empty.
+        """
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """This rank's share of the loss; the shares add up to the replica's loss. Collective on the state ranks.
+        """This rank's share of the loss. Collective on the world.
 
+        The loss is the sum over the state ranks and the mean over the replicas of the shares, which
+        `pnode_dist.sync.parallel` makes of their gradients. `pnode_dist.sync.share_of_mean` makes the share of a mean.
         `model` is `self.model` or DistributedDataParallel around it, and is called as `model(...)`.
         """
         ...

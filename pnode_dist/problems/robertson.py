@@ -15,7 +15,8 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
-from pnode_dist.problems.ensemble import Windows, mean_share, means, shuffled_starts, windows
+from pnode_dist.problems.batches import check_replicas, shared
+from pnode_dist.problems.ensemble import Windows, mean_share, means, windows
 from pnode_dist.problems.protocol import GradcheckCase, SolveCase
 from pnode_dist.problems.robertson_data import RobertsonData, decades, generate, partitions
 from pnode_dist.problems.robertson_model import RobertsonModel, right_hand_side
@@ -45,11 +46,7 @@ def build_robertson(config: RobertsonRun, mesh: Mesh, dtype: torch.dtype) -> Rob
             f"[evaluation] leads = {list(config.evaluation.leads)}: must be at most {problem.times - 1}, one less than "
             "[problem] times, so that they lie in the validation trajectories"
         )
-    starts = problem.times - problem.window
-    if starts < mesh.data_replicas:
-        raise ConfigurationError(
-            f"[mesh] data = {mesh.data_replicas}: must be at most {starts}, the starts of training windows"
-        )
+    check_replicas(config, mesh, problem.times - problem.window)
     training, validation = partitions(problem, mesh)
     check_budget(config, training, decades(problem), problem.window)
     data = generate(problem, training, validation, mesh)
@@ -89,13 +86,12 @@ class RobertsonProblem:
     def batches(self, epoch: int) -> Iterator[Windows]:
         """This replica's training windows of an epoch, by shuffled starts, each of all training trajectories."""
         window = self.config.problem.window
-        size, seed = self.config.training.batch_size, self.config.run.seed
-        for starts in shuffled_starts(self.data.training.times - window, size, self.mesh, seed, epoch):
+        for starts in shared(range(self.data.training.times - window), self.config, self.mesh, epoch):
             yield windows(self.data.training, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
         """This rank's share of the mean absolute error, scaled, over windows, leads and species."""
-        return mean_share((model(batch) - batch.targets).abs(), batch.partition)
+        return mean_share((model(batch) - batch.targets).abs(), batch.partition, self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
         """Mean absolute errors, scaled, of rollouts of the validation trajectories from their first samples: over all
@@ -128,7 +124,7 @@ class RobertsonProblem:
 
         def loss(state: torch.Tensor) -> torch.Tensor:
             error = self.model(dataclasses.replace(batch, initial=state)) - batch.targets
-            return mean_share(error.square(), batch.partition)
+            return mean_share(error.square(), batch.partition, self.mesh)
 
         return GradcheckCase(
             batch.initial.clone().requires_grad_(), loss, tuple(self.model.parameters()), self.partition

@@ -22,6 +22,7 @@ from pnode_dist.mesh import Mesh
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.split import SplitFunction
 from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.batches import check_replicas, shared
 from pnode_dist.problems.periodic_line import line, operator, shortest_wave
 from pnode_dist.problems.protocol import GradcheckCase, SolveCase
 from pnode_dist.problems.semilinear_data import generate
@@ -29,9 +30,10 @@ from pnode_dist.problems.semilinear_equation import Convection, linear_stencil
 from pnode_dist.problems.semilinear_model import SemilinearModel, learnt_convection
 from pnode_dist.problems.solver import check_budget, neural_ode
 from pnode_dist.problems.stable_step import largest_stable_step
-from pnode_dist.problems.trajectories import Trajectories, Windows, batches, windows
+from pnode_dist.problems.trajectories import Trajectories, Windows, windows
 from pnode_dist.report.picture import draw
 from pnode_dist.report.semilinear_forecast import Rollouts, write_rollouts
+from pnode_dist.sync import share_of_mean
 from pnode_dist.trajectory.statistics import SolveStatistics
 
 if TYPE_CHECKING:
@@ -54,11 +56,7 @@ def build_semilinear(config: SemilinearRun, mesh: Mesh, dtype: torch.dtype) -> S
             f"[evaluation] leads = {list(config.evaluation.leads)}: must be at most {problem.times - 1}, one less than "
             "[problem] times, so that they lie in the validation trajectories"
         )
-    starts = problem.trajectories * (problem.times - problem.window)
-    if starts < mesh.data_replicas:
-        raise ConfigurationError(
-            f"[mesh] data = {mesh.data_replicas}: must be at most {starts}, the number of training windows"
-        )
+    check_replicas(config, mesh, problem.trajectories * (problem.times - problem.window))
     try:
         partition = line(mesh, problem.points, max(1, (config.model.kernel_size - 1) // 2))
     except ConfigurationError as error:
@@ -108,16 +106,14 @@ class SemilinearProblem:
     def batches(self, epoch: int) -> Iterator[Windows]:
         """This replica's training windows of an epoch, shuffled. No window is of a validation trajectory."""
         window = self.config.problem.window
-        for starts in batches(
-            self.data.starts(window), self.config.training.batch_size, self.config.run.seed, epoch, self.mesh
-        ):
+        for starts in shared(self.data.starts(window), self.config, self.mesh, epoch):
             yield windows(self.data, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
         """This rank's share of the mean square error, in units of the data's scale, over points, windows and leads."""
         error: torch.Tensor = model(batch) - batch.targets
         leads, size = batch.targets.shape[:2]
-        return error.square().sum() / (leads * size * self.partition.shape[1])
+        return share_of_mean(error.square().sum(), leads * size * self.partition.shape[1], self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
         """Root mean square errors of rollouts of the validation trajectories from their first samples: over all

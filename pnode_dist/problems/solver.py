@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from pnode_dist.ode.evaluation import Function
@@ -41,10 +42,11 @@ def check_budget(config: Config, partition: Partition, interval: float, window: 
     """Raise `ConfigurationError` if no checkpoint of a batch of windows fits the trajectory. Collective on the
     partition's communicator.
 
-    A window has `window` output times, `interval` apart in the problem's time units.
+    A window has `window` output times, `interval` apart in the problem's time units. A replica has its share of them.
     """
     times = [number * interval for number in range(window + 1)]
-    values = config.training.batch_size * protocol.count(partition.local_shape)
+    share = math.ceil(config.training.batch_size / config.mesh.data)
+    values = share * protocol.count(partition.local_shape)
     trajectory = config.trajectory.build()
     checkpoint = values * trajectory.checkpoint_itemsize
     solver = config.solver

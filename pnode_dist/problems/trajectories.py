@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-
-from pnode_dist.mesh import Mesh
 
 Start = tuple[int, int]
 """A trajectory and a sample of it."""
@@ -57,18 +54,6 @@ class Windows:
 
 def windows(data: Trajectories, starts: Sequence[Start], steps: int, dtype: torch.dtype) -> Windows:
     """The windows of `steps` samples that begin at `starts`, in `dtype`."""
-    trajectory, first = (torch.tensor(column) for column in zip(*starts, strict=True))
+    trajectory, first = torch.tensor(tuple(starts), dtype=torch.int64).reshape(-1, 2).unbind(1)
     targets = torch.stack([data.values[trajectory, first + lead] for lead in range(1, steps + 1)])
     return Windows(tuple(starts), data.values[trajectory, first].to(dtype), targets.to(dtype), data.interval)
-
-
-def batches(starts: Sequence[Start], size: int, seed: int, epoch: int, mesh: Mesh) -> Iterator[tuple[Start, ...]]:
-    """This replica's starts of an epoch in batches of `size`, in an order that seed and epoch fix.
-
-    What does not divide by the replicas waits for another epoch.
-    """
-    order = np.random.default_rng([seed, epoch]).permutation(len(starts))
-    replicas = mesh.data_replicas
-    own = [starts[number] for number in order][mesh.replica :: replicas][: len(starts) // replicas]
-    for begin in range(0, len(own), size):
-        yield tuple(own[begin : begin + size])

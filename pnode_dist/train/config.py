@@ -162,7 +162,7 @@ class TrainingConfig(Table):
     """`cosine`: the learning rate falls to zero over the run along half a cosine."""
     weight_decay: NotNegative = 0.0
     batch_size: Count = 1
-    """Per replica."""
+    """Samples of a step, of all replicas together, so that the training is the same on every mesh."""
     dtype: Literal["float32", "float64"] = "float32"
     """In what the model computes; PETSc's state is in its own scalar type."""
     gradient_clip: Positive | None = None

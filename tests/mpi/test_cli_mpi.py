@@ -121,9 +121,13 @@ def test_a_loss_that_diverges_ends_all_ranks_with_code_1_and_one_line(config_fil
     assert all("try a smaller learning_rate" in line for line in lines)
 
 
-def test_data_replicas_train_on_different_windows_and_agree_on_the_loss(config_file, directory, capfd):
-    argv = ["train", str(config_file), "--set", f"mesh.data={COMM.size}", "--set", "training.epochs=1"]
-    assert main(argv) == 0
+def test_data_replicas_share_the_batches_and_have_the_losses_of_a_single_one(config_file, directory, capfd):
+    argv = ["train", str(config_file), "--set", "training.dtype=float64", "--set", "trajectory.ram=1MiB"]
+    losses = []
+    for replicas in (1, COMM.size):
+        assert main([*argv, "--overwrite", "--set", f"mesh.data={replicas}"]) == 0
+        losses.append([record["loss"] for record in steps(directory)])
 
-    # 21 windows in batches of 4 for each replica.
-    assert len(steps(directory)) == -(-(21 // COMM.size) // 4)
+    # Two epochs of 21 windows in batches of 4: the last ones are of a single window.
+    assert len(losses[0]) == 2 * 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)

@@ -131,16 +131,6 @@ def test_the_evaluation_is_that_of_the_whole_field(directory: Path, mesh: Mesh) 
     np.testing.assert_allclose(data.forecast.to_numpy().swapaxes(0, 1), np.where(land(), np.nan, kelvin), rtol=1e-6)
 
 
-def test_replicas_have_different_windows_and_as_many(directory: Path) -> None:
-    ranks = MPI.COMM_WORLD.size
-    with Mesh(state=1, data=ranks) as mesh:
-        batches = [batch.starts for batch in build(directory, mesh).batches(1)]
-    everyone = MPI.COMM_WORLD.allgather(batches)
-    assert {tuple(len(starts) for starts in theirs) for theirs in everyone} == {tuple(len(s) for s in batches)}
-    used = [start for theirs in everyone for starts in theirs for start in starts]
-    assert len(used) == len(set(used)) == (TRAINING - WINDOW) // ranks * ranks
-
-
 def test_what_one_rank_meets_is_raised_on_all(mesh: Mesh) -> None:
     def action() -> None:
         if mesh.rank == mesh.size - 1:

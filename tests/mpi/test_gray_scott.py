@@ -174,16 +174,6 @@ def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(me
     test_parameters_are_the_same_on_all_ranks(problem)
 
 
-def test_replicas_have_different_windows_and_as_many() -> None:
-    ranks = MPI.COMM_WORLD.size
-    with Mesh(state=1, data=ranks) as mesh:
-        batches = [batch.starts for batch in build_gray_scott(config(), mesh, torch.float64).batches(1)]
-    everyone = MPI.COMM_WORLD.allgather(batches)
-    assert {tuple(len(starts) for starts in theirs) for theirs in everyone} == {tuple(len(s) for s in batches)}
-    used = [start for theirs in everyone for starts in theirs for start in starts]
-    assert len(used) == len(set(used)) == TRAINING * (TIMES - WINDOW) // ranks * ranks
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

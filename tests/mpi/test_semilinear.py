@@ -167,16 +167,6 @@ def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(me
     test_parameters_are_the_same_on_all_ranks(problem)
 
 
-def test_replicas_have_different_windows_and_as_many() -> None:
-    ranks = MPI.COMM_WORLD.size
-    with Mesh(state=1, data=ranks) as mesh:
-        problem = build_semilinear(config("burgers"), mesh, torch.float64)
-        batches = [batch.starts for batch in problem.batches(1)]
-    everyone = MPI.COMM_WORLD.allgather(batches)
-    used = [start for theirs in everyone for starts in theirs for start in starts]
-    assert len(used) == len(set(used)) == TRAINING * (TIMES - WINDOW) // ranks * ranks
-
-
 def test_what_cannot_be_integrated_is_said_on_all_ranks(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pnode_dist.problems.semilinear_data._MOST_STEPS", 300)
     changes = {"viscosity": 1e-7, "interval": 10.0}

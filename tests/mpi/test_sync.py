@@ -1,12 +1,19 @@
 """Parameter gradients over the mesh: the sum over state ranks, the mean over replicas, the same bits everywhere."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from mpi4py import MPI
 from torch import nn
 
-from pnode_dist import BatchPartition, Mesh, NeuralODE
-from pnode_dist.sync import broadcast_parameters, parallel
+from pnode_dist import BatchPartition, DensePartition, GridPartition, Mesh, NeuralODE
+from pnode_dist.nn import Conv2d, Linear
+from pnode_dist.sampler import ReplicaSampler
+from pnode_dist.sync import broadcast_parameters, parallel, share_of_mean
+from tests.oracles.fields import convolved
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
@@ -40,6 +47,85 @@ def test_a_gradient_is_the_sum_over_the_state_and_the_mean_over_replicas(dtype: 
     found = gradients_of(network)
     assert distance(found, wanted) <= (1e-12 if dtype == torch.float64 else 1e-5)
     assert same_on_all_ranks(found)
+
+
+BOUNDARY = ("replicate", "periodic")
+Tensor = torch.Tensor
+
+
+class OnGrid(nn.Module):
+    """Two convolutions on a field of odd size."""
+
+    shape: tuple[int, ...] = (7, 9, 2)
+
+    def __init__(self, place: Mesh) -> None:
+        super().__init__()
+        self.partition = GridPartition(place, (7, 9), 2, BOUNDARY)
+        torch.manual_seed(2)
+        self.first = Conv2d(self.partition, 2, 3, dtype=torch.float64)
+        self.second = Conv2d(self.partition, 3, 2, 1, dtype=torch.float64)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(u)))
+
+    def plain(self, t: Tensor, u: Tensor) -> Tensor:
+        """The same of whole fields, in plain torch."""
+        hidden = torch.tanh(convolved(u, BOUNDARY, self.first.weight, self.first.bias))
+        return convolved(hidden, BOUNDARY, self.second.weight, self.second.bias)
+
+
+class OnVector(nn.Module):
+    """Two dense layers, between vectors of 9 and 3 entries, of the latter a fourth rank has none."""
+
+    shape: tuple[int, ...] = (9,)
+
+    def __init__(self, place: Mesh) -> None:
+        super().__init__()
+        self.partition, hidden = DensePartition(place, 9), DensePartition(place, 3)
+        torch.manual_seed(2)
+        self.first = Linear(self.partition, hidden, dtype=torch.float64)
+        self.second = Linear(hidden, self.partition, dtype=torch.float64)
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(u)))
+
+    def plain(self, t: Tensor, u: Tensor) -> Tensor:
+        """The same of whole vectors, in plain torch."""
+        hidden = torch.tanh(nn.functional.linear(u, self.first.weight, self.first.bias))
+        return nn.functional.linear(hidden, self.second.weight, self.second.bias)
+
+
+@pytest.mark.parametrize("network", [OnGrid, OnVector])
+def test_the_gradient_of_a_mean_over_samples_is_that_of_one_process_on_every_mesh(
+    network: Callable[[Mesh], OnGrid | OnVector], split: Mesh
+) -> None:
+    func = network(split)
+    samples = random(5, *func.shape, seed=4)
+    model = parallel(NeuralODE(func, step_size=0.25, partition=func.partition), split)
+    # Batches of 3 and 2: replicas have unequally many of their samples, and a fourth replica none at all.
+    for share in ReplicaSampler(len(samples), 3, split):
+        local = func.partition.scatter(samples[share])
+        total = torch.sin(model(local, TIMES)[1:]).sum()
+        share_of_mean(total, 2 * len(share) * samples[0].numel(), split).backward()
+    found = gradients_of(func)
+    losses = [
+        torch.sin(odeint_plain(func.plain, samples[share], TIMES, TABLEAUX["4"], 0.25)[1:]).mean()
+        for share in whole_batches(len(samples), 3)
+    ]
+    wanted = torch.autograd.grad(torch.stack(losses).sum(), list(func.parameters()))
+    assert distance(found, wanted) <= 1e-12
+    assert same_on_all_ranks(found)
+
+
+def whole_batches(samples: int, size: int) -> list[list[int]]:
+    """The batches as one replica has them."""
+    alone: Any = SimpleNamespace(replica=0, data_replicas=1)
+    return list(ReplicaSampler(samples, size, alone))
+
+
+def test_a_mean_over_no_samples_is_refused_on_all(split: Mesh) -> None:
+    with pytest.raises(ValueError, match="no mean over no samples"):
+        share_of_mean(torch.zeros(()), 0, split)
 
 
 def test_parameters_come_from_rank_0(split: Mesh) -> None:

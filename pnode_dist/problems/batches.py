@@ -1,0 +1,36 @@
+"""Which training windows a replica takes, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.mesh import Mesh
+from pnode_dist.sampler import ReplicaSampler
+
+if TYPE_CHECKING:
+    from pnode_dist.train.config import Config
+
+Start = TypeVar("Start")
+
+
+def check_replicas(config: Config, mesh: Mesh, windows: int) -> None:
+    """Raise `ConfigurationError` if the training windows, or those of a batch, are fewer than the replicas."""
+    size, replicas = config.training.batch_size, mesh.data_replicas
+    if windows < replicas:
+        raise ConfigurationError(f"[mesh] data = {replicas}: must be at most {windows}, the starts of training windows")
+    if size < replicas:
+        raise ConfigurationError(
+            f"[training] batch_size = {size}: must be at least {replicas}, a window for each replica of [mesh] data"
+        )
+
+
+def shared(starts: Sequence[Start], config: Config, mesh: Mesh, epoch: int) -> Iterator[tuple[Start, ...]]:
+    """This replica's share of each batch of an epoch, in the order that the run's seed and the epoch fix.
+
+    Of a last batch that has fewer windows than there are replicas, some get none.
+    """
+    size, seed = config.training.batch_size, config.run.seed
+    for share in ReplicaSampler(len(starts), size, mesh, seed=seed, epoch=epoch):
+        yield tuple(starts[number] for number in share)
