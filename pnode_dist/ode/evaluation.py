@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
 from pnode_dist.ode import events
-from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.compute_type import NO_COPIES, ComputeCopies
+from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.parameters import Parameters, completeness_check
 
 Function = Callable[..., Any]
-Parts = tuple[torch.Tensor, ...]
 _COUNTERS = (
     "evaluations",
     "vjps",
@@ -32,6 +32,7 @@ _COUNTERS = (
 class Problem:
     """What one solve binds to the solver: the function, its extra arguments, its parameters, and counters.
 
+    `copies` are what the function's modules hold while it is evaluated, and `parameters` are taken from among them.
     `watched`: nothing is known to require a gradient, but one may be asked for; evaluations are looked at for what
     the search for parameters has missed. `by_times`: the gradient with respect to the evaluation times is asked for as
     well. `logs`: PETSc keeps a log.
@@ -40,6 +41,7 @@ class Problem:
     func: Function
     args: tuple[Any, ...]
     parameters: Parameters
+    copies: ComputeCopies = NO_COPIES
     watched: bool = False
     by_times: bool = False
     logs: bool = False
@@ -77,18 +79,21 @@ class Problem:
         """
         if not isinstance(time, torch.Tensor):
             # Not kept for other steps: small tensors that stay make the memory between them useless for states.
-            time = torch.scalar_tensor(time, dtype=layout.dtype)
-        with events.event(events.FUNCTION, self.logs):
+            time = _scalar(time, layout)
+        if self.logs:
+            with events.event(events.FUNCTION, True):
+                result = func(time, layout.as_state(inputs), *self.args)
+        else:
             result = func(time, layout.as_state(inputs), *self.args)
         outputs = tuple(result) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
         if len(outputs) != len(inputs):
             _refuse(result, layout)
-        for part, value in zip(inputs, outputs, strict=True):
+        for shape, value in zip(layout.shapes, outputs, strict=True):
             if not isinstance(value, torch.Tensor):
                 _refuse(result, layout)
-            if value.shape != part.shape:
+            if value.shape != shape:
                 raise ValueError(
-                    f"func returned shape {tuple(value.shape)} for a state of shape {tuple(part.shape)}: "
+                    f"func returned shape {tuple(value.shape)} for a state of shape {shape}: "
                     "du/dt must have the shape of u"
                 )
         return outputs
@@ -108,7 +113,7 @@ class Problem:
         """An evaluation with its graph, which is counted. Collective if `func` is."""
         self.evaluations += 1
         inputs = tuple(part.detach().requires_grad_() for part in inputs)
-        when = torch.tensor(time, dtype=layout.dtype, requires_grad=True) if self.by_times else None
+        when = _scalar(time, layout).requires_grad_() if self.by_times else None
         with torch.enable_grad():
             outputs = self.evaluate(func, layout, time if when is None else when, inputs)
         if self.checks_left:
@@ -124,29 +129,32 @@ class Problem:
         `states` and `parameters` say which are wanted, and `keep` that the graph will be used again. Raises
         `ValueError` if the graph leads to what was computed, and reversed, before the solve.
         """
-        outputs = tuple(out for out in graph.outputs if out.requires_grad)
-        along = tuple(
-            part if part.dtype is out.dtype else part.to(out.dtype)
-            for out, part in zip(graph.outputs, cotangents, strict=True)
-            if out.requires_grad
-        )
-        # Where nothing depends on anything there is only the value itself.
+        outputs, along = [], []
+        for out, part in zip(graph.outputs, cotangents, strict=True):
+            if out.requires_grad:
+                outputs.append(out)
+                along.append(part if part.dtype is out.dtype and out.is_cpu else part.to(out))
         stretch = None
         if parameters and self.by_times:
             stretch = sum(
-                (out.detach().double() * part).sum() for out, part in zip(graph.outputs, cotangents, strict=True)
+                (out.detach().to(part) * part).sum() for out, part in zip(graph.outputs, cotangents, strict=True)
             )
-        times = [] if graph.time is None or not parameters else [graph.time]
+        times = () if graph.time is None or not parameters else (graph.time,)
         if not outputs:
+            # Where nothing depends on anything there is only the value itself.
             count = len(self.parameters.tensors) if parameters else 0
             return Cotangents((None,) * len(graph.inputs) if states else (), (None,) * count, stretch, None)
         self.vjps += 1
         wanted = (*(graph.inputs if states else ()), *(self.parameters.tensors if parameters else ()), *times)
         if not wanted:
             return Cotangents((), (), stretch, None)
+        keep = keep or self.parameters.shares_graph
         try:
-            with events.event(events.PRODUCT, self.logs):
-                found = _gradients(outputs, wanted, along, keep or self.parameters.shares_graph)
+            if self.logs:
+                with events.event(events.PRODUCT, True):
+                    found = _gradients(outputs, wanted, along, keep)
+            else:
+                found = _gradients(outputs, wanted, along, keep)
         except RuntimeError as error:
             if "through the graph a second time" not in str(error):
                 raise
@@ -164,7 +172,7 @@ class Problem:
         Raises `RuntimeError` where an operation has no rule for batches.
         """
         pieces = [
-            piece.reshape(-1, *shape).to(layout.dtype)
+            piece.reshape(-1, *shape).to(layout.device, layout.compute_dtype)
             for piece, shape in zip(torch.split(flats, list(layout.sizes), dim=1), layout.shapes, strict=True)
         ]
         pairs = [(out, piece) for out, piece in zip(graph.outputs, pieces, strict=True) if out.requires_grad]
@@ -181,7 +189,7 @@ class Problem:
             is_grads_batched=True,
         )
         self.vjps += len(flats)
-        return torch.cat([value.reshape(len(flats), -1) for value in found], dim=1).to(flats.dtype)
+        return torch.cat([value.reshape(len(flats), -1) for value in found], dim=1).to(flats)
 
     def tangent_map(self, graph: StageGraph) -> TangentMap:
         """The products of func's derivative by the state with vectors, as a map. Collective if func's backward is.
@@ -221,7 +229,7 @@ class TangentMap:
         self.problem.jvps += 1
         results = [torch.zeros_like(out) for out in self.outputs]
         pairs = [
-            (value, tangent.to(value.dtype))
+            (value, tangent.to(value))
             for value, tangent in zip(self.pulled, tangents, strict=True)
             if value.requires_grad
         ]
@@ -235,8 +243,7 @@ class TangentMap:
         return tuple(results)
 
 
-@dataclass(frozen=True)
-class StageGraph:
+class StageGraph(NamedTuple):
     """One recorded evaluation: f's inputs (leaves of their own graph), its outputs, and the time.
 
     `time` is a leaf of the graph as well where the gradient by the times is wanted, else None.
@@ -248,16 +255,14 @@ class StageGraph:
     time: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class StageState:
+class StageState(NamedTuple):
     """What an evaluation was given, in f's floating type: its graph is made when it is asked for."""
 
     when: float
     inputs: Parts
 
 
-@dataclass(slots=True)
-class Cotangents:
+class Cotangents(NamedTuple):
     """Products of a vector v with the derivatives of f: by the parts of the state and by each parameter, None for zero.
 
     With respect to times: `value` is <f, v>, and `time` <df/dt, v>, None for zero.
@@ -273,10 +278,17 @@ Stage = StageGraph | StageState | None
 Recording = list[Stage]
 
 
-def _gradients(outputs: Parts, inputs: Parts, cotangents: Parts, keep: bool) -> tuple[torch.Tensor | None, ...]:
+def _scalar(time: float, layout: StateLayout) -> torch.Tensor:
+    """A time as f takes it: a tensor without dimensions in f's type."""
+    return torch.scalar_tensor(time, dtype=layout.compute_dtype, device=layout.device)
+
+
+def _gradients(
+    outputs: Sequence[torch.Tensor], inputs: Parts, cotangents: Sequence[torch.Tensor], keep: bool
+) -> tuple[torch.Tensor | None, ...]:
     """`torch.autograd.grad` with unused inputs allowed, without its checks, which take longer than a small stage."""
     found: tuple[torch.Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
-        outputs, cotangents, keep, False, inputs, allow_unreachable=True, accumulate_grad=False
+        tuple(outputs), tuple(cotangents), keep, False, inputs, allow_unreachable=True, accumulate_grad=False
     )
     return found
 

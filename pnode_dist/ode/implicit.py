@@ -33,7 +33,6 @@ from pnode_dist.ode.stepper import (
     set_from_options,
     set_up_adjoint,
 )
-from pnode_dist.partition import protocol
 from pnode_dist.partition.protocol import Partition
 
 _TYPES = {
@@ -132,8 +131,7 @@ class ImplicitStepper(Stepper):
 
     def _defaults(self) -> dict[str, Any]:
         """What holds where neither the caller's options nor those on the command line say anything."""
-        single = self.layout.dtype != protocol.scalar_dtype()
-        rtol, stol = (1e-5, 1e-7) if single else (1e-9, 1e-12)
+        rtol, stol = _newton_tolerances(self.layout.compute_dtype)
         defaults: dict[str, Any] = {"snes_rtol": rtol, "snes_stol": stol, "ksp_type": "gmres"}
         if self.built is None:
             defaults["pc_type"] = "none"
@@ -301,7 +299,7 @@ class ImplicitStepper(Stepper):
 
     def _stage_inputs(self, handle: int) -> tuple[torch.Tensor, ...]:
         flat = torch.from_numpy(petsc_calls.local_array(handle, self.layout.size))
-        return tuple(part.to(self.layout.dtype, copy=True) for part in self.layout.parts(flat))
+        return self.layout.inputs(self.layout.parts(flat), copy=True)
 
     def _stage_time(self, ts: PETSc.TS, part: Part, handle: int, time: float, size: float) -> float:
         if self.method.family != "theta":
@@ -348,9 +346,8 @@ class ImplicitStepper(Stepper):
     def derivative(self, time: float, direction: float) -> torch.Tensor:
         """See `Stepper.derivative`. Collective on `comm`."""
         problem = self._problem
-        inputs = tuple(part.to(self.layout.dtype) for part in self.layout.parts(self.state))
-        values = problem.value(problem.func, self.layout, time, inputs)
-        return torch.cat([value.detach().reshape(-1).to(self.state.dtype) for value in values])
+        values = problem.value(problem.func, self.layout, time, self.layout.inputs(self.layout.parts(self.state)))
+        return torch.cat([value.detach().reshape(-1).to(self.state) for value in values])
 
     def _new_operator(self, point: Point, shift: float) -> None:
         """Bring the preconditioner up to date, where that is due. Collective on `comm`."""
@@ -376,6 +373,13 @@ class ImplicitStepper(Stepper):
         if reason == PETSc.SNES.ConvergedReason.DIVERGED_LINEAR_SOLVE:
             text += f" (linear solve: {_reason(PETSc.KSP.ConvergedReason, ksp.getConvergedReason())})"
         return text + ": make step_size smaller, give a preconditioner, or change PETSc's snes_* and ksp_* options"
+
+
+def _newton_tolerances(dtype: torch.dtype) -> tuple[float, float]:
+    """How far a residual and a Newton step can be brought down, relatively, where f computes in `dtype`."""
+    if dtype == torch.float64:
+        return 1e-9, 1e-12
+    return (1e-5, 1e-7) if dtype == torch.float32 else (1e-2, 1e-3)
 
 
 def _theta_variant(ts: PETSc.TS) -> tuple[float, bool]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from petsc4py import PETSc
 
-from pnode_dist.ode.evaluation import Function, Parts, Problem, Stage, StageGraph
-from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.evaluation import Function, Problem, Stage, StageGraph
+from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.mass import MassMatrix
 from pnode_dist.ode.point import Part, Place, Point
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
@@ -89,7 +89,7 @@ class ImplicitFunction:
     def inputs(self, u: PETSc.Vec) -> Parts:
         """The parts of the state in `u` in f's floating type: views of its memory where that is PETSc's."""
         flat = protocol.view(u, (self.layout.size,))
-        return tuple(part.to(self.layout.dtype) for part in self.layout.parts(flat))
+        return self.layout.inputs(self.layout.parts(flat))
 
     def _at(self, part: Part, t: float, u: PETSc.Vec) -> Point:
         """The point that PETSc asks for: that which was recorded of the step being reversed, else a new one."""
@@ -153,7 +153,7 @@ class ImplicitFunction:
             return
         values = self.problem.value(func, self.layout, self.direction * t, self.inputs(u))
         for target, value in zip(self.layout.parts(result), values, strict=True):
-            target.add_(value.detach(), alpha=sign * self.direction)
+            target.add_(value.detach().to(target.device), alpha=sign * self.direction)
 
     def jacobian(
         self,

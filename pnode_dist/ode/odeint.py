@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
+from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.evaluation import Function, Problem
 from pnode_dist.ode.layout import State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
@@ -30,7 +31,7 @@ from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
-from pnode_dist.ode.tangent import checked_direction, joined, with_tangent
+from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, output_times, time_grid
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
 from pnode_dist.partition.protocol import Partition
@@ -44,11 +45,13 @@ _KEPT_SOLVERS = 8
 
 
 @contextmanager
-def _released_on_error(solve: Solve) -> Iterator[None]:
-    """Give back what a solve holds at once if it fails: whoever keeps the error keeps the solve alive."""
+def _running(solve: Solve) -> Iterator[None]:
+    """While f is evaluated: its modules hold what it computes with; if the solve fails, it gives back what it holds."""
     try:
-        yield
+        with solve.problem.copies.in_place():
+            yield
     except BaseException:
+        # Whoever keeps the error keeps the solve alive.
         solve.release()
         raise
 
@@ -64,14 +67,14 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         # A graph that is dropped without a backward pass gives its checkpoints back.
         weakref.finalize(ctx, solve.release).atexit = False
-        with _released_on_error(solve):
+        with _running(solve):
             return solve.forward(tensors[:parts])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         solve, tensors = ctx.solve, ctx.saved_tensors
-        with _released_on_error(solve):
+        with _running(solve):
             if ctx.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 solve.forward(tensors[: ctx.parts])
@@ -117,6 +120,7 @@ class _Settings:
     options: PetscOptions | None
     mass: Mass | None = None
     preconditioner: Preconditioner | str | None = None
+    compute_dtype: torch.dtype | None = None
     fixed_plan: Plan | None = None
     grid: TimeGrid | None = None
 
@@ -133,7 +137,7 @@ def _prepared(
     solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
     """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters."""
-    layout, parts = layout_of(u0)
+    layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
     control = settings.control()
@@ -161,6 +165,9 @@ def _prepared(
         raise ConfigurationError(
             f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of beuler, cn, theta"
         )
+    copies = ComputeCopies({}, (), args)
+    if settings.compute_dtype is not None:
+        copies = compute_copies(func, args, layout.compute_dtype)
     mass, preconditioner = settings.mass, resolve_preconditioner(settings.preconditioner)
     if not table.implicit and preconditioner is not None:
         raise ConfigurationError(
@@ -174,10 +181,26 @@ def _prepared(
         ),
         lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
     )
-    problem = Problem(func, args, parameters, watched=torch.is_grad_enabled() and not needs_gradient, by_times=by_times)
+    problem = Problem(
+        in_compute_type(func, copies),
+        copies.args,
+        replace(parameters, tensors=copies.of(parameters.tensors)),
+        copies,
+        watched=torch.is_grad_enabled() and not needs_gradient,
+        by_times=by_times,
+    )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(
-        solver, times, grid, control, problem, SolveStatistics(), needs_gradient, settings.fixed_plan, time_dtype
+        solver,
+        times,
+        grid,
+        control,
+        problem,
+        parameters.tensors,
+        SolveStatistics(),
+        needs_gradient,
+        settings.fixed_plan,
+        time_dtype,
     )
     return solve, layout, tensors
 
@@ -198,7 +221,7 @@ def _solve(
     if solve.keeps_trajectory:
         outputs = _Differentiable.apply(solve, parts, *tensors)  # type: ignore[no-untyped-call]
     else:
-        with torch.no_grad():
+        with torch.no_grad(), _running(solve):
             outputs = solve.forward(tensors[:parts])
     return layout.as_state(outputs), solve
 
@@ -221,6 +244,7 @@ def odeint(
     options: PetscOptions | None = ...,
     mass: Mass | None = ...,
     preconditioner: Preconditioner | str | None = ...,
+    compute_dtype: torch.dtype | None = ...,
 ) -> torch.Tensor: ...
 
 
@@ -242,6 +266,7 @@ def odeint(
     options: PetscOptions | None = ...,
     mass: Mass | None = ...,
     preconditioner: Preconditioner | str | None = ...,
+    compute_dtype: torch.dtype | None = ...,
 ) -> tuple[torch.Tensor, ...]: ...
 
 
@@ -262,6 +287,7 @@ def odeint(
     options: PetscOptions | None = None,
     mass: Mass | None = None,
     preconditioner: Preconditioner | str | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> State:
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
@@ -269,12 +295,17 @@ def odeint(
 
     `func(t, u, *args)` gets a 0-dimensional tensor and this rank's part of the state, and returns du/dt in the same
     shape. It must be deterministic: parts of the solve are run again for the gradient. `u0` is this rank's part of the
-    initial state, a tensor or a tuple of tensors; `func` computes in its floating type, while steps, checkpoints
-    and adjoints are in PETSc's scalar type. `t` holds the output times, strictly increasing or strictly decreasing.
-    Every interval between them is divided into `ceil(|dt| / step_size)` equal steps of `method`, one step if
-    `step_size` is None. With `rtol` or `atol` (by default 1e-6 and 1e-9 beside the other one) steps are as long as the
-    estimate of their error allows, controlled by PETSc's `adaptor` (see `ErrorControl`), and `step_size` is that of
-    the first. Returns `[len(t), *u0.shape]`, for a tuple a tuple of such.
+    initial state, a tensor or a tuple of tensors; `func` computes in its floating type unless `compute_dtype` names
+    another one, while steps, checkpoints and adjoints are in PETSc's scalar type. With `compute_dtype` the parameters
+    and buffers of modules, and tensors in `args`, are converted to it once for a solve, and keep their own type
+    otherwise: so do their gradients, which are summed over steps in PETSc's scalar type. `u0` may be on another
+    device than PETSc's vectors: func then computes there, and states are copied back and forth.
+
+    `t` holds the output times, strictly increasing or strictly decreasing. Every interval between them is divided into
+    `ceil(|dt| / step_size)` equal steps of `method`, one step if `step_size` is None. With `rtol` or `atol` (by default
+    1e-6 and 1e-9 beside the other one) steps are as long as the estimate of their error allows, controlled by PETSc's
+    `adaptor` (see `ErrorControl`), and `step_size` is that of the first. Returns `[len(t), *u0.shape]`, for a tuple a
+    tuple of such.
 
     `method` is one of `pnode_dist.ode.methods.METHODS`, by default `rk4`, and `dopri5` for steps with error control.
     Those of the families `theta`, `arkimex` and `dirk` solve equations in every step; with `arkimex` the parts of a
@@ -292,11 +323,22 @@ def odeint(
 
     Raises `ConfigurationError` for an unknown method, a gradient of a method without an adjoint, or a budget too small
     for one checkpoint, `ValueError` for times that are not monotone and for a du/dt of another shape, `TypeError` for a
-    state that is not real floating-point CPU tensors, `StepSizeError` where no step meets the tolerances, and
+    state that is not real floating-point tensors, `StepSizeError` where no step meets the tolerances, and
     `ConvergenceError` where the equations of a step or of its adjoint are not solved.
     """
     settings = _Settings(
-        method, step_size, rtol, atol, adaptor, partition, trajectory, params, options, mass, preconditioner
+        method,
+        step_size,
+        rtol,
+        atol,
+        adaptor,
+        partition,
+        trajectory,
+        params,
+        options,
+        mass,
+        preconditioner,
+        compute_dtype,
     )
     return _solve(_Solvers(), func, u0, t, settings, args)[0]
 
@@ -325,6 +367,7 @@ class NeuralODE(nn.Module):
         options: PetscOptions | None = None,
         mass: Mass | None = None,
         preconditioner: Preconditioner | str | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if method is not None:
@@ -341,6 +384,7 @@ class NeuralODE(nn.Module):
         self.options = options
         self.mass = mass
         self.preconditioner = preconditioner
+        self.compute_dtype = compute_dtype
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
         self.fixed_plan: Plan | None = None
@@ -403,7 +447,7 @@ class NeuralODE(nn.Module):
             raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
         if solve.solver.stepper.method.adjoint == "none":
             raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
-        with torch.no_grad():
+        with torch.no_grad(), solve.problem.copies.in_place():
             return solve.measured_plans(tensors[: len(layout.shapes)])
 
     @property

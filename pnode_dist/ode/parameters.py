@@ -24,13 +24,19 @@ _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, types.Module
 def find_parameters(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
     """The tensors requiring a gradient that `func` and its extra arguments hold, each once, in a stable order."""
     found: dict[int, torch.Tensor] = {}
-    for tensor in _search([func, *args]):
-        if tensor.requires_grad:
-            found.setdefault(id(tensor), tensor)
+    for thing in _search([func, *args]):
+        for tensor in (*thing.parameters(), *thing.buffers()) if isinstance(thing, nn.Module) else (thing,):
+            if tensor.requires_grad:
+                found.setdefault(id(tensor), tensor)
     return tuple(found.values())
 
 
-def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor]:
+def find_modules(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[nn.Module, ...]:
+    """The modules that `func` and its extra arguments hold, without those inside of another."""
+    return tuple(thing for thing in _search([func, *args]) if isinstance(thing, nn.Module))
+
+
+def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor | nn.Module]:
     seen: set[int] = set()
     pending = list(roots)[::-1]
     while pending:
@@ -41,8 +47,7 @@ def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor]:
         if isinstance(thing, torch.Tensor):
             yield thing
         elif isinstance(thing, nn.Module):
-            yield from thing.parameters()
-            yield from thing.buffers()
+            yield thing
             if isinstance(thing, SplitFunction):
                 pending.extend((thing.explicit, thing.implicit))
         else:

@@ -7,8 +7,8 @@ from enum import Enum
 
 import torch
 
-from pnode_dist.ode.evaluation import Cotangents, Function, Parts, Problem, StageGraph, TangentMap
-from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.evaluation import Cotangents, Function, Problem, StageGraph, TangentMap
+from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.rhs import by_step
 from pnode_dist.ode.split import MatrixFunction
 
@@ -48,7 +48,7 @@ class Point:
         if self._tangents is None:
             self._tangents = self.problem.tangent_map(self._linearised())
         found = self._tangents(self.layout.parts(flat))
-        return self.sign * torch.cat([part.reshape(-1).to(flat.dtype) for part in found])
+        return self.sign * torch.cat([part.reshape(-1).to(flat) for part in found])
 
     def vjp(self, flat: torch.Tensor) -> torch.Tensor:
         """The product of the transposed Jacobian by the state with a flat vector. Collective if the function is."""
@@ -86,7 +86,7 @@ class Point:
     def _by_state(self, found: Cotangents, flat: torch.Tensor) -> torch.Tensor:
         return torch.cat(
             [
-                torch.zeros(part.numel(), dtype=flat.dtype) if value is None else value.reshape(-1).to(flat.dtype)
+                torch.zeros(part.numel(), dtype=flat.dtype) if value is None else value.reshape(-1).to(flat)
                 for part, value in zip(self.inputs, found.states, strict=True)
             ]
         )
@@ -101,7 +101,7 @@ class Point:
         none = (None,) * len(self.problem.parameters.tensors)
         if not self.problem.by_times:
             return Cotangents((), none, None, None)
-        value = func.multiply(torch.cat([part.reshape(-1) for part in self.inputs]).to(flat.dtype), False)
+        value = func.multiply(torch.cat([part.reshape(-1) for part in self.inputs]).to(flat), False)
         return Cotangents((), none, self.sign * torch.dot(value, flat), None)
 
     def _parts(self, flat: torch.Tensor) -> Parts:

@@ -216,8 +216,9 @@ class BuiltApproximation:
 
     def __init__(self, operator: Callable[[float, Any, float], PETSc.Mat], setting: Setting) -> None:
         self._operator, self._layout = operator, setting.layout
-        zero = torch.zeros(setting.layout.size, dtype=setting.layout.dtype)
-        first = operator(0.0, setting.layout.as_state(setting.layout.parts(zero)), 1.0)
+        layout = setting.layout
+        zero = layout.inputs(layout.parts(torch.zeros(layout.size)))
+        first = operator(0.0, layout.as_state(zero), 1.0)
         self.matrix: PETSc.Mat | None = first.duplicate(copy=True)
 
     def update(self, point: Point, shift: float) -> None:

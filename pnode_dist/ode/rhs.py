@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from petsc4py import PETSc
 
 from pnode_dist.ode.evaluation import Cotangents, Problem, Recording, Stage, StageState
-from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.partition import protocol
 
 
@@ -31,11 +32,9 @@ class RightHandSide:
     def __init__(self, layout: StateLayout, parameter_sizes: tuple[int, ...]) -> None:
         self._layout = layout
         self._parameter_sizes = list(parameter_sizes)
-        self._converts = layout.dtype != protocol.scalar_dtype()
-        self._views: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._memory: dict[int, _Memory] = {}
         self._parameter_views: dict[int, list[torch.Tensor]] = {}
         self._parameter_cotangents: Sequence[torch.Tensor | None] = ()
-        self._flat: dict[int, torch.Tensor] = {}
         self._recording: Recording | None = None
         self._level = "graph"
         self._isolate = False
@@ -51,14 +50,14 @@ class RightHandSide:
         self.problem: Problem | None = None
         self.error: BaseException | None = None
 
-    def _parts(self, vec: PETSc.Vec) -> tuple[torch.Tensor, ...]:
+    def _of(self, vec: PETSc.Vec) -> _Memory:
         # Stage Vecs live as long as the TS, and so do their addresses.
         handle = vec.handle
-        parts = self._views.get(handle)
-        if parts is None:
-            flat = self._flat[handle] = protocol.view(vec, (self._layout.size,))
-            parts = self._views[handle] = self._layout.parts(flat)
-        return parts
+        memory = self._memory.get(handle)
+        if memory is None:
+            flat = protocol.view(vec, (self._layout.size,))
+            memory = self._memory[handle] = _Memory(flat, self._layout.parts(flat))
+        return memory
 
     def bind(self, problem: Problem) -> None:
         """Call this problem's function from now on."""
@@ -67,13 +66,12 @@ class RightHandSide:
 
     def forget_views(self) -> None:
         """Forget all stage Vecs: those of a TS that has been destroyed may have come back as others."""
-        self._views.clear()
-        self._flat.clear()
+        self._memory.clear()
 
     @property
     def last_stage(self) -> torch.Tensor:
         """The state of the last stage that PETSc formed, flat."""
-        return self._flat[self._last_handle]
+        return self._memory[self._last_handle].flat
 
     def start_step(self, recording: Recording | None, isolate: bool, level: str) -> None:
         """Say that a step begins, and where to record its stages if at all, as graphs or as states.
@@ -109,7 +107,7 @@ class RightHandSide:
             self._stage = stage + 1
             recording = self._recording
             if stage == self.skipped_stage:
-                self._parts(u)
+                self._of(u)
                 self._last_handle = u.handle
                 if recording is not None and not self.fsal:
                     recording.append(None)
@@ -142,53 +140,49 @@ class RightHandSide:
         """Evaluate func at `u` into `f`; returns what is to be recorded of it."""
         problem = self.problem
         assert problem is not None
-        inputs = self._parts(u)
-        if self._converts:
-            inputs = tuple(part.to(self._layout.dtype) for part in inputs)
-        kept: Stage = None
-        if self._recording is not None and self._isolate and not self._converts:
+        layout = self._layout
+        inputs = self._of(u).parts
+        recording = self._recording
+        if layout.converts:
+            inputs = layout.inputs(inputs)
+        elif recording is not None and self._isolate:
             inputs = tuple(part.clone() for part in inputs)
         time = self.direction * t
-        if self._recording is not None and self._level == "graph":
-            graph = problem.graph(problem.func, self._layout, time, inputs)
-            kept, outputs = graph, graph.outputs
+        kept: Stage = None
+        if recording is not None and self._level == "graph":
+            kept = problem.graph(problem.func, layout, time, inputs)
+            outputs = kept.outputs
         else:
-            outputs = problem.value(problem.func, self._layout, time, inputs)
-            if self._recording is not None:
+            outputs = problem.value(problem.func, layout, time, inputs)
+            if recording is not None:
                 kept = StageState(time, inputs)
-        tracked = torch.is_grad_enabled()
-        for target, value in zip(self._parts(f), outputs, strict=True):
-            target.copy_(value.detach() if tracked else value)
-            if self.direction < 0:
-                target.neg_()
+        memory = self._of(f)
+        _copy(memory, outputs if kept is None else [value.detach() for value in outputs])
+        if self.direction < 0:
+            memory.flat.neg_()
         f.stateIncrease()
         return kept
 
     def apply_transposed(self, v: PETSc.Vec, result: PETSc.Vec) -> None:
         """result = (df/du)^T v at the next stage back; (df/dtheta)^T v is kept for `apply_parameters_transposed`."""
-        recording = self._recording
+        recording, problem = self._recording, self.problem
         assert recording is not None
-        assert self.problem is not None
+        assert problem is not None
         graph = recording.pop()
         if isinstance(graph, StageState):
-            graph = self.problem.graph(self.problem.func, self._layout, graph.when, graph.inputs)
-        targets = self._parts(result)
-        self._parameter_cotangents = ()
+            graph = problem.graph(problem.func, self._layout, graph.when, graph.inputs)
+        memory = self._of(result)
         if graph is None:
-            for target in targets:
-                target.zero_()
+            memory.flat.zero_()
+            self._parameter_cotangents = ()
         else:
-            cotangents = self._parts(v)
+            cotangents = self._of(v).parts
             if self.direction < 0:
                 cotangents = tuple(-part for part in cotangents)
-            found = self.problem.vjp(graph, cotangents)
-            for target, value in zip(targets, found.states, strict=True):
-                if value is None:
-                    target.zero_()
-                else:
-                    target.copy_(value)
+            found = problem.vjp(graph, cotangents)
+            _copy(memory, found.states)
             self._parameter_cotangents = found.parameters
-            if self.problem.by_times:
+            if problem.by_times:
                 self._parameter_cotangents = (*found.parameters, *by_step(found, graph.when - self.start))
         result.stateIncrease()
 
@@ -217,6 +211,22 @@ class RightHandSide:
             shapes += [torch.Size(), torch.Size()]
         pieces = torch.split(protocol.view(vec, (sum(self._parameter_sizes),)), self._parameter_sizes)
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+class _Memory(NamedTuple):
+    """This rank's entries of a Vec, sharing its memory: all of them, and the state's parts."""
+
+    flat: torch.Tensor
+    parts: Parts
+
+
+def _copy(memory: _Memory, values: Sequence[torch.Tensor | None]) -> None:
+    """Put these into the parts, None standing for zeros."""
+    for part, value in zip(memory.parts, values, strict=True):
+        if value is None:
+            part.zero_()
+        else:
+            part.copy_(value)
 
 
 class StateJacobian:

@@ -34,7 +34,8 @@ from pnode_dist.trajectory.store import State as FlatState
 class Solve:
     """One solve: its steps on the shared stepper, its checkpoints and recordings, and what it counted.
 
-    `grid` are its steps: given, or with `control` those that were accepted, once they are known.
+    `grid` are its steps: given, or with `control` those that were accepted, once they are known. `parameters` are what
+    the gradient is for, where the problem may have copies of another type.
     """
 
     solver: Solver
@@ -42,6 +43,7 @@ class Solve:
     grid: TimeGrid | None
     control: ErrorControl | None
     problem: Problem
+    parameters: tuple[torch.Tensor, ...]
     statistics: SolveStatistics
     keeps_trajectory: bool
     fixed_plan: Plan | None = None
@@ -122,7 +124,9 @@ class Solve:
         """Solve from `initial`; the outputs of each part, `[len(t), *shape]`. Collective."""
         stepper = self.solver.stepper
         layout = stepper.layout
-        outputs = tuple(torch.empty((len(self.times), *shape), dtype=layout.dtype) for shape in layout.shapes)
+        outputs = tuple(
+            torch.empty((len(self.times), *shape), dtype=layout.dtype, device=layout.device) for shape in layout.shapes
+        )
 
         def output(number: int) -> None:
             for values, part in zip(outputs, layout.parts(stepper.state), strict=True):
@@ -363,7 +367,7 @@ class Solve:
             if number is not None:
                 for part, cotangent in zip(adjoint, cotangents, strict=True):
                     if cotangent is not None:
-                        part.add_(cotangent[number])
+                        part.add_(cotangent[number].to(part.device))
                 stepper.touched()
 
         reversed_to(steps)
@@ -375,12 +379,12 @@ class Solve:
             self.solver.disk_is_lost = self.solver.disk_is_lost or disk_is_lost
         self._count()
         self.release()
-        states = tuple(part.to(layout.dtype, copy=True) for part in adjoint)
-        sizes = [parameter.numel() for parameter in self.problem.parameters.tensors]
+        states = tuple(part.to(layout.device, layout.dtype, copy=True) for part in adjoint)
+        sizes = [parameter.numel() for parameter in self.parameters]
         gradient = stepper.parameter_gradient[: sum(sizes)]
         parameters = tuple(
-            piece.view(parameter.shape).to(parameter.dtype, copy=True)
-            for piece, parameter in zip(torch.split(gradient, sizes), self.problem.parameters.tensors, strict=True)
+            piece.view(parameter.shape).to(parameter.device, parameter.dtype, copy=True)
+            for piece, parameter in zip(torch.split(gradient, sizes), self.parameters, strict=True)
         )
         if not self.problem.by_times:
             return states, parameters, ()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.compute_type import ComputeCopies
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import layout_of
 from pnode_dist.ode.split import SplitFunction
@@ -72,6 +73,18 @@ class WithTangent:
         return tuple(rates)
 
 
+def in_compute_type(func: Function, copies: ComputeCopies) -> Function:
+    """A right-hand side whose derivative, if it has one along a direction, is that by the copies of parameters."""
+    if isinstance(func, SplitFunction) and isinstance(func.explicit, WithTangent):
+        return SplitFunction(
+            implicit=in_compute_type(func.implicit, copies), explicit=in_compute_type(func.explicit, copies)
+        )
+    if not isinstance(func, WithTangent):
+        return func
+    direction = dict(zip(copies.of(func.parameters), func.tangents, strict=True))
+    return WithTangent(func.func, func.is_tuple, direction)
+
+
 def with_tangent(func: Function, is_tuple: bool, direction: Mapping[torch.Tensor, torch.Tensor]) -> Function:
     """The right-hand side of a state and its tangent; in two parts if `func` is."""
     if isinstance(func, SplitFunction):
@@ -101,4 +114,4 @@ def joined(u0: Any, tangent: Any) -> tuple[Parts, bool]:
     of_tangent, tangents = layout_of(tangent)
     if of_tangent.shapes != layout.shapes:
         raise ConfigurationError(f"u0_tangent: shapes {of_tangent.shapes} for a state of {layout.shapes}")
-    return (*parts, *(part.to(layout.dtype) for part in tangents)), layout.is_tuple
+    return (*parts, *(part.to(layout.device, layout.dtype) for part in tangents)), layout.is_tuple

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.odeint import NeuralODE
@@ -35,6 +37,7 @@ def neural_ode(config: Config, right_hand_side: Function, partition: Partition, 
         preconditioner=(
             AssembledJacobian(solver.reach) if solver.preconditioner == "assembled" else solver.preconditioner
         ),
+        compute_dtype=None if solver.compute_dtype is None else getattr(torch, solver.compute_dtype),
     )
 
 

@@ -112,6 +112,8 @@ class SolverConfig(Table):
     preconditioner: Literal["none", "block", "assembled"] = "none"
     """Of the linear systems of implicit methods: the exact inverse of every sample's own, or the sparse Jacobian on a
     grid, for PETSc's own preconditioners (`petsc_options = { pc_type = "gamg" }`)."""
+    compute_dtype: Literal["float64", "float32", "bfloat16"] | None = None
+    """What the right-hand side computes in, by default `[training] dtype`, in which parameters and data stay."""
     reach: Count = 1
     """How many cells the right-hand side reaches in each direction, for `assembled`: 1 for a 3 x 3 stencil, the sum of
     its layers' for a network."""

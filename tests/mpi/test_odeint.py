@@ -219,3 +219,18 @@ def test_ranks_that_disagree_on_needing_a_gradient_are_told_so_on_all(mesh: Mesh
         return
     with pytest.raises(RuntimeError, match="only some ranks need a gradient"):
         odeint(lambda t, u: -u, u0, TIMES, partition=partition)
+
+
+def test_a_field_computed_in_float32_has_the_double_precision_gradient_up_to_rounding(mesh: Mesh) -> None:
+    partition = GridPartition(mesh, SHAPE, channels=2, boundary=("periodic", "zero"))
+    flow = Flow(partition)
+    parameters = list(flow.parameters())
+    whole = random(*SHAPE, 2).requires_grad_()
+    states = odeint_plain(flow.whole, whole, TIMES, TABLEAUX["4"], STEP_SIZE)
+    wanted = torch.autograd.grad(states[-1].square().sum(), [whole, *parameters])
+
+    local = here(whole, partition).clone().requires_grad_()
+    node = NeuralODE(flow, step_size=STEP_SIZE, partition=partition, compute_dtype=torch.float32)
+    found = torch.autograd.grad(node(local, TIMES)[-1].square().sum(), [local, *parameters])
+    assert 0 < distance(found[0], here(wanted[0], partition)) <= 1e-6
+    assert all(distance(mesh.sum(f), w) <= 1e-6 for f, w in zip(found[1:], wanted[1:], strict=True))

@@ -17,6 +17,7 @@ from pnode_dist.problems import build
 from pnode_dist.problems.gray_scott import GrayScottProblem, build_gray_scott
 from pnode_dist.train import loop
 from pnode_dist.verify import gradcheck
+from tests.oracles.right_hand_sides import distance
 from tests.unit.problems.plain_gray_scott import (
     DOMAIN,
     INTERVAL,
@@ -84,6 +85,16 @@ def test_the_configured_solver_is_the_one_that_solves(mesh: Mesh) -> None:
     assert {name: getattr(solve, name) for name in chosen} == chosen
     assert solve.trajectory == Trajectory(ram="1MiB")
     assert problem.loss(problem.model, next(problem.batches(1))).isfinite()
+
+
+def test_a_right_hand_side_in_lower_precision_leaves_parameters_and_gradients_as_they_are(mesh: Mesh) -> None:
+    gradients = {}
+    for name in (None, "float32"):
+        problem = built(mesh, solver={"compute_dtype": name})
+        problem.loss(problem.model, next(problem.batches(1))).backward()
+        gradients[name] = torch.cat([value.grad.reshape(-1) for value in problem.model.parameters()])
+    assert gradients["float32"].dtype is torch.float64
+    assert 0 < distance(gradients["float32"], gradients[None]) <= 1e-5
 
 
 def test_the_gradient_check_passes(mesh: Mesh) -> None:
