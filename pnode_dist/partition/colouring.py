@@ -9,8 +9,10 @@ stencils on a regular grid the product of one colouring an axis serves (D. Goldf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -62,30 +64,35 @@ def colour_axis(length: int, reach: int, periodic: bool) -> AxisColouring:
 
 @dataclass(frozen=True)
 class GridColouring:
-    """Colours of the points of a 2-D grid: a pair, the colour along `y` and that along `x`."""
+    """Colours of the points of a grid: one colour for each axis, the first axis first."""
 
-    y: AxisColouring
-    x: AxisColouring
+    axes: tuple[AxisColouring, ...]
 
     @property
     def count(self) -> int:
         """The number of colours."""
-        return self.y.count * self.x.count
+        return math.prod(axis.count for axis in self.axes)
+
+    def colours(self) -> Iterator[tuple[int, ...]]:
+        """All colours, that of the last axis changing fastest."""
+        return product(*(range(axis.count) for axis in self.axes))
 
 
 def colour_grid(shape: Sequence[int], width: int | Sequence[int], boundary: Sequence[str | float]) -> GridColouring:
-    """The colouring of a grid of `shape = (ny, nx)` whose stencils reach `width`, one number or `(wy, wx)`, each way.
+    """The colouring of a grid of `shape` whose stencils reach `width`, one number or one for each axis, each way.
 
     `boundary` is the rule of each axis, as in `GridPartition`: `periodic` ones are coloured around the end. A stencil
     may reach further than the grid. Where the lengths of periodic axes are multiples of 2 w + 1, and on other axes
-    that are longer, there are (2 wy + 1)(2 wx + 1) colours: as many as points are seen at once, hence the fewest.
-    Raises `ConfigurationError` for a negative width.
+    that are longer, the number of colours is the product of the 2 w + 1: as many as points are seen at once, hence the
+    fewest.
+    Raises `ConfigurationError` for a negative width, or one that is not for these axes.
     """
-    wy, wx = (width, width) if isinstance(width, int) else width
-    if wy < 0 or wx < 0:
-        raise ConfigurationError(f"stencil: width = {(wy, wx)}: must be at least 0")
-    y, x = (
-        colour_axis(length, reach, rule == "periodic")
-        for length, reach, rule in zip(shape, (wy, wx), boundary, strict=True)
+    reach = (width,) * len(shape) if isinstance(width, int) else tuple(width)
+    if len(reach) != len(shape) or min(reach) < 0:
+        raise ConfigurationError(f"stencil: width = {reach}: must be at least 0, for each of {len(shape)} axes")
+    return GridColouring(
+        tuple(
+            colour_axis(length, furthest, rule == "periodic")
+            for length, furthest, rule in zip(shape, reach, boundary, strict=True)
+        )
     )
-    return GridColouring(y, x)

@@ -41,8 +41,9 @@ class GridPartition:
     blocks of multiples of it.
 
     Local states are `[..., nz_local, ny_local, nx_local, channels]`, fewer axes accordingly, with any number of leading
-    batch axes. `owned` is this rank's range along each axis, `position` its place in the process grid, and `axes` are
-    the axes' names. `rims` keeps what exchanges have worked out for their widths.
+    batch axes. `owned` is this rank's range along each axis, `position` its place in the process grid; `ranges` are the
+    ranges of all places along each axis, and `axes` the axes' names. `rims` keeps what exchanges have worked out for
+    their widths.
     Raises `ConfigurationError` for an unknown boundary or too many ranks for the grid.
     """
 

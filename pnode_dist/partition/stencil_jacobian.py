@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import torch
@@ -21,10 +20,10 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 class StencilJacobian:
     """`shift` M - J for the Jacobian J of a function f of a grid's state. Collective on the partition's communicator.
 
-    The state of a rank is `shape = [*leading, ny_local, nx_local, channels]`, by default the partition's
-    `local_shape`, one contiguous block in the state's Vec; leading axes and channels are the same on all ranks.
-    f at a point may depend on all channels of the same sample within `width`, one number or `(wy, wx)`, in the
-    directions of both axes, around the end of a periodic axis. `width` may exceed blocks and grid.
+    The state of a rank is `shape = [*leading, *local, channels]`, by default the partition's `local_shape`, one
+    contiguous block in the state's Vec; leading axes and channels are the same on all ranks. f at a point may depend
+    on all channels of the same sample within `width`, one number or one for each axis, in the directions of all axes,
+    around the end of a periodic axis. `width` may exceed blocks and grid.
 
     `matrix` is a PETSc AIJ Mat of block size `channels` in the Vec's numbering; its nonzero pattern is made once and
     its values belong to the last `assemble`. `products` is the number of J v that one takes: colours times channels,
@@ -33,30 +32,34 @@ class StencilJacobian:
     """
 
     def __init__(
-        self, partition: GridPartition, width: int | tuple[int, int], shape: Sequence[int] | None = None
+        self, partition: GridPartition, width: int | Sequence[int], shape: Sequence[int] | None = None
     ) -> None:
         self.partition = partition
         self.shape = partition.local_shape if shape is None else tuple(shape)
-        if len(self.shape) < 3 or self.shape[-3:-1] != partition.local_shape[:2]:
+        own = partition.local_shape[:-1]
+        leading = len(self.shape) - len(own) - 1
+        if leading < 0 or self.shape[leading:-1] != own:
             raise ValueError(
                 f"stencil Jacobian: got a state of shape {self.shape}, this rank owns [..., "
-                f"{partition.local_shape[0]}, {partition.local_shape[1]}, channels]"
+                f"{', '.join(map(str, own))}, channels]"
             )
-        self._samples, self._channels = math.prod(self.shape[:-3]), self.shape[-1]
-        self._field = (self._samples, *self.shape[-3:])
+        self._samples, self._channels = math.prod(self.shape[:leading]), self.shape[-1]
+        self._field = (self._samples, *self.shape[leading:])
         self._size = math.prod(self.shape)
         self.colouring = colour_grid(partition.shape, width, partition.boundary)
         self.products = self.colouring.count * self._channels
-        self._colour_y, self._colour_x = (
-            torch.from_numpy(axis.colour[slice(*owned)])
-            for axis, owned in zip((self.colouring.y, self.colouring.x), partition.owned, strict=True)
-        )
+        self._colours = [
+            torch.from_numpy(axis.colour[slice(*owned)]).view(_along(number, len(own)))
+            for number, (axis, owned) in enumerate(zip(self.colouring.axes, partition.owned, strict=True))
+        ]
         self._diagonal = self._own_entries()
         self.matrix = self._preallocated()
 
     def _own_entries(self) -> torch.Tensor:
         """Where in the values each row's own column is found."""
-        colour = self._colour_y[:, None] * self.colouring.x.count + self._colour_x
+        colour = torch.zeros((), dtype=torch.int64)
+        for axis, own in zip(self.colouring.axes, self._colours, strict=True):
+            colour = colour * axis.count + own
         products = colour[..., None] * self._channels + torch.arange(self._channels)
         return products.expand(self._samples, *products.shape).reshape(-1) * self._size + torch.arange(self._size)
 
@@ -74,17 +77,23 @@ class StencilJacobian:
 
     def _columns(self, blocks: _Blocks) -> Integers:
         """`[products, rows]`: the column of each row that a product shows, or `NONE`, which PETSc skips."""
-        (y0, y1), (x0, x1) = self.partition.owned
+        axes = len(self.partition.shape)
         columns = np.empty((self.products, *self._field), dtype=PETSc.IntType)
-        sample = np.arange(self._samples)[:, None, None]
-        colours = product(self.colouring.y.source[y0:y1].T, self.colouring.x.source[x0:x1].T)
-        for number, (y, x) in enumerate(colours):
-            row = np.searchsorted(blocks.tops, y, "right") - 1
-            column = np.searchsorted(blocks.lefts, x, "right") - 1
-            below, beside = (y - blocks.tops[row])[:, None], x - blocks.lefts[column]
-            point = (sample * blocks.heights[row][:, None] + below) * blocks.widths[column] + beside
-            entry = blocks.first[row[:, None], column] + point * self._channels
-            missing = (y == NONE)[:, None] | (x == NONE)
+        sample = np.arange(self._samples).reshape(_along(0, axes + 1))
+        sources = [
+            axis.source[slice(*owned)].T for axis, owned in zip(self.colouring.axes, self.partition.owned, strict=True)
+        ]
+        for number, colour in enumerate(self.colouring.colours()):
+            point, missing, places = sample, np.zeros((), dtype=bool), []
+            for axis, (source, chosen, starts, lengths) in enumerate(
+                zip(sources, colour, blocks.starts, blocks.lengths, strict=True)
+            ):
+                seen = source[chosen].reshape(_along(axis, axes))
+                place = np.searchsorted(starts, seen, "right") - 1
+                point = point * lengths[place] + (seen - starts[place])
+                missing = missing | (seen == NONE)
+                places.append(place)
+            entry = blocks.first[tuple(places)] + point * self._channels
             for channel in range(self._channels):
                 # All channels of the row's point see it.
                 columns[number * self._channels + channel] = np.where(missing, NONE, entry + channel)[..., None]
@@ -102,8 +111,10 @@ class StencilJacobian:
         # One row a product: each J v is stored as it comes. As large as the matrix, and not kept.
         values = torch.empty(self.products, self._size, dtype=torch.float64)
         number = 0
-        for colour_y, colour_x in product(range(self.colouring.y.count), range(self.colouring.x.count)):
-            points = (self._colour_y == colour_y)[:, None] & (self._colour_x == colour_x)
+        for colour in self.colouring.colours():
+            points = torch.ones((), dtype=torch.bool)
+            for own, chosen in zip(self._colours, colour, strict=True):
+                points = points & (own == chosen)
             for channel in range(self._channels):
                 seed = torch.zeros(self._size, dtype=torch.float64)
                 seed.view(self._field)[..., channel] = points.double()
@@ -140,24 +151,23 @@ class StencilJacobian:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The blocks of all ranks: their first rows and columns, how many these are, and their first entries in the Vec."""
+    """The blocks of all ranks: where they start along each axis, how long they are, and their first entries in the
+    Vec, by their places in the process grid."""
 
-    tops: Integers
-    heights: Integers
-    lefts: Integers
-    widths: Integers
+    starts: tuple[Integers, ...]
+    lengths: tuple[Integers, ...]
     first: Integers
 
 
 def _blocks(partition: GridPartition, entries_per_point: int) -> _Blocks:
-    py, px = partition.processes
-    tops, heights = _starts_and_lengths([partition.owned_slices(row * px)[0] for row in range(py)])
-    lefts, widths = _starts_and_lengths([partition.owned_slices(column)[1] for column in range(px)])
-    sizes = entries_per_point * heights[:, None] * widths
-    return _Blocks(tops, heights, lefts, widths, (np.cumsum(sizes) - sizes.reshape(-1)).reshape(py, px))
+    ranges = [np.array(along, dtype=np.int64) for along in partition.ranges]
+    starts, lengths = (tuple(along[:, 0] for along in ranges), tuple(along[:, 1] - along[:, 0] for along in ranges))
+    sizes = np.array(entries_per_point, dtype=np.int64)
+    for along in lengths:
+        sizes = sizes[..., None] * along
+    return _Blocks(starts, lengths, (np.cumsum(sizes) - sizes.reshape(-1)).reshape(sizes.shape))
 
 
-def _starts_and_lengths(slices: Sequence[slice]) -> tuple[Integers, Integers]:
-    starts = np.array([part.start for part in slices], dtype=np.int64)
-    stops = np.array([part.stop for part in slices], dtype=np.int64)
-    return starts, stops - starts
+def _along(axis: int, axes: int) -> tuple[int, ...]:
+    """The shape of what varies along one of so many axes."""
+    return (*[1] * axis, -1, *[1] * (axes - axis - 1))

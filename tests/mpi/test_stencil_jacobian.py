@@ -87,6 +87,28 @@ def test_every_entry_of_a_stencil_s_matrix_is_found_exactly(
         assert matrix.getInfo(PETSc.Mat.InfoType.GLOBAL_SUM)["nz_used"] == int((whole != 0).sum())
 
 
+@pytest.mark.parametrize(
+    ("shape", "boundary", "width"),
+    [
+        ((17,), ("periodic",), 2),
+        ((17,), ("reflect",), 3),
+        ((4, 4, 5), ("periodic", "zero", "periodic"), 1),
+        ((4, 5, 4), ("replicate", "periodic", "zero"), (2, 1, 0)),
+    ],
+    ids=str,
+)
+def test_every_entry_is_found_on_grids_of_one_and_three_axes(
+    shape: tuple[int, ...], boundary: tuple[str, ...], width: int | tuple[int, ...], mesh: Mesh
+) -> None:
+    for channels, leading in ((1, (2,)), (2, ())):
+        partition = GridPartition(mesh, shape, channels=channels, boundary=boundary)
+        whole = stencil_matrix(shape, channels, math.prod(leading), width, boundary, seed=1)
+        jacobian = StencilJacobian(partition, width, state_shape(partition, leading))
+        matrix = jacobian.assemble(product_with(whole, partition, leading), 0.0)
+        assert torch.equal(dense(matrix, partition, leading), -whole)
+        assert matrix.getInfo(PETSc.Mat.InfoType.GLOBAL_SUM)["nz_used"] == int((whole != 0).sum())
+
+
 @dataclass(frozen=True)
 class Network:
     """Two convolutions with a nonlinearity between, split over ranks and whole, and how far they reach."""

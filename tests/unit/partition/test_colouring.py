@@ -83,33 +83,45 @@ def test_no_colouring_of_an_axis_has_fewer_colours(length: int, reach: int, peri
         ((12, 12), (1, 0), ("periodic", "periodic"), 3),
         ((12, 12), 0, ("periodic", "zero"), 1),
         ((1, 512), (0, 2), ("periodic", "replicate"), 5),
+        ((512,), 2, ("replicate",), 5),
+        ((512,), 2, ("periodic",), 6),
+        ((6, 9, 12), 1, ("periodic", "periodic", "periodic"), 27),
+        ((64, 64, 64), 1, ("zero", "periodic", "zero"), 36),
+        ((4, 5, 7), (1, 0, 2), ("zero", "zero", "zero"), 15),
     ],
 )
 def test_the_number_of_colours_of_a_grid(
-    shape: tuple[int, int], width: int | tuple[int, int], boundary: tuple[str, str], count: int
+    shape: tuple[int, ...], width: int | tuple[int, ...], boundary: tuple[str, ...], count: int
 ) -> None:
     assert colour_grid(shape, width, boundary).count == count
 
 
 @given(
-    shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
-    width=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    boundary=st.tuples(*[st.sampled_from(["periodic", "replicate", "zero"])] * 2),
+    axes=st.lists(
+        st.tuples(st.integers(1, 9), st.integers(0, 3), st.sampled_from(["periodic", "replicate", "zero"])),
+        min_size=1,
+        max_size=3,
+    )
 )
-def test_a_stencil_on_a_grid_sees_every_pair_of_colours_once_at_most(
-    shape: tuple[int, int], width: tuple[int, int], boundary: tuple[str, str]
-) -> None:
+def test_a_stencil_on_a_grid_sees_every_colour_once_at_most(axes: list[tuple[int, int, str]]) -> None:
+    shape, width, boundary = zip(*axes, strict=True)
     grid = colour_grid(shape, width, boundary)
-    pairs = grid.y.colour[:, None] * grid.x.count + grid.x.colour
-    for y, x in product(range(shape[0]), range(shape[1])):
-        rows = sorted(seen(y, shape[0], width[0], boundary[0] == "periodic"))
-        columns = sorted(seen(x, shape[1], width[1], boundary[1] == "periodic"))
-        box = pairs[np.ix_(rows, columns)]
+    colours = list(grid.colours())
+    assert len(colours) == grid.count
+    numbers = np.empty(shape, dtype=np.int64)
+    for point in product(*map(range, shape)):
+        numbers[point] = colours.index(tuple(int(axis.colour[at]) for axis, at in zip(grid.axes, point, strict=True)))
+    # The corner, the middle and the end of every axis stand for all points.
+    for point in product(*({0, n // 2, n - 1} for n in shape)):
+        around = (
+            sorted(seen(at, n, reach, rule == "periodic")) for at, (n, reach, rule) in zip(point, axes, strict=True)
+        )
+        box = numbers[np.ix_(*around)]
         assert len(np.unique(box)) == box.size
-    assert len(np.unique(pairs)) == grid.count
+    assert len(np.unique(numbers)) == grid.count
 
 
-@pytest.mark.parametrize("width", [-1, (0, -2)])
-def test_a_negative_width_is_refused(width: int | tuple[int, int]) -> None:
-    with pytest.raises(ConfigurationError, match=r"stencil: width = \(.*\): must be at least 0"):
+@pytest.mark.parametrize("width", [-1, (0, -2), (1,), (1, 1, 1)])
+def test_a_negative_width_or_one_for_other_axes_is_refused(width: int | tuple[int, ...]) -> None:
+    with pytest.raises(ConfigurationError, match=r"stencil: width = \(.*\): must be at least 0, for each of 2 axes"):
         colour_grid((4, 4), width, ("zero", "zero"))
