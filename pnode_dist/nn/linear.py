@@ -6,6 +6,7 @@ M. Shoeybi et al.: Megatron-LM: training multi-billion parameter language models
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -15,8 +16,11 @@ from torch.nn import functional
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import gather_vector, reduce_vector
 from pnode_dist.partition.dense import DensePartition
+from pnode_dist.sharding import Shard
 
 Split = Literal["column", "row"]
+
+_DRAWN_AT_ONCE = 1 << 18
 
 
 class Linear(nn.Module):
@@ -28,8 +32,13 @@ class Linear(nn.Module):
     more outputs than inputs and "row" for fewer.
     `weight` and `bias` have torch.nn.Linear's names, shapes and initialisation, so a state_dict goes either way. All
     ranks hold all of them and use their own rows or columns: the sum of the ranks' gradients, which
-    `pnode_dist.sync.parallel` makes, is the gradient. `forward` is collective on the partitions' communicator, and so
-    is its backward. Raises `ConfigurationError` for another split, or partitions over different numbers of ranks.
+    `pnode_dist.sync.parallel` makes, is the gradient.
+    With `shard=True` a rank holds what it uses and no more: with "column" its rows of the weight, with "row" its
+    columns, and its part of the bias, with the same values as before under the same seed on all ranks. Their gradients
+    are complete as they are, and `parallel` takes their mean over replicas. `pnode_dist.sharding` makes state_dicts of
+    whole tensors and takes them.
+    `forward` is collective on the partitions' communicator, and so is its backward. Raises `ConfigurationError` for
+    another split, or partitions over different numbers of ranks.
     """
 
     def __init__(
@@ -39,6 +48,7 @@ class Linear(nn.Module):
         bias: bool = True,
         dtype: torch.dtype | None = None,
         split: Split | None = None,
+        shard: bool = False,
     ) -> None:
         super().__init__()
         if split not in (None, "column", "row"):
@@ -48,20 +58,63 @@ class Linear(nn.Module):
                 f"Linear: the inputs are on {inputs.comm.size} ranks and the outputs on {outputs.comm.size}: must be "
                 "the same"
             )
-        template = nn.Linear(inputs.size, outputs.size, bias=bias, dtype=dtype)
         self.inputs, self.outputs = inputs, outputs
         self.split: Split = split or ("column" if inputs.size <= outputs.size else "row")
-        self.weight, self.bias = template.weight, template.bias
+        of_weight = Shard(outputs, 0) if self.split == "column" else Shard(inputs, 1)
+        self._shards = {"weight": of_weight, "bias": Shard(outputs, 0)}
+        self.parameter_shards: dict[str, Shard] = {}
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor | None
+        if shard:
+            self.weight, self.bias = _own_parts(inputs.size, outputs.size, bias, dtype, self._shards)
+            self.parameter_shards = self._shards if bias else {"weight": of_weight}
+        else:
+            template = nn.Linear(inputs.size, outputs.size, bias=bias, dtype=dtype)
+            self.weight, self.bias = template.weight, template.bias
+
+    def _own(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What this rank uses of a parameter."""
+        return value if name in self.parameter_shards else self._shards[name].part_of(value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply and add. Collective on the partitions' communicator."""
-        rows, columns = slice(*self.outputs.owned), slice(*self.inputs.owned)
-        bias = None if self.bias is None else self.bias[rows]
+        weight = self._own("weight", self.weight)
+        bias = None if self.bias is None else self._own("bias", self.bias)
         if self.split == "column":
-            return functional.linear(gather_vector(x, self.inputs), self.weight[rows], bias)
-        local = reduce_vector(functional.linear(x, self.weight[:, columns]), self.outputs)
+            return functional.linear(gather_vector(x, self.inputs), weight, bias)
+        local = reduce_vector(functional.linear(x, weight), self.outputs)
         return local if bias is None else local + bias
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
-        return f"{self.inputs.size}, {self.outputs.size}, split={self.split!r}"
+        shard = ", shard=True" if self.parameter_shards else ""
+        return f"{self.inputs.size}, {self.outputs.size}, split={self.split!r}{shard}"
+
+
+def _own_parts(
+    inputs: int, outputs: int, bias: bool, dtype: torch.dtype | None, shards: dict[str, Shard]
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """This rank's parts of what torch.nn.Linear would draw, weight and bias.
+
+    All of the weight is drawn, as the generator gives its numbers in their order, but a few rows at a time.
+    """
+    shard = shards["weight"]
+    shape = [outputs, inputs]
+    shape[shard.axis] = shard.partition.local_shape[0]
+    weight = torch.empty(shape, dtype=dtype)
+    rows = max(1, _DRAWN_AT_ONCE // inputs)
+    first = shard.partition.owned[0] if shard.axis == 0 else 0
+    for begin in range(0, outputs, rows):
+        drawn = torch.empty(min(rows, outputs - begin), inputs, dtype=dtype)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+        if shard.axis == 1:
+            weight[begin : begin + len(drawn)] = shard.part_of(drawn)
+        else:
+            low, high = max(begin, first), min(begin + len(drawn), first + len(weight))
+            if low < high:
+                weight[low - first : high - first] = drawn[low - begin : high - begin]
+    if not bias:
+        return nn.Parameter(weight), None
+    bound = 1 / math.sqrt(inputs)
+    whole = nn.init.uniform_(torch.empty(outputs, dtype=dtype), -bound, bound)
+    return nn.Parameter(weight), nn.Parameter(shards["bias"].part_of(whole).clone())

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.problems.protocol import Batch, Problem
-from pnode_dist.sync import parallel
+from pnode_dist.sync import clip_gradient_norm, parallel
 from pnode_dist.train import run_directory
 from pnode_dist.train.config import TrainingConfig
 from pnode_dist.train.divergence import DivergenceError
@@ -72,9 +71,9 @@ class _Optimiser:
             torch.tensor([share.item(), solve.bytes_written, solve.bytes_read], dtype=torch.float64)
         )
         loss = totals[0].item() / self._mesh.data_replicas
-        # The gradient is already the sum, the same on all ranks, and so are its norm and the clipping.
+        # The gradient is already the sum over the ranks.
         limit = self._training.gradient_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self._model.parameters(), limit).item()
+        norm = clip_gradient_norm(self._model, limit, self._mesh).item()
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
                 raise DivergenceError(
@@ -159,8 +158,8 @@ def train(problem: Problem, training: TrainingConfig, mesh: Mesh, directory: Pat
                 headline = next(iter(figures.items()), None)
                 if training.keep == "best" and headline is not None and _improves(headline[1], best):
                     best = _Best(epoch, figures, [value.detach().clone() for value in problem.model.parameters()])
-                if mesh.is_root and (best is None or best.epoch == epoch):
-                    run_directory.save_parameters(problem.model, directory / run_directory.MODEL)
+                if best is None or best.epoch == epoch:
+                    run_directory.save_parameters(problem.model, directory / run_directory.MODEL, mesh)
             summary = EpochSummary(
                 epoch, training.epochs, loss, seconds, len(losses) / seconds, headline, problem.units
             )
@@ -171,8 +170,7 @@ def train(problem: Problem, training: TrainingConfig, mesh: Mesh, directory: Pat
         with torch.no_grad():
             for value, kept in zip(problem.model.parameters(), best.parameters, strict=True):
                 value.copy_(kept)
-    if mesh.is_root:
-        run_directory.save_parameters(problem.model, directory / run_directory.MODEL)
+    run_directory.save_parameters(problem.model, directory / run_directory.MODEL, mesh)
     mesh.barrier()
     return Outcome(optimiser.steps, optimiser.seconds, loss, kept_epoch, figures)
 

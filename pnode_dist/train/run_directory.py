@@ -20,6 +20,7 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
+from pnode_dist.sharding import gather_state_dict, shards_of
 from pnode_dist.train.config import Config
 
 CONFIG, VERSIONS, METRICS, MODEL = "config.toml", "versions.json", "metrics.jsonl", "model.pt"
@@ -105,19 +106,24 @@ def describe_versions(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def save_parameters(model: nn.Module, path: Path) -> None:
-    """Write a model's parameters as a state_dict of tensors, all at once or not at all. For one rank.
+def save_parameters(model: nn.Module, path: Path, mesh: Mesh) -> None:
+    """Write a model's whole parameters as a state_dict of tensors, all at once or not at all. Collective on the world.
 
     Buffers are left out: they may hold a rank's own part of a field, and are made anew from the configuration.
     """
-    parameters = {name: value.detach().cpu().clone() for name, value in model.named_parameters()}
-    _write_atomically(path, lambda file: torch.save(parameters, file))
+    whole = gather_state_dict(model, mesh) if mesh.replica == 0 else None
+    if mesh.is_root and whole is not None:
+        parameters = {name: whole[name].detach().cpu().clone() for name, _ in model.named_parameters()}
+        _write_atomically(path, lambda file: torch.save(parameters, file))
 
 
 def load_parameters(model: nn.Module, path: Path) -> None:
-    """Put the parameters in the file into `model`. Raises `ConfigurationError` if they are not those of this model."""
+    """Put the whole parameters in the file into `model`, on each rank its own part of those that are sharded.
+
+    Raises `ConfigurationError` if they are not those of this model. Not collective.
+    """
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except FileNotFoundError:
         raise ConfigurationError(f"{path}: there is no such file: the run has not saved its model") from None
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
@@ -126,14 +132,16 @@ def load_parameters(model: nn.Module, path: Path) -> None:
     wanted = dict(model.named_parameters())
     if not isinstance(saved, dict) or saved.keys() != wanted.keys():
         raise ConfigurationError(f"{path}: holds other parameters than the configured model has")
+    shards = shards_of(model)
     for name, value in wanted.items():
-        if saved[name].shape != value.shape:
+        shape = shards[name].whole_shape(value) if name in shards else tuple(value.shape)
+        if saved[name].shape != shape:
             raise ConfigurationError(
-                f"{path}: {name} has shape {tuple(saved[name].shape)}, in the configured model {tuple(value.shape)}"
+                f"{path}: {name} has shape {tuple(saved[name].shape)}, in the configured model {shape}"
             )
     with torch.no_grad():
         for name, value in wanted.items():
-            value.copy_(saved[name])
+            value.copy_(shards[name].part_of(saved[name]) if name in shards else saved[name])
 
 
 def _write_atomically(path: Path, content: bytes | Callable[[Any], None]) -> None:

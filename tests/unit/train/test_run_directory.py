@@ -78,10 +78,10 @@ def test_a_directory_that_cannot_be_made_is_refused_in_one_line(config, mesh, tm
         run_directory.create(tmp_path / "file" / "run", config, mesh, overwrite=False)
 
 
-def test_a_save_that_fails_keeps_the_old_parameters(tmp_path, monkeypatch):
+def test_a_save_that_fails_keeps_the_old_parameters(mesh, tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     model = nn.Linear(2, 1)
-    run_directory.save_parameters(model, path)
+    run_directory.save_parameters(model, path, mesh)
     before = path.read_bytes()
 
     def fail(parameters, file):
@@ -90,21 +90,21 @@ def test_a_save_that_fails_keeps_the_old_parameters(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="No space left"):
-        run_directory.save_parameters(model, path)
+        run_directory.save_parameters(model, path, mesh)
 
     assert path.read_bytes() == before
     assert files(tmp_path) == {"model.pt"}
 
 
-def test_buffers_are_not_saved_as_they_may_be_one_ranks_part_of_a_field(tmp_path):
-    run_directory.save_parameters(nn.BatchNorm1d(3), tmp_path / "model.pt")
+def test_buffers_are_not_saved_as_they_may_be_one_ranks_part_of_a_field(mesh, tmp_path):
+    run_directory.save_parameters(nn.BatchNorm1d(3), tmp_path / "model.pt", mesh)
 
     assert torch.load(tmp_path / "model.pt", weights_only=True).keys() == {"weight", "bias"}
 
 
-def test_parameters_come_back_in_the_models_own_type(tmp_path):
+def test_parameters_come_back_in_the_models_own_type(mesh, tmp_path):
     single, double = nn.Linear(2, 1), nn.Linear(2, 1).double()
-    run_directory.save_parameters(single, tmp_path / "model.pt")
+    run_directory.save_parameters(single, tmp_path / "model.pt", mesh)
 
     run_directory.load_parameters(double, tmp_path / "model.pt")
 
