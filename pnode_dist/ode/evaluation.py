@@ -6,7 +6,7 @@ Nothing here knows of PETSc's solvers. Times are the caller's; states come as th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -44,7 +44,7 @@ class Problem:
     copies: ComputeCopies = NO_COPIES
     watched: bool = False
     by_times: bool = False
-    logs: bool = False
+    logs: bool = field(default_factory=events.logging)
     evaluations: int = 0
     vjps: int = 0
     jvps: int = 0
@@ -53,6 +53,7 @@ class Problem:
     adjoint_linear_iterations: int = 0
 
     def __post_init__(self) -> None:
+        self._plain = not self.args and not self.logs
         self.check = completeness_check(self.parameters)
         # A module says what its parameters are: it is looked at once. A function may use others at other times.
         self.checks_left = 1 if isinstance(self.func, nn.Module) else -1
@@ -79,12 +80,15 @@ class Problem:
         """
         if not isinstance(time, torch.Tensor):
             # Not kept for other steps: small tensors that stay make the memory between them useless for states.
-            time = _scalar(time, layout)
-        if self.logs:
-            with events.event(events.FUNCTION, True):
-                result = func(time, layout.as_state(inputs), *self.args)
+            time = torch.scalar_tensor(time, dtype=layout.compute_dtype, device=layout.device)
+        if self._plain and not layout.is_tuple:
+            # All that is below, for the commonest case: it takes longer than a small stage.
+            result = func(time, inputs[0])
+            if isinstance(result, torch.Tensor) and result.shape == layout.shapes[0]:
+                return (result,)
         else:
-            result = func(time, layout.as_state(inputs), *self.args)
+            with events.event(events.FUNCTION, self.logs):
+                result = func(time, layout.as_state(inputs), *self.args)
         outputs = tuple(result) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
         if len(outputs) != len(inputs):
             _refuse(result, layout)
@@ -113,9 +117,16 @@ class Problem:
         """An evaluation with its graph, which is counted. Collective if `func` is."""
         self.evaluations += 1
         inputs = tuple(part.detach().requires_grad_() for part in inputs)
-        when = _scalar(time, layout).requires_grad_() if self.by_times else None
-        with torch.enable_grad():
+        when = None
+        if self.by_times:
+            when = torch.tensor(time, dtype=layout.compute_dtype, device=layout.device, requires_grad=True)
+        # torch.enable_grad() as a context takes five times as long.
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
+        try:
             outputs = self.evaluate(func, layout, time if when is None else when, inputs)
+        finally:
+            torch._C._set_grad_enabled(before)
         if self.checks_left:
             self.check(outputs, inputs if when is None else (*inputs, when))
             self.checks_left -= 1
@@ -276,11 +287,6 @@ class Cotangents(NamedTuple):
 
 Stage = StageGraph | StageState | None
 Recording = list[Stage]
-
-
-def _scalar(time: float, layout: StateLayout) -> torch.Tensor:
-    """A time as f takes it: a tensor without dimensions in f's type."""
-    return torch.scalar_tensor(time, dtype=layout.compute_dtype, device=layout.device)
 
 
 def _gradients(

@@ -40,7 +40,7 @@ def record_measured(stepper: Stepper, problem: Problem, time: float, size: float
     for stage in recording:
         held = (*stage.inputs, *stage.outputs) if isinstance(stage, StageGraph) else ()
         held = stage.inputs if isinstance(stage, StageState) else held
-        saved.update((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) for tensor in held)
+        saved.update((_storage(tensor), tensor.untyped_storage().nbytes()) for tensor in held)
     return recording, stepper.comm.allreduce(sum(saved.values()), MPI.MAX)
 
 
@@ -150,16 +150,21 @@ def _seconds(work: Callable[[], None]) -> float:
 
 @contextmanager
 def _saved_bytes(constants: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
-    """Count what autograd saves meanwhile: bytes by address of the storage, those of `constants` left out."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in constants}
+    """Count what autograd saves meanwhile: bytes by storage, those of `constants` left out."""
+    known = {_storage(tensor) for tensor in constants}
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
+        storage = _storage(tensor)
+        if storage not in known:
+            saved[storage] = tensor.untyped_storage().nbytes()
         # Not the tensor itself: an operation that saves its own result would then keep itself alive.
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which storage a tensor has, also where its address says nothing: on other devices, or for none at all."""
+    return int(tensor.untyped_storage()._cdata)

@@ -138,26 +138,26 @@ class RightHandSide:
 
     def _evaluated(self, t: float, u: PETSc.Vec, f: PETSc.Vec) -> Stage:
         """Evaluate func at `u` into `f`; returns what is to be recorded of it."""
-        problem = self.problem
+        problem, layout, recording = self.problem, self._layout, self._recording
         assert problem is not None
-        layout = self._layout
         inputs = self._of(u).parts
-        recording = self._recording
         if layout.converts:
             inputs = layout.inputs(inputs)
         elif recording is not None and self._isolate:
             inputs = tuple(part.clone() for part in inputs)
         time = self.direction * t
         kept: Stage = None
-        if recording is not None and self._level == "graph":
+        if recording is None:
+            outputs = problem.value(problem.func, layout, time, inputs)
+        elif self._level == "graph":
             kept = problem.graph(problem.func, layout, time, inputs)
             outputs = kept.outputs
         else:
             outputs = problem.value(problem.func, layout, time, inputs)
-            if recording is not None:
-                kept = StageState(time, inputs)
+            kept = StageState(time, inputs)
         memory = self._of(f)
-        _copy(memory, outputs if kept is None else [value.detach() for value in outputs])
+        for part, value in zip(memory.parts, outputs, strict=True):
+            part.copy_(value)
         if self.direction < 0:
             memory.flat.neg_()
         f.stateIncrease()
@@ -180,7 +180,11 @@ class RightHandSide:
             if self.direction < 0:
                 cotangents = tuple(-part for part in cotangents)
             found = problem.vjp(graph, cotangents)
-            _copy(memory, found.states)
+            for part, value in zip(memory.parts, found.states, strict=True):
+                if value is None:
+                    part.zero_()
+                else:
+                    part.copy_(value)
             self._parameter_cotangents = found.parameters
             if problem.by_times:
                 self._parameter_cotangents = (*found.parameters, *by_step(found, graph.when - self.start))
@@ -218,15 +222,6 @@ class _Memory(NamedTuple):
 
     flat: torch.Tensor
     parts: Parts
-
-
-def _copy(memory: _Memory, values: Sequence[torch.Tensor | None]) -> None:
-    """Put these into the parts, None standing for zeros."""
-    for part, value in zip(memory.parts, values, strict=True):
-        if value is None:
-            part.zero_()
-        else:
-            part.copy_(value)
 
 
 class StateJacobian:

@@ -59,8 +59,7 @@ class Solve:
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics)
-        self.logs = events.logging()
-        self.problem.logs = self.logs
+        self.logs = self.problem.logs
         self.ram_slots = 0
 
     # The steps of the solve, as `trajectory.replay` asks for them
@@ -157,9 +156,10 @@ class Solve:
             number = grid.outputs.get(step)
             if number is not None:
                 output(number)
-            last = min(step, grid.steps - 1)
-            size = grid.sizes[last]
-            stepper.monitor(step, grid.starts[last] + (step - last) * size, size)
+            if stepper.monitored:
+                last = min(step, grid.steps - 1)
+                size = grid.sizes[last]
+                stepper.monitor(step, grid.starts[last] + (step - last) * size, size)
 
         slots = self._slots(grid.steps)
         stepper.monitor(0, grid.starts[0], grid.sizes[0])

@@ -10,6 +10,7 @@ second-order sensitivity analysis, SIAM J. Sci. Comput. 44 (2022).
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class Stepper(ABC):
         petsc_calls.one_blas_thread()
         self.comm, self.layout = comm, layout
         self.failed = self.stepping = False
+        self._errors_of_func = ErrorsOfFunc(self)
         self.solution = protocol.create_vec(comm, layout.size)
         self._slope = self.solution.duplicate()
         self._lambda = self.solution.duplicate()
@@ -134,23 +136,9 @@ class Stepper(ABC):
             target.copy_(part)
         self.solution.stateIncrease()
 
-    @contextmanager
-    def errors_of_func(self) -> Iterator[None]:
+    def errors_of_func(self) -> ErrorsOfFunc:
         """While PETSc steps: raise what func raised instead of PETSc's error code."""
-        self.stepping = True
-        try:
-            yield
-        except BaseException:
-            # PETSc does not unwind: its Vecs stay locked, so this TS is of no further use.
-            self.failed = True
-            callbacks = self.callbacks
-            error, callbacks.error = callbacks.error, None
-            if error is None:
-                raise
-            raise error from None
-        finally:
-            self.stepping = False
-            self.callbacks.end_step()
+        return self._errors_of_func
 
     @property
     @abstractmethod
@@ -162,6 +150,35 @@ class Stepper(ABC):
         if self.monitored:
             self._petsc.setTimeStep(size)
             self._petsc.monitor(number, time, self.solution)
+
+
+class ErrorsOfFunc:
+    """The context in which a stepper steps. It is entered for every step: one made of a generator takes five times as
+    long."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        # The stepper holds this.
+        self._stepper = weakref.ref(stepper)
+
+    def __enter__(self) -> None:
+        self._of().stepping = True
+
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, trace: Any) -> None:
+        stepper = self._of()
+        callbacks = stepper.callbacks
+        error, callbacks.error = callbacks.error, None
+        stepper.stepping = False
+        callbacks.end_step()
+        if raised is not None:
+            # PETSc does not unwind: its Vecs stay locked, so this TS is of no further use.
+            stepper.failed = True
+            if error is not None:
+                raise error from None
+
+    def _of(self) -> Stepper:
+        stepper = self._stepper()
+        assert stepper is not None
+        return stepper
 
 
 def set_from_options(ts: PETSc.TS, options: PetscOptions) -> bool:
