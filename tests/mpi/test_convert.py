@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from pnode_dist import GridPartition, Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.nn import convert
+from pnode_dist.nn import Upsample, convert
+from tests.mpi.grids import block as block_of
 from tests.oracles.right_hand_sides import distance, random
 
 pytestmark = pytest.mark.mpi
@@ -32,8 +36,7 @@ def network(mode: str) -> nn.Sequential:
 
 
 def block(whole: torch.Tensor, partition: GridPartition) -> torch.Tensor:
-    (y0, y1), (x0, x1) = partition.owned
-    return whole.detach().permute(0, 2, 3, 1)[..., y0:y1, x0:x1, :]
+    return block_of(partition, whole.detach().movedim(1, -1))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -44,18 +47,23 @@ def test_outputs_and_gradients_are_those_of_the_module(
     mode: str, rule: str, shape: tuple[int, int], mesh: Mesh
 ) -> None:
     partition = GridPartition(mesh, shape, channels=2, boundary=(rule, rule), stencil_width=2)
-    module = network(mode)
-    whole = random(3, 2, *shape).requires_grad_()
-    wanted, weight = module(whole), random(3, 2, *shape, seed=8)
+    check(lambda: network(mode), partition, partition, mesh)
+
+
+def check(build: Callable[[], nn.Module], partition: GridPartition, output: GridPartition, mesh: Mesh) -> None:
+    """Outputs, gradients and buffers of the twin of what `build` gives are those of the module, on the whole field."""
+    module = build()
+    whole = random(3, 2, *partition.shape).requires_grad_()
+    wanted = module(whole)
+    weight = random(*wanted.shape, seed=8)
     gradients_wanted = torch.autograd.grad((wanted * weight).sum(), [whole, *module.parameters()])
     statistics = {name: value.clone() for name, value in module.named_buffers()}
 
-    module = network(mode)
-    twin = convert(module, partition)
+    twin = convert(build(), partition)
     local = block(whole, partition).clone().requires_grad_()
     found = twin(local)
-    assert distance(found, block(wanted, partition)) <= 1e-12
-    gradients = torch.autograd.grad((found * block(weight, partition)).sum(), [local, *twin.parameters()])
+    assert distance(found, block(wanted, output)) <= 1e-12
+    gradients = torch.autograd.grad((found * block(weight, output)).sum(), [local, *twin.parameters()])
     assert distance(gradients[0], block(gradients_wanted[0], partition)) <= 1e-12
     by_parameters, wanted_by_parameters = (
         torch.cat([gradient.reshape(-1) for gradient in found_or_wanted[1:]])
@@ -64,6 +72,43 @@ def test_outputs_and_gradients_are_those_of_the_module(
     assert distance(mesh.sum(by_parameters), wanted_by_parameters) <= 1e-12
     for name, value in twin.named_buffers():
         assert distance(value.double(), statistics[name].double()) <= 1e-12
+
+
+def every_kind(shape: tuple[int, ...]) -> nn.Sequential:
+    """Every kind of layer for so many axes, on a grid that becomes coarser and finer again."""
+    axes = len(shape)
+    torch.manual_seed(4)
+
+    def layer(name: str, *arguments: Any, **settings: Any) -> nn.Module:
+        built: nn.Module = getattr(nn, f"{name}{axes}d")(*arguments, **settings)
+        return built
+
+    return nn.Sequential(
+        layer("Conv", 2, 4, 3, padding=1, padding_mode="replicate"),
+        nn.LayerNorm((4, *shape)),
+        nn.Mish(),
+        nn.Sequential(layer("AvgPool", 2), layer("InstanceNorm", 4, affine=True), nn.Dropout(0.0)),
+        layer("Conv", 4, 4, 3, padding="same", padding_mode="replicate"),
+        nn.Upsample(scale_factor=2, mode={1: "linear", 2: "bilinear", 3: "trilinear"}[axes]),
+        layer("BatchNorm", 4),
+        layer("MaxPool", 2, stride=2),
+        nn.Upsample(size=shape),
+        layer("InstanceNorm", 4),
+        nn.Hardswish(),
+        nn.GroupNorm(2, 4),
+        layer("Conv", 4, 2, 1),
+    ).double()
+
+
+@pytest.mark.parametrize("shape", [(26,), (6, 14), (4, 6, 10)], ids=str)
+def test_the_twin_follows_the_grid_through_every_kind_of_layer(shape: tuple[int, ...], mesh: Mesh) -> None:
+    partition = GridPartition(mesh, shape, channels=2, boundary="replicate", multiple_of=2)
+    check(lambda: every_kind(shape), partition, partition, mesh)
+    down = nn.Sequential(*list(every_kind(shape))[:5])
+    check(lambda: down, partition, partition.coarsened(2), mesh)
+    # Layers of this package tell on which grid they leave the field, too.
+    own = nn.Sequential(Upsample(partition, 3), nn.LayerNorm((2, *(3 * n for n in shape))))
+    assert convert(own, partition)[1].partition.shape == tuple(3 * n for n in shape)
 
 
 def test_parameters_are_the_same_tensors_under_the_same_names(mesh: Mesh) -> None:
@@ -86,8 +131,11 @@ class Custom(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.MaxPool2d(2), "layer '1.0' is a MaxPool2d: must be one of Sequential, Conv2d"),
-        (Custom(), "layer '1.0' is a Custom"),
+        (
+            nn.ConvTranspose2d(2, 2, 3),
+            "layer '1.0': there is no twin of a ConvTranspose2d: must be one of Sequential, C",
+        ),
+        (Custom(), "layer '1.0': there is no twin of a Custom"),
         (nn.Conv2d(2, 2, 3, padding=1, stride=2), r"layer '1.0': stride = \(2, 2\): must be 1"),
         (nn.Conv2d(2, 2, 2, padding="same"), r"kernel_size = \(2, 2\): must be odd"),
         (nn.Conv2d(2, 2, 3), r"padding = \(0, 0\): must be \(1, 1\) or 'same'"),
@@ -96,8 +144,28 @@ class Custom(nn.Module):
             r"padding_mode = 'reflect': must be the partition's rule, 'periodic' for y \(torch's name: 'circular'\)",
         ),
         (nn.Conv2d(2, 2, (1, 3), padding="same"), r"padding_mode = 'zeros': .*'replicate' for x"),
+        (nn.Conv1d(2, 2, 3, padding=1), r"layer '1.0': Conv1d: is for grids of 1 axis, and this one has y, x"),
+        (nn.Dropout(0.1), r"layer '1.0': p = 0.1 of Dropout: must be 0: a right-hand side"),
+        (nn.InstanceNorm2d(2, track_running_stats=True), "layer '1.0': track_running_stats = True: must be False"),
+        (nn.InstanceNorm3d(2), "layer '1.0': InstanceNorm3d: is for grids of 3 axes"),
+        (nn.LayerNorm((13, 17)), r"normalized_shape = \(13, 17\): must be .*\(channels, 13, 17\)"),
+        (nn.LayerNorm((2, 12, 17)), r"normalized_shape = \(2, 12, 17\): must be .*\(channels, 13, 17\)"),
+        (nn.MaxPool2d(2), "layer '1.0': grid: a rank owns .* which cannot be coarsened by 2"),
+        (nn.MaxPool2d(3, stride=2), r"layer '1.0': stride = \(2, 2\): must be the kernel size, \(3, 3\)"),
+        (nn.AvgPool2d(3, padding=1), r"layer '1.0': padding = \(1, 1\): must be 0"),
+        (nn.MaxPool2d(2, dilation=2), "layer '1.0': dilation = 2: must be 1"),
+        (nn.AvgPool2d(2, divisor_override=3), "layer '1.0': divisor_override = 3: must be None"),
+        (nn.AvgPool3d(1), "layer '1.0': AvgPool3d: is for grids of 3 axes"),
+        (nn.Upsample(scale_factor=1.5), r"layer '1.0': scale_factor = 1.5: must make whole multiples .*\(13, 17\)"),
+        (nn.Upsample(size=(13, 18)), r"layer '1.0': size = \(13, 18\): must make whole multiples"),
+        (nn.Upsample(scale_factor=2, mode="bicubic"), r"mode = 'bicubic': must be 'nearest' or 'bilinear'"),
+        (nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), "align_corners = True: must be False"),
+        (
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            r"mode = 'bilinear': must be the partition's rule, 'periodic' for y",
+        ),
     ],
-    ids=["pooling", "own class", "stride", "even", "padding", "rule", "one axis"],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_what_has_no_twin_is_named(layer: nn.Module, message: str, mesh: Mesh) -> None:
     partition = GridPartition(mesh, SHAPES[0], channels=2, boundary=("periodic", "replicate"))
@@ -107,7 +175,7 @@ def test_what_has_no_twin_is_named(layer: nn.Module, message: str, mesh: Mesh) -
 
 def test_a_single_layer_is_a_module_too(mesh: Mesh) -> None:
     partition = GridPartition(mesh, SHAPES[0], channels=2)
-    with pytest.raises(ConfigurationError, match="the module is a Linear"):
+    with pytest.raises(ConfigurationError, match="the module: there is no twin of a Linear"):
         convert(nn.Linear(2, 2), partition)
     twin = convert(nn.GroupNorm(1, 2), partition)
     assert twin(random(*partition.local_shape).float()).shape == partition.local_shape
