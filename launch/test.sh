@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks the code (ruff, mypy) and runs the tests: the serial ones once, by a process for each of up to 4 cores, those
-# marked mpi at 1, 2, 3 and 4 ranks.
+# Checks the code (ruff, mypy) and runs the tests: the serial ones once, those marked mpi at 1, 2, 3 and 4 ranks. What
+# one rank runs, the serial tests and the others at 1 rank, is shared by a process for each of up to 4 cores.
 #
 #   launch/test.sh [--ranks "1 2"] [--no-lint] [PYTEST ARGUMENT...]
 #   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
@@ -79,10 +79,19 @@ if [ "$lint" = yes ]; then
 fi
 # nproc would take OMP_NUM_THREADS for the number of cores.
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
-part "serial tests" env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foreground --kill-after 10 2400 \
-    python -m pytest -m "not mpi" -n $((cores < 4 ? cores : 4)) --dist loadfile "$@"
+# A process that no launcher started is the only rank of a job of its own.
+alone=(-m "not mpi") alone_name="serial tests" several=""
 for ranks in $rank_counts; do
-    part "mpi tests at $ranks rank(s)" mpi_tests "$ranks" "$@"
+    if [ "$ranks" = 1 ]; then
+        alone=(--with-mpi) alone_name="serial tests, and mpi at 1"
+    else
+        several+=" $ranks"
+    fi
+done
+part "$alone_name" env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foreground --kill-after 10 2400 \
+    python -m pytest "${alone[@]}" -n $((cores < 4 ? cores : 4)) --dist worksteal "$@"
+for ranks in $several; do
+    part "mpi tests at $ranks ranks" mpi_tests "$ranks" "$@"
 done
 
 printf '\n'

@@ -20,7 +20,7 @@ def main() -> int:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
     arguments = ["-m", "mpi", "--with-mpi", "-p", "no:cacheprovider", f"--basetemp={logs / f'tmp{rank}'}"]
-    return int(pytest.main([*arguments, *(sys.argv[1:] or [str(Path(__file__).parents[1])])]))
+    return int(pytest.main([*arguments, *(sys.argv[1:] or [str(Path(__file__).parent)])]))
 
 
 if __name__ == "__main__":
