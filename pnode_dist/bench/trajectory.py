@@ -39,8 +39,8 @@ SPILLED_OVER_MEMORY = 1.05
 CHOICE_OVER_FASTEST = 1.10
 PREDICTION_ERROR = 0.25
 RANDOM_SCHEDULES = 200
-LONG_STEPS = 20_000
-_REPEATS = 7
+LONG_STEPS = 8_000
+_REPEATS = 5
 _ROUNDS = 3
 _SPILLED_STEPS, _SPILLED_SLOTS, _SPILLED_IN_RAM = 48, 24, 4
 
@@ -113,7 +113,7 @@ def run() -> Report:
     torch.set_num_threads(1)
     try:
         if MPI.COMM_WORLD.size > 1:
-            return Report("trajectory", *long_trajectory(LONG_STEPS, 256, "128MiB", "1GiB"), _LONG_NOTES)
+            return Report("trajectory", *long_trajectory(LONG_STEPS, 256, "128MiB", "256MiB"), _LONG_NOTES)
         sections = [
             graphs(perceptron(20)),
             graphs(convolutions(64, 20)),
