@@ -78,8 +78,8 @@ def test_the_gradient_is_that_of_the_accepted_steps_in_plain_torch(
 def test_the_gradient_has_the_same_bits_under_every_budget(method: str, tmp_path: Path) -> None:
     network, u0 = Network(), 3 * random(2, 3)
     # A first step that is far too long: attempts are rejected, and their states undone to the last bit.
-    rtol = 1e-6 if METHODS[method].order > 3 else 1e-4
-    node = NeuralODE(network, method=method, rtol=rtol, atol=1e-7, step_size=2.5, trajectory=Trajectory("1MiB"))
+    rtol, atol = (1e-6, 1e-7) if METHODS[method].order > 3 else (1e-3, 1e-5)
+    node = NeuralODE(network, method=method, rtol=rtol, atol=atol, step_size=2.5, trajectory=Trajectory("1MiB"))
     parameters = list(network.parameters())
     ample = gradients(lambda u: node(u, LONG), u0, parameters)
     assert node.last_solve.rejected_steps > 0
@@ -99,7 +99,7 @@ def test_the_gradient_has_the_same_bits_under_every_budget(method: str, tmp_path
         assert node.last_solve.recomputed_steps >= node.last_solve.forward_steps > 3
 
 
-@pytest.mark.parametrize(("method", "rtol"), [("dopri5", 1e-6), ("heun", 1e-5), ("verner7", 1e-6)])
+@pytest.mark.parametrize(("method", "rtol"), [("dopri5", 1e-6), ("heun", 1e-3), ("verner7", 1e-6)])
 def test_states_of_the_backward_pass_are_those_of_the_forward_pass_to_the_last_bit(method: str, rtol: float) -> None:
     compared = 0
 
