@@ -29,6 +29,13 @@ def mesh() -> Iterator[Mesh]:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations without their pictures, which take longer than the rest of them and have tests of their own."""
+    for problem in ("field", "gray_scott", "pendulum", "robertson", "semilinear"):
+        monkeypatch.setattr(f"pnode_dist.problems.{problem}.draw", lambda path, *_: str(path))
+
+
+@pytest.fixture
 def mpirun(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a program on several ranks through launch/mpirun.sh: `mpirun(2, "python", "script.py", timeout=60)`."""
 

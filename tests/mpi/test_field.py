@@ -110,6 +110,7 @@ def test_the_gradient_check_sees_the_loss_of_the_whole_field(directory: Path, me
     assert result.loss == pytest.approx(expected.item(), rel=1e-12)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_evaluation_is_that_of_the_whole_field(directory: Path, mesh: Mesh) -> None:
     problem, whole = build(directory, mesh), plain(directory)
     with torch.no_grad():

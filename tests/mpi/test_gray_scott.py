@@ -136,6 +136,7 @@ def test_the_gradient_check_passes_on_the_loss_of_the_whole_grid(
     assert result.loss == pytest.approx(expected, rel=1e-11)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_evaluation_is_that_of_the_whole_grid(
     problem: GrayScottProblem, directory: Path, states: torch.Tensor
 ) -> None:

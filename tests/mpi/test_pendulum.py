@@ -92,6 +92,7 @@ def test_loss_and_gradient_are_those_of_the_motion_without_the_tension(
         torch.testing.assert_close(value.grad, wanted, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_evaluation_is_that_of_all_trajectories(
     problem: PendulumProblem, directory: Path, trajectories: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

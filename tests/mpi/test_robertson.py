@@ -93,6 +93,7 @@ def test_loss_and_gradient_are_those_of_a_naive_trapezoidal_rule_over_all_trajec
         torch.testing.assert_close(value.grad, wanted, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_evaluation_is_that_of_all_trajectories(
     problem: RobertsonProblem, directory: Path, scaled: tuple[torch.Tensor, torch.Tensor]
 ) -> None:

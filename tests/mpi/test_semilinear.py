@@ -51,9 +51,10 @@ def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pnode_dist.problems.stable_step.STEPS", 60)
 
 
-def whole_states(name: str) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def states(problem: SemilinearProblem) -> torch.Tensor:
     """All trajectories `[trajectory, time, point]` as one rank computes them alone."""
-    table = problem_config(name)
+    table = problem_config(problem.name)
     return torch.stack(
         [
             reference(
@@ -97,8 +98,9 @@ def test_the_matrix_and_the_convection_are_those_of_the_whole_line(mesh: Mesh) -
         )
 
 
-def test_trajectories_have_the_same_bits_at_every_number_of_ranks(problem: SemilinearProblem) -> None:
-    states = whole_states(problem.name)
+def test_trajectories_have_the_same_bits_at_every_number_of_ranks(
+    problem: SemilinearProblem, states: torch.Tensor
+) -> None:
     assert problem.data.scale == states[:TRAINING].square().mean().sqrt().item()
     assert torch.equal(problem.data.values, own(problem.partition, states) / problem.data.scale)
 
@@ -107,11 +109,13 @@ def test_parameters_are_the_same_on_all_ranks(problem: SemilinearProblem) -> Non
     assert_same_on_all_ranks(problem.model.parameters())
 
 
-def test_loss_and_gradient_are_those_of_the_whole_line(problem: SemilinearProblem, mesh: Mesh) -> None:
+def test_loss_and_gradient_are_those_of_the_whole_line(
+    problem: SemilinearProblem, mesh: Mesh, states: torch.Tensor
+) -> None:
     model = parallel(problem.model, mesh)
     share = problem.loss(model, windows(problem.data, STARTS, WINDOW, torch.float64))
     share.backward()  # type: ignore[no-untyped-call]
-    scaled = whole_states(problem.name) / problem.data.scale
+    scaled = states / problem.data.scale
     expected = leaves(problem)
     initial = torch.stack([scaled[start] for start in STARTS])
     targets = torch.stack(
@@ -130,13 +134,14 @@ def test_the_gradient_check_passes(problem: SemilinearProblem, mesh: Mesh) -> No
     assert result.failures() == []
 
 
+@pytest.mark.usefixtures("few_trials", "undrawn")
 def test_the_evaluation_is_that_of_the_whole_line(
-    problem: SemilinearProblem, directory: Path, few_trials: None
+    problem: SemilinearProblem, directory: Path, states: torch.Tensor
 ) -> None:
     with torch.no_grad():
         table = problem.evaluate(problem.model, directory)
     scale = problem.data.scale
-    states = whole_states(problem.name)[TRAINING:]
+    states = states[TRAINING:]
     with torch.no_grad():
         expected = leaves(problem)
         found = scale * rollout(

@@ -108,6 +108,7 @@ def naive_table(forecast: np.ndarray[Any, Any] | None = None) -> dict[str, list[
     return {name: [float(np.sqrt(np.mean(entry))) for entry in by_lead] for name, by_lead in squares.items()}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_gives_the_errors_of_a_naive_computation(path: Path, mesh: Mesh, tmp_path: Path) -> None:
     problem = build(path, mesh)
     with torch.no_grad():
@@ -126,6 +127,7 @@ def test_evaluate_gives_the_errors_of_a_naive_computation(path: Path, mesh: Mesh
     assert json.loads(json.dumps(table)) == table
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_validation_figures_are_those_of_the_evaluation(path: Path, mesh: Mesh, tmp_path: Path) -> None:
     problem = build(path, mesh, evaluation={"leads": (1, 3)})
     with torch.no_grad():
@@ -135,6 +137,7 @@ def test_validation_figures_are_those_of_the_evaluation(path: Path, mesh: Mesh, 
     assert {f"lead_{row['lead']}": row["model"] for row in rows}.items() <= figures.items()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_forecast_and_truth_lie_in_the_file_with_their_coordinates(path: Path, mesh: Mesh, tmp_path: Path) -> None:
     problem = build(path, mesh)
     with torch.no_grad():

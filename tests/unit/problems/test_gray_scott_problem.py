@@ -107,6 +107,7 @@ def test_the_gradient_check_passes(mesh: Mesh) -> None:
 # Evaluation
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_gives_the_errors_of_a_naive_computation(mesh: Mesh, tmp_path: Path) -> None:
     problem = built(mesh)
     with torch.no_grad():
@@ -136,6 +137,7 @@ def test_evaluate_gives_the_errors_of_a_naive_computation(mesh: Mesh, tmp_path: 
     assert json.loads(json.dumps(table)) == table
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_file_holds_truth_and_rollout_with_their_coordinates(mesh: Mesh, tmp_path: Path) -> None:
     problem = built(mesh)
     with torch.no_grad():

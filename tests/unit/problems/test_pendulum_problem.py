@@ -121,6 +121,7 @@ def test_the_solve_case_is_that_of_a_training_batch(mesh: Mesh) -> None:
 # Evaluation
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_gives_the_errors_of_a_naive_computation(mesh: Mesh, tmp_path: Path) -> None:
     problem = built(mesh)
     with torch.no_grad():
@@ -157,6 +158,7 @@ def test_evaluate_gives_the_errors_of_a_naive_computation(mesh: Mesh, tmp_path: 
     assert json.loads(json.dumps(table)) == table
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_solve_with_the_true_force_is_near_the_truth(mesh: Mesh, tmp_path: Path) -> None:
     with torch.no_grad():
         problem = built(mesh)
@@ -168,6 +170,7 @@ def test_the_solve_with_the_true_force_is_near_the_truth(mesh: Mesh, tmp_path: P
     assert coarse / fine == pytest.approx(16, rel=0.1)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_error_of_the_force_and_the_drift_are_those_of_a_naive_computation(mesh: Mesh, tmp_path: Path) -> None:
     problem = built(mesh)
     with torch.no_grad():

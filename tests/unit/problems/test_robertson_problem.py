@@ -133,6 +133,7 @@ def test_the_solve_case_is_that_of_a_training_batch(built: Any) -> None:
 # Evaluation
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_gives_the_errors_of_a_naive_computation(built: Any, tmp_path: Path) -> None:
     problem = built()
     with torch.no_grad():
@@ -163,6 +164,7 @@ def test_evaluate_gives_the_errors_of_a_naive_computation(built: Any, tmp_path: 
     assert json.loads(json.dumps(table)) == table
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_solves_of_the_trained_model_are_compared(built: Any, tmp_path: Path) -> None:
     problem = built(rival={"rtol": 1e-7, "atol": 1e-9, "steps": 60})
     with torch.no_grad():
@@ -187,6 +189,7 @@ def test_the_solves_of_the_trained_model_are_compared(built: Any, tmp_path: Path
         np.testing.assert_array_equal(np.isfinite(file["rival"][:]).all(axis=(1, 2)), reached)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_rival_whose_steps_shrink_to_nothing_is_reported(
     built: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,7 @@ def test_the_gradient_check_passes(mesh: Mesh, name: str) -> None:
 # Evaluation
 
 
-@pytest.mark.usefixtures("few_trials")
+@pytest.mark.usefixtures("few_trials", "undrawn")
 @pytest.mark.parametrize("name", CASES)
 def test_evaluate_gives_the_errors_of_a_naive_computation(mesh: Mesh, tmp_path: Path, name: str) -> None:
     problem = built(mesh, name)
@@ -163,6 +163,7 @@ def test_evaluate_gives_the_errors_of_a_naive_computation(mesh: Mesh, tmp_path: 
     assert json.loads(json.dumps(table)) == table
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_costs_are_those_of_the_steps_taken(mesh: Mesh, tmp_path: Path) -> None:
     problem = built(mesh, "kuramoto_sivashinsky")
     with torch.no_grad():
@@ -176,7 +177,7 @@ def test_the_costs_are_those_of_the_steps_taken(mesh: Mesh, tmp_path: Path) -> N
     assert costs["explicit"]["largest_step"] == pytest.approx(2 / (16 / spacing**4 - 4 / spacing**2), rel=0.05)
 
 
-@pytest.mark.usefixtures("few_trials")
+@pytest.mark.usefixtures("few_trials", "undrawn")
 def test_the_file_holds_truth_and_rollouts_with_their_coordinates(mesh: Mesh, tmp_path: Path) -> None:
     problem = built(mesh, "burgers")
     with torch.no_grad():
