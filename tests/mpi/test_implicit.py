@@ -128,7 +128,11 @@ def test_every_implicit_method_with_an_adjoint_has_an_oracle() -> None:
     assert verified == set(ORACLES)
 
 
-@pytest.mark.parametrize("method", ORACLES)
+# However many stages: PETSc combines vectors, each rank its part. So more than two ranks need not see every table.
+OF_EACH_KIND = ["beuler", "cn", "theta", "arkimex_ars443", "dirk_es324sal"]
+
+
+@pytest.mark.parametrize("method", ORACLES if MPI.COMM_WORLD.size <= 2 else OF_EACH_KIND)
 def test_a_field_has_the_solution_and_gradient_of_the_dense_solve_of_the_whole(
     method: str, partition: GridPartition, mesh: Mesh
 ) -> None:
