@@ -87,19 +87,20 @@ def test_disk_traffic_is_summed_over_ranks(config_file, directory, capfd):
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("command", "wrong", "expected"),
     [
-        ("training.epochs=0", "[training] epochs = 0: must be an integer of at least 1"),
-        ("problem.variable=salinity", "[problem] variable = 'salinity': not in the file"),
-        (f"mesh.state={COMM.size + 1}", f"but {COMM.size} rank(s) were started"),
-        ("trajectory.ram=8", "too small for one checkpoint of"),
-        ("solver.petsc_options.ts_type=bdf", "ts_type"),
+        ("train", "--set training.epochs=0", "[training] epochs = 0: must be an integer of at least 1"),
+        ("train", "--set problem.variable=salinity", "[problem] variable = 'salinity': not in the file"),
+        ("train", f"--set mesh.state={COMM.size + 1}", f"but {COMM.size} rank(s) were started"),
+        ("train", "--set trajectory.ram=8", "too small for one checkpoint of"),
+        ("train", "--set solver.petsc_options.ts_type=bdf", "ts_type"),
+        ("plan", "--ram 0 --disk 0", "trajectory: ram = '0'"),
     ],
 )
 def test_a_wrong_configuration_ends_all_ranks_with_code_2_and_one_line(
-    config_file, directory, capfd, override, expected
+    config_file, directory, capfd, command, wrong, expected
 ):
-    assert main(["train", str(config_file), "--set", override]) == 2
+    assert main([command, str(config_file), *wrong.split()]) == 2
 
     out, err = capfd.readouterr()
     assert out == ""

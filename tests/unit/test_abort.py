@@ -161,15 +161,14 @@ with Mesh() as mesh:
     assert list(place.rglob("*.h5"))
     mesh.barrier()
     if mesh.rank == 1:
-        ENDING
+        raise RuntimeError("no ocean today")
     mesh.barrier()
 """
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_a_rank_that_ends_all_leaves_no_checkpoints_behind(ending, mpirun, tmp_path):
+def test_a_rank_that_ends_all_leaves_no_checkpoints_behind(mpirun, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(SPILLING.replace("ENDING", ENDINGS[ending]))
+    program.write_text(SPILLING)
     ended = mpirun(2, sys.executable, str(program), str(tmp_path), timeout=60, PYTHONPATH=str(ROOT))
     assert ended.returncode == 1
     assert "no ocean today" in ended.stderr

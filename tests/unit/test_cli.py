@@ -96,15 +96,14 @@ def test_the_gradient_check_of_a_field_passes_and_its_json_is_complete(config_fi
     assert result["failures"] == []
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_loss_and_gradient_norm_do_not_depend_on_the_number_of_ranks(ranks, config_file, mpirun, capfd):
+def test_loss_and_gradient_norm_do_not_depend_on_the_number_of_ranks(config_file, mpirun, capfd):
     _, alone, _ = run_json(capfd, "gradcheck", config_file)
 
-    ran = mpirun(ranks, sys.executable, "-m", "pnode_dist.cli", "gradcheck", str(config_file), "--json")
+    ran = mpirun(3, sys.executable, "-m", "pnode_dist.cli", "gradcheck", str(config_file), "--json")
 
     assert (ran.returncode, ran.stderr) == (0, "")
     spread = json.loads(ran.stdout)
-    assert (alone["ranks"], spread["ranks"]) == (1, ranks)
+    assert (alone["ranks"], spread["ranks"]) == (1, 3)
     for figure in ("loss", "gradient_norm"):
         assert spread[figure] == pytest.approx(alone[figure], rel=1e-12)
     # The direction, too, is the same one.
@@ -208,14 +207,16 @@ def test_help_loads_neither_torch_nor_mpi():
     assert ran.stdout.splitlines()[-1] == "[]"
 
 
-def test_arguments_after_two_dashes_reach_petsc(config_file):
+def test_arguments_after_two_dashes_reach_petsc(config_file, capfd):
     command = [sys.executable, "-m", "pnode_dist.cli", "gradcheck", str(config_file), "--json"]
     ran = subprocess.run([*command, "--", "-ts_rk_type", "2a", "-log_view"], capture_output=True, text=True, check=True)
-    plain = subprocess.run([*command, "--set", "solver.method=heun"], capture_output=True, text=True, check=True)
+    _, plain, _ = run_json(capfd, "gradcheck", config_file, "--set", "solver.method=heun")
 
-    assert json.loads(ran.stdout)["loss"] == json.loads(plain.stdout)["loss"]
-    # PETSc's own report comes when it is finalised, and not between the JSON.
+    assert json.loads(ran.stdout)["loss"] == plain["loss"]
+    # PETSc's own report, with the events of a solve, comes when it is finalised, and not between the JSON.
     assert "PETSc Performance Summary" in ran.stderr
+    for name in ("pnode f", "pnode vjp", "pnode step", "pnode adjoint", "pnode forward", "pnode backward"):
+        assert name in ran.stderr
 
 
 def test_an_interrupt_ends_with_code_130_and_one_line(config_file, capfd, monkeypatch):

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from pnode_dist import doctor
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,13 +59,12 @@ def test_cpus_are_shown_as_ranges() -> None:
     assert [doctor.ranges(cpus) for cpus in ([], [3], [0, 1, 2, 5, 7, 8])] == ["", "3", "0-2,5,7-8"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_json_is_one_object_about_every_rank(mpirun: Run, ranks: int) -> None:
-    done = mpirun(ranks, "pnode-dist", "doctor", "--json")
+def test_the_json_is_one_object_about_every_rank(mpirun: Run) -> None:
+    done = mpirun(2, "pnode-dist", "doctor", "--json")
     assert done.returncode == 0, done.stderr
     findings = json.loads(done.stdout)
-    assert findings["mpi"]["ranks"] == ranks
-    assert [rank["rank"] for rank in findings["ranks"]] == list(range(ranks))
+    assert findings["mpi"]["ranks"] == 2
+    assert [rank["rank"] for rank in findings["ranks"]] == [0, 1]
     assert findings["petsc"]["scalar"] == "float64"
     assert findings["versions"]["petsc4py"]
     assert findings["problems"] == []

@@ -150,8 +150,9 @@ def test_a_sweep_draws_the_choices_from_one_checkpoint_to_all_graphs(
 
 @pytest.mark.parametrize("given", ["keep=graph", "schedule=all", "keep=stages", "schedule=revolve", "keep=solution"])
 def test_a_sweep_leaves_out_what_does_not_fit(
-    given: str, gray_scott_file: Path, tmp_path: Path, capfd: Capture
+    given: str, gray_scott_file: Path, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pnode_dist.report.plan_plot.draw_sweep", lambda *_: None)
     result = run_json(
         capfd,
         gray_scott_file,
@@ -213,7 +214,8 @@ def test_two_ranks_print_one_plan_for_their_halves(
     gray_scott_file: Path, tmp_path: Path, mpirun: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     command = [sys.executable, "-m", "pnode_dist.cli", "plan", str(gray_scott_file), "--json"]
-    ran = mpirun(2, *command, "--measure", "--sweep", "--plot", str(tmp_path / "two.png"))
+    shorter = ["--set", "problem.window=1"]
+    ran = mpirun(2, *command, *shorter, "--measure", "--sweep", "--plot", str(tmp_path / "two.png"))
     assert (ran.returncode, ran.stderr) == (0, "")
     (line,) = ran.stdout.splitlines()
     result = json.loads(line)
@@ -221,16 +223,11 @@ def test_two_ranks_print_one_plan_for_their_halves(
     assert result["slots"]["checkpoint_bytes"] in (CHECKPOINT // 2, CHECKPOINT * 7 // 13)
     assert result["slots"]["disk"] in (3, 4)
     assert (tmp_path / "two.png").stat().st_size > 10_000
-    refused = mpirun(2, *command, "--ram", "0", "--disk", "0")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    (line,) = refused.stderr.splitlines()
-    assert line.startswith("pnode-dist: error: trajectory: ram = '0'")
 
 
 # PETSc's log
 
 LOGGED = """
-import sys
 import petsc4py
 petsc4py.init(["logged", "-log_view"])
 import torch
@@ -241,18 +238,17 @@ class Field(torch.nn.Module):
         self.linear = torch.nn.Linear(3, 3).double()
     def forward(self, t, u):
         return self.linear(u)
-node = NeuralODE(Field(), step_size=0.1, method=sys.argv[1], trajectory=Trajectory(ram_slots=3))
+node = NeuralODE(Field(), step_size=0.1, method="dopri5", trajectory=Trajectory(ram_slots=3))
 node(torch.ones(2, 3, dtype=torch.float64, requires_grad=True), [0.0, 0.5, 1.0]).sum().backward()
 solve = node.last_solve
 print("COUNTS", solve.forward_steps, solve.recomputed_steps, solve.function_evaluations, solve.vjps)
 """
 
 
-@pytest.mark.parametrize("method", ["euler", "dopri5"])
-def test_petsc_s_log_has_the_events_of_a_solve_in_two_stages(method: str, tmp_path: Path) -> None:
+def test_petsc_s_log_has_the_events_of_a_solve_in_two_stages(tmp_path: Path) -> None:
     script = tmp_path / "logged.py"
     script.write_text(LOGGED)
-    ran = subprocess.run([sys.executable, str(script), method], capture_output=True, text=True, check=True, timeout=60)
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=60)
     said = re.search(r"^COUNTS (\d+) (\d+) (\d+) (\d+)$", ran.stdout, re.MULTILINE)
     assert said is not None
     forward, again, evaluations, vjps = map(int, said.groups())
@@ -267,7 +263,7 @@ def test_petsc_s_log_has_the_events_of_a_solve_in_two_stages(method: str, tmp_pa
     def counts(text: str) -> dict[str, int]:
         return {name: int(count) for name, count in re.findall(r"^(pnode \w+) +(\d+) ", text, re.MULTILINE)}
 
-    per_step = {"euler": 1, "dopri5": 6}[method]
+    per_step = 6
     assert counts(first)["pnode step"] == forward
     assert counts(first)["pnode f"] == per_step * forward
     assert not {"pnode rerun", "pnode vjp", "pnode adjoint"} & {k for k, v in counts(first).items() if v}
@@ -277,11 +273,3 @@ def test_petsc_s_log_has_the_events_of_a_solve_in_two_stages(method: str, tmp_pa
     assert counts(second)["pnode adjoint"] == forward
     assert counts(first)["pnode f"] + counts(second)["pnode f"] == evaluations
     assert counts(before).get("pnode f", 0) == 0
-
-
-def test_the_log_can_be_asked_for_on_the_command_line(config_file: Path) -> None:
-    command = [sys.executable, "-m", "pnode_dist.cli", "gradcheck", str(config_file), "--json", "--", "-log_view"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
-    json.loads(ran.stdout)
-    for name in ("pnode f", "pnode vjp", "pnode step", "pnode adjoint", "pnode forward", "pnode backward"):
-        assert name in ran.stderr

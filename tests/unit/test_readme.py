@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pnode_dist.cli import main
 from tests.conftest import ROOT
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -24,7 +25,7 @@ def test_there_are_examples_to_run() -> None:
     assert len(EXAMPLES) == 3
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_the_partitioned_example_runs_at_any_number_of_ranks_to_the_same_loss(
     mpirun: Run, tmp_path: Path, ranks: int
 ) -> None:
@@ -61,11 +62,14 @@ def test_quick_commands_run(mpirun: Run, command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_benchmark_s_checks_hold_what_they_say(mpirun: Run) -> None:
+def test_the_benchmark_s_checks_hold_what_they_say(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "pnode-dist bench gradient" in COMMANDS
-    done = mpirun(1, "pnode-dist", "bench", "gradient", "--json", timeout=110)
-    assert done.returncode == 0, done.stderr
-    checks = json.loads(done.stdout)["checks"]
+    # Its times are not looked at here.
+    monkeypatch.setattr("pnode_dist.bench.gradient._REPEATS", 1)
+    assert main(["bench", "gradient", "--json"]) == 0
+    checks = json.loads(capfd.readouterr().out)["checks"]
     assert all(set(check) == {"name", "value", "target", "at_least", "holds"} for check in checks)
     exact = [check for check in checks if "error" in check["name"] or "difference" in check["name"]]
     assert exact

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,13 +21,13 @@ SLACK = STATE // 2
 STAGING_BUFFERS = 3 * STATE
 
 PROGRAM = """
+import gc
 import json
 import sys
 
 import torch
 from pnode_dist import NeuralODE, Trajectory
 
-given, control = json.loads(sys.argv[1]), json.loads(sys.argv[3])
 torch.set_num_threads(1)
 
 
@@ -47,52 +47,63 @@ class Decay(torch.nn.Module):
 
 u0 = torch.ones(2**19, dtype=torch.float64, requires_grad=True)
 small = torch.ones(4, dtype=torch.float64, requires_grad=True)
-solver = {"method": "euler", "step_size": 0.01, **control}
-node = NeuralODE(Decay(), trajectory=Trajectory("1MiB"), **solver)
-# What is loaded on first use is no part of a solve.
-node(small, [0.0, 0.1])[-1].sum().backward()
-node = NeuralODE(Decay(), trajectory=Trajectory(**given), **solver)
-try:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    begun = status("VmRSS")
-    peak = status("VmHWM")
-    assert peak < begun + 2**20
-except (OSError, AssertionError):
-    print("NOT RESET")
-    sys.exit()
-node(u0, [0.0, 0.01 * int(sys.argv[2])])[-1].sum().backward()
-solve = node.last_solve
-print(json.dumps({
-    "grown": status("VmHWM") - begun, "recomputed": solve.recomputed_steps, "kept": solve.graph_steps,
-    "written": solve.bytes_written, "checkpoints": solve.checkpoint_bytes_peak, "graphs": solve.graph_bytes,
-    "steps": solve.forward_steps,
-}))
+
+
+def measure(steps, control, given):
+    solver = {"method": "euler", "step_size": 0.01, **control}
+    node = NeuralODE(Decay(), trajectory=Trajectory("1MiB"), **solver)
+    # What is loaded on first use is no part of a solve.
+    node(small, [0.0, 0.1])[-1].sum().backward()
+    node = NeuralODE(Decay(), trajectory=Trajectory(**given), **solver)
+    u0.grad = None
+    gc.collect()
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        begun = status("VmRSS")
+        peak = status("VmHWM")
+        assert peak < begun + 2**20
+    except (OSError, AssertionError):
+        return None
+    node(u0, [0.0, 0.01 * steps])[-1].sum().backward()
+    solve = node.last_solve
+    return {
+        "grown": status("VmHWM") - begun, "recomputed": solve.recomputed_steps, "kept": solve.graph_steps,
+        "written": solve.bytes_written, "checkpoints": solve.checkpoint_bytes_peak, "graphs": solve.graph_bytes,
+        "steps": solve.forward_steps,
+    }
+
+
+for line in sys.stdin:
+    print(json.dumps(measure(*json.loads(line))), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """Solve with Euler steps of a 4 MiB state in a process of its own: what it says of its peak."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Solve with Euler steps of a 4 MiB state in a process for these solves alone: what it says of its peak."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        # Freed memory goes back to the system at once, so that the peak is of what is in use.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    questions, answers = process.stdin, process.stdout
 
     def in_process(steps: int = 40, control: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
         given["directory"] = str(tmp_path_factory.mktemp("scratch"))
-        ran = subprocess.run(
-            [sys.executable, "-c", PROGRAM, json.dumps(given), str(steps), json.dumps(control or {})],
-            # Freed memory goes back to the system at once, so that the peak is of what is in use.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr
-        if "NOT RESET" in ran.stdout:
+        print(json.dumps([steps, control or {}, given]), file=questions, flush=True)
+        found: dict[str, Any] | None = json.loads(answers.readline())
+        if found is None:
             pytest.skip("the peak of resident memory cannot be reset here")
-        found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
         return found
 
-    return in_process
+    with process:
+        yield in_process
 
 
 @pytest.fixture(scope="module")
