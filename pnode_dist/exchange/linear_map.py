@@ -47,5 +47,14 @@ class _Linear(torch.autograd.Function):
 
 def linear_map(x: torch.Tensor, forward: Map, transpose: Map) -> torch.Tensor:
     """`forward(x)`, differentiable in reverse and forward mode; collective as `forward` and `transpose` are."""
-    image: torch.Tensor = _Linear.apply(x, forward, transpose)
+    image: torch.Tensor = _apply(x, forward, transpose)
     return image
+
+
+_apply = _Linear.apply
+
+
+def keep_out_of_compiled_code() -> None:
+    """Have torch.compile call linear maps as they are, without looking into them. Loads torch's compiler."""
+    global _apply
+    _apply = torch.compiler.disable(_Linear.apply)  # type: ignore[no-untyped-call]

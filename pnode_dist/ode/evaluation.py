@@ -5,7 +5,7 @@ Nothing here knows of PETSc's solvers. Times are the caller's; states come as th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
@@ -33,6 +33,7 @@ class Problem:
     """What one solve binds to the solver: the function, its extra arguments, its parameters, and counters.
 
     `copies` are what the function's modules hold while it is evaluated, and `parameters` are taken from among them.
+    `compiled` are functions to call in place of others, by the identity of these.
     `watched`: nothing is known to require a gradient, but one may be asked for; evaluations are looked at for what
     the search for parameters has missed. `by_times`: the gradient with respect to the evaluation times is asked for as
     well. `logs`: PETSc keeps a log.
@@ -42,6 +43,7 @@ class Problem:
     args: tuple[Any, ...]
     parameters: Parameters
     copies: ComputeCopies = NO_COPIES
+    compiled: Mapping[int, Function] = field(default_factory=dict)
     watched: bool = False
     by_times: bool = False
     logs: bool = field(default_factory=events.logging)
@@ -81,6 +83,8 @@ class Problem:
         if not isinstance(time, torch.Tensor):
             # Not kept for other steps: small tensors that stay make the memory between them useless for states.
             time = torch.scalar_tensor(time, dtype=layout.compute_dtype, device=layout.device)
+        if self.compiled:
+            func = self.compiled.get(id(func), func)
         if self._plain and not layout.is_tuple:
             # All that is below, for the commonest case: it takes longer than a small stage.
             result = func(time, inputs[0])

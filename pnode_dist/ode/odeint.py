@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
+from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.evaluation import Function, Problem
 from pnode_dist.ode.layout import State, StateLayout, layout_of
@@ -122,6 +123,7 @@ class _Settings:
     preconditioner: Preconditioner | str | None = None
     compute_dtype: torch.dtype | None = None
     fixed_plan: Plan | None = None
+    compiler: Compiler | None = None
     grid: TimeGrid | None = None
 
     def control(self) -> ErrorControl | None:
@@ -186,6 +188,7 @@ def _prepared(
         copies.args,
         replace(parameters, tensors=copies.of(parameters.tensors)),
         copies,
+        {} if settings.compiler is None else settings.compiler.compiled(func, table),
         watched=torch.is_grad_enabled() and not needs_gradient,
         by_times=by_times,
     )
@@ -350,6 +353,10 @@ class NeuralODE(nn.Module):
     changed between calls. `last_solve` holds the counts of the last call, and after its backward pass those too;
     `last_plan` is what was kept of it, None without gradients or with error control. A `fixed_plan`, one of the
     candidates of `plan`, is followed instead of choosing one.
+
+    With `compile` f and its vector-Jacobian products go through torch.compile, by its default backend or the one named
+    (see `pnode_dist.ode.compiled`). That takes seconds at first, pays where f is made of many small operations on large
+    states, and changes results by rounding.
     """
 
     def __init__(
@@ -368,6 +375,7 @@ class NeuralODE(nn.Module):
         mass: Mass | None = None,
         preconditioner: Preconditioner | str | None = None,
         compute_dtype: torch.dtype | None = None,
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
         if method is not None:
@@ -385,6 +393,7 @@ class NeuralODE(nn.Module):
         self.mass = mass
         self.preconditioner = preconditioner
         self.compute_dtype = compute_dtype
+        self.compiler = None if compile is False else Compiler("inductor" if compile is True else compile)
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
         self.fixed_plan: Plan | None = None
@@ -429,6 +438,8 @@ class NeuralODE(nn.Module):
         if settings.mass is not None:
             masses = tuple(settings.mass) if is_tuple else (settings.mass,)
             settings = replace(settings, mass=(*masses, *masses))
+        # Tangents are derivatives of vector-Jacobian products, which compiled code does not have.
+        settings = replace(settings, compiler=None)
         func = with_tangent(self.func, is_tuple, direction)
         outputs, solve = _solve(self._tangent_solvers, func, state, t, settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
