@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pnode_dist.abort import abort
 from pnode_dist.allocator import keep_freed_memory
-from pnode_dist.bench import BENCHMARKS
+from pnode_dist.bench import BENCHMARKS, DRAWN
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.output import console, json_line, output, show_table
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from pnode_dist.bench.report import Report
     from pnode_dist.mesh import Mesh
     from pnode_dist.train.config import Config
     from pnode_dist.verify import GradcheckResult
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     gradcheck.add_argument("--all-methods", action="store_true", help="check every method on a small problem instead")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a trained run")
     bench.add_argument("name", metavar="NAME", choices=list(BENCHMARKS), help=" | ".join(BENCHMARKS))
+    bench.add_argument("--plot", metavar="FILE", type=Path, help=f"also draw it ({', '.join(DRAWN)})")
     train.add_argument("--run-dir", metavar="DIR", help="where the run's files go, instead of [run] directory")
     train.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run there")
     plan.add_argument("--ram", metavar="SIZE", help="instead of [trajectory] ram, such as 64MiB or auto")
@@ -409,12 +411,33 @@ def _bench(arguments: argparse.Namespace) -> int:
     from pnode_dist.bench import run
 
     first = _first(MPI.COMM_WORLD)
+    if arguments.plot is not None and arguments.name not in DRAWN:
+        raise ConfigurationError(f"bench {arguments.name} --plot: has no picture: must be one of {', '.join(DRAWN)}")
     with output(arguments.json, first) as emit:
         report = run(arguments.name)
-        emit(report.as_dict())
+        result = report.as_dict()
+        if arguments.plot is not None:
+            result["plot"] = _bench_plot(arguments.plot, report)
+        emit(result)
         if first and not arguments.json:
             report.show(console())
+            if arguments.plot is not None:
+                show_table({"plot": result["plot"]})
     return 0
+
+
+def _bench_plot(path: Path, report: Report) -> str:
+    """Draw a benchmark; what to say of it. Collective on the world."""
+    from pnode_dist.mesh import Mesh
+    from pnode_dist.report.picture import draw
+
+    def drawing(path: Path) -> None:
+        from pnode_dist.report.bench_plots import draw_bench
+
+        draw_bench(path, report)
+
+    with Mesh() as mesh:
+        return draw(path, drawing, mesh)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,12 @@ BENCHMARKS = {
     "semi-implicit": "semi-implicit against explicit steps on a stiff equation: their sizes and an epoch (one rank)",
     "trajectory": "cost of keeping and recomputing trajectories (one rank), and of a very long one (several)",
     "overhead": "what a solver takes beyond the work on f, against torchdiffeq and torchode (one rank)",
+    "precision": "f in float64, float32 and bfloat16: seconds and gradient errors (one rank)",
+    "scaling": "strong and weak scaling of a training step, and a projection to more ranks (one or more ranks)",
     "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
 }
+DRAWN = ("halo", "overhead", "precision", "scaling", "sync")
+"""Those that have a picture."""
 
 
 def run(name: str) -> Report:

@@ -56,10 +56,10 @@ class CountingComm(MPI.Intracomm):
 class Case:
     """A field on a grid, and the halo that is exchanged of it."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     channels: int
     dtype: torch.dtype
-    boundary: tuple[Rule, Rule]
+    boundary: tuple[Rule, ...]
     width: int
 
     @property
@@ -77,6 +77,9 @@ CASES = (
     Case((128, 384), 8, torch.float32, ("zero", "reflect"), 1),
     Case((65, 97), 3, torch.float64, ("reflect", "periodic"), 3),
     Case((65, 97), 3, torch.float64, (1.5, "replicate"), 2),
+    Case((100_000,), 4, torch.float64, ("periodic",), 2),
+    Case((48, 64, 80), 4, torch.float32, ("periodic", "periodic", "periodic"), 1),
+    Case((33, 40, 50), 2, torch.float64, ("periodic", "zero", "reflect"), 2),
 )
 
 

@@ -119,7 +119,7 @@ def ways(subject: Subject, odeint: Any, odeint_adjoint: Any) -> list[Way]:
         Way("pnode_dist", "solution", ours(keep="solution", schedule="all"), False, "evaluation and product"),
         Way("torchdiffeq", "nothing", theirs(odeint), False, "none"),
         Way("torchdiffeq", "graph", theirs(odeint), True, "product"),
-        Way("torchdiffeq", "nothing, adjoint", theirs(odeint_adjoint), False, "evaluation and product"),
+        Way("torchdiffeq", "nothing (adjoint)", theirs(odeint_adjoint), False, "evaluation and product"),
     ]
     if importlib.util.find_spec("torchode") is not None:
         solve = _torchode(subject)

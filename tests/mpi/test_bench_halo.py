@@ -20,6 +20,8 @@ CASES = [
     bench.Case((13, 11), 2, torch.float64, ("periodic", "periodic"), 2),
     bench.Case((12, 15), 3, torch.float32, ("reflect", "periodic"), 1),
     bench.Case((12, 15), 1, torch.float32, (0.5, "replicate"), 2),
+    bench.Case((19,), 2, torch.float64, ("periodic",), 2),
+    bench.Case((6, 9, 8), 1, torch.float32, ("periodic", "zero", "reflect"), 1),
 ]
 
 
@@ -43,12 +45,14 @@ def test_the_least_is_the_number_of_entries_that_depend_on_other_ranks(case: ben
     numbers = torch.arange(1.0, 1 + np.prod(case.shape), dtype=torch.float64).reshape(*case.shape, 1)
     own = partition.scatter(numbers)
     padded = halo(own, partition)
-    foreign = set(padded.flatten().tolist()) - set(own.flatten().tolist()) - {0.5}
+    foreign = set(padded.flatten().tolist()) - set(own.flatten().tolist()) - {0.0, 0.5}
     assert needs.points == len(foreign)
     blocks = [set(numbers[partition.owned_slices(rank)].flatten().tolist()) for rank in range(COMM.size)]
     assert needs.ranks == sum(bool(foreign & block) for block in blocks)
     assert needs.faces == sum(
-        partition.neighbour(axis, step) not in (MPI.PROC_NULL, COMM.rank) for axis in (0, 1) for step in (-1, 1)
+        partition.neighbour(axis, step) not in (MPI.PROC_NULL, COMM.rank)
+        for axis in range(len(case.shape))
+        for step in (-1, 1)
     )
 
 

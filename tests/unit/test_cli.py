@@ -176,6 +176,17 @@ def test_a_benchmark_reports_its_checks_as_json_and_as_a_table(capfd, monkeypatc
     assert "NO" in capfd.readouterr().out
 
 
+def test_a_benchmark_is_drawn_where_it_is_asked_to(capfd, monkeypatch, tmp_path):
+    report = Report("sync", [{"floats": 10, "mpi": 0.5, "gloo": 0.6}], [])
+    monkeypatch.setattr("pnode_dist.bench.run", lambda name: report)
+    path = tmp_path / "plots" / "sync.png"
+
+    code, result, _ = run_json(capfd, "bench", "sync", "--plot", path)
+
+    assert (code, result["plot"]) == (0, str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_libraries_print_does_not_reach_the_json_output(capfd, monkeypatch):
     import ctypes
 

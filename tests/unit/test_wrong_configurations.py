@@ -80,6 +80,10 @@ WRONG_COMMANDS = {
         ["evaluate", "nowhere"],
         "nowhere/config.toml: there is no such configuration",
     ),
+    "a picture of a benchmark that has none": (
+        ["bench", "gradient", "--plot", "speed.png"],
+        "bench gradient --plot: has no picture: must be one of",
+    ),
     "a benchmark on too few ranks": (["bench", "sync"], "bench sync needs 2 or more ranks: start it with"),
 }
 

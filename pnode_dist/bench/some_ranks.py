@@ -1,0 +1,54 @@
+"""Work on some ranks while the others leave the cores to them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from mpi4py import MPI
+
+_NAP = 0.001
+
+
+def wait_asleep(comm: MPI.Comm) -> None:
+    """A barrier in which ranks sleep: MPI's own spins, and takes the core of a rank that is at work. Collective."""
+    everyone = comm.Ibarrier()
+    while not everyone.Test():
+        time.sleep(_NAP)
+
+
+def on_first(comm: MPI.Comm, ranks: int, work: Callable[[], float]) -> float:
+    """What `work` returns on the first `ranks` ranks, the largest of them; the others sleep. Collective on `comm`."""
+    wait_asleep(comm)
+    seconds = work() if comm.rank < ranks else 0.0
+    wait_asleep(comm)
+    largest: float = comm.allreduce(seconds, MPI.MAX)
+    return largest
+
+
+def cores_of(comm: MPI.Comm) -> set[int]:
+    """The cores that the ranks of `comm` on this rank's node may run on, empty if unknown. Collective on `comm`."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    bound = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    cores = set().union(*node.allgather(bound))
+    node.Free()
+    return cores
+
+
+@contextmanager
+def threads(number: int, cores: set[int]) -> Iterator[None]:
+    """Let torch use `number` threads on `cores`, whatever core the launcher has bound this rank to. Not collective."""
+    before = torch.get_num_threads()
+    bound = os.sched_getaffinity(0) if cores else set()
+    if cores:
+        os.sched_setaffinity(0, cores)
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if cores:
+            os.sched_setaffinity(0, bound)
