@@ -55,7 +55,7 @@ class Subject:
 
     def function(self, term: torch.nn.Module, samples: int) -> SplitFunction:
         """The linear part and a term, for so many states at once."""
-        stencil = linear_stencil(self.equation, self.partition.shape[1])
+        stencil = linear_stencil(self.equation, self.partition.shape[0])
         return SplitFunction(implicit=operator(self.partition, stencil, samples), explicit=term)
 
     @property
@@ -86,7 +86,7 @@ def subject(equation: LineEquation = KURAMOTO_SIVASHINSKY, points: int = _POINTS
     initial = torch.from_numpy(initial_state(equation, points, 0))
     samples = reference(equation, initial, _BATCH * _BATCHES + 1, 1.0, spin_up)
     scale = float(samples.square().mean().sqrt())
-    data = Trajectories(samples[None, :, None, :, None] / scale, scale, 1, 1.0)
+    data = Trajectories(samples[None, :, :, None] / scale, scale, 1, 1.0)
     network = learnt_convection(partition, equation.length, scale, SemilinearModelConfig())
     return Subject(equation, partition, data, network)
 
@@ -125,7 +125,7 @@ def measure(subject: Subject, name: str, step: float | None = None) -> Measured:
     batch = subject.batches(torch.float64)[0]
     if step is None:
         single = subject.function(subject.convection, 1)
-        guess = -1 / shortest_wave(linear_stencil(subject.equation, subject.partition.shape[1]))
+        guess = -1 / shortest_wave(linear_stencil(subject.equation, subject.partition.shape[0]))
         step = largest_stable_step(single, batch.initial[:1], name, subject.partition, guess)
     func = subject.function(subject.convection, len(batch.starts))
     solve = NeuralODE(func, method=name, step_size=step, partition=subject.partition, options=_options(method))

@@ -18,9 +18,9 @@ Stencil = Mapping[int, float]
 
 
 def line(mesh: Mesh | MPI.Comm, points: int, width: int = 1) -> GridPartition:
-    """`points` on a periodic line, one value each, as a grid of one row. Collective on the state ranks.
+    """`points` on a periodic line, one value each. Collective on the state ranks.
 
-    Local states are `[..., 1, points_local, 1]`. `width` is the widest halo that is going to be asked for.
+    Local states are `[..., points_local, 1]`. `width` is the widest halo that is going to be asked for.
     Raises `ConfigurationError` when some rank would own fewer points than that.
     """
     ranks = protocol.communicator(mesh).size
@@ -29,8 +29,7 @@ def line(mesh: Mesh | MPI.Comm, points: int, width: int = 1) -> GridPartition:
             f"a line of {points} points cannot be split over {ranks} rank(s) with {width} or more points each (the "
             f"width of the halo): use at most {points // width} rank(s)"
         )
-    # The halo of the one row is never exchanged; wider ones along the line are asked of `halo` itself.
-    return GridPartition(mesh, (1, points), 1, ("zero", "periodic"), 1, (1, ranks))
+    return GridPartition(mesh, (points,), 1, "periodic", width)
 
 
 def first_difference(spacing: float) -> Stencil:
@@ -64,15 +63,15 @@ def operator(partition: GridPartition, stencil: Stencil, samples: int = 1) -> PE
     """The stencil on every one of `samples` states of the line, as an assembled matrix. Collective on the partition's
     communicator.
 
-    The matrix acts on Vecs of which this rank has `[sample, 1, points_local, 1]`, and couples no two samples.
+    The matrix acts on Vecs of which this rank has `[sample, points_local, 1]`, and couples no two samples.
     Raises `ConfigurationError` for a line so short that the stencil reaches a point from both sides.
     """
-    points = partition.shape[1]
+    (points,) = partition.shape
     reach = max(abs(offset) for offset in stencil)
     if points < 2 * reach + 1:
         raise ConfigurationError(f"a stencil of {2 * reach + 1} points needs as many, and the line has {points}")
     columns = _numbering(partition, samples)
-    first, last = partition.owned[1]
+    ((first, last),) = partition.owned
     offsets = np.array(sorted(stencil))
     reached = columns[:, (np.arange(first, last)[:, None] + offsets) % points].reshape(-1, len(offsets))
     weights = np.broadcast_to([stencil[offset] for offset in offsets], reached.shape)
@@ -90,9 +89,9 @@ def operator(partition: GridPartition, stencil: Stencil, samples: int = 1) -> PE
 
 def _numbering(partition: GridPartition, samples: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     """The place `[sample, point]` of every value in the global Vec: ranks one after another, samples within a rank."""
-    numbers = np.empty((samples, partition.shape[1]), dtype=np.int64)
+    numbers = np.empty((samples, partition.shape[0]), dtype=np.int64)
     for rank in range(partition.comm.size):
-        owned = partition.owned_slices(rank)[1]
+        owned = partition.owned_slices(rank)[0]
         width = owned.stop - owned.start
         block = samples * owned.start + np.arange(samples * width).reshape(samples, width)
         numbers[:, owned] = block

@@ -113,7 +113,7 @@ class SemilinearProblem:
         """This rank's share of the mean square error, in units of the data's scale, over points, windows and leads."""
         error: torch.Tensor = model(batch) - batch.targets
         leads, size = batch.targets.shape[:2]
-        return share_of_mean(error.square().sum(), leads * size * self.partition.shape[1], self.mesh)
+        return share_of_mean(error.square().sum(), leads * size * self.partition.shape[0], self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
         """Root mean square errors of rollouts of the validation trajectories from their first samples: over all
@@ -215,13 +215,13 @@ class SemilinearProblem:
     def _mean_squares(self, rollout: torch.Tensor, batch: Windows) -> torch.Tensor:
         """The mean square error of each lead `[lead]`, in the units of the equation. Collective on the state ranks."""
         error = (rollout.detach().double() - batch.targets.double()) * self.data.scale
-        squares = self.mesh.sum(error.square().sum(dim=(1, 2, 3, 4)), over="state")
-        return squares / (len(batch.starts) * self.partition.shape[1])
+        squares = self.mesh.sum(error.square().sum(dim=(1, 2, 3)), over="state")
+        return squares / (len(batch.starts) * self.partition.shape[0])
 
     def _write(self, forecasts: dict[str, torch.Tensor], batch: Windows, path: Path) -> None:
         def stored(values: torch.Tensor) -> torch.Tensor:
             whole = torch.cat([batch.initial[None], values.detach()])
-            return whole[..., 0, :, 0].transpose(0, 1).double() * self.data.scale
+            return whole[..., 0].transpose(0, 1).double() * self.data.scale
 
         trajectories = {"truth": stored(batch.targets), **{name: stored(value) for name, value in forecasts.items()}}
         contents = Rollouts(trajectories, self.data.interval, self.config.problem.length)

@@ -36,8 +36,8 @@ def generate(config: LineConfig, partition: GridPartition, mesh: Mesh) -> Trajec
     # Every rank sees the whole of what the scale is computed from, so that it too has the same bits everywhere.
     states = torch.stack([mesh.broadcast_object(own.get(number), source=number % mesh.size) for number in range(count)])
     scale = float(states[: config.trajectories].square().mean().sqrt())
-    start, stop = partition.owned[1]
-    values = states[..., None, start:stop, None] / scale
+    ((start, stop),) = partition.owned
+    values = states[..., start:stop, None] / scale
     return Trajectories(values, scale, config.trajectories, config.interval)
 
 

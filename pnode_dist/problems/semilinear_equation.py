@@ -30,17 +30,17 @@ def convection_stencil(equation: LineEquation, points: int) -> Stencil:
 class Convection(nn.Module):
     """-u u_x = -(u^2 / 2)_x with the stencil of `convection_stencil`, as the right-hand side of a partitioned state.
 
-    A state is `[..., 1, points_local, 1]` of any floating type, in units of `scale` (1: those of the equation).
+    A state is `[..., points_local, 1]` of any floating type, in units of `scale` (1: those of the equation).
     """
 
     def __init__(self, partition: GridPartition, length: float, scale: float = 1.0) -> None:
         super().__init__()
         self.partition = partition
-        self.factor = -scale * partition.shape[1] / (4 * length)
+        self.factor = -scale * partition.shape[0] / (4 * length)
 
     def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """The convection in the state's shape, at whatever `t`. Collective on the partition's communicator."""
-        squares = halo(state, self.partition, (0, 1)).square()
+        squares = halo(state, self.partition, 1).square()
         return self.factor * (squares[..., 2:, :] - squares[..., :-2, :])
 
 

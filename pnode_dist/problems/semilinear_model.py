@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pnode_dist.exchange import halo
-from pnode_dist.nn import Conv2d
+from pnode_dist.nn import Conv1d
 from pnode_dist.nn.activation import ACTIVATIONS
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.grid import GridPartition
@@ -20,7 +20,7 @@ _FIRST_OUTPUT = 0.1
 
 
 class LearntConvection(nn.Module):
-    """-F(w)_x for the state w `[..., 1, points_local, 1]`, F a residual stack of convolutions along the line.
+    """-F(w)_x for the state w `[..., points_local, 1]`, F a residual stack of convolutions along the line.
 
     What is learnt is the flux F, which the equations have as w^2 / 2 of the same point; that it is differentiated, by
     central differences, keeps the mean of w. `factor` is what the difference of the fluxes of the two neighbours is
@@ -36,10 +36,10 @@ class LearntConvection(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.factor = factor
         self.hidden = nn.ModuleList(
-            Conv2d(partition, before, channels, (1, kernel_size), dtype=torch.float64)
+            Conv1d(partition, before, channels, kernel_size, dtype=torch.float64)
             for before in [1, *[channels] * (layers - 2)]
         )
-        self.output = Conv2d(partition, channels, 1, (1, kernel_size), dtype=torch.float64)
+        self.output = Conv1d(partition, channels, 1, kernel_size, dtype=torch.float64)
         with torch.no_grad():
             for value in self.output.parameters():
                 value.mul_(_FIRST_OUTPUT)
@@ -50,7 +50,7 @@ class LearntConvection(nn.Module):
         for number, layer in enumerate(self.hidden):
             y = self.activation(layer(x))
             x = y if number == 0 else x + y
-        flux = halo(self.output(x), self.partition, (0, 1))
+        flux = halo(self.output(x), self.partition, 1)
         return self.factor * (flux[..., 2:, :] - flux[..., :-2, :])
 
 
@@ -67,7 +67,7 @@ def learnt_convection(
     States are in units of `scale`, on a line of `length`. The parameters are drawn in float64 before anything is
     rounded: every rank and every dtype starts from the same ones.
     """
-    factor = -scale * partition.shape[1] / (2 * length)
+    factor = -scale * partition.shape[0] / (2 * length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         term = LearntConvection(partition, model.channels, model.layers, model.kernel_size, model.activation, factor)
@@ -75,7 +75,7 @@ def learnt_convection(
 
 
 class SemilinearModel(nn.Module):
-    """Rollouts of windows: `model(windows)` is `[lead, window, 1, points_local, 1]`, in units of the data's scale.
+    """Rollouts of windows: `model(windows)` is `[lead, window, points_local, 1]`, in units of the data's scale.
 
     `term` is what is learnt, and `solve_of(samples)` makes the solve of so many windows at once, whose linear part is a
     matrix of that size. `last_solve` holds the counts of the last call. Collective on the partition's communicator.

@@ -42,7 +42,7 @@ def write_rollouts(path: Path, contents: Rollouts, partition: GridPartition, mes
 def _create(path: Path, contents: Rollouts, partition: GridPartition) -> None:
     """Lay out the file: coordinates, and the data sets without their values."""
     trajectories, times = contents.trajectories["truth"].shape[:2]
-    points = partition.shape[1]
+    (points,) = partition.shape
     coordinates = {
         "trajectory": np.arange(trajectories),
         "time": np.arange(times) * contents.interval,
@@ -62,7 +62,7 @@ def _create(path: Path, contents: Rollouts, partition: GridPartition) -> None:
 
 def _write_part(path: Path, contents: Rollouts, partition: GridPartition) -> None:
     """Write what this rank owns into the file that is there."""
-    start, stop = partition.owned[1]
+    ((start, stop),) = partition.owned
     try:
         with h5py.File(path, "r+") as file:
             for name, values in contents.trajectories.items():

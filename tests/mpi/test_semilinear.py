@@ -70,8 +70,8 @@ def states(problem: SemilinearProblem) -> torch.Tensor:
 
 
 def own(partition: GridPartition, whole: torch.Tensor) -> torch.Tensor:
-    """This rank's part `[..., 1, points_local, 1]` of whole states `[..., point]`."""
-    return whole[..., None, slice(*partition.owned[1]), None]
+    """This rank's part `[..., points_local, 1]` of whole states `[..., point]`."""
+    return whole[..., slice(*partition.owned[0]), None]
 
 
 def leaves(problem: SemilinearProblem) -> dict[str, torch.Tensor]:

@@ -122,7 +122,7 @@ def term(name: str, parameters: Mapping[str, torch.Tensor], scale: float, state:
 
     def convolved(x: torch.Tensor, layer: str) -> torch.Tensor:
         wide = functional.pad(x, (1, 1), mode="circular")
-        return functional.conv1d(wide, parameters[f"{layer}.weight"][:, :, 0], parameters[f"{layer}.bias"])
+        return functional.conv1d(wide, parameters[f"{layer}.weight"], parameters[f"{layer}.bias"])
 
     x = torch.tanh(convolved(state[:, None], "hidden.0"))
     for number in range(1, sum(key.endswith("weight") for key in parameters) - 1):

@@ -18,19 +18,19 @@ WAVES = LineEquation("waves", 3.0, 1.0, 0.0, 5)
 def test_the_convection_is_that_of_numpy(name: str, scale: float) -> None:
     state = np.random.default_rng(0).standard_normal((3, POINTS))
     found = Convection(line(MPI.COMM_SELF, POINTS), CASES[name]["length"], scale)(
-        torch.tensor(0.0), torch.from_numpy(state).view(3, 1, POINTS, 1)
+        torch.tensor(0.0), torch.from_numpy(state).view(3, POINTS, 1)
     )
     np.testing.assert_allclose(found.view(3, POINTS), convection(name, state, scale), rtol=1e-12, atol=1e-13)
 
 
 def test_the_convection_keeps_the_mean() -> None:
-    state = torch.randn(1, POINTS, 1, dtype=torch.float64)
+    state = torch.randn(POINTS, 1, dtype=torch.float64)
     rate = Convection(line(MPI.COMM_SELF, POINTS), 2.0)(torch.tensor(0.0), state)
     assert abs(rate.sum().item()) < 1e-12 * rate.abs().sum().item()
 
 
 def test_the_units_of_the_state_do_not_matter() -> None:
-    partition, state = line(MPI.COMM_SELF, POINTS), torch.randn(1, POINTS, 1, dtype=torch.float64)
+    partition, state = line(MPI.COMM_SELF, POINTS), torch.randn(POINTS, 1, dtype=torch.float64)
     physical = Convection(partition, 2.0)(torch.tensor(0.0), state)
     scaled = Convection(partition, 2.0, 4.0)(torch.tensor(0.0), state / 4)
     torch.testing.assert_close(4 * scaled, physical, rtol=1e-14, atol=0)

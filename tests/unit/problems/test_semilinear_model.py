@@ -25,16 +25,16 @@ def built(
 @pytest.mark.parametrize("name", CASES)
 def test_the_term_is_that_of_plain_torch(name: str, layers: int) -> None:
     module = built(layers=layers, length=CASES[name]["length"])
-    state = torch.randn(4, 1, POINTS, 1, dtype=torch.float64)
+    state = torch.randn(4, POINTS, 1, dtype=torch.float64)
     found = module(torch.tensor(0.0), state)
-    expected = term(name, dict(module.named_parameters()), SCALE, state[:, 0, :, 0])
-    torch.testing.assert_close(found[:, 0, :, 0], expected, rtol=1e-11, atol=1e-13)
+    expected = term(name, dict(module.named_parameters()), SCALE, state[..., 0])
+    torch.testing.assert_close(found[..., 0], expected, rtol=1e-11, atol=1e-13)
     assert sum("weight" in key for key, _ in module.named_parameters()) == layers
 
 
 def test_the_term_keeps_the_mean_and_shifts_with_the_state() -> None:
     module = built(kernel_size=5)
-    state = torch.randn(1, POINTS, 1, dtype=torch.float64)
+    state = torch.randn(POINTS, 1, dtype=torch.float64)
     rate = module(torch.tensor(0.0), state)
     assert abs(rate.sum().item()) < 1e-12 * rate.abs().sum().item()
     torch.testing.assert_close(module(torch.tensor(0.0), state.roll(7, -2)), rate.roll(7, -2), rtol=1e-12, atol=1e-13)

@@ -49,7 +49,7 @@ def built(mesh: Mesh, name: str, **tables: Any) -> SemilinearProblem:
 
 def states_of(problem: SemilinearProblem) -> torch.Tensor:
     """All trajectories `[trajectory, time, point]` in units of the scale."""
-    return problem.data.values[:, :, 0, :, 0]
+    return problem.data.values[..., 0]
 
 
 def euler(
@@ -79,8 +79,8 @@ def test_the_loss_is_that_of_dense_semi_implicit_steps(mesh: Mesh, name: str) ->
         key.removeprefix("term."): value.detach().clone().requires_grad_()
         for key, value in problem.model.named_parameters()
     }
-    whole = rollout(name, lambda u: term(name, leaves, problem.data.scale, u), batch.initial[:, 0, :, 0], WINDOW)
-    expected = (whole - batch.targets[:, :, 0, :, 0]).square().mean()
+    whole = rollout(name, lambda u: term(name, leaves, problem.data.scale, u), batch.initial[..., 0], WINDOW)
+    expected = (whole - batch.targets[..., 0]).square().mean()
     expected.backward()  # type: ignore[no-untyped-call]
     assert found.item() == pytest.approx(expected.item(), rel=1e-10)
     for key, value in problem.model.named_parameters():
