@@ -19,6 +19,7 @@ from pnode_dist.nn.pool import AvgPool3d as AvgPool3d
 from pnode_dist.nn.pool import MaxPool1d as MaxPool1d
 from pnode_dist.nn.pool import MaxPool2d as MaxPool2d
 from pnode_dist.nn.pool import MaxPool3d as MaxPool3d
+from pnode_dist.nn.stack import Stack as Stack
 from pnode_dist.nn.upsample import Upsample as Upsample
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "MaxPool2d",
     "MaxPool3d",
     "MessagePassing",
+    "Stack",
     "Upsample",
     "convert",
 ]

@@ -62,12 +62,16 @@ class _Conv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve. Collective on the partition's communicator."""
-        padded = channels_first(halo(x, self.partition, self.halo_width), self._axes)
+        return self.convolve(halo(x, self.partition, self.halo_width))
+
+    def convolve(self, padded: torch.Tensor) -> torch.Tensor:
+        """Convolve a block that has its halo, and loses it. Not collective."""
         weight, dilation = self.weight, self.dilation
         if self._axes == 1:
             weight, dilation = weight.unsqueeze(2), (1, *dilation)
-        out = self._function(padded, weight, self.bias, dilation=dilation, groups=self.groups)
-        return channels_last(out, x, self._axes)
+        x = channels_first(padded, self._axes)
+        out = self._function(x, weight, self.bias, dilation=dilation, groups=self.groups)
+        return channels_last(out, padded, self._axes)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

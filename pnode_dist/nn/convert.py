@@ -9,34 +9,12 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.nn import conv, norm, pool
+from pnode_dist.nn.activation import POINTWISE
 from pnode_dist.nn.field import for_each_axis, require_axes
+from pnode_dist.nn.stack import Stack
 from pnode_dist.nn.upsample import LINEAR, Upsample
 from pnode_dist.partition.grid import GridPartition, Rule
 
-_POINTWISE = (
-    nn.CELU,
-    nn.ELU,
-    nn.GELU,
-    nn.Hardshrink,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.Identity,
-    nn.LeakyReLU,
-    nn.LogSigmoid,
-    nn.Mish,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SELU,
-    nn.Sigmoid,
-    nn.SiLU,
-    nn.Softplus,
-    nn.Softshrink,
-    nn.Softsign,
-    nn.Tanh,
-    nn.Tanhshrink,
-    nn.Threshold,
-)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _CONVOLUTIONS = {nn.Conv1d: conv.Conv1d, nn.Conv2d: conv.Conv2d, nn.Conv3d: conv.Conv3d}
 _BATCH_NORMS = {
@@ -53,7 +31,7 @@ _POOLS = {
     nn.MaxPool2d: pool.MaxPool2d,
     nn.MaxPool3d: pool.MaxPool3d,
 }
-_OWN = (*_CONVOLUTIONS.values(), *_BATCH_NORMS.values(), norm.GroupNorm, norm.LayerNorm, norm.GlobalMean)
+_OWN = (*_CONVOLUTIONS.values(), *_BATCH_NORMS.values(), norm.GroupNorm, norm.LayerNorm, norm.GlobalMean, Stack)
 _RULES = {"zeros": "zero", "circular": "periodic", "replicate": "replicate", "reflect": "reflect"}
 
 
@@ -91,7 +69,7 @@ def _converted(module: nn.Module, partition: GridPartition, name: str) -> tuple[
         )
     if isinstance(module, pool.Pool | Upsample):
         return module, module.output
-    if kind in _POINTWISE or kind in _OWN or kind in _DROPOUTS:
+    if kind in POINTWISE or kind in _OWN or kind in _DROPOUTS:
         return module, partition
     # The twins' own first values are thrown away, and must not move the generator on.
     with torch.random.fork_rng(devices=[]):
@@ -126,7 +104,7 @@ def _twin(module: nn.Module, partition: GridPartition) -> nn.Module:
     if isinstance(module, nn.Upsample) and kind is nn.Upsample:
         return _upsample(module, partition)
     kinds = (*_CONVOLUTIONS, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS, nn.LayerNorm, *_POOLS, nn.Upsample)
-    known = ", ".join(known.__name__ for known in (nn.Sequential, *kinds, *_POINTWISE))
+    known = ", ".join(known.__name__ for known in (nn.Sequential, *kinds, *POINTWISE))
     raise ConfigurationError(
         f"there is no twin of a {kind.__name__}: must be one of {known}, or a layer of pnode_dist.nn"
     )
