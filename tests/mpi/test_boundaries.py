@@ -12,6 +12,7 @@ from pnode_dist import GridPartition, Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import halo
 from pnode_dist.nn import Conv2d
+from tests.mpi.grids import block, blocks
 from tests.oracles.fields import convolved, padded
 from tests.oracles.right_hand_sides import distance, random
 
@@ -20,11 +21,6 @@ pytestmark = pytest.mark.mpi
 SHAPE = (11, 13)
 RULES: tuple[str | float, ...] = ("periodic", "replicate", "zero", "reflect", 1.5, -2.0)
 PAIRS = [pair for pair in product(RULES, RULES) if "reflect" in pair or any(isinstance(rule, float) for rule in pair)]
-
-
-def block(partition: GridPartition, whole: torch.Tensor, width: tuple[int, int] = (0, 0)) -> torch.Tensor:
-    (y0, y1), (x0, x1) = partition.owned
-    return whole[..., y0 : y1 + 2 * width[0], x0 : x1 + 2 * width[1], :]
 
 
 def test_the_oracle_mirrors_as_torch_does() -> None:
@@ -50,14 +46,6 @@ def test_a_halo_and_its_gradient_are_those_of_the_padded_whole_field(
         (gradient_wanted,) = torch.autograd.grad(loss, [whole])
         (gradient,) = torch.autograd.grad((weights[partition.comm.rank] * found).sum(), [local])
         assert distance(gradient, block(partition, gradient_wanted)) <= 1e-14
-
-
-def blocks(partition: GridPartition, whole: torch.Tensor, width: tuple[int, int]) -> list[torch.Tensor]:
-    found = []
-    for rank in range(partition.comm.size):
-        rows, columns, _ = partition.owned_slices(rank)
-        found.append(whole[..., rows.start : rows.stop + 2 * width[0], columns.start : columns.stop + 2 * width[1], :])
-    return found
 
 
 @pytest.mark.parametrize("boundary", [("reflect", "periodic"), (1.5, "reflect")], ids=str)

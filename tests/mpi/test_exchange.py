@@ -11,6 +11,7 @@ from petsc4py import PETSc
 from pnode_dist import BatchPartition, GridPartition, Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import gather, global_sum, halo, scatter
+from tests.mpi.grids import block
 from tests.oracles.fields import padded
 from tests.oracles.right_hand_sides import random
 
@@ -18,12 +19,6 @@ pytestmark = pytest.mark.mpi
 
 RULES = ("periodic", "replicate", "zero")
 SHAPES = [(7, 9), (13, 8)]
-
-
-def block(partition: GridPartition, whole: torch.Tensor, width: tuple[int, int] = (0, 0)) -> torch.Tensor:
-    """This rank's part of a global field, or of a padded one with `width` points around the rank's own."""
-    (y0, y1), (x0, x1) = partition.owned
-    return whole[..., y0 : y1 + 2 * width[0], x0 : x1 + 2 * width[1], :]
 
 
 def positive(*shape: int, seed: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 from pnode_dist import BatchPartition, GridPartition, Mesh
 from pnode_dist.exchange import gather, global_sum, halo, scatter
 from pnode_dist.nn import Conv2d
-from tests.mpi.test_exchange import block, inner, positive
+from tests.mpi.grids import block
+from tests.mpi.test_exchange import inner, positive
 from tests.oracles.differences import directional_derivative
 from tests.oracles.fields import convolved, padded
 from tests.oracles.right_hand_sides import distance, random
