@@ -21,6 +21,7 @@ def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
     from pnode_dist.train.config import (
         BurgersRun,
         FieldRun,
+        GraphDiffusionRun,
         GrayScottRun,
         KuramotoSivashinskyRun,
         PendulumRun,
@@ -45,6 +46,10 @@ def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
             from pnode_dist.problems.robertson import build_robertson
 
             return build_robertson(config, mesh, dtype)
+        case GraphDiffusionRun():
+            from pnode_dist.problems.graph_diffusion import build_graph_diffusion
+
+            return build_graph_diffusion(config, mesh, dtype)
         case PendulumRun():
             from pnode_dist.problems.pendulum import build_pendulum
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems import reference as tight
 from pnode_dist.problems.gray_scott_config import GrayScottConfig
 from pnode_dist.problems.gray_scott_physics import GrayScott, initial_state
 
-_METHOD = "5dp"
-_TOLERANCE = 1e-9
-_FIRST_STEP = 1e-2
-_MOST_STEPS = 2**31 - 1
 _PREFIX = "gray_scott_data_"
 
 
@@ -75,49 +70,15 @@ def generate(config: GrayScottConfig, partition: GridPartition, mesh: Mesh) -> T
 
 
 def reference(equations: GrayScott, initial: torch.Tensor, times: int, interval: float) -> torch.Tensor:
-    """The states at 0, `interval`, ..., `[times, ny_local, nx_local, 2]`, starting from `initial`. Collective on the
-    partition's communicator.
+    """The states at 0, `interval`, ..., `[times, ny_local, nx_local, 2]`, from `initial` on, to a tight tolerance.
+    Collective on the partition's communicator.
 
-    Computed by PETSc's TS with the Dormand-Prince pair and step control at a relative and absolute tolerance of 1e-9.
-    The steps follow from norms over all ranks, so that rank counts differ by rounding alone.
     Raises `ConfigurationError` on all ranks where the step control gives up.
     """
-    partition = equations.partition
-    solution = partition.create_vec()
-    state = partition.view(solution)
-
-    def rates(ts: Any, t: float, u: PETSc.Vec, rate: PETSc.Vec) -> None:
-        with torch.no_grad():
-            partition.view(rate).copy_(equations(torch.tensor(t), partition.view(u)))
-        rate.stateIncrease()
-
-    ts = PETSc.TS().create(comm=partition.comm)
-    # Options for the solver under study are not for this one.
-    ts.setOptionsPrefix(_PREFIX)
-    ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-    ts.setType(PETSc.TS.Type.RK)
-    ts.setRKType(_METHOD)
-    ts.setRHSFunction(rates, solution.duplicate())
-    ts.setTolerances(rtol=_TOLERANCE, atol=_TOLERANCE)
-    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
-    ts.setMaxSteps(_MOST_STEPS)
-    ts.setTimeStep(min(_FIRST_STEP, interval))
-    state.copy_(initial)
-    solution.stateIncrease()
-    samples = [state.clone()]
     try:
-        for number in range(1, times):
-            ts.setMaxTime(number * interval)
-            ts.solve(solution)
-            samples.append(state.clone())
-    except PETSc.Error:
-        raise ConfigurationError(
-            f"[problem]: the equations cannot be integrated beyond time {ts.getTime():g}: diffusion, feed or kill is "
-            "too large"
-        ) from None
-    finally:
-        ts.destroy()
-    return torch.stack(samples)
+        return tight.reference(equations, initial, times, interval, equations.partition, _PREFIX)
+    except tight.NotIntegrableError as error:
+        raise ConfigurationError(f"[problem]: the equations {error}: diffusion, feed or kill is too large") from None
 
 
 def _mean(values: torch.Tensor, partition: GridPartition, mesh: Mesh) -> torch.Tensor:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, St
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
 from pnode_dist.problems.field_config import FieldConfig, FieldModelConfig
+from pnode_dist.problems.graph_diffusion_config import GraphDiffusionConfig, GraphDiffusionModelConfig
 from pnode_dist.problems.gray_scott_config import GrayScottConfig, GrayScottModelConfig
 from pnode_dist.problems.pendulum_config import PendulumConfig, PendulumModelConfig
 from pnode_dist.problems.robertson_config import RivalConfig, RobertsonConfig, RobertsonModelConfig
@@ -248,6 +249,13 @@ class PendulumRun(Config):
     model: PendulumModelConfig = PendulumModelConfig()
 
 
+class GraphDiffusionRun(Config):
+    """A whole configuration of a graph diffusion problem."""
+
+    problem: GraphDiffusionConfig
+    model: GraphDiffusionModelConfig = GraphDiffusionModelConfig()
+
+
 RUNS: dict[str, type[Config]] = {
     "field": FieldRun,
     "gray_scott": GrayScottRun,
@@ -255,6 +263,7 @@ RUNS: dict[str, type[Config]] = {
     "burgers": BurgersRun,
     "robertson": RobertsonRun,
     "pendulum": PendulumRun,
+    "graph_diffusion": GraphDiffusionRun,
 }
 """The configuration that each `[problem] type` needs; without a type the problem is `field`."""
 

@@ -16,7 +16,14 @@ from pnode_dist.problems import build
 from pnode_dist.sync import parallel
 from tests.mpi.conftest import SPLITS
 from tests.oracles.right_hand_sides import distance
-from tests.unit.problems import plain_gray_scott, plain_pendulum, plain_robertson, plain_semilinear, synthetic_fields
+from tests.unit.problems import (
+    plain_graph_diffusion,
+    plain_gray_scott,
+    plain_pendulum,
+    plain_robertson,
+    plain_semilinear,
+    synthetic_fields,
+)
 
 pytestmark = pytest.mark.mpi
 
@@ -35,6 +42,7 @@ def sea_surface(directory: Path) -> Any:
 
 CONFIGURATIONS: dict[str, Callable[[Path], Any]] = {
     "field": sea_surface,
+    "graph_diffusion": lambda _: plain_graph_diffusion.config(training=TRAINING),
     "gray_scott": lambda _: plain_gray_scott.config(training=TRAINING),
     "burgers": lambda _: plain_semilinear.config("burgers", training=TRAINING),
     "pendulum": lambda _: plain_pendulum.config(training=TRAINING, solver=TIGHT, problem={"window": 1}),

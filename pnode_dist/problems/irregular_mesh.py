@@ -1,0 +1,61 @@
+"""An irregular mesh in the unit square: random points, none too near to another, and who is whose neighbour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Reals = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+_LEAST_DISTANCE = 0.65
+_NEAR = 10
+
+
+@dataclass(frozen=True)
+class IrregularMesh:
+    """`points` `[nodes, 2]`, numbered in no order, and `edge_index` `[2, edges]`, both directions of every edge."""
+
+    points: Reals
+    edge_index: Integers
+
+    @property
+    def lengths(self) -> Reals:
+        """The length of each edge."""
+        source, target = self.edge_index
+        lengths: Reals = np.linalg.norm(self.points[source] - self.points[target], axis=1)
+        return lengths
+
+
+def irregular_mesh(nodes: int, seed: int) -> IrregularMesh:
+    """The mesh of `nodes` nodes that `seed` fixes. Not collective.
+
+    Points are drawn uniformly and taken unless one is nearer than 0.65 / sqrt(nodes). Edges are those of the Gabriel
+    graph, which is connected (K. R. Gabriel, R. R. Sokal, Syst. Zool. 18 (1969)): two points are neighbours if no
+    other one lies in the circle with them at the ends of a diameter.
+    """
+    generator = np.random.default_rng(seed)
+    points = np.empty((nodes, 2))
+    count = 0
+    while count < nodes:
+        candidate = generator.random(2)
+        if ((points[:count] - candidate) ** 2).sum(axis=1).min(initial=np.inf) * nodes >= _LEAST_DISTANCE**2:
+            points[count] = candidate
+            count += 1
+    return IrregularMesh(points, _gabriel_graph(points))
+
+
+def _gabriel_graph(points: Reals) -> Integers:
+    squares = ((points[:, None] - points) ** 2).sum(axis=-1)
+    # By Thales, k lies in the circle over i and j if the squares of its distances add up to less than that of theirs.
+    np.fill_diagonal(squares, np.inf)
+    pairs = []
+    for node, row in enumerate(squares):
+        near = np.argsort(row)[:_NEAR]
+        # The nearest nodes rule out most of the others, and all nodes are asked about those that are left.
+        left = np.flatnonzero((row[near, None] + squares[near]).min(axis=0) >= row)
+        joined = left[(row + squares[left]).min(axis=1) >= row[left]]
+        pairs.append(np.stack([np.full(len(joined), node), joined]))
+    return np.concatenate(pairs, axis=1)
