@@ -113,14 +113,20 @@ def assert_done_without_the_disk(node: NeuralODE, expected: torch.Tensor, comm: 
     assert comm.allgather(node.last_solve.bytes_written) == [0] * comm.size
 
 
-CONTROLS = {"steps of fixed size": {}, "error control": {"method": "dopri5", "rtol": 1e-7, "atol": 1e-9}}
+FIXED, CONTROLLED = "steps of fixed size", "error control"
+CONTROLS = {FIXED: {}, CONTROLLED: {"method": "dopri5", "rtol": 1e-7, "atol": 1e-9}}
 LAST = MPI.COMM_WORLD.size - 1
 
 
-@pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("ram_slots", [0, 2])
+# Every fault with every control and number of slots is tried on one rank.
 @pytest.mark.parametrize(
-    ("spoil", "message"), [(flip_a_byte_of_every_slot, "its checksum is wrong"), (lose_the_file, "slot ")]
+    ("spoil", "message", "ram_slots", "control"),
+    [
+        (flip_a_byte_of_every_slot, "its checksum is wrong", 0, FIXED),
+        (flip_a_byte_of_every_slot, "its checksum is wrong", 2, CONTROLLED),
+        (lose_the_file, "slot ", 2, FIXED),
+        (lose_the_file, "slot ", 0, CONTROLLED),
+    ],
 )
 def test_what_one_rank_s_disk_loses_changes_no_bit_of_the_gradient_of_any(
     spoil: Any, message: str, ram_slots: int, control: str, mesh: Mesh, comm: MPI.Comm, mpi_tmp_path: Path
@@ -153,16 +159,16 @@ def little_room(kind: str, place: Path) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("kind", "message", "control"),
     [
         pytest.param(
             "full",
             "could not be written: No space left on device",
+            FIXED,
             marks=pytest.mark.skipif(os.getuid() != 0, reason="mounting a small file system needs root"),
         ),
-        ("limited", "could not be written: File too large"),
+        ("limited", "could not be written: File too large", CONTROLLED),
     ],
 )
 def test_one_rank_s_full_disk_changes_no_bit_of_the_gradient_of_any(
