@@ -127,16 +127,19 @@ def _scaling(figure: Figure, report: Report) -> None:
     seconds = _numbers(measured, "seconds")
     peers = [value if row["what"] != "strong" else 0.0 for row, value in zip(measured, seconds, strict=True)]
     bars.barh(range(len(measured)), peers, color=_WORK)
-    names = [
-        f"{row['ranks']} rank{'s' * (int(row['ranks']) > 1)}" if row["what"] == "strong" else str(row["what"])
-        for row in measured
-    ]
-    _named(bars, names)
+    counts = [f"{row['ranks']} rank{'s' * (int(row['ranks']) > 1)}" for row in measured]
+    called = {"strong": "{}", "no messages": "{}, no messages"}
+    _named(
+        bars,
+        [called.get(str(row["what"]), str(row["what"])).format(n) for row, n in zip(measured, counts, strict=True)],
+    )
     _written(bars, _numbers(measured, "speed-up"), seconds, "{:.2f} x")
     bars.set_title(f"One training step, {report.rows[0]['grid']} points")
     bars.set_xlabel("seconds; times as fast as one rank")
     bars.set_xlim(0, 1.18 * max(seconds))
-    bars.legend(loc="lower center", bbox_to_anchor=(0.4, -0.3), ncols=3, fontsize=8, columnspacing=0.8)
+    # Room for the legend below the bars.
+    bars.set_ylim(len(measured) + 0.1, -0.6)
+    bars.legend(loc="lower center", ncols=3, fontsize=9, columnspacing=0.9)
 
 
 def _of(report: Report, what: str) -> list[Row]:
@@ -145,12 +148,11 @@ def _of(report: Report, what: str) -> list[Row]:
 
 def _draw_strong(axis: Axes, report: Report) -> None:
     measured, projected = _of(report, "strong"), _of(report, "projected strong")
-    ranks = _numbers(projected, "ranks")
+    ranks, seconds = _modelled(measured, projected)
     axis.plot(ranks, ranks, color=_LIMIT, linestyle=":", label="ideal")
-    axis.plot(ranks, _numbers(projected, "speed-up"), color=_THIRD, marker="o", markersize=4, label="projected")
-    axis.plot(
-        _numbers(measured, "ranks"), _numbers(measured, "speed-up"), "s", color=MODEL_COLOUR, label="measured", zorder=3
-    )
+    single = float(measured[0]["seconds"])
+    axis.plot(ranks, [single / each for each in seconds], color=_THIRD, marker="o", markersize=4, label="model")
+    _mark(axis, measured, "speed-up")
     axis.set_yscale("log", base=2)
     axis.set_ylabel("times as fast as one rank")
     axis.set_title(f"Strong scaling, {projected[0]['grid']}")
@@ -159,27 +161,27 @@ def _draw_strong(axis: Axes, report: Report) -> None:
 
 def _draw_weak(axis: Axes, report: Report) -> None:
     measured, projected = _of(report, "weak"), _of(report, "projected weak")
-    axis.plot(
-        _numbers(projected, "ranks"),
-        _numbers(projected, "efficiency"),
-        color=_THIRD,
-        marker="o",
-        markersize=4,
-        label="projected",
-    )
-    axis.plot(
-        _numbers(measured, "ranks"),
-        _numbers(measured, "efficiency"),
-        "s",
-        color=MODEL_COLOUR,
-        label="measured",
-        zorder=3,
-    )
+    ranks, seconds = _modelled(measured, projected)
     axis.axhline(1.0, color=_LIMIT, linestyle=":", label="ideal")
+    single = float(measured[0]["seconds"])
+    axis.plot(ranks, [single / each for each in seconds], color=_THIRD, marker="o", markersize=4, label="model")
+    _mark(axis, measured, "efficiency")
     axis.set_ylim(0, 1.15)
     axis.set_ylabel("efficiency")
     axis.set_title(f"Weak scaling, {measured[0]['grid']} a rank")
     _many_ranks(axis)
+
+
+def _modelled(measured: Sequence[Row], projected: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """Ranks and seconds of the model: for what was measured, and beyond it."""
+    most = float(measured[-1]["ranks"])
+    rows = [*measured, *(row for row in projected if float(row["ranks"]) > most)]
+    return _numbers(rows, "ranks"), _numbers(rows, "predicted")
+
+
+def _mark(axis: Axes, measured: Sequence[Row], key: str) -> None:
+    values = _numbers(measured, key)
+    axis.plot(_numbers(measured, "ranks"), values, "s", color=MODEL_COLOUR, label="measured", zorder=3)
 
 
 def _many_ranks(axis: Axes) -> None:

@@ -112,9 +112,9 @@ def test_bars_of_a_training_step_add_up_and_lines_go_through_the_projection() ->
     parts = [sum(bars[number:9:3]) for number in range(3)]
     assert parts == pytest.approx([4.0, 2.2, 0.0])
     assert bars[9:] == [0.0, 0.0, 2.1]
-    ideal, projected, measured = figure.axes[1].lines
-    assert list(ideal.get_ydata()) == [4.0, 16.0]
-    assert list(projected.get_ydata()) == pytest.approx([4.0 / 1.2, 8.0])
+    ideal, model, measured = figure.axes[1].lines
+    assert list(ideal.get_ydata()) == [1.0, 2.0, 4.0, 16.0]
+    assert list(model.get_ydata()) == pytest.approx([1.0, 4.0 / 2.2, 4.0 / 1.2, 8.0])
     assert list(measured.get_ydata()) == pytest.approx([1.0, 4.0 / 2.2])
 
 
