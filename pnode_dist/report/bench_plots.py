@@ -88,7 +88,7 @@ def _halo(figure: Figure, report: Report) -> None:
     for number, (key, colour, label) in enumerate(kinds):
         places = [place + 0.27 * (number - 1) for place in range(len(rows))]
         sizes.barh(places, [value / 1024 for value in _numbers(rows, key)], 0.25, color=colour, label=label)
-    sizes.set_title(f"One exchange on {report.machine['ranks']} rank(s)")
+    sizes.set_title(f"One exchange on {report.machine['ranks']} ranks")
     sizes.set_xlabel("KiB, all ranks")
     for number, (key, colour, label) in enumerate(
         (("us", MODEL_COLOUR, "exchange"), ("us back", _THIRD, "transposed exchange"))
@@ -101,8 +101,10 @@ def _halo(figure: Figure, report: Report) -> None:
     times.grid(axis="x", alpha=0.25)
     times.set_axisbelow(True)
     times.tick_params(axis="y", length=0)
+    # Room for the legends below the bars.
+    sizes.set_ylim(len(rows) + 0.1, -0.6)
     for axis in (sizes, times):
-        axis.legend(loc="lower right", fontsize=9)
+        axis.legend(loc="lower right", ncols=3, fontsize=9)
 
 
 def _scaling(figure: Figure, report: Report) -> None:
