@@ -3,14 +3,16 @@
 What surrounds a block are points of neighbouring ranks and points beyond the edges of the domain, which follow a
 boundary rule. `halo` brings both; `neighbour_halo` brings the first, and communicates; `pad_edges` the second, and does
 not. All three fill the sides of one axis after the other, the last axis first and each over what the previous ones
-brought, so that corners come along and no rank sends more than two messages an axis.
+brought, so that corners come along and no rank sends more than two messages an axis. What other ranks send comes first;
+what follows from points that are here by then is not sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from mpi4py import MPI
@@ -70,13 +72,17 @@ class _Axis:
     """What goes around a block along one axis; pairs are below and above.
 
     `ranks` are the neighbours, MPI.PROC_NULL at an edge of the domain. `around` is how many points this rank's block
-    gets there, and `exchanged` how many come from any neighbour, which is 0 where nothing is exchanged.
+    gets there, `local` how many of these follow from points that the rank has, beyond an edge or as its own neighbour,
+    and `exchanged` how many come from any neighbour, which is 0 where nothing is exchanged. `shared`: there is another
+    rank to exchange with.
     """
 
     rule: Rule
     ranks: tuple[int, int]
     around: tuple[int, int]
+    local: tuple[int, int]
     exchanged: tuple[int, int]
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,15 @@ def _new_rim(name: str, partition: GridPartition, each: tuple[int | tuple[int, i
     axes = []
     for axis, (rule, pair) in enumerate(zip(partition.boundary, widths, strict=True)):
         ranks = partition.neighbour(axis, -1), partition.neighbour(axis, 1)
+        here = (MPI.PROC_NULL, partition.comm.rank)
         lower, upper = (
             side if (edges if rank == MPI.PROC_NULL else neighbours) else 0
             for rank, side in zip(ranks, pair, strict=True)
         )
-        axes.append(_Axis(rule, ranks, (lower, upper), pair if neighbours else (0, 0)))
+        local = (lower if ranks[0] in here else 0, upper if ranks[1] in here else 0)
+        exchanged = pair if neighbours else (0, 0)
+        shared = any(exchanged) and any(rank not in here for rank in ranks)
+        axes.append(_Axis(rule, ranks, (lower, upper), local, exchanged, shared))
     return _Rim(partition, tuple(axes))
 
 
@@ -164,13 +174,11 @@ def _fixed(rim: _Rim, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch
 def _swap(
     comm: MPI.Comm, axis: _Axis, dim: int, to_lower: torch.Tensor, to_upper: torch.Tensor, lengths: tuple[int, int]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Exchange slabs with both neighbours along `axis`: what came (from the lower, from the upper), None at an edge.
+    """Exchange slabs with the other ranks along `axis`: what came (from the lower, from the upper), None at an edge.
 
     `lengths` along `dim` are those of the slabs that come: at an edge what goes may be of another one.
     """
     lower, upper = axis.ranks
-    if lower == upper == comm.rank:
-        return to_upper, to_lower
     from_lower = from_upper = None
     requests = []
     shape = list(to_lower.shape)
@@ -190,39 +198,68 @@ def _swap(
     return from_lower, from_upper
 
 
+class _Side(NamedTuple):
+    """Points along an axis that follow from others of the block: `width` of them from `start` on.
+
+    They are those from `opposite` on where the block is its own neighbour, and beyond an edge of the domain the one at
+    `edge` again and again, or those from `mirrored` on in reverse. `rank` is MPI.PROC_NULL there.
+    """
+
+    rank: int
+    width: int
+    start: int
+    opposite: int
+    edge: int
+    mirrored: int
+
+
+def _local_sides(axis: _Axis, n: int) -> Iterator[_Side]:
+    """The sides of a block of `n` points that need no other rank."""
+    lower, upper = axis.around
+    if axis.local[0]:
+        yield _Side(axis.ranks[0], lower, 0, n, lower, lower + 1)
+    if axis.local[1]:
+        yield _Side(axis.ranks[1], upper, lower + n, lower, lower + n - 1, lower + n - 1 - upper)
+
+
 def _padded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
-    first = x.dim() - 1 - len(rim.axes)
+    comm, first = rim.partition.comm, x.dim() - 1 - len(rim.axes)
     shape, region = list(x.shape), [slice(None)] * x.dim()
     for dim, axis in enumerate(rim.axes, first):
         region[dim] = slice(axis.around[0], axis.around[0] + shape[dim])
         shape[dim] += sum(axis.around)
     padded = x.new_empty(shape)
     padded[tuple(region)] = x
-    for dim in range(x.dim() - 2, first - 1, -1):
+    dims = range(x.dim() - 2, first - 1, -1)
+    for dim in dims:
         axis, n = rim.axes[dim - first], x.shape[dim]
+        if not axis.shared:
+            continue
         # All that is known so far along the other axes; along this one nothing is left out.
         region[dim] = slice(None)
         slab = partial(padded[tuple(region)].narrow, dim)
-        lower, upper = axis.around
+        lower = axis.around[0]
         below, above = axis.exchanged
-        from_lower = from_upper = None
-        if below or above:
-            to_lower, to_upper = slab(lower, above), slab(lower + n - below, below)
-            from_lower, from_upper = _swap(rim.partition.comm, axis, dim, to_lower, to_upper, axis.exchanged)
-        places = (
-            (from_lower, 0, lower, lower, lower + 1),
-            (from_upper, lower + n, upper, lower + n - 1, lower + n - 1 - upper),
-        )
-        for arrived, start, width, edge, mirrored in places:
-            if width == 0:
-                continue
-            ghost = slab(start, width)
-            if arrived is not None:
-                ghost.copy_(arrived)
+        arrived = _swap(comm, axis, dim, slab(lower, above), slab(lower + n - below, below), axis.exchanged)
+        for ghosts, start, width in zip(arrived, (0, lower + n), axis.around, strict=True):
+            if ghosts is not None and width:
+                slab(start, width).copy_(ghosts)
+        region[dim] = slice(axis.local[0], shape[dim] - axis.local[1])
+    # What follows from points that are here by now, in corners as well, comes last: it need not be sent.
+    for dim in dims:
+        axis, n = rim.axes[dim - first], x.shape[dim]
+        region[dim] = slice(None)
+        if not any(axis.local):
+            continue
+        slab = partial(padded[tuple(region)].narrow, dim)
+        for side in _local_sides(axis, n):
+            ghost = slab(side.start, side.width)
+            if side.rank != MPI.PROC_NULL:
+                ghost.copy_(slab(side.opposite, side.width))
             elif axis.rule == "replicate":
-                ghost.copy_(slab(edge, 1))
+                ghost.copy_(slab(side.edge, 1))
             elif axis.rule == "reflect":
-                ghost.copy_(slab(mirrored, width).flip(dim))
+                ghost.copy_(slab(side.mirrored, side.width).flip(dim))
             else:
                 ghost.zero_()
     return padded
@@ -230,30 +267,32 @@ def _padded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
 
 def _folded(cotangent: torch.Tensor, rim: _Rim) -> torch.Tensor:
     """The transpose of `_padded`: what the ghosts received goes back to where it came from, and is added there."""
-    first = cotangent.dim() - 1 - len(rim.axes)
+    comm, first = rim.partition.comm, cotangent.dim() - 1 - len(rim.axes)
     folded = cotangent.detach().clone(memory_format=torch.contiguous_format)
     region = [slice(None)] * folded.dim()
     for dim, axis in enumerate(rim.axes, first):
+        lower, upper = axis.around
+        n = folded.shape[dim] - lower - upper
         slab = partial(folded[tuple(region)].narrow, dim)
+        for side in _local_sides(axis, n):
+            ghost = slab(side.start, side.width)
+            if side.rank != MPI.PROC_NULL:
+                slab(side.opposite, side.width).add_(ghost)
+            elif axis.rule == "replicate":
+                slab(side.edge, 1).add_(ghost.sum(dim=dim, keepdim=True))
+            elif axis.rule == "reflect":
+                slab(side.mirrored, side.width).add_(ghost.flip(dim))
+        region[dim] = slice(axis.local[0], folded.shape[dim] - axis.local[1])
+    for dim, axis in enumerate(rim.axes, first):
         lower, upper = axis.around
         below, above = axis.exchanged
         n = folded.shape[dim] - lower - upper
-        low_ghost, high_ghost = slab(0, lower), slab(lower + n, upper)
-        from_lower = from_upper = None
-        if below or above:
-            from_lower, from_upper = _swap(rim.partition.comm, axis, dim, low_ghost, high_ghost, (above, below))
-        places = (
-            (from_lower, lower, above, low_ghost, lower, lower + 1),
-            (from_upper, lower + n - below, below, high_ghost, lower + n - 1, lower + n - 1 - upper),
-        )
-        for arrived, given, number, ghost, edge, mirrored in places:
-            if arrived is not None:
-                slab(given, number).add_(arrived)
-            elif ghost.shape[dim] == 0:
-                continue
-            elif axis.rule == "replicate":
-                slab(edge, 1).add_(ghost.sum(dim=dim, keepdim=True))
-            elif axis.rule == "reflect":
-                slab(mirrored, ghost.shape[dim]).add_(ghost.flip(dim))
+        if axis.shared:
+            region[dim] = slice(None)
+            slab = partial(folded[tuple(region)].narrow, dim)
+            arrived = _swap(comm, axis, dim, slab(0, lower), slab(lower + n, upper), (above, below))
+            for cotangents, start, width in zip(arrived, (lower, lower + n - below), (above, below), strict=True):
+                if cotangents is not None:
+                    slab(start, width).add_(cotangents)
         region[dim] = slice(lower, lower + n)
     return folded[tuple(region)].contiguous()
