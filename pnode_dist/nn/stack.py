@@ -109,7 +109,6 @@ class Stack(nn.Sequential):
             self._chosen[key] = self._cheaper_at_once(x.shape, x.dtype)
         return self._chosen[key]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _cheaper_at_once(self, shape: torch.Size, dtype: torch.dtype) -> bool:
         """Measure. Collective on the partition's communicator."""

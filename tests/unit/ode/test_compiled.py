@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -88,3 +90,10 @@ def test_without_a_compiler_f_is_run_as_it_is_and_a_warning_says_so(monkeypatch:
     with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler was found, f is run as it is"):
         node = NeuralODE(network, step_size=0.25, compile=True)
     assert torch.equal(node(u0, TIMES), NeuralODE(network, step_size=0.25)(u0, TIMES))
+
+
+def test_torch_s_compiler_is_not_loaded_unless_asked_for() -> None:
+    modules = "pnode_dist.nn, pnode_dist.sync, pnode_dist.ode.odeint, pnode_dist.problems, pnode_dist.train.loop"
+    script = f"import sys, {modules}; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
