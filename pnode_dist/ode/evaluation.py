@@ -163,13 +163,9 @@ class Problem:
         wanted = (*(graph.inputs if states else ()), *(self.parameters.tensors if parameters else ()), *times)
         if not wanted:
             return Cotangents((), (), stretch, None)
-        keep = keep or self.parameters.shares_graph
         try:
-            if self.logs:
-                with events.event(events.PRODUCT, True):
-                    found = _gradients(outputs, wanted, along, keep)
-            else:
-                found = _gradients(outputs, wanted, along, keep)
+            with events.event(events.PRODUCT, self.logs):
+                found = _gradients(outputs, wanted, along, keep or self.parameters.shares_graph)
         except RuntimeError as error:
             if "through the graph a second time" not in str(error):
                 raise
