@@ -1,0 +1,102 @@
+"""A perceptron that time gates and shifts, and its derivatives along directions: the velocity of a continuous flow.
+
+Derivatives are pushed forward through the layers by hand, beside the values. Unlike torch's forward mode that is made
+of ordinary operations alone: it works without gradients, and can itself be differentiated, by an adjoint or again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+ValueAndSlope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class ConcatSquash(nn.Module):
+    """(W x + b) sigmoid(w t + c) + v t at time t, `[..., before] -> [..., after]`. Not collective.
+
+    W. Grathwohl et al.: FFJORD: free-form continuous dynamics for scalable reversible generative models, ICLR 2019,
+    whose code calls this layer "concatsquash".
+    """
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(before, after, dtype=torch.float64)
+        self.gate = nn.Linear(1, after, dtype=torch.float64)
+        self.shift = nn.Linear(1, after, bias=False, dtype=torch.float64)
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The output for each sample; `t` is 0-dimensional."""
+        when = t.reshape(1)
+        y: torch.Tensor = self.linear(x) * torch.sigmoid(self.gate(when)) + self.shift(when)
+        return y
+
+    def with_tangents(
+        self, t: torch.Tensor, x: torch.Tensor, tangents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output, and its derivatives `[..., after]` along `tangents` `[..., before]`."""
+        when = t.reshape(1)
+        gate = torch.sigmoid(self.gate(when))
+        y: torch.Tensor = self.linear(x) * gate + self.shift(when)
+        return y, functional.linear(tangents, self.linear.weight) * gate
+
+
+class ConcatSquashPerceptron(nn.Module):
+    """Layers `ConcatSquash` of the given widths with a smooth activation between them. Not collective.
+
+    The parameters are those that torch's initialisation of `torch.nn.Linear` draws from its global generator, in
+    float64. Those of the last layer's linear map are multiplied by `first_output`, so that an untrained network can
+    start small.
+    """
+
+    def __init__(self, widths: tuple[int, ...], activation: str, first_output: float = 1.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ConcatSquash(before, after) for before, after in pairwise(widths))
+        self.value_and_slope = SMOOTH_ACTIVATIONS[activation]
+        with torch.no_grad():
+            for value in self.layers[-1].parameters():
+                value.mul_(first_output)
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The output for each sample; `t` is 0-dimensional."""
+        for layer in self.layers[:-1]:
+            x, _ = self.value_and_slope(layer(t, x))
+        y: torch.Tensor = self.layers[-1](t, x)
+        return y
+
+    def with_tangents(
+        self, t: torch.Tensor, x: torch.Tensor, tangents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output `[sample, out]` at `x` `[sample, in]`, and its derivatives `[direction, sample, out]` along
+        `tangents` `[direction, sample, in]`; directions that all samples share may be `[direction, 1, in]`."""
+        *hidden, last = cast("list[ConcatSquash]", list(self.layers))
+        for layer in hidden:
+            x, tangents = layer.with_tangents(t, x, tangents)
+            x, slope = self.value_and_slope(x)
+            tangents = slope * tangents
+        y, tangents = last.with_tangents(t, x, tangents)
+        return y, tangents.expand(-1, *y.shape)
+
+
+def _tanh(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    value = torch.tanh(x)
+    return value, 1 - value.square()
+
+
+def _softplus(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return functional.softplus(x), torch.sigmoid(x)
+
+
+def _silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    gate = torch.sigmoid(x)
+    value = x * gate
+    return value, gate + value * (1 - gate)
+
+
+SMOOTH_ACTIVATIONS: dict[str, ValueAndSlope] = {"silu": _silu, "softplus": _softplus, "tanh": _tanh}
+"""Activations with a continuous derivative: for each name a function that gives the value and the slope."""
