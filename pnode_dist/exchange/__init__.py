@@ -12,7 +12,7 @@ What is differentiated on one rank is to be differentiated on all of them.
 from pnode_dist.exchange.blocks import gather, scatter
 from pnode_dist.exchange.graph_ghosts import with_ghosts
 from pnode_dist.exchange.grid_halo import halo, neighbour_halo, pad_edges
-from pnode_dist.exchange.sums import global_sum
+from pnode_dist.exchange.sums import global_sum, mesh_sum
 from pnode_dist.exchange.vectors import gather_vector, reduce_vector
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "gather_vector",
     "global_sum",
     "halo",
+    "mesh_sum",
     "neighbour_halo",
     "pad_edges",
     "reduce_vector",

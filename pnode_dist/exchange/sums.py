@@ -8,6 +8,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.exchange.linear_map import linear_map
+from pnode_dist.mesh import Extent, Mesh
 
 
 def global_sum(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
@@ -17,6 +18,16 @@ def global_sum(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
     the ranks' shares add up to it once: `global_sum(x, comm) / comm.size`, or on one rank only.
     """
     add = partial(_summed, comm=comm)
+    return linear_map(x, add, add)
+
+
+def mesh_sum(x: torch.Tensor, mesh: Mesh, over: Extent = "world") -> torch.Tensor:
+    """`mesh.sum(x, over)` as an operation of torch, whose adjoint is the sum of those ranks' cotangents.
+
+    With data replicas the objective is the mean of theirs, so what is summed over the world couples them: every rank
+    has to differentiate it. See `global_sum`. Collective on `over`.
+    """
+    add = partial(mesh.sum, over=over)
     return linear_map(x, add, add)
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
+    "relu": functional.relu,
     "silu": functional.silu,
     "tanh": torch.tanh,
 }

@@ -135,17 +135,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             departure = x - mean
             variance = global_sum(departure.square().sum(axes), self.partition.comm) / count
             if self.training and self.running_mean is not None:
-                self._follow(mean.detach(), variance.detach() * count / (count - 1))
+                follow(self, mean.detach(), variance.detach() * count / (count - 1))
         return _scaled(departure * torch.rsqrt(variance + self.eps), self.weight, self.bias)
-
-    def _follow(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance, share)
 
 
 class BatchNorm1d(_BatchNorm):
@@ -161,6 +152,17 @@ class BatchNorm2d(_BatchNorm):
 class BatchNorm3d(_BatchNorm):
     __doc__ = _BatchNorm.__doc__
     _axes = 3
+
+
+def follow(layer: nn.modules.batchnorm._BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    """Let a batch norm's running statistics follow those of a batch, `[num_features]`, the variance unbiased."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    assert layer.num_batches_tracked is not None
+    layer.num_batches_tracked.add_(1)
+    share = 1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
+    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), share)
+    layer.running_var.lerp_(variance.to(layer.running_var.dtype), share)
 
 
 class GlobalMean(nn.Module):
