@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
@@ -157,13 +167,18 @@ class TrajectoryConfig(Table):
 
 
 class TrainingConfig(Table):
-    """`[training]`: AdamW on the batches of the problem."""
+    """`[training]`: an optimiser on the batches of the problem."""
 
     epochs: Count
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
+    """Of `sgd`: what is left of a step in the next one. AdamW has averages of its own."""
     learning_rate: Positive = 1e-3
     schedule: Literal["constant", "cosine"] = "constant"
     """`cosine`: the learning rate falls to zero over the run along half a cosine."""
     weight_decay: NotNegative = 0.0
+    """Times the parameters: with `adamw` what the learning rate takes from them in a step, with `sgd` added to their
+    gradient."""
     batch_size: Count = 1
     """Samples of a step, of all replicas together, so that the training is the same on every mesh."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -177,6 +192,13 @@ class TrainingConfig(Table):
     keep: Literal["last", "best"] = "last"
     """Which parameters the run ends with. `best` chooses them by the validation data, whose errors are then no
     longer those of unseen data: it needs a test set of its own to report on."""
+
+    @field_validator("momentum")
+    @classmethod
+    def _has_momentum(cls, value: float, others: ValidationInfo) -> float:
+        if value and others.data.get("optimiser") == "adamw":
+            raise ValueError('must be 0 with optimiser = "adamw"')
+        return value
 
 
 class EvaluationConfig(Table):

@@ -1,13 +1,16 @@
-"""The training loop: AdamW on gradients that are summed over the mesh."""
+"""The training loop: an optimiser on gradients that are summed over the mesh."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
@@ -17,6 +20,7 @@ from pnode_dist.train import run_directory
 from pnode_dist.train.config import TrainingConfig
 from pnode_dist.train.divergence import DivergenceError
 from pnode_dist.train.metrics import MetricsFile, StepRecord, ValidationRecord, peak_memory
+from pnode_dist.train.optimiser import optimiser_of
 from pnode_dist.train.progress import EpochSummary, reporter
 
 
@@ -46,9 +50,7 @@ class _Optimiser:
     def __init__(self, problem: Problem, training: TrainingConfig, mesh: Mesh) -> None:
         self._problem, self._training, self._mesh = problem, training, mesh
         self._model = parallel(problem.model, mesh)
-        self._optimiser = torch.optim.AdamW(
-            self._model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-        )
+        self._optimiser = optimiser_of(training, self._model.parameters())
         self._schedule = None
         if training.schedule == "cosine":
             self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, T_max=training.epochs)
@@ -111,7 +113,7 @@ class _Optimiser:
 
 
 def rehearse(problem: Problem) -> None:
-    """Compute the loss of one batch, without its gradient. Collective on the world.
+    """Compute the loss of one batch, without its gradient and as in evaluation. Collective on the world.
 
     Done before a run writes or replaces anything, so that what only the solver can find wrong with a configuration
     is found here. Raises what the solver raises, and `ConfigurationError` when there is no training batch.
@@ -119,7 +121,7 @@ def rehearse(problem: Problem) -> None:
     batch = next(problem.batches(1), None)
     if batch is None:
         raise ConfigurationError("there is no training batch: make batch_size smaller or the training part longer")
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(problem.model):
         problem.loss(problem.model, batch)
 
 
@@ -176,12 +178,19 @@ def train(problem: Problem, training: TrainingConfig, mesh: Mesh, directory: Pat
 
 
 def _validate(problem: Problem) -> dict[str, float]:
-    training = problem.model.training
-    problem.model.eval()
-    with torch.no_grad():
-        figures = problem.validation(problem.model)
-    problem.model.train(training)
-    return figures
+    with torch.no_grad(), _evaluating(problem.model):
+        return problem.validation(problem.model)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model as it is evaluated: a batch norm does not follow what it is given then."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _improves(figure: float, best: _Best | None) -> bool:

@@ -109,11 +109,12 @@ def describe_versions(mesh: Mesh) -> dict[str, Any]:
 def save_parameters(model: nn.Module, path: Path, mesh: Mesh) -> None:
     """Write a model's whole parameters as a state_dict of tensors, all at once or not at all. Collective on the world.
 
-    Buffers are left out: they may hold a rank's own part of a field, and are made anew from the configuration.
+    Persistent buffers go with them, such as the running statistics of batch norms: they have to be the same on all
+    ranks. Other buffers may hold a rank's own part of a field, and are made anew from the configuration.
     """
     whole = gather_state_dict(model, mesh) if mesh.replica == 0 else None
     if mesh.is_root and whole is not None:
-        parameters = {name: whole[name].detach().cpu().clone() for name, _ in model.named_parameters()}
+        parameters = {name: value.detach().cpu().clone() for name, value in whole.items()}
         _write_atomically(path, lambda file: torch.save(parameters, file))
 
 
@@ -129,7 +130,7 @@ def load_parameters(model: nn.Module, path: Path) -> None:
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ConfigurationError(f"{path}: cannot be read as saved parameters: {reason[:120]}") from None
-    wanted = dict(model.named_parameters())
+    wanted = model.state_dict(keep_vars=True)
     if not isinstance(saved, dict) or saved.keys() != wanted.keys():
         raise ConfigurationError(f"{path}: holds other parameters than the configured model has")
     shards = shards_of(model)

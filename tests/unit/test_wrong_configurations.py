@@ -14,7 +14,7 @@ from pnode_dist.cli import main
 WRONG_SETTINGS = {
     "a key that is misspelt": (
         "training.epocs=3",
-        "--set training.epocs=3: [training] unknown key epocs (did you mean epochs?): must be one of epochs, learning_",
+        "--set training.epocs=3: [training] unknown key epocs (did you mean epochs?): must be one of epochs, optimiser",
     ),
     "a table that is misspelt": ("trainig.epochs=3", "unknown table [trainig] (did you mean [training]?): must be one"),
     "a negative number": ("training.epochs=-3", "[training] epochs = -3: must be an integer of at least 1"),
@@ -22,6 +22,12 @@ WRONG_SETTINGS = {
     "a word for a number": (
         "training.learning_rate=fast",
         '[training] learning_rate = "fast": must be a number greater',
+    ),
+    "an unknown optimiser": ("training.optimiser=lion", '[training] optimiser = "lion": must be one of adamw, sgd'),
+    "momentum for AdamW": ("training.momentum=0.9", '[training] momentum = 0.9: must be 0 with optimiser = "adamw"'),
+    "a momentum that only grows": (
+        "training.momentum=1",
+        "momentum = 1: must be a number of at least 0 and less",
     ),
     "an infinite number": ("training.learning_rate=inf", "= Infinity: must be a number greater than 0, and finite"),
     "a truth value for a number": ("run.seed=true", "[run] seed = true: must be an integer of at least 0"),

@@ -96,6 +96,26 @@ def test_keep_best_ends_with_the_parameters_of_the_least_headline_figure(decay, 
     assert torch.load(tmp_path / "model.pt", weights_only=True)["func.rate"].item() == decay.rate
 
 
+def test_stochastic_gradient_descent_takes_steps_with_momentum_and_weight_decay(decay, mesh, training, tmp_path):
+    settings = training.model_copy(update={"optimiser": "sgd", "momentum": 0.8, "weight_decay": 0.1, "epochs": 2})
+    reference = type(decay)(mesh)
+    rate = torch.tensor([reference.rate], dtype=torch.float64)
+    velocity = 0.0
+    for epoch in (1, 2):
+        for batch in reference.batches(epoch):
+            with torch.no_grad():
+                reference.model.func.rate.copy_(rate)
+            (gradient,) = torch.autograd.grad(
+                reference.loss(reference.model, batch), list(reference.model.parameters())
+            )
+            velocity = 0.8 * velocity + gradient + 0.1 * rate
+            rate = rate - 0.05 * velocity
+
+    loop.train(decay, settings, mesh, tmp_path)
+
+    assert decay.rate == pytest.approx(rate.item(), rel=1e-12)
+
+
 def test_the_cosine_schedule_falls_from_the_learning_rate_towards_zero(decay, mesh, training, tmp_path):
     loop.train(decay, training.model_copy(update={"schedule": "cosine"}), mesh, tmp_path)
 
@@ -143,6 +163,17 @@ def test_a_rehearsal_finds_what_only_the_solver_can_find_wrong_and_changes_nothi
     decay.model.options = {"ts_type": "bdf"}
     with pytest.raises(ConfigurationError, match="ts_type"):
         loop.rehearse(decay)
+
+
+def test_a_rehearsal_leaves_running_statistics_alone(decay):
+    decay.model.add_module("normalise", torch.nn.BatchNorm1d(1).double())
+    honest = decay.loss
+    decay.loss = lambda model, batch: honest(model, batch) + 0 * model.normalise(batch).sum()
+
+    loop.rehearse(decay)
+
+    assert decay.model.normalise.num_batches_tracked == 0
+    assert decay.model.training
 
 
 def test_two_runs_of_the_same_configuration_give_the_same_bits(mesh, decay, training, tmp_path):

@@ -96,10 +96,18 @@ def test_a_save_that_fails_keeps_the_old_parameters(mesh, tmp_path, monkeypatch)
     assert files(tmp_path) == {"model.pt"}
 
 
-def test_buffers_are_not_saved_as_they_may_be_one_ranks_part_of_a_field(mesh, tmp_path):
-    run_directory.save_parameters(nn.BatchNorm1d(3), tmp_path / "model.pt", mesh)
+def test_running_statistics_are_saved_but_no_buffer_that_may_be_one_ranks_part_of_a_field(mesh, tmp_path):
+    model, again = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    model.register_buffer("part", torch.ones(2), persistent=False)
+    model(torch.randn(5, 3))
+    run_directory.save_parameters(model, tmp_path / "model.pt", mesh)
 
-    assert torch.load(tmp_path / "model.pt", weights_only=True).keys() == {"weight", "bias"}
+    run_directory.load_parameters(again, tmp_path / "model.pt")
+
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved.keys() == {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    assert torch.equal(again.running_var, model.running_var)
+    assert again.running_mean.abs().max() > 0
 
 
 def test_parameters_come_back_in_the_models_own_type(mesh, tmp_path):
