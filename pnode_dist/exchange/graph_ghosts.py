@@ -36,13 +36,14 @@ def _extended(x: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
     extended = x.new_empty((*x.shape[:_NODES], nodes + len(partition.ghosts), x.shape[-1]))
     extended[..., :nodes, :] = x
     places = [extended[..., nodes + ghosts.start : nodes + ghosts.stop, :] for ghosts in partition.received]
-    arriving = [x.new_empty(place.shape) for place in places]
+    arriving = [torch.empty(place.shape, dtype=x.dtype) for place in places]
     requests = [
         partition.comm.Irecv([bytes_of(buffer), MPI.BYTE], ghosts.rank)
         for ghosts, buffer in zip(partition.received, arriving, strict=True)
     ]
     for part in partition.sent:
-        requests.append(partition.comm.Isend([bytes_of(x.index_select(_NODES, part.nodes)), MPI.BYTE], part.rank))
+        seen = x.index_select(_NODES, part.nodes.to(x.device)).cpu()
+        requests.append(partition.comm.Isend([bytes_of(seen), MPI.BYTE], part.rank))
     MPI.Request.Waitall(requests)
     for place, buffer in zip(places, arriving, strict=True):
         place.copy_(buffer)
@@ -55,7 +56,7 @@ def _folded(cotangent: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
     nodes = cotangent.shape[_NODES] - len(partition.ghosts)
     folded = cotangent[..., :nodes, :].clone(memory_format=torch.contiguous_format)
     arriving = [
-        cotangent.new_empty((*cotangent.shape[:_NODES], len(part.nodes), cotangent.shape[-1]))
+        torch.empty((*cotangent.shape[:_NODES], len(part.nodes), cotangent.shape[-1]), dtype=cotangent.dtype)
         for part in partition.sent
     ]
     requests = [
@@ -63,9 +64,9 @@ def _folded(cotangent: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
         for part, buffer in zip(partition.sent, arriving, strict=True)
     ]
     for ghosts in partition.received:
-        block = cotangent[..., nodes + ghosts.start : nodes + ghosts.stop, :].contiguous()
+        block = cotangent[..., nodes + ghosts.start : nodes + ghosts.stop, :].cpu().contiguous()
         requests.append(partition.comm.Isend([bytes_of(block), MPI.BYTE], ghosts.rank))
     MPI.Request.Waitall(requests)
     for part, buffer in zip(partition.sent, arriving, strict=True):
-        folded.index_add_(_NODES, part.nodes, buffer)
+        folded.index_add_(_NODES, part.nodes.to(folded.device), buffer.to(folded.device))
     return folded

@@ -87,11 +87,13 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Rim:
-    """What goes around a block, and what has been fixed beyond edges so far, by the shape and type of the result."""
+    """What goes around a block, and what was fixed beyond edges so far, by the shape, type and device of the result."""
 
     partition: GridPartition
     axes: tuple[_Axis, ...]
-    fixed: dict[tuple[tuple[int, ...], torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    fixed: dict[tuple[tuple[int, ...], torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )
 
 
 def _rim(name: str, partition: GridPartition, width: Width | None) -> _Rim:
@@ -148,13 +150,15 @@ def _surrounded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
     image = linear_map(x, partial(_padded, rim=rim), partial(_folded, rim=rim))
     if not any(isinstance(axis.rule, float) for axis in rim.axes):
         return image
-    fixed, values = _fixed(rim, tuple(image.shape[-1 - len(rim.axes) : -1]), x.dtype)
+    fixed, values = _fixed(rim, tuple(image.shape[-1 - len(rim.axes) : -1]), x.dtype, x.device)
     return torch.where(fixed, values, image)
 
 
-def _fixed(rim: _Rim, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _fixed(
+    rim: _Rim, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which points of a padded block of `shape` have fixed values, and these values, both `[*shape, 1]`."""
-    key = (shape, dtype)
+    key = (shape, dtype, device)
     if key not in rim.fixed:
         fixed, values = torch.zeros(*shape, 1, dtype=torch.bool), torch.zeros(*shape, 1, dtype=dtype)
         # The last axis first, as they are exchanged: what lies beyond along several follows the rule of the first.
@@ -167,7 +171,7 @@ def _fixed(rim: _Rim, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch
                 if rank == MPI.PROC_NULL:
                     fixed.narrow(number, start, width).fill_(True)
                     values.narrow(number, start, width).fill_(value)
-        rim.fixed[key] = fixed, values
+        rim.fixed[key] = fixed.to(device), values.to(device)
     return rim.fixed[key]
 
 
@@ -176,7 +180,8 @@ def _swap(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Exchange slabs with the other ranks along `axis`: what came (from the lower, from the upper), None at an edge.
 
-    `lengths` along `dim` are those of the slabs that come: at an edge what goes may be of another one.
+    `lengths` along `dim` are those of the slabs that come: at an edge what goes may be of another one. Slabs on a
+    device go by the host's memory, and so do these alone of the field.
     """
     lower, upper = axis.ranks
     from_lower = from_upper = None
@@ -191,9 +196,9 @@ def _swap(
         from_upper = torch.empty(shape, dtype=to_lower.dtype)
         requests.append(comm.Irecv([bytes_of(from_upper), MPI.BYTE], upper, _TO_LOWER))
     if lower != MPI.PROC_NULL:
-        requests.append(comm.Isend([bytes_of(to_lower.contiguous()), MPI.BYTE], lower, _TO_LOWER))
+        requests.append(comm.Isend([bytes_of(to_lower.cpu().contiguous()), MPI.BYTE], lower, _TO_LOWER))
     if upper != MPI.PROC_NULL:
-        requests.append(comm.Isend([bytes_of(to_upper.contiguous()), MPI.BYTE], upper, _TO_UPPER))
+        requests.append(comm.Isend([bytes_of(to_upper.cpu().contiguous()), MPI.BYTE], upper, _TO_UPPER))
     MPI.Request.Waitall(requests)
     return from_lower, from_upper
 
@@ -293,6 +298,6 @@ def _folded(cotangent: torch.Tensor, rim: _Rim) -> torch.Tensor:
             arrived = _swap(comm, axis, dim, slab(0, lower), slab(lower + n, upper), (above, below))
             for cotangents, start, width in zip(arrived, (lower, lower + n - below), (above, below), strict=True):
                 if cotangents is not None:
-                    slab(start, width).add_(cotangents)
+                    slab(start, width).add_(cotangents.to(folded.device))
         region[dim] = slice(lower, lower + n)
     return folded[tuple(region)].contiguous()

@@ -32,6 +32,6 @@ def mesh_sum(x: torch.Tensor, mesh: Mesh, over: Extent = "world") -> torch.Tenso
 
 
 def _summed(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
-    total = x.detach().clone(memory_format=torch.contiguous_format)
+    total = x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     comm.Allreduce(MPI.IN_PLACE, total.numpy(), MPI.SUM)
-    return total
+    return total.to(x.device)

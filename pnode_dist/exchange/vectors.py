@@ -33,18 +33,18 @@ def reduce_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
 
 def _gathered(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
     # The ranks' parts follow one another in memory if the vector's axis comes first.
-    part = x.movedim(-1, 0).contiguous()
-    whole = x.new_empty((partition.size, *part.shape[1:]))
+    part = x.movedim(-1, 0).cpu().contiguous()
+    whole = part.new_empty((partition.size, *part.shape[1:]))
     row = math.prod(part.shape[1:])
     counts = [count * row * x.element_size() for count in partition.counts]
     partition.comm.Allgatherv([bytes_of(part), MPI.BYTE], [bytes_of(whole), counts, MPI.BYTE])
-    return whole.movedim(0, -1).contiguous()
+    return whole.movedim(0, -1).contiguous().to(x.device)
 
 
 def _reduced(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
-    whole = x.detach().movedim(-1, 0).contiguous()
+    whole = x.detach().movedim(-1, 0).cpu().contiguous()
     row = math.prod(whole.shape[1:])
-    part = x.new_empty((*partition.local_shape, *whole.shape[1:]))
+    part = whole.new_empty((*partition.local_shape, *whole.shape[1:]))
     counts = [count * row for count in partition.counts]
     partition.comm.Reduce_scatter(whole.numpy().reshape(-1), part.numpy().reshape(-1), counts, MPI.SUM)
-    return part.movedim(0, -1).contiguous()
+    return part.movedim(0, -1).contiguous().to(x.device)

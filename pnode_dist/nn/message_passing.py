@@ -56,7 +56,8 @@ class MessagePassing(nn.Module):
         the partition gives them.
         """
         seen = with_ghosts(x, self.partition)
-        ends = [x.index_select(_ROWS, self.partition.targets), seen.index_select(_ROWS, self.partition.sources)]
+        targets, sources = self.partition.targets.to(x.device), self.partition.sources.to(x.device)
+        ends = [x.index_select(_ROWS, targets), seen.index_select(_ROWS, sources)]
         messages = self.message(*ends, *([] if edge_attributes is None else [edge_attributes]))
         aggregated = aggregate_at_targets(messages, self.partition, self.aggregate)
         return aggregated if self.update is None else self.update(x, aggregated)
@@ -70,7 +71,7 @@ def aggregate_at_targets(
     messages: torch.Tensor, partition: GraphPartition, aggregate: Aggregate = "sum"
 ) -> torch.Tensor:
     """`[..., local_edges, messages]` -> `[..., local_nodes, messages]`, 0 where no edge leads to. Not collective."""
-    targets = partition.targets
+    targets = partition.targets.to(messages.device)
     nodes = messages.new_zeros((*messages.shape[:_ROWS], partition.local_shape[0], messages.shape[-1]))
     if aggregate == "max":
         index = targets.unsqueeze(-1).expand(messages.shape)
@@ -122,7 +123,7 @@ class GraphConv(nn.Module):
         widens = self.weight.shape[0] > self.weight.shape[1]
         if not widens:
             x = functional.linear(x, self.weight)
-        sources = with_ghosts(x, self.partition).index_select(_ROWS, self.partition.sources)
+        sources = with_ghosts(x, self.partition).index_select(_ROWS, self.partition.sources.to(x.device))
         x = self.node_coefficients * x + aggregate_at_targets(self.edge_coefficients * sources, self.partition)
         if widens:
             x = functional.linear(x, self.weight)

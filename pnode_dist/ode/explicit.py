@@ -126,7 +126,7 @@ class ExplicitStepper(Stepper):
         if self.method.fsal:
             # PETSc sums the same terms for both, grouped otherwise.
             self.state.copy_(self.rhs.last_stage)
-            self.solution.stateIncrease()
+            protocol.wrote(self.solution, self.layout.vec_device)
 
     def derivative(self, time: float, direction: float) -> torch.Tensor:
         """See `Stepper.derivative`. Collective on `comm`."""
@@ -134,7 +134,7 @@ class ExplicitStepper(Stepper):
         self.rhs.start_step(None, False, "graph")
         with self.errors_of_func():
             self.rhs.function(self._ts, direction * time, self.solution, self._slope)
-        return direction * protocol.view(self._slope, (self.layout.size,))
+        return direction * protocol.view(self._slope, (self.layout.size,), self.layout.vec_device)
 
     def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
         """See `Stepper.adjoint_step`. Collective on `comm`."""

@@ -21,13 +21,15 @@ class StateLayout:
     """Shapes of the parts of this rank's state, and their type. `is_tuple`: the caller works with a tuple.
 
     `dtype` and `device` are those of the caller's tensors; f computes on that device as well, in `compute_dtype`.
+    PETSc's vectors are on `vec_device`.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     is_tuple: bool
     compute_dtype: torch.dtype
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    device: torch.device = protocol.HOST
+    vec_device: torch.device = protocol.HOST
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -42,7 +44,7 @@ class StateLayout:
     @cached_property
     def converts(self) -> bool:
         """Whether f's tensors are others than PETSc's: of another floating type, or elsewhere."""
-        return self.compute_dtype != protocol.scalar_dtype() or self.device.type != "cpu"
+        return self.compute_dtype != protocol.scalar_dtype() or self.device != self.vec_device
 
     def parts(self, flat: torch.Tensor) -> Parts:
         """The parts as views of a flat tensor of `size` entries."""

@@ -35,7 +35,7 @@ from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, output_times, time_grid
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
-from pnode_dist.partition.protocol import Partition
+from pnode_dist.partition.protocol import Partition, vec_device
 from pnode_dist.trajectory import budget
 from pnode_dist.trajectory.budget import Trajectory
 from pnode_dist.trajectory.plan import Plan, Plans
@@ -149,6 +149,8 @@ def _prepared(
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
+    if not table.implicit:
+        layout = replace(layout, vec_device=vec_device(layout.device))
     partition = settings.partition
     trajectory = settings.trajectory or budget.DEFAULT
     parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
@@ -302,7 +304,8 @@ def odeint(
     another one, while steps, checkpoints and adjoints are in PETSc's scalar type. With `compute_dtype` the parameters
     and buffers of modules, and tensors in `args`, are converted to it once for a solve, and keep their own type
     otherwise: so do their gradients, which are summed over steps in PETSc's scalar type. `u0` may be on another
-    device than PETSc's vectors: func then computes there, and states are copied back and forth.
+    device: func then computes there. PETSc's vectors are there too if it is CUDA's, PETSc was built with CUDA and the
+    method is explicit; otherwise states are copied back and forth.
 
     `t` holds the output times, strictly increasing or strictly decreasing. Every interval between them is divided into
     `ceil(|dt| / step_size)` equal steps of `method`, one step if `step_size` is None. With `rtol` or `atol` (by default

@@ -42,7 +42,7 @@ class RightHandSide:
         self._knows_first = False
         self._last_time: float | None = None
         self.last_index = 0
-        self._last_handle = 0
+        self._last_stage: _Memory | None = None
         self.direction = 1.0
         self.start = 0.0
         self.skipped_stage: int | None = None
@@ -55,8 +55,12 @@ class RightHandSide:
         handle = vec.handle
         memory = self._memory.get(handle)
         if memory is None:
-            flat = protocol.view(vec, (self._layout.size,))
-            memory = self._memory[handle] = _Memory(flat, self._layout.parts(flat))
+            device = self._layout.vec_device
+            flat = protocol.view(vec, (self._layout.size,), device)
+            memory = _Memory(flat, self._layout.parts(flat))
+            # On a device PETSc has to be asked each time, because it may have newer values in the host's memory.
+            if device is protocol.HOST:
+                self._memory[handle] = memory
         return memory
 
     def bind(self, problem: Problem) -> None:
@@ -67,11 +71,13 @@ class RightHandSide:
     def forget_views(self) -> None:
         """Forget all stage Vecs: those of a TS that has been destroyed may have come back as others."""
         self._memory.clear()
+        self._last_stage = None
 
     @property
     def last_stage(self) -> torch.Tensor:
         """The state of the last stage that PETSc formed, flat."""
-        return self._memory[self._last_handle].flat
+        assert self._last_stage is not None
+        return self._last_stage.flat
 
     def start_step(self, recording: Recording | None, isolate: bool, level: str) -> None:
         """Say that a step begins, and where to record its stages if at all, as graphs or as states.
@@ -107,8 +113,7 @@ class RightHandSide:
             self._stage = stage + 1
             recording = self._recording
             if stage == self.skipped_stage:
-                self._of(u)
-                self._last_handle = u.handle
+                self._last_stage = self._of(u)
                 if recording is not None and not self.fsal:
                     recording.append(None)
                 return
@@ -129,7 +134,7 @@ class RightHandSide:
             if stage == self.last_index and self._last_time is not None:
                 t = self._last_time
             graph = self._evaluated(t, u, f)
-            self._last_handle = u.handle
+            self._last_stage = self._of(u)
             if self._recording is not None:
                 self._recording[stage] = graph
         except BaseException as error:
@@ -160,7 +165,7 @@ class RightHandSide:
             part.copy_(value)
         if self.direction < 0:
             memory.flat.neg_()
-        f.stateIncrease()
+        protocol.wrote(f, layout.vec_device)
         return kept
 
     def apply_transposed(self, v: PETSc.Vec, result: PETSc.Vec) -> None:
@@ -188,14 +193,16 @@ class RightHandSide:
             self._parameter_cotangents = found.parameters
             if problem.by_times:
                 self._parameter_cotangents = (*found.parameters, *by_step(found, graph.when - self.start))
-        result.stateIncrease()
+        protocol.wrote(result, self._layout.vec_device)
 
     def apply_parameters_transposed(self, result: PETSc.Vec) -> None:
         """result = (df/dtheta)^T v for the v of the last `apply_transposed`."""
         handle = result.handle
         views = self._parameter_views.get(handle)
         if views is None:
-            views = self._parameter_views[handle] = self._views_of_parameters(result)
+            views = self._views_of_parameters(result)
+            if self._layout.vec_device is protocol.HOST:
+                self._parameter_views[handle] = views
         cotangents = self._parameter_cotangents
         if cotangents and all(value is not None for value in cotangents):
             torch._foreach_copy_(views, cotangents)  # type: ignore[arg-type]
@@ -206,14 +213,16 @@ class RightHandSide:
                 else:
                     view.copy_(value)
         self._parameter_cotangents = ()
-        result.stateIncrease()
+        protocol.wrote(result, self._layout.vec_device)
 
     def _views_of_parameters(self, vec: PETSc.Vec) -> list[torch.Tensor]:
         assert self.problem is not None
         shapes = [tensor.shape for tensor in self.problem.parameters.tensors]
         if self.problem.by_times:
             shapes += [torch.Size(), torch.Size()]
-        pieces = torch.split(protocol.view(vec, (sum(self._parameter_sizes),)), self._parameter_sizes)
+        pieces = torch.split(
+            protocol.view(vec, (sum(self._parameter_sizes),), self._layout.vec_device), self._parameter_sizes
+        )
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 

@@ -78,8 +78,7 @@ class Solve:
 
     def overwrite(self, write: Callable[[FlatState], None]) -> None:
         with events.event(events.CHECKPOINT, self.logs):
-            write(self.solver.stepper.state_array)
-        self.solver.stepper.touched()
+            self.solver.stepper.overwrite_state(write)
 
     def restart(self) -> None:
         self.solver.stepper.set_state(self.initial)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -66,9 +66,9 @@ class Stepper(ABC):
 
     `state` and `adjoint` are this rank's parts of the current state and of its adjoint, `parameter_gradient` the
     part of the gradient with respect to the parameters that this rank has gathered; all are tensors in PETSc's
-    scalar type that share memory with PETSc (`state_array` is `state` for NumPy). After writing through them call
-    `touched()`. `stepping` says that a step is under way, `failed` that one ended with an error, after which the
-    stepper cannot be used again. `monitored`: the options ask for PETSc's monitors.
+    scalar type that share memory with PETSc. After writing through them call `touched()`. `stepping` says that a step
+    is under way, `failed` that one ended with an error, after which the stepper cannot be used again. `monitored`: the
+    options ask for PETSc's monitors.
     """
 
     method: Method
@@ -79,16 +79,20 @@ class Stepper(ABC):
         self.comm, self.layout = comm, layout
         self.failed = self.stepping = False
         self._errors_of_func = ErrorsOfFunc(self)
-        self.solution = protocol.create_vec(comm, layout.size)
+        device = layout.vec_device
+        self.solution = protocol.create_vec(comm, layout.size, device)
         self._slope = self.solution.duplicate()
         self._lambda = self.solution.duplicate()
         self._lambda.zeroEntries()
-        self.state = protocol.view(self.solution, (layout.size,))
-        self.state_array: np.ndarray[Any, Any] = self.state.numpy()
-        self.adjoint = protocol.view(self._lambda, (layout.size,))
+        self.state = protocol.view(self.solution, (layout.size,), device)
+        self._host = self.state
+        if device is not protocol.HOST:
+            self._host = torch.empty(layout.size, dtype=self.state.dtype, pin_memory=device.type == "cuda")
+        self._host_array: np.ndarray[Any, Any] = self._host.numpy()
+        self.adjoint = protocol.view(self._lambda, (layout.size,), device)
         parameters = sum(parameter_sizes)
-        self._mu = protocol.create_vec(comm, parameters)
-        self.parameter_gradient = protocol.view(self._mu, (parameters,))
+        self._mu = protocol.create_vec(comm, parameters, device)
+        self.parameter_gradient = protocol.view(self._mu, (parameters,), device)
 
     @property
     @abstractmethod
@@ -126,15 +130,28 @@ class Stepper(ABC):
 
     def touched(self) -> None:
         """Tell PETSc that `state`, `adjoint` or `parameter_gradient` were written to."""
-        self.solution.stateIncrease()
-        self._lambda.stateIncrease()
-        self._mu.stateIncrease()
+        for vec in (self.solution, self._lambda, self._mu):
+            protocol.wrote(vec, self.layout.vec_device)
+
+    @property
+    def state_array(self) -> np.ndarray[Any, Any]:
+        """The current state for NumPy, to be read: PETSc's memory, or a copy where that is a device's."""
+        if self._host is not self.state:
+            self._host.copy_(self.state)
+        return self._host_array
+
+    def overwrite_state(self, write: Callable[[np.ndarray[Any, Any]], None]) -> None:
+        """Let `write` fill an array with another state."""
+        write(self._host_array)
+        if self._host is not self.state:
+            self.state.copy_(self._host)
+        protocol.wrote(self.solution, self.layout.vec_device)
 
     def set_state(self, parts: tuple[torch.Tensor, ...]) -> None:
         """Copy the parts of a state into the current state."""
         for target, part in zip(self.layout.parts(self.state), parts, strict=True):
             target.copy_(part)
-        self.solution.stateIncrease()
+        protocol.wrote(self.solution, self.layout.vec_device)
 
     def errors_of_func(self) -> ErrorsOfFunc:
         """While PETSc steps: raise what func raised instead of PETSc's error code."""

@@ -67,9 +67,10 @@ class Tolerances:
                 continue
             # Once PETSc has a Vec of tolerances it heeds no number any more.
             vec = self._stepper.solution.duplicate()
-            flat = protocol.view(vec, (self._stepper.layout.size,))
-            _spread(name, tolerance, self._stepper.layout, flat)
-            vec.stateIncrease()
+            layout = self._stepper.layout
+            flat = protocol.view(vec, (layout.size,), layout.vec_device)
+            _spread(name, tolerance, layout, flat)
+            protocol.wrote(vec, layout.vec_device)
             self._values[number] = flat
             vecs.append(vec)
         self._of_petsc = vecs

@@ -22,6 +22,9 @@ Index = tuple[slice | Integers, ...]
 """A part of an array: one slice an axis, or the ascending indices of what is not contiguous along one of them."""
 
 
+HOST = torch.device("cpu")
+
+
 class Partition(Protocol):
     """A global array of `global_shape` of which each rank of `comm` owns one part, for the most a contiguous block."""
 
@@ -51,17 +54,33 @@ def even_ranges(length: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(starts))
 
 
-def create_vec(comm: MPI.Comm, local_size: int) -> PETSc.Vec:
-    """A PETSc MPI Vec with `local_size` entries on this rank. Collective on `comm`."""
-    return PETSc.Vec().createMPI((local_size, None), comm=comm)
+def vec_device(device: torch.device) -> torch.device:
+    """Where PETSc keeps vectors for tensors on `device`: there too if it was built for it, else in the host's memory.
 
-
-def view(vec: PETSc.Vec, shape: tuple[int, ...]) -> torch.Tensor:
-    """This rank's entries of `vec` as a tensor of `shape`, in PETSc's scalar type, sharing memory.
-
-    The view stays valid while the Vec lives. PETSc caches norms by the Vec's state counter: call
-    `vec.stateIncrease()` after writing through the view.
+    Written after PETSc's manual, and untested on hardware: only `cuda`, for a PETSc configured with it.
     """
+    there = device.type == "cuda" and PETSc.Sys.hasExternalPackage("cuda")
+    return device if there else HOST
+
+
+def create_vec(comm: MPI.Comm, local_size: int, device: torch.device = HOST) -> PETSc.Vec:
+    """A PETSc MPI Vec with `local_size` entries on this rank, in memory of a `vec_device`. Collective on `comm`."""
+    if device is HOST:
+        return PETSc.Vec().createMPI((local_size, None), comm=comm)
+    vec = PETSc.Vec().create(comm=comm)
+    vec.setSizes((local_size, None))
+    vec.setType(PETSc.Vec.Type.CUDA)
+    vec.zeroEntries()
+    return vec
+
+
+def view(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = HOST) -> torch.Tensor:
+    """This rank's entries of `vec` as a tensor of `shape`, in PETSc's scalar type, sharing memory on its `vec_device`.
+
+    The view stays valid while the Vec lives. Call `wrote` after writing through it.
+    """
+    if device is not HOST:
+        return _exchanged(vec).view(shape)
     # Vecs handed to callbacks are locked for reading, which array_w refuses; whoever asked for the view knows better.
     address = vec.array_r.__array_interface__["data"][0]
     size = vec.getLocalSize()
@@ -69,6 +88,23 @@ def view(vec: PETSc.Vec, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, dtype=scalar_dtype())
     buffer = (ctypes.c_char * (size * np.dtype(PETSc.ScalarType).itemsize)).from_address(address)
     return torch.frombuffer(buffer, dtype=scalar_dtype()).view(shape)
+
+
+def _exchanged(vec: PETSc.Vec) -> torch.Tensor:
+    """This rank's entries of a Vec on any device, through DLPack, which keeps the Vec alive as long as the tensor."""
+    try:
+        capsule = vec.toDLPack("rw")
+    except PETSc.Error:
+        # It is locked: PETSc lends it to a callback for reading.
+        capsule = vec.toDLPack("r")
+    return torch.utils.dlpack.from_dlpack(capsule)
+
+
+def wrote(vec: PETSc.Vec, device: torch.device = HOST) -> None:
+    """Tell PETSc that a Vec was written to through a view: it caches norms, and on a device which memory is newer."""
+    if device is not HOST:
+        vec.toDLPack("w")
+    vec.stateIncrease()
 
 
 def scalar_dtype() -> torch.dtype:

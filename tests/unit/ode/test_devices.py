@@ -1,4 +1,4 @@
-"""f on another device than PETSc's vectors.
+"""f on another device than PETSc's vectors, and PETSc's vectors on that device as well.
 
 In a process of its own: torch takes no further device after its first backward pass.
 """
@@ -9,12 +9,16 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from petsc4py import PETSc
 
 from pnode_dist import NeuralODE, Trajectory, odeint
+from pnode_dist.ode import odeint as odeint_module
+from pnode_dist.partition import protocol
 from tests.oracles.other_device import Hidden, other_device, transfers
 from tests.oracles.right_hand_sides import Network, random
 
@@ -36,7 +40,7 @@ def solved(device: torch.device, settings: dict[str, Any]) -> tuple[torch.Tensor
     for name, value in list(network.named_parameters()):
         setattr(network, name, torch.nn.Parameter(value.detach().to(device)))
     u0 = random(2, 3).to(device).requires_grad_()
-    node = NeuralODE(network, step_size=0.25, trajectory=Trajectory(ram="1MiB"), **settings)
+    node = NeuralODE(network, **{"step_size": 0.25, "trajectory": Trajectory(ram="1MiB"), **settings})
     states = node(u0, TIMES)
     found = torch.autograd.grad(states.square().sum(), [u0, *network.parameters()])
     assert all(value.device == device for value in (states, *found))
@@ -77,6 +81,71 @@ def copies(steps: int) -> dict[str, int]:
 def test_each_stage_takes_one_copy_there_and_one_back(elsewhere: Executor) -> None:
     few, many = (elsewhere.submit(copies, steps).result(PATIENCE) for steps in (2, 12))
     assert {way: (many[way] - few[way]) / (10 * 4) for way in few} == {"there": 1.0, "back": 1.0}
+
+
+VIEW = protocol.view
+
+
+def view_there(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = protocol.HOST) -> torch.Tensor:
+    here = VIEW(vec, shape)
+    return here if device is protocol.HOST else Hidden(here)
+
+
+def with_vectors_there(run: Any, argument: Any) -> Any:
+    """Run as on a device that PETSc has vectors on: the memory is the host's, but torch knows it as the device's."""
+    with (
+        mock.patch.object(odeint_module, "vec_device", lambda device: device),
+        mock.patch.object(protocol, "create_vec", lambda comm, size, device: CREATE(comm, size)),
+        mock.patch.object(protocol, "view", view_there),
+    ):
+        return run(argument)
+
+
+CREATE = protocol.create_vec
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"compute_dtype": torch.float32}, {"method": "dopri5", "rtol": 1e-4}, {"method": "bosh3"}],
+    ids=["explicit", "float32", "adaptive", "first stage is last"],
+)
+@pytest.mark.parametrize("ram", ["1MiB", "100B"], ids=["graphs", "checkpoints"])
+def test_vectors_there_give_the_values_and_gradients_of_the_cpu(
+    settings: dict[str, Any], ram: str, elsewhere: Executor
+) -> None:
+    settings = {**settings, "trajectory": Trajectory(ram=ram)}
+    there = elsewhere.submit(with_vectors_there, solved_there, settings).result(PATIENCE)
+    here = solved(torch.device("cpu"), settings)
+    assert all(np.array_equal(one, other.numpy()) for one, other in zip(there, here, strict=True))
+
+
+def test_vectors_there_need_no_copies_of_stages(elsewhere: Executor) -> None:
+    few, many = (elsewhere.submit(with_vectors_there, copies, steps).result(PATIENCE) for steps in (2, 12))
+    assert few == many
+
+
+def test_a_vec_through_dlpack_is_its_memory_also_where_petsc_lends_it_for_reading() -> None:
+    vec = protocol.create_vec(PETSc.COMM_SELF.tompi4py(), 3)
+    through = protocol._exchanged(vec)
+    through.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    assert vec.array_r.tolist() == [1.0, 2.0, 3.0]
+    seen = []
+    ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
+    ts.setType(PETSc.TS.Type.RK)
+
+    def function(ts: PETSc.TS, time: float, state: PETSc.Vec, slope: PETSc.Vec) -> None:
+        seen.append(protocol._exchanged(state).data_ptr() == VIEW(state, (3,)).data_ptr())
+        protocol._exchanged(slope).copy_(-protocol._exchanged(state))
+
+    ts.setRHSFunction(function, vec.duplicate())
+    ts.setSolution(vec)
+    ts.setTimeStep(0.1)
+    ts.setMaxSteps(1)
+    ts.setUp()
+    ts.step()
+    assert seen
+    assert all(seen)
+    assert vec.array_r[1] == pytest.approx(2 * np.exp(-ts.getTime()), rel=1e-5)
 
 
 def refused() -> str:
