@@ -37,8 +37,8 @@ def main() -> None:
     torch.manual_seed(WORLD.rank)
     other_device()
     dense = DensePartition(WORLD, 5)
-    walls = GridPartition(WORLD, (7, 6), channels=2, stencil_width=2, boundary=("reflect", 1.5))
-    ring = GridPartition(WORLD, (7, 6), channels=2, boundary="periodic")
+    walls = GridPartition(WORLD, (9, 6), channels=2, stencil_width=2, boundary=("reflect", 1.5))
+    ring = GridPartition(WORLD, (9, 6), channels=2, boundary="periodic")
     edges = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
     graph = GraphPartition(WORLD, edges, nodes=7, features=3)
     cases: dict[str, tuple[Exchange, torch.Tensor]] = {

@@ -15,9 +15,11 @@ SCRIPT = Path(__file__).parents[1] / "oracles" / "exchanges_elsewhere.py"
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_exchanges_and_their_transposes_there_are_those_of_the_cpu(
+    ranks: int,
     mpirun: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    run = mpirun(2, "python", str(SCRIPT))
+    run = mpirun(ranks, "python", str(SCRIPT))
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["global_sum", "gather_vector", "reduce_vector", "halo", "periodic", "with_ghosts"]
