@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks the code (ruff, mypy) and runs the tests: the serial ones once, those marked mpi at 1, 2, 3 and 4 ranks. What
-# one rank runs, the serial tests and the others at 1 rank, is shared by a process for each of up to 4 cores.
+# Checks the code (ruff, mypy) and runs the tests: the serial ones once, those marked mpi at 1, 2, 3 and 4 ranks, and those
+# marked cluster in clusters and containers of their own, where root and apt are there. What one rank runs, the serial
+# tests and the others at 1 rank, is shared by a process for each of up to 4 cores.
 #
 #   launch/test.sh [--ranks "1 2"] [--no-lint] [PYTEST ARGUMENT...]
 #   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
@@ -80,10 +81,10 @@ fi
 # nproc would take OMP_NUM_THREADS for the number of cores.
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 # A process that no launcher started is the only rank of a job of its own.
-alone=(-m "not mpi") alone_name="serial tests" several=""
+alone=(-m "not mpi and not cluster") alone_name="serial tests" several=""
 for ranks in $rank_counts; do
     if [ "$ranks" = 1 ]; then
-        alone=(--with-mpi) alone_name="serial tests, and mpi at 1"
+        alone=(-m "not cluster" --with-mpi) alone_name="serial tests, and mpi at 1"
     else
         several+=" $ranks"
     fi
@@ -93,6 +94,8 @@ part "$alone_name" env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foregro
 for ranks in $several; do
     part "mpi tests at $ranks ranks" mpi_tests "$ranks" "$@"
 done
+if [ "$selection" = no ]; then set -- tests/cluster; fi
+part "cluster tests" timeout --foreground --kill-after 10 1200 python -m pytest -m cluster "$@"
 
 printf '\n'
 printf '%s\n' "${summary[@]}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from pnode_dist.abort import abort
 from pnode_dist.allocator import keep_freed_memory
 from pnode_dist.bench import BENCHMARKS, DRAWN
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.launcher import launched_rank
 from pnode_dist.output import console, json_line, output, show_table
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "pnode-dist"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-_LAUNCHER_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID", "RANK")
 _PATIENCE = 10.0
 _EPILOG = "Arguments after -- are PETSc options, such as: -- -ts_monitor -log_view"
 
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(own)
         _initialise_petsc(petsc_options)
     except ConfigurationError as error:
-        if _launcher_rank() == 0:
+        if launched_rank() == 0:
             _complain(error)
         return WRONG_USAGE
     except SystemExit as end:  # --help and --version
@@ -68,12 +67,6 @@ def _initialise_petsc(options: list[str] | None) -> None:
     petsc4py.init([PROGRAM, *options])
 
 
-def _launcher_rank() -> int:
-    """This process' rank before MPI is started, from what launchers put into the environment."""
-    ranks = (os.environ.get(name, "") for name in _LAUNCHER_RANKS)
-    return next((int(rank) for rank in ranks if rank.isdigit()), 0)
-
-
 class _Parser(argparse.ArgumentParser):
     """argparse that complains in one line, and speaks on the first rank alone."""
 
@@ -81,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigurationError(f"{message} (see {self.prog} --help)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if _launcher_rank() == 0:
+        if launched_rank() == 0:
             super()._print_message(message, file)
 
 
@@ -190,7 +183,7 @@ def _complain(error: Exception, rank: str = "") -> None:
 
 
 def _first(comm: MPI.Intracomm) -> bool:
-    return comm.rank == 0 and (comm.size > 1 or _launcher_rank() == 0)
+    return comm.rank == 0 and (comm.size > 1 or launched_rank() == 0)
 
 
 # Commands
@@ -390,7 +383,7 @@ def _methods(arguments: argparse.Namespace) -> int:
     from pnode_dist.ode.methods import METHODS
 
     rows = [asdict(method) for method in METHODS.values()]
-    if _launcher_rank() == 0:
+    if launched_rank() == 0:
         if arguments.json:
             print(json_line({"methods": rows}))
         else:
@@ -401,7 +394,7 @@ def _methods(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from pnode_dist.doctor import run_doctor
 
-    with output(arguments.json, _launcher_rank() == 0) as emit:
+    with output(arguments.json, launched_rank() == 0) as emit:
         return run_doctor(arguments.json, emit)
 
 

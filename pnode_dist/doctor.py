@@ -27,6 +27,7 @@ from rich.table import Table
 
 import pnode_dist
 from pnode_dist.compatibility import check_mpi
+from pnode_dist.launcher import launched_rank, singleton_problem
 from pnode_dist.trajectory.budget import Trajectory, format_size
 from pnode_dist.trajectory.machine import memory_limit
 
@@ -42,9 +43,6 @@ PACKAGES = (
     "matplotlib",
 )
 _SCRATCH_BYTES = 64 * 2**20
-# How many tasks the launcher says it started, and which of them this is.
-_TASK_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "MPI_LOCALNRANKS")
-_TASK_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "MPI_LOCALRANKID")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,6 @@ class RankFacts:
     torch_threads: int
     omp_num_threads: str | None
     memory_limit: int | None
-    launched_tasks: int
     scratch: str
     scratch_first_write: float | None
     scratch_rewrite: float | None
@@ -74,9 +71,9 @@ def run_doctor(as_json: bool, emit: Callable[[dict[str, Any]], None] | None = No
     comm = MPI.COMM_WORLD
     facts = comm.allgather(_facts_of(comm))
     ring = ring_problem(comm)
-    problems = find_problems(facts, comm.size, ring)
+    problems = find_problems(facts, ring)
     # Where MPI does not connect the processes, each is its own rank 0; the launcher's first one speaks.
-    if comm.rank == 0 and (comm.size > 1 or _from_environment(_TASK_RANKS, 0) == 0):
+    if comm.rank == 0 and (comm.size > 1 or launched_rank() == 0):
         findings = {
             "versions": versions(),
             "mpi": {"library": _mpi_library(), "vendor": MPI.get_vendor()[0], "ranks": comm.size},
@@ -155,6 +152,8 @@ def _facts_of(comm: MPI.Comm) -> RankFacts:
         first, again, read = scratch_speed(scratch)
     except OSError as error:
         problem = f"the scratch directory {scratch} cannot be used: {error.strerror or error}"
+    if comm.size == 1:
+        problem = singleton_problem(MPI.get_vendor()[0]) or problem
     try:
         check_mpi()
     except ImportError as error:
@@ -168,18 +167,12 @@ def _facts_of(comm: MPI.Comm) -> RankFacts:
         torch_threads=torch.get_num_threads(),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         memory_limit=memory_limit(),
-        launched_tasks=_from_environment(_TASK_COUNTS, 1),
         scratch=str(scratch),
         scratch_first_write=first,
         scratch_rewrite=again,
         scratch_read=read,
         problem=problem,
     )
-
-
-def _from_environment(names: Iterable[str], default: int) -> int:
-    """The largest number that these environment variables hold."""
-    return max((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default=default)
 
 
 def ring_problem(comm: MPI.Comm) -> str | None:
@@ -193,16 +186,10 @@ def ring_problem(comm: MPI.Comm) -> str | None:
     return "messages between the ranks arrive wrong"
 
 
-def find_problems(facts: list[RankFacts], ranks: int, ring: str | None) -> list[str]:
+def find_problems(facts: list[RankFacts], ring: str | None) -> list[str]:
     """What is wrong, one line each."""
     problems = [] if ring is None else [ring]
     problems += [f"rank {rank.rank} on {rank.host}: {rank.problem}" for rank in facts if rank.problem]
-    started = max(rank.launched_tasks for rank in facts)
-    if ranks == 1 and started > 1:
-        problems.append(
-            f"the launcher started {started} tasks but MPI connects only 1: with srun add --mpi=pmi2 or the PMI that "
-            "your MPI speaks, and use the mpiexec of the same MPI"
-        )
     for host in sorted({rank.host for rank in facts}):
         here = [rank for rank in facts if rank.host == host]
         cores = len({cpu for rank in here for cpu in rank.cpus})

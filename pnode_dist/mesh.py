@@ -25,6 +25,7 @@ from pnode_dist import backend as mpi_backend
 from pnode_dist.abort import abort
 from pnode_dist.compatibility import check_mpi
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.launcher import singleton_problem
 
 Extent = Literal["world", "state", "data"]
 BACKENDS = ("mpi", "gloo", "nccl")
@@ -50,11 +51,9 @@ def _find_world() -> _World:
         return _World(comm.rank, comm.size, connected_by_mpi=True)
     if torchrun_size > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         return _World(int(os.environ["RANK"]), torchrun_size, connected_by_mpi=False)
-    slurm_tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
-    if slurm_tasks > 1:
-        raise ConfigurationError(
-            f"srun started {slurm_tasks} tasks but MPI connects only 1: add --mpi=pmi2, or the PMI that your MPI speaks"
-        )
+    problem = singleton_problem(MPI.get_vendor()[0])
+    if problem:
+        raise ConfigurationError(problem)
     return _World(0, 1, connected_by_mpi=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from pnode_dist.compatibility import PETSC4PY_FLOOR
 from tests.conftest import ROOT
+from tests.unit.launch_scripts import run_copy, stand_in
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 FAKE_VERSIONS = {
@@ -24,21 +26,9 @@ FAKE_VERSIONS = {
 
 def mpirun_command(tmp_path: Path, flavour: str, *arguments: str, **environment: str) -> str:
     """What mpirun.sh would run with an mpiexec of another flavour on the PATH."""
-    launch = tmp_path / "launch"
-    launch.mkdir(exist_ok=True)
-    script = launch / "mpirun.sh"
-    script.write_text((ROOT / "launch" / "mpirun.sh").read_text())
-    mpiexec = tmp_path / "mpiexec"
-    mpiexec.write_text(f"#!/bin/sh\necho '{FAKE_VERSIONS[flavour]}'\n")
-    mpiexec.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", str(script), "--dry-run", *arguments],
-        env={**os.environ, "PATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    stand_in(tmp_path, "mpiexec", f"echo '{FAKE_VERSIONS[flavour]}'")
+    done = run_copy(tmp_path, "mpirun.sh", "--dry-run", *arguments, **environment)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -67,16 +57,8 @@ def test_open_mpi_may_run_as_root_and_oversubscribe(tmp_path: Path) -> None:
 def test_intel_mpi_pins_by_itself_where_there_are_enough_cores(tmp_path: Path) -> None:
     def pinning(ranks: int, **environment: str) -> str:
         # Not a dry run: the mpiexec that stands in for Intel's prints what it is given.
-        mpirun_command(tmp_path, "intel", "true")
-        mpiexec = tmp_path / "mpiexec"
-        mpiexec.write_text(f"#!/bin/sh\necho '{FAKE_VERSIONS['intel']}' $I_MPI_PIN $I_MPI_PIN_DOMAIN $*\n")
-        return subprocess.run(
-            ["bash", str(tmp_path / "launch" / "mpirun.sh"), "-n", str(ranks), "true"],
-            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **environment},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        stand_in(tmp_path, "mpiexec", f"echo '{FAKE_VERSIONS['intel']}' $I_MPI_PIN $I_MPI_PIN_DOMAIN $*")
+        return run_copy(tmp_path, "mpirun.sh", "-n", str(ranks), "true", **environment).stdout
 
     assert pinning(1).rstrip().endswith("2021.12 omp -n 1 true")
     assert pinning(1000).rstrip().endswith("2021.12 off omp -n 1000 true")
@@ -100,6 +82,56 @@ def test_the_mpiexec_of_the_mpi_that_the_environment_was_built_on_comes_first(tm
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".pnode-dist-mpi").write_text(f"{built_on}\n")
     assert "own\\ mpi/mpiexec" in mpirun_command(tmp_path, "mpich", "-n", "1", "true")
+
+
+@pytest.mark.parametrize(
+    ("flavour", "option"),
+    [("mpich", "-hosts a:2,b:1"), ("openmpi", "--host a:2,b:1"), ("intel", "-machinefile {file}")],
+)
+def test_one_kind_of_host_file_serves_every_mpi(tmp_path: Path, flavour: str, option: str) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# the laboratory\na:2\n\nb\n")
+    command = mpirun_command(tmp_path, flavour, "--hostfile", str(hosts), "-n", "3", "true").replace("\\,", ",")
+    assert option.format(file=hosts) in command
+    assert command.rstrip().endswith("-n 3 true")
+    # Open MPI alone does not pass the environment on by itself.
+    assert ("-x OMP_NUM_THREADS" in command) == (flavour == "openmpi")
+
+
+def test_ranks_on_the_hosts_of_a_file_are_bound_where_each_host_has_enough_cores(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("".join(f"host{number} slots=1\n" for number in range(100)))
+    assert "-bind-to core:1" in mpirun_command(tmp_path, "mpich", "--hostfile", str(hosts), "-n", "100", "true")
+    assert "-bind-to" not in mpirun_command(tmp_path, "mpich", "--hostfile", str(hosts), "-n", "100000", "true")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no host"),
+        ("a:none\n", "a: must have a number of ranks, 1 or more, and has 'none'"),
+        ("a 2\n", "'a 2': must be HOST, HOST:RANKS or HOST slots=RANKS"),
+    ],
+)
+def test_a_host_file_that_cannot_be_read_gets_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    done = run_copy(tmp_path, "mpirun.sh", "--hostfile", str(tmp_path / "hosts"), "-n", "2", "true")
+    assert (done.returncode, done.stderr) == (2, f"mpirun.sh: --hostfile {tmp_path / 'hosts'}: {message}\n")
+
+
+def test_more_ranks_than_cores_are_allowed_and_said(tmp_path: Path) -> None:
+    stand_in(tmp_path, "mpiexec", f"echo '{FAKE_VERSIONS['mpich']}'")
+    few, many = (run_copy(tmp_path, "mpirun.sh", "--dry-run", "-n", ranks, "true") for ranks in ("1", "1000"))
+    assert few.stderr == ""
+    assert re.fullmatch(
+        r"mpirun.sh: 1000 ranks of 1 thread\(s\) on \d+ core\(s\): they take turns, and nothing is bound\n", many.stderr
+    )
+
+
+def test_scratch_is_what_slurm_gives_before_the_temporary_directory(mpirun: Run) -> None:
+    show = ("sh", "-c", "echo $TMPDIR")
+    assert mpirun(1, *show, TMPDIR="/var/tmp").stdout.strip() == "/var/tmp"
+    assert mpirun(1, *show, TMPDIR="/var/tmp", SLURM_TMPDIR="/tmp").stdout.strip() == "/tmp"
 
 
 def test_the_programs_own_arguments_pass_through_untouched(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""A Slurm for all tests here, and what they need of the system, installed where that can be done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster import namespaces
+from tests.cluster.slurm import PACKAGES, Slurm, cluster
+
+TIMEOUT = 180
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "cluster" in item.keywords and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIMEOUT, method="thread"))
+
+
+def install(programs: tuple[str, ...], packages: tuple[str, ...]) -> None:
+    """Install Debian packages unless the programs are there; skip the test, with the reason, where that cannot be."""
+    absent = [program for program in programs if shutil.which(program) is None]
+    if not absent:
+        return
+    if os.getuid() != 0 or shutil.which("apt-get") is None:
+        pytest.skip(f"needs {', '.join(absent)}, and root and apt-get to install them")
+    apt = ["apt-get", "-qy", "-o", "DPkg::Lock::Timeout=120"]
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for arguments in (["update"], ["install", "--no-install-recommends", *packages]):
+        done = subprocess.run([*apt, *arguments], env=quiet, capture_output=True, text=True, check=False, timeout=170)
+        if done.returncode != 0:
+            pytest.skip(f"apt-get cannot install {', '.join(packages)}: {done.stderr.strip().splitlines()[-1:]}")
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """Two nodes of two cores each, on a network of their own."""
+    reason = namespaces.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    install(("slurmctld", "slurmd", "sbatch", "munged"), PACKAGES)
+    with cluster(tmp_path_factory.mktemp("slurm")) as slurm:
+        yield slurm
