@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", "train the model of a configuration", _train)
     evaluate = add("evaluate", "forecast the validation data with a trained model", _evaluate)
     gradcheck = add("gradcheck", "check the gradient of a configuration against finite differences", _gradcheck)
+    report = add("report", "write one self-contained page of a run", _report)
     plan = add("plan", "say what a trajectory's budget allows and how long it takes", _plan)
     methods = add("methods", "list the time-stepping methods", _methods, alone=True)
     doctor = add("doctor", "say what is installed and whether the ranks see each other", _doctor)
@@ -103,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", metavar="CONFIG", help="a TOML file")
     gradcheck.add_argument("config", metavar="CONFIG", nargs="?", help="a TOML file")
     gradcheck.add_argument("--all-methods", action="store_true", help="check every method on a small problem instead")
-    evaluate.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a trained run")
+    for sub in (evaluate, report):
+        sub.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a trained run")
+    report.add_argument("--output", metavar="FILE", type=Path, help="where the page goes, instead of RUN_DIR")
     bench.add_argument("name", metavar="NAME", choices=list(BENCHMARKS), help=" | ".join(BENCHMARKS))
     bench.add_argument("--plot", metavar="FILE", type=Path, help=f"also draw it ({', '.join(DRAWN)})")
     train.add_argument("--run-dir", metavar="DIR", help="where the run's files go, instead of [run] directory")
@@ -124,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="put a value over the configuration's; may be repeated",
         )
-    for sub in (evaluate, gradcheck, plan, methods, doctor, bench):
+    for sub in (evaluate, report, gradcheck, plan, methods, doctor, bench):
         sub.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
@@ -260,6 +263,28 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         problem.model.eval()
         with torch.no_grad():
             result = problem.evaluate(problem.model, directory)
+        run_directory.save_evaluation(directory, result, mesh)
+        emit(result)
+        if mesh.is_root and not arguments.json:
+            show_table(result)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    import importlib.util
+
+    from pnode_dist.mesh import Mesh
+    from pnode_dist.train.run_directory import on_root
+
+    def written() -> str:
+        if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("jinja2") is None:
+            raise ConfigurationError("report: needs matplotlib and jinja2: pip install 'pnode-dist[plot]'")
+        from pnode_dist.report.run_page import write_page
+
+        return str(write_page(arguments.run_dir, arguments.output))
+
+    with Mesh() as mesh, output(arguments.json, mesh.is_root) as emit:
+        result = {"page": on_root(mesh, written)}
         emit(result)
         if mesh.is_root and not arguments.json:
             show_table(result)

@@ -20,11 +20,13 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
+from pnode_dist.output import json_line
 from pnode_dist.sharding import gather_state_dict, shards_of
 from pnode_dist.train.config import Config
 
 CONFIG, VERSIONS, METRICS, MODEL = "config.toml", "versions.json", "metrics.jsonl", "model.pt"
-FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", "report.png")
+EVALUATION, FORECAST_PICTURE, PAGE = "evaluation.json", "report.png", "report.html"
+FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", EVALUATION, FORECAST_PICTURE, PAGE)
 """All files that the project writes into a run directory; no others are ever removed."""
 
 Result = TypeVar("Result")
@@ -87,6 +89,21 @@ def discard(path: Path) -> None:
     """Remove the files that a run wrote into `path`, and no others."""
     for name in FILES:
         (path / name).unlink(missing_ok=True)
+
+
+def save_evaluation(path: Path, result: dict[str, Any], mesh: Mesh) -> None:
+    """Write the figures that evaluating the run in `path` gave, as JSON. Collective on the world.
+
+    Raises `ConfigurationError` on all ranks when the file cannot be written.
+    """
+
+    def write() -> None:
+        try:
+            _write_atomically(path / EVALUATION, (json_line(result) + "\n").encode())
+        except OSError as error:
+            raise ConfigurationError(f"{path / EVALUATION}: cannot be written: {error.strerror}") from None
+
+    on_root(mesh, write)
 
 
 def describe_versions(mesh: Mesh) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def test_train_then_evaluate_leaves_the_files_of_a_run(config_file, tmp_path, ca
         "model.pt",
         "forecast.h5",
     }
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == result
     validations = [
         record
         for record in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
@@ -45,6 +46,22 @@ def test_train_then_evaluate_leaves_the_files_of_a_run(config_file, tmp_path, ca
     ]
     # The model that was saved is the one that was validated last.
     assert validations[-1]["figures"]["lead_3"] == pytest.approx(result["rmse"][2]["model"], rel=1e-12)
+
+
+def test_report_writes_a_page_of_a_run(config_file, tmp_path, capfd):
+    main(["train", str(config_file), "--set", "training.epochs=1"])
+    capfd.readouterr()
+
+    assert main(["report", str(tmp_path / "run")]) == 0
+
+    out, _ = capfd.readouterr()
+    assert out == f"page: {tmp_path / 'run' / 'report.html'}\n"
+    assert "<h2>Training</h2>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_report_refuses_what_is_no_run(tmp_path, capfd):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is not a run directory" in capfd.readouterr().err
 
 
 def test_evaluate_prints_a_table_for_people(config_file, tmp_path, capfd):
