@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
 # Checks the code (ruff, mypy) and runs the tests: the serial ones once, those marked mpi at 1, 2, 3 and 4 ranks, and those
 # marked cluster in clusters and containers of their own, where root and apt are there. What one rank runs, the serial
-# tests and the others at 1 rank, is shared by a process for each of up to 4 cores.
+# tests and the others at 1 rank, is shared by a process for each of up to 4 cores. Of a test with several cases 3 and 4
+# ranks take turns: every case runs at 1, 2 and one of them. With --every-case, or arguments for pytest, all of them do.
 #
-#   launch/test.sh [--ranks "1 2"] [--no-lint] [PYTEST ARGUMENT...]
+#   launch/test.sh [--ranks "1 2"] [--no-lint] [--every-case] [PYTEST ARGUMENT...]
 #   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
-rank_counts="1 2 3 4" lint=yes
+rank_counts="1 2 3 4" lint=yes every_case=no
 while [ $# -gt 0 ]; do
     case $1 in
         --ranks)
             rank_counts=${2:?test.sh: --ranks needs numbers, such as "1 2"}
             shift 2
+            ;;
+        --every-case)
+            every_case=yes
+            shift
             ;;
         --no-lint)
             lint=no
@@ -51,7 +56,7 @@ part() {
         [ "$status" != 124 ] || outcome="FAILED (timed out)"
     fi
     if [[ $name == *tests* ]] && [ "$status" != "$no_tests" ]; then tested=yes; fi
-    summary+=("$(printf '%-28s %s in %d s' "$name" "$outcome" $((SECONDS - started)))")
+    summary+=("$(printf '%-44s %s in %d s' "$name" "$outcome" $((SECONDS - started)))")
 }
 
 # Every rank runs its own pytest. Rank 0 speaks; another rank's output is shown when that rank failed.
@@ -92,7 +97,11 @@ done
 part "$alone_name" env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foreground --kill-after 10 2400 \
     python -m pytest "${alone[@]}" -n $((cores < 4 ? cores : 4)) --dist worksteal "$@"
 for ranks in $several; do
-    part "mpi tests at $ranks ranks" mpi_tests "$ranks" "$@"
+    if [ "$ranks" -lt 3 ] || [ "$every_case$selection" != nono ]; then
+        part "mpi tests at $ranks ranks" mpi_tests "$ranks" "$@"
+    else
+        part "mpi tests at $ranks ranks, alternate cases" mpi_tests "$ranks" --alternate-cases tests/mpi
+    fi
 done
 if [ "$selection" = no ]; then set -- tests/cluster; fi
 part "cluster tests" timeout --foreground --kill-after 10 1200 python -m pytest -m cluster "$@"

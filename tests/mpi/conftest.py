@@ -22,11 +22,31 @@ _SIZE = MPI.COMM_WORLD.size
 SPLITS = [(state, _SIZE // state) for state in range(1, _SIZE + 1) if _SIZE % state == 0]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--alternate-cases",
+        action="store_true",
+        help="of each test's cases every second one, the others with one rank more; tests of one case always",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--alternate-cases"):
+        left_out = [case for cases in _by_test(items) for case in cases[(_SIZE + 1) % 2 :: 2] if len(cases) > 1]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     # A deadlock is a failure with the stacks of all threads, and ends the other ranks too.
     for item in items:
         if "mpi" in item.keywords and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT, method="thread"))
+
+
+def _by_test(items: list[pytest.Item]) -> list[list[pytest.Item]]:
+    """The cases of each test function."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return list(tests.values())
 
 
 @pytest.hookimpl(wrapper=True)
