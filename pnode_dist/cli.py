@@ -111,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", metavar="FILE", type=Path, help=f"also draw it ({', '.join(DRAWN)})")
     train.add_argument("--run-dir", metavar="DIR", help="where the run's files go, instead of [run] directory")
     train.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run there")
+    train.add_argument(
+        "--resume",
+        metavar="auto|PATH|no",
+        default="no",
+        help="go on from the last snapshot in the run directory, if there is one, or from that in PATH",
+    )
     plan.add_argument("--ram", metavar="SIZE", help="instead of [trajectory] ram, such as 64MiB or auto")
     plan.add_argument("--disk", metavar="SIZE", help="instead of [trajectory] disk")
     plan.add_argument("--measure", action="store_true", help="also run every candidate and measure it")
@@ -140,7 +146,7 @@ def _run_together(command: Callable[[argparse.Namespace], int], arguments: argpa
     from mpi4py import MPI
 
     from pnode_dist.errors import ConvergenceError, StepSizeError
-    from pnode_dist.train.divergence import DivergenceError
+    from pnode_dist.train.endings import DivergenceError
 
     # Of its own, because the other ranks may be anywhere in the program when one fails.
     together = MPI.COMM_WORLD.Dup()
@@ -228,15 +234,18 @@ def _train(arguments: argparse.Namespace) -> int:
     import torch
 
     from pnode_dist.problems import build
-    from pnode_dist.train import loop, run_directory
+    from pnode_dist.train import loop, resume, run_directory
 
     directory = config.run.path
     with _mesh(config) as mesh:
-        run_directory.on_root(mesh, lambda: run_directory.check_free(directory, arguments.overwrite))
+        start = run_directory.on_root(mesh, lambda: resume.choose_start(arguments.resume, config, arguments.overwrite))
         problem = build(config, mesh, getattr(torch, config.training.dtype))
         loop.rehearse(problem)
-        run_directory.create(directory, config, mesh, arguments.overwrite)
-        outcome = loop.train(problem, config.training, mesh, directory)
+        snapshot = resume.open_run(start, config, mesh, arguments.overwrite)
+        if mesh.is_root:
+            for note in resume.described(start, snapshot, config.training.epochs):
+                print(f"{PROGRAM}: {note}", file=sys.stderr, flush=True)
+        outcome = loop.train(problem, config.training, mesh, directory, config.snapshot, snapshot, config.to_toml())
         if mesh.is_root:
             figures = ", ".join(
                 f"{name.replace('_', ' ')} {value:.4g} {problem.units}".rstrip()

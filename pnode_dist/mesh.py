@@ -219,6 +219,12 @@ class Mesh:
         dist.broadcast_object_list(box, src=source, group=self.world_group)
         return box[0]
 
+    def gather_object(self, value: Any) -> list[Any] | None:
+        """Every rank's picklable Python object, by rank, on rank 0; None elsewhere. Collective on the world."""
+        gathered: list[Any] | None = [None] * self.size if self.is_root else None
+        dist.gather_object(value, gathered, dst=0, group=self.world_group)
+        return gathered
+
     def barrier(self) -> None:
         """Wait for all ranks. Collective on the world."""
         dist.barrier(group=self.world_group)

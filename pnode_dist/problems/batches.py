@@ -26,11 +26,16 @@ def check_replicas(config: Config, mesh: Mesh, windows: int) -> None:
         )
 
 
-def shared(starts: Sequence[Start], config: Config, mesh: Mesh, epoch: int) -> Iterator[tuple[Start, ...]]:
-    """This replica's share of each batch of an epoch, in the order that the run's seed and the epoch fix.
+def shared(
+    starts: Sequence[Start], config: Config, mesh: Mesh, epoch: int, done: int = 0
+) -> Iterator[tuple[Start, ...]]:
+    """This replica's share of each batch of an epoch but the first `done`, in the order that the run's seed and the
+    epoch fix.
 
     Of a last batch that has fewer windows than there are replicas, some get none.
     """
     size, seed = config.training.batch_size, config.run.seed
-    for share in ReplicaSampler(len(starts), size, mesh, seed=seed, epoch=epoch):
+    sampler = ReplicaSampler(len(starts), size, mesh, seed=seed)
+    sampler.set_epoch(epoch, done)
+    for share in sampler:
         yield tuple(starts[number] for number in share)

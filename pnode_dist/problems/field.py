@@ -91,10 +91,10 @@ class FieldProblem:
         """The variable's units."""
         return self.field.units
 
-    def batches(self, epoch: int) -> Iterator[Windows]:
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Windows]:
         """This replica's training windows of an epoch, shuffled. No window touches the validation part."""
         window = self.config.problem.window
-        for starts in shared(range(self.field.training - window), self.config, self.mesh, epoch):
+        for starts in shared(range(self.field.training - window), self.config, self.mesh, epoch, done):
             yield windows(self.field, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:

@@ -84,10 +84,10 @@ class GraphDiffusionProblem:
         """How the nodes lie on the state ranks."""
         return self.data.partition
 
-    def batches(self, epoch: int) -> Iterator[Windows]:
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Windows]:
         """This replica's training windows of an epoch, shuffled. No window is of a validation trajectory."""
         window, data = self.config.problem.window, self.data.trajectories
-        for starts in shared(data.starts(window), self.config, self.mesh, epoch):
+        for starts in shared(data.starts(window), self.config, self.mesh, epoch, done):
             yield windows(data, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:

@@ -88,12 +88,12 @@ class GrayScottProblem:
         """Concentrations have no units."""
         return ""
 
-    def batches(self, epoch: int) -> Iterator[Windows]:
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Windows]:
         """This replica's training windows of an epoch, shuffled. No window is of a validation trajectory."""
         window = self.config.problem.window
         firsts = range(self.data.times - window)
         starts = [(trajectory, first) for trajectory in range(self.data.training) for first in firsts]
-        for share in shared(starts, self.config, self.mesh, epoch):
+        for share in shared(starts, self.config, self.mesh, epoch, done):
             yield windows(self.data, share, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:

@@ -72,10 +72,13 @@ class Problem(Protocol):
         """The model, whose `forward(batch)` is the prediction. It has the same parameters on every rank."""
         ...
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """This replica's share of each training batch of an epoch, in an order that (seed, epoch) fixes.
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Batch]:
+        """This replica's share of each training batch of an epoch but the first `done`, in an order that (seed, epoch)
+        fixes.
 
-        As many on every rank, and the same batches however the ranks are split; a share may be empty.
+        As many on every rank, and the same batches however the ranks are split; a share may be empty. A run that is
+        resumed goes on in the middle of an epoch: what batches and loss draw at random comes from (seed, epoch) or from
+        torch's, numpy's or Python's own generator, whose states are kept.
         """
         ...
 

@@ -83,10 +83,10 @@ class RobertsonProblem:
         """How the training trajectories lie on the state ranks."""
         return self.data.training.partition
 
-    def batches(self, epoch: int) -> Iterator[Windows]:
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Windows]:
         """This replica's training windows of an epoch, by shuffled starts, each of all training trajectories."""
         window = self.config.problem.window
-        for starts in shared(range(self.data.training.times - window), self.config, self.mesh, epoch):
+        for starts in shared(range(self.data.training.times - window), self.config, self.mesh, epoch, done):
             yield windows(self.data.training, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:

@@ -103,10 +103,10 @@ class SemilinearProblem:
         """The equations are dimensionless."""
         return ""
 
-    def batches(self, epoch: int) -> Iterator[Windows]:
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Windows]:
         """This replica's training windows of an epoch, shuffled. No window is of a validation trajectory."""
         window = self.config.problem.window
-        for starts in shared(self.data.starts(window), self.config, self.mesh, epoch):
+        for starts in shared(self.data.starts(window), self.config, self.mesh, epoch, done):
             yield windows(self.data, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:

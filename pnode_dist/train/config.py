@@ -88,6 +88,10 @@ class RunConfig(Table):
     """The run directory; by default `runs/<name>`."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
     """Seeds the parameters, the order of the batches and the directions of the gradient check."""
+    hang_limit: NotNegative = 1800.0
+    """Seconds in which a rank has to get on by a step of a solve; 0: it may take for ever."""
+    stop_before_end: NotNegative = 120.0
+    """Seconds before the end of a Slurm job at which a run stops by itself, to be gone on with; 0: it does not."""
 
     @property
     def path(self) -> Path:
@@ -201,6 +205,17 @@ class TrainingConfig(Table):
         return value
 
 
+class SnapshotConfig(Table):
+    """`[snapshot]`: how often what a run can go on from is written; it also is at its end and when it is stopped."""
+
+    every_steps: CountOrNone = 0
+    """Optimiser steps between snapshots; 0: not by steps."""
+    every_minutes: NotNegative = 10.0
+    """0: not by time."""
+    keep: Count = 2
+    """How many are kept; older ones are removed."""
+
+
 class EvaluationConfig(Table):
     """`[evaluation]`: what `pnode-dist evaluate` reports."""
 
@@ -218,6 +233,7 @@ class Config(Table):
     solver: SolverConfig = SolverConfig()
     trajectory: TrajectoryConfig = TrajectoryConfig()
     training: TrainingConfig
+    snapshot: SnapshotConfig = SnapshotConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def to_toml(self) -> str:

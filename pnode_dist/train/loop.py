@@ -8,20 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.problems.protocol import Batch, Problem
 from pnode_dist.sync import clip_gradient_norm, parallel
 from pnode_dist.train import run_directory
-from pnode_dist.train.config import TrainingConfig
-from pnode_dist.train.divergence import DivergenceError
-from pnode_dist.train.metrics import MetricsFile, StepRecord, ValidationRecord, peak_memory
+from pnode_dist.train.capture import Trained, capture, restore
+from pnode_dist.train.config import SnapshotConfig, TrainingConfig
+from pnode_dist.train.endings import DivergenceError, RunDirectoryError
+from pnode_dist.train.journal import Journal, Wishes, wishes_of
+from pnode_dist.train.metrics import StepRecord, ValidationRecord, peak_memory
 from pnode_dist.train.optimiser import optimiser_of
 from pnode_dist.train.progress import EpochSummary, reporter
+from pnode_dist.train.rank_state import rank_state, versions_of_buffers
+from pnode_dist.train.snapshot import Best, Position, Snapshot
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,6 @@ class Outcome:
     figures: dict[str, float]
 
 
-@dataclass
-class _Best:
-    """The parameters with the least headline figure so far."""
-
-    epoch: int
-    figures: dict[str, float]
-    parameters: list[torch.Tensor]
-
-
 class _Optimiser:
     """One optimiser step at a time, counted and measured."""
 
@@ -53,24 +50,63 @@ class _Optimiser:
         self._optimiser = optimiser_of(training, self._model.parameters())
         self._schedule = None
         if training.schedule == "cosine":
-            self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, T_max=training.epochs)
+            self._schedule = CosineAnnealingLR(self._optimiser, T_max=training.epochs)
+        self._built = versions_of_buffers(problem.model)
         self._began = time.perf_counter()
         self.steps = 0
+        self.before = rank_state(problem.model, self._built)
+        """This rank's state before what is being done now."""
+
+    @property
+    def trained(self) -> Trained:
+        """What a snapshot is taken of."""
+        return Trained(self._problem.model, self._optimiser, self._schedule)
+
+    def resume(self, snapshot: Snapshot) -> Best | None:
+        """Go on from a snapshot; the best parameters until then. Collective on the world."""
+        if self._mesh.size > 1 and snapshot.position.step > 0:
+            # DistributedDataParallel orders its buckets by the first backward pass, and they decide how it rounds sums.
+            self._problem.loss(self._model, next(self._problem.batches(1))).backward()  # type: ignore[no-untyped-call]
+        best = restore(snapshot, self.trained, self._mesh)
+        if self._schedule is not None and self._schedule.T_max != self._training.epochs:
+            self._follow_longer_schedule(self._schedule)
+        # Or the schedule would warn that there was no step before its own.
+        self._optimiser._opt_called = snapshot.position.step > 0  # type: ignore[attr-defined]
+        self.steps = snapshot.position.step
+        self._began = time.perf_counter() - snapshot.position.seconds
+        self.mark()
+        return best
+
+    def _follow_longer_schedule(self, schedule: CosineAnnealingLR) -> None:
+        """The run is longer than it was to be: the learning rate is where it would be, had that been known."""
+        schedule.T_max = self._training.epochs
+        share = (1 + math.cos(math.pi * schedule.last_epoch / schedule.T_max)) / 2
+        for group in self._optimiser.param_groups:
+            group["lr"] = group["initial_lr"] * share
+
+    def mark(self) -> None:
+        """Remember this rank's state: what is done next may be given up."""
+        self.before = rank_state(self._problem.model, self._built)
 
     @property
     def seconds(self) -> float:
         """Since training began."""
         return time.perf_counter() - self._began
 
-    def step(self, batch: Batch, epoch: int) -> StepRecord:
-        """One step; raises `DivergenceError` on all ranks before parameters are spoilt. Collective on the world."""
+    def step(self, batch: Batch, epoch: int, wishes: Wishes) -> tuple[StepRecord, Wishes]:
+        """One step, and what some rank wishes for after it. Collective on the world.
+
+        Raises `DivergenceError` on all ranks before parameters are spoilt.
+        """
         self.steps += 1
         self._optimiser.zero_grad(set_to_none=True)
         share = self._problem.loss(self._model, batch)
         share.backward()  # type: ignore[no-untyped-call]
         solve = self._problem.solve_statistics()
         totals = self._mesh.sum(
-            torch.tensor([share.item(), solve.bytes_written, solve.bytes_read], dtype=torch.float64)
+            torch.tensor(
+                [share.item(), solve.bytes_written, solve.bytes_read, *wishes.as_numbers()], dtype=torch.float64
+            )
         )
         loss = totals[0].item() / self._mesh.data_replicas
         # The gradient is already the sum over the ranks.
@@ -85,7 +121,7 @@ class _Optimiser:
         learning_rate = self._optimiser.param_groups[0]["lr"]
         self._optimiser.step()
         memory = self._mesh.max(torch.tensor([peak_memory()], dtype=torch.int64))
-        return StepRecord(
+        record = StepRecord(
             step=self.steps,
             epoch=epoch,
             loss=loss,
@@ -105,6 +141,8 @@ class _Optimiser:
             rejected_steps=solve.rejected_steps,
             largest_rounding=solve.largest_rounding,
         )
+        self.mark()
+        return record, wishes_of(totals[3:].tolist())
 
     def end_epoch(self) -> None:
         """Let the learning rate follow its schedule."""
@@ -125,56 +163,131 @@ def rehearse(problem: Problem) -> None:
         problem.loss(problem.model, batch)
 
 
-def train(problem: Problem, training: TrainingConfig, mesh: Mesh, directory: Path) -> Outcome:
-    """Train `problem.model` and leave metrics and parameters in `directory`. Collective on the world.
+def train(
+    problem: Problem,
+    training: TrainingConfig,
+    mesh: Mesh,
+    directory: Path,
+    snapshots: SnapshotConfig | None = None,
+    start: Snapshot | None = None,
+    config: str = "",
+) -> Outcome:
+    """Train `problem.model` and leave metrics, parameters and snapshots in `directory`. Collective on the world.
 
     Every rank differentiates its share of the loss; the gradients are summed over state ranks and averaged over data
     replicas, so parameters stay bit for bit the same on all ranks. The parameters are saved after each validation
-    and at the end. Validation data choose parameters only with `keep = "best"`.
-    Raises `DivergenceError` on all ranks when the loss or its gradient is not finite.
+    and at the end. Validation data choose parameters only with `keep = "best"`. Training goes on from `start`; `config`
+    is the text of the configuration, to be kept with snapshots.
+    Raises `DivergenceError` when the loss or its gradient is not finite, and `RunDirectoryError` when the directory
+    takes no more, on all ranks.
     """
-    optimiser = _Optimiser(problem, training, mesh)
-    metrics_path = directory / run_directory.METRICS if mesh.is_root else None
-    best: _Best | None = None
-    figures: dict[str, float] = {}
-    loss = math.nan
-    with (
-        MetricsFile(metrics_path) as metrics,
-        reporter(mesh.is_root, training.epochs, training.log_every) as report,
-    ):
-        for epoch in range(1, training.epochs + 1):
-            began = time.perf_counter()
-            losses = []
-            for batch in problem.batches(epoch):
-                record = optimiser.step(batch, epoch)
-                metrics.write(record)
-                losses.append(record.loss)
-            optimiser.end_epoch()
-            seconds = time.perf_counter() - began
-            loss = math.fsum(losses) / len(losses)
-            validates = epoch == training.epochs or (training.validate_every and epoch % training.validate_every == 0)
-            headline = None
-            if validates:
-                figures = _validate(problem)
-                metrics.write(ValidationRecord(optimiser.steps, epoch, optimiser.seconds, problem.units, figures))
-                headline = next(iter(figures.items()), None)
-                if training.keep == "best" and headline is not None and _improves(headline[1], best):
-                    best = _Best(epoch, figures, [value.detach().clone() for value in problem.model.parameters()])
-                if best is None or best.epoch == epoch:
-                    run_directory.save_parameters(problem.model, directory / run_directory.MODEL, mesh)
-            summary = EpochSummary(
-                epoch, training.epochs, loss, seconds, len(losses) / seconds, headline, problem.units
-            )
-            report.epoch(summary)
-    kept_epoch = training.epochs
-    if best is not None:
-        kept_epoch, figures = best.epoch, best.figures
-        with torch.no_grad():
-            for value, kept in zip(problem.model.parameters(), best.parameters, strict=True):
-                value.copy_(kept)
-    run_directory.save_parameters(problem.model, directory / run_directory.MODEL, mesh)
-    mesh.barrier()
-    return Outcome(optimiser.steps, optimiser.seconds, loss, kept_epoch, figures)
+    journal = Journal(directory if mesh.is_root else None, snapshots or SnapshotConfig(), config)
+    with journal, reporter(mesh.is_root, training.epochs, training.log_every) as report:
+        run = _Run(problem, training, mesh, directory, journal, start)
+        while run.epoch <= training.epochs:
+            report.epoch(run.train_epoch())
+        return run.finish()
+
+
+class _Run:
+    """A run under way: how far it has come, and the best parameters so far."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        training: TrainingConfig,
+        mesh: Mesh,
+        directory: Path,
+        journal: Journal,
+        start: Snapshot | None,
+    ) -> None:
+        self._problem, self._training, self._mesh = problem, training, mesh
+        self._directory, self._journal = directory, journal
+        self._optimiser = _Optimiser(problem, training, mesh)
+        self._best = None if start is None else self._optimiser.resume(start)
+        position = Position() if start is None else start.position
+        self.epoch = position.epoch
+        self._losses, self._loss, self._figures = list(position.losses), position.loss, dict(position.figures)
+
+    def train_epoch(self) -> EpochSummary:
+        """The rest of an epoch, and its validation. Collective on the world."""
+        training, began, done = self._training, time.perf_counter(), len(self._losses)
+        for batch in self._problem.batches(self.epoch, done):
+            self._journal.check()
+            due = self._journal.due(self._optimiser.steps + 1)
+            wishes = Wishes(snapshot=due, failed=self._journal.failure is not None)
+            record, agreed = self._optimiser.step(batch, self.epoch, wishes)
+            self._losses.append(record.loss)
+            self._journal.write(record)
+            if agreed.failed:
+                self._give_up()
+            if agreed.snapshot:
+                self._journal.keep(self._snapshot())
+        seconds, steps = time.perf_counter() - began, len(self._losses) - done
+        headline = self._validate() if self._is_validated() else None
+        self._optimiser.end_epoch()
+        self._loss = math.fsum(self._losses) / len(self._losses)
+        summary = EpochSummary(
+            self.epoch, training.epochs, self._loss, seconds, steps / seconds, headline, self._problem.units
+        )
+        self.epoch, self._losses = self.epoch + 1, []
+        return summary
+
+    def finish(self) -> Outcome:
+        """Save what is kept of the trained parameters. Collective on the world."""
+        self._journal.keep(self._snapshot(), wait=True)
+        kept_epoch, figures = self._training.epochs, self._figures
+        if self._best is not None:
+            kept_epoch, figures = self._best.epoch, self._best.figures
+            with torch.no_grad():
+                for name, value in self._problem.model.state_dict().items():
+                    value.copy_(self._best.state[name])
+        self._save_parameters()
+        self._mesh.barrier()
+        if self._mesh.max(torch.tensor([int(self._journal.failure is not None)])).item():
+            self._give_up()
+        return Outcome(self._optimiser.steps, self._optimiser.seconds, self._loss, kept_epoch, figures)
+
+    def _is_validated(self) -> bool:
+        training = self._training
+        return self.epoch == training.epochs or bool(
+            training.validate_every and self.epoch % training.validate_every == 0
+        )
+
+    def _validate(self) -> tuple[str, float] | None:
+        """Validate, and choose and save parameters; the headline. Collective on the world."""
+        problem, best = self._problem, self._best
+        self._figures = figures = _validate(problem)
+        self._journal.write(
+            ValidationRecord(self._optimiser.steps, self.epoch, self._optimiser.seconds, problem.units, figures)
+        )
+        headline = next(iter(figures.items()), None)
+        if self._training.keep == "best" and headline is not None and _improves(headline[1], best):
+            state = {name: value.detach().clone() for name, value in problem.model.state_dict().items()}
+            self._best = best = Best(self.epoch, figures, state)
+        if best is None or best.epoch == self.epoch:
+            self._save_parameters()
+        return headline
+
+    def _save_parameters(self) -> None:
+        run_directory.save_parameters(self._problem.model, self._directory / run_directory.MODEL, self._mesh)
+
+    def _snapshot(self) -> Snapshot | None:
+        """The run after its last step, on rank 0. Collective on the world."""
+        position = Position(
+            self._optimiser.steps,
+            self.epoch,
+            tuple(self._losses),
+            self._optimiser.seconds,
+            self._loss,
+            self._figures,
+            self._journal.metrics_size,
+        )
+        return capture(self._optimiser.trained, position, self._best, self._optimiser.before, self._mesh)
+
+    def _give_up(self) -> NoReturn:
+        """End all ranks because some file cannot be written. Collective on the world."""
+        raise RunDirectoryError(self._mesh.broadcast_object(self._journal.failure))
 
 
 def _validate(problem: Problem) -> dict[str, float]:
@@ -193,5 +306,5 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _improves(figure: float, best: _Best | None) -> bool:
+def _improves(figure: float, best: Best | None) -> bool:
     return math.isfinite(figure) and (best is None or figure < next(iter(best.figures.values())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -73,6 +74,11 @@ class MetricsFile:
             line = {"kind": _KINDS[type(record)], **asdict(record)}
             self._file.write(json_line(line) + "\n")
             self._file.flush()
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far, with those of earlier runs that are gone on with."""
+        return 0 if self._file is None else os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the file."""

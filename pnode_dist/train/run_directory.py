@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import socket
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,12 +21,14 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.output import json_line
 from pnode_dist.sharding import gather_state_dict, shards_of
+from pnode_dist.train import snapshot_files
+from pnode_dist.train.atomic_file import remove_unfinished, write_atomically
 from pnode_dist.train.config import Config
 
 CONFIG, VERSIONS, METRICS, MODEL = "config.toml", "versions.json", "metrics.jsonl", "model.pt"
 EVALUATION, FORECAST_PICTURE, PAGE = "evaluation.json", "report.png", "report.html"
 FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", EVALUATION, FORECAST_PICTURE, PAGE)
-"""All files that the project writes into a run directory; no others are ever removed."""
+"""All files that the project writes into a run directory, besides snapshots; no others are ever removed."""
 
 Result = TypeVar("Result")
 
@@ -68,19 +69,59 @@ def create(path: Path, config: Config, mesh: Mesh, overwrite: bool) -> None:
     With `overwrite`, files of an earlier run are removed, and nothing else.
     Raises `ConfigurationError` on all ranks when it is not free or cannot be written.
     """
-    versions = describe_versions(mesh)
-    on_root(mesh, lambda: _create(path, config, versions, overwrite))
 
-
-def _create(path: Path, config: Config, versions: dict[str, Any], overwrite: bool) -> None:
-    check_free(path, overwrite)
-    try:
+    def make() -> None:
+        check_free(path, overwrite)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
         discard(path)
-        _write_atomically(path / CONFIG, config.to_toml().encode())
-        _write_atomically(path / VERSIONS, (json.dumps(versions, indent=2) + "\n").encode())
+
+    _write(path, config, mesh, make)
+
+
+def go_on(path: Path, config: Config, mesh: Mesh, step: int, metrics: int) -> None:
+    """Take a run directory back to a snapshot: `config.toml` and `versions.json` anew, of the metrics the first so many
+    bytes, and no snapshots of later steps. Collective on the world.
+
+    Raises `ConfigurationError` on all ranks when it cannot be written.
+    """
+
+    def take_back() -> None:
+        for name in FILES:
+            remove_unfinished(path, name)
+        snapshot_files.remove_after(path, step)
+        with (path / METRICS).open("ab") as file:
+            if file.tell() > metrics:
+                file.truncate(metrics)
+
+    _write(path, config, mesh, take_back)
+
+
+def copy_metrics(source: Path, path: Path, mesh: Mesh, metrics: int) -> None:
+    """Begin the metrics of a run directory with the first so many bytes of another's. Collective on the world."""
+
+    def copy() -> None:
+        with (source / METRICS).open("rb") as file:
+            write_atomically(path / METRICS, file.read(metrics))
+
+    on_root(mesh, lambda: _writing(path, copy))
+
+
+def _write(path: Path, config: Config, mesh: Mesh, prepare: Callable[[], None]) -> None:
+    versions = describe_versions(mesh)
+
+    def write() -> None:
+        prepare()
+        write_atomically(path / CONFIG, config.to_toml().encode())
+        write_atomically(path / VERSIONS, (json.dumps(versions, indent=2) + "\n").encode())
+
+    on_root(mesh, lambda: _writing(path, write))
+
+
+def _writing(path: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
     except OSError as error:
         raise ConfigurationError(f"run directory {path}: cannot be written: {error.strerror}") from None
 
@@ -89,6 +130,10 @@ def discard(path: Path) -> None:
     """Remove the files that a run wrote into `path`, and no others."""
     for name in FILES:
         (path / name).unlink(missing_ok=True)
+        remove_unfinished(path, name)
+    snapshot_files.remove_after(path, -1)
+    with suppress(OSError):
+        (path / snapshot_files.DIRECTORY).rmdir()
 
 
 def save_evaluation(path: Path, result: dict[str, Any], mesh: Mesh) -> None:
@@ -99,7 +144,7 @@ def save_evaluation(path: Path, result: dict[str, Any], mesh: Mesh) -> None:
 
     def write() -> None:
         try:
-            _write_atomically(path / EVALUATION, (json_line(result) + "\n").encode())
+            write_atomically(path / EVALUATION, (json_line(result) + "\n").encode())
         except OSError as error:
             raise ConfigurationError(f"{path / EVALUATION}: cannot be written: {error.strerror}") from None
 
@@ -132,7 +177,7 @@ def save_parameters(model: nn.Module, path: Path, mesh: Mesh) -> None:
     whole = gather_state_dict(model, mesh) if mesh.replica == 0 else None
     if mesh.is_root and whole is not None:
         parameters = {name: value.detach().cpu().clone() for name, value in whole.items()}
-        _write_atomically(path, lambda file: torch.save(parameters, file))
+        write_atomically(path, lambda file: torch.save(parameters, file))
 
 
 def load_parameters(model: nn.Module, path: Path) -> None:
@@ -160,25 +205,3 @@ def load_parameters(model: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, value in wanted.items():
             value.copy_(shards[name].part_of(saved[name]) if name in shards else saved[name])
-
-
-def _write_atomically(path: Path, content: bytes | Callable[[Any], None]) -> None:
-    """Write a file so that after a crash the old one or the whole new one is there."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -194,8 +194,8 @@ class Fitting:
     def __post_init__(self) -> None:
         self.model = NeuralODE(self.func, step_size=STEP, partition=self.func.partition)
 
-    def batches(self, epoch: int) -> Iterator[torch.Tensor]:
-        for number in range(2):
+    def batches(self, epoch: int, done: int = 0) -> Iterator[torch.Tensor]:
+        for number in range(done, 2):
             yield random(3, STATE, seed=10 * epoch + 2 * self.mesh.replica + number)
 
     def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -41,9 +41,9 @@ class Decay:
         self.batches_per_epoch = batches_per_epoch
         self.validations: list[float] = []
 
-    def batches(self, epoch: int) -> Iterator[torch.Tensor]:
+    def batches(self, epoch: int, done: int = 0) -> Iterator[torch.Tensor]:
         first, last = self.partition.owned
-        for number in range(self.batches_per_epoch):
+        for number in range(done, self.batches_per_epoch):
             yield torch.arange(1.0 + first, 1.0 + last, dtype=torch.float64)[:, None] + number
 
     def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from pnode_dist import Trajectory
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.train import loop, run_directory
-from pnode_dist.train.divergence import DivergenceError
+from pnode_dist.train.endings import DivergenceError
 
 
 def records(directory, kind):

@@ -1,0 +1,124 @@
+"""What rank 0 writes down while a run goes on, and what ranks tell each other with every step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from pnode_dist.train import run_directory, snapshot_files
+from pnode_dist.train.atomic_file import sync
+from pnode_dist.train.config import SnapshotConfig
+from pnode_dist.train.metrics import MetricsFile, Record
+from pnode_dist.train.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What some rank wants all ranks to do after a step: stop, take a snapshot, end because files cannot be written."""
+
+    stop: bool = False
+    snapshot: bool = False
+    failed: bool = False
+
+    def as_numbers(self) -> list[float]:
+        """To be summed over the ranks."""
+        return [float(self.stop), float(self.snapshot), float(self.failed)]
+
+
+def wishes_of(sums: Sequence[float]) -> Wishes:
+    """The wishes of all ranks, of which the numbers have been summed."""
+    return Wishes(*(value > 0 for value in sums))
+
+
+class Journal:
+    """The metrics and the snapshots of a run, in `directory`; with None, as on all ranks but 0, nothing is written.
+
+    `config` is the text of the configuration, which goes with every snapshot. Files that cannot be written do not raise
+    at once, where other ranks would wait: `failure` is then set, for all ranks to end at their next agreement.
+    """
+
+    def __init__(self, directory: Path | None, snapshots: SnapshotConfig, config: str = "") -> None:
+        self._directory, self._snapshots, self._config = directory, snapshots, config
+        self._metrics = MetricsFile(None if directory is None else directory / run_directory.METRICS)
+        self._writer = snapshot_files.Background()
+        self._last_snapshot = time.monotonic()
+        self._last_step = 0
+        self.failure: str | None = None
+
+    def write(self, record: Record) -> None:
+        """Append a record to the metrics."""
+        try:
+            self._metrics.write(record)
+        except OSError as error:
+            self._fail("metrics", error)
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for a snapshot after `step`. While the disk still writes one, it is not."""
+        settings = self._snapshots
+        if self._directory is None or not self._writer.idle or step == self._last_step:
+            return False
+        by_steps = settings.every_steps and step // settings.every_steps > self._last_step // settings.every_steps
+        seconds = settings.every_minutes * 60 or math.inf
+        return bool(by_steps) or time.monotonic() - self._last_snapshot >= seconds
+
+    def check(self) -> None:
+        """Take note of a snapshot that could not be written."""
+        try:
+            self._writer.check()
+        except OSError as error:
+            self._fail("snapshot", error)
+
+    @property
+    def metrics_size(self) -> int:
+        """The size of the metrics file in bytes."""
+        return self._metrics.size
+
+    def keep(self, snapshot: Snapshot | None, wait: bool = False) -> None:
+        """Write a snapshot in the background, or if asked to, until it is on the disk."""
+        if self._directory is None or snapshot is None:
+            return
+        directory, saved = self._directory, datetime.now(UTC).isoformat(timespec="seconds")
+        self._last_snapshot, self._last_step = time.monotonic(), snapshot.position.step
+
+        def write() -> None:
+            # The snapshot counts on as many bytes of metrics.
+            sync(directory / run_directory.METRICS)
+            snapshot_files.write(directory, snapshot, saved, self._config, self._snapshots.keep)
+
+        try:
+            self._writer.start(write)
+            if wait:
+                self._writer.wait()
+        except OSError as error:
+            self._fail("snapshot", error)
+
+    def _fail(self, what: str, error: OSError) -> None:
+        if self.failure is None:
+            assert self._directory is not None
+            steps = snapshot_files.steps_in(self._directory)
+            last = f"the last snapshot is that of step {steps[0]}" if steps else "there is no snapshot"
+            self.failure = (
+                f"run directory {self._directory}: cannot write the {what}: {error.strerror or error}; {last}"
+            )
+
+    def close(self) -> None:
+        """Let what is being written be finished, and close the files."""
+        self._writer.close()
+        self.check()
+        try:
+            self._metrics.close()
+        except OSError as error:
+            self._fail("metrics", error)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
