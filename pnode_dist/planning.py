@@ -13,6 +13,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.layout import layout_of
 from pnode_dist.problems.protocol import SolveCase
 from pnode_dist.trajectory.budget import DEFAULT, ScratchError, format_size
 from pnode_dist.trajectory.plan import Plan, Plans, plan
@@ -63,12 +64,14 @@ def seconds_of(case: SolveCase, fixed: Plan | None) -> float:
     solve = case.solve
     comm = _comm(case)
     before, solve.fixed_plan = solve.fixed_plan, fixed
-    inputs = [case.state.detach().requires_grad_(), *solve.parameters()]
+    layout, parts = layout_of(case.state)
+    parts = tuple(part.detach().requires_grad_() for part in parts)
     try:
         comm.Barrier()
         began = time.perf_counter()
-        states = solve(inputs[0], case.times, *case.args)
-        torch.autograd.grad(states.square().sum(), inputs, allow_unused=True)
+        states: Any = solve(layout.as_state(parts), case.times, *case.args)
+        squares = sum(part.square().sum() for part in (states if layout.is_tuple else (states,)))
+        torch.autograd.grad(squares, (*parts, *solve.parameters()), allow_unused=True)
         return float(comm.allreduce(time.perf_counter() - began, MPI.MAX))
     finally:
         solve.fixed_plan = before

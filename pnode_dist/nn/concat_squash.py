@@ -27,23 +27,25 @@ class ConcatSquash(nn.Module):
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
         self.linear = nn.Linear(before, after, dtype=torch.float64)
-        self.gate = nn.Linear(1, after, dtype=torch.float64)
-        self.shift = nn.Linear(1, after, bias=False, dtype=torch.float64)
+        # Initialised as the maps of one number that they are.
+        self.gate, self.gate_bias, self.shift = (
+            nn.Parameter(torch.empty(after, dtype=torch.float64).uniform_(-1, 1)) for _ in range(3)
+        )
 
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The output for each sample; `t` is 0-dimensional."""
-        when = t.reshape(1)
-        y: torch.Tensor = self.linear(x) * torch.sigmoid(self.gate(when)) + self.shift(when)
-        return y
+        return torch.addcmul(self.shift * t, self.linear(x), self._gate(t))
 
     def with_tangents(
         self, t: torch.Tensor, x: torch.Tensor, tangents: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output, and its derivatives `[..., after]` along `tangents` `[..., before]`."""
-        when = t.reshape(1)
-        gate = torch.sigmoid(self.gate(when))
-        y: torch.Tensor = self.linear(x) * gate + self.shift(when)
+        gate = self._gate(t)
+        y = torch.addcmul(self.shift * t, self.linear(x), gate)
         return y, functional.linear(tangents, self.linear.weight) * gate
+
+    def _gate(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(torch.addcmul(self.gate_bias, self.gate, t))
 
 
 class ConcatSquashPerceptron(nn.Module):

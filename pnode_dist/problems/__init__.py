@@ -21,6 +21,7 @@ def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
     from pnode_dist.train.config import (
         BurgersRun,
         FieldRun,
+        FlowsRun,
         GraphDiffusionRun,
         GrayScottRun,
         KuramotoSivashinskyRun,
@@ -54,4 +55,8 @@ def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
             from pnode_dist.problems.pendulum import build_pendulum
 
             return build_pendulum(config, mesh, dtype)
+        case FlowsRun():
+            from pnode_dist.problems.flows import build_flows
+
+            return build_flows(config, mesh, dtype)
     raise TypeError(f"there is no problem for a {type(config).__name__}")

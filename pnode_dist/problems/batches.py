@@ -1,4 +1,4 @@
-"""Which training windows a replica takes, batch by batch."""
+"""Which training windows, or other samples, a replica takes, batch by batch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 Start = TypeVar("Start")
 
 
-def check_replicas(config: Config, mesh: Mesh, windows: int) -> None:
-    """Raise `ConfigurationError` if the training windows, or those of a batch, are fewer than the replicas."""
+def check_replicas(config: Config, mesh: Mesh, count: int, item: str = "window") -> None:
+    """Raise `ConfigurationError` if the training windows, or what an `item` is, or those of a batch, are fewer than the
+    replicas."""
     size, replicas = config.training.batch_size, mesh.data_replicas
-    if windows < replicas:
-        raise ConfigurationError(f"[mesh] data = {replicas}: must be at most {windows}, the starts of training windows")
+    if count < replicas:
+        raise ConfigurationError(f"[mesh] data = {replicas}: must be at most {count}, the training {item}s")
     if size < replicas:
         raise ConfigurationError(
-            f"[training] batch_size = {size}: must be at least {replicas}, a window for each replica of [mesh] data"
+            f"[training] batch_size = {size}: must be at least {replicas}, a {item} for each replica of [mesh] data"
         )
 
 

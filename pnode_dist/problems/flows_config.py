@@ -107,6 +107,9 @@ class FlowsModelConfig(BaseModel):
     `hutchinson` one, along noise that stays the same for a solve. Evaluations are exact."""
     noise: Literal["gaussian", "rademacher"] = "rademacher"
     """Hutchinson's noise: normally distributed, or signs."""
+    whiten: bool = False
+    """Let the flow begin with the linear map that makes the rows to learn from white: untrained, it is then near the
+    normal distribution that fits them."""
     kinetic: NotNegative = 0.0
     """What the loss adds for each unit of a sample's squared speed, integrated over time."""
     jacobian: NotNegative = 0.0

@@ -74,6 +74,31 @@ class FlowDynamics(nn.Module):
         return tuple(rates)
 
 
+class Whitening(nn.Module):
+    """The linear map of rows x = m + L y with the `mean` m `[dimension]` and the lower triangular `factor` L to y."""
+
+    mean: torch.Tensor
+    factor: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor, factor: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("factor", factor, persistent=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """The white rows `[row, dimension]`."""
+        white: torch.Tensor = torch.linalg.solve_triangular(self.factor, (rows - self.mean).T, upper=False).T
+        return white
+
+    def back(self, white: torch.Tensor) -> torch.Tensor:
+        """The rows `[..., dimension]` of white ones."""
+        return self.mean + white @ self.factor.T
+
+    def log_volume(self) -> torch.Tensor:
+        """By how much log densities of rows are less than those of white rows."""
+        return self.factor.diagonal().log().sum()
+
+
 class FlowDensity(NamedTuple):
     """What a flow says of samples: where they end in the base space `[sample, dimension]`, the log of their density
     `[sample]` in nats, and the integrals of the charges `[sample]` each."""
@@ -88,19 +113,35 @@ class ContinuousFlow(nn.Module):
 
     `solves` are modules that are called as `solve(state, times, *args)`, with a tuple of parts and two times, and
     return each part at both times, like a `NeuralODE`; `dynamics` are the right-hand sides that they solve, in the same
-    order, called as `dynamics(t, state, *args)`. Collective as the solves are.
+    order, called as `dynamics(t, state, *args)`. With `whitening` the first takes samples that it has made white.
+    Collective as the solves are.
     """
 
-    def __init__(self, dynamics: Sequence[FlowDynamics], solves: Sequence[nn.Module], time: float) -> None:
+    def __init__(
+        self,
+        dynamics: Sequence[FlowDynamics],
+        solves: Sequence[nn.Module],
+        time: float,
+        whitening: Whitening | None = None,
+    ) -> None:
         super().__init__()
         self.solves = nn.ModuleList(solves)
         # Their parameters are those of the solves.
         self._dynamics = tuple(dynamics)
         self.time = time
+        self.whitening = whitening
 
-    def start(self, samples: torch.Tensor, log_density: torch.Tensor | None = None) -> Parts:
-        """The state of the first solve, see `FlowDynamics.start`."""
-        return self._dynamics[0].start(samples, log_density)
+    @property
+    def charges(self) -> tuple[str, ...]:
+        """The names of what the flow is charged for."""
+        return self._dynamics[0].charges
+
+    def start(self, samples: torch.Tensor) -> Parts:
+        """The state at the start of the first solve: `samples`, and the change of their log density so far."""
+        if self.whitening is None:
+            return self._dynamics[0].start(samples)
+        volume = self.whitening.log_volume().expand(len(samples))
+        return self._dynamics[0].start(self.whitening(samples), volume)
 
     def forward(self, samples: torch.Tensor, noise: torch.Tensor | None = None) -> FlowDensity:
         """Where `samples` `[sample, dimension]` come from, and how likely they are; with `noise` by Hutchinson's
@@ -113,10 +154,23 @@ class ContinuousFlow(nn.Module):
 
     def sample(self, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The samples that the flow makes of noise `base` `[sample, dimension]`, and their log densities `[sample]`."""
-        state = self.start(base, standard_normal(base))
+        state = self._dynamics[-1].start(base, standard_normal(base))
         for solve in reversed(self.solves):
             state = _solved(solve, state, (self.time, 0.0), ())
-        return state[0], state[1]
+        if self.whitening is None:
+            return state[0], state[1]
+        return self.whitening.back(state[0]), state[1] - self.whitening.log_volume()
+
+    def paths(self, base: torch.Tensor, pieces: int) -> torch.Tensor:
+        """The ways `[time, sample, dimension]` from noise to samples, each flow's at `pieces` later times."""
+        state, passed = self._dynamics[-1].start(base), [base.unsqueeze(0)]
+        times = [self.time * (1 - number / pieces) for number in range(pieces + 1)]
+        for solve in reversed(self.solves):
+            parts = solve(state, times)
+            state = tuple(part[-1] for part in parts)
+            passed.append(parts[0][1:])
+        way = torch.cat(passed)
+        return way if self.whitening is None else self.whitening.back(way)
 
 
 def continuous_flow(
@@ -125,10 +179,12 @@ def continuous_flow(
     seed: int,
     dtype: torch.dtype,
     solve: Callable[[FlowDynamics], nn.Module],
+    whitening: Whitening | None = None,
 ) -> ContinuousFlow:
     """The configured flow of samples with `dimension` entries, computing in `dtype`, its parameters fixed by `seed`.
 
-    `solve` makes of each right-hand side the module that solves it, see `ContinuousFlow`. Not collective.
+    `solve` makes of each right-hand side the module that solves it; see `ContinuousFlow`, also for `whitening`. Not
+    collective.
     """
     charges = tuple(name for name in (KINETIC, JACOBIAN) if getattr(config, name) > 0)
     widths = (dimension, *config.hidden, dimension)
@@ -138,7 +194,8 @@ def continuous_flow(
             FlowDynamics(ConcatSquashPerceptron(widths, config.activation, _FIRST_OUTPUT), dimension, charges).to(dtype)
             for _ in range(config.flows)
         ]
-    return ContinuousFlow(dynamics, [solve(one) for one in dynamics], config.time)
+    whitening = None if whitening is None else whitening.to(dtype)
+    return ContinuousFlow(dynamics, [solve(one) for one in dynamics], config.time, whitening)
 
 
 def standard_normal(z: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from pnode_dist.ode.layout import State
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.trajectory.statistics import SolveStatistics
@@ -44,7 +45,7 @@ class SolveCase:
     """One solve as training does it: `solve(state, times, *args)`, of a whole batch. Collective on the state ranks."""
 
     solve: NeuralODE
-    state: torch.Tensor
+    state: State
     times: Sequence[float]
     args: tuple[Any, ...] = ()
 

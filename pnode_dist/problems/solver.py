@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from mpi4py import MPI
 
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.mass import Mass
@@ -47,12 +49,17 @@ def check_budget(config: Config, partition: Partition, interval: float, window: 
 
     A window has `window` output times, `interval` apart in the problem's time units. A replica has its share of them.
     """
-    times = [number * interval for number in range(window + 1)]
     share = math.ceil(config.training.batch_size / config.mesh.data)
     values = share * protocol.count(partition.local_shape)
+    check_checkpoint(config, values, [number * interval for number in range(window + 1)], partition.comm)
+
+
+def check_checkpoint(config: Config, values: int, times: Sequence[float], comm: MPI.Comm) -> None:
+    """Raise `ConfigurationError` if no checkpoint of a state with so many `values` on this rank fits the trajectory of
+    its solve for `times`. Collective on `comm`."""
     trajectory = config.trajectory.build()
     checkpoint = values * trajectory.checkpoint_itemsize
     solver = config.solver
     adaptive = solver.rtol is not None or solver.atol is not None
     steps = None if adaptive else time_grid(times, solver.step_size).steps
-    agree_on_slots(trajectory, checkpoint, steps, True, partition.comm)
+    agree_on_slots(trajectory, checkpoint, steps, True, comm)

@@ -26,6 +26,7 @@ from pydantic import (
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
 from pnode_dist.problems.field_config import FieldConfig, FieldModelConfig
+from pnode_dist.problems.flows_config import FlowsConfig, FlowsEvaluationConfig, FlowsModelConfig
 from pnode_dist.problems.graph_diffusion_config import GraphDiffusionConfig, GraphDiffusionModelConfig
 from pnode_dist.problems.gray_scott_config import GrayScottConfig, GrayScottModelConfig
 from pnode_dist.problems.pendulum_config import PendulumConfig, PendulumModelConfig
@@ -217,14 +218,14 @@ class SnapshotConfig(Table):
 
 
 class EvaluationConfig(Table):
-    """`[evaluation]`: what `pnode-dist evaluate` reports."""
+    """`[evaluation]` of a problem that forecasts: what `pnode-dist evaluate` reports."""
 
     leads: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_leads)] = (1, 2, 3, 6)
     """Forecast lead times, in steps of the data's time axis."""
 
 
 class Config(Table):
-    """A whole configuration. Its subclasses say what `[problem]` and `[model]` hold, see `RUNS`."""
+    """A whole configuration. Its subclasses say what `[problem]`, `[model]` and `[evaluation]` hold, see `RUNS`."""
 
     run: RunConfig
     mesh: MeshConfig = MeshConfig()
@@ -234,35 +235,41 @@ class Config(Table):
     trajectory: TrajectoryConfig = TrajectoryConfig()
     training: TrainingConfig
     snapshot: SnapshotConfig = SnapshotConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: BaseModel
 
     def to_toml(self) -> str:
         """The configuration with all defaults written out, as `load` reads it."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
-class FieldRun(Config):
+class ForecastRun(Config):
+    """A whole configuration of a problem whose model forecasts trajectories."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+class FieldRun(ForecastRun):
     """A whole configuration of a field problem."""
 
     problem: FieldConfig
     model: FieldModelConfig = FieldModelConfig()
 
 
-class GrayScottRun(Config):
+class GrayScottRun(ForecastRun):
     """A whole configuration of a Gray-Scott problem."""
 
     problem: GrayScottConfig
     model: GrayScottModelConfig = GrayScottModelConfig()
 
 
-class KuramotoSivashinskyRun(Config):
+class KuramotoSivashinskyRun(ForecastRun):
     """A whole configuration of a Kuramoto-Sivashinsky problem."""
 
     problem: KuramotoSivashinskyConfig
     model: SemilinearModelConfig = SemilinearModelConfig()
 
 
-class BurgersRun(Config):
+class BurgersRun(ForecastRun):
     """A whole configuration of a Burgers problem."""
 
     problem: BurgersConfig
@@ -272,7 +279,7 @@ class BurgersRun(Config):
 SemilinearRun = KuramotoSivashinskyRun | BurgersRun
 
 
-class RobertsonRun(Config):
+class RobertsonRun(ForecastRun):
     """A whole configuration of a Robertson problem."""
 
     problem: RobertsonConfig
@@ -280,18 +287,26 @@ class RobertsonRun(Config):
     rival: RivalConfig = RivalConfig()
 
 
-class PendulumRun(Config):
+class PendulumRun(ForecastRun):
     """A whole configuration of a pendulum problem."""
 
     problem: PendulumConfig
     model: PendulumModelConfig = PendulumModelConfig()
 
 
-class GraphDiffusionRun(Config):
+class GraphDiffusionRun(ForecastRun):
     """A whole configuration of a graph diffusion problem."""
 
     problem: GraphDiffusionConfig
     model: GraphDiffusionModelConfig = GraphDiffusionModelConfig()
+
+
+class FlowsRun(Config):
+    """A whole configuration of a flows problem."""
+
+    problem: FlowsConfig
+    model: FlowsModelConfig = FlowsModelConfig()
+    evaluation: FlowsEvaluationConfig = FlowsEvaluationConfig()
 
 
 RUNS: dict[str, type[Config]] = {
@@ -302,6 +317,7 @@ RUNS: dict[str, type[Config]] = {
     "robertson": RobertsonRun,
     "pendulum": PendulumRun,
     "graph_diffusion": GraphDiffusionRun,
+    "flows": FlowsRun,
 }
 """The configuration that each `[problem] type` needs; without a type the problem is `field`."""
 

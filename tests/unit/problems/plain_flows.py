@@ -1,12 +1,17 @@
-"""Continuous flows in plain torch: layers by their formula, traces by autograd, steps of RK4 one after another."""
+"""Continuous flows in plain torch: layers by their formula, traces by autograd, steps of RK4; small configurations."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+from pnode_dist.problems.flows_model import ContinuousFlow
+from pnode_dist.train.config import FlowsRun
+
+STEPS, TIME = 4, 0.8
 Parameters = Mapping[str, torch.Tensor]
 Field = Callable[[float, torch.Tensor], torch.Tensor]
 ACTIVATIONS = {"tanh": torch.tanh, "softplus": torch.nn.functional.softplus, "silu": torch.nn.functional.silu}
@@ -18,9 +23,9 @@ def velocity(parameters: Parameters, activation: str, t: float, x: torch.Tensor)
     for number in range(count):
         weight, bias, gate, offset, shift = (
             parameters[f"layers.{number}.{name}"]
-            for name in ("linear.weight", "linear.bias", "gate.weight", "gate.bias", "shift.weight")
+            for name in ("linear.weight", "linear.bias", "gate", "gate_bias", "shift")
         )
-        x = (x @ weight.T + bias) / (1 + torch.exp(-(gate[:, 0] * t + offset))) + shift[:, 0] * t
+        x = (x @ weight.T + bias) / (1 + torch.exp(-(gate * t + offset))) + shift * t
         if number < count - 1:
             x = ACTIVATIONS[activation](x)
     return x
@@ -74,3 +79,54 @@ def rk4(
 def standard_normal(z: torch.Tensor) -> torch.Tensor:
     """The log density of independent standard normal entries."""
     return -(z**2).sum(-1) / 2 - z.shape[1] * math.log(math.sqrt(2 * math.pi))
+
+
+def problem(**changes: Any) -> dict[str, Any]:
+    """The table `[problem]` of a small problem."""
+    return {"type": "flows", "density": "moons", "samples": 23, "validation": 11, "test": 13} | changes
+
+
+def config(**tables: dict[str, Any]) -> FlowsRun:
+    """A whole configuration; `tables` change single keys of its tables."""
+    whole: dict[str, dict[str, Any]] = {
+        "run": {"name": "test", "seed": 3},
+        "problem": problem(),
+        "model": {"hidden": (5, 4), "time": TIME},
+        "solver": {"method": "rk4", "step_size": TIME / STEPS},
+        "training": {"epochs": 2, "batch_size": 9, "dtype": "float64"},
+        "evaluation": {"samples": 7, "cells": 6},
+    }
+    for name, changes in tables.items():
+        whole[name] = whole.get(name, {}) | changes
+    return FlowsRun.model_validate(whole)
+
+
+def leaves_of(model: ContinuousFlow) -> list[dict[str, torch.Tensor]]:
+    """Copies of the parameters of each flow, named as in its network."""
+    return [
+        {
+            name.removeprefix("func.velocity."): value.detach().clone().requires_grad_()
+            for name, value in solve.named_parameters()
+        }
+        for solve in model.solves
+    ]
+
+
+def density(
+    flows: list[dict[str, torch.Tensor]], samples: torch.Tensor, noise: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """The base points, the log densities and both charges of samples, by `STEPS` steps of each flow."""
+    z, change, kinetic, jacobian = samples, 0.0, 0.0, 0.0
+    for own in flows:
+        z, *parts = rk4(lambda t, z, own=own: velocity(own, "tanh", t, z), z, 0.0, TIME, STEPS, noise)
+        change, kinetic, jacobian = change + parts[0], kinetic + parts[1], jacobian + parts[2]
+    return z, standard_normal(z) - change, kinetic, jacobian
+
+
+def sampled(flows: list[dict[str, torch.Tensor]], base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples that noise becomes, and their log densities."""
+    z, log_density = base, standard_normal(base)
+    for own in reversed(flows):
+        z, change, *_ = rk4(lambda t, z, own=own: velocity(own, "tanh", t, z), z, TIME, 0.0, STEPS)
+        log_density = log_density + change
+    return z, log_density

@@ -13,33 +13,36 @@ from torch import nn
 
 from pnode_dist import NeuralODE
 from pnode_dist.problems.flows_config import FlowsModelConfig
-from pnode_dist.problems.flows_model import ContinuousFlow, FlowDynamics, continuous_flow
-from tests.unit.problems.plain_flows import Field, rates, rk4, standard_normal, velocity
+from pnode_dist.problems.flows_model import ContinuousFlow, FlowDynamics, Whitening, continuous_flow
+from tests.unit.problems.plain_flows import (
+    STEPS,
+    TIME,
+    Field,
+    density,
+    leaves_of,
+    rates,
+    standard_normal,
+    velocity,
+)
 
 SAMPLES = torch.from_numpy(np.random.default_rng(0).normal(size=(7, 3)))
 NOISE = torch.from_numpy(np.random.default_rng(1).normal(size=(7, 3)))
-STEPS, TIME = 4, 0.8
 WEIGHTS = torch.from_numpy(np.random.default_rng(2).normal(size=(7,)))
 
 
-def flow(method: str = "rk4", step_size: float | None = TIME / STEPS, **model: Any) -> ContinuousFlow:
+def flow(
+    method: str = "rk4", step_size: float | None = TIME / STEPS, whitening: Whitening | None = None, **model: Any
+) -> ContinuousFlow:
     config = FlowsModelConfig(hidden=(6, 5), time=TIME, **model)
     return continuous_flow(
-        config, 3, 0, torch.float64, lambda dynamics: NeuralODE(dynamics, method=method, step_size=step_size)
+        config, 3, 0, torch.float64, lambda dynamics: NeuralODE(dynamics, method=method, step_size=step_size), whitening
     )
 
 
-def fields(model: ContinuousFlow) -> tuple[list[Field], list[torch.Tensor]]:
-    """The velocities in plain torch, and the leaves that they are made of in the order of the model's parameters."""
-    made, leaves = [], []
-    for solve in model.solves:
-        own = {
-            name.removeprefix("func.velocity."): value.detach().clone().requires_grad_()
-            for name, value in solve.named_parameters()
-        }
-        made.append(lambda t, z, own=own: velocity(own, "tanh", t, z))
-        leaves += list(own.values())
-    return made, leaves
+def field_of(model: ContinuousFlow) -> tuple[Field, list[torch.Tensor]]:
+    """The velocity of a single flow in plain torch, and the leaves that it is made of."""
+    (own,) = leaves_of(model)
+    return lambda t, z: velocity(own, "tanh", t, z), list(own.values())
 
 
 class Linear(nn.Module):
@@ -64,7 +67,7 @@ MATRIX = torch.tensor([[0.3, -0.8, 0.1], [0.5, -0.2, 0.4], [0.0, 0.2, 0.6]], dty
 @pytest.mark.parametrize("noise", [None, NOISE], ids=["exact", "hutchinson"])
 def test_rates_are_those_of_a_jacobian_by_autograd(noise: torch.Tensor | None) -> None:
     model = flow(kinetic=1.0, jacobian=1.0)
-    (field,), _ = fields(model)
+    field, _ = field_of(model)
     dynamics = model.solves[0].func
     state = (SAMPLES, WEIGHTS, WEIGHTS, WEIGHTS)
     with torch.no_grad():
@@ -77,34 +80,30 @@ def test_rates_are_those_of_a_jacobian_by_autograd(noise: torch.Tensor | None) -
 def test_log_density_charges_and_gradients_are_those_of_plain_torch(noise: torch.Tensor | None) -> None:
     model = flow(kinetic=1.0, jacobian=1.0, flows=2)
     samples = SAMPLES.clone().requires_grad_()
-    density = model(samples, noise)
-    loss = ((density.log_density + 0.3 * density.charges[0] + 0.7 * density.charges[1]) * WEIGHTS).sum()
-    found = torch.autograd.grad(loss, (samples, *model.parameters()))
+    found = model(samples, noise)
+    loss = ((found.log_density + 0.3 * found.charges[0] + 0.7 * found.charges[1]) * WEIGHTS).sum()
+    gradients = torch.autograd.grad(loss, (samples, *model.parameters()))
 
-    plain, leaves = fields(model)
-    start = SAMPLES.clone().requires_grad_()
-    z, change, kinetic, jacobian = start, 0.0, 0.0, 0.0
-    for field in plain:
-        z, *parts = rk4(field, z, 0.0, TIME, STEPS, noise)
-        change, kinetic, jacobian = change + parts[0], kinetic + parts[1], jacobian + parts[2]
-    expected = standard_normal(z) - change
-    torch.testing.assert_close(density.base, z, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(density.log_density, expected, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(density.charges, (kinetic, jacobian), rtol=1e-12, atol=1e-13)
+    flows, start = leaves_of(model), SAMPLES.clone().requires_grad_()
+    base, expected, kinetic, jacobian = density(flows, start, noise)
+    torch.testing.assert_close(found.base, base, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found.log_density, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found.charges, (kinetic, jacobian), rtol=1e-12, atol=1e-13)
     whole = ((expected + 0.3 * kinetic + 0.7 * jacobian) * WEIGHTS).sum()
-    for value, wanted in zip(found, torch.autograd.grad(whole, (start, *leaves)), strict=True):
+    leaves = [value for own in flows for value in own.values()]
+    for value, wanted in zip(gradients, torch.autograd.grad(whole, (start, *leaves)), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_a_linear_velocity_changes_the_log_density_by_its_trace_times_the_time() -> None:
     dynamics = FlowDynamics(Linear(MATRIX), 3)
     model = ContinuousFlow([dynamics], [NeuralODE(dynamics, method="dopri5", step_size=0.02)], TIME)
-    density = model(SAMPLES)
+    found = model(SAMPLES)
     base = SAMPLES @ torch.linalg.matrix_exp(TIME * MATRIX).T
-    torch.testing.assert_close(density.base, base, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(found.base, base, rtol=1e-10, atol=1e-11)
     expected = standard_normal(base) + TIME * torch.trace(MATRIX)
-    torch.testing.assert_close(density.log_density, expected, rtol=1e-10, atol=1e-11)
-    (gradient,) = torch.autograd.grad(density.log_density.sum(), dynamics.velocity.matrix)
+    torch.testing.assert_close(found.log_density, expected, rtol=1e-10, atol=1e-11)
+    (gradient,) = torch.autograd.grad(found.log_density.sum(), dynamics.velocity.matrix)
     matrix = MATRIX.clone().requires_grad_()
     whole = standard_normal(SAMPLES @ torch.linalg.matrix_exp(TIME * matrix).T) + TIME * torch.trace(matrix)
     torch.testing.assert_close(gradient, torch.autograd.grad(whole.sum(), matrix)[0], rtol=1e-8, atol=1e-9)
@@ -112,9 +111,9 @@ def test_a_linear_velocity_changes_the_log_density_by_its_trace_times_the_time()
 
 def test_an_accurate_solve_is_that_of_torchdiffeq() -> None:
     model = flow("dopri5", 0.05)
-    (field,), leaves = fields(model)
-    density = model(SAMPLES)
-    found = torch.autograd.grad((density.log_density * WEIGHTS).sum(), tuple(model.parameters()))
+    field, leaves = field_of(model)
+    found = model(SAMPLES)
+    gradients = torch.autograd.grad((found.log_density * WEIGHTS).sum(), tuple(model.parameters()))
     start = (SAMPLES, torch.zeros(7, dtype=torch.float64))
     z, change = torchdiffeq.odeint(
         lambda t, state: rates(field, t, state[0])[:2],
@@ -124,18 +123,18 @@ def test_an_accurate_solve_is_that_of_torchdiffeq() -> None:
         atol=1e-10,
     )
     expected = standard_normal(z[-1]) - change[-1]
-    torch.testing.assert_close(density.log_density, expected, rtol=1e-8, atol=1e-9)
-    for value, wanted in zip(found, torch.autograd.grad((expected * WEIGHTS).sum(), leaves), strict=True):
+    torch.testing.assert_close(found.log_density, expected, rtol=1e-8, atol=1e-9)
+    for value, wanted in zip(gradients, torch.autograd.grad((expected * WEIGHTS).sum(), leaves), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-7, atol=1e-8)
 
 
 def test_sampling_goes_the_way_back_with_the_same_densities() -> None:
     model = flow("dopri5", 0.05, flows=2)
     with torch.no_grad():
-        density = model(SAMPLES)
-        samples, log_density = model.sample(density.base)
+        found = model(SAMPLES)
+        samples, log_density = model.sample(found.base)
     torch.testing.assert_close(samples, SAMPLES, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(log_density, density.log_density, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_density, found.log_density, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
@@ -151,6 +150,35 @@ def test_hutchinson_s_estimates_are_right_in_the_mean(kind: str) -> None:
         error = 5 * estimates.std().item() / math.sqrt(draws)
         assert 1e-3 < error < 0.1
         assert estimates.mean().item() == pytest.approx(exact.item(), abs=error)
+
+
+def test_a_whitened_flow_is_the_density_of_rows_that_were_white() -> None:
+    factor, mean = torch.linalg.cholesky(MATRIX @ MATRIX.T), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    plain, whitened = flow(), flow(whitening=Whitening(mean, factor))
+    rows = mean + SAMPLES @ factor.T
+    with torch.no_grad():
+        found, expected = whitened(rows), plain(SAMPLES)
+        torch.testing.assert_close(found.base, expected.base, rtol=1e-12, atol=1e-12)
+        volume = torch.linalg.slogdet(factor)[1]
+        torch.testing.assert_close(found.log_density, expected.log_density - volume, rtol=1e-12, atol=1e-12)
+        samples, log_density = whitened.sample(SAMPLES)
+        ways, white = plain.sample(SAMPLES)
+        torch.testing.assert_close(samples, mean + ways @ factor.T, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(log_density, white - volume, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(whitened.paths(SAMPLES, STEPS)[-1], samples, rtol=1e-12, atol=1e-12)
+    assert not list(whitened.whitening.parameters())
+
+
+def test_paths_go_from_the_noise_through_every_flow_to_the_samples() -> None:
+    model = flow(flows=2)
+    with torch.no_grad():
+        samples, _ = model.sample(SAMPLES)
+        paths = model.paths(SAMPLES, STEPS)
+        (between,) = (part[-1] for part in model.solves[1](model.start(SAMPLES), (TIME, 0.0))[:1])
+    assert paths.shape == (2 * STEPS + 1, 7, 3)
+    assert torch.equal(paths[0], SAMPLES)
+    torch.testing.assert_close(paths[STEPS], between, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(paths[-1], samples, rtol=1e-13, atol=1e-14)
 
 
 def test_the_seed_fixes_parameters_that_differ_between_flows() -> None:
