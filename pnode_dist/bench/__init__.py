@@ -13,13 +13,14 @@ BENCHMARKS = {
     "halo": "messages and bytes of halo exchanges against the least (one or more ranks)",
     "implicit": "Newton and Krylov iterations with and without preconditioners (one rank), and on more ranks (several)",
     "semi-implicit": "semi-implicit against explicit steps on a stiff equation: their sizes and an epoch (one rank)",
+    "methods": "both of the PNODE paper's experiments with every method they compare (one rank)",
     "trajectory": "cost of keeping and recomputing trajectories (one rank), and of a very long one (several)",
     "overhead": "what a solver takes beyond the work on f, against torchdiffeq and torchode (one rank)",
     "precision": "f in float64, float32 and bfloat16: seconds and gradient errors (one rank)",
     "scaling": "strong and weak scaling of a training step, and a projection to more ranks (one or more ranks)",
     "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
 }
-DRAWN = ("halo", "overhead", "precision", "scaling", "sync")
+DRAWN = ("halo", "methods", "overhead", "precision", "scaling", "sync")
 """Those that have a picture."""
 
 

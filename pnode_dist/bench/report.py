@@ -44,13 +44,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows, each with the same keys, the checks, notes on how to read them, and the machine they are of."""
+    """The rows, each with the same keys, the checks, notes on how to read them, and the machine they are of.
+
+    `further` are more tables of such rows, by their titles.
+    """
 
     name: str
     rows: Sequence[Row]
     checks: Sequence[Check]
     notes: Sequence[str] = ()
     machine: dict[str, Any] = field(default_factory=lambda: machine_facts())
+    further: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON has it."""
@@ -59,17 +63,15 @@ class Report:
             "rows": list(self.rows),
             "checks": [check.as_dict() for check in self.checks],
             "notes": list(self.notes),
+            "further": {title: list(rows) for title, rows in self.further.items()},
             "machine": self.machine,
         }
 
     def show(self, console: Console) -> None:
         """Print the report as tables."""
-        table = Table(title=self.name)
-        for key, value in self.rows[0].items():
-            table.add_column(key, justify="left" if isinstance(value, str) else "right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*(_shown(value) for value in row.values()))
-        console.print(table)
+        for title, rows in {self.name: self.rows, **self.further}.items():
+            if rows:
+                console.print(_table(title, rows))
         checks = Table(title="checks")
         for key in ("name", "value", "target", "holds"):
             checks.add_column(key, justify="left" if key == "name" else "right", no_wrap=True)
@@ -106,6 +108,15 @@ def interleaved(candidates: Mapping[str, Callable[[], float]], repeats: int) -> 
         for name, candidate in candidates.items():
             seconds[name].append(candidate())
     return seconds
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=title)
+    for key, value in rows[0].items():
+        table.add_column(key, justify="left" if isinstance(value, str) else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(_shown(value) for value in row.values()))
+    return table
 
 
 def _shown(value: str | int | float) -> str:

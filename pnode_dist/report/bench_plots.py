@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from pnode_dist.bench.report import Report, Row
+from pnode_dist.report.methods_plot import draw_methods
 from pnode_dist.report.panels import MODEL_COLOUR, STYLE
 
 _WORK, _OTHER, _THIRD, _LIMIT = "#a9b4bc", "#1f78b4", "#e8a33d", "#5b6770"
@@ -241,6 +242,7 @@ def _sync(figure: Figure, report: Report) -> None:
 
 DRAWINGS: dict[str, tuple[Callable[[Figure, Report], Any], tuple[float, float]]] = {
     "halo": (_halo, (12.0, 5.6)),
+    "methods": (draw_methods, (17.0, 12.0)),
     "overhead": (_overhead, (14.0, 7.5)),
     "precision": (_precision, (10.0, 3.4)),
     "scaling": (_scaling, (15.0, 4.6)),

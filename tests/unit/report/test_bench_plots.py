@@ -46,7 +46,18 @@ def scaling(what: str, ranks: int, seconds: float, measured: bool = True) -> Row
     }
 
 
+def gradient(method: str, steps: int, milliseconds: float, mebibytes: float) -> Row:
+    cell: Row = {"experiment": "images", "solver": "rk4", "steps": steps}
+    return cell | {"method": method, "ms": milliseconds, "MiB": mebibytes}
+
+
 ROWS: dict[str, list[Row]] = {
+    "methods": [
+        gradient("NODE-naive", 2, 10.0, 4.0),
+        gradient("solution", 2, 14.0, 3.0),
+        gradient("NODE-naive", 4, 20.0, 8.0),
+        gradient("solution", 4, 28.0, 3.5),
+    ],
     "overhead": [
         overhead("decay", "pnode_dist", "nothing", 9.0, NAN),
         overhead("decay", "pnode_dist", "graph", 12.0, 31.0),
@@ -126,3 +137,11 @@ def test_bars_of_precisions_and_sums_are_those_of_the_rows() -> None:
     assert lengths(drawn("precision"), 0) == [9.0, 1.0]
     assert lengths(drawn("precision"), 1) == [0.0, 1e-5]
     assert lengths(drawn("sync"), 0) == [0.1, 2.0]
+
+
+def test_lines_of_methods_are_memory_and_time_against_steps() -> None:
+    memory, time = drawn("methods").axes
+    (naive, ours), (slow, slower) = memory.lines, time.lines
+    assert [list(line.get_xdata()) for line in (naive, ours, slow, slower)] == [[2, 4]] * 4
+    assert [list(line.get_ydata()) for line in (naive, ours)] == [[4.0, 8.0], [3.0, 3.5]]
+    assert [list(line.get_ydata()) for line in (slow, slower)] == [[10.0, 20.0], [14.0, 28.0]]
