@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +22,7 @@ from pnode_dist.problems.agreement import agreed
 from pnode_dist.problems.batches import check_replicas, shared
 from pnode_dist.problems.flows_config import PLANAR
 from pnode_dist.problems.flows_data import FlowsData, Rows, load
-from pnode_dist.problems.flows_evaluation import judge, log_density
+from pnode_dist.problems.flows_evaluation import SpreadFlow, judge
 from pnode_dist.problems.flows_model import ContinuousFlow, FlowDensity, FlowDynamics, Whitening, continuous_flow
 from pnode_dist.problems.protocol import GradcheckCase, SolveCase
 from pnode_dist.problems.solver import check_checkpoint, neural_ode
@@ -45,8 +47,14 @@ def build_flows(config: FlowsRun, mesh: Mesh, dtype: torch.dtype) -> FlowsProble
     data = agreed(mesh, lambda: load(config.problem))
     rows = len(data.training)
     check_replicas(config, mesh, rows, "sample")
-    largest = min(config.training.batch_size, rows)
-    partition = BatchPartition(mesh, math.ceil(largest / mesh.data_replicas), (data.dimension,))
+
+    # One object for each number of samples: by it the ranks know which of their solvers belong together, also where a
+    # rank has as many of one number as of another, or a replica none.
+    @cache
+    def partition_of(count: int) -> BatchPartition:
+        return BatchPartition(mesh, max(count, 1), (data.dimension,))
+
+    partition = partition_of(math.ceil(min(config.training.batch_size, rows) / mesh.data_replicas))
     # The trajectories of all flows wait for the backward pass together.
     trajectory = config.trajectory.model_copy(update={"solves": config.trajectory.solves * config.model.flows})
     config = config.model_copy(update={"trajectory": trajectory})
@@ -61,20 +69,21 @@ def build_flows(config: FlowsRun, mesh: Mesh, dtype: torch.dtype) -> FlowsProble
         Whitening(torch.from_numpy(fitted.mean), torch.from_numpy(fitted.factor)) if config.model.whiten else None
     )
     model = continuous_flow(config.model, data.dimension, config.run.seed, dtype, solve, whitening)
-    return FlowsProblem(config, mesh, data, model, partition, dtype)
+    return FlowsProblem(config, mesh, data, SpreadFlow(model, mesh, partition_of, dtype), partition)
 
 
 @dataclass(frozen=True)
 class SampleBatch:
     """This rank's part of a replica's share of a batch.
 
-    `samples` are `[sample_local, dimension]`, `noise` of the same shape is Hutchinson's, None for exact traces, and
-    `count` the samples of the replica.
+    `samples` are `[sample_local, dimension]`, `noise` of the same shape is Hutchinson's, None for exact traces. `count`
+    are the samples of the replica, and `partition` how they lie on its ranks.
     """
 
     samples: torch.Tensor
     noise: torch.Tensor | None
     count: int
+    partition: BatchPartition
 
 
 @dataclass(frozen=True)
@@ -87,14 +96,18 @@ class FlowsProblem:
     config: FlowsRun
     mesh: Mesh
     data: FlowsData
-    model: ContinuousFlow
+    spread: SpreadFlow
     partition: BatchPartition
-    dtype: torch.dtype
 
     @property
     def name(self) -> str:
         """The problem's name."""
         return "flows"
+
+    @property
+    def model(self) -> ContinuousFlow:
+        """The flow."""
+        return self.spread.flow
 
     @property
     def units(self) -> str:
@@ -114,6 +127,7 @@ class FlowsProblem:
 
     def loss(self, model: nn.Module, batch: SampleBatch) -> torch.Tensor:
         """This rank's share of the mean negative log density in nats, with what the flow is charged for."""
+        self.model.spread_over(batch.partition)
         density: FlowDensity = model(batch.samples, batch.noise)
         total = -density.log_density.sum()
         for name, charge in zip(self.model.charges, density.charges, strict=True):
@@ -122,7 +136,7 @@ class FlowsProblem:
 
     def validation(self, model: nn.Module) -> dict[str, float]:
         """The mean negative log density of the validation rows, in nats, with exact traces."""
-        return {"validation_nll": -float(log_density(model, self.data.validation, self.mesh, self.dtype).mean())}
+        return {"validation_nll": -float(self.spread.log_density(self.data.validation).mean())}
 
     def solve_statistics(self) -> SolveStatistics:
         """The counts of the model's last call, all flows together."""
@@ -132,18 +146,18 @@ class FlowsProblem:
         """The first flow's solve of the first training batch."""
         batch = next(self.batches(1))
         args = () if batch.noise is None else (batch.noise,)
+        self.model.spread_over(batch.partition)
         return SolveCase(self._solves()[0], self.model.start(batch.samples), (0.0, self.model.time), args)
 
     def gradcheck_case(self) -> GradcheckCase:
         """The training loss of the first rows to learn from, as a function of them."""
         count = min(_CHECKED, len(self.data.training))
-        partition = BatchPartition(self.mesh, count, (self.data.dimension,))
         batch = self._batch(np.arange(count), self._noise((0, 0), count))
 
         def loss(state: torch.Tensor) -> torch.Tensor:
-            return self.loss(self.model, SampleBatch(state, batch.noise, count))
+            return self.loss(self.model, dataclasses.replace(batch, samples=state))
 
-        return GradcheckCase(batch.samples.requires_grad_(), loss, tuple(self.model.parameters()), partition)
+        return GradcheckCase(batch.samples.requires_grad_(), loss, tuple(self.model.parameters()), batch.partition)
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """The log-likelihood of the test rows, beside what is known of it, and samples; writes `forecast.h5` and
@@ -151,7 +165,7 @@ class FlowsProblem:
         settings = self.config.evaluation
         base = np.random.default_rng([_BASE, self.config.run.seed]).normal(size=(settings.samples, self.data.dimension))
         cells = settings.cells if self.config.problem.density in PLANAR else None
-        figures, contents = judge(self.model, self.data, base, cells, self.mesh, self.dtype)
+        figures, contents = judge(self.spread, self.data, base, cells)
         result = {"problem": self.name, "density": self.config.problem.density, **figures}
         agreed(self.mesh, lambda: write_flow(run_directory / FORECAST, contents) if self.mesh.is_root else None)
         result["forecast"] = str(run_directory / FORECAST)
@@ -173,10 +187,12 @@ class FlowsProblem:
     def _batch(self, rows: Rows, noise: Rows | None) -> SampleBatch:
         """This state rank's part of the rows of these numbers, and of the noise that goes with them."""
         own = slice(*even_ranges(len(rows), self.mesh.state_ranks)[self.mesh.state_rank])
+        dtype = self.spread.dtype
         return SampleBatch(
-            torch.from_numpy(self.data.training[rows[own]]).to(self.dtype),
-            None if noise is None else torch.from_numpy(noise[own]).to(self.dtype),
+            torch.from_numpy(self.data.training[rows[own]]).to(dtype),
+            None if noise is None else torch.from_numpy(noise[own]).to(dtype),
             len(rows),
+            self.spread.partition_of(len(rows)),
         )
 
 

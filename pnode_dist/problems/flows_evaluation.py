@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pnode_dist.mesh import Mesh
+from pnode_dist.partition.batch import BatchPartition
 from pnode_dist.partition.protocol import even_ranges
 from pnode_dist.problems.flows_data import FlowsData, Rows
 from pnode_dist.problems.flows_model import ContinuousFlow
@@ -26,9 +27,37 @@ _MARGIN = 0.25
 _PATHS, _PIECES = 60, 12
 
 
-def judge(
-    flow: ContinuousFlow, data: FlowsData, base: Array, cells: int | None, mesh: Mesh, dtype: torch.dtype
-) -> tuple[dict[str, Any], FlowContents]:
+@dataclass(frozen=True)
+class SpreadFlow:
+    """A flow, computing in `dtype`, of samples that are spread over the state ranks of `mesh`: so many as
+    `partition_of` says, which gives one object for each number of samples."""
+
+    flow: ContinuousFlow
+    mesh: Mesh
+    partition_of: Callable[[int], BatchPartition]
+    dtype: torch.dtype
+
+    def log_density(self, rows: Rows) -> Array:
+        """The log density `[row]` in nats of whole `rows` `[row, dimension]`. Collective on the state ranks."""
+        return self.over(lambda part: (self.flow(part).log_density,), rows)[0]
+
+    def over(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], rows: Rows) -> tuple[Array, ...]:
+        """What `function` makes of each of the `rows`, whole on every rank, in float64. Collective on the state ranks.
+
+        They are taken in blocks, whose size the derivatives of each row allow, and each rank does its part of a block.
+        """
+        blocks = math.ceil(rows.size / (_DERIVATIVES_AT_ONCE * self.mesh.state_ranks))
+        found = []
+        for first, last in even_ranges(len(rows), blocks):
+            partition = self.partition_of(last - first)
+            self.flow.spread_over(partition)
+            own = torch.from_numpy(rows[first:last][slice(*partition.owned)]).to(self.dtype)
+            parts = [part.detach().double().numpy() for part in function(own)]
+            found.append([np.concatenate(self.mesh.state_comm.allgather(part)) for part in parts])
+        return tuple(np.concatenate(pieces) for pieces in zip(*found, strict=True))
+
+
+def judge(spread: SpreadFlow, data: FlowsData, base: Array, cells: int | None) -> tuple[dict[str, Any], FlowContents]:
     """The figures of a flow, and what to store and to draw of it. Collective on the state ranks.
 
     Log-likelihoods are means over the test rows with their standard errors, in nats: of the flow, of the normal
@@ -38,9 +67,9 @@ def judge(
     that drawing them found. With `cells`, for a density in the plane, it is mapped on so many cells along each axis of
     a box that reaches beyond all rows by a quarter of their width on each side, and `integral` is its sum over them.
     """
-    test = data.test.astype(np.float64)
+    flow, test = spread.flow, data.test.astype(np.float64)
     known = {
-        "flow": log_density(flow, data.test, mesh, dtype),
+        "flow": spread.log_density(data.test),
         "fitted_normal": data.fitted.log_density(test),
         **({} if data.log_density is None else {"truth": data.log_density(test)}),
     }
@@ -51,53 +80,27 @@ def judge(
     }
     if "truth" in known:
         figures["short_of_truth"] = _moments(known["truth"] - known["flow"])
-    samples, drawn = _over_ranks(flow.sample, base, mesh, dtype, data.dimension)
-    origins, found = _over_ranks(lambda rows: flow(rows)[:2], samples, mesh, dtype, data.dimension)
+    samples, drawn = spread.over(flow.sample, base)
+    origins, found = spread.over(lambda rows: flow(rows)[:2], samples)
     figures["inversion_error"] = float(np.abs(origins - base).max())
     figures["log_density_error"] = float(np.abs(found - drawn).max())
     planar, paths = None, None
     if cells is not None:
-        planar = _map(flow, data, cells, mesh, dtype)
+        planar = _map(spread, data, cells)
         figures["integral"] = float(np.exp(planar.flow).sum()) * planar.cell
-        (ways,) = _over_ranks(
-            lambda rows: (flow.paths(rows, _PIECES).transpose(0, 1),), base[:_PATHS], mesh, dtype, data.dimension
-        )
+        (ways,) = spread.over(lambda rows: (flow.paths(rows, _PIECES).transpose(0, 1),), base[:_PATHS])
         paths = ways.swapaxes(0, 1)
     return figures, FlowContents(samples, drawn, test, known, planar, paths)
 
 
-def log_density(model: nn.Module, rows: Rows, mesh: Mesh, dtype: torch.dtype) -> Array:
-    """The log density `[row]` in nats of whole `rows` `[row, dimension]`. Collective on the state ranks."""
-    return _over_ranks(lambda part: (model(part).log_density,), rows, mesh, dtype, rows.shape[1])[0]
-
-
-def _over_ranks(
-    function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
-    rows: Rows,
-    mesh: Mesh,
-    dtype: torch.dtype,
-    derivatives: int,
-) -> tuple[Array, ...]:
-    """What `function` gives for each of the rows, whole on every rank, in float64; each state rank does its part of
-    them, so many at once as the `derivatives` of each allow. Collective on the state ranks."""
-    begin, end = even_ranges(len(rows), mesh.state_ranks)[mesh.state_rank]
-    most = math.ceil(len(rows) / mesh.state_ranks)
-    # As many on every rank: they solve together.
-    pieces = math.ceil(most * derivatives / _DERIVATIVES_AT_ONCE)
-    own = torch.from_numpy(rows[begin:end]).to(dtype)
-    found = [function(own[first:last]) for first, last in even_ranges(end - begin, pieces)]
-    whole = (torch.cat(parts).detach().double().numpy() for parts in zip(*found, strict=True))
-    return tuple(np.concatenate(mesh.state_comm.allgather(part)) for part in whole)
-
-
-def _map(flow: ContinuousFlow, data: FlowsData, cells: int, mesh: Mesh, dtype: torch.dtype) -> PlanarMap:
+def _map(spread: SpreadFlow, data: FlowsData, cells: int) -> PlanarMap:
     rows = np.concatenate([data.training, data.validation, data.test]).astype(np.float64)
     low, high = rows.min(axis=0), rows.max(axis=0)
     width = (1 + 2 * _MARGIN) * float((high - low).max())
     centres = (low + high) / 2 + ((np.arange(cells) + 0.5) / cells - 0.5)[:, None] * width
     x, y = centres.T
     points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-    found = {"flow": log_density(flow, points, mesh, dtype)}
+    found = {"flow": spread.log_density(points)}
     if data.log_density is not None:
         found["truth"] = data.log_density(points)
     shaped = {name: values.reshape(cells, cells) for name, values in found.items()}

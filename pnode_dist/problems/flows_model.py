@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
 
 from pnode_dist.nn.concat_squash import ConcatSquashPerceptron
 from pnode_dist.problems.flows_config import FlowsModelConfig
+
+if TYPE_CHECKING:
+    from pnode_dist.ode.odeint import NeuralODE
+    from pnode_dist.partition.protocol import Partition
 
 Parts = tuple[torch.Tensor, ...]
 
@@ -130,6 +134,11 @@ class ContinuousFlow(nn.Module):
         self._dynamics = tuple(dynamics)
         self.time = time
         self.whitening = whitening
+
+    def spread_over(self, partition: Partition) -> None:
+        """Say how the samples of the next calls lie on ranks: one object for each way, the same on all of them."""
+        for solve in self.solves:
+            cast("NeuralODE", solve).partition = partition
 
     @property
     def charges(self) -> tuple[str, ...]:

@@ -92,6 +92,16 @@ def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(me
     assert_same_on_all_ranks(problem.model.parameters())
 
 
+def test_a_batch_of_one_sample_less_is_solved_together_where_only_one_rank_has_less(mesh: Mesh) -> None:
+    size = 2 * mesh.size
+    problem = built(mesh, problem={"samples": 2 * size - 1}, training={"batch_size": size})
+    losses = [mesh.sum(problem.loss(problem.model, batch)).item() for batch in problem.batches(1)]
+    order = np.random.default_rng([SEED, 1]).permutation(2 * size - 1)
+    for rows, loss in zip((order[:size], order[size:]), losses, strict=True):
+        whole = -density(leaves_of(problem.model), torch.from_numpy(problem.data.training[rows]))[1].mean()
+        assert loss == pytest.approx(whole.item(), rel=1e-11)
+
+
 def test_a_last_batch_of_fewer_samples_than_ranks_is_shared_all_the_same() -> None:
     with Mesh(1, MPI.COMM_WORLD.size) as mesh:
         problem = built(mesh, problem={"samples": 9}, training={"batch_size": 8})
