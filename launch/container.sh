@@ -69,6 +69,8 @@ else
     command=(mpirun.sh "$@")
 fi
 
+# Those of this machine's packages, which some engines would pass on.
+unset PYTHONPATH PYTHONHOME PETSC_DIR PETSC_ARCH MPI4PY_LIBMPI
 options=()
 case $engine in
     docker | podman)
