@@ -31,7 +31,7 @@ def mesh() -> Iterator[Mesh]:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations without their pictures, which take longer than the rest of them and have tests of their own."""
-    for problem in ("field", "flows", "gray_scott", "pendulum", "robertson", "semilinear"):
+    for problem in ("field", "flows", "gray_scott", "images", "pendulum", "robertson", "semilinear"):
         monkeypatch.setattr(f"pnode_dist.problems.{problem}.draw", lambda path, *_: str(path))
 
 

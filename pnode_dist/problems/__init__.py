@@ -24,6 +24,7 @@ def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
         FlowsRun,
         GraphDiffusionRun,
         GrayScottRun,
+        ImagesRun,
         KuramotoSivashinskyRun,
         PendulumRun,
         RobertsonRun,
@@ -59,4 +60,8 @@ def build(config: Config, mesh: Mesh, dtype: torch.dtype) -> Problem:
             from pnode_dist.problems.flows import build_flows
 
             return build_flows(config, mesh, dtype)
+        case ImagesRun():
+            from pnode_dist.problems.images import build_images
+
+            return build_images(config, mesh, dtype)
     raise TypeError(f"there is no problem for a {type(config).__name__}")

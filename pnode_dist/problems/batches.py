@@ -23,7 +23,7 @@ def check_replicas(config: Config, mesh: Mesh, count: int, item: str = "window")
         raise ConfigurationError(f"[mesh] data = {replicas}: must be at most {count}, the training {item}s")
     if size < replicas:
         raise ConfigurationError(
-            f"[training] batch_size = {size}: must be at least {replicas}, a {item} for each replica of [mesh] data"
+            f"[training] batch_size = {size}: must be at least {replicas}, one {item} for each replica of [mesh] data"
         )
 
 

@@ -28,6 +28,8 @@ Block = Callable[[nn.Module], nn.Module]
 Normalisation = Callable[[int], nn.Module]
 """Makes the normalisation of so many channels, `[samples, channels, y, x]`."""
 
+_FIRST_RATE = 0.25
+
 
 def channels_first(x: torch.Tensor) -> torch.Tensor:
     """`[samples, y, x, channels]` -> `[samples, channels, y, x]`, sharing memory."""
@@ -42,8 +44,8 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 class Bottleneck(nn.Module):
     """SqueezeNext's five convolutions in a row, each normalised, with an activation after all but the last.
 
-    `[samples, inputs, y, x]` -> `[samples, outputs, y / stride, x / stride]`: 1x1 to `squeezed` channels, 1x1 to half
-    of these, 1x3 and 3x1 to `squeezed` again, 1x1 to `outputs`.
+    `[samples, inputs, y, x]` -> `[samples, outputs, y, x]`: 1x1 to `squeezed` channels, 1x1 to half of these, 1x3 and
+    3x1 to `squeezed` again, 1x1 to `outputs`.
     """
 
     def __init__(
@@ -53,7 +55,6 @@ class Bottleneck(nn.Module):
         outputs: int,
         activation: str,
         normalisation: Normalisation,
-        stride: int = 1,
         bias: bool = True,
     ) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Bottleneck(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.convolutions = nn.ModuleList(
             [
-                nn.Conv2d(inputs, squeezed, 1, stride, bias=bias),
+                nn.Conv2d(inputs, squeezed, 1, bias=bias),
                 nn.Conv2d(squeezed, half, 1, bias=bias),
                 nn.Conv2d(half, squeezed, (1, 3), padding=(0, 1), bias=bias),
                 nn.Conv2d(squeezed, squeezed, (3, 1), padding=(1, 0), bias=bias),
@@ -87,7 +88,8 @@ class SqueezedRate(nn.Module):
 
     Each sample is normalised by itself (torch.nn.GroupNorm with one group), where the paper's code has batch norms
     with as many parameters: f must not depend on the other samples of a batch, or on how often it has been evaluated.
-    It does not depend on t.
+    It does not depend on t. At first its mean square is 1/16, so that many groups in a row are not rough in their
+    parameters.
     """
 
     def __init__(self, channels: int, activation: str) -> None:
@@ -95,6 +97,9 @@ class SqueezedRate(nn.Module):
         self.bottleneck = Bottleneck(
             channels, channels // 2, channels, activation, lambda features: nn.GroupNorm(1, features)
         )
+        last = self.bottleneck.normalisations[-1]
+        assert isinstance(last, nn.GroupNorm)
+        nn.init.constant_(last.weight, _FIRST_RATE)
 
     def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """du/dt in the shape of `u`."""
@@ -110,13 +115,16 @@ class Transition(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, activation: str, normalisation: Normalisation) -> None:
         super().__init__()
+        self.stride = stride
         squeezed = inputs if stride > 1 else inputs // 4 if inputs > outputs else inputs // 2
         self.activation = ACTIVATIONS[activation]
-        self.bottleneck = Bottleneck(inputs, squeezed, outputs, activation, normalisation, stride, bias=False)
-        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), normalisation(outputs))
+        self.bottleneck = Bottleneck(inputs, squeezed, outputs, activation, normalisation, bias=False)
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), normalisation(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[samples, inputs, y, x]` -> `[samples, outputs, y / stride, x / stride]`."""
+        # All that 1x1 convolutions with a stride would look at; oneDNN corrupts memory in some of their derivatives.
+        x = x[:, :, :: self.stride, :: self.stride]
         return self.activation(self.bottleneck(x) + self.shortcut(x))
 
 
@@ -188,26 +196,30 @@ class OdeBlock(nn.Module):
         super().__init__()
         self.solve = solve
         self._mesh = mesh
-        self._partitions: dict[tuple[int, ...], BatchPartition] = {}
+        self._partitions: dict[tuple[int, tuple[int, ...]], BatchPartition] = {}
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """u(1). Collective on the state ranks."""
-        self.solve.partition = self._partition(u)
+        self.place(u)
         states: torch.Tensor = self.solve(u, (0.0, 1.0))
         return states[-1]
 
-    def _partition(self, u: torch.Tensor) -> BatchPartition | None:
-        """How the samples lie on the ranks; None where a replica has none, and so nothing to communicate."""
+    def place(self, u: torch.Tensor) -> None:
+        """Tell the solve how the samples of `u` lie on the ranks. Collective on the state ranks.
+
+        A replica without samples has nothing to communicate.
+        """
         samples = int(self._mesh.sum(torch.tensor([len(u)]), over="state").item())
-        if samples == 0:
-            return None
-        shape = (samples, *u.shape[1:])
-        if shape not in self._partitions:
-            self._partitions[shape] = BatchPartition(self._mesh, samples, tuple(u.shape[1:]))
-        partition = self._partitions[shape]
-        if partition.local_shape != tuple(u.shape):
+        self.solve.partition = self._partition(samples, tuple(u.shape[1:])) if samples else None
+        partition = self.solve.partition
+        if partition is not None and partition.local_shape != tuple(u.shape):
             raise ValueError(
                 f"{len(u)} of {samples} samples on state rank {self._mesh.state_rank}: must be "
                 f"{partition.local_shape[0]}, its share"
             )
-        return partition
+
+    def _partition(self, samples: int, shape: tuple[int, ...]) -> BatchPartition:
+        # Solves are remembered by their partition.
+        if (samples, shape) not in self._partitions:
+            self._partitions[samples, shape] = BatchPartition(self._mesh, samples, shape)
+        return self._partitions[samples, shape]

@@ -16,14 +16,23 @@ from pnode_dist.ode.preconditioner import AssembledJacobian
 from pnode_dist.ode.time_grid import time_grid
 from pnode_dist.partition import protocol
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.trajectory.budget import agree_on_slots
+from pnode_dist.trajectory.budget import Trajectory, agree_on_slots
 
 if TYPE_CHECKING:
     from pnode_dist.train.config import Config
 
 
-def neural_ode(config: Config, right_hand_side: Function, partition: Partition, mass: Mass | None = None) -> NeuralODE:
-    """The configured solve of `right_hand_side`, M du/dt = f if there is a `mass`, on the partition."""
+def neural_ode(
+    config: Config,
+    right_hand_side: Function,
+    partition: Partition | None,
+    mass: Mass | None = None,
+    trajectory: Trajectory | None = None,
+) -> NeuralODE:
+    """The configured solve of `right_hand_side`, M du/dt = f if there is a `mass`, on the partition.
+
+    Solves that are to share the configured budget are given the same `trajectory`.
+    """
     solver = config.solver
     return NeuralODE(
         right_hand_side,
@@ -33,7 +42,7 @@ def neural_ode(config: Config, right_hand_side: Function, partition: Partition, 
         atol=solver.atol,
         adaptor=solver.adaptor,
         partition=partition,
-        trajectory=config.trajectory.build(),
+        trajectory=config.trajectory.build() if trajectory is None else trajectory,
         options=solver.options,
         mass=mass,
         preconditioner=(
@@ -54,10 +63,10 @@ def check_budget(config: Config, partition: Partition, interval: float, window: 
     check_checkpoint(config, values, [number * interval for number in range(window + 1)], partition.comm)
 
 
-def check_checkpoint(config: Config, values: int, times: Sequence[float], comm: MPI.Comm) -> None:
+def check_checkpoint(config: Config, values: int, times: Sequence[float], comm: MPI.Comm, solves: int = 1) -> None:
     """Raise `ConfigurationError` if no checkpoint of a state with so many `values` on this rank fits the trajectory of
-    its solve for `times`. Collective on `comm`."""
-    trajectory = config.trajectory.build()
+    its solve for `times`, where so many `solves` of a model share it. Collective on `comm`."""
+    trajectory = config.trajectory.build(solves)
     checkpoint = values * trajectory.checkpoint_itemsize
     solver = config.solver
     adaptive = solver.rtol is not None or solver.atol is not None

@@ -29,8 +29,17 @@ STYLE: Any = {
 _LOGARITHMIC = 20
 
 
-def draw_training(axis: Axes, metrics_file: Path, units: str) -> None:
-    """The training loss of each step and its mean over each epoch, and the validation error if it was computed."""
+def draw_training(
+    axis: Axes,
+    metrics_file: Path,
+    units: str,
+    loss: str = "loss (normalised)",
+    error: str = "validation error, all leads",
+) -> None:
+    """The training loss of each step and its mean over each epoch, and the validation error if it was computed.
+
+    `loss` and `error` say what they are.
+    """
     records = list(metrics.read(metrics_file)) if metrics_file.exists() else []
     steps = [record for record in records if record["kind"] == "step" and record["loss"] is not None]
     axis.set_title("Training")
@@ -49,7 +58,7 @@ def draw_training(axis: Axes, metrics_file: Path, units: str) -> None:
     else:
         axis.set_ylim(0, 1.25 * losses.max())
     axis.set_xlabel("optimiser step")
-    axis.set_ylabel("loss (normalised)")
+    axis.set_ylabel(loss)
     axis.grid(alpha=0.25)
     lines, labels = axis.get_legend_handles_labels()
     checks = [record for record in records if record["kind"] == "validation" and record["figures"]]
@@ -62,7 +71,8 @@ def draw_training(axis: Axes, metrics_file: Path, units: str) -> None:
             other.set_ylim(top=max(figures) * (max(figures) / min(figures)) ** 0.25)
         else:
             other.set_ylim(0, 1.35 * max(figures))
-        other.set_ylabel(f"validation error ({units})" if units else "validation error")
+        name = error.partition(",")[0]
+        other.set_ylabel(f"{name} ({units})" if units else name)
         other.spines["right"].set_visible(True)
-        lines, labels = [*lines, line], [*labels, "validation error, all leads"]
+        lines, labels = [*lines, line], [*labels, error]
     axis.legend(lines, labels, loc="upper center", ncols=len(lines), fontsize=9, handlelength=1.4, columnspacing=1.0)

@@ -29,6 +29,7 @@ from pnode_dist.problems.field_config import FieldConfig, FieldModelConfig
 from pnode_dist.problems.flows_config import FlowsConfig, FlowsEvaluationConfig, FlowsModelConfig
 from pnode_dist.problems.graph_diffusion_config import GraphDiffusionConfig, GraphDiffusionModelConfig
 from pnode_dist.problems.gray_scott_config import GrayScottConfig, GrayScottModelConfig
+from pnode_dist.problems.images_config import ImagesConfig, ImagesEvaluationConfig, ImagesModelConfig
 from pnode_dist.problems.pendulum_config import PendulumConfig, PendulumModelConfig
 from pnode_dist.problems.robertson_config import RivalConfig, RobertsonConfig, RobertsonModelConfig
 from pnode_dist.problems.semilinear_config import BurgersConfig, KuramotoSivashinskyConfig, SemilinearModelConfig
@@ -166,9 +167,9 @@ class TrajectoryConfig(Table):
     on_spill_error: Literal["recompute", "raise"] = "recompute"
     """When the disk fails: go on without it, or end the run."""
 
-    def build(self) -> Trajectory:
-        """The budget as `odeint` takes it."""
-        return Trajectory(**self.model_dump())
+    def build(self, solves: int = 1) -> Trajectory:
+        """The budget as `odeint` takes it, for a model of so many solves."""
+        return Trajectory(**self.model_dump() | {"solves": solves * self.solves})
 
 
 class TrainingConfig(Table):
@@ -309,6 +310,14 @@ class FlowsRun(Config):
     evaluation: FlowsEvaluationConfig = FlowsEvaluationConfig()
 
 
+class ImagesRun(Config):
+    """A whole configuration of an images problem."""
+
+    problem: ImagesConfig
+    model: ImagesModelConfig = ImagesModelConfig()
+    evaluation: ImagesEvaluationConfig = ImagesEvaluationConfig()
+
+
 RUNS: dict[str, type[Config]] = {
     "field": FieldRun,
     "gray_scott": GrayScottRun,
@@ -318,6 +327,7 @@ RUNS: dict[str, type[Config]] = {
     "pendulum": PendulumRun,
     "graph_diffusion": GraphDiffusionRun,
     "flows": FlowsRun,
+    "images": ImagesRun,
 }
 """The configuration that each `[problem] type` needs; without a type the problem is `field`."""
 

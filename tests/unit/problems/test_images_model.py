@@ -78,14 +78,13 @@ def test_f_has_the_state_s_shape_and_treats_each_sample_by_itself() -> None:
 
 
 def test_a_bottleneck_is_five_convolutions_written_out() -> None:
-    layers = Bottleneck(8, 4, 6, "tanh", lambda features: nn.GroupNorm(1, features), stride=2).double()
+    layers = Bottleneck(8, 4, 6, "tanh", lambda features: nn.GroupNorm(1, features)).double()
     x = random(2, 8, 6, 5)
     expected = x
     named = dict(layers.named_parameters())
     for number, padding in enumerate(((0, 0), (0, 0), (0, 1), (1, 0), (0, 0))):
         weight, bias = named[f"convolutions.{number}.weight"], named[f"convolutions.{number}.bias"]
-        stride = 2 if number == 0 else 1
-        y = torch.nn.functional.conv2d(expected, weight, bias, stride=stride, padding=padding)
+        y = torch.nn.functional.conv2d(expected, weight, bias, padding=padding)
         mean = y.mean((1, 2, 3), keepdim=True)
         y = (y - mean) / ((y - mean).square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
         expected = y if number == 4 else torch.tanh(y)
@@ -99,11 +98,22 @@ def test_a_bottleneck_is_five_convolutions_written_out() -> None:
     ]
 
 
-def test_a_transition_adds_a_shortcut_of_its_own() -> None:
-    layers = Transition(8, 4, 1, "relu", nn.BatchNorm2d).double()
-    x = random(2, 8, 3, 3)
-    assert distance(layers(x), torch.relu(layers.bottleneck(x) + layers.shortcut(x))) <= 1e-14
-    assert layers.bottleneck.convolutions[0].out_channels == 2
+@pytest.mark.parametrize(("outputs", "stride", "squeezed"), [(4, 1, 2), (4, 2, 8), (12, 1, 4)])
+def test_a_transition_adds_a_shortcut_of_its_own_and_squeezes_as_the_paper_s_code(
+    outputs: int, stride: int, squeezed: int
+) -> None:
+    layers = Transition(8, outputs, stride, "relu", nn.BatchNorm2d).double()
+    x = random(2, 8, 5, 3)
+    convolutions = (layers.bottleneck.convolutions[0], layers.shortcut[0])
+    first, beside = (torch.nn.functional.conv2d(x, layer.weight, stride=stride) for layer in convolutions)
+    with torch.no_grad():
+        rest = layers.bottleneck.normalisations[0](first)
+        for number in range(1, 5):
+            rest = layers.bottleneck.convolutions[number](torch.relu(rest))
+            rest = layers.bottleneck.normalisations[number](rest)
+        expected = torch.relu(rest + layers.shortcut[1](beside))
+        assert distance(layers(x), expected) <= 1e-13
+    assert first.shape[1] == squeezed
 
 
 def test_solves_by_neural_odes_give_the_scores_and_gradients_of_plain_euler_steps(mesh: Mesh) -> None:
