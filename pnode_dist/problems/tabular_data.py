@@ -22,6 +22,9 @@ _COLUMNS = {"power": 8, "miniboone": 43, "bsds300": 63}
 _FEWEST_ROWS = 20
 _SHUFFLE_SEED = 42
 _FEWEST_VALUES = 20
+# A value stands out if such a share of rows has it, and its density times the standard deviation of the column is so
+# large; for a normal distribution that is 0.4 at most.
+_COMMON, _SPIKE = 0.05, 5.0
 _CORRELATED = 0.98
 _TEST, _VALIDATION = 0.2, 0.1
 
@@ -123,9 +126,9 @@ def _tenths(rows: Array) -> Split:
 def embedded(name: str, seed: int) -> Split:
     """One of scikit-learn's tables in float64, split at random as `seed` says, scaled by the rows to learn from.
 
-    Columns of few values are left out, and of two that are correlated by more than 0.98 the second. Each value is
-    moved by less than the smallest step of its column, at random: a density of values that are rounded would have no
-    bound. Raises `ConfigurationError` where scikit-learn is missing.
+    Columns of few values are left out, and those with a value that stands out, and of two that are correlated by more
+    than 0.98 the second. Each value is moved by less than the smallest step of its column, at random: a density of
+    values that are rounded would have no bound. Raises `ConfigurationError` where scikit-learn is missing.
     """
     generator = np.random.default_rng(seed)
     rows = _continuous(_loader(name)(), generator)
@@ -151,14 +154,16 @@ def _continuous(rows: Array, generator: np.random.Generator) -> Array:
     """The columns that may have a density, without ties."""
     kept: list[Array] = []
     for column in rows.T:
-        values = np.unique(column)
-        if len(values) < _FEWEST_VALUES:
-            continue
-        if any(abs(np.corrcoef(column, other)[0, 1]) > _CORRELATED for other in kept):
-            continue
+        values, counts = np.unique(column, return_counts=True)
         steps = np.diff(values)
         # Of steps that rounding alone has made there is nothing to fill.
         step = steps[steps > 1e-9 * np.abs(values).max()].min()
+        share = counts.max() / len(column)
+        stands_out = share > _COMMON and share / step > _SPIKE / column.std()
+        if len(values) < _FEWEST_VALUES or stands_out:
+            continue
+        if any(abs(np.corrcoef(column, other)[0, 1]) > _CORRELATED for other in kept):
+            continue
         kept.append(column + step * generator.uniform(size=len(column)))
     return np.stack(kept, axis=1)
 

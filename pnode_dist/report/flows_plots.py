@@ -88,8 +88,8 @@ def _draw_pairs(figure: SubFigure, file: h5py.File) -> None:
     pairs = [(first, (first + 1) % columns) for first in range(0, columns, 2)][:_PAIRS]
     for axis, (first, second) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         size = 4 if len(test) > 300 else 12
-        axis.scatter(samples[:, first], samples[:, second], s=4, color=MODEL_COLOUR, alpha=0.35, linewidths=0)
-        axis.scatter(test[:, first], test[:, second], s=size, color=_DATA, alpha=0.7, linewidths=0)
+        axis.scatter(samples[:, first], samples[:, second], s=5, color=MODEL_COLOUR, alpha=0.5, linewidths=0)
+        axis.scatter(test[:, first], test[:, second], s=size, color=_DATA, alpha=0.6, linewidths=0)
         # A few far samples must not hide the rest.
         both = np.concatenate([test[:, (first, second)], samples[:, (first, second)]])
         low, high = np.percentile(both, [0.3, 99.7], axis=0)
@@ -99,7 +99,7 @@ def _draw_pairs(figure: SubFigure, file: h5py.File) -> None:
         axis.set_xlabel(f"column {first + 1}")
         axis.set_ylabel(f"column {second + 1}")
         axis.grid(alpha=0.25)
-    figure.suptitle("Test rows (blue) and samples of the flow (red), scaled", fontsize=11, fontweight="bold")
+    figure.suptitle("Test rows (blue) and samples of the flow (red)", fontsize=11, fontweight="bold")
 
 
 def _draw_training(axis: Axes, metrics_file: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_resolved_configuration_reads_back_as_itself(path: Path) -> None:
     [
         ("flow_moons", "moons"),
         ("flow_gaussian", "gaussian"),
-        ("flow_breast_cancer", "breast_cancer"),
+        ("flow_diabetes", "diabetes"),
         ("flow_miniboone", "miniboone"),
     ],
 )

@@ -161,10 +161,12 @@ def test_an_embedded_table_is_split_once_and_scaled_by_the_rows_to_learn_from(na
 
 
 def test_columns_without_a_density_and_copies_of_others_are_left_out() -> None:
-    # The sex of a patient has two values; the radius of a cell gives its perimeter and area.
-    assert embedded("diabetes", 0).test.shape[1] == 9
+    # The sex of a patient has two values, and one column is mostly 2, 3, 4 or 5, the rest to two decimals; the radius
+    # of a cell gives its perimeter and area.
+    assert embedded("diabetes", 0).test.shape[1] == 8
     assert embedded("breast_cancer", 0).test.shape[1] < 30
     assert embedded("wine", 0).test.shape[1] == 13
+    assert embedded("iris", 0).test.shape[1] == 4
 
 
 def test_values_move_by_less_than_the_step_of_their_column() -> None:
