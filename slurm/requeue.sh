@@ -18,10 +18,9 @@ run_and_requeue() {
     done
     if [ "$status$taken_away" = "${REQUEUE_ME}no" ]; then
         printf 'job %s has stopped in time and is queued again (restart %d)\n' "$SLURM_JOB_ID" $((${SLURM_RESTART_COUNT:-0} + 1))
+        trap - TERM
         scontrol requeue "$SLURM_JOB_ID"
-        # Slurm ends this run of the job now.
-        sleep 60 &
-        wait $! || true
+        exec sleep 60 # Slurm ends this run of the job now
     fi
     exit "$status"
 }

@@ -72,7 +72,9 @@ def boot(name: str, address: str, script: str, log: Path, hosts: Path) -> Machin
         f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && mount --bind '{hosts}' /etc/hosts && "
         f"ip link set lo up && until ip -4 -o address show | grep -q {address}/; do sleep 0.02; done && {script}"
     )
-    spaces = ["--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    # File systems that are mounted outside later on are there too.
+    spaces = ["--net", "--uts", "--ipc", "--mount", "--propagation=slave", "--pid"]
+    spaces += ["--fork", "--kill-child", "--mount-proc"]
     holder = start(["unshare", *spaces, "sh", "-c", setup], log)
     children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children")
 

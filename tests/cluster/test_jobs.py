@@ -59,9 +59,10 @@ def parameters(run: Path) -> dict[str, torch.Tensor]:
     return saved
 
 
-def train(slurm: Slurm, run: Path, *options: str, epochs: int = 16) -> str:
+def train(slurm: Slurm, run: Path, *options: str, epochs: int = 16, **more: str) -> str:
     """Submit a training over both nodes."""
-    small = settings(**{"training.epochs": str(epochs), "training.log_every": "1", "snapshot.every_steps": "3"})
+    often = {"training.log_every": "1", "snapshot.every_steps": "3"}
+    small = settings(**{**often, "training.epochs": str(epochs), **more})
     return slurm.submit("train.sbatch", CONFIG, *small, "--run-dir", str(run), options=(*ONE_RANK_A_NODE, *options))
 
 
@@ -143,3 +144,13 @@ def test_the_tasks_of_an_array_train_the_variants_of_a_file(slurm: Slurm, tmp_pa
         assert slurm.output(job, 3) == f"sweep.sbatch: {variants} has 2 lines, and none for task 3\n"
     finally:
         shutil.rmtree(runs, ignore_errors=True)
+
+
+def test_nodes_train_replicas_of_a_state(slurm: Slurm, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (CONFIG, *settings(**{"training.epochs": "1"}), "--run-dir", str(run))
+    job = slurm.submit("multinode.sbatch", *arguments, options=ONE_RANK_A_NODE)
+    slurm.wait_for(job, "COMPLETED", "FAILED", seconds=SLOWLY)
+    assert slurm.about(job)["JobState"] == "COMPLETED", slurm.output(job)
+    assert "2 ranks, which see each other; nothing is wrong" in slurm.output(job)
+    assert "[mesh]\nstate = 1\ndata = 2\n" in (run / "config.toml").read_text()
