@@ -127,8 +127,17 @@ def _rendezvous(world: _World) -> Store:
     address: tuple[str, int] | None = None
     if comm.rank == 0:
         host = "127.0.0.1" if local else socket.gethostname()
-        store = TCPStore(host, 0, world.size, is_master=True, timeout=mpi_backend.TIMEOUT, wait_for_workers=False)
-        address = (host, store.port)
+        # Left to itself the store would listen on every interface of the machine.
+        listener = socket.create_server((host, 0))
+        address = (host, listener.getsockname()[1])
+        store = TCPStore(
+            *address,
+            world.size,
+            is_master=True,
+            timeout=mpi_backend.TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
     address = comm.bcast(address, root=0)
     if store is None:
         assert address is not None

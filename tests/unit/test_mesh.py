@@ -151,6 +151,40 @@ sys.stdout.write(f"fine {total}\\n")
     assert ended.stderr == ""
 
 
+LISTENING = """
+import os
+from pathlib import Path
+from mpi4py import MPI
+import torch
+from pnode_dist import Mesh
+
+def listening():
+    # Addresses as /proc has them, in hexadecimal: 0100007F is 127.0.0.1.
+    own = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return {line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in own}
+
+MPI.COMM_WORLD.Barrier()
+before = listening()
+with Mesh(backend="BACKEND") as mesh:
+    mesh.sum(torch.ones(1))
+    opened = listening() - before
+    found = mesh.gather_object(sorted({address.partition(":")[0] for address in opened}))
+    if mesh.is_root:
+        print(*sorted(set().union(*map(set, found))))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells by /proc who listens")
+@pytest.mark.parametrize(("backend", "addresses"), [("mpi", ""), ("gloo", "0100007F")], ids=["by MPI", "by gloo"])
+def test_ranks_on_one_machine_listen_on_its_loopback_alone_and_with_the_mpi_backend_nowhere(
+    backend: str, addresses: str, tmp_path: Path
+) -> None:
+    ended = launched(LISTENING.replace("BACKEND", backend), tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == addresses
+
+
 # pytest-mpi would skip a test whose own name is "mpi".
 @pytest.mark.parametrize("backend", [None, "mpi", "gloo"], ids=lambda backend: f"backend {backend}")
 def test_one_process_without_a_launcher_is_a_mesh_of_one(backend: str | None) -> None:
