@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
     from pnode_dist.verify import GradcheckResult
 
 PROGRAM = "pnode-dist"
-FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_USAGE, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 _PATIENCE = 10.0
 _EPILOG = "Arguments after -- are PETSc options, such as: -- -ts_monitor -log_view"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 2 for wrong usage or configuration, 1 for a check that failed."""
+    """Run a command line; returns the exit code: 2 for wrong usage or configuration, 1 for a check or run that failed,
+    75 (EX_TEMPFAIL) for a run that was stopped and is to be started again."""
     own, petsc_options = _split(list(sys.argv[1:] if argv is None else argv))
     try:
         arguments = _parser().parse_args(own)
@@ -94,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", "train the model of a configuration", _train)
     evaluate = add("evaluate", "forecast the validation data with a trained model", _evaluate)
+    status = add("status", "say how a run is doing", _status, alone=True)
+    status.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a run")
+    status.add_argument("--follow", action="store_true", help="go on until the run ends, a line every few seconds")
     gradcheck = add("gradcheck", "check the gradient of a configuration against finite differences", _gradcheck)
     report = add("report", "write one self-contained page of a run", _report)
     plan = add("plan", "say what a trajectory's budget allows and how long it takes", _plan)
@@ -133,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="put a value over the configuration's; may be repeated",
         )
-    for sub in (evaluate, report, gradcheck, plan, methods, doctor, bench):
+    for sub in (evaluate, status, report, gradcheck, plan, methods, doctor, bench):
         sub.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     return parser
 
@@ -146,7 +151,7 @@ def _run_together(command: Callable[[argparse.Namespace], int], arguments: argpa
     from mpi4py import MPI
 
     from pnode_dist.errors import ConvergenceError, StepSizeError
-    from pnode_dist.train.endings import DivergenceError
+    from pnode_dist.train.endings import DivergenceError, Preempted, RunDirectoryError
 
     # Of its own, because the other ranks may be anywhere in the program when one fails.
     together = MPI.COMM_WORLD.Dup()
@@ -154,8 +159,12 @@ def _run_together(command: Callable[[argparse.Namespace], int], arguments: argpa
         code = command(arguments)
     except ConfigurationError as error:
         return _end(error, WRONG_USAGE, together)
-    except (ConvergenceError, DivergenceError, StepSizeError) as error:
+    except (ConvergenceError, DivergenceError, RunDirectoryError, StepSizeError) as error:
         return _end(error, FAILED, together)
+    except Preempted as end:
+        if _first(together):
+            print(f"{PROGRAM}: {end}", file=sys.stderr, flush=True)
+        return PREEMPTED
     except KeyboardInterrupt:
         if _first(together):
             print(f"{PROGRAM}: interrupted", file=sys.stderr, flush=True)
@@ -222,8 +231,23 @@ def _mesh(config: Config) -> Mesh:
 
     from pnode_dist.mesh import Mesh
 
+    _check_alike()
     torch.manual_seed(config.run.seed)
     return Mesh(config.mesh.state, config.mesh.data, backend=config.mesh.backend)
+
+
+def _check_alike() -> None:
+    """Raise `ConfigurationError` unless all ranks run the same versions and command. Collective on the world."""
+    import socket
+
+    from mpi4py import MPI
+
+    from pnode_dist.compatibility import difference, facts_here
+
+    facts, hosts = MPI.COMM_WORLD.gather(facts_here()), MPI.COMM_WORLD.gather(socket.gethostname())
+    found = MPI.COMM_WORLD.bcast(difference(facts, hosts) if facts and hosts else None)
+    if found is not None:
+        raise ConfigurationError(found)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -233,19 +257,41 @@ def _train(arguments: argparse.Namespace) -> int:
     config = _load(arguments.config, overrides)
     import torch
 
+    from pnode_dist.ode import safe_points
     from pnode_dist.problems import build
-    from pnode_dist.train import loop, resume, run_directory
+    from pnode_dist.train import heartbeat, loop, resume, run_directory, slurm_time
+    from pnode_dist.train.preemption import Preemption
+    from pnode_dist.train.watchdog import Watchdog
 
-    directory = config.run.path
-    with _mesh(config) as mesh:
-        start = run_directory.on_root(mesh, lambda: resume.choose_start(arguments.resume, config, arguments.overwrite))
+    directory, end = config.run.path, slurm_time.job_end() if config.run.stop_before_end else None
+    with _mesh(config) as mesh, Preemption(mesh, end and end - config.run.stop_before_end) as preemption:
+        choose = functools.partial(resume.choose_start, arguments.resume, config, arguments.overwrite)
+        run_directory.on_root(mesh, choose)
         problem = build(config, mesh, getattr(torch, config.training.dtype))
         loop.rehearse(problem)
-        snapshot = resume.open_run(start, config, mesh, arguments.overwrite)
-        if mesh.is_root:
-            for note in resume.described(start, snapshot, config.training.epochs):
-                print(f"{PROGRAM}: {note}", file=sys.stderr, flush=True)
-        outcome = loop.train(problem, config.training, mesh, directory, config.snapshot, snapshot, config.to_toml())
+        with run_directory.held(directory, mesh) as lock:
+            # Nobody else writes there from now on.
+            start = run_directory.on_root(mesh, choose)
+            snapshot = resume.open_run(start, config, mesh, arguments.overwrite)
+            if mesh.is_root:
+                for note in resume.described(start, snapshot, config.training.epochs):
+                    print(f"{PROGRAM}: {note}", file=sys.stderr, flush=True)
+            with (
+                heartbeat.of_run(directory, lock, mesh, config.training.epochs) as beating,
+                Watchdog(mesh, config.run.hang_limit) as watchdog,
+                safe_points.watched(watchdog),
+            ):
+                outcome = loop.train(
+                    problem,
+                    config.training,
+                    mesh,
+                    directory,
+                    config.snapshot,
+                    snapshot,
+                    config.to_toml(),
+                    preemption,
+                    beating,
+                )
         if mesh.is_root:
             figures = ", ".join(
                 f"{name.replace('_', ' ')} {value:.4g} {problem.units}".rstrip()
@@ -254,6 +300,30 @@ def _train(arguments: argparse.Namespace) -> int:
             print(f"{outcome.steps} steps in {outcome.seconds:.1f} s, loss {outcome.loss:.6g}; validation: {figures}")
             print(f"kept the parameters after epoch {outcome.kept_epoch} in {directory / run_directory.MODEL}")
             print(f"next: {PROGRAM} evaluate {directory}", flush=True)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from pnode_dist.train.status import follow, in_words, status_of
+
+    def say(words: str) -> None:
+        print(words, flush=True)
+
+    try:
+        if arguments.follow:
+            for status in follow(arguments.run_dir):
+                say(json_line(vars(status)) if arguments.json else in_words(status))
+            return 0
+        found = vars(status_of(arguments.run_dir))
+    except ConfigurationError as error:
+        _complain(error)
+        return WRONG_USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if arguments.json:
+        say(json_line(found))
+    else:
+        show_table({name: value for name, value in found.items() if value not in (None, "")})
     return 0
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -30,6 +32,32 @@ def petsc4py_problem(version: str) -> str | None:
         return None
     floor = ".".join(map(str, PETSC4PY_FLOOR))
     return f"pnode_dist needs petsc4py {floor} or newer and found {version}: {_INSTALL}"
+
+
+def facts_here() -> dict[str, str]:
+    """What has to be the same on all ranks: versions of packages and of the MPI library, and the command line."""
+    from mpi4py import MPI
+
+    import pnode_dist
+
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "mpi4py", "petsc4py")}
+    return {
+        "pnode_dist": pnode_dist.__version__,
+        "Python": platform.python_version(),
+        **versions,
+        "the MPI library": MPI.Get_library_version().split("\0")[0].splitlines()[0].strip(),
+        "the command line": " ".join(sys.argv[1:]),
+    }
+
+
+def difference(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str | None:
+    """What is not the same on all ranks, of which these are the facts by rank; None if all is."""
+    for name, first in facts[0].items():
+        for rank, other in enumerate(facts):
+            if other.get(name) != first:
+                there = f"{other.get(name)!r} on rank {rank} ({hosts[rank]})"
+                return f"{name} is {first!r} on rank 0 ({hosts[0]}), {there}: must be the same on all ranks"
+    return None
 
 
 def check_mpi() -> None:

@@ -13,7 +13,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode import events
+from pnode_dist.ode import events, safe_points
 from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, integrate
 from pnode_dist.ode.evaluation import Problem, Recording
 from pnode_dist.ode.probe import probe, record_measured
@@ -84,11 +84,13 @@ class Solve:
         self.solver.stepper.set_state(self.initial)
 
     def advance(self, step: int, again: bool = False) -> None:
+        safe_points.between_steps(self.solver.stepper.comm)
         if not self._use_first_step():
             with events.event(events.RERUN if again else events.STEP, self.logs):
                 self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step])
 
     def record(self, step: int, again: bool = False) -> None:
+        safe_points.between_steps(self.solver.stepper.comm)
         recording = self._use_first_step()
         if not recording:
             recording = []
@@ -100,6 +102,7 @@ class Solve:
         self.recordings[step] = recording
 
     def adjoint(self, step: int) -> None:
+        safe_points.between_steps(self.solver.stepper.comm)
         recording = self.recordings.pop(step)
         with events.event(events.ADJOINT_STEP, self.logs):
             self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], recording)
@@ -146,6 +149,7 @@ class Solve:
             else:
                 self._forward_fixed(output)
         self._count()
+        safe_points.after_solve(stepper.comm)
         return outputs
 
     def _forward_fixed(self, output: Callable[[int], None]) -> None:
@@ -202,6 +206,7 @@ class Solve:
 
         def before(step: int, time: float) -> bool:
             nonlocal recording
+            safe_points.between_steps(stepper.comm)
             if recording and step >= most_recorded:
                 if trajectory.keep == "graph":
                     raise ConfigurationError(
@@ -378,6 +383,7 @@ class Solve:
             self.solver.disk_is_lost = self.solver.disk_is_lost or disk_is_lost
         self._count()
         self.release()
+        safe_points.after_solve(stepper.comm)
         states = tuple(part.to(layout.device, layout.dtype, copy=True) for part in adjoint)
         sizes = [parameter.numel() for parameter in self.parameters]
         gradient = stepper.parameter_gradient[: sum(sizes)]

@@ -13,7 +13,8 @@ from types import TracebackType
 from pnode_dist.train import run_directory, snapshot_files
 from pnode_dist.train.atomic_file import sync
 from pnode_dist.train.config import SnapshotConfig
-from pnode_dist.train.metrics import MetricsFile, Record
+from pnode_dist.train.heartbeat import Heartbeat
+from pnode_dist.train.metrics import MetricsFile, Record, StepRecord
 from pnode_dist.train.snapshot import Snapshot
 
 
@@ -42,8 +43,16 @@ class Journal:
     at once, where other ranks would wait: `failure` is then set, for all ranks to end at their next agreement.
     """
 
-    def __init__(self, directory: Path | None, snapshots: SnapshotConfig, config: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        snapshots: SnapshotConfig,
+        config: str = "",
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
         self._directory, self._snapshots, self._config = directory, snapshots, config
+        self._heartbeat = heartbeat
+        self._first: StepRecord | None = None
         self._metrics = MetricsFile(None if directory is None else directory / run_directory.METRICS)
         self._writer = snapshot_files.Background()
         self._last_snapshot = time.monotonic()
@@ -52,10 +61,18 @@ class Journal:
 
     def write(self, record: Record) -> None:
         """Append a record to the metrics."""
+        if self._heartbeat is not None and isinstance(record, StepRecord):
+            self._first = self._first or record
+            self._heartbeat.stepped(record, self._first)
         try:
             self._metrics.write(record)
         except OSError as error:
             self._fail("metrics", error)
+
+    def end_epoch(self, epoch: int, steps: int) -> None:
+        """Note the end of an epoch of so many steps."""
+        if self._heartbeat is not None:
+            self._heartbeat.update(epoch=epoch + 1, epoch_steps=steps)
 
     def due(self, step: int) -> bool:
         """Whether it is time for a snapshot after `step`. While the disk still writes one, it is not."""
@@ -67,7 +84,9 @@ class Journal:
         return bool(by_steps) or time.monotonic() - self._last_snapshot >= seconds
 
     def check(self) -> None:
-        """Take note of a snapshot that could not be written."""
+        """Take note of what could not be written in the background."""
+        if self._heartbeat is not None and self._heartbeat.failure is not None:
+            self.failure = self.failure or self._heartbeat.failure
         try:
             self._writer.check()
         except OSError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -16,15 +17,18 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
+from pnode_dist.ode import safe_points
 from pnode_dist.problems.protocol import Batch, Problem
 from pnode_dist.sync import clip_gradient_norm, parallel
 from pnode_dist.train import run_directory
 from pnode_dist.train.capture import Trained, capture, restore
 from pnode_dist.train.config import SnapshotConfig, TrainingConfig
-from pnode_dist.train.endings import DivergenceError, RunDirectoryError
+from pnode_dist.train.endings import DivergenceError, Preempted, RunDirectoryError
+from pnode_dist.train.heartbeat import Heartbeat
 from pnode_dist.train.journal import Journal, Wishes, wishes_of
 from pnode_dist.train.metrics import StepRecord, ValidationRecord, peak_memory
 from pnode_dist.train.optimiser import optimiser_of
+from pnode_dist.train.preemption import GivenUp, Preemption
 from pnode_dist.train.progress import EpochSummary, reporter
 from pnode_dist.train.rank_state import rank_state, versions_of_buffers
 from pnode_dist.train.snapshot import Best, Position, Snapshot
@@ -98,10 +102,11 @@ class _Optimiser:
 
         Raises `DivergenceError` on all ranks before parameters are spoilt.
         """
-        self.steps += 1
         self._optimiser.zero_grad(set_to_none=True)
         share = self._problem.loss(self._model, batch)
         share.backward()  # type: ignore[no-untyped-call]
+        # From here on the step is not given up any more.
+        self.steps += 1
         solve = self._problem.solve_statistics()
         totals = self._mesh.sum(
             torch.tensor(
@@ -117,6 +122,7 @@ class _Optimiser:
                 raise DivergenceError(
                     f"step {self.steps} (epoch {epoch}): the {name} is {value}: "
                     "try a smaller learning_rate, a gradient_clip or a smaller step_size"
+                    f"{self._where_not_finite(share.item())}"
                 )
         learning_rate = self._optimiser.param_groups[0]["lr"]
         self._optimiser.step()
@@ -143,6 +149,14 @@ class _Optimiser:
         )
         self.mark()
         return record, wishes_of(totals[3:].tolist())
+
+    def _where_not_finite(self, share: float) -> str:
+        """The ranks whose shares of the loss are not finite, in words. Collective on the world."""
+        host = None if math.isfinite(share) else socket.gethostname()
+        hosts = enumerate(self._mesh.gather_object(host) or ())
+        ranks = ", ".join(f"rank {rank} ({host})" for rank, host in hosts if host is not None)
+        found: str = self._mesh.broadcast_object(f"; it comes from {ranks}" if ranks else "")
+        return found
 
     def end_epoch(self) -> None:
         """Let the learning rate follow its schedule."""
@@ -171,21 +185,26 @@ def train(
     snapshots: SnapshotConfig | None = None,
     start: Snapshot | None = None,
     config: str = "",
+    preemption: Preemption | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> Outcome:
     """Train `problem.model` and leave metrics, parameters and snapshots in `directory`. Collective on the world.
 
     Every rank differentiates its share of the loss; the gradients are summed over state ranks and averaged over data
     replicas, so parameters stay bit for bit the same on all ranks. The parameters are saved after each validation
     and at the end. Validation data choose parameters only with `keep = "best"`. Training goes on from `start`; `config`
-    is the text of the configuration, to be kept with snapshots.
-    Raises `DivergenceError` when the loss or its gradient is not finite, and `RunDirectoryError` when the directory
-    takes no more, on all ranks.
+    is the text of the configuration, to be kept with snapshots. Asked by `preemption`, it stops between two steps, or
+    within one that it gives up.
+    Raises `DivergenceError` when the loss or its gradient is not finite, `RunDirectoryError` when the directory
+    takes no more, and `Preempted` when it was stopped and has left a snapshot, on all ranks.
     """
-    journal = Journal(directory if mesh.is_root else None, snapshots or SnapshotConfig(), config)
+    journal = Journal(directory if mesh.is_root else None, snapshots or SnapshotConfig(), config, heartbeat)
+    watching = nullcontext() if preemption is None else safe_points.watched(preemption)
     with journal, reporter(mesh.is_root, training.epochs, training.log_every) as report:
-        run = _Run(problem, training, mesh, directory, journal, start)
-        while run.epoch <= training.epochs:
-            report.epoch(run.train_epoch())
+        run = _Run(problem, training, mesh, directory, journal, start, preemption)
+        with watching:
+            while run.epoch <= training.epochs:
+                report.epoch(run.train_epoch())
         return run.finish()
 
 
@@ -200,9 +219,10 @@ class _Run:
         directory: Path,
         journal: Journal,
         start: Snapshot | None,
+        preemption: Preemption | None,
     ) -> None:
         self._problem, self._training, self._mesh = problem, training, mesh
-        self._directory, self._journal = directory, journal
+        self._directory, self._journal, self._preemption = directory, journal, preemption
         self._optimiser = _Optimiser(problem, training, mesh)
         self._best = None if start is None else self._optimiser.resume(start)
         position = Position() if start is None else start.position
@@ -211,16 +231,29 @@ class _Run:
 
     def train_epoch(self) -> EpochSummary:
         """The rest of an epoch, and its validation. Collective on the world."""
+        try:
+            return self._train_epoch()
+        except GivenUp:
+            # Of what was under way nothing has been counted, and the parameters are those before it.
+            self._stop()
+
+    def _train_epoch(self) -> EpochSummary:
         training, began, done = self._training, time.perf_counter(), len(self._losses)
         for batch in self._problem.batches(self.epoch, done):
             self._journal.check()
             due = self._journal.due(self._optimiser.steps + 1)
-            wishes = Wishes(snapshot=due, failed=self._journal.failure is not None)
+            wishes = Wishes(
+                stop=self._preemption is not None and self._preemption.wanted,
+                snapshot=due,
+                failed=self._journal.failure is not None,
+            )
             record, agreed = self._optimiser.step(batch, self.epoch, wishes)
             self._losses.append(record.loss)
             self._journal.write(record)
             if agreed.failed:
                 self._give_up()
+            if agreed.stop:
+                self._stop()
             if agreed.snapshot:
                 self._journal.keep(self._snapshot())
         seconds, steps = time.perf_counter() - began, len(self._losses) - done
@@ -230,6 +263,7 @@ class _Run:
         summary = EpochSummary(
             self.epoch, training.epochs, self._loss, seconds, steps / seconds, headline, self._problem.units
         )
+        self._journal.end_epoch(self.epoch, len(self._losses))
         self.epoch, self._losses = self.epoch + 1, []
         return summary
 
@@ -244,8 +278,7 @@ class _Run:
                     value.copy_(self._best.state[name])
         self._save_parameters()
         self._mesh.barrier()
-        if self._mesh.max(torch.tensor([int(self._journal.failure is not None)])).item():
-            self._give_up()
+        self._check_written()
         return Outcome(self._optimiser.steps, self._optimiser.seconds, self._loss, kept_epoch, figures)
 
     def _is_validated(self) -> bool:
@@ -284,6 +317,22 @@ class _Run:
             self._journal.metrics_size,
         )
         return capture(self._optimiser.trained, position, self._best, self._optimiser.before, self._mesh)
+
+    def _stop(self) -> NoReturn:
+        """Leave a snapshot, and end on all ranks. Collective on the world."""
+        assert self._preemption is not None
+        reason = self._preemption.reason()
+        self._journal.keep(self._snapshot(), wait=True)
+        self._check_written()
+        raise Preempted(
+            f"stopped after step {self._optimiser.steps}, in epoch {self.epoch} of {self._training.epochs}: {reason}; "
+            "--resume auto goes on"
+        )
+
+    def _check_written(self) -> None:
+        """End all ranks if some file could not be written. Collective on the world."""
+        if self._mesh.max(torch.tensor([int(self._journal.failure is not None)])).item():
+            self._give_up()
 
     def _give_up(self) -> NoReturn:
         """End all ranks because some file cannot be written. Collective on the world."""

@@ -6,8 +6,8 @@ import importlib.metadata
 import json
 import platform
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,10 +24,12 @@ from pnode_dist.sharding import gather_state_dict, shards_of
 from pnode_dist.train import snapshot_files
 from pnode_dist.train.atomic_file import remove_unfinished, write_atomically
 from pnode_dist.train.config import Config
+from pnode_dist.train.heartbeat import HEARTBEAT
+from pnode_dist.train.run_lock import LOCK, RunLock
 
 CONFIG, VERSIONS, METRICS, MODEL = "config.toml", "versions.json", "metrics.jsonl", "model.pt"
 EVALUATION, FORECAST_PICTURE, PAGE = "evaluation.json", "report.png", "report.html"
-FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", EVALUATION, FORECAST_PICTURE, PAGE)
+FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", EVALUATION, FORECAST_PICTURE, PAGE, HEARTBEAT)
 """All files that the project writes into a run directory, besides snapshots; no others are ever removed."""
 
 Result = TypeVar("Result")
@@ -50,7 +52,7 @@ def on_root(mesh: Mesh, action: Callable[[], Result]) -> Result:
 def check_free(path: Path, overwrite: bool) -> None:
     """Raise `ConfigurationError` unless a run may write to `path`: it is new, empty, or to be overwritten."""
     try:
-        occupied = any(path.iterdir())
+        occupied = any(entry.name != LOCK for entry in path.iterdir())
     except FileNotFoundError:
         return
     except NotADirectoryError:
@@ -63,6 +65,35 @@ def check_free(path: Path, overwrite: bool) -> None:
         )
 
 
+@contextmanager
+def held(path: Path, mesh: Mesh) -> Iterator[RunLock | None]:
+    """Hold the run directory, which is made if it is not there, for its owner only; the lock on rank 0.
+
+    Raises `ConfigurationError` on all ranks when another run does, or the directory cannot be made. Collective on the
+    world.
+    """
+    lock: RunLock | None = None
+
+    def hold() -> None:
+        nonlocal lock
+
+        def take() -> None:
+            nonlocal lock
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+            lock = RunLock(path)
+
+        _writing(path, take)
+
+    on_root(mesh, hold)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 def create(path: Path, config: Config, mesh: Mesh, overwrite: bool) -> None:
     """Make the run directory, for its owner only, with `config.toml` and `versions.json`. Collective on the world.
 
@@ -72,8 +103,8 @@ def create(path: Path, config: Config, mesh: Mesh, overwrite: bool) -> None:
 
     def make() -> None:
         check_free(path, overwrite)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
             path.mkdir(mode=0o700)
         discard(path)
 
@@ -88,7 +119,7 @@ def go_on(path: Path, config: Config, mesh: Mesh, step: int, metrics: int) -> No
     """
 
     def take_back() -> None:
-        for name in FILES:
+        for name in (*FILES, LOCK):
             remove_unfinished(path, name)
         snapshot_files.remove_after(path, step)
         with (path / METRICS).open("ab") as file:

@@ -72,3 +72,11 @@ def test_one_mpi_library_mapped_in_several_pieces_is_one() -> None:
         "7f00-7f01 rw-p 0 0 0",
     ]
     assert compatibility.mpi_problem(lines) is None
+
+
+def test_ranks_that_differ_are_named_with_their_hosts() -> None:
+    here = compatibility.facts_here()
+    assert compatibility.difference([here, here], ["a", "b"]) is None
+    other = {**here, "torch": "1.0"}
+    said = compatibility.difference([here, here, other], ["a", "b", "c"])
+    assert said == f"torch is {here['torch']!r} on rank 0 (a), '1.0' on rank 2 (c): must be the same on all ranks"

@@ -1,0 +1,99 @@
+"""A rank that gets stuck ends the job, once every rank has said where it is.
+
+Every rank counts the steps of its solves. A thread beside it looks whether the count has changed; if it has not for
+`limit` seconds, the rank prints the Python stacks of all its threads and asks the others, by a message to their
+threads, to do the same. Then it ends them all.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+
+from mpi4py import MPI
+
+from pnode_dist.abort import abort
+from pnode_dist.mesh import Mesh
+
+HUNG = 70
+"""The exit code (EX_SOFTWARE) of a job that hangs."""
+_LOOKS = 10
+_LONGEST_PAUSE = 2.0
+_FOR_OTHERS = 3.0
+
+
+class Watchdog:
+    """Watches this rank while it is entered; with `limit` 0 it does not. Making it is collective on the world."""
+
+    def __init__(self, mesh: Mesh, limit: float) -> None:
+        self._rank, self._limit = mesh.rank, limit
+        self._pause = min(limit / _LOOKS, _LONGEST_PAUSE)
+        self._steps = 0
+        together = mesh.size > 1 and MPI.COMM_WORLD.size == mesh.size and limit > 0
+        self._world = MPI.COMM_WORLD.Dup() if together else None
+        # Messages are for the thread, while the rank is in MPI as well.
+        self._calls = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="pnode-dist-watchdog", daemon=True)
+
+    def between_steps(self, comm: MPI.Comm) -> None:
+        """See `pnode_dist.ode.safe_points`."""
+        self._steps += 1
+
+    def after_solve(self, comm: MPI.Comm) -> None:
+        """See `pnode_dist.ode.safe_points`."""
+        self._steps += 1
+
+    def _watch(self) -> None:
+        steps, since = self._steps, time.monotonic()
+        asked = False
+        while not self._ended.wait(self._pause):
+            now = time.monotonic()
+            if self._steps != steps:
+                steps, since = self._steps, now
+            elif now - since > self._limit:
+                self._end(now - since, asked)
+            if self._calls and self._world is not None and not asked and self._world.iprobe():
+                self._world.recv()
+                asked = True
+                self._print_stacks(f"got on {now - since:.1f} s ago")
+
+    def _end(self, seconds: float, asked: bool) -> None:
+        if not asked:
+            self._print_stacks(f"has not got on for {seconds:.1f} s ([run] hang_limit = {self._limit:g})")
+        if self._calls and self._world is not None:
+            for rank in range(self._world.size):
+                if rank != self._rank:
+                    self._world.isend(None, rank)
+        time.sleep(_FOR_OTHERS + 2 * self._pause)
+        if not self._ended.is_set():
+            abort(HUNG, self._world)
+
+    def _print_stacks(self, why: str) -> None:
+        """All threads of this rank, the main one last, in one piece."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        frames = sys._current_frames()
+        frames.pop(threading.get_ident(), None)
+        lines = [f"{why}:"]
+        for number in sorted(frames, key=lambda number: number == threading.main_thread().ident):
+            lines.append(f"thread {names.get(number, number)}:")
+            lines += "".join(traceback.format_stack(frames[number])).splitlines()
+        start = f"[rank {self._rank} on {socket.gethostname()}] "
+        sys.stderr.write("".join(f"{start}{line}\n" for line in lines))
+        sys.stderr.flush()
+
+    def __enter__(self) -> Watchdog:
+        if self._limit > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()

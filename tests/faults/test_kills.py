@@ -1,0 +1,117 @@
+"""A training run that is killed again and again ends with the very parameters of one that never was.
+
+PNODE_DIST_KILLS says how often (50 were tried); that many take a few seconds each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pnode_dist.trajectory.scratch import PrivateDirectory
+from tests.conftest import ROOT
+from tests.unit.problems.synthetic_fields import config, dataset, values, write
+
+KILLS = int(os.environ.get("PNODE_DIST_KILLS", "4"))
+PER_EPOCH = 6  # of 21 windows in batches of 4
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """Steps enough for all kills, checkpoints on disk, and a snapshot whenever the disk is free."""
+    (tmp_path / "spill").mkdir()
+    tables: dict[str, Any] = {
+        "run": {"name": "killed"},
+        "training": {"epochs": 2 + KILLS, "validate_every": 2, "keep": "best", "schedule": "cosine"},
+        "trajectory": {"ram_slots": 1, "disk_slots": 2, "directory": str(tmp_path / "spill")},
+        "snapshot": {"every_steps": 1},
+    }
+    path = tmp_path / "killed.toml"
+    path.write_text(config(write(tmp_path / "sst.nc", dataset(values())), **tables).to_toml())
+    return path
+
+
+def end_of(run: Path) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    told = ("kind", "step", "epoch", "loss", "learning_rate", "gradient_norm", "figures")
+    return torch.load(run / "model.pt", weights_only=True), [[record.get(key) for key in told] for record in records]
+
+
+def assert_alike(run: Path, whole: Path) -> None:
+    (parameters, records), (expected, expected_records) = end_of(run), end_of(whole)
+    assert parameters.keys() == expected.keys()
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    assert records == expected_records
+    assert not (run / "lock.json").exists()
+    assert json.loads((run / "heartbeat.json").read_text())["state"] == "finished"
+    assert not list(run.rglob(".*"))
+
+
+def train(config_file: Path, run: Path) -> None:
+    command = [sys.executable, "-m", "pnode_dist.cli", "train", str(config_file), "--run-dir", str(run)]
+    subprocess.run(command, check=True, capture_output=True, timeout=100 + 10 * KILLS)
+
+
+@pytest.mark.timeout(200 + 100 * KILLS)
+def test_random_kills_change_nothing_and_leave_nothing(config_file: Path, tmp_path: Path) -> None:
+    train(config_file, tmp_path / "whole")
+
+    lives = [sys.executable, str(Path(__file__).with_name("lives.py")), str(config_file), str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([*lives, str(KILLS), "7"], env=environment, capture_output=True, text=True, check=False)
+
+    log = (tmp_path / "run.log").read_text()
+    assert ended.returncode == 0, ended.stderr + log
+    assert_alike(tmp_path / "run", tmp_path / "whole")
+    # Making a directory removes what processes that are gone have left.
+    PrivateDirectory(tmp_path / "spill").remove()
+    assert not list((tmp_path / "spill").iterdir())
+
+
+def children_of(launcher: int) -> list[int]:
+    """All processes below the launcher."""
+    found, parents = [], [launcher]
+    while parents:
+        parent = parents.pop()
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            below = [int(number) for number in task.read_text().split()]
+            found += below
+            parents += below
+    return found
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_end(
+    config_file: Path, tmp_path: Path, mpirun: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    train_two = [sys.executable, "-m", "pnode_dist.cli", "train", str(config_file), "--resume", "auto", "--run-dir"]
+    done = mpirun(2, *train_two, str(tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+
+    run = tmp_path / "run"
+    launcher = subprocess.Popen(
+        [str(ROOT / "launch" / "mpirun.sh"), "-n", "2", *train_two, str(run)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (run / "snapshots").is_dir() or len(list((run / "snapshots").glob("*.json"))) < 1:
+        assert launcher.poll() is None
+    processes = children_of(launcher.pid)
+    holder = json.loads((run / "lock.json").read_text())["pid"]
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in processes if pid != holder}
+    (other,) = [pid for pid, name in names.items() if name.startswith("python")]
+    os.kill(other, 9)
+    assert launcher.wait(timeout=30) != 0
+    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+
+    done = mpirun(2, *train_two, str(run))
+    assert done.returncode == 0, done.stderr
+    assert "going on after step" in done.stderr
+    assert_alike(run, tmp_path / "whole")
