@@ -146,6 +146,28 @@ def test_the_tasks_of_an_array_train_the_variants_of_a_file(slurm: Slurm, tmp_pa
         shutil.rmtree(runs, ignore_errors=True)
 
 
+@pytest.mark.parametrize(
+    ("signalled", "margin", "reason"),
+    [
+        pytest.param("--signal=USR1@30", "0", "SIGUSR1", id="signal"),
+        pytest.param("--signal=CONT@1", "80", "the end of the job's time", id="end time"),
+    ],
+)
+def test_a_training_stops_before_its_time_is_up_and_goes_on_in_the_next_run_of_the_job(
+    slurm: Slurm, tmp_path: Path, signalled: str, margin: str, reason: str
+) -> None:
+    run = tmp_path / "run"
+    # Slurm sends its signals up to a minute early.
+    job = train(slurm, run, "--time=2", signalled, epochs=100_000, **{"run.stop_before_end": margin})
+    slurm.wait_for_output(job, r"has stopped in time and is queued again \(restart 1\)", SLOWLY)
+    before = max(losses(run), default=0)
+    assert reason in slurm.output(job)
+    wait_for_steps(slurm, job, run, before + 2)
+    assert int(slurm.about(job)["Restarts"]) >= 1
+    slurm.run("scancel", job)
+    slurm.wait_for(job, "CANCELLED", seconds=60)
+
+
 def test_nodes_train_replicas_of_a_state(slurm: Slurm, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = (CONFIG, *settings(**{"training.epochs": "1"}), "--run-dir", str(run))
