@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pnode_dist.abort import abort
 from pnode_dist.allocator import keep_freed_memory
-from pnode_dist.bench import BENCHMARKS, DRAWN
+from pnode_dist.bench import BENCHMARKS, DRAWN, FULL
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.launcher import launched_rank
 from pnode_dist.output import console, json_line, output, show_table
@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="FILE", type=Path, help="where the page goes, instead of RUN_DIR")
     bench.add_argument("name", metavar="NAME", choices=list(BENCHMARKS), help=" | ".join(BENCHMARKS))
     bench.add_argument("--plot", metavar="FILE", type=Path, help=f"also draw it ({', '.join(DRAWN)})")
+    bench.add_argument("--full", action="store_true", help=f"in the sizes of the paper, for hours ({', '.join(FULL)})")
     train.add_argument("--run-dir", metavar="DIR", help="where the run's files go, instead of [run] directory")
     train.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run there")
     train.add_argument(
@@ -510,8 +511,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     first = _first(MPI.COMM_WORLD)
     if arguments.plot is not None and arguments.name not in DRAWN:
         raise ConfigurationError(f"bench {arguments.name} --plot: has no picture: must be one of {', '.join(DRAWN)}")
+    if arguments.full and arguments.name not in FULL:
+        raise ConfigurationError(f"bench {arguments.name} --full: has one size: must be one of {', '.join(FULL)}")
     with output(arguments.json, first) as emit:
-        report = run(arguments.name)
+        report = run(arguments.name, full=arguments.full)
         result = report.as_dict()
         if arguments.plot is not None:
             result["plot"] = _bench_plot(arguments.plot, report)

@@ -24,10 +24,15 @@ DRAWN = ("halo", "methods", "overhead", "precision", "scaling", "sync")
 """Those that have a picture."""
 
 
-def run(name: str) -> Report:
-    """Run a benchmark by name. Collective on the world.
+FULL = ("methods",)
+"""Those that also come in the sizes of the paper that they repeat."""
+
+
+def run(name: str, full: bool = False) -> Report:
+    """Run a benchmark by name, one of `FULL` also in full size. Collective on the world.
 
     Raises `ConfigurationError` when it does not run on this number of ranks or a peer is not installed.
     """
-    report: Report = import_module(f"pnode_dist.bench.{name.replace('-', '_')}").run()
+    benchmark = import_module(f"pnode_dist.bench.{name.replace('-', '_')}")
+    report: Report = benchmark.run(full=True) if full else benchmark.run()
     return report

@@ -78,12 +78,18 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the cyclic garbage collector, whose moment is chance, after all garbage is gone."""
+    """Without the cyclic garbage collector, whose moment is chance, after all garbage is gone.
+
+    Within another such block that takes little time: what was there before the outer one is not looked at again.
+    """
     gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
+    outermost = gc.isenabled()
+    if outermost:
+        gc.disable()
+        gc.freeze()
     try:
         yield
     finally:
-        if was_enabled:
+        if outermost:
+            gc.unfreeze()
             gc.enable()

@@ -12,6 +12,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.bench.baselines import TABLES
+from pnode_dist.bench.heap import uncollected
 from pnode_dist.bench.methods_accuracy import ITERATIONS, METHOD, STEPS, tell
 from pnode_dist.bench.methods_cell import (
     REFERENCE,
@@ -34,23 +35,28 @@ LEAST_SHARE_OF_CELLS = 0.8
 SOLUTION_OVER_NAIVE = 0.25
 MANY_STEPS = 50
 ROUNDS = 3
-EXPERIMENTS = (
-    images((2, 4, 8), samples=2, stem=16, widths=(8, 16, 32, 64), features=32),
-    flow((2, 4, 8), samples=64, dimension=6, hidden=(64, 64, 64), flows=2),
+SHORT = (
+    images((2, 5), samples=2, stem=16, widths=(8, 16, 32, 64), features=32),
+    flow((2, 5), samples=64, dimension=6, hidden=(64, 64, 64), flows=2),
 )
+FULL = (
+    images((2, 4, 8, 16), samples=32, stem=64, widths=(32, 64, 128, 256), features=128),
+    flow((5, 10, 20, 40), samples=1000, dimension=6, hidden=(60, 60, 60), flows=5),
+)
+"""The networks of the paper: SqNxt_23_1x with 199,800 parameters in right-hand sides, and FFJORD's for POWER."""
 _CHAIN = ("dopri5", 4, 5, 3)
 """Method, blocks, steps and layers of the chain on which the theory is counted."""
 
 
-def run() -> Report:
-    """Measure on one thread of one rank."""
+def run(full: bool = False) -> Report:
+    """Measure on one thread of one rank: small networks, or with `full` the paper's, which takes hours."""
     if MPI.COMM_WORLD.size > 1:
         raise ConfigurationError(f"bench methods runs on 1 rank, not on {MPI.COMM_WORLD.size}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        cells = measure(EXPERIMENTS, tuple(TABLES), ROUNDS)
-        peaks = many_steps(EXPERIMENTS[0])
+        cells = measure(FULL if full else SHORT, tuple(TABLES), ROUNDS)
+        peaks = many_steps(SHORT[0])
         theory, wrong = theory_beside_counts()
         story = tell(list(WAYS.values()))
     finally:
@@ -87,15 +93,17 @@ def run() -> Report:
 
 def measure(experiments: Sequence[Experiment], methods: Sequence[str], rounds: int) -> list[Cell]:
     """All cells of the table."""
-    found = []
+    # What torch and the libraries behind it load and keep on first use belongs to no method.
     for experiment in experiments:
-        # What torch and the libraries behind it load and keep on first use belongs to no method.
         for name in (REFERENCE, "graph"):
             Candidate(experiment, WAYS[name], "euler", 1).measure()
-        for method in methods:
-            for steps in experiment.steps:
-                found.append(measure_cell(experiment, method, steps, rounds, list(WAYS.values())))
-    return found
+    with uncollected():
+        return [
+            measure_cell(experiment, method, steps, rounds, list(WAYS.values()))
+            for experiment in experiments
+            for method in methods
+            for steps in experiment.steps
+        ]
 
 
 def many_steps(experiment: Experiment) -> dict[str, int]:

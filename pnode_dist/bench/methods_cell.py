@@ -27,7 +27,7 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 SAME_SPEED = 1.05
 """Times that differ by less are the same."""
 _SEED = 0
-_ATTEMPTS = 3
+_ATTEMPTS = 2
 
 
 class Candidate:

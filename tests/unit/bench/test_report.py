@@ -53,6 +53,19 @@ def test_a_report_as_tables_shows_a_promise_that_was_not_kept():
     assert "yes" in line
 
 
+def test_further_tables_are_shown_under_their_titles_and_are_in_the_json():
+    stream = io.StringIO()
+    report = Report("speed", [{"case": "a"}], [], further={"theory": [{"method": "b", "count": 7}], "empty": []})
+
+    report.show(Console(file=stream, width=100))
+
+    shown = stream.getvalue()
+    assert "theory" in shown
+    assert any("7" in line and "b" in line for line in shown.splitlines())
+    assert "empty" not in shown
+    assert report.as_dict()["further"] == {"theory": [{"method": "b", "count": 7}], "empty": []}
+
+
 def test_candidates_are_run_in_turn():
     order = []
     candidates = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
