@@ -36,8 +36,8 @@ SOLUTION_OVER_NAIVE = 0.25
 MANY_STEPS = 50
 ROUNDS = 3
 SHORT = (
-    images((2, 5), samples=2, stem=16, widths=(8, 16, 32, 64), features=32),
-    flow((2, 5), samples=64, dimension=6, hidden=(64, 64, 64), flows=2),
+    images((2, 4), samples=2, stem=16, widths=(8, 16, 32, 64), features=32),
+    flow((2, 4), samples=64, dimension=6, hidden=(64, 64, 64), flows=2),
 )
 FULL = (
     images((2, 4, 8, 16), samples=32, stem=64, widths=(32, 64, 128, 256), features=128),
