@@ -309,7 +309,7 @@ if [ -z "$own_stack" ]; then
     fi
     phase "checking that PETSc and MPI fit (seconds)" stack_loads
 fi
-phase "installing pnode_dist and its other packages (2 minutes)" "${pip[@]}" install --editable '.[data,plot,dev]'
+phase "installing pnode_dist and its other packages (2 minutes)" "${pip[@]}" install --editable '.[data,plot,tensorboard,dev]'
 phase "checking that it all loads (seconds)" all_loads
 printf '%s\n' "$wanted" >"$stamp"
 say "ready: launch/mpirun.sh -n 2 pnode-dist doctor"

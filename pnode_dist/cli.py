@@ -260,10 +260,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from pnode_dist.ode import safe_points
     from pnode_dist.problems import build
-    from pnode_dist.train import heartbeat, loop, resume, run_directory, slurm_time
+    from pnode_dist.train import event_file, heartbeat, loop, resume, run_directory, slurm_time
     from pnode_dist.train.preemption import Preemption
     from pnode_dist.train.watchdog import Watchdog
 
+    if config.run.tensorboard:
+        event_file.check_available()
     directory, end = config.run.path, slurm_time.job_end() if config.run.stop_before_end else None
     with _mesh(config) as mesh, Preemption(mesh, end and end - config.run.stop_before_end) as preemption:
         choose = functools.partial(resume.choose_start, arguments.resume, config, arguments.overwrite)
@@ -274,6 +276,7 @@ def _train(arguments: argparse.Namespace) -> int:
             # Nobody else writes there from now on.
             start = run_directory.on_root(mesh, choose)
             snapshot = resume.open_run(start, config, mesh, arguments.overwrite)
+            came_to = 0 if snapshot is None else snapshot.position.step
             if mesh.is_root:
                 for note in resume.described(start, snapshot, config.training.epochs):
                     print(f"{PROGRAM}: {note}", file=sys.stderr, flush=True)
@@ -281,6 +284,7 @@ def _train(arguments: argparse.Namespace) -> int:
                 heartbeat.of_run(directory, lock, mesh, config.training.epochs) as beating,
                 Watchdog(mesh, config.run.hang_limit) as watchdog,
                 safe_points.watched(watchdog),
+                event_file.of_run(directory, mesh.is_root and config.run.tensorboard, came_to) as events,
             ):
                 outcome = loop.train(
                     problem,
@@ -292,6 +296,7 @@ def _train(arguments: argparse.Namespace) -> int:
                     config.to_toml(),
                     preemption,
                     beating,
+                    events,
                 )
         if mesh.is_root:
             figures = ", ".join(

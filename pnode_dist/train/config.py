@@ -90,6 +90,8 @@ class RunConfig(Table):
     """The run directory; by default `runs/<name>`."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
     """Seeds the parameters, the order of the batches and the directions of the gradient check."""
+    tensorboard: bool = False
+    """Whether the metrics are also written as event files for TensorBoard, into `tensorboard` in the run directory."""
     hang_limit: NotNegative = 1800.0
     """Seconds in which a rank has to get on by a step of a solve; 0: it may take for ever."""
     stop_before_end: NotNegative = 120.0

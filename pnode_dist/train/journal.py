@@ -13,6 +13,7 @@ from types import TracebackType
 from pnode_dist.train import run_directory, snapshot_files
 from pnode_dist.train.atomic_file import sync
 from pnode_dist.train.config import SnapshotConfig
+from pnode_dist.train.event_file import EventFile
 from pnode_dist.train.heartbeat import Heartbeat
 from pnode_dist.train.metrics import MetricsFile, Record, StepRecord
 from pnode_dist.train.snapshot import Snapshot
@@ -49,9 +50,10 @@ class Journal:
         snapshots: SnapshotConfig,
         config: str = "",
         heartbeat: Heartbeat | None = None,
+        events: EventFile | None = None,
     ) -> None:
         self._directory, self._snapshots, self._config = directory, snapshots, config
-        self._heartbeat = heartbeat
+        self._heartbeat, self._events = heartbeat, events
         self._first: StepRecord | None = None
         self._metrics = MetricsFile(None if directory is None else directory / run_directory.METRICS)
         self._writer = snapshot_files.Background()
@@ -66,6 +68,8 @@ class Journal:
             self._heartbeat.stepped(record, self._first)
         try:
             self._metrics.write(record)
+            if self._events is not None:
+                self._events.write(record)
         except OSError as error:
             self._fail("metrics", error)
 

@@ -24,6 +24,7 @@ from pnode_dist.train import run_directory
 from pnode_dist.train.capture import Trained, capture, restore
 from pnode_dist.train.config import SnapshotConfig, TrainingConfig
 from pnode_dist.train.endings import DivergenceError, Preempted, RunDirectoryError
+from pnode_dist.train.event_file import EventFile
 from pnode_dist.train.heartbeat import Heartbeat
 from pnode_dist.train.journal import Journal, Wishes, wishes_of
 from pnode_dist.train.metrics import StepRecord, ValidationRecord, peak_memory
@@ -187,6 +188,7 @@ def train(
     config: str = "",
     preemption: Preemption | None = None,
     heartbeat: Heartbeat | None = None,
+    events: EventFile | None = None,
 ) -> Outcome:
     """Train `problem.model` and leave metrics, parameters and snapshots in `directory`. Collective on the world.
 
@@ -198,7 +200,7 @@ def train(
     Raises `DivergenceError` when the loss or its gradient is not finite, `RunDirectoryError` when the directory
     takes no more, and `Preempted` when it was stopped and has left a snapshot, on all ranks.
     """
-    journal = Journal(directory if mesh.is_root else None, snapshots or SnapshotConfig(), config, heartbeat)
+    journal = Journal(directory if mesh.is_root else None, snapshots or SnapshotConfig(), config, heartbeat, events)
     watching = nullcontext() if preemption is None else safe_points.watched(preemption)
     with journal, reporter(mesh.is_root, training.epochs, training.log_every) as report:
         run = _Run(problem, training, mesh, directory, journal, start, preemption)

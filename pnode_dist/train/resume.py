@@ -18,7 +18,7 @@ from pnode_dist.train.snapshot import Snapshot
 from pnode_dist.train.snapshot_files import Label, SnapshotError
 
 MAY_CHANGE = {
-    "run": {"name", "directory", "hang_limit", "stop_before_end"},
+    "run": {"name", "directory", "tensorboard", "hang_limit", "stop_before_end"},
     "mesh": {"state", "data", "backend"},
     "problem": {"path", "processes"},
     "trajectory": {

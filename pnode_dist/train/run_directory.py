@@ -21,7 +21,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.output import json_line
 from pnode_dist.sharding import gather_state_dict, shards_of
-from pnode_dist.train import snapshot_files
+from pnode_dist.train import event_file, snapshot_files
 from pnode_dist.train.atomic_file import remove_unfinished, write_atomically
 from pnode_dist.train.config import Config
 from pnode_dist.train.heartbeat import HEARTBEAT
@@ -162,6 +162,7 @@ def discard(path: Path) -> None:
     for name in FILES:
         (path / name).unlink(missing_ok=True)
         remove_unfinished(path, name)
+    event_file.remove(path)
     snapshot_files.remove_after(path, -1)
     with suppress(OSError):
         (path / snapshot_files.DIRECTORY).rmdir()

@@ -22,7 +22,8 @@ def run_json(capfd, *argv):
 
 
 def test_train_then_evaluate_leaves_the_files_of_a_run(config_file, tmp_path, capfd):
-    assert main(["train", str(config_file)]) == 0
+    assert main(["train", str(config_file), "--set", "run.tensorboard=true"]) == 0
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     out, err = capfd.readouterr()
     assert out.splitlines()[-1] == f"next: pnode-dist evaluate {tmp_path / 'run'}"
     assert "epoch 2/2" in err
