@@ -119,7 +119,9 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_number_of_ranks(config_file
 
     ran = mpirun(3, sys.executable, "-m", "pnode_dist.cli", "gradcheck", str(config_file), "--json")
 
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.returncode == 0
+    # What the launcher says where there are more ranks than cores is its own affair.
+    assert [line for line in ran.stderr.splitlines() if not line.startswith("mpirun.sh: ")] == []
     spread = json.loads(ran.stdout)
     assert (alone["ranks"], spread["ranks"]) == (1, 3)
     for figure in ("loss", "gradient_norm"):
