@@ -105,6 +105,8 @@ case $engine in
         ;;
     charliecloud)
         export USER=${USER:-$(id -un)} # ch-run insists on it
+        # It mounts nothing on a directory that the image lacks.
+        [ "$dry_run" = yes ] || mkdir -p "$image$PWD" "$image$TMPDIR" || fail "$image: has no directory $PWD or $TMPDIR"
         options=(--set-env --bind "$PWD" --bind "$TMPDIR" --cd "$PWD")
         if is_count "$local_ranks"; then
             # One name space for the ranks of a node.

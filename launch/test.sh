@@ -104,7 +104,7 @@ for ranks in $several; do
     fi
 done
 if [ "$selection" = no ]; then set -- tests/cluster; fi
-part "cluster tests" timeout --foreground --kill-after 10 1200 python -m pytest -m cluster "$@"
+part "cluster tests" timeout --foreground --kill-after 10 2400 python -m pytest -m cluster "$@"
 
 printf '\n'
 printf '%s\n' "${summary[@]}"

@@ -9,10 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cluster import image as images
 from tests.cluster import namespaces
 from tests.cluster.slurm import PACKAGES, Slurm, cluster
 
-TIMEOUT = 180
+TIMEOUT = 300
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--build-image", action="store_true", help="build docker/Dockerfile, and test the image")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,3 +50,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     install(("slurmctld", "slurmd", "sbatch", "munged"), PACKAGES)
     with cluster(tmp_path_factory.mktemp("slurm")) as slurm:
         yield slurm
+
+
+@pytest.fixture(scope="session")
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[images.Image]:
+    """The image of docker/Dockerfile, built anew."""
+    if not request.config.getoption("--build-image", default=False):
+        pytest.skip("takes an image that is built in several minutes: with --build-image")
+    reason = namespaces.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    install(("buildah", "crun", "debootstrap"), images.PACKAGES)
+    with images.built(tmp_path_factory.mktemp("image")) as image:
+        yield image
