@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -124,23 +125,27 @@ def _rendezvous(world: _World) -> Store:
     local = one_node.size == comm.size
     one_node.Free()
     store = None
-    address: tuple[str, int] | None = None
+    address: tuple[str, int] | str = ""
     if comm.rank == 0:
-        host = "127.0.0.1" if local else socket.gethostname()
+        address = host = "127.0.0.1" if local else socket.gethostname()
         # Left to itself the store would listen on every interface of the machine.
-        listener = socket.create_server((host, 0))
-        address = (host, listener.getsockname()[1])
-        store = TCPStore(
-            *address,
-            world.size,
-            is_master=True,
-            timeout=mpi_backend.TIMEOUT,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        with suppress(OSError):
+            listener = socket.create_server((host, 0))
+            address = (host, listener.getsockname()[1])
+            store = TCPStore(
+                *address,
+                world.size,
+                is_master=True,
+                timeout=mpi_backend.TIMEOUT,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
     address = comm.bcast(address, root=0)
+    if isinstance(address, str):
+        raise ConfigurationError(
+            f"mesh: rank 0 cannot listen at {address}, its host: set MASTER_ADDR and MASTER_PORT, or use backend mpi"
+        )
     if store is None:
-        assert address is not None
         store = TCPStore(address[0], address[1], world.size, timeout=mpi_backend.TIMEOUT, wait_for_workers=False)
     return store
 

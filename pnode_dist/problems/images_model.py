@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from pnode_dist.mesh import Mesh
 from pnode_dist.nn.activation import ACTIVATIONS
+from pnode_dist.nn.field import channels_first, channels_last
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.batch import BatchPartition
 
@@ -28,17 +29,9 @@ Block = Callable[[nn.Module], nn.Module]
 Normalisation = Callable[[int], nn.Module]
 """Makes the normalisation of so many channels, `[samples, channels, y, x]`."""
 
+_AXES = 2
+
 _FIRST_RATE = 0.25
-
-
-def channels_first(x: torch.Tensor) -> torch.Tensor:
-    """`[samples, y, x, channels]` -> `[samples, channels, y, x]`, sharing memory."""
-    return x.permute(0, 3, 1, 2)
-
-
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`[samples, channels, y, x]` -> `[samples, y, x, channels]`, sharing memory."""
-    return x.permute(0, 2, 3, 1)
 
 
 class Bottleneck(nn.Module):
@@ -103,7 +96,7 @@ class SqueezedRate(nn.Module):
 
     def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """du/dt in the shape of `u`."""
-        return channels_last(self.bottleneck(channels_first(u)))
+        return channels_last(self.bottleneck(channels_first(u, _AXES)), u, _AXES)
 
 
 class Transition(nn.Module):
@@ -172,15 +165,15 @@ class SqueezeNext(nn.Module):
 
     def first_state(self, images: torch.Tensor) -> torch.Tensor:
         """What the solve of the first group starts from. Collective as the normalisations are."""
-        x = self.activation(self.stem(channels_first(images)))
-        return channels_last(self.transitions[0](x))
+        x = self.activation(self.stem(channels_first(images, _AXES)))
+        return channels_last(self.transitions[0](x), images, _AXES)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The scores. Collective as the blocks and the normalisations are."""
         u = self.blocks[0](self.first_state(images))
         for transition, block in zip(self.transitions[1:], self.blocks[1:], strict=True):
-            u = block(channels_last(transition(channels_first(u))))
-        features = self.activation(self.head(channels_first(u)))
+            u = block(channels_last(transition(channels_first(u, _AXES)), u, _AXES))
+        features = self.activation(self.head(channels_first(u, _AXES)))
         scores: torch.Tensor = self.classify(functional.adaptive_avg_pool2d(features, 1).flatten(1))
         return scores
 
