@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError, StepSizeError
 from pnode_dist.ode.evaluation import Recording
-from pnode_dist.ode.explicit import ExplicitStepper
+from pnode_dist.ode.explicit import ExplicitStepper, Slopes
+from pnode_dist.ode.layout import Parts
 from pnode_dist.ode.methods import METHODS
-from pnode_dist.ode.stepper import END_OF_TIME, MOST_STEPS, PetscOptions, options_database
+from pnode_dist.ode.stepper import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, options_database
 from pnode_dist.ode.tolerances import ErrorControl, Tolerances
+from pnode_dist.partition import protocol
 
 _MOST_REJECTIONS = 100
 _NOT_A_NUMBER = 72  # PETSC_ERR_FP
@@ -52,25 +55,104 @@ class AdaptiveStepper(Protocol):
         ...
 
 
+class _Stages:
+    """f as PETSc asks for it in an attempt. Holds no reference to the TS: PETSc's own could not be collected.
+
+    The states of the stages are formed by the stepper, as those of a step that is run again are: PETSc's own sums
+    differ in the last bit. It is given f there, for its estimate of the error. `slopes` are those of the attempt.
+    """
+
+    def __init__(self, stepper: ExplicitStepper) -> None:
+        self._stepper = stepper
+        self._views: dict[int, Parts] = {}
+        self.slopes: Slopes = []
+
+    def start(
+        self,
+        time: float,
+        size: float,
+        last_time: float,
+        recording: Recording | None,
+        first: tuple[Parts, Any] | None,
+        asks_again: bool,
+    ) -> None:
+        """Say that a step is attempted, with its last stage at `last_time` if the method is FSAL.
+
+        `first` is f at the first stage, and what is recorded of it, where an attempt before has evaluated it.
+        `asks_again`: PETSc asks for it all the same.
+        """
+        self._time, self._size, self._last_time, self._recording = time, size, last_time, recording
+        self._asks_again = asks_again
+        self.slopes = []
+        if first is not None:
+            slopes, graph = first
+            self.slopes.append(slopes)
+            if recording is not None:
+                recording.append(graph)
+
+    def function(self, ts: PETSc.TS, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
+        """RHSFunction."""
+        stepper = self._stepper
+        # PETSc turns an exception into an error code; the stepper raises the one kept here instead.
+        try:
+            if self._asks_again:
+                self._asks_again = False
+                return  # The Vec still holds it.
+            stage = len(self.slopes)
+            tableau = stepper.tableau
+            fsal_stage = stepper.method.fsal and stage == len(tableau.c) - 1
+            time = self._last_time if fsal_stage else self._time + tableau.c[stage] * self._size
+            state = stepper.stage_state(stage, self._size, self.slopes, self._recording is not None)
+            slopes = stepper.slope(time, state, self._recording, "graph")
+            self.slopes.append(slopes)
+            device = stepper.layout.vec_device
+            for view, slope in zip(self._of(f), slopes, strict=True):
+                torch.mul(slope, math.copysign(1.0, self._size), out=view)
+            protocol.wrote(f, device)
+        except BaseException as error:
+            stepper.error = error
+            raise
+
+    def end(self) -> None:
+        """Say that the attempts are over: nothing of the last is kept alive from here."""
+        self.slopes, self._recording = [], None
+
+    def forget_views(self) -> None:
+        """Forget all Vecs: those of a TS that has been destroyed may have come back as others."""
+        self._views.clear()
+
+    def _of(self, vec: PETSc.Vec) -> Parts:
+        layout, handle = self._stepper.layout, vec.handle
+        parts = self._views.get(handle)
+        if parts is None:
+            parts = layout.parts(protocol.view(vec, (layout.size,), layout.vec_device))
+            # On a device PETSc has to be asked each time, because it may have newer values in the host's memory.
+            if layout.vec_device is protocol.HOST:
+                self._views[handle] = parts
+        return parts
+
+
 class ExplicitAttempts:
     """Attempts of explicit steps with error control, on the state of `stepper`. Collective on its communicator.
 
     Raises `ConfigurationError` for a method without an error estimate.
     """
 
-    def __init__(self, stepper: ExplicitStepper, adaptor: str, options: PetscOptions) -> None:
+    def __init__(self, stepper: Stepper, adaptor: str, options: PetscOptions) -> None:
         method = stepper.method
         if not method.estimates_error:
             able = ", ".join(name for name, other in METHODS.items() if other.estimates_error and other.family == "rk")
             raise ConfigurationError(
                 f"method = {method.name!r}: has no error estimate to adapt steps to (rtol, atol): must be one of {able}"
             )
+        assert isinstance(stepper, ExplicitStepper)
         self._stepper = stepper
-        self._before = stepper.state.clone()
+        self._stages = _Stages(stepper)
+        self._solution = protocol.create_vec(stepper.comm, stepper.layout.size, stepper.layout.vec_device)
         self._tolerances = Tolerances(stepper)
         self.first_size = self._tolerances.first_size
         self._fresh, self._rejected = True, False
-        self._first_graph: Any = None
+        self._first: tuple[Parts, Any] | None = None
         self._options = {**options, "ts_adapt_type": adaptor, "ts_rk_type": method.petsc_name}
         self._ts = self._create_ts()
 
@@ -80,8 +162,8 @@ class ExplicitAttempts:
         ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
         ts.setType(PETSc.TS.Type.RK)
         ts.setRKType(stepper.method.petsc_name)
-        ts.setRHSFunction(stepper.rhs.attempt, stepper.solution.duplicate())
-        ts.setSolution(stepper.solution)
+        ts.setRHSFunction(self._stages.function, self._solution.duplicate())
+        ts.setSolution(self._solution)
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
         with options_database(self._options):
             ts.setFromOptions()
@@ -94,67 +176,60 @@ class ExplicitAttempts:
 
     def begin(self, control: ErrorControl) -> None:
         """See `AdaptiveStepper.begin`."""
-        self._fresh, self._rejected, self._first_graph = True, False, None
+        self._fresh, self._rejected, self._first = True, False, None
         self._tolerances.take(control, self._ts)
 
     def end(self) -> None:
         """End a solve: the evaluation that a next step would have begun with is not kept alive from here."""
-        self._first_graph = None
+        self._first = None
+        self._stages.end()
 
     def attempt(
         self, number: int, time: float, size: float, end: float, recording: Recording | None
     ) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`."""
-        stepper, ts, rhs = self._stepper, self._ts, self._stepper.rhs
+        stepper, ts, stages = self._stepper, self._ts, self._stages
         method = stepper.method
-        direction = rhs.direction = math.copysign(1.0, size)
-        chained = method.fsal and not self._fresh and not self._rejected
-        stages: Recording = [None] * method.stages
+        direction = math.copysign(1.0, size)
+        kept: Recording | None = None if recording is None else []
         # PETSc's time of the last stage can differ from the next step's in the last bit, and so could f.
-        fsal_time = direction * end if method.fsal else None
-        rhs.start_attempt(stages if recording is not None else None, int(chained), self._rejected, fsal_time)
-        self._before.copy_(stepper.state)
+        stages.start(time, size, end, kept, self._first, self._rejected)
+        protocol.fill(self._solution, stepper.current.flat, stepper.layout.vec_device)
         ts.setTime(direction * time)
         ts.setTimeStep(direction * size)
         ts.setStepNumber(number)
         if self._fresh or (self._rejected and method.fsal):
             ts.restartStep()
         try:
-            with stepper.errors_of_func():
+            with torch.no_grad(), stepper.errors_of_func():
                 ts.step()
         except PETSc.Error as error:
             if error.ierr != _NOT_A_NUMBER:
                 raise
             # All ranks get here: it is the norm of the error over all of them. The TS is spoilt, the state is not.
             stepper.failed = False
-            stepper.state.copy_(self._before)
-            stepper.touched()
             self._ts.destroy()
-            rhs.forget_views()
+            stages.forget_views()
             self._ts = self._create_ts()
             self._tolerances.give(self._ts)
-            self._fresh, self._rejected = True, False
+            self._fresh, self._rejected, self._first = True, False, None
             return False, math.nan
+        slopes = stages.slopes
+        stages.end()
         self._fresh = False
-        if chained or self._rejected:
-            stages[0] = self._first_graph
         accepted = ts.getConvergedReason() != PETSc.TS.ConvergedReason.DIVERGED_STEP_REJECTED
         proposed = direction * ts.getTimeStep()
+        self._rejected = not accepted
         if not accepted:
             ts.setConvergedReason(PETSc.TS.ConvergedReason.ITERATING)
-            stepper.state.copy_(self._before)
-            stepper.touched()
-            self._rejected, self._first_graph = True, stages[0]
+            self._first = slopes[0], kept[0] if kept else None
             return False, proposed
-        self._rejected, self._first_graph = False, stages[-1] if method.fsal else None
-        if method.fsal:
-            stepper.state.copy_(rhs.last_stage)
-            stepper.touched()
+        self._first = (slopes[-1], kept[-1] if kept else None) if method.fsal else None
+        stepper.form_result(size, slopes)
         if recording is not None:
-            # What the last stage of other methods adds is zero, or is needed.
-            recording += stages[:-1] if method.fsal else stages
-            if not method.fsal and not method.last_stage_weighs:
-                recording[-1] = None
+            assert kept is not None
+            counts = stepper.tableau.counts
+            recording += [graph if needed else None for graph, needed in zip(kept, counts, strict=True)]
         return True, proposed
 
 

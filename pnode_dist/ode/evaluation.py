@@ -5,12 +5,14 @@ Nothing here knows of PETSc's solvers. Times are the caller's; states come as th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pnode_dist.ode import events
 from pnode_dist.ode.compute_type import NO_COPIES, ComputeCopies
@@ -36,7 +38,8 @@ class Problem:
     `compiled` are functions to call in place of others, by the identity of these.
     `watched`: nothing is known to require a gradient, but one may be asked for; evaluations are looked at for what
     the search for parameters has missed. `by_times`: the gradient with respect to the evaluation times is asked for as
-    well. `logs`: PETSc keeps a log.
+    well. `looks`: a module's graph is looked at once for what it does not name among its parameters; a function's is at
+    every evaluation. `logs`: PETSc keeps a log.
     """
 
     func: Function
@@ -46,6 +49,7 @@ class Problem:
     compiled: Mapping[int, Function] = field(default_factory=dict)
     watched: bool = False
     by_times: bool = False
+    looks: bool = True
     logs: bool = field(default_factory=events.logging)
     evaluations: int = 0
     vjps: int = 0
@@ -56,9 +60,13 @@ class Problem:
 
     def __post_init__(self) -> None:
         self._plain = not self.args and not self.logs
-        self.check = completeness_check(self.parameters)
-        # A module says what its parameters are: it is looked at once. A function may use others at other times.
-        self.checks_left = 1 if isinstance(self.func, nn.Module) else -1
+        # A function may use others at other times.
+        self.checks_left = int(self.looks) if isinstance(self.func, nn.Module) else -1
+
+    @cached_property
+    def check(self) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:
+        """What refuses an evaluation that depends on more than the parameters; most solves need none."""
+        return completeness_check(self.parameters)
 
     def counts(self) -> dict[str, int]:
         """All counters, for `count_from`."""
@@ -134,28 +142,38 @@ class Problem:
         if self.checks_left:
             self.check(outputs, inputs if when is None else (*inputs, when))
             self.checks_left -= 1
-        return StageGraph(inputs, outputs, time, when)
+            if not self.checks_left:
+                del self.check
+        return StageGraph(inputs, tuple(map(_root, outputs)), outputs, time, when)
 
     def vjp(
-        self, graph: StageGraph, cotangents: Parts, *, states: bool = True, parameters: bool = True, keep: bool = False
+        self,
+        graph: StageGraph,
+        cotangents: Sequence[torch.Tensor | None],
+        *,
+        states: bool = True,
+        parameters: bool = True,
+        keep: bool = False,
     ) -> Cotangents:
         """The products of the cotangents of func's value with its derivatives. Collective if `func`'s backward is.
 
-        `states` and `parameters` say which are wanted, and `keep` that the graph will be used again. Raises
-        `ValueError` if the graph leads to what was computed, and reversed, before the solve.
+        A cotangent None is zero. `states` and `parameters` say which are wanted, and `keep` that the graph will be used
+        again. Raises `ValueError` if the graph leads to what was computed, and reversed, before the solve.
         """
-        outputs, along = [], []
-        for out, part in zip(graph.outputs, cotangents, strict=True):
-            if out.requires_grad:
-                outputs.append(out)
-                along.append(part if part.dtype is out.dtype and out.is_cpu else part.to(out))
+        roots, along = [], []
+        for root, start, part in zip(graph.roots, graph.inputs, cotangents, strict=True):
+            if root is not None and part is not None:
+                roots.append(root)
+                along.append(part if part.dtype is start.dtype and start.is_cpu else part.to(start))
         stretch = None
         if parameters and self.by_times:
             stretch = sum(
-                (out.detach().to(part) * part).sum() for out, part in zip(graph.outputs, cotangents, strict=True)
+                (out.detach().to(part) * part).sum()
+                for out, part in zip(graph.values, cotangents, strict=True)
+                if part is not None
             )
         times = () if graph.time is None or not parameters else (graph.time,)
-        if not outputs:
+        if not roots:
             # Where nothing depends on anything there is only the value itself.
             count = len(self.parameters.tensors) if parameters else 0
             return Cotangents((None,) * len(graph.inputs) if states else (), (None,) * count, stretch, None)
@@ -165,7 +183,7 @@ class Problem:
             return Cotangents((), (), stretch, None)
         try:
             with events.event(events.PRODUCT, self.logs):
-                found = _gradients(outputs, wanted, along, keep or self.parameters.shares_graph)
+                found = _gradients(roots, wanted, along, keep or self.parameters.shares_graph)
         except RuntimeError as error:
             if "through the graph a second time" not in str(error):
                 raise
@@ -186,7 +204,7 @@ class Problem:
             piece.reshape(-1, *shape).to(layout.device, layout.compute_dtype)
             for piece, shape in zip(torch.split(flats, list(layout.sizes), dim=1), layout.shapes, strict=True)
         ]
-        pairs = [(out, piece) for out, piece in zip(graph.outputs, pieces, strict=True) if out.requires_grad]
+        pairs = [(out, piece) for out, piece in zip(graph.values, pieces, strict=True) if out.requires_grad]
         if not pairs:
             return torch.zeros_like(flats)
         outputs, along = zip(*pairs, strict=True)
@@ -209,20 +227,20 @@ class Problem:
         every product costs one backward pass. (Forward-mode differentiation evaluates func anew for each, and torch's
         takes a slow path through Python for operands without a tangent.)
         """
-        numbers = [number for number, out in enumerate(graph.outputs) if out.requires_grad]
-        probes = tuple(torch.zeros_like(graph.outputs[number], requires_grad=True) for number in numbers)
+        numbers = [number for number, out in enumerate(graph.values) if out.requires_grad]
+        probes = tuple(torch.zeros_like(graph.values[number], requires_grad=True) for number in numbers)
         if not numbers:
-            return TangentMap(self, graph.outputs, (), (), ())
+            return TangentMap(self, graph.values, (), (), ())
         with torch.enable_grad():
             pulled = torch.autograd.grad(
-                [graph.outputs[number] for number in numbers],
+                [graph.values[number] for number in numbers],
                 graph.inputs,
                 probes,
                 create_graph=True,
                 allow_unused=True,
                 materialize_grads=True,
             )
-        return TangentMap(self, graph.outputs, tuple(numbers), probes, pulled)
+        return TangentMap(self, graph.values, tuple(numbers), probes, pulled)
 
 
 @dataclass(slots=True)
@@ -254,14 +272,20 @@ class TangentMap:
         return tuple(results)
 
 
-class StageGraph(NamedTuple):
-    """One recorded evaluation: f's inputs (leaves of their own graph), its outputs, and the time.
+Root = GradientEdge | None
 
-    `time` is a leaf of the graph as well where the gradient by the times is wanted, else None.
+
+class StageGraph(NamedTuple):
+    """One recorded evaluation: f's inputs (leaves of their own graph), where its values come from, and when it was.
+
+    `roots` are where the graph of each part of f's value ends, None where that depends on nothing. `values` are those
+    themselves, left out where only products of the first order with constant times are to be formed: a graph need not
+    keep them alive. `time` is a leaf of the graph as well where the gradient by the times is wanted, else None.
     """
 
     inputs: Parts
-    outputs: Parts
+    roots: tuple[Root, ...]
+    values: Parts
     when: float
     time: torch.Tensor | None = None
 
@@ -289,12 +313,30 @@ Stage = StageGraph | StageState | None
 Recording = list[Stage]
 
 
+def by_step(found: Cotangents, offset: float) -> list[torch.Tensor | None]:
+    """The cotangents of a step's size and start, as if they were two parameters of f, for one stage `offset` later.
+
+    A step of size h from t_n with alpha f(t_n + alpha (t - t_n) + beta, u) for f is one of size alpha h from
+    t_n + beta: the derivative by alpha = 1 is h times that by h, and the one by beta = 0 is that by t_n. So every
+    method that has an adjoint with respect to parameters has one with respect to time.
+    """
+    stretch = found.value if isinstance(found.value, torch.Tensor) else None
+    if found.time is None:
+        return [stretch, None]
+    shift = found.time.double()
+    return [shift * offset if stretch is None else stretch + shift * offset, shift]
+
+
+def _root(value: torch.Tensor) -> Root:
+    return get_gradient_edge(value) if value.requires_grad else None
+
+
 def _gradients(
-    outputs: Sequence[torch.Tensor], inputs: Parts, cotangents: Sequence[torch.Tensor], keep: bool
+    roots: Sequence[GradientEdge], inputs: Parts, cotangents: Sequence[torch.Tensor], keep: bool
 ) -> tuple[torch.Tensor | None, ...]:
     """`torch.autograd.grad` with unused inputs allowed, without its checks, which take longer than a small stage."""
     found: tuple[torch.Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
-        tuple(outputs), tuple(cotangents), keep, False, inputs, allow_unreachable=True, accumulate_grad=False
+        tuple(roots), tuple(cotangents), keep, False, inputs, allow_unreachable=True, accumulate_grad=False
     )
     return found
 

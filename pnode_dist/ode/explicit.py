@@ -1,38 +1,41 @@
-"""Explicit Runge-Kutta steps (TSRK) and their adjoints."""
+"""Explicit Runge-Kutta steps and their discrete adjoints.
+
+The tables are PETSc's (TSRK), and so are its options, monitors and step-size control. The steps are taken here, on
+tensors: what f returns goes into the next stage as it is, where TSStep has f copy it into a vector of its own, and
+keeps three vectors for each stage, and one of all parameters, as long as it lives. Here nothing is held between solves.
+"""
 
 from __future__ import annotations
 
-import math
+import weakref
+from collections.abc import Sequence
 
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.evaluation import Problem, Recording
-from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.current_state import TensorState
+from pnode_dist.ode.evaluation import Problem, Recording, StageGraph, StageState, by_step
+from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.methods import Method, by_petsc_name
-from pnode_dist.ode.rhs import ParameterJacobian, RightHandSide, StateJacobian
-from pnode_dist.ode.stepper import (
-    END_OF_TIME,
-    MOST_STEPS,
-    PetscOptions,
-    Stepper,
-    matrix_free,
-    set_from_options,
-    set_up_adjoint,
-)
+from pnode_dist.ode.stepper import PetscOptions, Stepper, set_from_options
+from pnode_dist.ode.tableau import Tableau, tableau_of
 from pnode_dist.partition import protocol
 
-_TYPES = {"rk": PETSc.TS.Type.RK, "ssp": PETSc.TS.Type.SSP}
+Products = Sequence[torch.Tensor | None]
+Slopes = list[Parts]
+"""f at the stages of a step so far, in PETSc's scalar type; nothing for a stage on which the result does not depend."""
 
 
 class ExplicitStepper(Stepper):
-    """A stepper of the family `rk`, and forward only of `ssp`. Collective on `comm`.
+    """A stepper of the family `rk`. Collective on `comm`.
 
     `options` are PETSc options (without the leading dash) for this solver, on top of those on the command line.
     Raises `ConfigurationError` if they choose a type other than an explicit Runge-Kutta method of the table.
     """
+
+    current: TensorState
 
     def __init__(
         self,
@@ -42,62 +45,65 @@ class ExplicitStepper(Stepper):
         parameter_sizes: tuple[int, ...],
         options: PetscOptions,
     ) -> None:
-        super().__init__(comm, layout, parameter_sizes)
-        self.rhs = RightHandSide(layout, parameter_sizes)
-        self._ts = self._create_ts(method, sum(parameter_sizes) > 0, options)
-        self.method = by_petsc_name(self._ts.getRKType()) if method.family == "rk" else method
-        self.rhs.skipped_stage = None if self.method.last_stage_weighs else self.method.stages - 1
-        self.rhs.fsal = self.method.fsal
-        self.rhs.last_index = self.method.stages - 1
+        super().__init__(comm, layout)
+        self.current = TensorState(layout)
+        ts = self._create_ts(method, options)
+        self.method = by_petsc_name(ts.getRKType())
+        self.tableau = tableau_of(ts)
+        self._ts: PETSc.TS | None = None
+        self._vec: PETSc.Vec | None = None
+        if self.monitored:
+            self._ts, self._vec = ts, protocol.create_vec(comm, layout.size, layout.vec_device)
+        else:
+            # All that it says is known now, and a model may have many solvers.
+            ts.destroy()
+        self.problem: Problem | None = None
+        self.error: BaseException | None = None
+        self._adjoint: list[torch.Tensor] = []
+        self._adjoint_is_ours: list[bool] = []
+        self._own_memory: bool | None = None
+        self._last_values: Parts | None = None
+        self._gradient: list[torch.Tensor | None] = []
+        self._gradient_is_ours = False
+        # Whether another rank finds the same is not known where f communicates.
+        self._leaves_out = comm.size == 1 and len(layout.shapes) > 1
+        self._parameters = len(parameter_sizes)
 
     @property
-    def callbacks(self) -> RightHandSide:
-        """What PETSc calls."""
-        return self.rhs
+    def callbacks(self) -> ExplicitStepper:
+        """Itself: PETSc calls nothing but attempts of steps, which tell it their errors."""
+        return self
+
+    def end_step(self) -> None:
+        """See `Callbacks.end_step`: nothing is held between steps."""
 
     def bind(self, problem: Problem) -> None:
         """Solve this problem from now on."""
-        self.rhs.bind(problem)
+        if problem is not self.problem:
+            # With one stage no value outlives the next evaluation.
+            self._own_memory, self._last_values = (True if sum(self.tableau.counts) == 1 else None), None
+        self.problem = problem
 
     @property
     def _petsc(self) -> PETSc.TS:
+        assert self._ts is not None
         return self._ts
 
-    def _create_ts(self, method: Method, has_parameters: bool, options: PetscOptions) -> PETSc.TS:
-        local = self.layout.size
-        jacobian = PETSc.Mat().createPython(((local, None), (local, None)), StateJacobian(self.rhs), comm=self.comm)
-        jacobian.setUp()
+    def _solution(self) -> PETSc.Vec:
+        assert self._vec is not None
+        protocol.fill(self._vec, self.current.flat, self.layout.vec_device)
+        return self._vec
+
+    def _create_ts(self, method: Method, options: PetscOptions) -> PETSc.TS:
         ts = PETSc.TS().create(comm=self.comm)
         ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-        ts.setType(_TYPES[method.family])
-        if method.family == "rk":
-            ts.setRKType(method.petsc_name)
-        else:
-            options = {"ts_ssp_type": method.petsc_name, **options}
-        ts.setRHSFunction(self.rhs.function, self.solution.duplicate())
-        ts.setRHSJacobian(matrix_free, jacobian, jacobian)
-        if has_parameters:
-            columns = self._mu.getLocalSize()
-            by_parameters = PETSc.Mat().createPython(
-                ((local, None), (columns, None)), ParameterJacobian(self.rhs), comm=self.comm
-            )
-            by_parameters.setUp()
-            ts.setRHSJacobianP(matrix_free, by_parameters)
-            ts.setCostGradients([self._lambda], [self._mu])
-        else:
-            ts.setCostGradients([self._lambda])
-        ts.setSolution(self.solution)
-        ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
-        ts.setMaxSteps(MOST_STEPS)
-        ts.setMaxTime(END_OF_TIME)
+        ts.setType(PETSc.TS.Type.RK)
+        ts.setRKType(method.petsc_name)
         self.monitored = set_from_options(ts, options)
-        if ts.getType() != _TYPES[method.family]:
+        if ts.getType() != PETSc.TS.Type.RK:
             raise ConfigurationError(
-                f"ts_type = {ts.getType()!r}: must be {_TYPES[method.family]!r} (choose the method by name, or its "
-                f"table by ts_{method.family}_type)"
+                f"ts_type = {ts.getType()!r}: must be 'rk' (choose the method by name, or its table by ts_rk_type)"
             )
-        if method.adjoint != "none":
-            set_up_adjoint(ts)
         return ts
 
     def step(
@@ -111,38 +117,259 @@ class ExplicitStepper(Stepper):
     ) -> None:
         """See `Stepper.step`. Collective on `comm`.
 
-        The last stage of an FSAL method is its result, to the last bit, so that an evaluation of it is that of the
-        next step's first stage.
+        A recording that is not to survive is that of a step which is run again for its adjoint: its result is known,
+        and is not formed.
         """
-        direction = self.rhs.direction = math.copysign(1.0, size)
-        self.rhs.start_step(recording, isolate, level)
-        ts = self._ts
-        ts.setTime(direction * time)
-        ts.setTimeStep(direction * size)
-        ts.setStepNumber(number)
-        ts.restartStep()
-        with self.errors_of_func():
-            ts.step()
-        if self.method.fsal:
-            # PETSc sums the same terms for both, grouped otherwise.
-            self.state.copy_(self.rhs.last_stage)
-            protocol.wrote(self.solution, self.layout.vec_device)
+        before = torch.is_grad_enabled()
+        # As a context this takes as long as a small stage.
+        torch._C._set_grad_enabled(False)
+        self.stepping = True
+        try:
+            slopes: Slopes = []
+            for stage, node in enumerate(self.tableau.c):
+                if self.tableau.counts[stage]:
+                    state = self.stage_state(stage, size, slopes, isolate)
+                    slopes.append(self.slope(time + node * size, state, recording, level))
+                else:
+                    slopes.append(())
+                    if recording is not None:
+                        recording.append(None)
+            if recording is None or isolate:
+                self.form_result(size, slopes)
+            if recording is not None and self._leaves_out and level == "graph":
+                del slopes
+                _leave_out(recording, self.tableau)
+        finally:
+            self.stepping = False
+            torch._C._set_grad_enabled(before)
+
+    def stage_state(self, stage: int, size: float, slopes: Slopes, isolate: bool) -> Parts:
+        """The state at a stage of the step from the current state; with `isolate` nothing will be written into it."""
+        terms = self.tableau.stage_terms[stage]
+        state = self.current.parts
+        if not terms:
+            # In inference mode there is no telling whether f writes into the state.
+            if torch.is_inference_mode_enabled():
+                return tuple(part.clone() for part in state)
+            if isolate:
+                self.current.lend()
+            return state
+        (first, weight), *others = terms
+        parts = []
+        for number, part in enumerate(state):
+            sum_of_terms = torch.add(part, slopes[first][number], alpha=size * weight)
+            for other, coefficient in others:
+                sum_of_terms.add_(slopes[other][number], alpha=size * coefficient)
+            parts.append(sum_of_terms)
+        return tuple(parts)
+
+    def slope(self, time: float, state: Parts, recording: Recording | None, level: str) -> Parts:
+        """f there, in PETSc's scalar type; to `recording`, if given, goes what the adjoint needs of it.
+
+        Raises `RuntimeError` if f writes into the current state.
+        """
+        problem, layout = self.problem, self.layout
+        assert problem is not None
+        inputs = layout.inputs(state) if layout.converts else state
+        is_current = state is self.current.parts and not torch.is_inference_mode_enabled()
+        versions = [part._version for part in state] if is_current else []
+        if recording is None:
+            values = problem.value(problem.func, layout, time, inputs)
+        elif level == "graph":
+            graph = problem.graph(problem.func, layout, time, inputs)
+            values = graph.values
+            recording.append(graph if problem.by_times else _without_values(graph))
+        else:
+            values = problem.value(problem.func, layout, time, inputs)
+            recording.append(StageState(time, inputs))
+        if is_current and [part._version for part in state] != versions:
+            raise RuntimeError(
+                "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
+            )
+        if layout.converts:
+            values = tuple(map(layout.scalar, values))
+        if recording is not None and level == "graph":
+            return values  # Autograd allows no memory to be used again, and the current state is left alone.
+        if not self._own_memory:
+            values = self._kept(values)
+        elif is_current and any(_shows(value, state) for value in values):
+            values = tuple(value.clone() for value in values)
+        return values
+
+    def _kept(self, values: Parts) -> Parts:
+        """Copies, while it is not known, or not true, that every evaluation without a graph returns memory of its own.
+
+        Told by the first two, both alive when they are compared: they may be one buffer that f fills again and again.
+        """
+        last = self._last_values
+        if self._own_memory is None and last is not None:
+            pairs = zip(values, last, strict=True)
+            self._own_memory = not any(value.numel() and value.data_ptr() == old.data_ptr() for value, old in pairs)
+        self._last_values = values if self._own_memory is None else None
+        return tuple(value.clone() for value in values)
+
+    def form_result(self, size: float, slopes: Slopes) -> None:
+        """Put the result of the step from the current state in its place."""
+        self.current.add([(slopes[stage], size * weight) for stage, weight in self.tableau.result_terms])
 
     def derivative(self, time: float, direction: float) -> torch.Tensor:
         """See `Stepper.derivative`. Collective on `comm`."""
-        self.rhs.direction = direction
-        self.rhs.start_step(None, False, "graph")
-        with self.errors_of_func():
-            self.rhs.function(self._ts, direction * time, self.solution, self._slope)
-        return direction * protocol.view(self._slope, (self.layout.size,), self.layout.vec_device)
+        with torch.no_grad():
+            return torch.cat([part.reshape(-1) for part in self.slope(time, self.current.parts, None, "graph")])
+
+    def start_adjoint(self) -> None:
+        """See `Stepper.start_adjoint`."""
+        self._adjoint, self._adjoint_is_ours = [], []
+        self._gradient, self._gradient_is_ours = [None] * self._parameters, False
+
+    def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
+        """See `Stepper.add_to_adjoint`. The first are the adjoint from then on, and are not copied."""
+        layout = self.layout
+        given = [None if part is None else layout.scalar(part) for part in parts]
+        if self._adjoint:
+            self._add(given)
+            return
+        dtype, device = protocol.scalar_dtype(), layout.vec_device
+        self._adjoint = [
+            torch.zeros(shape, dtype=dtype, device=device) if part is None else part
+            for part, shape in zip(given, layout.shapes, strict=True)
+        ]
+        self._adjoint_is_ours = [part is None for part in given]
+
+    def _add(self, products: Products) -> None:
+        for number, product in enumerate(products):
+            if product is None:
+                continue
+            if self._adjoint_is_ours[number]:
+                self._adjoint[number].add_(product)
+            else:
+                self._adjoint[number] = self._adjoint[number] + product
+                self._adjoint_is_ours[number] = True
+
+    def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
+        """See `Stepper.end_adjoint`: nothing of them is kept."""
+        dtype, device = protocol.scalar_dtype(), self.layout.vec_device
+        adjoint = tuple(self._adjoint)
+        gradient = [
+            torch.zeros(shape, dtype=dtype, device=device) if part is None else part
+            for part, shape in zip(self._gradient, shapes, strict=False)
+        ]
+        self._adjoint, self._gradient = [], []
+        return adjoint, gradient
+
+    def take_last_two(self) -> tuple[float, float]:
+        """See `Stepper.take_last_two`."""
+        first, second = (0.0 if part is None else part.item() for part in self._gradient[-2:])
+        self._gradient[-2:], self._gradient_is_ours = (None, None), False
+        return first, second
 
     def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
-        """See `Stepper.adjoint_step`. Collective on `comm`."""
-        direction = self.rhs.direction = math.copysign(1.0, size)
-        self.rhs.start_adjoint(recording, time)
-        ts = self._ts
-        ts.setTime(direction * (time + size))
-        ts.setTimeStep(-direction * size)
-        ts.setStepNumber(number + 1)
-        with self.errors_of_func():
-            ts.adjointStep()
+        """See `Stepper.adjoint_step`. Collective on `comm`.
+
+        With lambda the adjoint of the step's result and J_i the Jacobian of f at stage i, for i = s, ..., 1
+        v_i = h (b_i lambda + sum_{j > i} a_ji w_j) and w_i = J_i^T v_i; the adjoint of the state before the step is
+        lambda + sum_i w_i, and the gradient by the parameters grows by (df/dtheta)^T v_i: the chain rule, backward
+        through the formulas of `Tableau`.
+        """
+        problem, layout, tableau = self.problem, self.layout, self.tableau
+        assert problem is not None
+        products: dict[int, Products] = {}
+        self.stepping = True
+        try:
+            for stage in reversed(range(len(tableau.b))):
+                graph = recording.pop()
+                if graph is None:
+                    continue
+                uses = [(products[later], size * weight) for later, weight in tableau.uses[stage] if later in products]
+                cotangents = self._cotangents(size * tableau.b[stage], uses)
+                if isinstance(graph, StageState):
+                    graph = problem.graph(problem.func, layout, graph.when, graph.inputs)
+                    graph = graph if problem.by_times else _without_values(graph)
+                found = problem.vjp(graph, cotangents)
+                if layout.converts:
+                    found = found._replace(states=[None if w is None else layout.scalar(w) for w in found.states])
+                products[stage] = found.states
+                by_times = by_step(found, graph.when - time) if problem.by_times else []
+                self._add_to_gradient([*found.parameters, *by_times])
+                # Not to be held while the next stage's are made.
+                del graph, cotangents, found, by_times
+        finally:
+            self.stepping = False
+        for by_state in products.values():
+            self._add(by_state)
+
+    def _cotangents(self, weight: float, uses: list[tuple[Products, float]]) -> list[torch.Tensor | None]:
+        """`weight` times the adjoint and what the later stages add, part by part; None where it is known to be zero."""
+        cotangents: list[torch.Tensor | None] = []
+        for number, part in enumerate(self._adjoint):
+            terms = [(product, h) for products, h in uses if (product := products[number]) is not None]
+            if self._leaves_out and not weight and not terms:
+                cotangents.append(None)
+                continue
+            cotangent = torch.mul(part, weight)
+            for product, coefficient in terms:
+                cotangent.add_(product, alpha=coefficient)
+            cotangents.append(cotangent)
+        return cotangents
+
+    def _add_to_gradient(self, products: Products) -> None:
+        """Add them, one for each parameter. What autograd returned may be in use elsewhere, and is not written into."""
+        if not products:
+            return
+        layout, gradient = self.layout, self._gradient
+        every = all(product is not None for product in products)
+        if every and self._gradient_is_ours:
+            if layout.device != layout.vec_device:
+                products = [layout.scalar(product) for product in products if product is not None]
+            torch._foreach_add_(gradient, products)  # type: ignore[arg-type]
+            return
+        # What a sum is put in is ours.
+        self._gradient_is_ours = every and all(old is not None for old in gradient)
+        for number, (old, product) in enumerate(zip(gradient, products, strict=True)):
+            if product is not None:
+                # Parameters may be of a narrower type than the state.
+                new = layout.scalar(product)
+                gradient[number] = new if old is None else old + new
+
+
+def _without_values(graph: StageGraph) -> StageGraph:
+    """What products of first order need of it."""
+    return StageGraph(graph.inputs, graph.roots, (), graph.when)
+
+
+def _leave_out(recording: Recording, tableau: Tableau) -> None:
+    """Drop the inputs of a step's stages on which f turned out not to depend, and what only they depended on.
+
+    The latter is what a stage without weight in the result has computed for them. A tensor that dies with the last
+    reference from Python is in no graph.
+    """
+    dropped = None
+    for stage in range(len(recording)):
+        graph, recording[stage] = recording[stage], None
+        if not isinstance(graph, StageGraph):
+            recording[stage] = graph
+            continue
+        if dropped is None:
+            dropped = graph.inputs[0].new_empty(0).requires_grad_()
+        leaves, graph = list(graph.inputs), graph._replace(inputs=())
+        for part in range(len(leaves)):
+            reference = weakref.ref(leaves[part])
+            leaves[part] = dropped
+            leaf = reference()
+            leaves[part] = dropped if leaf is None else leaf
+            del leaf
+        recording[stage] = graph._replace(inputs=tuple(leaves))
+    for stage, graph in enumerate(recording):
+        if isinstance(graph, StageGraph) and not tableau.b[stage]:
+            later = [other for use, _ in tableau.uses[stage] if isinstance(other := recording[use], StageGraph)]
+            roots = [
+                root if any(other.inputs[part] is not dropped for other in later) else None
+                for part, root in enumerate(graph.roots)
+            ]
+            recording[stage] = graph._replace(roots=tuple(roots))
+
+
+def _shows(value: torch.Tensor, parts: Parts) -> bool:
+    """Whether a value shares memory with the state of these parts, which is about to be written to."""
+    place = value.untyped_storage().data_ptr()
+    return any(place == part.untyped_storage().data_ptr() for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError, ConvergenceError
 from pnode_dist.ode import petsc_calls
+from pnode_dist.ode.current_state import VecState
 from pnode_dist.ode.evaluation import Problem, Recording, Stage, StageState
 from pnode_dist.ode.implicit_function import (
     ExplicitOperator,
@@ -18,7 +20,7 @@ from pnode_dist.ode.implicit_function import (
     ParameterOperator,
     ShiftedOperator,
 )
-from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.mass import MassMatrix
 from pnode_dist.ode.methods import METHODS, Method
 from pnode_dist.ode.point import Part, Place, Point
@@ -33,6 +35,7 @@ from pnode_dist.ode.stepper import (
     set_from_options,
     set_up_adjoint,
 )
+from pnode_dist.partition import protocol
 from pnode_dist.partition.protocol import Partition
 
 _TYPES = {
@@ -62,6 +65,8 @@ class ImplicitStepper(Stepper):
     adjoint does not take.
     """
 
+    current: VecState
+
     def __init__(
         self,
         comm: MPI.Comm,
@@ -74,7 +79,12 @@ class ImplicitStepper(Stepper):
         preconditioner: Preconditioner | None = None,
         linear: MatrixFunction | None = None,
     ) -> None:
-        super().__init__(comm, layout, parameter_sizes)
+        super().__init__(comm, layout)
+        self.current = VecState(comm, layout)
+        self._lambda = self.current.vec.duplicate()
+        self._mu = protocol.create_vec(comm, sum(parameter_sizes))
+        self._adjoint = protocol.view(self._lambda, (layout.size,))
+        self._parameter_gradient = protocol.view(self._mu, (sum(parameter_sizes),))
         if mass is not None and method.family in ("arkimex", "dirk"):
             raise ConfigurationError(
                 f"mass: method = {method.name!r}: PETSc's adjoint of it takes no mass matrix but the identity: must be "
@@ -139,7 +149,7 @@ class ImplicitStepper(Stepper):
             defaults["ts_rosw_type"] = self.method.petsc_name
         if self._linear:
             defaults |= {"snes_type": "ksponly", "ksp_rtol": rtol}
-            if self.solution.getSize() <= _DIRECTLY_SOLVED and isinstance(self.built, BuiltMatrix):
+            if self.current.vec.getSize() <= _DIRECTLY_SOLVED and isinstance(self.built, BuiltMatrix):
                 alone = self.comm.size == 1
                 defaults |= {"ksp_type": "preonly", "pc_type": "lu" if alone else "redundant"}
         given = PETSc.Options()
@@ -161,11 +171,11 @@ class ImplicitStepper(Stepper):
             ts.setEquationType(PETSc.TS.EquationType.ODE_EXPLICIT)
         operator = self._shell(ShiftedOperator(function))
         matrix = operator if self.built is None or self.built.matrix is None else self.built.matrix
-        ts.setIFunction(function.residual, self.solution.duplicate())
+        ts.setIFunction(function.residual, self.current.vec.duplicate())
         ts.setIJacobian(function.jacobian, operator, matrix)
         if method.family == "arkimex":
             explicit = self._shell(ExplicitOperator(function))
-            ts.setRHSFunction(function.explicit, self.solution.duplicate())
+            ts.setRHSFunction(function.explicit, self.current.vec.duplicate())
             ts.setRHSJacobian(function.explicit_jacobian, explicit, explicit)
         if method.adjoint == "none":
             pass
@@ -176,7 +186,7 @@ class ImplicitStepper(Stepper):
             ts.setCostGradients([self._lambda], [self._mu])
         else:
             ts.setCostGradients([self._lambda])
-        ts.setSolution(self.solution)
+        ts.setSolution(self.current.vec)
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
         if self.built is not None and self.built.context is not None:
             pc = ts.getSNES().getKSP().getPC()
@@ -306,9 +316,44 @@ class ImplicitStepper(Stepper):
             # An explicit first stage may not have been evaluated by itself.
             return self.function.times.get((part, handle), time)
         theta, endpoint = self._variant
-        if handle != self.solution.handle:
+        if handle != self.current.vec.handle:
             return time if endpoint or theta == 1.0 else time + theta * size
         return time + size
+
+    def _wrote_adjoint(self) -> None:
+        for vec in (self._lambda, self._mu):
+            protocol.wrote(vec)
+
+    def start_adjoint(self) -> None:
+        """See `Stepper.start_adjoint`."""
+        self._adjoint.zero_()
+        self._parameter_gradient.zero_()
+        self._wrote_adjoint()
+
+    def _solution(self) -> PETSc.Vec:
+        return self.current.vec
+
+    def take_last_two(self) -> tuple[float, float]:
+        """See `Stepper.take_last_two`."""
+        last = self._parameter_gradient[-2:]
+        first, second = last.tolist()
+        last.zero_()
+        self._wrote_adjoint()
+        return first, second
+
+    def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
+        """See `Stepper.add_to_adjoint`."""
+        for target, part in zip(self.layout.parts(self._adjoint), parts, strict=True):
+            if part is not None:
+                target.add_(part.to(target.device))
+        self._wrote_adjoint()
+
+    def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
+        """See `Stepper.end_adjoint`."""
+        sizes = [shape.numel() for shape in shapes]
+        pieces = torch.split(self._parameter_gradient[: sum(sizes)].clone(), sizes)
+        gradient = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        return self.layout.parts(self._adjoint.clone()), gradient
 
     def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
         """See `Stepper.adjoint_step`. Collective on `comm`.
@@ -346,8 +391,8 @@ class ImplicitStepper(Stepper):
     def derivative(self, time: float, direction: float) -> torch.Tensor:
         """See `Stepper.derivative`. Collective on `comm`."""
         problem = self._problem
-        values = problem.value(problem.func, self.layout, time, self.layout.inputs(self.layout.parts(self.state)))
-        return torch.cat([value.detach().reshape(-1).to(self.state) for value in values])
+        values = problem.value(problem.func, self.layout, time, self.layout.inputs(self.current.parts))
+        return torch.cat([value.detach().reshape(-1).to(self.current.flat) for value in values])
 
     def _new_operator(self, point: Point, shift: float) -> None:
         """Bring the preconditioner up to date, where that is due. Collective on `comm`."""

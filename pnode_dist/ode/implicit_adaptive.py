@@ -13,7 +13,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import petsc_calls
 from pnode_dist.ode.evaluation import Recording
 from pnode_dist.ode.implicit import ImplicitStepper
-from pnode_dist.ode.stepper import PetscOptions, Stepper, options_database
+from pnode_dist.ode.stepper import PetscOptions, options_database
 from pnode_dist.ode.tolerances import ErrorControl, Tolerances
 
 
@@ -24,8 +24,7 @@ class ImplicitAttempts:
     unseen. Raises `ConfigurationError` for a method without an error estimate.
     """
 
-    def __init__(self, stepper: Stepper, adaptor: str, options: PetscOptions) -> None:
-        assert isinstance(stepper, ImplicitStepper)
+    def __init__(self, stepper: ImplicitStepper, adaptor: str, options: PetscOptions) -> None:
         method = stepper.method
         if not method.estimates_error or stepper.is_midpoint:
             raise ConfigurationError(
@@ -33,8 +32,8 @@ class ImplicitAttempts:
                 "tells which have one, theta only with ts_theta_endpoint"
             )
         self._stepper = stepper
-        self._before = stepper.state.clone()
-        self._earlier = stepper.state.clone()
+        self._before = stepper.current.flat.clone()
+        self._earlier = stepper.current.flat.clone()
         self._tolerances = Tolerances(stepper)
         self.first_size = self._tolerances.first_size
         self._fresh = True
@@ -57,7 +56,7 @@ class ImplicitAttempts:
     ) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`. Collective on the communicator."""
         stepper, ts = self._stepper, self._ts
-        self._before.copy_(stepper.state)
+        self._before.copy_(stepper.current.flat)
         if self._fresh or stepper.method.family != "theta":
             ts.restartStep()
         else:
@@ -68,8 +67,7 @@ class ImplicitAttempts:
             if reason >= 0 and recording is not None:
                 recording.extend(stepper.recorded(ts, time, size, "graph"))
         if reason < 0:
-            stepper.state.copy_(self._before)
-            stepper.touched()
+            stepper.current.set_flat(self._before)
             rejected = ts.ConvergedReason.DIVERGED_STEP_REJECTED
             proposed = math.copysign(ts.getTimeStep(), size) if reason == rejected else math.nan
             return False, proposed

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 
@@ -55,6 +56,10 @@ class StateLayout:
         """Parts in PETSc's memory as f takes them: the same tensors where nothing is to be converted, unless `copy`."""
         return tuple(part.to(self.device, self.compute_dtype, copy=copy) for part in parts)
 
+    def scalar(self, value: torch.Tensor) -> torch.Tensor:
+        """What f computed, where PETSc's vectors are and in their type: the reverse of `inputs`."""
+        return value.to(self.vec_device, protocol.scalar_dtype())
+
     def as_state(self, parts: Sequence[torch.Tensor]) -> State:
         """The parts as the caller's kind of state."""
         return tuple(parts) if self.is_tuple else parts[0]
@@ -83,4 +88,10 @@ def layout_of(u0: State, compute_dtype: torch.dtype | None = None) -> tuple[Stat
         )
     dtype = parts[0].dtype
     shapes = tuple(tuple(part.shape) for part in parts)
-    return StateLayout(shapes, dtype, is_tuple, compute_dtype or dtype, parts[0].device), parts
+    return _interned(shapes, dtype, is_tuple, compute_dtype or dtype, parts[0].device), parts
+
+
+@lru_cache(maxsize=256)
+def _interned(*values: Any) -> StateLayout:
+    """The layout of these values: states of the same form share one, and what it has found out."""
+    return StateLayout(*values)

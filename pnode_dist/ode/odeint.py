@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Any, overload
 
 import torch
@@ -122,6 +123,7 @@ class _Settings:
     mass: Mass | None = None
     preconditioner: Preconditioner | str | None = None
     compute_dtype: torch.dtype | None = None
+    last_only: bool = False
     fixed_plan: Plan | None = None
     compiler: Compiler | None = None
     grid: TimeGrid | None = None
@@ -133,6 +135,9 @@ class _Settings:
         rtol = DEFAULT_RTOL if self.rtol is None else self.rtol
         atol = DEFAULT_ATOL if self.atol is None else self.atol
         return ErrorControl(rtol, atol, self.adaptor, self.step_size)
+
+
+_settings_of = attrgetter(*(field.name for field in fields(_Settings) if field.name != "grid"))
 
 
 def _prepared(
@@ -149,8 +154,8 @@ def _prepared(
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
-    if not table.implicit:
-        layout = replace(layout, vec_device=vec_device(layout.device))
+    if not table.implicit and (device := vec_device(layout.device)) != layout.vec_device:
+        layout = replace(layout, vec_device=device)
     partition = settings.partition
     trajectory = settings.trajectory or budget.DEFAULT
     parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
@@ -188,11 +193,12 @@ def _prepared(
     problem = Problem(
         in_compute_type(func, copies),
         copies.args,
-        replace(parameters, tensors=copies.of(parameters.tensors)),
+        replace(parameters, tensors=copies.of(parameters.tensors)) if copies.by_original else parameters,
         copies,
         {} if settings.compiler is None else settings.compiler.compiled(func, table),
         watched=torch.is_grad_enabled() and not needs_gradient,
         by_times=by_times,
+        looks=solver.looks_again(),
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(
@@ -206,6 +212,7 @@ def _prepared(
         needs_gradient,
         settings.fixed_plan,
         time_dtype,
+        settings.last_only,
     )
     return solve, layout, tensors
 
@@ -250,6 +257,7 @@ def odeint(
     mass: Mass | None = ...,
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
+    last_only: bool = ...,
 ) -> torch.Tensor: ...
 
 
@@ -272,6 +280,7 @@ def odeint(
     mass: Mass | None = ...,
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
+    last_only: bool = ...,
 ) -> tuple[torch.Tensor, ...]: ...
 
 
@@ -293,6 +302,7 @@ def odeint(
     mass: Mass | None = None,
     preconditioner: Preconditioner | str | None = None,
     compute_dtype: torch.dtype | None = None,
+    last_only: bool = False,
 ) -> State:
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
@@ -319,7 +329,8 @@ def odeint(
     be singular, for theta methods. `preconditioner` is that of the linear systems: `block`, `assembled`, or an object
     of `pnode_dist.ode.preconditioner`. `partition` says over which ranks the state is spread; None: this rank's state
     is its own. `trajectory` is the budget for checkpoints. `options` are PETSc options for the solver, such as
-    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`.
+    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`. With `last_only` the state at `t[-1]` alone is
+    returned, in the shape of `u0`, and no memory is spent on the others.
 
     The gradient is that of the numbers computed (a discrete adjoint: of the steps that were accepted, each taken as a
     fixed share of its interval), for the objective that is the sum of all ranks' losses. Gradients by parameters and
@@ -345,6 +356,7 @@ def odeint(
         mass,
         preconditioner,
         compute_dtype,
+        last_only,
     )
     return _solve(_Solvers(), func, u0, t, settings, args)[0]
 
@@ -352,10 +364,10 @@ def odeint(
 class NeuralODE(nn.Module):
     """`odeint` of a right-hand side as a module that keeps its PETSc solver between calls.
 
-    The arguments are those of `odeint`; `forward(u0, t, *args)` returns `[len(t), *u0.shape]`. Attributes may be
-    changed between calls. `last_solve` holds the counts of the last call, and after its backward pass those too;
-    `last_plan` is what was kept of it, None without gradients or with error control. A `fixed_plan`, one of the
-    candidates of `plan`, is followed instead of choosing one.
+    The arguments are those of `odeint`; `forward(u0, t, *args)` returns `[len(t), *u0.shape]`, or `u0.shape` with
+    `last_only`. Attributes may be changed between calls. `last_solve` holds the counts of the last call, and after its
+    backward pass those too; `last_plan` is what was kept of it, None without gradients or with error control. A
+    `fixed_plan`, one of the candidates of `plan`, is followed instead of choosing one.
 
     With `compile` f and its vector-Jacobian products go through torch.compile, by its default backend or the one named
     (see `pnode_dist.ode.compiled`). That takes seconds at first, pays where f is made of many small operations on large
@@ -378,6 +390,7 @@ class NeuralODE(nn.Module):
         mass: Mass | None = None,
         preconditioner: Preconditioner | str | None = None,
         compute_dtype: torch.dtype | None = None,
+        last_only: bool = False,
         compile: bool | str = False,
     ) -> None:
         super().__init__()
@@ -396,6 +409,7 @@ class NeuralODE(nn.Module):
         self.mass = mass
         self.preconditioner = preconditioner
         self.compute_dtype = compute_dtype
+        self.last_only = last_only
         self.compiler = None if compile is False else Compiler("inductor" if compile is True else compile)
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
@@ -466,7 +480,7 @@ class NeuralODE(nn.Module):
 
     @property
     def _settings(self) -> _Settings:
-        return _Settings(*(getattr(self, field.name) for field in fields(_Settings) if field.name != "grid"))
+        return _Settings(*_settings_of(self))
 
     def extra_repr(self) -> str:
         """Settings, for printing."""

@@ -25,10 +25,30 @@ def find_parameters(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[to
     """The tensors requiring a gradient that `func` and its extra arguments hold, each once, in a stable order."""
     found: dict[int, torch.Tensor] = {}
     for thing in _search([func, *args]):
-        for tensor in (*thing.parameters(), *thing.buffers()) if isinstance(thing, nn.Module) else (thing,):
+        for tensor in held_tensors(thing) if isinstance(thing, nn.Module) else (thing,):
             if tensor.requires_grad:
                 found.setdefault(id(tensor), tensor)
     return tuple(found.values())
+
+
+def held_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """The parameters and then the buffers of a module and of those inside it, as often as they are held.
+
+    `parameters()` and `buffers()` make up a name for each, and take ten times as long.
+    """
+    modules: dict[int, nn.Module] = {}
+    pending = [module]
+    while pending:
+        inside = pending.pop()
+        if id(inside) not in modules:
+            modules[id(inside)] = inside
+            pending.extend(child for child in reversed(inside._modules.values()) if child is not None)
+    held: list[torch.Tensor | None] = []
+    for inside in modules.values():
+        held += inside._parameters.values()
+    for inside in modules.values():
+        held += inside._buffers.values()
+    return [tensor for tensor in held if tensor is not None]
 
 
 def find_modules(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[nn.Module, ...]:
@@ -138,11 +158,12 @@ def _leaves_above(starts: Iterable[Any], seen: set[Any]) -> Iterator[torch.Tenso
             continue
         seen.add(node)
         parents = node.next_functions
-        if not parents:
+        if parents:
+            pending.extend([parent for parent, _ in parents if parent is not None and parent not in seen])
+        else:
             leaf = getattr(node, "variable", None)
             if leaf is not None:
                 yield leaf
-        pending.extend(parent for parent, _ in parents if parent is not None)
 
 
 def completeness_check(parameters: Parameters) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:

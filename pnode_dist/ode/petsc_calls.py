@@ -41,6 +41,19 @@ def one_blas_thread() -> None:
             limit(1)
 
 
+def runge_kutta_tableau(
+    ts: PETSc.TS,
+) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...], tuple[float, ...]]:
+    """The coefficients A, b and c of a TS of type `rk` (TSRKGetTableau). Not collective."""
+    stages, order, fsal = _integer(), _integer(), ctypes.c_int()
+    a, b, c, embedded, interpolant = (ctypes.POINTER(ctypes.c_double)() for _ in range(5))
+    every = (stages, a, b, c, embedded, order, interpolant, fsal)
+    _check(_library().TSRKGetTableau(ctypes.c_void_p(ts.handle), *map(ctypes.byref, every)))
+    count = int(stages.value)
+    rows = tuple(tuple(a[row * count : (row + 1) * count]) for row in range(count))
+    return rows, tuple(b[:count]), tuple(c[:count])
+
+
 def stage_handles(ts: PETSc.TS) -> list[int]:
     """The handles of the Vecs that hold the stages of `ts`, as its type defines them (TSGetStages). Not collective."""
     count, vecs = _integer(), ctypes.POINTER(ctypes.c_void_p)()

@@ -7,9 +7,8 @@ from enum import Enum
 
 import torch
 
-from pnode_dist.ode.evaluation import Cotangents, Function, Problem, StageGraph, TangentMap
+from pnode_dist.ode.evaluation import Cotangents, Function, Problem, StageGraph, TangentMap, by_step
 from pnode_dist.ode.layout import Parts, StateLayout
-from pnode_dist.ode.rhs import by_step
 from pnode_dist.ode.split import MatrixFunction
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import statistics
 import time as clock
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -35,12 +36,16 @@ def record_measured(stepper: Stepper, problem: Problem, time: float, size: float
     Collective on the stepper's communicator.
     """
     recording: Recording = []
-    with _saved_bytes(problem.constants) as saved:
+    with _saved_tensors() as found:
         stepper.step(0, time, size, recording, isolate=True, level=level)
+    known = {_storage(tensor) for tensor in problem.constants}
+    # Graphs that the recording left out are gone by now, and what they had saved.
+    tensors = [held.tensor for held in (reference() for reference in found) if held is not None]
+    saved = {storage: nbytes for storage, nbytes in map(_sized, tensors) if storage not in known}
     for stage in recording:
-        held = (*stage.inputs, *stage.outputs) if isinstance(stage, StageGraph) else ()
+        held = (*stage.inputs, *stage.values) if isinstance(stage, StageGraph) else ()
         held = stage.inputs if isinstance(stage, StageState) else held
-        saved.update((_storage(tensor), tensor.untyped_storage().nbytes()) for tensor in held)
+        saved.update(map(_sized, held))
     return recording, stepper.comm.allreduce(sum(saved.values()), MPI.MAX)
 
 
@@ -54,47 +59,45 @@ def probe(
 ) -> Costs:
     """Measure the step from `initial` at `time` by `size`, and checkpoints in `pools`, on all ranks.
 
-    The slot on disk has been written before it is timed. Leaves the initial state in the stepper and zero in its
-    adjoint. Collective on the stepper's communicator.
+    The slot on disk has been written before it is timed. Leaves the initial state in the stepper. Collective on the
+    stepper's communicator.
     """
     counts = problem.counts()
     held: dict[str, int] = {}
+    stepper.start_adjoint()
     for level in _LEVELS:
-        stepper.set_state(initial)
+        stepper.current.set(initial)
         recording, held[level] = record_measured(stepper, problem, time, size, level)
-        stepper.adjoint.fill_(1.0)
-        stepper.touched()
+        stepper.add_to_adjoint([torch.ones_like(part) for part in stepper.current.parts])
         stepper.adjoint_step(0, time, size, recording)
     steps: list[float] = []
     records: dict[str, list[float]] = {level: [] for level in _LEVELS}
     adjoints: dict[str, list[float]] = {level: [] for level in _LEVELS}
     # In turns, so that a slow moment of the machine hits all of them alike.
     for _ in _enough(stepper.comm):
-        stepper.set_state(initial)
+        stepper.current.set(initial)
         steps.append(_seconds(partial(stepper.step, 0, time, size)))
         for level in _LEVELS:
-            stepper.set_state(initial)
+            stepper.current.set(initial)
             recording = []
             records[level].append(_seconds(partial(stepper.step, 0, time, size, recording, level=level)))
             adjoints[level].append(_seconds(partial(stepper.adjoint_step, 0, time, size, recording)))
     levels = {level: LevelCosts(held[level], _usual(records[level]), _usual(adjoints[level])) for level in _LEVELS}
-    stepper.set_state(initial)
-    stepper.adjoint.zero_()
-    stepper.parameter_gradient.zero_()
-    stepper.touched()
-    state = stepper.state_array
+    stepper.end_adjoint(())
+    stepper.current.set(initial)
+    state = stepper.current.array
     copy = statistics.median(max(pools[Tier.RAM].seconds(state)) for _ in range(_REPEATS))
     write, read, overlapped = 0.0, 0.0, 1.0
     if Tier.DISK in pools:
 
         def steps_of(count: int) -> None:
-            stepper.set_state(initial)
+            stepper.current.set(initial)
             for _ in range(count):
                 stepper.step(0, time, size)
 
         write, read, overlapped = _disk(stepper, pools[Tier.DISK], _usual(steps), steps_of)
     problem.count_from(counts)
-    stepper.set_state(initial)
+    stepper.current.set(initial)
     return Costs(_usual(steps), copy, write, read, overlapped, levels).agreed(stepper.comm)
 
 
@@ -103,7 +106,7 @@ def _disk(stepper: Stepper, pool: SlotPool, step: float, steps_of: Callable[[int
 
     A disk that fails here fails again where it is used, and is told about there.
     """
-    state = stepper.state_array
+    state = stepper.current.array
     write = read = _NEVER
     with suppress(SpillError):
         write, read = pool.seconds(state)
@@ -148,21 +151,32 @@ def _seconds(work: Callable[[], None]) -> float:
     return clock.perf_counter() - began
 
 
+class _Saved:
+    """What an operation saved: not the tensor itself, for one that saves its result would then keep itself alive."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
 @contextmanager
-def _saved_bytes(constants: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
-    """Count what autograd saves meanwhile: bytes by storage, those of `constants` left out."""
-    known = {_storage(tensor) for tensor in constants}
-    saved: dict[int, int] = {}
+def _saved_tensors() -> Iterator[list[weakref.ref[_Saved]]]:
+    """What autograd saves meanwhile, as long as it is kept."""
+    found: list[weakref.ref[_Saved]] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = _storage(tensor)
-        if storage not in known:
-            saved[storage] = tensor.untyped_storage().nbytes()
-        # Not the tensor itself: an operation that saves its own result would then keep itself alive.
-        return tensor.detach()
+    def pack(tensor: torch.Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        found.append(weakref.ref(saved))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        yield found
+
+
+def _sized(tensor: torch.Tensor) -> tuple[int, int]:
+    """Which storage a tensor has, and its bytes."""
+    return _storage(tensor), tensor.untyped_storage().nbytes()
 
 
 def _storage(tensor: torch.Tensor) -> int:

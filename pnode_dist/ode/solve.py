@@ -35,7 +35,8 @@ class Solve:
     """One solve: its steps on the shared stepper, its checkpoints and recordings, and what it counted.
 
     `grid` are its steps: given, or with `control` those that were accepted, once they are known. `parameters` are what
-    the gradient is for, where the problem may have copies of another type.
+    the gradient is for, where the problem may have copies of another type. With `last_only` the state at the last time
+    is all that is asked for.
     """
 
     solver: Solver
@@ -48,6 +49,7 @@ class Solve:
     keeps_trajectory: bool
     fixed_plan: Plan | None = None
     time_dtype: torch.dtype = torch.float64
+    last_only: bool = False
     plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -66,7 +68,7 @@ class Solve:
 
     @property
     def state(self) -> FlatState:
-        return self.solver.stepper.state_array
+        return self.solver.stepper.current.array
 
     @property
     def steps(self) -> TimeGrid:
@@ -78,10 +80,10 @@ class Solve:
 
     def overwrite(self, write: Callable[[FlatState], None]) -> None:
         with events.event(events.CHECKPOINT, self.logs):
-            self.solver.stepper.overwrite_state(write)
+            self.solver.stepper.current.overwrite(write)
 
     def restart(self) -> None:
-        self.solver.stepper.set_state(self.initial)
+        self.solver.stepper.current.set(self.initial)
 
     def advance(self, step: int, again: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
@@ -107,10 +109,7 @@ class Solve:
         with events.event(events.ADJOINT_STEP, self.logs):
             self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], recording)
         if self.problem.by_times:
-            by_step = self.solver.stepper.parameter_gradient[-2:]
-            self._by_size[step], self._by_start[step] = by_step.tolist()
-            by_step.zero_()
-            self.solver.stepper.touched()
+            self._by_size[step], self._by_start[step] = self.solver.stepper.take_last_two()
 
     def _use_first_step(self) -> Recording | None:
         if self.first_step is None:
@@ -122,34 +121,39 @@ class Solve:
     # Forward
 
     def forward(self, initial: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Solve from `initial`; the outputs of each part, `[len(t), *shape]`. Collective."""
+        """Solve from `initial`; each part's outputs, `[len(t), *shape]`, or `shape` with `last_only`. Collective."""
         stepper = self.solver.stepper
         layout = stepper.layout
         outputs = tuple(
-            torch.empty((len(self.times), *shape), dtype=layout.dtype, device=layout.device) for shape in layout.shapes
+            torch.empty((len(self.times), *shape), dtype=layout.dtype, device=layout.device)
+            for shape in (() if self.last_only else layout.shapes)
         )
 
         def output(number: int) -> None:
-            for values, part in zip(outputs, layout.parts(stepper.state), strict=True):
-                values[number].copy_(part)
+            if outputs:
+                for values, part in zip(outputs, stepper.current.parts, strict=True):
+                    values[number].copy_(part)
 
         self.release()
         self.initial = tuple(part.detach() for part in initial)
         stepper.bind(self.problem)
-        stepper.set_state(initial)
+        # A solve that ended with an error may have left tensors of inference mode there.
+        stepper.current.release()
+        stepper.current.set(self.initial)
+        output(0)
         if len(self.times) == 1:
-            for values, part in zip(outputs, initial, strict=True):
-                values[0].copy_(part)
             self._slots(0)
-            return outputs
-        with events.stage(events.FORWARD_PASS, self.logs):
-            output(0)
-            if self.grid is None:
-                self._forward_adaptive(output)
-            else:
-                self._forward_fixed(output)
-        self._count()
-        safe_points.after_solve(stepper.comm)
+        else:
+            with events.stage(events.FORWARD_PASS, self.logs):
+                if self.grid is None:
+                    self._forward_adaptive(output)
+                else:
+                    self._forward_fixed(output)
+            self._count()
+            safe_points.after_solve(stepper.comm)
+        if self.last_only:
+            return stepper.current.take()
+        stepper.current.release()
         return outputs
 
     def _forward_fixed(self, output: Callable[[int], None]) -> None:
@@ -217,7 +221,7 @@ class Solve:
                 self.recordings.clear()
             if online is not None:
                 with events.event(events.CHECKPOINT, self.logs):
-                    online.before(step, time, stepper.state_array)
+                    online.before(step, time, stepper.current.array)
             return recording
 
         def after(step: AcceptedStep) -> None:
@@ -251,7 +255,7 @@ class Solve:
             size = adaptive.first_size(self.times[0], self.times[1] - self.times[0])
             size = math.copysign(size, self.times[1] - self.times[0])
             _, solver.recorded_bytes = record_measured(stepper, self.problem, self.times[0], size, "graph")
-            stepper.set_state(self.initial)
+            stepper.current.set(self.initial)
             self.problem.count_from(counts)
         return slots.ram_bytes // max(solver.recorded_bytes + slots.checkpoint_bytes, 1) + 1
 
@@ -288,7 +292,7 @@ class Solve:
         self.keeps_trajectory = True
         self.solver.costs = None
         self.solver.stepper.bind(self.problem)
-        self.solver.stepper.set_state(initial)
+        self.solver.stepper.current.set(initial)
         try:
             return self.plans(measure=True)
         finally:
@@ -316,14 +320,17 @@ class Solve:
             keep = "solution" if trajectory.keep == "auto" else trajectory.keep
             trajectory = replace(trajectory, schedule="revolve", keep=keep)
         counts = self.problem.counts()
-        if trajectory.keeps_steps and grid.steps > 1 and solver.recorded_bytes is None:
+        matters = grid.steps > 1 or trajectory.counts_all_recordings
+        if trajectory.keeps_steps and matters and solver.recorded_bytes is None:
             recording, solver.recorded_bytes = record_measured(
                 stepper, self.problem, grid.starts[0], grid.sizes[0], trajectory.level
             )
-            self.first_step = (stepper.state_array.copy(), recording)
-            stepper.set_state(self.initial)
+            self.first_step = (stepper.current.array.copy(), recording)
+            stepper.current.set(self.initial)
         recorded_bytes = (solver.recorded_bytes or 0) if trajectory.keeps_steps else None
         if not (measure or needs_costs(trajectory, slots, grid.steps, recorded_bytes)):
+            if trajectory is solver.trajectory:
+                return solver.planned(slots, grid.steps, recorded_bytes)
             return best(trajectory, slots, grid.steps, recorded_bytes, None)
         # Costs of a solve that had no disk say nothing about it.
         if solver.costs is None or (slots.disk and solver.costs.write == 0):
@@ -358,21 +365,20 @@ class Solve:
         """
         stepper = self.solver.stepper
         layout = stepper.layout
-        ends = {0: 0} if self.grid is None else self.grid.outputs
         steps = 0 if self.grid is None else self.grid.steps
+        ends = {0: 0} if self.grid is None else self.grid.outputs
+        if self.last_only:
+            ends = {steps: 0}
         stepper.bind(self.problem)
-        adjoint = layout.parts(stepper.adjoint)
-        stepper.adjoint.zero_()
-        stepper.parameter_gradient.zero_()
+        stepper.start_adjoint()
         self._by_size, self._by_start = [0.0] * steps, [0.0] * steps
 
         def reversed_to(step: int) -> None:
             number = ends.get(step)
             if number is not None:
-                for part, cotangent in zip(adjoint, cotangents, strict=True):
-                    if cotangent is not None:
-                        part.add_(cotangent[number].to(part.device))
-                stepper.touched()
+                stepper.add_to_adjoint(
+                    [part if part is None or self.last_only else part[number] for part in cotangents]
+                )
 
         reversed_to(steps)
         if steps > 0:
@@ -383,13 +389,15 @@ class Solve:
             self.solver.disk_is_lost = self.solver.disk_is_lost or disk_is_lost
         self._count()
         self.release()
+        stepper.current.release()
         safe_points.after_solve(stepper.comm)
-        states = tuple(part.to(layout.device, layout.dtype, copy=True) for part in adjoint)
-        sizes = [parameter.numel() for parameter in self.parameters]
-        gradient = stepper.parameter_gradient[: sum(sizes)]
+        adjoint, gradients = stepper.end_adjoint([parameter.shape for parameter in self.parameters])
+        states = tuple(part.to(layout.device, layout.dtype) for part in adjoint)
         parameters = tuple(
-            piece.view(parameter.shape).to(parameter.device, parameter.dtype, copy=True)
-            for piece, parameter in zip(torch.split(gradient, sizes), self.parameters, strict=True)
+            gradient
+            if parameter.dtype is gradient.dtype and parameter.device == gradient.device
+            else gradient.to(parameter.device, parameter.dtype)
+            for gradient, parameter in zip(gradients, self.parameters, strict=True)
         )
         if not self.problem.by_times:
             return states, parameters, ()

@@ -16,10 +16,12 @@ from pnode_dist.ode.mass import Mass, mass_matrix
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.split import MatrixFunction
+from pnode_dist.ode.ssp import SspStepper
 from pnode_dist.ode.stepper import PetscOptions, Stepper
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.trajectory.budget import Slots, Trajectory
 from pnode_dist.trajectory.costs import Costs
+from pnode_dist.trajectory.plan import Plans, best
 from pnode_dist.trajectory.schedule import Tier
 from pnode_dist.trajectory.spill import SpillPool
 from pnode_dist.trajectory.store import MemoryPool, SlotPool
@@ -30,13 +32,18 @@ def communicator(partition: Partition | None) -> MPI.Comm:
     return MPI.COMM_SELF if partition is None else partition.comm
 
 
+_SOLVES_BETWEEN_LOOKS = 50
+_MOST_PLANS = 16
+
+
 @dataclass
 class Solver:
     """A stepper with the checkpoint slots that its solves share, on the ranks of `partition`.
 
     `recorded_bytes` is the memory of one recorded step on the rank where it is largest, and `costs` are what a probe
     measured, once they have been; `disk_is_lost` says that the disk failed some rank, and that later solves do
-    without it, `has_spilt` that it worked for a solve before.
+    without it, `has_spilt` that it worked for a solve before. `solves` counts those that were begun. `plans` are
+    choices that followed from what may be held, the number of steps and `recorded_bytes` alone.
     """
 
     stepper: Stepper
@@ -49,6 +56,8 @@ class Solver:
     costs: Costs | None = None
     disk_is_lost: bool = False
     has_spilt: bool = False
+    solves: int = 0
+    plans: dict[tuple[Slots, int, int | None], Plans] = field(default_factory=dict)
     adaptive: dict[str, AdaptiveStepper] = field(default_factory=dict)
 
     @classmethod
@@ -67,7 +76,9 @@ class Solver:
         """A new stepper with empty pools. Collective on the partition's communicator."""
         comm = communicator(partition)
         stepper: Stepper
-        if not method.implicit:
+        if method.family == "ssp":
+            stepper = SspStepper(comm, layout, method, options)
+        elif method.family == "rk":
             stepper = ExplicitStepper(comm, layout, method, parameter_sizes, options)
         else:
             stepper = ImplicitStepper(
@@ -84,11 +95,24 @@ class Solver:
         dtype = np.dtype(trajectory.checkpoint_dtype)
         memory = MemoryPool(layout.size, dtype)
         trajectory.ledger.pools.add(memory)
-        pools: dict[Tier, SlotPool] = {
-            Tier.RAM: memory,
-            Tier.DISK: SpillPool(layout.size, dtype, trajectory.scratch, comm.rank, layout.shapes),
-        }
+        pools: dict[Tier, SlotPool] = {Tier.RAM: memory}
+        if trajectory.has_disk:
+            pools[Tier.DISK] = SpillPool(layout.size, dtype, trajectory.scratch, comm.rank, layout.shapes)
         return cls(stepper, options, memory, pools, partition, trajectory)
+
+    def planned(self, slots: Slots, steps: int, recorded_bytes: int | None) -> Plans:
+        """The best plan where no costs matter, see `plan.best`: a model asks for the same few again and again."""
+        key = slots, steps, recorded_bytes
+        if key not in self.plans:
+            if len(self.plans) == _MOST_PLANS:
+                self.plans.clear()
+            self.plans[key] = best(self.trajectory, slots, steps, recorded_bytes, None)
+        return self.plans[key]
+
+    def looks_again(self) -> bool:
+        """Begin a solve: whether to look at the graph of a module in it, for parameters that this does not name."""
+        self.solves += 1
+        return self.solves % _SOLVES_BETWEEN_LOOKS == 1
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -100,8 +124,8 @@ class Solver:
         if adaptor not in self.adaptive:
             stepper = self.stepper
             self.adaptive[adaptor] = (
-                ExplicitAttempts(stepper, adaptor, self.options)
-                if isinstance(stepper, ExplicitStepper)
-                else ImplicitAttempts(stepper, adaptor, self.options)
+                ImplicitAttempts(stepper, adaptor, self.options)
+                if isinstance(stepper, ImplicitStepper)
+                else ExplicitAttempts(stepper, adaptor, self.options)
             )
         return self.adaptive[adaptor]

@@ -1,4 +1,4 @@
-"""What the steppers have in common: the Vecs of a state and its adjoint, and errors that come through PETSc.
+"""What the steppers have in common: a current state and its adjoint, and errors that come through PETSc.
 
 A stepper takes one step forward, records one, and takes one back; which steps are taken is decided outside. Every
 step starts afresh from the state it is given, so its result depends on nothing but (t, h, u): a step that is run again
@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import petsc_calls
+from pnode_dist.ode.current_state import CurrentState
 from pnode_dist.ode.evaluation import Problem, Recording
-from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.methods import Method
-from pnode_dist.partition import protocol
 
 PetscOptions = Mapping[str, Any]
 END_OF_TIME = 1e300
@@ -64,35 +63,19 @@ class Callbacks(Protocol):
 class Stepper(ABC):
     """PETSc's TS for one layout of the state, one method and one set of parameter sizes. Collective on `comm`.
 
-    `state` and `adjoint` are this rank's parts of the current state and of its adjoint, `parameter_gradient` the
-    part of the gradient with respect to the parameters that this rank has gathered; all are tensors in PETSc's
-    scalar type that share memory with PETSc. After writing through them call `touched()`. `stepping` says that a step
-    is under way, `failed` that one ended with an error, after which the stepper cannot be used again. `monitored`: the
-    options ask for PETSc's monitors.
+    `current` is the state it is at. `stepping` says that a step is under way, `failed` that one ended with an error,
+    after which the stepper cannot be used again. `monitored`: the options ask for PETSc's monitors.
     """
 
     method: Method
+    current: CurrentState
     monitored = False
 
-    def __init__(self, comm: MPI.Comm, layout: StateLayout, parameter_sizes: tuple[int, ...]) -> None:
+    def __init__(self, comm: MPI.Comm, layout: StateLayout) -> None:
         petsc_calls.one_blas_thread()
         self.comm, self.layout = comm, layout
         self.failed = self.stepping = False
         self._errors_of_func = ErrorsOfFunc(self)
-        device = layout.vec_device
-        self.solution = protocol.create_vec(comm, layout.size, device)
-        self._slope = self.solution.duplicate()
-        self._lambda = self.solution.duplicate()
-        self._lambda.zeroEntries()
-        self.state = protocol.view(self.solution, (layout.size,), device)
-        self._host = self.state
-        if device is not protocol.HOST:
-            self._host = torch.empty(layout.size, dtype=self.state.dtype, pin_memory=device.type == "cuda")
-        self._host_array: np.ndarray[Any, Any] = self._host.numpy()
-        self.adjoint = protocol.view(self._lambda, (layout.size,), device)
-        parameters = sum(parameter_sizes)
-        self._mu = protocol.create_vec(comm, parameters, device)
-        self.parameter_gradient = protocol.view(self._mu, (parameters,), device)
 
     @property
     @abstractmethod
@@ -117,8 +100,24 @@ class Stepper(ABC):
         """
 
     @abstractmethod
+    def start_adjoint(self) -> None:
+        """Begin a backward pass: adjoint and gradient by the parameters are zero."""
+
+    @abstractmethod
+    def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
+        """Add to the adjoint of the state, part by part, None for zero. They are not written into."""
+
+    @abstractmethod
+    def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
+        """End it: the adjoint, and the gradient by the first parameters in their shapes, to be read alone."""
+
+    @abstractmethod
     def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
-        """Take `adjoint` and `parameter_gradient` back over step `number`, which was recorded. Collective on `comm`."""
+        """Take adjoint and gradient back over step `number`, which was recorded. Collective on `comm`."""
+
+    @abstractmethod
+    def take_last_two(self) -> tuple[float, float]:
+        """The gradient by the last two parameters so far, each one number, which starts from zero again."""
 
     @abstractmethod
     def derivative(self, time: float, direction: float) -> torch.Tensor:
@@ -127,31 +126,6 @@ class Stepper(ABC):
     def bind(self, problem: Problem) -> None:
         """Solve this problem from now on."""
         self.callbacks.problem = problem
-
-    def touched(self) -> None:
-        """Tell PETSc that `state`, `adjoint` or `parameter_gradient` were written to."""
-        for vec in (self.solution, self._lambda, self._mu):
-            protocol.wrote(vec, self.layout.vec_device)
-
-    @property
-    def state_array(self) -> np.ndarray[Any, Any]:
-        """The current state for NumPy, to be read: PETSc's memory, or a copy where that is a device's."""
-        if self._host is not self.state:
-            self._host.copy_(self.state)
-        return self._host_array
-
-    def overwrite_state(self, write: Callable[[np.ndarray[Any, Any]], None]) -> None:
-        """Let `write` fill an array with another state."""
-        write(self._host_array)
-        if self._host is not self.state:
-            self.state.copy_(self._host)
-        protocol.wrote(self.solution, self.layout.vec_device)
-
-    def set_state(self, parts: tuple[torch.Tensor, ...]) -> None:
-        """Copy the parts of a state into the current state."""
-        for target, part in zip(self.layout.parts(self.state), parts, strict=True):
-            target.copy_(part)
-        protocol.wrote(self.solution, self.layout.vec_device)
 
     def errors_of_func(self) -> ErrorsOfFunc:
         """While PETSc steps: raise what func raised instead of PETSc's error code."""
@@ -162,11 +136,15 @@ class Stepper(ABC):
     def _petsc(self) -> PETSc.TS:
         """The TS that runs the monitors."""
 
+    @abstractmethod
+    def _solution(self) -> PETSc.Vec:
+        """The current state as a Vec, to be read."""
+
     def monitor(self, number: int, time: float, size: float) -> None:
         """Run PETSc's monitors (`-ts_monitor`, ...) on the current state, if there are any. Collective on `comm`."""
         if self.monitored:
             self._petsc.setTimeStep(size)
-            self._petsc.monitor(number, time, self.solution)
+            self._petsc.monitor(number, time, self._solution())
 
 
 class ErrorsOfFunc:
@@ -219,7 +197,3 @@ def set_up_adjoint(ts: PETSc.TS) -> None:
     ts.setSaveTrajectory()
     ts.adjointSetUp()
     ts.removeTrajectory()
-
-
-def matrix_free(*arguments: Any) -> None:
-    """The Jacobian callback of shell Mats that are applied from recorded stages: there is nothing to assemble."""

@@ -66,8 +66,8 @@ class Tolerances:
                 vecs.append(float(tolerance))
                 continue
             # Once PETSc has a Vec of tolerances it heeds no number any more.
-            vec = self._stepper.solution.duplicate()
             layout = self._stepper.layout
+            vec = protocol.create_vec(self._stepper.comm, layout.size, layout.vec_device)
             flat = protocol.view(vec, (layout.size,), layout.vec_device)
             _spread(name, tolerance, layout, flat)
             protocol.wrote(vec, layout.vec_device)
@@ -86,19 +86,17 @@ class Tolerances:
         E. Hairer, S. P. Norsett, G. Wanner: Solving Ordinary Differential Equations I, 2nd ed., section II.4.
         """
         stepper = self._stepper
-        state = stepper.state.clone()
+        state = stepper.current.flat.clone()
         rtol, atol = self._values
         scale = atol + rtol * state.abs()
         slope = stepper.derivative(time, math.copysign(1.0, span))
         size, speed = self._norm(state / scale), self._norm(slope / scale)
         first = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
         first = min(first, abs(span))
-        stepper.state.copy_(state + math.copysign(first, span) * slope)
-        stepper.touched()
+        stepper.current.set_flat(state + math.copysign(first, span) * slope)
         later = stepper.derivative(time + math.copysign(first, span), math.copysign(1.0, span))
         bend = self._norm((later - slope) / scale) / first
-        stepper.state.copy_(state)
-        stepper.touched()
+        stepper.current.set_flat(state)
         steepest = max(speed, bend)
         order = stepper.method.order
         second = max(1e-6, first * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / (order + 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import cache
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -107,6 +108,13 @@ def wrote(vec: PETSc.Vec, device: torch.device = HOST) -> None:
     vec.stateIncrease()
 
 
+def fill(vec: PETSc.Vec, values: torch.Tensor, device: torch.device = HOST) -> None:
+    """Copy this rank's entries, in a row, into a Vec on its `vec_device`."""
+    view(vec, (values.numel(),), device).copy_(values)
+    wrote(vec, device)
+
+
+@cache
 def scalar_dtype() -> torch.dtype:
     """PETSc's scalar type as a torch dtype."""
     return torch.from_numpy(np.empty(0, dtype=PETSc.ScalarType)).dtype

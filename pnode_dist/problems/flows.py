@@ -62,7 +62,7 @@ def build_flows(config: FlowsRun, mesh: Mesh, dtype: torch.dtype) -> FlowsProble
     def solve(dynamics: FlowDynamics) -> NeuralODE:
         values = partition.local_shape[0] * (data.dimension + 1 + len(dynamics.charges))
         check_checkpoint(config, values, [0.0, config.model.time], partition.comm)
-        return neural_ode(config, dynamics, partition)
+        return neural_ode(config, dynamics, partition, last_only=True)
 
     fitted = data.fitted
     whitening = (

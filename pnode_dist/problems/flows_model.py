@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -116,9 +117,9 @@ class ContinuousFlow(nn.Module):
     """Flows one after another from data at time 0 to standard normal noise at `time`, and back.
 
     `solves` are modules that are called as `solve(state, times, *args)`, with a tuple of parts and two times, and
-    return each part at both times, like a `NeuralODE`; `dynamics` are the right-hand sides that they solve, in the same
-    order, called as `dynamics(t, state, *args)`. With `whitening` the first takes samples that it has made white.
-    Collective as the solves are.
+    return each part at the second, like a `NeuralODE` with `last_only`; `dynamics` are the right-hand sides that they
+    solve, in the same order, called as `dynamics(t, state, *args)`. With `whitening` the first takes samples that it
+    has made white. Collective as the solves are.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class ContinuousFlow(nn.Module):
         estimate."""
         state = self.start(samples)
         for solve in self.solves:
-            state = _solved(solve, state, (0.0, self.time), () if noise is None else (noise,))
+            state = solve(state, (0.0, self.time), *(() if noise is None else (noise,)))
         base, change, *charges = state
         return FlowDensity(base, standard_normal(base) - change, tuple(charges))
 
@@ -165,7 +166,7 @@ class ContinuousFlow(nn.Module):
         """The samples that the flow makes of noise `base` `[sample, dimension]`, and their log densities `[sample]`."""
         state = self._dynamics[-1].start(base, standard_normal(base))
         for solve in reversed(self.solves):
-            state = _solved(solve, state, (self.time, 0.0), ())
+            state = solve(state, (self.time, 0.0))
         if self.whitening is None:
             return state[0], state[1]
         return self.whitening.back(state[0]), state[1] - self.whitening.log_volume()
@@ -175,9 +176,9 @@ class ContinuousFlow(nn.Module):
         state, passed = self._dynamics[-1].start(base), [base.unsqueeze(0)]
         times = [self.time * (1 - number / pieces) for number in range(pieces + 1)]
         for solve in reversed(self.solves):
-            parts = solve(state, times)
-            state = tuple(part[-1] for part in parts)
-            passed.append(parts[0][1:])
+            for interval in pairwise(times):
+                state = solve(state, interval)
+                passed.append(state[0].unsqueeze(0))
         way = torch.cat(passed)
         return way if self.whitening is None else self.whitening.back(way)
 
@@ -210,7 +211,3 @@ def continuous_flow(
 def standard_normal(z: torch.Tensor) -> torch.Tensor:
     """The log of the standard normal density `[sample]` at `z` `[sample, dimension]`."""
     return -0.5 * (z.square().sum(dim=-1) + z.shape[-1] * math.log(2 * math.pi))
-
-
-def _solved(solve: nn.Module, state: Parts, times: tuple[float, float], args: tuple[Any, ...]) -> Parts:
-    return tuple(part[-1] for part in solve(state, times, *args))

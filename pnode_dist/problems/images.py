@@ -92,7 +92,7 @@ def _model(config: ImagesRun, data: ImageData, mesh: Mesh, dtype: torch.dtype) -
     trajectory = config.trajectory.build(len(settings.widths))
 
     def block(f: nn.Module) -> nn.Module:
-        return OdeBlock(neural_ode(config, f, None, trajectory=trajectory), mesh)
+        return OdeBlock(neural_ode(config, f, None, trajectory=trajectory, last_only=True), mesh)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)

@@ -179,7 +179,7 @@ class SqueezeNext(nn.Module):
 
 
 class OdeBlock(nn.Module):
-    """u(0) -> u(1) by a `NeuralODE`, of samples that are spread over the state ranks of a mesh.
+    """u(0) -> u(1) by a `NeuralODE` with `last_only`, of samples that are spread over the state ranks of a mesh.
 
     Consecutive samples are on each rank, as `BatchPartition` splits their number. `forward` is collective on the state
     ranks, and so is its backward. Raises `ValueError` where a rank has another share of the samples.
@@ -194,8 +194,8 @@ class OdeBlock(nn.Module):
     def forward(self, u: torch.Tensor) -> torch.Tensor:
         """u(1). Collective on the state ranks."""
         self.place(u)
-        states: torch.Tensor = self.solve(u, (0.0, 1.0))
-        return states[-1]
+        after: torch.Tensor = self.solve(u, (0.0, 1.0))
+        return after
 
     def place(self, u: torch.Tensor) -> None:
         """Tell the solve how the samples of `u` lie on the ranks. Collective on the state ranks.

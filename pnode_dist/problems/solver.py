@@ -28,10 +28,11 @@ def neural_ode(
     partition: Partition | None,
     mass: Mass | None = None,
     trajectory: Trajectory | None = None,
+    last_only: bool = False,
 ) -> NeuralODE:
     """The configured solve of `right_hand_side`, M du/dt = f if there is a `mass`, on the partition.
 
-    Solves that are to share the configured budget are given the same `trajectory`.
+    Solves that are to share the configured budget are given the same `trajectory`. `last_only` as `NeuralODE` takes it.
     """
     solver = config.solver
     return NeuralODE(
@@ -49,6 +50,7 @@ def neural_ode(
             AssembledJacobian(solver.reach) if solver.preconditioner == "assembled" else solver.preconditioner
         ),
         compute_dtype=None if solver.compute_dtype is None else getattr(torch, solver.compute_dtype),
+        last_only=last_only,
     )
 
 

@@ -119,9 +119,13 @@ def placement(steps: int, ram_slots: int, disk_slots: int) -> tuple[Tier, ...]:
     places = min(ram + disk_slots, most)
     if ram == places or ram == 0:
         return (Tier.RAM if ram else Tier.DISK,) * places
-    accesses = stack_accesses(steps, places)
-    in_ram = set(sorted(range(places), key=accesses.__getitem__, reverse=True)[:ram])
-    return tuple(Tier.RAM if place in in_ram else Tier.DISK for place in range(places))
+    return most_used_in_memory(stack_accesses(steps, places), ram)
+
+
+def most_used_in_memory(accesses: Sequence[int], ram_slots: int) -> tuple[Tier, ...]:
+    """A tier for each place that is used so often: memory for the `ram_slots` that are used most."""
+    in_ram = set(sorted(range(len(accesses)), key=accesses.__getitem__, reverse=True)[:ram_slots])
+    return tuple(Tier.RAM if place in in_ram else Tier.DISK for place in range(len(accesses)))
 
 
 def disk_traffic(steps: int, ram_slots: int, disk_slots: int) -> tuple[int, int]:
@@ -129,7 +133,7 @@ def disk_traffic(steps: int, ram_slots: int, disk_slots: int) -> tuple[int, int]
     tiers = placement(steps, ram_slots, disk_slots)
     if Tier.DISK not in tiers:
         return 0, 0
-    writes, reads = _writes_and_reads(steps, len(tiers))
+    writes, reads = writes_and_reads(steps, len(tiers))
     on_disk = [place for place, tier in enumerate(tiers) if tier is Tier.DISK]
     return sum(writes[place] for place in on_disk), sum(reads[place] for place in on_disk)
 
@@ -143,12 +147,13 @@ def memory_traffic(steps: int, ram_slots: int, disk_slots: int) -> int:
 
 def stack_accesses(steps: int, slots: int) -> tuple[int, ...]:
     """How often each place on the stack of checkpoints is written and read, in all."""
-    writes, reads = _writes_and_reads(steps, slots)
+    writes, reads = writes_and_reads(steps, slots)
     return tuple(written + read for written, read in zip(writes, reads, strict=True))
 
 
 @lru_cache(maxsize=64)
-def _writes_and_reads(steps: int, slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def writes_and_reads(steps: int, slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How often each place on the stack of checkpoints is written, and read."""
     # The loop of `reversal` without its actions: 100,000 steps take a fraction of a second.
     writes, reads = [0] * slots, [0] * slots
     stack: list[int] = []

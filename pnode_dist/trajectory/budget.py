@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -124,7 +125,9 @@ class Trajectory:
     step, as back-propagation does, or an error where `ram` is too small for them; `auto` graphs for the last steps and
     checkpoints for the rest, whatever is fastest within the budget. With `ram_slots` given, `auto` is `solution`.
     Steps that are run again are recorded as graphs, with `stages` as stages: one step's recording, the working set,
-    comes on top of the budget, and is smallest with `stages`.
+    comes on top of the budget, and is smallest with `stages`. For that of the last step, which otherwise every solve
+    holds from its forward pass on, `auto` pays out of the budget, or does without it; and it takes no checkpoint of the
+    initial state, which is at hand. So a network of many blocks holds no more than their budgets between the passes.
 
     `schedule` says which checkpoints to hold: `all`, the state before every step, or an error where they do not fit;
     `revolve`, binomially in memory alone; `multistage`, binomially in memory and on disk, for the fewest steps;
@@ -199,6 +202,11 @@ class Trajectory:
         if self.keep == AUTO:
             return self.ram_slots is None and self.schedule != "all"
         return self.keep != "solution"
+
+    @property
+    def counts_all_recordings(self) -> bool:
+        """Whether the budget pays for every recording that is kept from the forward pass, the last step's as well."""
+        return self.keep == AUTO and self.keeps_steps
 
     @property
     def checkpoint_itemsize(self) -> int:
@@ -295,24 +303,26 @@ def agree_on_slots(
         and (trajectory.ram_slots < most if trajectory.ram_slots is not None else most * checkpoint_bytes > ram)
     )
     unwritable = needs_disk and not _is_writable(trajectory.scratch)
-    bounds = np.array(
-        [
-            ram, disk, -checkpoint_bytes, number, -number, keeps_trajectory, -keeps_trajectory, -unwritable,
-            -ledger.solves,
-        ],
-        dtype=np.int64,
-    )  # fmt: skip
+    bounds = [
+        ram, disk, -checkpoint_bytes, number, -number, keeps_trajectory, -keeps_trajectory, -unwritable,
+        -ledger.solves,
+    ]  # fmt: skip
     if comm.size > 1:
-        comm.Allreduce(MPI.IN_PLACE, bounds, MPI.MIN)
-    ram, disk, largest, least_steps, most_steps, least_keeps, most_keeps, blocked, outstanding = map(int, bounds)
+        agreed = np.array(bounds, dtype=np.int64)
+        comm.Allreduce(MPI.IN_PLACE, agreed, MPI.MIN)
+        bounds = agreed.tolist()
+    ram, disk, largest, least_steps, most_steps, least_keeps, most_keeps, blocked, outstanding = bounds
     largest = -largest
     if least_steps != -most_steps:
         raise RuntimeError(f"the ranks solve different numbers of steps ({least_steps} to {-most_steps})")
     if least_keeps != -most_keeps:
         raise RuntimeError("only some ranks need a gradient of this solve: u0 or parameters must require it on all")
     if blocked:
+        places = enumerate(comm.allgather((unwritable, str(trajectory.scratch), socket.gethostname())))
+        rank, (_, place, host) = next(entry for entry in places if entry[1][0])
         raise ScratchError(
-            f"trajectory: directory = {str(trajectory.scratch)!r}: must be a directory that every rank can write"
+            f"trajectory: directory = {place!r}: must be a directory that every rank can write; rank {rank} ({host}) "
+            "cannot"
         )
 
     def affordable(slots: int | None, budget: int) -> int:

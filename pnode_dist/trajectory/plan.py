@@ -14,6 +14,7 @@ from typing import Any
 from mpi4py import MPI
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.trajectory import held_start
 from pnode_dist.trajectory.binomial import (
     disk_traffic,
     from_start,
@@ -33,11 +34,12 @@ _MOST_DIVISIONS = 256
 class Plan:
     """A way to solve `steps` steps and reverse them.
 
-    The last `kept` steps are recorded in the forward pass (at least the last one), as `level` says; the steps before
-    them are reversed by `schedule` from `ram` and `disk` checkpoints. `forward_steps` counts all runs of a step,
-    `disk_writes` and `disk_reads` checkpoints. `ram_bytes` and `disk_bytes` are what it occupies on the fullest rank,
-    the working set of one recorded step left out. `seconds` is the predicted time on the slowest rank, None where
-    nothing was measured.
+    The last `kept` steps are recorded in the forward pass, as `level` says; the steps before them are reversed by
+    `schedule` from `ram` and `disk` checkpoints, and from the initial state itself where it is `from_start`.
+    `forward_steps` counts all runs of a step, `disk_writes` and `disk_reads` checkpoints. `ram_bytes` and `disk_bytes`
+    are what it occupies on the fullest rank between its passes; `from_start` counts all recordings there, and other
+    plans, which record the last step at least, leave that one out. `seconds` is the predicted time on the slowest rank,
+    None where nothing was measured.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     hierarchy: HierarchicalSchedule | None = None
+    from_start: bool = False
 
     @property
     def recomputed_steps(self) -> int:
@@ -68,12 +71,16 @@ class Plan:
     def actions(self) -> Iterator[Action]:
         """The schedule of the whole solve."""
         first_kept = self.steps - self.kept + 1
-        if self.hierarchy is not None:
+        if self.from_start:
+            head = held_start.actions(first_kept, held_start.tiers(first_kept, self.ram, self.disk))
+        elif self.hierarchy is not None:
             head = self.hierarchy.actions()
         elif self.ram + self.disk:
             head = multistage(first_kept, self.ram, self.disk)
         else:
             head = from_start(first_kept)
+        if self.kept == 0:
+            return held_start.without_recording(head, self.steps)
         return with_last_recorded(head, first_kept, self.steps)
 
     def as_dict(self) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
         raise ConfigurationError(f"plan {plan.name!r} is for {plan.steps} steps, not for {steps}")
     # A number of checkpoints that was given stands instead of bytes.
     too_many = plan.ram > slots.ram or plan.disk > slots.disk
-    if too_many or (plan.kept > 1 and plan.ram_bytes > slots.ram_bytes):
+    if too_many or (plan.kept > (not plan.from_start) and plan.ram_bytes > slots.ram_bytes):
         raise ConfigurationError(
             f"plan {plan.name!r} needs ram = {plan.ram_bytes}, disk = {plan.disk_bytes}: more than the trajectory has"
         )
@@ -147,7 +154,12 @@ def needs_costs(trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes
         return False
     if trajectory.schedule == "auto" and (trajectory.ram_slots, trajectory.disk_slots) != (None, None):
         return False
-    return recorded_bytes is None or (steps - 1) * recorded_bytes > slots.ram_bytes
+    return recorded_bytes is None or _charged(trajectory, steps) * recorded_bytes > slots.ram_bytes
+
+
+def _charged(trajectory: Trajectory, kept: int) -> int:
+    """How many of the recordings that are kept from the forward pass the budget has to pay for."""
+    return kept if trajectory.counts_all_recordings else kept - 1
 
 
 def _candidates(
@@ -158,15 +170,23 @@ def _candidates(
         if costs is not None:
             recorded_bytes = costs.levels[level].bytes
         assert recorded_bytes is not None
-        if (steps - 1) * recorded_bytes <= slots.ram_bytes:
-            yield _plan(level, level, slots, steps, (steps, 0, 0), recorded_bytes, costs)
+        if _charged(trajectory, steps) * recorded_bytes <= slots.ram_bytes:
+            division = (steps, 0, 0)
+            yield _plan(level, level, slots, steps, division, recorded_bytes, costs, trajectory.counts_all_recordings)
         elif trajectory.keep == "graph":
             needed = (steps - 1) * recorded_bytes * trajectory.solves
             raise ConfigurationError(
                 f"trajectory: keep = 'graph': the graphs of {steps} steps need ram = {needed}, "
                 f"more than {_left_of(trajectory, 'ram')}"
             )
-        if trajectory.keep == "graph" or steps == 1:
+        if trajectory.keep == "graph" or (steps == 1 and not trajectory.counts_all_recordings):
+            return
+        if trajectory.counts_all_recordings:
+            yield from _from_start(level, schedule, slots, steps, recorded_bytes, costs)
+            if costs is not None:
+                stages = costs.levels["stages"].bytes
+                plans = _from_start("stages", schedule, slots, steps, stages, costs)
+                yield from (plan for plan in plans if plan.kept)
             return
     most = steps - 1
     if most and slots.ram + slots.disk == 0:
@@ -187,9 +207,6 @@ def _candidates(
             )
         return
     yield from _checkpointed(level, schedule, slots, steps, recorded_bytes if trajectory.keeps_steps else None, costs)
-    if costs is not None and trajectory.keep == "auto" and trajectory.keeps_steps:
-        stages = costs.levels["stages"].bytes
-        yield from (plan for plan in _checkpointed("stages", schedule, slots, steps, stages, costs) if plan.kept > 1)
 
 
 def _left_of(trajectory: Trajectory, key: str) -> str:
@@ -202,14 +219,36 @@ def _left_of(trajectory: Trajectory, key: str) -> str:
     )
 
 
+def _from_start(
+    level: str, schedule: str, slots: Slots, steps: int, recorded_bytes: int, costs: Costs | None
+) -> Iterator[Plan]:
+    """The plans that use the initial state as it is, with as many recordings as are worth it, none included."""
+    for disk in _disks(schedule, slots):
+        kept, ram, on_disk = division = divide_from_start(slots, steps, recorded_bytes, disk)
+        name = "multistage" if on_disk else "revolve"
+        yield _plan(name, level, slots, steps, division, recorded_bytes, costs, True)
+        if disk and costs is not None and schedule != "multistage":
+            # Weighing costs knows of no state that is at hand: it has a checkpoint for the initial one as well.
+            left = slots.ram_bytes - kept * recorded_bytes
+            places = steps - max(kept, 1) + (kept == 0)
+            ram = min(left // slots.checkpoint_bytes, places) if slots.checkpoint_bytes else places
+            on_disk = min(disk, places - ram)
+            if kept < steps and ram + on_disk and is_affordable(steps - kept + 1, disk):
+                division = (kept, ram, on_disk)
+                yield _plan("h-revolve", level, slots, steps, division, recorded_bytes, costs, True, by_costs=True)
+
+
+def _disks(schedule: str, slots: Slots) -> list[int]:
+    """The numbers of checkpoints on disk to look at."""
+    on_disk = [0, slots.disk] if slots.disk else [0]
+    return on_disk[-1:] if schedule in ("multistage", "h-revolve") else on_disk
+
+
 def _checkpointed(
     level: str, schedule: str, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None
 ) -> Iterator[Plan]:
     """The plans that hold fewer checkpoints than there are steps, without and with recordings of the last ones."""
-    on_disk = [0, slots.disk] if slots.disk else [0]
-    if schedule in ("multistage", "h-revolve"):
-        on_disk = on_disk[-1:]
-    for disk in on_disk:
+    for disk in _disks(schedule, slots):
         if slots.ram + disk == 0 and steps > 1:
             continue
         for division in dict.fromkeys([divide(slots, steps, recorded_bytes, disk), divide(slots, steps, None, disk)]):
@@ -228,12 +267,17 @@ def _plan(
     division: tuple[int, int, int],
     recorded_bytes: int,
     costs: Costs | None,
+    charges_all: bool = False,
     by_costs: bool = False,
 ) -> Plan:
     kept, ram, disk = division
     first_kept = steps - kept + 1
     hierarchy = None
-    if by_costs:
+    from_start = charges_all and not by_costs
+    if from_start:
+        forward_steps = optimal_forward_steps(first_kept, ram + disk + 1)
+        (writes, reads), copies = held_start.traffic(first_kept, held_start.tiers(first_kept, ram, disk))
+    elif by_costs:
         assert costs is not None
         write, read = (costs.copy + costs.exposed * seconds for seconds in (costs.write, costs.read))
         hierarchy = hierarchical(first_kept, ram, disk, write / costs.step, read / costs.step)
@@ -259,10 +303,11 @@ def _plan(
         forward_steps=forward_steps,
         disk_writes=writes,
         disk_reads=reads,
-        ram_bytes=ram * slots.checkpoint_bytes + (kept - 1) * recorded_bytes,
+        ram_bytes=ram * slots.checkpoint_bytes + (kept if charges_all else kept - 1) * recorded_bytes,
         disk_bytes=disk * slots.checkpoint_bytes,
         seconds=costs.seconds(level, steps, forward_steps, copies, writes, reads) if costs else None,
         hierarchy=hierarchy,
+        from_start=from_start,
     )
 
 
@@ -289,6 +334,22 @@ def divide(slots: Slots, steps: int, recorded_bytes: int | None, disk: int) -> t
         if ram + on_disk == 0:
             break
         needed = optimal_forward_steps(rest + 1, ram + on_disk) + kept - 1
+        if needed <= work:
+            chosen, work = (kept, ram, on_disk), needed
+    return chosen
+
+
+def divide_from_start(slots: Slots, steps: int, recorded_bytes: int, disk: int) -> tuple[int, int, int]:
+    """`divide` for solves whose initial state is at hand anyway: every recording is charged, and there may be none."""
+    chosen, work = (0, 0, 0), steps * (steps + 3) // 2
+    most_kept = min(slots.ram_bytes // recorded_bytes, steps) if recorded_bytes else steps
+    for kept in range(0, most_kept + 1, max(-(-most_kept // _MOST_DIVISIONS), 1)):
+        # The places besides the initial state's.
+        places = max(steps - kept - 1, 0) if kept else steps - 1
+        left = slots.ram_bytes - kept * recorded_bytes
+        ram = min(left // slots.checkpoint_bytes, places, slots.ram) if slots.checkpoint_bytes else places
+        on_disk = min(disk, places - ram)
+        needed = optimal_forward_steps(steps - kept + 1, ram + on_disk + 1) + kept - 1
         if needed <= work:
             chosen, work = (kept, ram, on_disk), needed
     return chosen

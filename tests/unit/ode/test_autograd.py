@@ -12,7 +12,7 @@ from tests.oracles.right_hand_sides import Network, distance, gradients, identic
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
 TIMES = [0.0, 0.4, 1.0]
-BUDGETS = [Trajectory(), Trajectory(ram=3000), Trajectory(ram_slots=2), Trajectory(ram_slots=1, disk_slots=1)]
+BUDGETS = [Trajectory(), Trajectory(ram=9000, solves=3), Trajectory(ram_slots=2), Trajectory(ram_slots=1, disk_slots=1)]
 
 
 def plain(network: Network, u0: torch.Tensor, table: str = "4", step_size: float = 0.1) -> tuple[torch.Tensor, ...]:

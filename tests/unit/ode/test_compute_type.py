@@ -181,3 +181,13 @@ def test_implicit_gradients_are_those_in_double_precision_up_to_rounding(method:
 def test_a_type_that_f_cannot_compute_in_is_refused(dtype: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"compute_dtype = .*: must be a real floating type"):
         odeint(Network(), random(2, 3), TIMES, compute_dtype=dtype)
+
+
+def test_gradients_of_float32_parameters_in_a_float64_solve_are_summed_in_double_precision() -> None:
+    rate = torch.ones(1, requires_grad=True)
+    u0 = torch.zeros(1, dtype=torch.float64)
+    odeint(lambda t, u: rate.double() * torch.ones_like(u), u0, [0.0, 1.0], method="euler", step_size=1e-4)[
+        -1
+    ].backward()
+    assert rate.grad is not None
+    assert abs(rate.grad.item() - 1.0) <= 2**-23

@@ -173,9 +173,12 @@ def test_zero_slots_are_too_few() -> None:
         solved(Trajectory(ram_slots=0, disk_slots=0))
 
 
-def test_a_single_step_needs_no_checkpoint() -> None:
-    solve = solved(Trajectory(ram=0), times=(0.0, 0.05)).last_solve
-    assert (solve.forward_steps, solve.recomputed_steps, solve.adjoint_steps) == (1, 0, 1)
+@pytest.mark.parametrize(("keep", "again"), [("solution", 0), ("auto", 1)])
+def test_a_single_step_needs_no_checkpoint_and_is_run_again_where_its_graph_is_to_be_paid_for(
+    keep: str, again: int
+) -> None:
+    solve = solved(Trajectory(ram=0, keep=keep), times=(0.0, 0.05)).last_solve
+    assert (solve.forward_steps, solve.recomputed_steps, solve.adjoint_steps) == (1, again, 1)
     assert solve.checkpoint_bytes_peak == 0
 
 
