@@ -6,7 +6,6 @@ that fits there with the gradient of the steps: then none is faster in that memo
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of the reference's memory, in which `auto` runs."""
 SAME_SPEED = 1.05
 """Times that differ by less are the same."""
+MOST_TIMES = 5
+"""As many rounds as were asked for there are at most."""
 _SEED = 0
-_ATTEMPTS = 5
 
 
 class Candidate:
@@ -55,9 +55,14 @@ class Candidate:
         return time.process_time() - began
 
     def measure(self) -> None:
-        """Find `bytes`, and count evaluations, in the first loss and gradient, for which solvers are made."""
+        """Find `bytes`, and count evaluations, in the second loss and gradient: for the first, solvers are made.
+
+        What is kept from then on counts.
+        """
         with uncollected():
             before = bytes_in_use()
+            self.seconds()
+            self.tally.reset()
             with Peak() as peak:
                 self.seconds()
         self.bytes = max(peak.bytes - before, 0)
@@ -88,9 +93,9 @@ class Result:
     error: float
 
     @property
-    def median(self) -> float:
-        """The usual seconds."""
-        return statistics.median(self.seconds)
+    def least(self) -> float:
+        """The seconds of the round in which least came in between: what other programs cost is only ever added."""
+        return min(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Cell:
 class Verdict:
     """Whether `auto`, in a share of the reference's memory, is as fast as the fastest baseline that fits there.
 
-    `ratio` is its time over that one's, the median over rounds. It is infinite where `auto` does not fit but a baseline
+    `ratio` is its time over that one's, the least of each. It is infinite where `auto` does not fit but a baseline
     does, and zero where no baseline does. `reason` says what is in the way.
     """
 
@@ -131,19 +136,26 @@ def in_share(share: float) -> str:
     return f"auto in {100 * share:.0f} %"
 
 
-def measure_cell(experiment: Experiment, method: str, steps: int, rounds: int, ways: Sequence[Way]) -> Cell:
-    """Measure memory and counts of every way, then of `auto` with its budgets, then the time of all in turns."""
+def measure_cell(
+    experiment: Experiment, method: str, steps: int, rounds: int, ways: Sequence[Way], enough: float = 0.0
+) -> Cell:
+    """Measure memory and counts of every way, then of `auto` with its budgets, then the time of all in turns.
+
+    Where `rounds` take less than `enough` seconds of processor time there are more of them, up to `MOST_TIMES` as many.
+    """
     candidates = {}
     for way in ways:
         candidates[way.name] = Candidate(experiment, way, method, steps)
         candidates[way.name].measure()
     reference = candidates[REFERENCE].gradient.clone()
-    working_set, shares, states = _needs(candidates)
+    needs = _needs(candidates)
+    least = _auto(experiment, "auto", method, steps, [need.state for need in needs])
+    least.measure()
     for share in SHARES:
         allowed = int(share * candidates[REFERENCE].bytes)
-        found = _fitted(experiment, in_share(share), method, steps, allowed, working_set, shares, states)
+        found = _fitted(experiment, in_share(share), method, steps, allowed, least, needs)
         if found is not None:
-            candidates[found.way.name] = found
+            candidates[in_share(share)] = found
     errors = {
         name: float((candidate.gradient - reference).norm() / reference.norm())
         for name, candidate in candidates.items()
@@ -157,27 +169,45 @@ def measure_cell(experiment: Experiment, method: str, steps: int, rounds: int, w
         for name, candidate in candidates.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, candidate in candidates.items():
+    began = time.process_time()
+    for number in range(MOST_TIMES * rounds):
+        if number >= rounds and time.process_time() - began > enough:
+            break
+        # Whoever comes after one that leaves much memory in the caches does so in every other round alone.
+        for name, candidate in list(candidates.items())[:: -1 if number % 2 else 1]:
             with uncollected():
                 seconds[name].append(candidate.seconds())
     results = {
         name: Result(candidate.way, tuple(seconds[name]), candidate.bytes, *counts[name], errors[name])
         for name, candidate in candidates.items()
     }
-    return Cell(experiment.name, method, steps, results, working_set + sum(states))
+    return Cell(experiment.name, method, steps, results, least.bytes)
 
 
-def _needs(candidates: Mapping[str, Candidate]) -> tuple[int, list[float], list[int]]:
-    """What this project takes besides its budget; each block's share of all graphs; the bytes of each block's state."""
-    solution = candidates["solution"]
-    checkpoints = [block.node.last_solve.checkpoint_bytes_peak for block in solution.blocks]
+@dataclass(frozen=True)
+class _Need:
+    """The bytes of a block's state, and of its graph for one step."""
+
+    state: int
+    graph: int
+
+
+def _needs(candidates: Mapping[str, Candidate]) -> list[_Need]:
+    """What each block takes, the first one first."""
     states = [
-        held // max(block.node.last_solve.forward_steps - 1, 1)
-        for held, block in zip(checkpoints, solution.blocks, strict=True)
+        block.node.last_solve.checkpoint_bytes_peak // max(block.node.last_solve.forward_steps - 1, 1)
+        for block in candidates["solution"].blocks
     ]
-    graphs = [block.node.last_solve.graph_bytes for block in candidates["graph"].blocks]
-    return solution.bytes - sum(checkpoints), [graph / sum(graphs) for graph in graphs], states
+    solves = [block.node.last_solve for block in candidates["graph"].blocks]
+    return [
+        _Need(state, -(-solve.graph_bytes // solve.graph_steps)) for state, solve in zip(states, solves, strict=True)
+    ]
+
+
+def _auto(experiment: Experiment, name: str, method: str, steps: int, budgets: Sequence[int]) -> Candidate:
+    """`auto` with a budget for each block."""
+    left = iter(budgets)
+    return Candidate(experiment, Way(name, solved(lambda: Trajectory(ram=next(left)))), method, steps)
 
 
 def _fitted(
@@ -186,26 +216,39 @@ def _fitted(
     method: str,
     steps: int,
     allowed: int,
-    working_set: int,
-    shares: Sequence[float],
-    states: Sequence[int],
+    least: Candidate,
+    needs: Sequence[_Need],
 ) -> Candidate | None:
-    """`auto` with the largest budget found that keeps it within `allowed` bytes; None if there is none."""
-    budget = allowed - working_set
-    for _ in range(_ATTEMPTS):
-        if budget < sum(states):
-            return None
-        # At least one checkpoint for each block, and what is left for the blocks as their graphs take it.
-        left = budget - sum(states)
-        budgets = iter([state + int(share * left) for state, share in zip(states, shares, strict=True)])
-        way = Way(name, solved(lambda budgets=budgets: Trajectory(ram=next(budgets))))  # type: ignore[misc]
-        candidate = Candidate(experiment, way, method, steps)
-        candidate.measure()
-        if candidate.bytes <= allowed:
-            return candidate
-        # A graph less at a time: the excess alone might not be one.
-        budget -= max(candidate.bytes - allowed, allowed // 20)
-    return None
+    """`auto` with the largest budgets that keep it within `allowed` bytes; None if there are none.
+
+    The first blocks get the least: when they run steps again, those after them have given their memory back. `least`
+    is what it takes with one state for each block, most of which is needed only at times.
+    """
+    if least.bytes > allowed:
+        return None
+    left_out = 0
+    while left_out < steps * len(needs):
+        budgets = _budgets(needs, steps, left_out)
+        excess = sum(budgets) - allowed
+        if excess <= 0:
+            candidate = _auto(experiment, name, method, steps, budgets)
+            candidate.measure()
+            if candidate.bytes <= allowed:
+                return candidate
+            excess = candidate.bytes - allowed
+        while excess > 0 and left_out < steps * len(needs):
+            excess -= needs[left_out // steps].graph - needs[left_out // steps].state
+            left_out += 1
+    return least
+
+
+def _budgets(needs: Sequence[_Need], steps: int, left_out: int) -> list[int]:
+    """A budget for each block, where of all steps so many, the first ones, are to have no graph but a state."""
+    budgets = []
+    for number, need in enumerate(needs):
+        without = min(max(left_out - number * steps, 0), steps)
+        budgets.append((steps - without) * need.graph + max(min(without, steps - 1), 1) * need.state)
+    return budgets
 
 
 def verdicts(cell: Cell) -> list[Verdict]:
@@ -217,14 +260,14 @@ def verdicts(cell: Cell) -> list[Verdict]:
         ours = cell.results.get(in_share(share))
         if not fitting and ours is None:
             continue
-        fastest = min(fitting, key=lambda name: cell.results[name].median, default="none")
+        fastest = min(fitting, key=lambda name: cell.results[name].least, default="none")
         ratio, reason = 0.0, "nothing else fits"
         if ours is None:
             ratio = float("inf")
             reason = f"does not fit: takes {_mib(cell.least_bytes)} MiB at least, of {_mib(allowed)}"
         elif fitting:
             theirs = cell.results[fastest]
-            ratio = statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))
+            ratio = ours.least / theirs.least
             more = ours.forward + ours.backward - theirs.forward - theirs.backward
             reason = f"{more:+d} evaluations of f, {_mib(ours.bytes - theirs.bytes)} MiB"
         found.append(Verdict(cell.experiment, cell.method, cell.steps, share, fastest, ratio, reason))
