@@ -7,6 +7,7 @@ at their leisure.)
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import stat
 import sys
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 2.0
 _FORWARDING = 0.2
+_ABORTING = 5.0
 _STANDARD_OUTPUT, _STANDARD_ERROR = 1, 2
 _before: list[Callable[[], None]] = []
 
@@ -32,7 +34,7 @@ def before_abort(action: Callable[[], None]) -> None:
 def abort(code: int, comm: MPI.Comm | None) -> NoReturn:
     """End all ranks of `comm` with an exit code, once what this one wrote has been read; None: end this process alone.
 
-    Not collective: one rank ends the others, wherever they are.
+    Not collective: one rank ends the others, wherever they are. This one ends even if MPI cannot do that.
     """
     for action in _before:
         # What cannot be tidied up must not keep the other ranks waiting.
@@ -40,6 +42,9 @@ def abort(code: int, comm: MPI.Comm | None) -> NoReturn:
             action()
     deliver_output()
     if comm is not None:
+        # Where the network has gone MPI waits here as well, and gives way to no thread of Python. This is another one,
+        # which ends the process.
+        faulthandler.dump_traceback_later(_ABORTING, exit=True, file=os.open(os.devnull, os.O_WRONLY))
         comm.Abort(code)
     os._exit(code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -153,6 +154,7 @@ def _run_together(command: Callable[[argparse.Namespace], int], arguments: argpa
 
     from pnode_dist.errors import ConvergenceError, StepSizeError
     from pnode_dist.train.endings import DivergenceError, Preempted, RunDirectoryError
+    from pnode_dist.trajectory.store import PrecisionError, SpillError
 
     # Of its own, because the other ranks may be anywhere in the program when one fails.
     together = MPI.COMM_WORLD.Dup()
@@ -160,7 +162,14 @@ def _run_together(command: Callable[[argparse.Namespace], int], arguments: argpa
         code = command(arguments)
     except ConfigurationError as error:
         return _end(error, WRONG_USAGE, together)
-    except (ConvergenceError, DivergenceError, RunDirectoryError, StepSizeError) as error:
+    except (
+        ConvergenceError,
+        DivergenceError,
+        PrecisionError,
+        RunDirectoryError,
+        SpillError,
+        StepSizeError,
+    ) as error:
         return _end(error, FAILED, together)
     except Preempted as end:
         if _first(together):
@@ -188,7 +197,7 @@ def _end(error: Exception, code: int, together: MPI.Intracomm) -> int:
     patient_until = time.monotonic() + _PATIENCE
     while not everyone.Test():
         if time.monotonic() > patient_until:
-            _complain(error, f"[rank {together.rank}] ")
+            _complain(error, f"[rank {together.rank} on {socket.gethostname()}] ")
             abort(code, together)
         time.sleep(0.005)
     if _first(together):
@@ -239,8 +248,6 @@ def _mesh(config: Config) -> Mesh:
 
 def _check_alike() -> None:
     """Raise `ConfigurationError` unless all ranks run the same versions and command. Collective on the world."""
-    import socket
-
     from mpi4py import MPI
 
     from pnode_dist.compatibility import difference, facts_here

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class DivergenceError(RuntimeError):
-    """The loss or its gradient is not finite; the message names the step."""
+    """The loss, its gradient or a parameter is not finite; the message names the step, and the ranks it comes from."""
 
 
 class RunDirectoryError(RuntimeError):

@@ -71,7 +71,7 @@ class Journal:
             if self._events is not None:
                 self._events.write(record)
         except OSError as error:
-            self._fail("metrics", error)
+            self.fail("metrics", error)
 
     def end_epoch(self, epoch: int, steps: int) -> None:
         """Note the end of an epoch of so many steps."""
@@ -90,11 +90,11 @@ class Journal:
     def check(self) -> None:
         """Take note of what could not be written in the background."""
         if self._heartbeat is not None and self._heartbeat.failure is not None:
-            self.failure = self.failure or self._heartbeat.failure
+            self.failure = self.failure or f"{self._heartbeat.failure}; {self._last()}"
         try:
             self._writer.check()
         except OSError as error:
-            self._fail("snapshot", error)
+            self.fail("snapshot", error)
 
     @property
     def metrics_size(self) -> int:
@@ -118,16 +118,26 @@ class Journal:
             if wait:
                 self._writer.wait()
         except OSError as error:
-            self._fail("snapshot", error)
+            self.fail("snapshot", error)
 
-    def _fail(self, what: str, error: OSError) -> None:
+    def last_snapshot(self) -> str:
+        """What the run has left to go on from, in words, once what is being written has been."""
+        try:
+            self._writer.wait()
+        except OSError as error:
+            self.fail("snapshot", error)
+        return self._last()
+
+    def fail(self, what: str, error: OSError) -> None:
+        """Take note that `what` could not be written."""
         if self.failure is None:
-            assert self._directory is not None
-            steps = snapshot_files.steps_in(self._directory)
-            last = f"the last snapshot is that of step {steps[0]}" if steps else "there is no snapshot"
             self.failure = (
-                f"run directory {self._directory}: cannot write the {what}: {error.strerror or error}; {last}"
+                f"run directory {self._directory}: cannot write the {what}: {error.strerror or error}; {self._last()}"
             )
+
+    def _last(self) -> str:
+        steps = [] if self._directory is None else snapshot_files.steps_in(self._directory)
+        return f"the last snapshot is that of step {steps[0]}" if steps else "there is no snapshot"
 
     def close(self) -> None:
         """Let what is being written be finished, and close the files."""
@@ -136,7 +146,7 @@ class Journal:
         try:
             self._metrics.close()
         except OSError as error:
-            self._fail("metrics", error)
+            self.fail("metrics", error)
 
     def __enter__(self) -> Journal:
         return self

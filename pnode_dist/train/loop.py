@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,12 +14,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pnode_dist.errors import ConfigurationError
+from pnode_dist.errors import ConfigurationError, ConvergenceError, StepSizeError
 from pnode_dist.mesh import Mesh
 from pnode_dist.ode import safe_points
 from pnode_dist.problems.protocol import Batch, Problem
 from pnode_dist.sync import clip_gradient_norm, parallel
-from pnode_dist.train import run_directory
+from pnode_dist.train import not_finite, run_directory
 from pnode_dist.train.capture import Trained, capture, restore
 from pnode_dist.train.config import SnapshotConfig, TrainingConfig
 from pnode_dist.train.endings import DivergenceError, Preempted, RunDirectoryError
@@ -31,8 +30,11 @@ from pnode_dist.train.metrics import StepRecord, ValidationRecord, peak_memory
 from pnode_dist.train.optimiser import optimiser_of
 from pnode_dist.train.preemption import GivenUp, Preemption
 from pnode_dist.train.progress import EpochSummary, reporter
-from pnode_dist.train.rank_state import rank_state, versions_of_buffers
+from pnode_dist.train.rank_state import put_back, rank_state, versions_of_buffers
 from pnode_dist.train.snapshot import Best, Position, Snapshot
+from pnode_dist.trajectory.store import PrecisionError, SpillError
+
+_ERRORS_OF_SOLVES = (ConvergenceError, PrecisionError, SpillError, StepSizeError)
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,16 @@ class _Optimiser:
     def step(self, batch: Batch, epoch: int, wishes: Wishes) -> tuple[StepRecord, Wishes]:
         """One step, and what some rank wishes for after it. Collective on the world.
 
-        Raises `DivergenceError` on all ranks before parameters are spoilt.
+        Raises `DivergenceError` on all ranks before parameters are spoilt, and what the solver raises on all ranks of
+        its state, both with the number of the step.
         """
         self._optimiser.zero_grad(set_to_none=True)
-        share = self._problem.loss(self._model, batch)
-        share.backward()  # type: ignore[no-untyped-call]
+        try:
+            share = self._problem.loss(self._model, batch)
+            share.backward()  # type: ignore[no-untyped-call]
+        except _ERRORS_OF_SOLVES as error:
+            origin = self._origin(batch, 0.0, backward=True) if _on_all_ranks(error, self._mesh) else ""
+            raise type(error)(f"step {self.steps + 1} (epoch {epoch}): {error}{origin}") from None
         # From here on the step is not given up any more.
         self.steps += 1
         solve = self._problem.solve_statistics()
@@ -123,7 +130,7 @@ class _Optimiser:
                 raise DivergenceError(
                     f"step {self.steps} (epoch {epoch}): the {name} is {value}: "
                     "try a smaller learning_rate, a gradient_clip or a smaller step_size"
-                    f"{self._where_not_finite(share.item())}"
+                    f"{self._origin(batch, share.item(), backward=math.isfinite(loss))}"
                 )
         learning_rate = self._optimiser.param_groups[0]["lr"]
         self._optimiser.step()
@@ -151,13 +158,10 @@ class _Optimiser:
         self.mark()
         return record, wishes_of(totals[3:].tolist())
 
-    def _where_not_finite(self, share: float) -> str:
-        """The ranks whose shares of the loss are not finite, in words. Collective on the world."""
-        host = None if math.isfinite(share) else socket.gethostname()
-        hosts = enumerate(self._mesh.gather_object(host) or ())
-        ranks = ", ".join(f"rank {rank} ({host})" for rank, host in hosts if host is not None)
-        found: str = self._mesh.broadcast_object(f"; it comes from {ranks}" if ranks else "")
-        return found
+    def _origin(self, batch: Batch, share: float, backward: bool) -> str:
+        """See `not_finite.origin`. Collective on the world."""
+        put_back(self.before, self._problem.model)
+        return not_finite.origin(self._problem, batch, share, self._mesh, backward)
 
     def end_epoch(self) -> None:
         """Let the learning rate follow its schedule."""
@@ -197,8 +201,8 @@ def train(
     and at the end. Validation data choose parameters only with `keep = "best"`. Training goes on from `start`; `config`
     is the text of the configuration, to be kept with snapshots. Asked by `preemption`, it stops between two steps, or
     within one that it gives up.
-    Raises `DivergenceError` when the loss or its gradient is not finite, `RunDirectoryError` when the directory
-    takes no more, and `Preempted` when it was stopped and has left a snapshot, on all ranks.
+    Raises `DivergenceError` when the loss, its gradient or a parameter is not finite, `RunDirectoryError` when the
+    directory takes no more, and `Preempted` when it was stopped and has left a snapshot, on all ranks.
     """
     journal = Journal(directory if mesh.is_root else None, snapshots or SnapshotConfig(), config, heartbeat, events)
     watching = nullcontext() if preemption is None else safe_points.watched(preemption)
@@ -249,7 +253,12 @@ class _Run:
                 snapshot=due,
                 failed=self._journal.failure is not None,
             )
-            record, agreed = self._optimiser.step(batch, self.epoch, wishes)
+            try:
+                record, agreed = self._optimiser.step(batch, self.epoch, wishes)
+            except (DivergenceError, *_ERRORS_OF_SOLVES) as error:
+                if not _on_all_ranks(error, self._mesh):
+                    raise
+                raise type(error)(f"{error}; {self._last_snapshot()}") from None
             self._losses.append(record.loss)
             self._journal.write(record)
             if agreed.failed:
@@ -305,10 +314,17 @@ class _Run:
         return headline
 
     def _save_parameters(self) -> None:
-        run_directory.save_parameters(self._problem.model, self._directory / run_directory.MODEL, self._mesh)
+        try:
+            run_directory.save_parameters(self._problem.model, self._directory / run_directory.MODEL, self._mesh)
+        except OSError as error:
+            self._journal.fail("model", error)
 
     def _snapshot(self) -> Snapshot | None:
-        """The run after its last step, on rank 0. Collective on the world."""
+        """The run after its last step, on rank 0. Collective on the world.
+
+        Raises `DivergenceError` on all ranks instead of keeping parameters that are not finite.
+        """
+        self._check_finite()
         position = Position(
             self._optimiser.steps,
             self.epoch,
@@ -319,6 +335,21 @@ class _Run:
             self._journal.metrics_size,
         )
         return capture(self._optimiser.trained, position, self._best, self._optimiser.before, self._mesh)
+
+    def _check_finite(self) -> None:
+        parameters = self._problem.model.named_parameters()
+        spoilt = next((name for name, value in parameters if not value.detach().isfinite().all()), None)
+        names = self._mesh.gather_object(spoilt) or ()
+        spoilt = self._mesh.broadcast_object(next((name for name in names if name is not None), None))
+        if spoilt is not None:
+            raise DivergenceError(
+                f"step {self._optimiser.steps}: the parameter {spoilt} is not finite after it: "
+                f"try a smaller learning_rate or a gradient_clip; {self._last_snapshot()}"
+            )
+
+    def _last_snapshot(self) -> str:
+        """What the run has left to go on from, in words. Collective on the world."""
+        return str(self._mesh.broadcast_object(self._journal.last_snapshot()))
 
     def _stop(self) -> NoReturn:
         """Leave a snapshot, and end on all ranks. Collective on the world."""
@@ -339,6 +370,13 @@ class _Run:
     def _give_up(self) -> NoReturn:
         """End all ranks because some file cannot be written. Collective on the world."""
         raise RunDirectoryError(self._mesh.broadcast_object(self._journal.failure))
+
+
+def _on_all_ranks(error: Exception, mesh: Mesh) -> bool:
+    """Whether all ranks raise `error` alike: solves raise theirs on all ranks of a state, or where one does not fit."""
+    if isinstance(error, DivergenceError):
+        return True
+    return mesh.data_replicas == 1 and not isinstance(error, PrecisionError)
 
 
 def _validate(problem: Problem) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import socket
 from collections.abc import Callable, Iterator
@@ -184,8 +185,9 @@ def save_evaluation(path: Path, result: dict[str, Any], mesh: Mesh) -> None:
 
 
 def describe_versions(mesh: Mesh) -> dict[str, Any]:
-    """What the run was made with: packages, MPI library, ranks and hosts. Collective on the world."""
-    hosts = [mesh.broadcast_object(socket.gethostname(), source=rank) for rank in range(mesh.size)]
+    """What the run was made with: packages, MPI library, and the host and process of each rank, by which launchers name
+    one that was killed. Collective on the world."""
+    places = mesh.broadcast_object(mesh.gather_object((socket.gethostname(), os.getpid())))
     packages = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -195,7 +197,8 @@ def describe_versions(mesh: Mesh) -> dict[str, Any]:
         "ranks": mesh.size,
         "mesh": {"state": mesh.state_ranks, "data": mesh.data_replicas, "backend": mesh.backend},
         "threads_per_rank": torch.get_num_threads(),
-        "hosts": hosts,
+        "hosts": [host for host, _ in places],
+        "processes": [process for _, process in places],
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
     }
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.file_clock import clock_of
 
 LOCK = "lock.json"
 LEASE = 60.0
@@ -134,7 +135,7 @@ def is_alive(directory: Path, holder: Holder, patience: float = 0.0) -> bool:
         return Path(f"/proc/{holder.pid}").exists()
     until = time.monotonic() + patience
     first = last = _renewed(path)
-    while last is not None and last == first and _clock_of(directory) - last <= LEASE:
+    while last is not None and last == first and clock_of(directory, f".{LOCK}.") - last <= LEASE:
         if time.monotonic() >= until:
             return True
         time.sleep(_LOOK_AGAIN)
@@ -164,15 +165,6 @@ def _renewed(path: Path) -> float | None:
         return path.stat().st_mtime
     except OSError:
         return None
-
-
-def _clock_of(directory: Path) -> float:
-    """The time by the clock of the file system, which may be another one than this host's."""
-    try:
-        with tempfile.NamedTemporaryFile(prefix=f".{LOCK}.", dir=directory) as file:
-            return os.fstat(file.fileno()).st_mtime
-    except OSError:
-        return time.time()
 
 
 def _set_aside(path: Path, holder: Holder | None) -> None:

@@ -1,4 +1,4 @@
-"""How a run is doing, from what it has left in its directory. Reads only; needs neither MPI nor torch."""
+"""How a run is doing, from what it has left in its directory. Changes nothing; needs neither MPI nor torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.train.heartbeat import INTERVAL, Beat, read_beat
+from pnode_dist.file_clock import clock_of
+from pnode_dist.train.heartbeat import HEARTBEAT, INTERVAL, Beat, read_beat
 from pnode_dist.train.run_lock import is_alive, read_holder
 
 RUNNING, DEAD, STARTING = "running", "dead", "no sign of life"
@@ -76,7 +77,7 @@ def status_of(directory: Path) -> Status:
         done,
         beat.loss,
         beat.steps_per_second,
-        time.time() - beat.stepped if running and beat.stepped else None,
+        _idle_seconds(directory, beat) if running and beat.stepped else None,
         left,
         f"{beat.ranks} ({beat.mesh}) on {beat.hosts} host(s)",
         beat.host,
@@ -95,6 +96,12 @@ def _progress(beat: Beat) -> tuple[float, int]:
         return 1.0, beat.step
     steps = beat.epochs * beat.epoch_steps
     return (beat.step / steps if steps else (beat.epoch - 1) / beat.epochs), steps
+
+
+def _idle_seconds(directory: Path, beat: Beat) -> float:
+    """Until the last sign of life by the clock of the run, and since then by that of the file system."""
+    since = clock_of(directory, f".{HEARTBEAT}.") - (directory / HEARTBEAT).stat().st_mtime
+    return max(beat.written - beat.stepped, 0.0) + max(since, 0.0)
 
 
 def _is_alive(directory: Path) -> bool:

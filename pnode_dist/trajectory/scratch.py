@@ -27,6 +27,7 @@ from types import FrameType
 from mpi4py import MPI
 
 from pnode_dist.abort import before_abort
+from pnode_dist.file_clock import clock_of
 
 PREFIX = "pnode-dist-"
 _GRACE = 60.0
@@ -66,6 +67,7 @@ def _remove(path: Path, lock: int) -> None:
 
 def _remove_leftovers(parent: Path) -> None:
     """Remove directories of our own whose processes are gone."""
+    now: float | None = None
     for path in parent.glob(f"{glob.escape(_prefix())}*"):
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -74,7 +76,8 @@ def _remove_leftovers(parent: Path) -> None:
         try:
             # A directory made a moment ago is not locked yet.
             old = os.fstat(lock)
-            if old.st_uid == os.getuid() and time.time() - old.st_mtime > _GRACE:
+            now = clock_of(parent, ".pnode-dist-") if now is None else now
+            if old.st_uid == os.getuid() and now - old.st_mtime > _GRACE:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
         except OSError:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pnode_dist.train import snapshot_files
 from pnode_dist.trajectory.scratch import PrivateDirectory
 from tests.conftest import ROOT
+from tests.faults.killed_rank import KILLED, NONE
 from tests.unit.problems.synthetic_fields import config, dataset, values, write
 
 KILLS = int(os.environ.get("PNODE_DIST_KILLS", "3"))
@@ -88,31 +92,56 @@ def children_of(launcher: int) -> list[int]:
     return found
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_end(
-    config_file: Path, tmp_path: Path, mpirun: Callable[..., subprocess.CompletedProcess[str]]
+@pytest.mark.timeout(400)
+def test_a_rank_killed_in_any_phase_ends_the_others_and_the_run_goes_on_to_the_same_end(
+    config_file: Path, tmp_path: Path
 ) -> None:
-    train_two = [sys.executable, "-m", "pnode_dist.cli", "train", str(config_file), "--set", "training.epochs=2"]
-    train_two += ["--resume", "auto", "--run-dir"]
-    done = mpirun(2, *train_two, str(tmp_path / "whole"))
-    assert done.returncode == 0, done.stderr
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    ended = train_two(NONE, config_file, whole)
+    assert ended.code == 0, ended.said
 
-    run = tmp_path / "run"
+    for phase, rank in KILLED.items():
+        before = max(snapshot_files.steps_in(run), default=0)
+        ended = train_two(phase, config_file, run)
+        assert ended.code != 0, f"{phase}: {ended.said}"
+        assert ended.at - run.with_suffix(".died").stat().st_mtime < 30
+        # The launcher knows the process and its host, and the run which rank it was.
+        process = json.loads((run / "versions.json").read_text())["processes"][rank]
+        assert f"PID {process} RUNNING AT {socket.gethostname()}" in ended.said, ended.said
+        assert "Killed (signal 9)" in ended.said
+        last = snapshot_files.steps_in(run)[0]
+        assert last == before + 1
+        snapshot_files.check(snapshot_files.path_of(run, last))
+
+    ended = train_two(NONE, config_file, run)
+    assert ended.code == 0, ended.said
+    assert f"going on after step {last}" in ended.said
+    assert_alike(run, whole)
+    assert not list((tmp_path / "spill").iterdir())
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    said: str
+    at: float
+
+
+def train_two(phase: str, config_file: Path, run: Path) -> Ended:
+    """A training on two ranks, of which one may be killed in that phase. No process of it is left."""
+    program = [sys.executable, str(Path(__file__).with_name("killed_rank.py")), phase, str(config_file), str(run)]
     launcher = subprocess.Popen(
-        [str(ROOT / "launch" / "mpirun.sh"), "-n", "2", *train_two, str(run)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [str(ROOT / "launch" / "mpirun.sh"), "-n", "2", *program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    while not (run / "snapshots").is_dir() or len(list((run / "snapshots").glob("*.json"))) < 1:
-        assert launcher.poll() is None
-    processes = children_of(launcher.pid)
-    holder = json.loads((run / "lock.json").read_text())["pid"]
-    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in processes if pid != holder}
-    (other,) = [pid for pid, name in names.items() if name.startswith("python")]
-    os.kill(other, 9)
-    assert launcher.wait(timeout=30) != 0
+    processes: set[int] = set()
+    while launcher.poll() is None:
+        processes.update(children_of(launcher.pid))
+        time.sleep(0.1)
+    at = time.time()
+    assert len(processes) >= 3
     assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
-
-    done = mpirun(2, *train_two, str(run))
-    assert done.returncode == 0, done.stderr
-    assert "going on after step" in done.stderr
-    assert_alike(run, tmp_path / "whole")
+    return Ended(launcher.returncode, launcher.communicate(timeout=30)[0], at)

@@ -94,10 +94,13 @@ def test_disk_traffic_is_summed_over_ranks(config_file, directory, capfd):
         ("train", f"--set mesh.state={COMM.size + 1}", f"but {COMM.size} rank(s) were started"),
         ("train", "--set trajectory.ram=8", "too small for one checkpoint of"),
         ("train", "--set solver.petsc_options.ts_type=bdf", "ts_type"),
+        ("train", "--set model.dilations=[20]", f"cannot be split over {COMM.size} rank"),
+        ("gradcheck", "--json --set trajectory.ram=8", "too small for one checkpoint of"),
         ("plan", "--ram 0 --disk 0", "trajectory: ram = '0'"),
+        ("trian", "", "invalid choice: 'trian'"),
     ],
 )
-def test_a_wrong_configuration_ends_all_ranks_with_code_2_and_one_line(
+def test_a_wrong_command_or_configuration_ends_all_ranks_with_code_2_and_one_line(
     config_file, directory, capfd, command, wrong, expected
 ):
     assert main([command, str(config_file), *wrong.split()]) == 2

@@ -21,7 +21,7 @@ from pnode_dist.train import loop, snapshot_files
 from pnode_dist.train.config import SnapshotConfig, TrainingConfig
 from pnode_dist.trajectory.statistics import SolveStatistics
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("every_snapshot")]
 
 COMM = MPI.COMM_WORLD
 SIZE, SAMPLES, BATCH = 7, 12, 4
@@ -89,18 +89,6 @@ def directory(tmp_path: Path) -> Path:
     """Rank 0's temporary directory, on all ranks."""
     shared: Path = COMM.bcast(tmp_path)
     return shared
-
-
-@pytest.fixture(autouse=True)
-def _every_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every snapshot that is due is on the disk before the next step."""
-    started = snapshot_files.Background.start
-
-    def start(background: snapshot_files.Background, job: Any) -> None:
-        started(background, job)
-        background.wait()
-
-    monkeypatch.setattr(snapshot_files.Background, "start", start)
 
 
 def load(directory: Path, step: int) -> Any:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from mpi4py import MPI
 
 from pnode_dist import GridPartition, Mesh, NeuralODE, Trajectory
 from pnode_dist.nn import Conv2d
+from pnode_dist.train import loop
 from pnode_dist.trajectory.schedule import Tier
 from pnode_dist.trajectory.store import SpillError
+from tests.mpi.test_resume import TRAINING, Vectors
 
 pytestmark = pytest.mark.mpi
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounting a small file system needs root")
 
 
 STEPS = 20
@@ -166,7 +169,7 @@ def little_room(kind: str, place: Path) -> Iterator[None]:
             "full",
             "could not be written: No space left on device",
             FIXED,
-            marks=pytest.mark.skipif(os.getuid() != 0, reason="mounting a small file system needs root"),
+            marks=needs_root,
         ),
         ("limited", "could not be written: File too large", CONTROLLED),
     ],
@@ -190,6 +193,62 @@ def test_one_rank_s_full_disk_changes_no_bit_of_the_gradient_of_any(
         found = differentiated(node, mesh, message, where=LAST)
     assert torch.equal(found, expected)
     assert_done_without_the_disk(node, expected, comm)
+
+
+@needs_root
+def test_with_raise_one_rank_s_full_disk_ends_every_rank_with_its_message(
+    mesh: Mesh, comm: MPI.Comm, mpi_tmp_path: Path
+) -> None:
+    place = mpi_tmp_path / f"rank{mesh.rank}"
+    place.mkdir()
+    node = new_node(mesh, Trajectory(ram_slots=1, disk_slots=16, directory=place, on_spill_error="raise"))
+    comm.barrier()
+    with (
+        little_room("full", place) if mesh.rank == LAST else nullcontext(),
+        pytest.raises(
+            SpillError, match=rf"^trajectory: rank {LAST}: .* could not be written: No space left on device$"
+        ),
+    ):
+        gradient(loss_of(node), node)
+
+
+class Shrinking(Vectors):
+    """Solves of ten steps, whose checkpoints but one go to a directory that the last rank loses after a while."""
+
+    def __init__(self, mesh: Mesh, place: Path | None) -> None:
+        super().__init__(mesh)
+        self.model.step_size = 0.1
+        self.place, self.calls = place, 0
+        if place is not None:
+            self.model.trajectory = Trajectory(ram_slots=1, disk_slots=4, directory=place)
+
+    def loss(self, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 3 and self.place is not None and self.mesh.rank == LAST:
+            shutil.rmtree(self.place)
+        return super().loss(model, batch)
+
+
+def test_a_scratch_directory_that_disappears_during_training_changes_no_bit_of_it(
+    mesh: Mesh, comm: MPI.Comm, mpi_tmp_path: Path
+) -> None:
+    place = mpi_tmp_path / f"rank{mesh.rank}"
+    place.mkdir()
+    whole: Any = Shrinking(mesh, None)
+    problem: Any = Shrinking(mesh, place)
+    for each, name in ((whole, "whole"), (problem, "run")):
+        if mesh.is_root:
+            (mpi_tmp_path / name).mkdir()
+        comm.barrier()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            loop.train(each, TRAINING, mesh, mpi_tmp_path / name)
+    assert all(map(torch.equal, problem.parameters(), whole.parameters()))
+    assert problem.solve_statistics().bytes_written == 0
+    texts = [str(warning.message) for warning in said]
+    assert len(texts) == int(mesh.is_root)
+    assert all(text.endswith(" cannot; going on without checkpoints on disk") for text in texts)
+    assert all(f"; rank {LAST} (" in text for text in texts)
 
 
 def test_with_raise_every_rank_ends_with_the_failing_rank_s_message(mesh: Mesh, mpi_tmp_path: Path) -> None:

@@ -112,6 +112,32 @@ def test_a_process_does_not_wait_for_ever_for_one_that_does_not_read(tmp_path: P
     process.communicate()
 
 
+# As MPI does where the network has gone: it does not come back, and keeps the interpreter from all other threads.
+STUCK = """
+import ctypes
+from pnode_dist import abort
+
+class Stuck:
+    def Abort(self, code):
+        ctypes.PyDLL(None).sleep(60)
+
+abort._ABORTING = 0.5
+abort.abort(7, Stuck())
+"""
+
+
+def test_a_process_ends_although_mpi_cannot_end_the_others() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", STUCK],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=50,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == b""
+
+
 # The launcher of the ranks, which is the parent of one, is stopped before the rank writes and goes on a little later.
 BUSY_LAUNCHER = """
 import os, signal, subprocess, sys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -176,28 +177,16 @@ def test_a_model_of_another_size_is_not_evaluated(config_file, tmp_path, capfd):
     assert "in the configured model (3, " in line
 
 
-@pytest.mark.parametrize(
-    ("command", "expected"),
-    [
-        (["trian"], "invalid choice: 'trian'"),
-        (["train", "{config}", "--set", "model.dilations=[6]"], "cannot be split over 2 rank"),
-        (["gradcheck", "{config}", "--json", "--set", "trajectory.ram=8"], "too small for one checkpoint of"),
-        (["train", "{config}", "--run-dir", "{directory}"], "is not empty"),
-        (["bench", "gradient"], "bench gradient runs on 1 rank, not on 2"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_two_ranks_complain_once_and_both_end(command, expected, config_file, mpirun):
-    directory = config_file.parent
-    argv = [argument.format(config=config_file, directory=directory) for argument in command]
+def test_two_ranks_complain_once_and_both_end(config_file, mpirun):
+    command = ["train", str(config_file), "--run-dir", str(config_file.parent)]
 
-    ran = mpirun(2, sys.executable, "-m", "pnode_dist.cli", *argv, timeout=60)
+    ran = mpirun(2, sys.executable, "-m", "pnode_dist.cli", *command, timeout=60)
 
     assert ran.returncode == 2
     assert ran.stdout == ""
     (line,) = ran.stderr.splitlines()
     assert line.startswith("pnode-dist: error: ")
-    assert expected in line
+    assert "is not empty" in line
 
 
 def run_with_build(mpirun, config_file, body):
@@ -222,7 +211,7 @@ def test_a_complaint_of_one_rank_ends_the_others_that_wait_for_it(config_file, m
     )
 
     assert ran.returncode == 2
-    assert "[rank 1] pnode-dist: error: only here" in ran.stderr
+    assert f"[rank 1 on {socket.gethostname()}] pnode-dist: error: only here" in ran.stderr
     assert seconds < 40
 
 

@@ -58,17 +58,6 @@ def seeded():
     random.seed(3)
 
 
-def wait_for_snapshots(monkeypatch):
-    """Every snapshot that is due is on the disk before the next step."""
-    started = snapshot_files.Background.start
-
-    def start(background, job):
-        started(background, job)
-        background.wait()
-
-    monkeypatch.setattr(snapshot_files.Background, "start", start)
-
-
 def records(directory):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ("wall_time", "peak_memory")} for line in lines]
@@ -86,9 +75,8 @@ def train(problem, training, mesh, directory, start=None):
 
 @pytest.mark.parametrize("settings", [{}, {"keep": "best", "schedule": "cosine", "gradient_clip": 0.5}])
 def test_a_run_killed_in_any_step_is_resumed_to_the_very_same_bits(
-    decay, mesh, training, tmp_path, monkeypatch, settings
+    decay, mesh, training, tmp_path, every_snapshot, settings
 ):
-    wait_for_snapshots(monkeypatch)
     training = training.model_copy(update={"learning_rate": 0.3, "validate_every": 1, **settings})
     seeded()
     whole = train(noisy(decay), training, mesh, tmp_path / "whole")
@@ -162,9 +150,8 @@ def test_training_does_not_wait_for_a_slow_disk(decay, mesh, training, tmp_path,
 
 
 def test_a_full_disk_ends_the_run_with_one_line_that_names_the_last_snapshot(
-    decay, mesh, training, tmp_path, monkeypatch
+    decay, mesh, training, tmp_path, every_snapshot, monkeypatch
 ):
-    wait_for_snapshots(monkeypatch)
     write = snapshot_files.write
 
     def full(directory, snapshot, *rest):
@@ -206,9 +193,8 @@ def config(directory, **tables):
 
 
 @pytest.fixture
-def run(decay, mesh, training, tmp_path, monkeypatch):
+def run(decay, mesh, training, tmp_path, every_snapshot):
     """The directory of a run with snapshots of the steps 1 to 8."""
-    wait_for_snapshots(monkeypatch)
     directory = tmp_path / "run"
     text = config(directory).to_toml()
     directory.mkdir()

@@ -72,7 +72,7 @@ def test_on_another_host_one_waits_whether_the_lock_is_renewed(tmp_path, monkeyp
     holder = left_by(tmp_path, host="elsewhere", boot="another")
     looked = iter([1.0, time.time(), time.time() + 1])
     monkeypatch.setattr(run_lock, "_renewed", lambda path: next(looked))
-    monkeypatch.setattr(run_lock, "_clock_of", lambda directory: 1.2)
+    monkeypatch.setattr(run_lock, "clock_of", lambda directory, prefix: 1.2)
     assert is_alive(tmp_path, holder, patience=5)
 
 
