@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter
 
 from pnode_dist.bench.report import Report, Row
 from pnode_dist.report.methods_plot import draw_methods
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, save
 
 _WORK, _OTHER, _THIRD, _LIMIT = "#a9b4bc", "#1f78b4", "#e8a33d", "#5b6770"
 _DPI = 120
@@ -29,7 +29,7 @@ def draw_bench(path: Path, report: Report) -> None:
         figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
         drawing(figure, report)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _named(axis: Axes, names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, save
 from pnode_dist.train import metrics
 
 Array = npt.NDArray[Any]
@@ -49,7 +49,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, figures: dict[st
         else:
             _draw_histograms(spread, file)
         figure.suptitle(_title(figures), fontsize=12)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _title(figures: dict[str, Any]) -> str:

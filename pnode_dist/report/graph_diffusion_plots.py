@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
 
 Array = npt.NDArray[Any]
 
@@ -46,7 +46,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path) -> None:
         draw_training(left, metrics_file, "")
         _draw_errors(middle, file)
         _draw_conductivities(right, file)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _draw_maps(figure: Any, file: h5py.File) -> None:

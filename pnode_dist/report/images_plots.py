@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
 
 Array = npt.NDArray[Any]
 
@@ -46,7 +46,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, watched: str) ->
             f"({100 * right / len(labels):.2f} %)",
             fontsize=12,
         )
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _draw_confusion(axis: Axes, labels: Array, taken: Array, classes: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the pictures of all problems share: their style, and how the model was learnt."""
+"""What the pictures of all problems share: their style, how the model was learnt, and how they become a file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from pnode_dist.train import metrics
 
@@ -76,3 +78,8 @@ def draw_training(
         other.spines["right"].set_visible(True)
         lines, labels = [*lines, line], [*labels, error]
     axis.legend(lines, labels, loc="upper center", ncols=len(lines), fontsize=9, handlelength=1.4, columnspacing=1.0)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file in its own resolution; `Figure.savefig` would draw it twice."""
+    FigureCanvasAgg(figure).print_png(path)  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
 
 Array = npt.NDArray[Any]
 
@@ -49,7 +49,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path) -> None:
         figure.suptitle(
             f"A pendulum in the wind: {min(_SHOWN, trajectories)} of {trajectories} held-out trajectories", fontsize=12
         )
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _draw_component(axis: Axes, file: h5py.File, component: int, title: str) -> None:

@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from pnode_dist.problems.field_data import time_label
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
 
 Array = npt.NDArray[Any]
 
@@ -52,7 +52,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str,
         )
         draw_training(figure.add_subplot(grid[3, 0]), metrics_file, table["units"])
         _draw_errors(figure.add_subplot(grid[3, 1]), table)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _draw_maps(figure: Figure, grid: GridSpec, data: xarray.Dataset, table: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
 
 Array = npt.NDArray[Any]
 
@@ -54,7 +54,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path) -> None:
             "of them from (1, 0, 0)",
             fontsize=12,
         )
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _draw_species(axis: Axes, file: h5py.File, number: int) -> None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
 
 Array = npt.NDArray[Any]
 
@@ -42,7 +42,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, title: str) -> N
         left, right = curves.subplots(1, 2)
         draw_training(left, metrics_file, "")
         _draw_errors(right, file)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def _draw_maps(figure: Any, file: h5py.File) -> None:
