@@ -309,7 +309,15 @@ if [ -z "$own_stack" ]; then
     fi
     phase "checking that PETSc and MPI fit (seconds)" stack_loads
 fi
-phase "installing pnode_dist and its other packages (2 minutes)" "${pip[@]}" install --editable '.[data,plot,tensorboard,dev]'
+# pip would compile the modules on one core, and the packages' own tests, a quarter of all, that nobody runs. A file that
+# is no module of this Python stays as it is; and there may be no shared memory for several processes, as in the building
+# of some images.
+install_the_rest() {
+    "${pip[@]}" install --no-compile --editable '.[data,plot,tensorboard,dev]' || return
+    local compile=("$venv/bin/python" -m compileall -q -x '/site-packages/.*/tests?/')
+    "${compile[@]}" -j 0 "$site" || "${compile[@]}" "$site" || true
+}
+phase "installing pnode_dist and its other packages (2 minutes)" install_the_rest
 phase "checking that it all loads (seconds)" all_loads
 printf '%s\n' "$wanted" >"$stamp"
 say "ready: launch/mpirun.sh -n 2 pnode-dist doctor"

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Checks the code (ruff, mypy) and runs the tests: the serial ones once, those marked mpi at 1, 2, 3 and 4 ranks, and those
 # marked cluster in clusters and containers of their own, where root and apt are there. What one rank runs, the serial
-# tests and the others at 1 rank, is shared by a process for each of up to 4 cores. Of a test with several cases 3 and 4
-# ranks take turns: every case runs at 1, 2 and one of them. With --every-case, or arguments for pytest, all of them do.
+# tests and the others at 1 rank, is shared by a process for each of up to 4 cores; beside them, because they wait for
+# most of their time, are the checks and the cluster tests, those that need the image apart from the others, unless
+# arguments for pytest select tests. Of a test with several cases 3 and 4 ranks take turns: every case runs at 1, 2 and
+# one of them. With --every-case, or arguments for pytest, all of them do.
 #
 #   launch/test.sh [--ranks "1 2"] [--no-lint] [--every-case] [PYTEST ARGUMENT...]
 #   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
@@ -36,10 +38,18 @@ launch/bootstrap.sh || exit 1
 # The MPI that .venv was built on, if it is not one of its own, is not beside python.
 if [ -f "$root/.venv/.pnode-dist-mpi" ]; then PATH=$(cat "$root/.venv/.pnode-dist-mpi"):$PATH; fi
 export PATH=$root/.venv/bin:$PATH
+# Every process would compile all modules anew, and pytest rewrite the tests.
+unset PYTHONDONTWRITEBYTECODE
 summary=() failed=no tested=no
+declare -A beside=()
 no_tests=5 # pytest's exit code
-logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
+logs=$(mktemp -d) others=$(mktemp -d)
+clean_up() {
+    local process
+    for process in "${beside[@]}"; do kill -- "-$process" 2>/dev/null && wait "$process"; done
+    rm -rf "$logs" "$others"
+}
+trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
@@ -65,6 +75,8 @@ mpi_tests() {
     shift
     rm -rf "${logs:?}"/*
     export PNODE_DIST_TEST_LOGS=$logs
+    # Ranks that wait leave the core to those that compute. (MPICH's)
+    if [ "$ranks" -gt "$cores" ]; then export MPIR_CVAR_ENABLE_HEAVY_YIELD=1; fi
     timeout --foreground --kill-after 10 1500 launch/mpirun.sh -n "$ranks" python tests/mpi/run_rank.py "$@"
     status=$?
     if [ "$status" -ne 0 ] && [ "$status" -ne "$no_tests" ]; then
@@ -78,10 +90,50 @@ mpi_tests() {
     return "$status"
 }
 
-if [ "$lint" = yes ]; then
+checks() {
+    [ "$lint" = yes ] || return 0
     part "ruff check" ruff check .
     part "ruff format" ruff format --check .
     part "mypy" mypy
+}
+
+cluster_tests() {
+    local name=$1 marks=$2
+    shift 2
+    part "$name" timeout --foreground --kill-after 10 3000 python -m pytest -m "$marks" "$@"
+}
+
+# Runs a function in the background, in a process group of its own; `join` shows what it said and takes over its verdict.
+fork() {
+    set -m
+    {
+        "$@"
+        printf '%s\n' "${summary[@]}" >"$others/$1.summary"
+        [ "$failed" = no ]
+    } >"$others/$1.said" 2>&1 </dev/null &
+    beside[$1]=$!
+    set +m
+}
+
+join() {
+    wait "${beside[$1]}" || failed=yes
+    unset "beside[$1]"
+    cat "$others/$1.said"
+    mapfile -t -O ${#summary[@]} summary <"$others/$1.summary"
+}
+
+image_tests() { cluster_tests "cluster tests of the image" "cluster and image" tests/cluster; }
+
+checks_and_slurm_tests() {
+    checks
+    cluster_tests "cluster tests of Slurm" "cluster and not image" tests/cluster
+}
+
+if [ "$selection" = no ]; then
+    fork image_tests
+    fork checks_and_slurm_tests
+else
+    checks
 fi
 # nproc would take OMP_NUM_THREADS for the number of cores.
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
@@ -95,7 +147,12 @@ for ranks in $rank_counts; do
     fi
 done
 part "$alone_name" env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foreground --kill-after 10 2400 \
-    python -m pytest "${alone[@]}" -n $((cores < 4 ? cores : 4)) --dist worksteal "$@"
+    python -m pytest "${alone[@]}" --timeout 300 -n $((cores < 4 ? cores : 4)) --dist worksteal \
+    --durations 15 --durations-min 5 "$@"
+if [ "$selection" = no ]; then
+    join checks_and_slurm_tests
+    join image_tests
+fi
 for ranks in $several; do
     if [ "$ranks" -lt 3 ] || [ "$every_case$selection" != nono ]; then
         part "mpi tests at $ranks ranks" mpi_tests "$ranks" "$@"
@@ -103,8 +160,7 @@ for ranks in $several; do
         part "mpi tests at $ranks ranks, alternate cases" mpi_tests "$ranks" --alternate-cases tests/mpi
     fi
 done
-if [ "$selection" = no ]; then set -- tests/cluster; fi
-part "cluster tests" timeout --foreground --kill-after 10 2400 python -m pytest -m cluster "$@"
+if [ "$selection" = yes ]; then cluster_tests "cluster tests" cluster "$@"; fi
 
 printf '\n'
 printf '%s\n' "${summary[@]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,8 +12,16 @@ import pytest
 import torch
 
 from pnode_dist import Mesh
+from pnode_dist.train.snapshot_files import Background
 
 ROOT = Path(__file__).parents[1]
+_STARTED = Background.start
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: a test that collects garbage need not look through all modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +42,18 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations without their pictures, which take longer than the rest of them and have tests of their own."""
     for problem in ("field", "flows", "gray_scott", "images", "pendulum", "robertson", "semilinear"):
         monkeypatch.setattr(f"pnode_dist.problems.{problem}.draw", lambda path, *_: str(path))
+
+
+def started_and_waited_for(background: Background, job: Callable[[], None]) -> None:
+    """In place of `Background.start`: what a step leaves is on the disk before the next one."""
+    _STARTED(background, job)
+    background.wait()
+
+
+@pytest.fixture
+def every_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every snapshot that is due is on the disk before the next step."""
+    monkeypatch.setattr(Background, "start", started_and_waited_for)
 
 
 @pytest.fixture

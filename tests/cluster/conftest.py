@@ -1,11 +1,17 @@
-"""A Slurm for all tests here, and what they need of the system, installed where that can be done."""
+"""A Slurm and an image for all tests here, and what they need of the system, installed where that can be done.
+
+Those that need the image are marked so: they may run in a process beside the others.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,17 +19,22 @@ from tests.cluster import image as images
 from tests.cluster import namespaces
 from tests.cluster.slurm import PACKAGES, Slurm, cluster
 
-TIMEOUT = 300
+# Other tests may run beside these.
+TIMEOUT = 900
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--build-image", action="store_true", help="build docker/Dockerfile, and test the image")
+    parser.addoption("--all-tests-in-image", action="store_true", help="run all tests in the image, not some of them")
 
 
+# Before pytest selects by marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cluster" in item.keywords and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT, method="thread"))
+        if "image" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.image)
 
 
 def install(programs: tuple[str, ...], packages: tuple[str, ...]) -> None:
@@ -35,10 +46,15 @@ def install(programs: tuple[str, ...], packages: tuple[str, ...]) -> None:
         pytest.skip(f"needs {', '.join(absent)}, and root and apt-get to install them")
     apt = ["apt-get", "-qy", "-o", "DPkg::Lock::Timeout=120"]
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for arguments in (["update"], ["install", "--no-install-recommends", *packages]):
-        done = subprocess.run([*apt, *arguments], env=quiet, capture_output=True, text=True, check=False, timeout=170)
-        if done.returncode != 0:
-            pytest.skip(f"apt-get cannot install {', '.join(packages)}: {done.stderr.strip().splitlines()[-1:]}")
+    # apt-get does not wait for another one's update.
+    with (Path(tempfile.gettempdir()) / "pnode-dist-apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for arguments in (["update"], ["install", "--no-install-recommends", *packages]):
+            done = subprocess.run(
+                [*apt, *arguments], env=quiet, capture_output=True, text=True, check=False, timeout=170
+            )
+            if done.returncode != 0:
+                pytest.skip(f"apt-get cannot install {', '.join(packages)}: {done.stderr.strip().splitlines()[-1:]}")
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +69,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="session")
-def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[images.Image]:
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[images.Image]:
     """The image of docker/Dockerfile, built anew."""
-    if not request.config.getoption("--build-image", default=False):
-        pytest.skip("takes an image that is built in several minutes: with --build-image")
     reason = namespaces.missing()
     if reason is not None:
         pytest.skip(reason)

@@ -37,25 +37,41 @@ echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/unsafe"
 tar -C "$root" -cf "$packed" .
 """
 _AT_ONCE = 4
+# Version 1.28 of buildah, which Debian bookworm has, lets the kernel kill what it runs when one of its own threads ends
+# (mended by its change 4813). What it builds is then built again; what runs in the image does not run under it.
+_KILLED = "subprocess exited on killed"
+# With the machine's devices and a view of the processes here, as a container has them.
+_ENTER = """
+root=$1 user=$2 directory=$3 hosts=$4
+shift 4
+mount --rbind /dev "$root/dev"
+mount --rbind /sys "$root/sys"
+mount -t proc proc "$root/proc"
+if [ -n "$hosts" ]; then mount --bind "$hosts" "$root/etc/hosts"; fi
+exec chroot --userspec="$user:$user" "$root" env --ignore-environment --chdir="$directory" "$@"
+"""
 
 
 @dataclass(frozen=True)
 class Image:
     """The built image, in a storage of its own; `rootfs` is the directory that a container of it sees as its root."""
 
-    environment: dict[str, str]
-    container: str
     rootfs: Path
+    variables: tuple[str, ...]
+    user: str
+    directory: str
 
-    def inside(self, *command: str, options: tuple[str, ...] = ()) -> list[str]:
-        """A command line that runs `command` in a container of it, as its user and in its directory."""
-        return ["buildah", "run", "--isolation", "chroot", *options, self.container, "--", *command]
+    def inside(self, *command: str, hosts: Path | None = None) -> list[str]:
+        """A command line that runs `command` in a container of it, as its user and in its directory.
+
+        `hosts` is what it reads for /etc/hosts.
+        """
+        enter = ("unshare", "--mount", "sh", "-euc", _ENTER, "sh", str(self.rootfs), self.user, self.directory)
+        return [*enter, str(hosts or ""), *self.variables, *command]
 
     def run(self, *command: str, timeout: float = _RUNS) -> subprocess.CompletedProcess[str]:
         """Run a command in a container of it."""
-        return subprocess.run(
-            self.inside(*command), env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
+        return subprocess.run(self.inside(*command), capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @contextmanager
@@ -64,12 +80,18 @@ def built(lab: Path) -> Iterator[Image]:
     driver = "overlay" if "\toverlay\n" in Path("/proc/filesystems").read_text() else "vfs"
     storage = lab / "storage.conf"
     storage.write_text(f'[storage]\ndriver="{driver}"\ngraphroot="{lab}/graph"\nrunroot="{lab}/run"\n')
-    environment = {**os.environ, "CONTAINERS_STORAGE_CONF": str(storage), "BUILDAH_ISOLATION": "chroot"}
+    # Its caches are kept in the temporary directory.
+    (lab / "tmp").mkdir()
+    ours = {"CONTAINERS_STORAGE_CONF": str(storage), "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(lab / "tmp")}
+    environment = {**os.environ, **ours}
 
     def buildah(*arguments: str) -> str:
-        done = subprocess.run(
-            ["buildah", *arguments], env=environment, capture_output=True, text=True, timeout=_BUILDS, check=False
-        )
+        for _ in range(3):
+            done = subprocess.run(
+                ["buildah", *arguments], env=environment, capture_output=True, text=True, timeout=_BUILDS, check=False
+            )
+            if _KILLED not in done.stderr:
+                break
         if done.returncode != 0:
             raise RuntimeError(f"buildah {' '.join(arguments)}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
         return done.stdout.strip()
@@ -100,15 +122,26 @@ def built(lab: Path) -> Iterator[Image]:
         )
         container = buildah("from", "--pull-never", _NAME)
         rootfs = Path(buildah("mount", container))
+
+        def configured(template: str) -> str:
+            return buildah("inspect", "--format", template, container)
+
+        variables = configured("{{range .OCIv1.Config.Env}}{{println .}}{{end}}")
         # Where charliecloud's own conversion writes what ch-run --set-env reads.
-        template = "{{range .OCIv1.Config.Env}}{{println .}}{{end}}"
         (rootfs / "ch").mkdir()
-        (rootfs / "ch" / "environment").write_text(buildah("inspect", "--format", template, container) + "\n")
-        yield Image(environment, container, rootfs)
+        (rootfs / "ch" / "environment").write_text(variables + "\n")
+        user, directory = configured("{{.OCIv1.Config.User}}"), configured("{{.OCIv1.Config.WorkingDir}}")
+        yield Image(rootfs, tuple(variables.splitlines()), user, directory)
     finally:
-        for arguments in (["rm", "--all"], ["rmi", "--all", "--force"]):
-            subprocess.run(["buildah", *arguments], env=environment, capture_output=True, check=False, timeout=60)
+        # Nobody else knows of its storage: what is mounted is unmounted, and all goes with the directory.
+        subprocess.run(["umount", *_mounted(lab)], capture_output=True, check=False, timeout=_RUNS)
         shutil.rmtree(lab, ignore_errors=True)
+
+
+def _mounted(directory: Path) -> list[str]:
+    """What is mounted in it, the innermost first."""
+    places = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    return [place for place in reversed(places) if place.startswith(f"{directory}/")]
 
 
 def _start_downloads(directory: Path) -> list[subprocess.Popen[bytes]]:

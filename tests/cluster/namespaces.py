@@ -104,8 +104,13 @@ def connect(machine: Machine, switch: Machine) -> None:
 
 
 def cut_off(machine: Machine, switch: Machine) -> None:
-    """Take a machine off the network, for good; it does not notice."""
+    """Take a machine off the network; it does not notice."""
     _ip(switch, "link", "set", machine.name, "down")
+
+
+def plug_in(machine: Machine, switch: Machine) -> None:
+    """Put a machine that was cut off back on the network."""
+    _ip(switch, "link", "set", machine.name, "up")
 
 
 def _ip(machine: Machine, *arguments: str) -> None:

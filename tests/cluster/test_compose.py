@@ -26,29 +26,21 @@ def test_the_head_checks_a_gradient_across_both_workers(image: Image, tmp_path: 
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{at} {name}\n" for name, at in _ADDRESSES.items()))
 
-    def within(name: str, *command: str) -> list[str]:
-        return image.inside(*command, options=("--hostname", name, "--volume", f"{hosts}:/etc/hosts:ro"))
+    def within(*command: str) -> list[str]:
+        return image.inside(*command, hosts=hosts)
 
-    storage = f"CONTAINERS_STORAGE_CONF={image.environment['CONTAINERS_STORAGE_CONF']}"
     with ExitStack() as running:
         head = boot("head", _ADDRESSES["head"], "exec sleep 3600", tmp_path / "head.log", hosts)
         running.callback(head.stop)
         make_switch(head)
         for name in ("worker1", "worker2"):
-            serving = shlex.join(["env", storage, *within(name, *services[name]["command"])])
+            serving = shlex.join(within(*services[name]["command"]))
             worker = boot(name, _ADDRESSES[name], f"exec {serving}", tmp_path / f"{name}.log", hosts)
             running.callback(worker.stop)
             connect(worker, head)
 
         def on_head(*command: str, timeout: float) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                head.inside(*command),
-                env=image.environment,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
+            return subprocess.run(head.inside(*command), capture_output=True, text=True, timeout=timeout, check=False)
 
         def serves(name: str) -> bool:
             return on_head("bash", "-c", f"exec 3<>/dev/tcp/{name}/2222", timeout=20).returncode == 0
@@ -56,13 +48,13 @@ def test_the_head_checks_a_gradient_across_both_workers(image: Image, tmp_path: 
         for name in ("worker1", "worker2"):
             wait_until(lambda name=name: serves(name), 60, f"{name}: {(tmp_path / f'{name}.log').read_text()}")
         program = [*services["head"]["command"], "--json"]
-        done = on_head(*within("head", *program), timeout=400)
+        done = on_head(*within(*program), timeout=400)
         assert done.returncode == 0, done.stderr
         assert '"ranks": 2' in done.stdout
         assert '"failures": []' in done.stdout
         # Nobody without the key gets in.
         stranger = ["ssh", "-o", "IdentityFile=/dev/null", "-o", "IdentitiesOnly=yes", "-F", "/dev/null", "-p", "2222"]
         trusting = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "BatchMode=yes"]
-        refused = on_head(*within("head", *stranger, *trusting, "pnode@worker1", "true"), timeout=60)
+        refused = on_head(*within(*stranger, *trusting, "pnode@worker1", "true"), timeout=60)
         assert refused.returncode == 255
         assert "Permission denied (publickey)" in refused.stderr

@@ -36,9 +36,10 @@ def settings(**more: str) -> list[str]:
 
 def test_the_gradient_on_two_nodes_is_that_of_one_rank(slurm: Slurm) -> None:
     job = slurm.submit("gradcheck.sbatch", CONFIG, *settings(), "--json", options=ONE_RANK_A_NODE)
-    slurm.wait_for(job, "COMPLETED", seconds=90)
+    slurm.wait_for(job, "COMPLETED", "FAILED", seconds=SLOWLY)
+    assert slurm.about(job)["JobState"] == "COMPLETED", slurm.output(job)
     alone = slurm.run(
-        "launch/mpirun.sh", "-n", "1", "pnode-dist", "gradcheck", CONFIG, *settings(), "--json", timeout=90
+        "launch/mpirun.sh", "-n", "1", "pnode-dist", "gradcheck", CONFIG, *settings(), "--json", timeout=SLOWLY
     )
     on_two, on_one = (json.loads(text.splitlines()[-1]) for text in (slurm.output(job), alone.stdout))
     assert slurm.about(job)["NodeList"] == "node[1-2]"
@@ -146,22 +147,31 @@ def test_the_tasks_of_an_array_train_the_variants_of_a_file(slurm: Slurm, tmp_pa
         shutil.rmtree(runs, ignore_errors=True)
 
 
-@pytest.mark.parametrize(
-    ("signalled", "margin", "reason"),
-    [
-        pytest.param("--signal=USR1@30", "0", "SIGUSR1", id="signal"),
-        pytest.param("--signal=CONT@1", "80", "the end of the job's time", id="end time"),
-    ],
-)
+STOPS = {
+    "signal": (("--signal=USR1@20",), {"run.stop_before_end": "0"}, "SIGUSR1"),
+    "end time": (("--signal=CONT@1",), {"run.stop_before_end": "60"}, "the end of the job's time"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopping(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
+    """Trainings that do not end within their time, side by side: job and run directory."""
+    jobs = {}
+    for name, (options, more, _) in STOPS.items():
+        run = tmp_path_factory.mktemp("stopping") / "run"
+        # Slurm sends its signals up to a minute early; by then the ranks have long begun.
+        jobs[name] = train(slurm, run, "--time=2", *options, epochs=100_000, **more), run
+    return jobs
+
+
+@pytest.mark.parametrize("how", STOPS)
 def test_a_training_stops_before_its_time_is_up_and_goes_on_in_the_next_run_of_the_job(
-    slurm: Slurm, tmp_path: Path, signalled: str, margin: str, reason: str
+    slurm: Slurm, stopping: dict[str, tuple[str, Path]], how: str
 ) -> None:
-    run = tmp_path / "run"
-    # Slurm sends its signals up to a minute early.
-    job = train(slurm, run, "--time=2", signalled, epochs=100_000, **{"run.stop_before_end": margin})
+    job, run = stopping[how]
     slurm.wait_for_output(job, r"has stopped in time and is queued again \(restart 1\)", SLOWLY)
     before = max(losses(run), default=0)
-    assert reason in slurm.output(job)
+    assert STOPS[how][2] in slurm.output(job)
     wait_for_steps(slurm, job, run, before + 2)
     assert int(slurm.about(job)["Restarts"]) >= 1
     slurm.run("scancel", job)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_ranks_on_two_nodes_see_each_other(slurm: Slurm) -> None:
-    done = slurm.run("launch/srun.sh", "-N", "2", "-n", "4", "pnode-dist", "doctor", "--json", timeout=60)
+    done = slurm.run("launch/srun.sh", "-N", "2", "-n", "4", "pnode-dist", "doctor", "--json", timeout=150)
     findings = json.loads(done.stdout)
     assert findings["problems"] == []
     assert [rank["host"] for rank in findings["ranks"]] == ["node1", "node1", "node2", "node2"]
@@ -21,7 +21,7 @@ def test_ranks_on_two_nodes_see_each_other(slurm: Slurm) -> None:
 
 def test_ranks_that_come_up_as_singletons_are_told_so_once(slurm: Slurm) -> None:
     command = ("launch/srun.sh", "--mpi=none", "-n", "2", "pnode-dist", "gradcheck", "launch/configs/pendulum.toml")
-    done = slurm.run(*command, timeout=60, check=False)
+    done = slurm.run(*command, timeout=150, check=False)
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("pnode-dist")]
     assert said == [

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pnode_dist.bench import methods
+from pnode_dist.bench.methods_accuracy import tell
 from pnode_dist.cli import main
 from tests.conftest import ROOT
 
@@ -25,7 +27,7 @@ def test_there_are_examples_to_run() -> None:
     assert len(EXAMPLES) == 3
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_partitioned_example_runs_at_any_number_of_ranks_to_the_same_loss(
     mpirun: Run, tmp_path: Path, ranks: int
 ) -> None:
@@ -76,10 +78,32 @@ def test_the_benchmark_s_checks_hold_what_they_say(
     assert all(check["holds"] for check in exact)
 
 
+def test_the_comparison_of_methods_runs_with_a_small_network(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "pnode-dist bench methods" in COMMANDS
+    small = methods.flow((2,), samples=8, dimension=2, hidden=(8, 8), flows=1)
+    monkeypatch.setattr(methods, "SHORT", (small,))
+    monkeypatch.setattr(methods, "TABLES", {"dopri5": methods.TABLES["dopri5"]})
+    monkeypatch.setattr(methods, "ROUNDS", 1)
+    monkeypatch.setattr(methods, "SECONDS", 0.0)
+    monkeypatch.setattr(methods, "MANY_STEPS", 4)
+    monkeypatch.setattr(methods, "tell", lambda ways: tell(ways, iterations=2))
+    assert main(["bench", "methods", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    naive = [row for row in found["rows"] if row["method"] == "NODE-naive"]
+    assert [(row["solver"], row["gradient error"], row["x naive"]) for row in naive] == [("dopri5", 0, 1)]
+    checks = {check["name"]: check for check in found["checks"]}
+    assert checks["largest gradient error of a reverse-accurate method"]["holds"]
+    assert checks["counts that differ from the theory"]["holds"]
+
+
 def test_every_other_command_is_run_elsewhere() -> None:
     demo, ci = (ROOT / "launch/demo.sh").read_text(), (ROOT / ".ci/run").read_text()
     in_ci = ["launch/demo.sh", "launch/test.sh"]
-    in_ci += [line for line in ci.splitlines() if line.startswith(("pnode-dist ", "launch/mpirun.sh "))]
+    # Of long trainings the first epochs are enough there.
+    commands = [re.sub(r" --set training.epochs=\d+$", "", line) for line in ci.splitlines()]
+    in_ci += [line for line in commands if line.startswith(("pnode-dist ", "launch/mpirun.sh "))]
     in_demo = [line for line in demo.splitlines() if line.startswith("launch/mpirun.sh ")]
     elsewhere = {
         "launch/mpirun.sh -n 2 pnode-dist train launch/configs/sea_surface.toml": (
@@ -88,6 +112,7 @@ def test_every_other_command_is_run_elsewhere() -> None:
         **{command: command in ci for command in in_ci},
         **{command: command in demo for command in in_demo if "train" not in command},
         "pnode-dist bench gradient": True,
+        "pnode-dist bench methods": True,
     }
     assert set(COMMANDS) == {*QUICK, *elsewhere}
     assert all(elsewhere.values()), elsewhere
