@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pnode_dist.errors import ConfigurationError
 
 _MOST_UNASKED = 256
-_RESOLUTION = 2e-4
+RESOLUTION = 2e-4
+"""A peak may be higher than was seen by this share of it."""
 
 
 class _Mallinfo(ctypes.Structure):
@@ -70,7 +71,7 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
             parts = result if isinstance(result, tuple | list) else (result,)
             self._bound += sum(part.numel() * part.itemsize for part in parts if isinstance(part, torch.Tensor))
             self._unasked += 1
-            if self._bound > self.bytes * (1 + _RESOLUTION) or self._unasked > _MOST_UNASKED:
+            if self._bound > self.bytes * (1 + RESOLUTION) or self._unasked > _MOST_UNASKED:
                 self._bound, self._unasked = bytes_in_use(), 0
                 self.bytes = max(self.bytes, self._bound)
         return result

@@ -12,7 +12,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.bench.baselines import TABLES
-from pnode_dist.bench.heap import uncollected
+from pnode_dist.bench.heap import RESOLUTION, uncollected
 from pnode_dist.bench.methods_accuracy import ITERATIONS, METHOD, STEPS, tell
 from pnode_dist.bench.methods_cell import (
     MOST_TIMES,
@@ -171,7 +171,8 @@ def notes() -> tuple[str, ...]:
         "NODE-cont: continuous adjoint (torchdiffeq). NODE-naive: back-propagation. ANODE, ACA: a checkpoint for each "
         "block, for each step. The others are this project's; spilled: all but two checkpoints of a block on disk.",
         f"Cells: auto in {', '.join(f'{share:g}' for share in SHARES)} of {REFERENCE}'s memory. One holds where auto "
-        f"takes at most {SAME_SPEED:g} of the time of the fastest of NODE-naive, ANODE and ACA that fits there.",
+        f"takes at most {SAME_SPEED:g} of the time of the fastest of NODE-naive, ANODE and ACA that fits there, to the "
+        f"resolution of the peak, {RESOLUTION:.2%}.",
         "theory: the product, its value, and what was counted. depth, recorded: layers of f; states: what is kept "
         "besides graphs and the blocks' own inputs and outputs.",
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pnode_dist.bench.heap import Peak, bytes_in_use, uncollected
+from pnode_dist.bench.heap import RESOLUTION, Peak, bytes_in_use, uncollected
 from pnode_dist.bench.methods_counts import Counted, Tally
 from pnode_dist.bench.methods_experiments import Experiment
 from pnode_dist.bench.methods_ways import Solved, Way, solved, steps_run_again
@@ -152,7 +152,7 @@ def measure_cell(
     least = _auto(experiment, "auto", method, steps, [need.state for need in needs])
     least.measure()
     for share in SHARES:
-        allowed = int(share * candidates[REFERENCE].bytes)
+        allowed = _allowed(share, candidates[REFERENCE].bytes)
         found = _fitted(experiment, in_share(share), method, steps, allowed, least, needs)
         if found is not None:
             candidates[in_share(share)] = found
@@ -226,8 +226,8 @@ def _fitted(
     """
     if least.bytes > allowed:
         return None
-    left_out = 0
-    while left_out < steps * len(needs):
+    left_out, all_of_them = 0, steps * len(needs)
+    while True:
         budgets = _budgets(needs, steps, left_out)
         excess = sum(budgets) - allowed
         if excess <= 0:
@@ -236,10 +236,11 @@ def _fitted(
             if candidate.bytes <= allowed:
                 return candidate
             excess = candidate.bytes - allowed
-        while excess > 0 and left_out < steps * len(needs):
+        if left_out == all_of_them:
+            return least
+        while excess > 0 and left_out < all_of_them:
             excess -= needs[left_out // steps].graph - needs[left_out // steps].state
             left_out += 1
-    return least
 
 
 def _budgets(needs: Sequence[_Need], steps: int, left_out: int) -> list[int]:
@@ -255,7 +256,7 @@ def verdicts(cell: Cell) -> list[Verdict]:
     """What the cell says of `auto` in each share of the reference's memory; nothing where nothing fits."""
     found = []
     for share in SHARES:
-        allowed = int(share * cell.results[REFERENCE].bytes)
+        allowed = _allowed(share, cell.results[REFERENCE].bytes)
         fitting = [name for name in RIVALS if cell.results[name].bytes <= allowed]
         ours = cell.results.get(in_share(share))
         if not fitting and ours is None:
@@ -272,6 +273,11 @@ def verdicts(cell: Cell) -> list[Verdict]:
             reason = f"{more:+d} evaluations of f, {_mib(ours.bytes - theirs.bytes)} MiB"
         found.append(Verdict(cell.experiment, cell.method, cell.steps, share, fastest, ratio, reason))
     return found
+
+
+def _allowed(share: float, of: int) -> int:
+    """The bytes that are not told apart from that share of the memory."""
+    return int(share * of * (1 + RESOLUTION))
 
 
 def _mib(size: int) -> str:

@@ -70,12 +70,13 @@ THEORY = {
     "NODE-naive": Formulas("Nb Nt Ns Nl", "Nb Nt Ns Nl", "0", _ALL, "0", _ALL, "0"),
     "ANODE": Formulas("Nt Ns Nl", "Nt Ns Nl", "0", _ALL, _ALL, _ALL, "Nb Nt"),
     "ACA": Formulas("Ns Nl", "Ns Nl", "Nb (Nt-1)", _ALL, _ALL, _ALL, "Nb Nt"),
-    # A step that is run again is recorded as the graphs of all of its stages, and so is the last one of each block at
-    # once: it is not run again.
-    "solution": Formulas("Nl", "Nb Ns Nl", "Nb (Nt-1)", _ALL, "Nb (Nt-1) Ns", _ALL, "Nb (Nt-1)"),
-    # The paper's code keeps u_n as well, which is the first of the stages: Nb (Nt-1) (Ns+1), the last step left out.
+    # A step that is run again is recorded as a graph, and so is the last one of each block at once, which is not.
+    "solution": Formulas("Ns Nl", "Nb Ns Nl", "Nb (Nt-1)", _ALL, "Nb (Nt-1) Ns", _ALL, "Nb (Nt-1)"),
+    # The paper's method. Its code keeps u_n as well, which is the first of the stages: Nb (Nt-1) (Ns+1), the last step
+    # left out.
     "stages": Formulas("Nl", "Nl", "Nb Nt Ns", _ALL, _ALL, _ALL, "0"),
-    "graph": Formulas("Nl", "Nb Nt Ns Nl", "0", _ALL, "0", _ALL, "0"),
+    # Up to eight steps are one graph.
+    "graph": Formulas("Nt Ns Nl", "Nb Nt Ns Nl", "0", _ALL, "0", _ALL, "0"),
 }
 """By the names of `WAYS`."""
 

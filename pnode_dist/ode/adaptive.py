@@ -15,10 +15,10 @@ import torch
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError, StepSizeError
-from pnode_dist.ode.evaluation import Recording
 from pnode_dist.ode.explicit import ExplicitStepper, Slopes
 from pnode_dist.ode.layout import Parts
 from pnode_dist.ode.methods import METHODS
+from pnode_dist.ode.recording import Recording
 from pnode_dist.ode.stepper import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, options_database
 from pnode_dist.ode.tolerances import ErrorControl, Tolerances
 from pnode_dist.partition import protocol

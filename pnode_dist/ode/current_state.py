@@ -129,6 +129,15 @@ class TensorState:
         """Know that somebody holds on to `parts`: they stay as they are from now on."""
         self._lent = self._apart = True
 
+    def lent(self, parts: Parts) -> None:
+        """Put another state in its place that somebody holds on to, in PETSc's scalar type."""
+        self.parts, self._lent, self._apart = parts, True, True
+        self._flat = parts[0].view(-1) if len(parts) == 1 else None
+
+    def give_back(self) -> None:
+        """Know that nobody else holds on to `parts` any more."""
+        self._lent = False
+
     def set(self, parts: Parts) -> None:
         """See `CurrentState.set`: not copied unless they have to be converted."""
         if all(map(self._can_borrow, parts)):

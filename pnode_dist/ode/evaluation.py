@@ -51,6 +51,8 @@ class Problem:
     by_times: bool = False
     looks: bool = True
     logs: bool = field(default_factory=events.logging)
+    differentiates: bool = False
+    reverses: bool = False
     evaluations: int = 0
     vjps: int = 0
     jvps: int = 0
@@ -62,6 +64,7 @@ class Problem:
         self._plain = not self.args and not self.logs
         # A function may use others at other times.
         self.checks_left = int(self.looks) if isinstance(self.func, nn.Module) else -1
+        self.watches = self.checks_left != 0
 
     @cached_property
     def check(self) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:
@@ -139,12 +142,29 @@ class Problem:
             outputs = self.evaluate(func, layout, time if when is None else when, inputs)
         finally:
             torch._C._set_grad_enabled(before)
+        self.look(outputs, inputs if when is None else (*inputs, when))
+        return StageGraph(inputs, tuple(map(_root, outputs)), outputs, time, when)
+
+    def linked(self, layout: StateLayout, time: float, state: Parts) -> Parts:
+        """An evaluation as part of a graph that is being made, which is counted. Collective if `func` is.
+
+        Nothing is converted. Values that are not, and will not be, those of a graph are copied: f may use their memory
+        again.
+        """
+        self.evaluations += 1
+        values = self.evaluate(self.func, layout, time, state)
+        return tuple(value if value.requires_grad else value.clone() for value in values)
+
+    def look(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
+        """Refuse outputs that depend on more than these inputs and the parameters, as often as there is need to look.
+
+        Raises `ValueError`.
+        """
         if self.checks_left:
-            self.check(outputs, inputs if when is None else (*inputs, when))
+            self.check(outputs, inputs)
             self.checks_left -= 1
             if not self.checks_left:
                 del self.check
-        return StageGraph(inputs, tuple(map(_root, outputs)), outputs, time, when)
 
     def vjp(
         self,
@@ -154,11 +174,13 @@ class Problem:
         states: bool = True,
         parameters: bool = True,
         keep: bool = False,
+        sums: Sequence[torch.Tensor | None] = (),
     ) -> Cotangents:
         """The products of the cotangents of func's value with its derivatives. Collective if `func`'s backward is.
 
         A cotangent None is zero. `states` and `parameters` say which are wanted, and `keep` that the graph will be used
-        again. Raises `ValueError` if the graph leads to what was computed, and reversed, before the solve.
+        again. The products by parameters are added to their `sums`, if given. Raises `ValueError` if the graph leads to
+        what was computed, and reversed, before the solve.
         """
         roots, along = [], []
         for root, start, part in zip(graph.roots, graph.inputs, cotangents, strict=True):
@@ -175,15 +197,45 @@ class Problem:
         times = () if graph.time is None or not parameters else (graph.time,)
         if not roots:
             # Where nothing depends on anything there is only the value itself.
-            count = len(self.parameters.tensors) if parameters else 0
-            return Cotangents((None,) * len(graph.inputs) if states else (), (None,) * count, stretch, None)
+            none = sums or (None,) * len(self.parameters.tensors)
+            return Cotangents((None,) * len(graph.inputs) if states else (), none if parameters else (), stretch, None)
         self.vjps += 1
         wanted = (*(graph.inputs if states else ()), *(self.parameters.tensors if parameters else ()), *times)
         if not wanted:
             return Cotangents((), (), stretch, None)
+        found = self.pulled_back(roots, wanted, along, keep, sums)
+        split = len(graph.inputs) if states else 0
+        last = len(found) - len(times)
+        return Cotangents(found[:split], found[split:last], stretch, found[last] if times else None)
+
+    def pulled_back(
+        self,
+        roots: Sequence[GradientEdge],
+        wanted: Sequence[torch.Tensor | GradientEdge],
+        along: Sequence[torch.Tensor],
+        keep: bool = False,
+        sums: Sequence[torch.Tensor | None] = (),
+    ) -> Sequence[torch.Tensor | None]:
+        """The derivatives of <roots, along> by what is wanted; with `keep` the graph will be used again.
+
+        Those by parameters are added to their `sums`, if given, one contribution after the other: so the result does
+        not depend on how many evaluations a graph is made of. Collective if `func`'s backward is. Raises `ValueError`
+        if the graph leads to what was computed, and reversed, before the solve.
+        """
+        begun = [
+            (parameter, begin)
+            for parameter, begin in zip(self.parameters.tensors, sums, strict=False)
+            if begin is not None
+        ]
+        self.reverses = True
         try:
             with events.event(events.PRODUCT, self.logs):
-                found = _gradients(roots, wanted, along, keep or self.parameters.shares_graph)
+                return _gradients(
+                    (*roots, *(parameter for parameter, _ in begun)),
+                    wanted,
+                    (*along, *(begin for _, begin in begun)),
+                    keep or self.parameters.shares_graph,
+                )
         except RuntimeError as error:
             if "through the graph a second time" not in str(error):
                 raise
@@ -191,9 +243,8 @@ class Problem:
                 "func depends on an intermediate result that was computed before the solve and was not found among its "
                 "parameters: name it with params=(...)"
             ) from None
-        split = len(graph.inputs) if states else 0
-        last = len(found) - len(times)
-        return Cotangents(found[:split], found[split:last], stretch, found[last] if times else None)
+        finally:
+            self.reverses = False
 
     def batched_vjp(self, graph: StageGraph, layout: StateLayout, flats: torch.Tensor) -> torch.Tensor:
         """The products of each row of `flats` with func's derivative by the state, at once. Not for collective funcs.
@@ -309,10 +360,6 @@ class Cotangents(NamedTuple):
     time: torch.Tensor | None
 
 
-Stage = StageGraph | StageState | None
-Recording = list[Stage]
-
-
 def by_step(found: Cotangents, offset: float) -> list[torch.Tensor | None]:
     """The cotangents of a step's size and start, as if they were two parameters of f, for one stage `offset` later.
 
@@ -332,7 +379,10 @@ def _root(value: torch.Tensor) -> Root:
 
 
 def _gradients(
-    roots: Sequence[GradientEdge], inputs: Parts, cotangents: Sequence[torch.Tensor], keep: bool
+    roots: Sequence[torch.Tensor | GradientEdge],
+    inputs: Sequence[torch.Tensor | GradientEdge],
+    cotangents: Sequence[torch.Tensor],
+    keep: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """`torch.autograd.grad` with unused inputs allowed, without its checks, which take longer than a small stage."""
     found: tuple[torch.Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(

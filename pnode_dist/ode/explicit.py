@@ -13,12 +13,15 @@ from collections.abc import Sequence
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
+from torch.autograd.graph import GradientEdge
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.current_state import TensorState
-from pnode_dist.ode.evaluation import Problem, Recording, StageGraph, StageState, by_step
+from pnode_dist.ode.evaluation import Problem, StageGraph, StageState, by_step
+from pnode_dist.ode.joined_steps import JoinedSteps, combined
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.methods import Method, by_petsc_name
+from pnode_dist.ode.recording import Recording, stages_of
 from pnode_dist.ode.stepper import PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.tableau import Tableau, tableau_of
 from pnode_dist.partition import protocol
@@ -64,6 +67,9 @@ class ExplicitStepper(Stepper):
         self._own_memory: bool | None = None
         self._last_values: Parts | None = None
         self._gradient: list[torch.Tensor | None] = []
+        self._joined: weakref.ref[JoinedSteps] | None = None
+        self._sums_up = self._joins = False
+        self._may_join = True
         self._gradient_is_ours = False
         # Whether another rank finds the same is not known where f communicates.
         self._leaves_out = comm.size == 1 and len(layout.shapes) > 1
@@ -82,6 +88,13 @@ class ExplicitStepper(Stepper):
         if problem is not self.problem:
             # With one stage no value outlives the next evaluation.
             self._own_memory, self._last_values = (True if sum(self.tableau.counts) == 1 else None), None
+            # Autograd sums up in the types of the parameters.
+            self._sums_up = not (self.layout.converts or problem.by_times) and all(
+                parameter.dtype is protocol.scalar_dtype() and parameter.device == self.layout.vec_device
+                for parameter in problem.parameters.tensors
+            )
+            # Whether other ranks' graphs lead to the same exchanges is not known.
+            self._joins = self._sums_up and self._may_join and self.comm.size == 1
         self.problem = problem
 
     @property
@@ -120,6 +133,11 @@ class ExplicitStepper(Stepper):
         A recording that is not to survive is that of a step which is run again for its adjoint: its result is known,
         and is not formed.
         """
+        if recording is not None and level == "graph" and self._joins:
+            joined = self._record(number, time, size, isolate)
+            if joined is not None:
+                recording.append(joined)
+                return
         before = torch.is_grad_enabled()
         # As a context this takes as long as a small stage.
         torch._C._set_grad_enabled(False)
@@ -136,12 +154,50 @@ class ExplicitStepper(Stepper):
                         recording.append(None)
             if recording is None or isolate:
                 self.form_result(size, slopes)
-            if recording is not None and self._leaves_out and level == "graph":
+            if recording is not None and self._leaves_out and level != "stages":
                 del slopes
                 _leave_out(recording, self.tableau)
         finally:
             self.stepping = False
             torch._C._set_grad_enabled(before)
+
+    def _record(self, number: int, time: float, size: float, isolate: bool) -> JoinedSteps | None:
+        """The graph of the step from the current state, or that of the steps before it, which it is joined to.
+
+        None where f's value would depend on that, now and from now on.
+        """
+        problem, joined = self.problem, None if self._joined is None else self._joined()
+        assert problem is not None
+        if joined is None or not (isolate and joined.may_grow(number, self.current.parts)):
+            self.settle()
+            joined = JoinedSteps(number, self.current.parts)
+        if isolate:
+            self.current.lend()
+        evaluations = problem.evaluations
+        self.stepping = True
+        try:
+            after = joined.take_step(problem, self.layout, self.tableau, time, size)
+        finally:
+            self.stepping = False
+        if problem.differentiates:
+            problem.evaluations = evaluations
+            self.settle()
+            self._joins = self._may_join = False
+            return None
+        if isolate:
+            self.current.lent(after)
+            self._joined = weakref.ref(joined)
+        else:
+            joined.end_here()
+        return joined
+
+    def settle(self) -> None:
+        """See `Stepper.settle`."""
+        joined, self._joined = None if self._joined is None else self._joined(), None
+        if joined is not None:
+            if joined.after is self.current.parts:
+                self.current.give_back()
+            joined.end_here()
 
     def stage_state(self, stage: int, size: float, slopes: Slopes, isolate: bool) -> Parts:
         """The state at a stage of the step from the current state; with `isolate` nothing will be written into it."""
@@ -154,14 +210,7 @@ class ExplicitStepper(Stepper):
             if isolate:
                 self.current.lend()
             return state
-        (first, weight), *others = terms
-        parts = []
-        for number, part in enumerate(state):
-            sum_of_terms = torch.add(part, slopes[first][number], alpha=size * weight)
-            for other, coefficient in others:
-                sum_of_terms.add_(slopes[other][number], alpha=size * coefficient)
-            parts.append(sum_of_terms)
-        return tuple(parts)
+        return combined(state, size, terms, slopes)
 
     def slope(self, time: float, state: Parts, recording: Recording | None, level: str) -> Parts:
         """f there, in PETSc's scalar type; to `recording`, if given, goes what the adjoint needs of it.
@@ -175,7 +224,7 @@ class ExplicitStepper(Stepper):
         versions = [part._version for part in state] if is_current else []
         if recording is None:
             values = problem.value(problem.func, layout, time, inputs)
-        elif level == "graph":
+        elif level != "stages":
             graph = problem.graph(problem.func, layout, time, inputs)
             values = graph.values
             recording.append(graph if problem.by_times else _without_values(graph))
@@ -188,7 +237,7 @@ class ExplicitStepper(Stepper):
             )
         if layout.converts:
             values = tuple(map(layout.scalar, values))
-        if recording is not None and level == "graph":
+        if recording is not None and level != "stages":
             return values  # Autograd allows no memory to be used again, and the current state is left alone.
         if not self._own_memory:
             values = self._kept(values)
@@ -238,13 +287,15 @@ class ExplicitStepper(Stepper):
 
     def _add(self, products: Products) -> None:
         for number, product in enumerate(products):
-            if product is None:
-                continue
-            if self._adjoint_is_ours[number]:
-                self._adjoint[number].add_(product)
-            else:
-                self._adjoint[number] = self._adjoint[number] + product
-                self._adjoint_is_ours[number] = True
+            if product is not None:
+                self._add_part(number, product)
+
+    def _add_part(self, number: int, product: torch.Tensor) -> None:
+        if self._adjoint_is_ours[number]:
+            self._adjoint[number].add_(product)
+        else:
+            self._adjoint[number] = self._adjoint[number] + product
+            self._adjoint_is_ours[number] = True
 
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`: nothing of them is kept."""
@@ -273,42 +324,90 @@ class ExplicitStepper(Stepper):
         """
         problem, layout, tableau = self.problem, self.layout, self.tableau
         assert problem is not None
+        if isinstance(recording[0], JoinedSteps):
+            self._reverse(number, recording[0])
+            recording.clear()
+            return
+        stages = stages_of(recording)
+        recording.clear()
         products: dict[int, Products] = {}
         self.stepping = True
         try:
             for stage in reversed(range(len(tableau.b))):
-                graph = recording.pop()
+                graph = stages.pop()
                 if graph is None:
                     continue
-                uses = [(products[later], size * weight) for later, weight in tableau.uses[stage] if later in products]
+                uses = [
+                    (products[later], size * weight)
+                    for later, weight in reversed(tableau.uses[stage])
+                    if later in products
+                ]
                 cotangents = self._cotangents(size * tableau.b[stage], uses)
                 if isinstance(graph, StageState):
                     graph = problem.graph(problem.func, layout, graph.when, graph.inputs)
                     graph = graph if problem.by_times else _without_values(graph)
-                found = problem.vjp(graph, cotangents)
+                found = problem.vjp(graph, cotangents, sums=self._gradient if self._sums_up else ())
                 if layout.converts:
                     found = found._replace(states=[None if w is None else layout.scalar(w) for w in found.states])
                 products[stage] = found.states
                 by_times = by_step(found, graph.when - time) if problem.by_times else []
-                self._add_to_gradient([*found.parameters, *by_times])
+                if self._sums_up:
+                    self._gradient = list(found.parameters)
+                else:
+                    self._add_to_gradient([*found.parameters, *by_times])
                 # Not to be held while the next stage's are made.
                 del graph, cotangents, found, by_times
         finally:
             self.stepping = False
-        for by_state in products.values():
-            self._add(by_state)
+        self._add_products(products)
+
+    def _add_products(self, products: dict[int, Products]) -> None:
+        """Add the stages' products to the adjoint, in the order that a pass over the step's graph has.
+
+        There the adjoint of the result arrives once the stages after the first one with a weight are done.
+        """
+        first = self.tableau.result_terms[0][0]
+        for number in range(len(self._adjoint)):
+            found = [(stage, product) for stage, parts in products.items() if (product := parts[number]) is not None]
+            later = [product for stage, product in found if stage > first]
+            if later:
+                total = later[0] if len(later) == 1 else later[0] + later[1]
+                for product in later[2:]:
+                    total.add_(product)
+                self._add_part(number, total)
+            for stage, product in found:
+                if stage <= first:
+                    self._add_part(number, product)
+
+    def _reverse(self, number: int, joined: JoinedSteps) -> None:
+        """Take the adjoint back over the steps that end with this one; those before it are then done."""
+        problem = self.problem
+        assert problem is not None
+        if number != joined.last:
+            return
+        problem.vjps += joined.evaluations
+        self.stepping = True
+        try:
+            wanted: tuple[torch.Tensor | GradientEdge, ...] = (*joined.start, *problem.parameters.tensors)
+            found = problem.pulled_back(joined.roots, wanted, self._adjoint, sums=self._gradient)
+        finally:
+            self.stepping = False
+        parts = len(joined.start)
+        self._adjoint, self._adjoint_is_ours = [part for part in found[:parts] if part is not None], [False] * parts
+        self._gradient = list(found[parts:])
 
     def _cotangents(self, weight: float, uses: list[tuple[Products, float]]) -> list[torch.Tensor | None]:
         """`weight` times the adjoint and what the later stages add, part by part; None where it is known to be zero."""
         cotangents: list[torch.Tensor | None] = []
         for number, part in enumerate(self._adjoint):
             terms = [(product, h) for products, h in uses if (product := products[number]) is not None]
-            if self._leaves_out and not weight and not terms:
-                cotangents.append(None)
-                continue
-            cotangent = torch.mul(part, weight)
+            if weight or not (terms or self._leaves_out):
+                terms.append((part, weight))
+            cotangent = None
             for product, coefficient in terms:
-                cotangent.add_(product, alpha=coefficient)
+                # In one operation the product would not be rounded as autograd rounds it.
+                term = torch.mul(product, coefficient)
+                cotangent = term if cotangent is None else cotangent.add_(term)
             cotangents.append(cotangent)
         return cotangents
 

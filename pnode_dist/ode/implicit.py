@@ -13,7 +13,7 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError, ConvergenceError
 from pnode_dist.ode import petsc_calls
 from pnode_dist.ode.current_state import VecState
-from pnode_dist.ode.evaluation import Problem, Recording, Stage, StageState
+from pnode_dist.ode.evaluation import Problem, StageState
 from pnode_dist.ode.implicit_function import (
     ExplicitOperator,
     ImplicitFunction,
@@ -25,6 +25,7 @@ from pnode_dist.ode.mass import MassMatrix
 from pnode_dist.ode.methods import METHODS, Method
 from pnode_dist.ode.point import Part, Place, Point
 from pnode_dist.ode.preconditioner import Built, BuiltMatrix, Preconditioner, Setting
+from pnode_dist.ode.recording import Recording, Stage, stages_of
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import (
     END_OF_TIME,
@@ -291,7 +292,7 @@ class ImplicitStepper(Stepper):
             point = self.function.point(part, when, self._stage_inputs(handle))
             if isinstance(point.func, MatrixFunction):
                 found.append(StageState(when, point.inputs) if point.problem.by_times else None)
-            elif level == "graph":
+            elif level != "stages":
                 found.append(point.problem.graph(point.func, self.layout, when, point.inputs))
             else:
                 found.append(StageState(when, point.inputs))
@@ -323,6 +324,9 @@ class ImplicitStepper(Stepper):
     def _wrote_adjoint(self) -> None:
         for vec in (self._lambda, self._mu):
             protocol.wrote(vec)
+
+    def settle(self) -> None:
+        """See `Stepper.settle`: every step is recorded by itself."""
 
     def start_adjoint(self) -> None:
         """See `Stepper.start_adjoint`."""
@@ -362,7 +366,7 @@ class ImplicitStepper(Stepper):
         """
         ts = self._active = self._ts
         direction = math.copysign(1.0, size)
-        kept = dict(zip(self._places(ts), recording, strict=True))
+        kept = dict(zip(self._places(ts), stages_of(recording), strict=True))
         recording.clear()
         self.function.start_adjoint(time, direction, kept)
         self._built_for = self._built_for if self._linear else None

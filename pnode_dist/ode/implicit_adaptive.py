@@ -11,8 +11,8 @@ import numpy as np
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import petsc_calls
-from pnode_dist.ode.evaluation import Recording
 from pnode_dist.ode.implicit import ImplicitStepper
+from pnode_dist.ode.recording import Recording
 from pnode_dist.ode.stepper import PetscOptions, options_database
 from pnode_dist.ode.tolerances import ErrorControl, Tolerances
 

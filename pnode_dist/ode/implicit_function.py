@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from petsc4py import PETSc
 
-from pnode_dist.ode.evaluation import Function, Problem, Stage, StageGraph
+from pnode_dist.ode.evaluation import Function, Problem, StageGraph
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.mass import MassMatrix
 from pnode_dist.ode.point import Part, Place, Point
+from pnode_dist.ode.recording import Stage
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.partition import protocol
 

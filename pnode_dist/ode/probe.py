@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from pnode_dist.ode.evaluation import Problem, Recording, StageGraph, StageState
+from pnode_dist.ode.evaluation import Problem, StageGraph, StageState
+from pnode_dist.ode.recording import Recording
 from pnode_dist.ode.stepper import Stepper
 from pnode_dist.trajectory.costs import Costs, LevelCosts
 from pnode_dist.trajectory.schedule import Tier

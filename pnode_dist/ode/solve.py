@@ -15,8 +15,9 @@ from mpi4py import MPI
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import events, safe_points
 from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, integrate
-from pnode_dist.ode.evaluation import Problem, Recording
+from pnode_dist.ode.evaluation import Problem
 from pnode_dist.ode.probe import probe, record_measured
+from pnode_dist.ode.recording import Recording
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.time_grid import TimeGrid, gradient_by_times
 from pnode_dist.ode.tolerances import ErrorControl
@@ -131,6 +132,7 @@ class Solve:
 
         def output(number: int) -> None:
             if outputs:
+                stepper.settle()
                 for values, part in zip(outputs, stepper.current.parts, strict=True):
                     values[number].copy_(part)
 
@@ -151,6 +153,7 @@ class Solve:
                     self._forward_fixed(output)
             self._count()
             safe_points.after_solve(stepper.comm)
+        stepper.settle()
         if self.last_only:
             return stepper.current.take()
         stepper.current.release()
@@ -254,7 +257,7 @@ class Solve:
             adaptive.begin(self.control)
             size = adaptive.first_size(self.times[0], self.times[1] - self.times[0])
             size = math.copysign(size, self.times[1] - self.times[0])
-            _, solver.recorded_bytes = record_measured(stepper, self.problem, self.times[0], size, "graph")
+            _, solver.recorded_bytes = record_measured(stepper, self.problem, self.times[0], size, "stage graphs")
             stepper.current.set(self.initial)
             self.problem.count_from(counts)
         return slots.ram_bytes // max(solver.recorded_bytes + slots.checkpoint_bytes, 1) + 1

@@ -12,9 +12,10 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.current_state import VecState
-from pnode_dist.ode.evaluation import Problem, Recording
+from pnode_dist.ode.evaluation import Problem
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.methods import Method
+from pnode_dist.ode.recording import Recording
 from pnode_dist.ode.stepper import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, set_from_options
 from pnode_dist.partition import protocol
 
@@ -86,6 +87,9 @@ class SspStepper(Stepper):
         with self.errors_of_func():
             self._rhs.function(self._ts, direction * time, self.current.vec, self._slope)
         return direction * protocol.view(self._slope, (self.layout.size,), self.layout.vec_device)
+
+    def settle(self) -> None:
+        """See `Stepper.settle`: nothing is recorded."""
 
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> NoReturn:
         """See `adjoint_step`."""

@@ -23,9 +23,10 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import petsc_calls
 from pnode_dist.ode.current_state import CurrentState
-from pnode_dist.ode.evaluation import Problem, Recording
+from pnode_dist.ode.evaluation import Problem
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.methods import Method
+from pnode_dist.ode.recording import Recording
 
 PetscOptions = Mapping[str, Any]
 END_OF_TIME = 1e300
@@ -92,12 +93,17 @@ class Stepper(ABC):
         isolate: bool = False,
         level: str = "graph",
     ) -> None:
-        """Advance the current state from `time` by `size`; into `recording`, if given, go the stages' graphs.
+        """Advance the current state from `time` by `size`; into `recording`, if given, goes its graph.
 
-        With the `level` "stages" their states go there instead; with `isolate` the recording survives further steps of
-        this stepper. A negative `size` goes backward in time; PETSc, which steps forward only, then sees
-        du/ds = -f(-s, u), s = -t. Collective on `comm`.
+        With the `level` "stage graphs" it is in pieces, one for each stage, and with "stages" the states of the stages
+        go there instead. With `isolate` the recording survives further steps of this stepper, and a graph may be one
+        with that of the steps before, until `settle` is called. A negative `size` goes backward in time; PETSc, which
+        steps forward only, then sees du/ds = -f(-s, u), s = -t. Collective on `comm`.
         """
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Know that an adjoint begins, or is added to, at the current state, or that no more is recorded."""
 
     @abstractmethod
     def start_adjoint(self) -> None:

@@ -37,6 +37,15 @@ class Tableau:
         return tuple(_terms([row[stage] for row in self.a]) for stage in range(len(self.b)))
 
     @cached_property
+    def last_uses(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage, the earlier ones that go into it but into none after it that the result depends on."""
+        ends = [
+            max((later for later, _ in self.uses[stage] if self.counts[later]), default=stage)
+            for stage in range(len(self.b))
+        ]
+        return tuple(tuple(stage for stage in range(number) if ends[stage] == number) for number in range(len(self.b)))
+
+    @cached_property
     def counts(self) -> tuple[bool, ...]:
         """For each stage, whether the result depends on it. What does not only serves the estimate of an error."""
         found: dict[int, bool] = {}
