@@ -9,6 +9,7 @@ The file is flushed after every slot, so that other processes can read it meanwh
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import socket
@@ -93,10 +94,18 @@ class _SlotFile:
             self.free_buffers = list(range(STAGING_BUFFERS))
             self._thread = threading.Thread(target=self._work, name="pnode-dist-spill", daemon=True)
             self._thread.start()
+            _started.add(self)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Let the thread do `job` after those submitted before."""
         self._jobs.put(job)
+
+    def finish(self) -> None:
+        """Wait until the thread has done all that was submitted, or has ended, as it has in a fork."""
+        done = threading.Event()
+        self.submit(done.set)
+        while self._thread is not None and self._thread.is_alive() and not done.wait(0.1):
+            pass
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -209,6 +218,18 @@ class _SlotFile:
                 file.close()
         if self._directory is not None:
             self._directory.remove()
+
+
+_started: weakref.WeakSet[_SlotFile] = weakref.WeakSet()
+
+
+@atexit.register
+def _finish_all() -> None:
+    """Leave no thread in HDF5 when the interpreter ends."""
+    # h5py unregisters its converters then, without the lock that its other calls take, and HDF5 crashes if two threads
+    # are in it. It was loaded before this was registered, so its turn comes later; `close` may come later still.
+    for file in list(_started):
+        file.finish()
 
 
 class SpillPool:

@@ -251,5 +251,35 @@ print("spilled")
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert ended.stdout == "spilled\n", ended.stderr
-    assert ended.returncode == {"pass": 0, "sys.exit(3)": 3}.get(ending, 1)
+    assert ended.returncode == {"pass": 0, "sys.exit(3)": 3}.get(ending, 1), ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+STILL_WRITING = """
+import atexit, sys, time, weakref
+from pathlib import Path
+import numpy as np
+
+# Handlers run in reverse order: all finalizers after h5py's own, as where torch made the first; this just before it.
+weakref.finalize(Path, lambda: None)
+import h5py
+atexit.register(lambda: print(pool._file.slots[slot].phase.value))
+
+from pnode_dist.trajectory.spill import SpillPool
+
+pool = SpillPool(6, np.dtype("float64"), Path(sys.argv[1]), 0)
+pool._file.start()
+pool._file.submit(lambda: time.sleep(0.5))
+slot = pool.acquire()
+pool.write(slot, np.arange(6.0), 0, 0.0)
+print(pool._file.slots[slot].phase.value)
+"""
+
+
+def test_all_is_written_before_h5py_ends_which_does_not_take_the_library_s_lock(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", STILL_WRITING, tmp_path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.stdout == "writing\non disk\n", ended.stderr
+    assert ended.returncode == 0, ended.stderr
     assert list(tmp_path.iterdir()) == []
