@@ -198,6 +198,9 @@ class _SlotFile:
         """End the thread and remove the file."""
         if self._thread is not None:
             self._jobs.put(None)
+            if self._thread is threading.current_thread():
+                # Garbage was collected between two lines of a job. What is left ends with the thread, and the file too.
+                return
             self._thread.join()
         self._remove()
 

@@ -198,6 +198,27 @@ def test_a_module_keeps_one_file_between_solves_and_removes_it_with_itself(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pool_that_its_own_thread_collects_as_garbage_goes_without_complaint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    pool = SpillPool(6, np.dtype("float64"), tmp_path, 0)
+    pool.write(pool.acquire(), np.arange(6.0), 0, 0.0)
+    wait_for(pool)
+    assert files(tmp_path)
+    thread, submit = pool._file._thread, pool._file.submit
+    pool.itself = pool  # type: ignore[attr-defined]
+    del pool
+    submit(gc.collect)
+    del submit
+    assert thread is not None
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert [complaint.exc_value for complaint in complaints] == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_written_while_memory_suffices(tmp_path: Path) -> None:
     node = NeuralODE(Network(), step_size=0.05, trajectory=Trajectory(disk="1GiB", directory=tmp_path))
     node(U0, TIMES).sum().backward()
