@@ -261,12 +261,15 @@ import sys, time
 from pathlib import Path
 import torch
 from pnode_dist import NeuralODE, Trajectory
+from pnode_dist.trajectory.schedule import Tier
 
 directory = Path(sys.argv[1])
 node = NeuralODE(lambda t, u: -u, step_size=0.05, trajectory=Trajectory(ram_slots=1, disk_slots=3, directory=directory))
 solution = node(torch.ones(3, dtype=torch.float64, requires_grad=True), [0.0, 1.0])
 
 def wait(gradient):
+    (solver,) = node._solvers._solvers.values()
+    solver.pools[Tier.DISK]._file.finish()
     print("in the backward pass", flush=True)
     time.sleep(60)
 
@@ -276,7 +279,7 @@ solution.sum().backward()
 
 
 def spilling_process(directory: Path) -> subprocess.Popen[str]:
-    """A process in the middle of a backward pass, with its checkpoints on disk."""
+    """A process in the middle of a backward pass, with all its checkpoints on disk."""
     process = subprocess.Popen([sys.executable, "-c", SPILLING, str(directory)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "in the backward pass\n"
