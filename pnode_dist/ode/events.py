@@ -42,17 +42,18 @@ def _begun(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def stage(name: str, active: bool) -> Iterator[None]:
-    """Count what happens meanwhile to a stage of the log, if `active`."""
-    if not active:
-        yield
-        return
+def _entered(name: str) -> Iterator[None]:
     entered = _stage(name)
     entered.push()
     try:
         yield
     finally:
         entered.pop()
+
+
+def stage(name: str, active: bool) -> Any:
+    """A context in which all is counted to a stage of the log, if `active`."""
+    return _entered(name) if active else _NOTHING
 
 
 def event(name: str, active: bool) -> Any:

@@ -150,7 +150,7 @@ def _prepared(
     control = settings.control()
     grid = settings.grid
     if grid is None and control is None:
-        grid = time_grid(t, settings.step_size)
+        grid = time_grid(times, settings.step_size)
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))

@@ -118,6 +118,8 @@ def independent(tensors: Iterable[torch.Tensor]) -> Parameters:
     Differentiating by such a result and by its origin at once would count the way through the result twice.
     """
     tensors = tuple(tensors)
+    if all(tensor.grad_fn is None for tensor in tensors):
+        return Parameters(tuple({id(tensor): tensor for tensor in tensors}.values()), shares_graph=False)
     leaves = {id(tensor): tensor for tensor in tensors if tensor.grad_fn is None}
     results = {tensor.grad_fn: tensor for tensor in tensors if tensor.grad_fn is not None}
     kept = dict(leaves)

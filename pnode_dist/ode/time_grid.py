@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -56,6 +57,12 @@ def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> Tim
     """
     times = output_times(t)
     check_step_size(step_size)
+    return _divided(times, step_size)
+
+
+@lru_cache(maxsize=64)
+def _divided(times: tuple[float, ...], step_size: float | None) -> TimeGrid:
+    """See `time_grid`: a model asks for the same few again and again."""
     starts: list[float] = []
     sizes: list[float] = []
     outputs = {0: 0}

@@ -8,6 +8,7 @@ import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakSet
@@ -43,6 +44,11 @@ def parse_size(size: int | str) -> int:
         if size < 0:
             raise ConfigurationError(f"size = {size}: must not be negative")
         return size
+    return _parsed(size)
+
+
+@lru_cache(maxsize=64)
+def _parsed(size: str) -> int:
     match = _SIZE.match(size)
     if match is None or match.group(2).lower() not in _UNITS:
         raise ConfigurationError(
