@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from pnode_dist.mesh import Mesh
 from pnode_dist.train.atomic_file import write_atomically
 from pnode_dist.train.endings import Preempted
 from pnode_dist.train.metrics import StepRecord
 from pnode_dist.train.run_lock import RunLock
+
+if TYPE_CHECKING:
+    from pnode_dist.mesh import Mesh
 
 HEARTBEAT = "heartbeat.json"
 INTERVAL = 5.0

@@ -240,13 +240,25 @@ def test_version_and_help_end_with_code_0(capfd):
     assert "--overwrite" in capfd.readouterr().out
 
 
-def test_help_loads_neither_torch_nor_mpi():
+def said_and_loaded(command, *modules):
+    """What a command line prints, and in the last line which of these modules it has loaded when it ends."""
     program = (
-        "import sys; from pnode_dist.cli import main; main(['--help']);"
-        "print([name for name in ('torch', 'mpi4py.MPI', 'petsc4py.PETSc', 'pydantic', 'rich') if name in sys.modules])"
+        f"import sys; from pnode_dist.cli import main; main({command!r});"
+        f"print([name for name in {modules!r} if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines()[-1] == "[]"
+    return ran.stdout.splitlines()
+
+
+def test_help_loads_neither_torch_nor_mpi():
+    assert said_and_loaded(["--help"], "torch", "mpi4py.MPI", "petsc4py.PETSc", "pydantic", "rich")[-1] == "[]"
+
+
+def test_the_status_of_a_run_loads_neither_torch_nor_mpi(tmp_path):
+    (tmp_path / "config.toml").touch()
+    said = said_and_loaded(["status", str(tmp_path)], "torch", "mpi4py.MPI", "petsc4py.PETSc", "pydantic")
+    assert "state: no sign of life" in said
+    assert said[-1] == "[]"
 
 
 def test_arguments_after_two_dashes_reach_petsc(config_file, capfd):
