@@ -208,7 +208,7 @@ class SemilinearProblem:
     def _largest_stable_step(self, batch: Windows) -> float:
         """That of the explicit method for the model, from the first of the trajectories on."""
         problem = self.config.problem
-        func = _right_hand_side(self.config, self.partition, self.model.term, 1)
+        func = _right_hand_side(self.config, self.partition, self.model.term, 2)
         guess = -1 / shortest_wave(linear_stencil(problem.equation, problem.points))
         return largest_stable_step(func, batch.initial[:1], EXPLICIT, self.partition, guess)
 
