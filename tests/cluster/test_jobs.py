@@ -147,9 +147,10 @@ def test_the_tasks_of_an_array_train_the_variants_of_a_file(slurm: Slurm, tmp_pa
         shutil.rmtree(runs, ignore_errors=True)
 
 
+# The one that stops first is looked at first: until then it trains again and again.
 STOPS = {
-    "signal": (("--signal=USR1@20",), {"run.stop_before_end": "0"}, "SIGUSR1"),
     "end time": (("--signal=CONT@1",), {"run.stop_before_end": "60"}, "the end of the job's time"),
+    "signal": (("--signal=USR1@20",), {"run.stop_before_end": "0"}, "SIGUSR1"),
 }
 
 
