@@ -90,6 +90,9 @@ case $version in
     *HYDRA* | *[Mm][Pp][Ii][Cc][Hh]*)
         if [ -n "$hostfile" ]; then options=(-hosts "$comma_separated"); fi
         if [ "$binding_chosen$fits$hosts_chosen" = noyesno ]; then options+=(-bind-to "core:$threads"); fi
+        # Ranks that wait sleep, and leave the cores to those that compute.
+        if [ "$fits$hosts_chosen" = nono ]; then export MPIR_CVAR_ENABLE_HEAVY_YIELD=${MPIR_CVAR_ENABLE_HEAVY_YIELD:-1}; fi
+        shown=(MPIR_CVAR_ENABLE_HEAVY_YIELD)
         ;;
     *"Open MPI"* | *OpenRTE* | *prterun*)
         if [ "$(id -u)" = 0 ]; then options+=(--allow-run-as-root); fi

@@ -40,6 +40,8 @@ if [ -f "$root/.venv/.pnode-dist-mpi" ]; then PATH=$(cat "$root/.venv/.pnode-dis
 export PATH=$root/.venv/bin:$PATH
 # Every process would compile all modules anew, and pytest rewrite the tests.
 unset PYTHONDONTWRITEBYTECODE
+# Ranks that wait leave the cores to what else is at work (MPICH's): in whatever runs beside other parts.
+sharing=(env "MPIR_CVAR_ENABLE_HEAVY_YIELD=${MPIR_CVAR_ENABLE_HEAVY_YIELD:-1}")
 summary=() failed=no tested=no
 declare -A beside=()
 no_tests=5 # pytest's exit code
@@ -75,8 +77,6 @@ mpi_tests() {
     shift
     rm -rf "${logs:?}"/*
     export PNODE_DIST_TEST_LOGS=$logs
-    # Ranks that wait leave the core to those that compute. (MPICH's)
-    if [ "$ranks" -gt "$cores" ]; then export MPIR_CVAR_ENABLE_HEAVY_YIELD=1; fi
     timeout --foreground --kill-after 10 1500 launch/mpirun.sh -n "$ranks" python tests/mpi/run_rank.py "$@"
     status=$?
     if [ "$status" -ne 0 ] && [ "$status" -ne "$no_tests" ]; then
@@ -100,7 +100,7 @@ checks() {
 cluster_tests() {
     local name=$1 marks=$2
     shift 2
-    part "$name" timeout --foreground --kill-after 10 3000 python -m pytest -m "$marks" "$@"
+    part "$name" "${sharing[@]}" timeout --foreground --kill-after 10 3000 python -m pytest -m "$marks" "$@"
 }
 
 # Runs a function in the background, in a process group of its own; `join` shows what it said and takes over its verdict.
@@ -146,7 +146,7 @@ for ranks in $rank_counts; do
         several+=" $ranks"
     fi
 done
-part "$alone_name" env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foreground --kill-after 10 2400 \
+part "$alone_name" "${sharing[@]}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foreground --kill-after 10 2400 \
     python -m pytest "${alone[@]}" --timeout 300 -n $((cores < 4 ? cores : 4)) --dist worksteal \
     --durations 15 --durations-min 5 "$@"
 if [ "$selection" = no ]; then

@@ -37,6 +37,8 @@ echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/unsafe"
 tar -C "$root" -cf "$packed" .
 """
 _AT_ONCE = 4
+# MPICH's ranks that wait leave the cores to the tests beside these.
+_SHARING = "MPIR_CVAR_ENABLE_HEAVY_YIELD=1"
 # Version 1.28 of buildah, which Debian bookworm has, lets the kernel kill what it runs when one of its own threads ends
 # (mended by its change 4813). What it builds is then built again; what runs in the image does not run under it.
 _KILLED = "subprocess exited on killed"
@@ -67,7 +69,7 @@ class Image:
         `hosts` is what it reads for /etc/hosts.
         """
         enter = ("unshare", "--mount", "sh", "-euc", _ENTER, "sh", str(self.rootfs), self.user, self.directory)
-        return [*enter, str(hosts or ""), *self.variables, *command]
+        return [*enter, str(hosts or ""), *self.variables, _SHARING, *command]
 
     def run(self, *command: str, timeout: float = _RUNS) -> subprocess.CompletedProcess[str]:
         """Run a command in a container of it."""

@@ -46,6 +46,14 @@ def test_mpich_binds_ranks_to_cores_of_their_own_where_there_are_enough(tmp_path
     assert chosen.count("-bind-to") == 1
 
 
+def test_ranks_of_mpich_that_share_cores_sleep_while_they_wait_unless_told_otherwise(tmp_path: Path) -> None:
+    name = "MPIR_CVAR_ENABLE_HEAVY_YIELD"
+    unset = {name: ""}
+    assert name not in mpirun_command(tmp_path, "mpich", "-n", "1", "true", **unset)
+    assert f"{name}=1 " in mpirun_command(tmp_path, "mpich", "-n", "1000", "true", **unset)
+    assert f"{name}=0 " in mpirun_command(tmp_path, "mpich", "-n", "1000", "true", **{name: "0"})
+
+
 def test_open_mpi_may_run_as_root_and_oversubscribe(tmp_path: Path) -> None:
     few = mpirun_command(tmp_path, "openmpi", "-n", "1", "true")
     many = mpirun_command(tmp_path, "openmpi", "-n", "1000", "true")
