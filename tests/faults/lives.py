@@ -2,7 +2,8 @@
 
     python lives.py CONFIG RUN_DIR KILLS SEED
 
-Every life is a fork of this process, which has loaded what takes long to load but has not started MPI.
+Every life is a fork of this process, which has loaded what takes long to load, also by optimisers, but has not started
+MPI.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import h5netcdf  # noqa: F401
 import h5py  # noqa: F401
+import torch._dynamo
 import torch.distributed  # noqa: F401
 import xarray  # noqa: F401
 
