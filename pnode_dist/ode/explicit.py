@@ -20,10 +20,11 @@ from pnode_dist.ode.current_state import TensorState
 from pnode_dist.ode.evaluation import Problem, StageGraph, StageState, by_step
 from pnode_dist.ode.joined_steps import JoinedSteps, combined
 from pnode_dist.ode.layout import Parts, StateLayout
+from pnode_dist.ode.left_out import leave_out
 from pnode_dist.ode.methods import Method, by_petsc_name
 from pnode_dist.ode.recording import Recording, stages_of
 from pnode_dist.ode.stepper import PetscOptions, Stepper, set_from_options
-from pnode_dist.ode.tableau import Tableau, tableau_of
+from pnode_dist.ode.tableau import tableau_of
 from pnode_dist.partition import protocol
 
 Products = Sequence[torch.Tensor | None]
@@ -156,7 +157,7 @@ class ExplicitStepper(Stepper):
                 self.form_result(size, slopes)
             if recording is not None and self._leaves_out and level != "stages":
                 del slopes
-                _leave_out(recording, self.tableau)
+                leave_out(recording, self.tableau)
         finally:
             self.stepping = False
             torch._C._set_grad_enabled(before)
@@ -393,6 +394,7 @@ class ExplicitStepper(Stepper):
         finally:
             self.stepping = False
         parts = len(joined.start)
+        joined.drop()
         self._adjoint, self._adjoint_is_ours = [part for part in found[:parts] if part is not None], [False] * parts
         self._gradient = list(found[parts:])
 
@@ -434,38 +436,6 @@ class ExplicitStepper(Stepper):
 def _without_values(graph: StageGraph) -> StageGraph:
     """What products of first order need of it."""
     return StageGraph(graph.inputs, graph.roots, (), graph.when)
-
-
-def _leave_out(recording: Recording, tableau: Tableau) -> None:
-    """Drop the inputs of a step's stages on which f turned out not to depend, and what only they depended on.
-
-    The latter is what a stage without weight in the result has computed for them. A tensor that dies with the last
-    reference from Python is in no graph.
-    """
-    dropped = None
-    for stage in range(len(recording)):
-        graph, recording[stage] = recording[stage], None
-        if not isinstance(graph, StageGraph):
-            recording[stage] = graph
-            continue
-        if dropped is None:
-            dropped = graph.inputs[0].new_empty(0).requires_grad_()
-        leaves, graph = list(graph.inputs), graph._replace(inputs=())
-        for part in range(len(leaves)):
-            reference = weakref.ref(leaves[part])
-            leaves[part] = dropped
-            leaf = reference()
-            leaves[part] = dropped if leaf is None else leaf
-            del leaf
-        recording[stage] = graph._replace(inputs=tuple(leaves))
-    for stage, graph in enumerate(recording):
-        if isinstance(graph, StageGraph) and not tableau.b[stage]:
-            later = [other for use, _ in tableau.uses[stage] if isinstance(other := recording[use], StageGraph)]
-            roots = [
-                root if any(other.inputs[part] is not dropped for other in later) else None
-                for part, root in enumerate(graph.roots)
-            ]
-            recording[stage] = graph._replace(roots=tuple(roots))
 
 
 def _shows(value: torch.Tensor, parts: Parts) -> bool:

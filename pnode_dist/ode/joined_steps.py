@@ -51,6 +51,10 @@ class JoinedSteps:
         """Know that no step follows."""
         self.end = self.after = None
 
+    def drop(self) -> None:
+        """Let go of the graph, which has been reversed: the steps before the last one still hold this."""
+        self.start = self.roots = ()
+
     def take_step(self, problem: Problem, layout: StateLayout, tableau: Tableau, time: float, size: float) -> Parts:
         """Take the next step, from `time` by `size`; the state after it, in memory that the graph does not need.
 
