@@ -13,6 +13,7 @@ from pnode_dist import BatchPartition, GridPartition, Mesh, NeuralODE, Trajector
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import global_sum
 from pnode_dist.nn import Conv2d
+from pnode_dist.trajectory.schedule import Tier
 from tests.oracles.checkpointing import fewest_steps
 from tests.oracles.right_hand_sides import identical, random
 
@@ -133,6 +134,8 @@ def test_every_rank_spills_its_own_part_into_its_own_file(mesh: Mesh, comm: MPI.
     u0 = partition.scatter(random(7, 9, 2)).requires_grad_()
     states = NeuralODE(node.func, partition=partition)(u0, np.linspace(0, 1, 17).tolist()).detach()
     solution = node(u0, [0.0, 1.0])
+    (solver,) = node._solvers._solvers.values()
+    solver.pools[Tier.DISK]._file.finish()
     comm.barrier()
     files = list(scratch.rglob("*.h5"))
     assert len(files) == mesh.size
@@ -148,7 +151,7 @@ def test_every_rank_spills_its_own_part_into_its_own_file(mesh: Mesh, comm: MPI.
     solution.sum().backward()
     assert node.last_solve.bytes_written > 0
     assert node.last_solve.bytes_read > 0
-    del node, solution
+    del node, solution, solver
     comm.barrier()
     assert list(scratch.iterdir()) == []
 
