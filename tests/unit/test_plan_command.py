@@ -270,7 +270,9 @@ def test_petsc_s_log_has_the_events_of_a_solve_in_two_stages(tmp_path: Path) -> 
     assert not {"pnode rerun", "pnode vjp", "pnode adjoint"} & {k for k, v in counts(first).items() if v}
     assert counts(second)["pnode rerun"] == again
     assert counts(second)["pnode f"] == per_step * again
-    assert counts(second)["pnode vjp"] == vjps == per_step * forward
+    # Every step here is a graph of its own, which is one pass of autograd.
+    assert counts(second)["pnode vjp"] == forward
+    assert vjps == per_step * forward
     assert counts(second)["pnode adjoint"] == forward
     assert counts(first)["pnode f"] + counts(second)["pnode f"] == evaluations
     assert counts(before).get("pnode f", 0) == 0
