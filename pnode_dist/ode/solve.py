@@ -278,7 +278,7 @@ class Solve:
             if not solver.has_spilt:
                 raise
             # It was there for earlier solves: that is a disk that failed, not a wrong configuration.
-            solver.disk_is_lost = self._lost(str(error))
+            solver.disk_is_lost = self._lost(str(error).removeprefix("trajectory: "))
             return self._slots(steps)
         self.ram_slots = slots.ram
         return slots

@@ -248,6 +248,7 @@ def test_a_scratch_directory_that_disappears_during_training_changes_no_bit_of_i
     texts = [str(warning.message) for warning in said]
     assert len(texts) == int(mesh.is_root)
     assert all(text.endswith(" cannot; going on without checkpoints on disk") for text in texts)
+    assert all(text.count("trajectory: ") == 1 for text in texts)
     assert all(f"; rank {LAST} (" in text for text in texts)
 
 
