@@ -1,6 +1,6 @@
 """A training run that is killed again and again ends with the very parameters of one that never was.
 
-PNODE_DIST_KILLS says how often; each takes a few seconds.
+PNODE_DIST_KILLS says how often; each takes a second or two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 from tests.faults.killed_rank import KILLED, NONE
 from tests.unit.problems.synthetic_fields import config, dataset, values, write
 
-KILLS = int(os.environ.get("PNODE_DIST_KILLS", "3"))
+KILLS = int(os.environ.get("PNODE_DIST_KILLS", "10"))
 PER_EPOCH = 6  # of 21 windows in batches of 4
 
 
