@@ -40,6 +40,8 @@ class Problem:
     the search for parameters has missed. `by_times`: the gradient with respect to the evaluation times is asked for as
     well. `looks`: a module's graph is looked at once for what it does not name among its parameters; a function's is at
     every evaluation. `logs`: PETSc keeps a log.
+    `differentiates`: f was seen to take derivatives by what its state was computed from, which is looked for where
+    `watches` is true, but not while a graph is reversed (`reverses`).
     """
 
     func: Function

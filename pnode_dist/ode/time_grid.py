@@ -57,12 +57,12 @@ def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> Tim
     """
     times = output_times(t)
     check_step_size(step_size)
-    return _divided(times, step_size)
+    return divided(times, step_size)
 
 
 @lru_cache(maxsize=64)
-def _divided(times: tuple[float, ...], step_size: float | None) -> TimeGrid:
-    """See `time_grid`: a model asks for the same few again and again."""
+def divided(times: tuple[float, ...], step_size: float | None) -> TimeGrid:
+    """`time_grid` of times and a size that have been checked. A model asks for the same few again and again."""
     starts: list[float] = []
     sizes: list[float] = []
     outputs = {0: 0}
