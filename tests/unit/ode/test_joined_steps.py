@@ -48,6 +48,18 @@ class WithCost(nn.Module):
         return rate, rate.square().sum(dim=1, keepdim=True)
 
 
+class Twins(nn.Module):
+    """Three states of one rate, which is one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = Repeating()
+
+    def forward(self, t: torch.Tensor, u: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        rate = self.rate(t, u[0] + torch.sin(u[1]) * u[2])
+        return rate, rate, rate
+
+
 def gradient(node: NeuralODE, state: Any, times: list[float]) -> tuple[torch.Tensor, ...]:
     start = random(4, 3).requires_grad_()
     solution = node((start, random(4, 1)) if state == "tuple" else start, times)
@@ -66,6 +78,19 @@ def test_the_gradient_has_the_same_bits_whatever_is_kept(method: str, times: lis
         node = NeuralODE(func, method=method, step_size=STEP_SIZE, trajectory=trajectory)
         # In the first solve f is watched, in the second it is not.
         found += [gradient(node, state, times), gradient(node, state, times)]
+    assert all(identical(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize("method", ["midpoint", "rk4", "dopri5"])
+def test_it_has_where_f_returns_one_tensor_for_several_parts(method: str) -> None:
+    func, found = Twins(), []
+    for trajectory in TRAJECTORIES.values():
+        node = NeuralODE(func, method=method, step_size=STEP_SIZE, trajectory=trajectory, last_only=True)
+        for _ in range(2):
+            start = random(4, 3).requires_grad_()
+            parts = node((start, random(4, 3, seed=2), random(4, 3, seed=3)), [0.0, 1.0])
+            loss = sum((torch.sin(part) * (number + 1)).sum() for number, part in enumerate(parts))
+            found.append(torch.autograd.grad(loss, [start, *node.parameters()]))
     assert all(identical(one, found[0]) for one in found)
 
 
