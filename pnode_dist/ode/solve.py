@@ -119,13 +119,13 @@ class Solve:
         if again:
             self._stepped(step, again)
         elif step == 0:
-            self.carried.settle()
+            self._first_step_taken()
         self.recordings[step] = recording
 
     def _stepped(self, step: int, again: bool) -> None:
         """Keep the fingerprint of the state after a step, or compare it with the one kept; a step is over."""
         if step == 0 and not again:
-            self.carried.settle()
+            self._first_step_taken()
         stepper = self.solver.stepper
         if self.guard is None or stepper.fingerprint is None:
             return
@@ -133,6 +133,28 @@ class Solve:
             self.guard.compare_state(step, self.steps.starts[step], stepper.fingerprint, stepper.current.parts)
         else:
             self.guard.keep(step, stepper.fingerprint)
+
+    def _first_step_taken(self) -> None:
+        """Decide whether f carries state, and refuse one that gives another value each time where steps solve with it.
+
+        Collective for implicit methods.
+        """
+        self.carried.settle()
+        stepper, problem = self.solver.stepper, self.problem
+        if not (self.keeps_trajectory and stepper.method.implicit):
+            return
+        if not stepper.comm.allreduce(self.carried.active, MPI.LOR):
+            return
+        counts, layout = problem.counts(), stepper.layout
+        inputs = layout.inputs(stepper.current.parts)
+        with self.carried.aside():
+            first, second = (fingerprint(problem.value(problem.func, layout, self.times[0], inputs)) for _ in range(2))
+        problem.count_from(counts)
+        if stepper.comm.allreduce(first != second, MPI.LOR):
+            raise ConfigurationError(
+                f"func has another value each time it is evaluated, and method = {stepper.method.name!r} evaluates it "
+                "several times in a step: draw random numbers before the solve, or use an explicit method"
+            )
 
     def adjoint(self, step: int) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
@@ -273,7 +295,7 @@ class Solve:
             sizes.append(step.size)
             self.statistics.forward_steps += 1
             if step.number == 0:
-                self.carried.settle()
+                self._first_step_taken()
             if self.guard is not None:
                 self.guard.keep(step.number, fingerprint(stepper.current.parts))
             if step.recording is not None:
