@@ -43,7 +43,7 @@ class KnownTensors:
         self.carries = False
 
     def copy_of(self, tensor: torch.Tensor, is_buffer: bool) -> torch.Tensor | None:
-        """A copy of `tensor`. None for a large one that is not a buffer, or that an earlier solve has left as it was."""
+        """A copy of `tensor`. None for a large one that is not a buffer, or that an earlier solve has not changed."""
         if not _is_small(tensor):
             held = self._unchanged.get(id(tensor))
             if not is_buffer or (held is not None and held[0]() is tensor and held[1] == tensor._version):
@@ -123,14 +123,10 @@ class Carried:
                 self._known.unchanged(tensor)
 
     def restore(self, mark: Mark | None) -> None:
-        """Put the state of `mark` back. Nothing changes for None."""
-        if mark is None:
+        """Put the state of `mark` back. Nothing changes for None, or where f is known to carry nothing."""
+        if mark is None or self._active is False:
             return
-        for state, (get, put) in zip(mark.random, self._generators, strict=True):
-            if not _equal(get(), state):
-                put(state)
-        self._restore_tensors(mark)
-        self._bindings.change_to(mark.names)
+        self._put(mark)
 
     def restart(self) -> None:
         """Put the state at the beginning of the solve back."""
@@ -158,7 +154,14 @@ class Carried:
         try:
             yield
         finally:
-            self.restore(before)
+            self._put(before)
+
+    def _put(self, mark: Mark) -> None:
+        for state, (get, put) in zip(mark.random, self._generators, strict=True):
+            if not _equal(get(), state):
+                put(state)
+        self._restore_tensors(mark)
+        self._bindings.change_to(mark.names)
 
     def _restore_tensors(self, mark: Mark) -> None:
         with torch.no_grad():
