@@ -180,7 +180,7 @@ class ExplicitStepper(Stepper):
             after = joined.take_step(problem, self.layout, self.tableau, time, size)
         finally:
             self.stepping = False
-        if problem.differentiates:
+        if after is None:
             problem.evaluations = evaluations
             self.settle()
             self._joins = self._may_join = False
