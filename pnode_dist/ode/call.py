@@ -14,7 +14,7 @@ The solve of tangents is a solve, so third and higher derivatives are the same o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import Parts
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.tangent import with_tangent
-from pnode_dist.ode.transforms import is_wrapped
+from pnode_dist.ode.transforms import hooks_on_saved_tensors, is_wrapped
 
 Products = tuple[torch.Tensor | None, ...]
 
@@ -126,6 +126,13 @@ class Call:
             self.asked, keeps, (*self.directions, numbers), by_directions, self if self.first is None else self.first
         )
 
+    def latest(self) -> Solve:
+        """The solve that was run last, in a batch that of its last member."""
+        call = self
+        while call.last is None:
+            call = call.members[-1]
+        return call.last.solve
+
     def run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:
         """The outputs. Collective on the partition's communicator."""
         run = self._prepared(tensors)
@@ -161,7 +168,7 @@ class Call:
         """While f is evaluated: its modules hold what it computes with; if it fails, the solve gives back what it
         holds."""
         try:
-            with self._installed(run.replaced), run.solve.problem.copies.in_place():
+            with hooks_on_saved_tensors(), self._installed(run.replaced), run.solve.problem.copies.in_place():
                 yield
         except BaseException:
             # Whoever keeps the error keeps the solve alive.
@@ -184,7 +191,7 @@ class Call:
         clock = times[0].detach().requires_grad_(self.keeps) if times else None
         with torch.set_grad_enabled(self.keeps), self._installed(replaced):
             func = self._function([*own, *directions])
-            args = tuple(replaced.get(id(arg), arg) for arg in asked.args)
+            args = with_replaced(asked.args, replaced)
             solve = asked.prepare(func, state, clock, args, self._first(tensors))
         places = {id(tensor): number for number, tensor in enumerate(solve.parameters)}
         return Run(solve, tensors, tuple(places.get(id(tensor)) for tensor in (*own, *directions)), replaced)
@@ -222,6 +229,13 @@ class Call:
         if serves and (original.is_leaf or not self.asked.transformed) and _same(original, value):
             return original
         return value.detach().requires_grad_() if value.is_floating_point() else value
+
+
+def with_replaced(thing: Any, replaced: Mapping[int, torch.Tensor]) -> Any:
+    """`thing`, a tensor or a tuple of more, with tensors replaced by their `id`."""
+    if type(thing) is tuple:
+        return tuple(with_replaced(part, replaced) for part in thing)
+    return replaced.get(id(thing), thing)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

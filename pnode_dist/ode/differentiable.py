@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,14 @@ import torch
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.call import Call, Products
 from pnode_dist.ode.layout import Parts
-from pnode_dist.ode.transforms import batching_or_tracking, forward_mode, requires_gradient, transforming
+from pnode_dist.ode.transforms import (
+    batching_or_tracking,
+    for_each_of_older_batch,
+    forward_mode,
+    older_batching,
+    requires_gradient,
+    transforming,
+)
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -32,18 +39,16 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         """The gradient: by itself where nothing can be asked of it, else as a node of the graph."""
-        if torch.is_grad_enabled() or transforming():
-            return None, *gradient(ctx.call, cotangents, ctx.saved_tensors)
-        return None, *ctx.call.reverse(cotangents, ctx.saved_tensors, same=True)
+        call, tensors = ctx.call, ctx.saved_tensors
+        if torch.is_grad_enabled() or transforming() or older_batching():
+            return None, *_each(call, lambda given: gradient(call, given, tensors), cotangents)
+        return None, *call.reverse(cotangents, tensors, same=True)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> Any:
         """The tangents of the states along those of the inputs."""
         call, tensors = ctx.call, ctx.saved_tensors
-        along = tangents[1:]
-        keeps = torch.is_grad_enabled() and any(map(requires_gradient, (*tensors, *_given(along))))
-        tangent, inputs = _tangent_call(call, tensors, along, keeps)
-        return solution(tangent, inputs)[-(tangent.parts // 2) :]
+        return _each(call, lambda along: _pushed(call, tensors, along), tangents[1:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *tensors: torch.Tensor) -> Any:
@@ -122,26 +127,32 @@ class Gradient(torch.autograd.Function):
     def backward(ctx: Any, *directions: torch.Tensor | None) -> Any:
         """By the cotangents the tangent J v along the `directions` v, by the tensors the Hessian's product H v."""
         call, cotangents, own = _parts_of(ctx)
-        tangent, inputs = _tangent_call(call, own, directions, True, torch.is_grad_enabled() or transforming())
-        tangents = solution(tangent, inputs)[-ctx.outputs :]
         wanted = any(ctx.needs_input_grad[2 + ctx.outputs :]) or call.asked.ranks > 1
-        products = _hessian_product(tangent, inputs, cotangents) if wanted else (None,) * len(own)
-        by_cotangents = (None if given is None else t for given, t in zip(cotangents, tangents, strict=True))
-        return None, None, *by_cotangents, *products
+
+        def products(along: Products) -> Products:
+            tangent, inputs = tangent_call_of(call, own, along, True, torch.is_grad_enabled() or transforming())
+            tangents = solution(tangent, inputs)[-len(cotangents) :]
+            by_cotangents = [None if given is None else t for given, t in zip(cotangents, tangents, strict=True)]
+            return *by_cotangents, *(_hessian_product(tangent, inputs, cotangents) if wanted else (None,) * len(own))
+
+        return None, None, *_each(call, products, directions)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> Any:
         """The tangent of J^T w along those of w and of the tensors: J^T dw + H v."""
         call, cotangents, own = _parts_of(ctx)
-        of_cotangents, along = tangents[2 : 2 + ctx.outputs], tangents[2 + ctx.outputs :]
-        every = call.asked.ranks > 1
-        found: Products = tuple(map(torch.zeros_like, own))
-        if every or _given(of_cotangents):
-            found = _sum(found, gradient(call, of_cotangents, own))
-        if every or _given(along):
-            tangent, inputs = _tangent_call(call, own, along, True, True)
-            found = _sum(found, _hessian_product(tangent, inputs, cotangents))
-        return found
+        every, outputs = call.asked.ranks > 1, ctx.outputs
+
+        def products(given: Products) -> Products:
+            found: Products = tuple(map(torch.zeros_like, own))
+            if every or _given(given[:outputs]):
+                found = _sum(found, gradient(call, given[:outputs], own))
+            if every or _given(given[outputs:]):
+                tangent, inputs = tangent_call_of(call, own, given[outputs:], True, True)
+                found = _sum(found, _hessian_product(tangent, inputs, cotangents))
+            return found
+
+        return _each(call, products, tangents[2:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, outputs: int, *tensors: torch.Tensor | None) -> Any:
@@ -161,6 +172,22 @@ class Gradient(torch.autograd.Function):
         return results, (0,) * len(results)
 
 
+def _each(call: Call, function: Callable[[Products], Products], tensors: Products) -> Products:
+    """`function` of these, one after the other if they are batches that no vmap rule is asked about."""
+    batch = for_each_of_older_batch(function, tensors)
+    if batch is None:
+        return function(tensors)
+    _refuse_ranks(call)
+    return batch
+
+
+def _pushed(call: Call, tensors: Tensors, along: Products) -> Products:
+    """The tangents of the states of `call` along those of its tensors."""
+    keeps = torch.is_grad_enabled() and any(map(requires_gradient, (*tensors, *_given(along))))
+    tangent, inputs = tangent_call_of(call, tensors, along, keeps)
+    return solution(tangent, inputs)[-(tangent.parts // 2) :]
+
+
 def _parts_of(ctx: Any) -> tuple[Call, Products, Tensors]:
     saved = ctx.saved_tensors
     return ctx.call, saved[: ctx.outputs], saved[ctx.outputs :]
@@ -173,7 +200,7 @@ def _hessian_product(tangent: Call, inputs: Tensors, cotangents: Products) -> Pr
     return (*states[: tangent.parts // 2], *parameters[: tangent.parameters - len(tangent.directions[-1])], *times)
 
 
-def _tangent_call(
+def tangent_call_of(
     call: Call,
     tensors: Tensors,
     along: Sequence[torch.Tensor | None],

@@ -22,7 +22,7 @@ from pnode_dist.ode import methods
 from pnode_dist.ode.call import Asked, Call, Prepare
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
-from pnode_dist.ode.differentiable import solution
+from pnode_dist.ode.differentiable import solution, tangent_call_of
 from pnode_dist.ode.evaluation import Function, Problem
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
@@ -30,12 +30,14 @@ from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solver import Solver
+from pnode_dist.ode.solver import Solver, communicator
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
+from pnode_dist.ode.transformed import transformed
+from pnode_dist.ode.transforms import transforming
 from pnode_dist.partition.protocol import Partition, vec_device
 from pnode_dist.trajectory import budget
 from pnode_dist.trajectory.budget import Trajectory
@@ -195,6 +197,9 @@ def _solve(
     settings: _Settings,
     args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
+    if transforming():
+        call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
+        return layout.as_state(solution(call, tensors)), call.latest()
     solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
     prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
     by_times = solve.problem.by_times
@@ -216,6 +221,21 @@ def _solve(
         with torch.no_grad():
             outputs = call.run(tensors)
     return layout.as_state(outputs), solve
+
+
+def _transformed(
+    solvers: _Solvers,
+    tangent_solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
+) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
+    """The solve under torch's transforms, see `transformed`."""
+    ranks = communicator(settings.partition).size
+    prepare = _preparation(solvers, tangent_solvers, t, settings, isinstance(u0, tuple | list))
+    return transformed(func, u0, t, args, tuple(settings.params or ()), settings.compute_dtype, ranks, prepare)
 
 
 def _preparation(
@@ -465,6 +485,8 @@ class NeuralODE(nn.Module):
         """
         state, is_tuple = joined(u0, u0_tangent)
         direction = checked_direction(parameter_tangents)
+        if transforming():
+            return self._transformed_jvp(u0, t, state[len(state) // 2 :], direction, args)
 
         def before() -> Solve:
             with torch.no_grad():
@@ -477,6 +499,28 @@ class NeuralODE(nn.Module):
         half = len(state) // 2
         values, tangents = outputs[:half], outputs[half:]
         return (values, tangents) if is_tuple else (values[0], tangents[0])
+
+    def _transformed_jvp(
+        self,
+        u0: State,
+        t: Times,
+        tangents: tuple[torch.Tensor, ...],
+        direction: Mapping[torch.Tensor, torch.Tensor],
+        args: tuple[Any, ...],
+    ) -> tuple[State, State]:
+        call, layout, tensors = _transformed(
+            self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args
+        )
+        found = dict(zip(map(id, call.asked.parameters), range(call.parameters), strict=True))
+        along: list[torch.Tensor | None] = [*tangents, *(None,) * (len(tensors) - len(tangents))]
+        for parameter, tangent in direction.items():
+            along[len(tangents) + found[id(parameter)]] = tangent
+        tangent_call, inputs = tangent_call_of(call, tensors, along, True)
+        outputs = solution(tangent_call, inputs)
+        solve = tangent_call.latest()
+        self.last_solve, self.last_plan = solve.statistics, solve.plan
+        half = len(outputs) // 2
+        return layout.as_state(outputs[:half]), layout.as_state(outputs[half:])
 
     def plan(self, u0: State, t: Times, *args: Any) -> Plans:
         """What the trajectory's budget allows for this solve, with predicted times, and what would be chosen.
