@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
+from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import Parts
 from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.surroundings import Surroundings, uncached_casts
 from pnode_dist.ode.tangent import with_tangent
 from pnode_dist.ode.transforms import hooks_on_saved_tensors, is_wrapped
 
@@ -51,8 +53,9 @@ class Asked:
     """What was asked for: a right-hand side with its arguments, `parameters` as they are found in it, and settings.
 
     A state has `parts` parts, and is a tuple of them for the right-hand side if `is_tuple`. `by_times`: the times are
-    an input too. `installed(replaced)` is the context in which f finds other tensors in the place of some of its own,
-    given by their `id`. `transformed`: torch's transforms are under way, and parameters may depend on one another.
+    an input too. `surroundings` and `carried` are what f sees besides its arguments, None and nothing where no
+    derivative will be asked for. `transformed`: torch's transforms are under way, and parameters may depend on one
+    another.
     """
 
     func: Function
@@ -63,7 +66,8 @@ class Asked:
     by_times: bool
     ranks: int
     prepare: Prepare
-    installed: Callable[[dict[int, torch.Tensor]], Any]
+    surroundings: Surroundings | None
+    carried: Carried
     transformed: bool = False
 
 
@@ -74,7 +78,6 @@ class Run:
     solve: Solve
     tensors: tuple[torch.Tensor, ...]
     numbers: tuple[int | None, ...]
-    replaced: dict[int, torch.Tensor]
     reversed: bool = False
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -133,15 +136,26 @@ class Call:
             call = call.members[-1]
         return call.last.solve
 
-    def run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:
-        """The outputs. Collective on the partition's communicator."""
-        run = self._prepared(tensors)
-        # Graphs that are dropped without a backward pass give their checkpoints back.
-        weakref.finalize(run, run.solve.release).atexit = False
-        with self._running(run):
-            outputs = run.solve.forward(tensors[: self.parts])
-        self.last = run
-        return outputs
+    def run(self, tensors: tuple[torch.Tensor, ...], again: bool = False) -> Parts:
+        """The outputs. Collective on the partition's communicator.
+
+        With `again` f finds what it found in the forward pass of the solve that was asked for, and leaves no trace.
+        """
+        ready, self.ready = self.ready, None
+        if ready is not None:
+            return self._forward(Run(ready, tensors, tuple(range(self.parameters))))
+        asked, values = self.asked, self.separated(tensors)[1]
+        own = [self._stand_in(*pair) for pair in zip(asked.parameters, values, strict=False)]
+        replaced = {id(old): new for old, new in zip(asked.parameters, own, strict=True) if new is not old}
+        first = self._first(tensors)
+        with ExitStack() as stack:
+            if asked.surroundings is not None and again:
+                stack.enter_context(asked.surroundings.restored(replaced))
+                stack.enter_context(asked.carried.backward_pass())
+                asked.carried.restart()
+            elif asked.surroundings is not None:
+                stack.enter_context(asked.surroundings.bindings.installed(replaced))
+            return self._forward(self._prepared(tensors, own, replaced, first))
 
     def reverse(
         self, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...], same: bool = False
@@ -152,49 +166,45 @@ class Call:
         """
         if self.last is None or not self.last.solve.keeps_trajectory or not (same or self.last.is_of(tensors)):
             self.keeps = True
-            self.run(tensors)
+            self.run(tensors, again=True)
         run = self.last
         assert run is not None
-        with self._running(run):
+        with _running(run.solve, backward=True):
             if run.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.
+                run.solve.carried.restart()
                 run.solve.forward(tensors[: self.parts])
             run.reversed = True
             states, found, times = run.solve.backward(cotangents)
         return (*states, *(None if number is None else found[number] for number in run.numbers), *times)
 
-    @contextmanager
-    def _running(self, run: Run) -> Iterator[None]:
-        """While f is evaluated: its modules hold what it computes with; if it fails, the solve gives back what it
-        holds."""
-        try:
-            with hooks_on_saved_tensors(), self._installed(run.replaced), run.solve.problem.copies.in_place():
-                yield
-        except BaseException:
-            # Whoever keeps the error keeps the solve alive.
-            run.solve.release()
-            raise
+    def _forward(self, run: Run) -> Parts:
+        solve = run.solve
+        # Graphs that are dropped without a backward pass give their checkpoints back.
+        weakref.finalize(run, solve.release).atexit = False
+        with _running(solve):
+            outputs = solve.forward(run.tensors[: self.parts])
+        if solve.surroundings is not None:
+            solve.surroundings.end_forward()
+        self.last = run
+        return outputs
 
-    def _installed(self, replaced: dict[int, torch.Tensor]) -> Any:
-        return self.asked.installed(replaced) if replaced else nullcontext()
-
-    def _prepared(self, tensors: tuple[torch.Tensor, ...]) -> Run:
-        asked, ready, self.ready = self.asked, self.ready, None
-        if ready is not None:
-            return Run(ready, tensors, tuple(range(self.parameters)), {})
+    def _prepared(
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        own: list[torch.Tensor],
+        replaced: dict[int, torch.Tensor],
+        first: Callable[[], Solve] | None,
+    ) -> Run:
         parts, values, times = self.separated(tensors)
-        count = len(asked.parameters)
-        own = [self._stand_in(*pair) for pair in zip(asked.parameters, values, strict=False)]
-        replaced = {id(old): new for old, new in zip(asked.parameters, own, strict=True) if new is not old}
-        directions = [value.detach().requires_grad_(self.by_directions) for value in values[count:]]
+        directions = [value.detach().requires_grad_(self.by_directions) for value in values[len(own) :]]
         state = tuple(part.detach().requires_grad_(self.keeps) for part in parts)
         clock = times[0].detach().requires_grad_(self.keeps) if times else None
-        with torch.set_grad_enabled(self.keeps), self._installed(replaced):
-            func = self._function([*own, *directions])
-            args = with_replaced(asked.args, replaced)
-            solve = asked.prepare(func, state, clock, args, self._first(tensors))
+        with torch.set_grad_enabled(self.keeps):
+            func, args = self._function([*own, *directions]), with_replaced(self.asked.args, replaced)
+            solve = self.asked.prepare(func, state, clock, args, first)
         places = {id(tensor): number for number, tensor in enumerate(solve.parameters)}
-        return Run(solve, tensors, tuple(places.get(id(tensor)) for tensor in (*own, *directions)), replaced)
+        return Run(solve, tensors, tuple(places.get(id(tensor)) for tensor in (*own, *directions)))
 
     def _function(self, values: list[torch.Tensor]) -> Function:
         """The right-hand side of the state and its tangents."""
@@ -217,7 +227,7 @@ class Call:
             if self.first.last is None or not self.first.last.is_of(own):
                 self.first = self.first.again()
                 self.first.keeps = False
-                self.first.run(own)
+                self.first.run(own, again=True)
             assert self.first.last is not None
             return self.first.last.solve
 
@@ -229,6 +239,30 @@ class Call:
         if serves and (original.is_leaf or not self.asked.transformed) and _same(original, value):
             return original
         return value.detach().requires_grad_() if value.is_floating_point() else value
+
+
+@contextmanager
+def _running(solve: Solve, backward: bool = False) -> Iterator[None]:
+    """While f is evaluated: its modules hold what it computes with, in a backward pass what it saw in the forward pass.
+
+    A solve that fails gives back what it holds.
+    """
+    surroundings = solve.surroundings
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(hooks_on_saved_tensors())
+            if backward and surroundings is not None:
+                stack.enter_context(surroundings.restored())
+            if surroundings is not None and surroundings.autocast.on:
+                stack.enter_context(uncached_casts())
+            stack.enter_context(solve.problem.copies.in_place(writes_back=not backward))
+            if backward:
+                stack.enter_context(solve.carried.backward_pass())
+            yield
+    except BaseException:
+        # Whoever keeps the error keeps the solve alive.
+        solve.release()
+        raise
 
 
 def with_replaced(thing: Any, replaced: Mapping[int, torch.Tensor]) -> Any:

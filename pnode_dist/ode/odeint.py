@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, overload
@@ -19,11 +18,14 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
+from pnode_dist.ode.bindings import Bindings
 from pnode_dist.ode.call import Asked, Call, Prepare
+from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.differentiable import solution, tangent_call_of
 from pnode_dist.ode.evaluation import Function, Problem
+from pnode_dist.ode.guard import check_policy
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.parameters import find_parameters, independent
@@ -33,6 +35,7 @@ from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
+from pnode_dist.ode.surroundings import Surroundings
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
@@ -87,6 +90,8 @@ class _Settings:
     preconditioner: Preconditioner | str | None = None
     compute_dtype: torch.dtype | None = None
     last_only: bool = False
+    on_mismatch: str = "raise"
+    preserve_rng_state: bool = True
     fixed_plan: Plan | None = None
     compiler: Compiler | None = None
     grid: TimeGrid | None = None
@@ -110,6 +115,7 @@ def _prepared(
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
+    check_policy(settings.on_mismatch)
     control = settings.control()
     grid = settings.grid
     if grid is None and control is None:
@@ -153,6 +159,10 @@ def _prepared(
         ),
         lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
     )
+    surroundings, carried = None, NOTHING_CARRIED
+    if needs_gradient:
+        surroundings = Surroundings.now(func, args, layout.device)
+        carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
     problem = Problem(
         in_compute_type(func, copies),
         copies.args,
@@ -162,6 +172,7 @@ def _prepared(
         watched=torch.is_grad_enabled() and not needs_gradient,
         by_times=by_times,
         looks=solver.looks_again(),
+        carried=carried,
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(
@@ -176,8 +187,25 @@ def _prepared(
         settings.fixed_plan,
         time_dtype,
         settings.last_only,
+        surroundings,
+        settings.on_mismatch,
     )
     return solve, layout, tensors
+
+
+def _carried(
+    bindings: Bindings,
+    parameters: Parts,
+    copies: ComputeCopies,
+    layout: StateLayout,
+    settings: _Settings,
+    known: KnownTensors,
+) -> Carried:
+    """The state that the right-hand side with these names carries, at the beginning of a solve."""
+    inputs, buffers = set(map(id, parameters)), bindings.buffers
+    tensors = [tensor for tensor in bindings.tensors if id(tensor) not in inputs]
+    seen = zip(copies.of(tensors), (id(tensor) in buffers for tensor in tensors), strict=True)
+    return Carried(bindings, seen, layout.device, settings.preserve_rng_state, known)
 
 
 def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | None:
@@ -202,17 +230,17 @@ def _solve(
         return layout.as_state(solution(call, tensors)), call.latest()
     solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
     prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
-    by_times = solve.problem.by_times
     asked = Asked(
         func,
         args,
         len(layout.shapes),
         layout.is_tuple,
         solve.parameters,
-        by_times,
+        solve.problem.by_times,
         solve.solver.stepper.comm.size,
         prepare,
-        nullcontext,
+        solve.surroundings,
+        solve.carried,
     )
     call = Call(asked, solve.keeps_trajectory, ready=solve)
     if solve.keeps_trajectory:
@@ -235,7 +263,8 @@ def _transformed(
     """The solve under torch's transforms, see `transformed`."""
     ranks = communicator(settings.partition).size
     prepare = _preparation(solvers, tangent_solvers, t, settings, isinstance(u0, tuple | list))
-    return transformed(func, u0, t, args, tuple(settings.params or ()), settings.compute_dtype, ranks, prepare)
+    params, dtype = tuple(settings.params or ()), settings.compute_dtype
+    return transformed(func, u0, t, args, params, dtype, ranks, prepare, settings.preserve_rng_state)
 
 
 def _preparation(
@@ -298,6 +327,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
     last_only: bool = ...,
+    on_mismatch: str = ...,
+    preserve_rng_state: bool = ...,
 ) -> torch.Tensor: ...
 
 
@@ -321,6 +352,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
     last_only: bool = ...,
+    on_mismatch: str = ...,
+    preserve_rng_state: bool = ...,
 ) -> tuple[torch.Tensor, ...]: ...
 
 
@@ -343,6 +376,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = None,
     compute_dtype: torch.dtype | None = None,
     last_only: bool = False,
+    on_mismatch: str = "raise",
+    preserve_rng_state: bool = True,
 ) -> State:
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
@@ -397,6 +432,8 @@ def odeint(
         preconditioner,
         compute_dtype,
         last_only,
+        on_mismatch,
+        preserve_rng_state,
     )
     return _solve(_Solvers(), _Solvers(), func, u0, t, settings, args)[0]
 
@@ -431,6 +468,8 @@ class NeuralODE(nn.Module):
         preconditioner: Preconditioner | str | None = None,
         compute_dtype: torch.dtype | None = None,
         last_only: bool = False,
+        on_mismatch: str = "raise",
+        preserve_rng_state: bool = True,
         compile: bool | str = False,
     ) -> None:
         super().__init__()
@@ -450,6 +489,8 @@ class NeuralODE(nn.Module):
         self.preconditioner = preconditioner
         self.compute_dtype = compute_dtype
         self.last_only = last_only
+        self.on_mismatch = on_mismatch
+        self.preserve_rng_state = preserve_rng_state
         self.compiler = None if compile is False else Compiler("inductor" if compile is True else compile)
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
@@ -528,6 +569,8 @@ class NeuralODE(nn.Module):
         Measures the first step and checkpoints of this problem first. Collective on the partition's communicator.
         Raises `ValueError` for steps with error control, whose number is not known before they are taken.
         """
+        if transforming():
+            raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
         solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
         if solve.control is not None:
             raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")

@@ -25,6 +25,9 @@ Parts = tuple[torch.Tensor, ...]
 class WithTangent:
     """f and its derivative along a direction, as a right-hand side of the state (u, v)."""
 
+    holds_values_of_func = True
+    """That what f reads is reached through this, see `pnode_dist.ode.bindings`."""
+
     def __init__(self, func: Function, is_tuple: bool, direction: Mapping[torch.Tensor, torch.Tensor]) -> None:
         self.func, self.is_tuple = func, is_tuple
         self.parameters = tuple(direction)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.bindings import bindings_of
 from pnode_dist.ode.call import Asked, Call, Prepare, with_replaced
+from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.compute_type import compute_copies
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
-from pnode_dist.ode.parameters import find_modules, find_parameters
+from pnode_dist.ode.parameters import find_parameters
+from pnode_dist.ode.surroundings import Surroundings
 from pnode_dist.ode.transforms import bare, is_batched, is_followed, is_followed_at_any_level, requires_gradient
 
 
@@ -29,6 +30,7 @@ def transformed(
     compute_dtype: torch.dtype | None,
     ranks: int,
     prepare: Prepare,
+    random: bool,
 ) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
     """The solve as a function of everything that is followed, the layout of its state, and its inputs.
 
@@ -39,7 +41,10 @@ def transformed(
     parameters = find_parameters(func, (*args, *params), is_followed)
     times = (t,) if isinstance(t, torch.Tensor) and is_followed(t) else ()
     tensors = (*parts, *parameters, *times)
-    bindings = bindings_of(func, args)
+    surroundings = Surroundings.now(func, args, layout.device)
+    bindings = surroundings.bindings
+    held = ((tensor, id(tensor) in bindings.buffers) for tensor in bindings.tensors if not is_followed(tensor))
+    carried = Carried(bindings, held, layout.device, random)
     reached = {id(tensor) for tensor in bindings.tensors}
     for parameter in parameters:
         if id(parameter) not in reached:
@@ -56,7 +61,8 @@ def transformed(
         bool(times),
         ranks,
         prepare,
-        bindings.installed,
+        surroundings,
+        carried,
         transformed=True,
     )
     if not any(map(is_batched, tensors)):
@@ -68,17 +74,13 @@ def _look(asked: Asked, layout: StateLayout, parts: Parts, t: Any) -> None:
     """Refuse f if its value is followed by a transform although nothing that it is given is."""
     replaced = {id(parameter): bare(parameter) for parameter in asked.parameters}
     start = bare(torch.as_tensor(t[0])).to(layout.device, layout.compute_dtype)
-    buffers = [buffer for module in find_modules(asked.func, asked.args) for buffer in module.buffers()]
-    before = [(buffer, bare(buffer).clone()) for buffer in buffers if not is_followed(buffer)]
-    with torch.enable_grad(), torch.random.fork_rng(), asked.installed(replaced):
+    assert asked.surroundings is not None
+    with torch.enable_grad(), asked.carried.aside(), asked.surroundings.bindings.installed(replaced):
         args = with_replaced(asked.args, replaced)
         copies = compute_copies(asked.func, args, layout.compute_dtype)
         with copies.in_place():
             state = layout.as_state([bare(part).to(layout.compute_dtype) for part in parts])
             value = asked.func(start, state, *copies.args)
-    with torch.no_grad():
-        for buffer, then in before:
-            buffer.copy_(then)
     for part in value if isinstance(value, tuple | list) else (value,):
         if isinstance(part, torch.Tensor) and is_followed_at_any_level(part):
             raise ConfigurationError(
