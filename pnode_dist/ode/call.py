@@ -92,7 +92,8 @@ class Call:
     Each of the `directions` makes it the solve of tangents of the one before: the parts of a tangent follow those of
     the state, and the tangents of the parameters with these numbers follow the parameters. `first` is where the solve
     without tangents is held. `keeps`: its trajectory is kept for a gradient, `by_directions` also with respect to the
-    tangents of parameters. `ready` is a solve that was prepared for the first run.
+    tangents of parameters. `ready` is a solve that was prepared for the first run. `repeats`: f is to find what it
+    found in the forward pass of the solve that was asked for, and to leave no trace. `drew`: it drew random numbers.
     """
 
     asked: Asked
@@ -101,6 +102,8 @@ class Call:
     by_directions: bool = False
     first: Call | None = None
     ready: Solve | None = None
+    repeats: bool = False
+    drew: bool = False
     last: Run | None = field(default=None, repr=False)
     members: list[Call] = field(default_factory=list, repr=False)
 
@@ -121,13 +124,13 @@ class Call:
 
     def again(self) -> Call:
         """The same for other values of its tensors."""
-        return replace(self, ready=None, last=None, members=[], first=self.first and self.first.again())
+        first = None if self.first is None else self.first.again()
+        return replace(self, ready=None, repeats=True, last=None, members=[], first=first)
 
     def tangent(self, numbers: tuple[int, ...], keeps: bool, by_directions: bool) -> Call:
         """The solve of tangents, along directions of the parameters with these numbers."""
-        return Call(
-            self.asked, keeps, (*self.directions, numbers), by_directions, self if self.first is None else self.first
-        )
+        first = self if self.first is None else self.first
+        return Call(self.asked, keeps, (*self.directions, numbers), by_directions, first, repeats=True)
 
     def latest(self) -> Solve:
         """The solve that was run last, in a batch that of its last member."""
@@ -136,11 +139,8 @@ class Call:
             call = call.members[-1]
         return call.last.solve
 
-    def run(self, tensors: tuple[torch.Tensor, ...], again: bool = False) -> Parts:
-        """The outputs. Collective on the partition's communicator.
-
-        With `again` f finds what it found in the forward pass of the solve that was asked for, and leaves no trace.
-        """
+    def run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:
+        """The outputs. Collective on the partition's communicator."""
         ready, self.ready = self.ready, None
         if ready is not None:
             return self._forward(Run(ready, tensors, tuple(range(self.parameters))))
@@ -149,13 +149,17 @@ class Call:
         replaced = {id(old): new for old, new in zip(asked.parameters, own, strict=True) if new is not old}
         first = self._first(tensors)
         with ExitStack() as stack:
-            if asked.surroundings is not None and again:
-                stack.enter_context(asked.surroundings.restored(replaced))
+            if asked.surroundings is not None and self.repeats:
+                # First what f has changed: that puts back all names, which would undo the replacements.
                 stack.enter_context(asked.carried.backward_pass())
                 asked.carried.restart()
+                stack.enter_context(asked.surroundings.restored(replaced))
             elif asked.surroundings is not None:
                 stack.enter_context(asked.surroundings.bindings.installed(replaced))
-            return self._forward(self._prepared(tensors, own, replaced, first))
+            drawn = torch.get_rng_state()
+            outputs = self._forward(self._prepared(tensors, own, replaced, first))
+            self.drew = not torch.equal(torch.get_rng_state(), drawn)
+            return outputs
 
     def reverse(
         self, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...], same: bool = False
@@ -165,8 +169,8 @@ class Call:
         `same`: the last run is known to have been one of these values.
         """
         if self.last is None or not self.last.solve.keeps_trajectory or not (same or self.last.is_of(tensors)):
-            self.keeps = True
-            self.run(tensors, again=True)
+            self.keeps = self.repeats = True
+            self.run(tensors)
         run = self.last
         assert run is not None
         with _running(run.solve, backward=True):
@@ -227,7 +231,7 @@ class Call:
             if self.first.last is None or not self.first.last.is_of(own):
                 self.first = self.first.again()
                 self.first.keeps = False
-                self.first.run(own, again=True)
+                self.first.run(own)
             assert self.first.last is not None
             return self.first.last.solve
 

@@ -56,6 +56,7 @@ class _Solution(torch.autograd.Function):
         _refuse_ranks(call)
         call.members = [call.again() for _ in range(info.batch_size)]
         found = [solution(member, _member(tensors, in_dims[1:], number)) for number, member in enumerate(call.members)]
+        _refuse_draws(info, call.members)
         outputs = tuple(map(torch.stack, zip(*found, strict=True)))
         return outputs, (0,) * len(outputs)
 
@@ -254,6 +255,15 @@ def _member(tensors: Sequence[Any], dims: Sequence[int | None], number: int) -> 
 def _of_its_own(value: torch.Tensor, taken: set[int]) -> torch.Tensor:
     """`value`, copied if it shares memory with an input: a node of the graph must not return one in another form."""
     return value.clone() if value.untyped_storage().data_ptr() in taken else value
+
+
+def _refuse_draws(info: Any, members: Sequence[Call]) -> None:
+    """Raise `ConfigurationError` where f draws random numbers, which are the same for each member of a batch."""
+    if info.randomness != "same" and any(member.drew for member in members):
+        raise ConfigurationError(
+            f"vmap: func draws random numbers, and randomness = {info.randomness!r}: must be 'same', or call the solve "
+            "in a loop"
+        )
 
 
 def _refuse_ranks(call: Call) -> None:

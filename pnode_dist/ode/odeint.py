@@ -557,6 +557,7 @@ class NeuralODE(nn.Module):
         for parameter, tangent in direction.items():
             along[len(tangents) + found[id(parameter)]] = tangent
         tangent_call, inputs = tangent_call_of(call, tensors, along, True)
+        tangent_call.repeats = False
         outputs = solution(tangent_call, inputs)
         solve = tangent_call.latest()
         self.last_solve, self.last_plan = solve.statistics, solve.plan
