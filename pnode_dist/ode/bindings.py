@@ -203,6 +203,7 @@ class _Walk:
             self._function(thing)
         elif _is_open(thing):
             self._space(vars(thing))
+            self._pending.extend(_methods_of(type(thing)))
 
     def _space(self, space: Any) -> None:
         self.spaces.append((space, None, space.copy()))
@@ -220,6 +221,7 @@ class _Walk:
             if tensor is not None and id(tensor) not in self._seen:
                 self._seen[id(tensor)] = tensor
                 self.tensors.append(tensor)
+        self._pending.extend(_methods_of(type(module)))
         own = attributes.keys() - _OF_EVERY_MODULE
         self._pending.extend(attributes[name] for name in own if name not in ("_parameters", "_buffers", "_modules"))
 
@@ -271,6 +273,13 @@ def _is_code(value: Any, space: dict[str, Any]) -> bool:
     if isinstance(value, types.FunctionType):
         return value.__globals__ is not space
     return isinstance(value, type | types.ModuleType | types.BuiltinFunctionType)
+
+
+@functools.lru_cache(maxsize=1024)
+def _methods_of(kind: Any) -> tuple[types.FunctionType, ...]:
+    """The methods of a program's class, which read globals of its own."""
+    programs = (base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _CLOSED_PACKAGES)
+    return tuple(value for base in programs for value in vars(base).values() if isinstance(value, types.FunctionType))
 
 
 @functools.lru_cache(maxsize=1024)

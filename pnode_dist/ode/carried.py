@@ -33,31 +33,28 @@ class Mark:
 
 
 class KnownTensors:
-    """Copies of the tensors that a right-hand side reads, kept between its solves, and what is known of it.
+    """Facts about the tensors that a right-hand side reads, from its earlier solves.
 
-    Of a large tensor that a solve has left unchanged no copy is kept. `carries`: f was seen to carry state, but
-    not in its first step.
+    `carries`: f was seen to carry state, but not in its first step.
     """
 
     def __init__(self) -> None:
-        self._copies: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor | None]] = {}
+        self._unchanged: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self.carries = False
 
     def copy_of(self, tensor: torch.Tensor, is_buffer: bool) -> torch.Tensor | None:
-        """A copy of `tensor` as it is now. None for a large one that is not a buffer, or was not seen to change."""
-        held = self._copies.get(id(tensor))
-        if held is not None and held[0]() is tensor and held[1] == tensor._version:
-            return held[2]
-        if is_buffer or _is_small(tensor):
-            return tensor.detach().clone()
-        return None
+        """A copy of `tensor`. None for a large one that is not a buffer, or that an earlier solve has not changed."""
+        if not _is_small(tensor):
+            held = self._unchanged.get(id(tensor))
+            if not is_buffer or (held is not None and held[0]() is tensor and held[1] == tensor._version):
+                return None
+        return tensor.detach().clone()
 
-    def unchanged(self, tensor: torch.Tensor, copy: torch.Tensor) -> None:
-        """Note that a solve has left `tensor` as it was when `copy` was made of it."""
-        if id(tensor) not in self._copies and len(self._copies) >= 4096:
-            self._copies = {key: held for key, held in self._copies.items() if held[0]() is not None}
-        kept = copy if _is_small(tensor) else None
-        self._copies[id(tensor)] = (weakref.ref(tensor), tensor._version, kept)
+    def unchanged(self, tensor: torch.Tensor) -> None:
+        """Note that a solve has left `tensor` as it was."""
+        if not _is_small(tensor):
+            self._unchanged = {key: held for key, held in self._unchanged.items() if held[0]() is not None}
+            self._unchanged[id(tensor)] = (weakref.ref(tensor), tensor._version)
 
 
 def _is_small(tensor: torch.Tensor) -> bool:
@@ -122,18 +119,14 @@ class Carried:
         self.draws = self._drawn(self.initial)
         self._known.carries = self._known.carries or late
         for tensor, (version, copy) in zip(self._tensors, self.initial.tensors, strict=True):
-            if tensor._version == version:
-                self._known.unchanged(tensor, copy)
+            if _is_as(tensor, version, copy):
+                self._known.unchanged(tensor)
 
     def restore(self, mark: Mark | None) -> None:
-        """Put the state of `mark` back. Nothing changes for None."""
-        if mark is None:
+        """Put the state of `mark` back. Nothing changes for None, or where f is known to carry nothing."""
+        if mark is None or self._active is False:
             return
-        for state, (get, put) in zip(mark.random, self._generators, strict=True):
-            if not _equal(get(), state):
-                put(state)
-        self._restore_tensors(mark)
-        self._bindings.change_to(mark.names)
+        self._put(mark)
 
     def restart(self) -> None:
         """Put the state at the beginning of the solve back."""
@@ -152,10 +145,7 @@ class Carried:
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
         """Let f find in a backward pass what it found in the forward pass, and leave no trace of it."""
-        versions = all(
-            tensor._version == version for tensor, (version, _) in zip(self._tensors, self.initial.tensors, strict=True)
-        )
-        if self._active is False and versions:
+        if self._active is False and self._tensors_are_as_in(self.initial):
             yield
             return
         before = self._take()
@@ -164,21 +154,27 @@ class Carried:
         try:
             yield
         finally:
-            self.restore(before)
+            self._put(before)
+
+    def _put(self, mark: Mark) -> None:
+        for state, (get, put) in zip(mark.random, self._generators, strict=True):
+            if not _equal(get(), state):
+                put(state)
+        self._restore_tensors(mark)
+        self._bindings.change_to(mark.names)
 
     def _restore_tensors(self, mark: Mark) -> None:
         with torch.no_grad():
             for tensor, (version, copy) in zip(self._tensors, mark.tensors, strict=True):
-                if tensor._version != version:
+                if not _is_as(tensor, version, copy):
                     tensor.copy_(copy)
+
+    def _tensors_are_as_in(self, mark: Mark) -> bool:
+        return all(_is_as(tensor, *held) for tensor, held in zip(self._tensors, mark.tensors, strict=True))
 
     def _has_changed(self) -> bool:
         initial = self.initial
-        return (
-            any(tensor._version != version for tensor, (version, _) in zip(self._tensors, initial.tensors, strict=True))
-            or self._drawn(initial)
-            or bool(self._bindings.changes())
-        )
+        return not self._tensors_are_as_in(initial) or self._drawn(initial) or bool(self._bindings.changes())
 
     def _drawn(self, since: Mark) -> bool:
         return any(not _equal(get(), state) for state, (get, _) in zip(since.random, self._generators, strict=True))
@@ -189,10 +185,21 @@ class Carried:
         if all(map(_equal, random, last.random)):
             random = last.random
         tensors = tuple(
-            (version, copy) if version == tensor._version else (tensor._version, tensor.detach().clone())
+            (version, copy) if _is_as(tensor, version, copy) else (tensor._version, tensor.detach().clone())
             for tensor, (version, copy) in zip(self._tensors, last.tensors, strict=True)
         )
         return Mark(random, tensors, self._bindings.changes())
+
+
+def _is_as(tensor: torch.Tensor, version: int, copy: torch.Tensor) -> bool:
+    """Whether a tensor is as it was when a copy was made of it.
+
+    Batch normalisation writes into its running statistics without a change of their versions: small tensors are
+    compared by their values.
+    """
+    if tensor._version != version or _is_small(tensor):
+        return torch.equal(tensor, copy)
+    return True
 
 
 NOTHING_CARRIED = Carried(Bindings((), (), (), frozenset()), random=False)
