@@ -264,6 +264,8 @@ def _is_open(thing: Any) -> bool:
     """Whether an object's attributes may be settings of the program's."""
     if isinstance(thing, type | types.ModuleType) or not hasattr(thing, "__dict__"):
         return False
+    if getattr(type(thing), "holds_values_of_func", False):
+        return True
     return type(thing).__module__.partition(".")[0] not in _CLOSED_PACKAGES
 
 

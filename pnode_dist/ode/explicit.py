@@ -188,7 +188,7 @@ class ExplicitStepper(Stepper):
             after = joined.take_step(problem, self.layout, self.tableau, time, size)
         finally:
             self.stepping = False
-        if problem.differentiates:
+        if after is None:
             problem.evaluations = evaluations
             problem.carried.restore(mark)
             self.settle()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +21,7 @@ from pnode_dist.ode.probe import probe, record_measured
 from pnode_dist.ode.recording import Recording
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.surroundings import Surroundings
+from pnode_dist.ode.tangent import hooks_aside
 from pnode_dist.ode.time_grid import TimeGrid, gradient_by_times
 from pnode_dist.ode.tolerances import ErrorControl
 from pnode_dist.trajectory.budget import ScratchError, Slots, agree_on_slots
@@ -466,7 +466,7 @@ class Solve:
 
         reversed_to(steps)
         if steps > 0:
-            with _hooks_aside(self.problem.parameters.tensors), events.stage(events.BACKWARD_PASS, self.logs):
+            with hooks_aside(self.problem.parameters.tensors), events.stage(events.BACKWARD_PASS, self.logs):
                 disk_is_lost = run_backward(
                     self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.ram_slots
                 )
@@ -509,16 +509,3 @@ class Solve:
         self.statistics.newton_iterations = self.problem.newton_iterations
         self.statistics.linear_iterations = self.problem.linear_iterations
         self.statistics.adjoint_linear_iterations = self.problem.adjoint_linear_iterations
-
-
-@contextmanager
-def _hooks_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Keep hooks on tensors from running: they are for the gradient of the whole solve, not for that of each stage."""
-    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
-    for tensor, _ in hooked:
-        tensor._backward_hooks = None
-    try:
-        yield
-    finally:
-        for tensor, hooks in hooked:
-            tensor._backward_hooks = hooks
