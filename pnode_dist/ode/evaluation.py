@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from pnode_dist.ode import events
 from pnode_dist.ode.compute_type import NO_COPIES, ComputeCopies
 from pnode_dist.ode.layout import Parts, StateLayout
+from pnode_dist.ode.ownership import owned
 from pnode_dist.ode.parameters import Parameters, completeness_check
 
 Function = Callable[..., Any]
@@ -106,7 +107,8 @@ class Problem:
         else:
             with events.event(events.FUNCTION, self.logs):
                 result = func(time, layout.as_state(inputs), *self.args)
-        outputs = tuple(result) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
+        # A tuple of its own: f may hold the one that it returned, and the references to its values are counted.
+        outputs = (*result,) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
         if len(outputs) != len(inputs):
             _refuse(result, layout)
         for shape, value in zip(layout.shapes, outputs, strict=True):
@@ -141,7 +143,7 @@ class Problem:
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(True)
         try:
-            outputs = self.evaluate(func, layout, time if when is None else when, inputs)
+            outputs = owned(self.evaluate(func, layout, time if when is None else when, inputs))
         finally:
             torch._C._set_grad_enabled(before)
         self.look(outputs, inputs if when is None else (*inputs, when))
@@ -150,15 +152,14 @@ class Problem:
     def linked(self, layout: StateLayout, time: float, state: Parts) -> Parts:
         """An evaluation as part of a graph that is being made, which is counted. Collective if `func` is.
 
-        Nothing is converted. Values that are not, and will not be, those of a graph are copied: f may use their memory
-        again.
+        Nothing is converted. Values whose memory f may use again are copied.
         """
         self.evaluations += 1
-        values = self.evaluate(self.func, layout, time, state)
+        values = owned(self.evaluate(self.func, layout, time, state))
         if len(set(map(id, values))) < len(values):
             # What each part adds to the adjoint is summed up by itself, and then the first part's comes first.
             values = tuple(value.view_as(value) for value in reversed(values))[::-1]
-        return tuple(value if value.requires_grad else value.clone() for value in values)
+        return values
 
     def look(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         """Refuse outputs that depend on more than these inputs and the parameters, as often as there is need to look.
