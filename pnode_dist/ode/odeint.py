@@ -16,6 +16,7 @@ from operator import attrgetter
 from typing import Any, overload
 
 import torch
+from mpi4py import MPI
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -30,7 +31,8 @@ from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solver import Solver
+from pnode_dist.ode.solver import Solver, communicator
+from pnode_dist.ode.solver_key import Same, check_unchanged, contents_of, object_key
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
@@ -76,6 +78,7 @@ class _Differentiable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         solve, tensors = ctx.solve, ctx.saved_tensors
+        check_unchanged(solve.solver.contents)
         with _running(solve):
             if ctx.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.
@@ -95,11 +98,19 @@ class _Solvers:
         # Copies and pickles of a module make solvers of their own.
         return _Solvers, ()
 
-    def get(self, key: Any, create: Callable[[], Solver]) -> Solver:
-        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver."""
-        if key in self._solvers and self._solvers[key].stepper.stepping:
+    def get(self, key: Any, create: Callable[[], Solver], agreeing: MPI.Comm | None = None) -> Solver:
+        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver.
+
+        It is made anew where the contents of what it was made of have changed, with `agreeing` if they have on any of
+        these ranks. Collective on them.
+        """
+        kept = self._solvers.get(key)
+        if kept is not None and kept.stepper.stepping:
             return create()
-        if key not in self._solvers or self._solvers[key].stepper.failed:
+        missing = kept is None or kept.stepper.failed or not (kept.contents is None or kept.contents.are_the_same)
+        if agreeing is not None and agreeing.size > 1:
+            missing = agreeing.allreduce(missing, MPI.LOR)
+        if missing:
             self._solvers[key] = create()
             if len(self._solvers) > _KEPT_SOLVERS:
                 self._solvers.popitem(last=False)
@@ -183,12 +194,19 @@ def _prepared(
             f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
         )
     linear = _matrix_part(func, table)
+    made_of = object_key(func, mass, preconditioner)
+
+    def create() -> Solver:
+        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
+        # What works for PETSc itself changes as it does.
+        works = getattr(made.stepper, "built", None) is preconditioner
+        made.contents = contents_of(func, mass, None if works else preconditioner)
+        return made
+
     solver = solvers.get(
-        (
-            *(id(partition), layout, table, sizes, repr(options), trajectory, id(trajectory.ledger)),
-            *(id(mass), preconditioner, id(linear)),
-        ),
-        lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
+        (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of),
+        create,
+        communicator(partition) if made_of else None,
     )
     problem = Problem(
         in_compute_type(func, copies),
