@@ -103,6 +103,8 @@ class Problem:
             # All that is below, for the commonest case: it takes longer than a small stage.
             result = func(time, inputs[0])
             if isinstance(result, torch.Tensor) and result.shape == layout.shapes[0]:
+                if result.dtype is not layout.compute_dtype:
+                    _check_type(result, layout)
                 return (result,)
         else:
             with events.event(events.FUNCTION, self.logs):
@@ -119,6 +121,7 @@ class Problem:
                     f"func returned shape {tuple(value.shape)} for a state of shape {shape}: "
                     "du/dt must have the shape of u"
                 )
+            _check_type(value, layout)
         return outputs
 
     def value(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> Parts:
@@ -395,6 +398,15 @@ def _gradients(
         tuple(roots), tuple(cotangents), keep, False, inputs, allow_unreachable=True, accumulate_grad=False
     )
     return found
+
+
+def _check_type(value: torch.Tensor, layout: StateLayout) -> None:
+    """Raise `TypeError` for values whose conversion to the state's type loses part of them, or hides a mistake."""
+    if not value.dtype.is_floating_point:
+        raise TypeError(
+            f"func returned {value.dtype} for a state of {layout.dtype}: du/dt must be of a real floating type (write "
+            "a complex state as two real parts, see torch.view_as_real)"
+        )
 
 
 def _refuse(result: Any, layout: StateLayout) -> NoReturn:

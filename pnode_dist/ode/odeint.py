@@ -27,6 +27,7 @@ from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.evaluation import Function, Problem
 from pnode_dist.ode.layout import State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
+from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
@@ -78,8 +79,8 @@ class _Differentiable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         solve, tensors = ctx.solve, ctx.saved_tensors
-        check_unchanged(solve.solver.contents)
-        with _running(solve):
+        with one_at_a_time(lambda: solve.solver.stepper.stepping), _running(solve):
+            check_unchanged(solve.solver.contents)
             if ctx.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 solve.forward(tensors[: ctx.parts])
@@ -246,13 +247,14 @@ def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | Non
 def _solve(
     solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
 ) -> tuple[State, Solve]:
-    solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
-    parts = len(layout.shapes)
-    if solve.keeps_trajectory:
-        outputs = _Differentiable.apply(solve, parts, *tensors)  # type: ignore[no-untyped-call]
-    else:
-        with torch.no_grad(), _running(solve):
-            outputs = solve.forward(tensors[:parts])
+    with one_at_a_time():
+        solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
+        parts = len(layout.shapes)
+        if solve.keeps_trajectory:
+            outputs = _Differentiable.apply(solve, parts, *tensors)  # type: ignore[no-untyped-call]
+        else:
+            with torch.no_grad(), _running(solve):
+                outputs = solve.forward(tensors[:parts])
     return layout.as_state(outputs), solve
 
 
@@ -488,13 +490,14 @@ class NeuralODE(nn.Module):
         Measures the first step and checkpoints of this problem first. Collective on the partition's communicator.
         Raises `ValueError` for steps with error control, whose number is not known before they are taken.
         """
-        solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
-        if solve.control is not None:
-            raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
-        if solve.solver.stepper.method.adjoint == "none":
-            raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
-        with torch.no_grad(), solve.problem.copies.in_place():
-            return solve.measured_plans(tensors[: len(layout.shapes)])
+        with one_at_a_time():
+            solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
+            if solve.control is not None:
+                raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
+            if solve.solver.stepper.method.adjoint == "none":
+                raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
+            with torch.no_grad(), solve.problem.copies.in_place():
+                return solve.measured_plans(tensors[: len(layout.shapes)])
 
     @property
     def _settings(self) -> _Settings:
