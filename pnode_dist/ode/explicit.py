@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.current_state import TensorState
 from pnode_dist.ode.evaluation import Problem, StageGraph, StageState, by_step
+from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.joined_steps import JoinedSteps, combined
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.left_out import leave_out
@@ -110,7 +111,9 @@ class ExplicitStepper(Stepper):
         ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
         ts.setType(PETSc.TS.Type.RK)
         ts.setRKType(method.petsc_name)
-        self.monitored = set_from_options(ts, options)
+        unread = read_at_set_up(options)
+        self.monitored = set_from_options(ts, options, unread)
+        check_read(unread)
         if ts.getType() != PETSc.TS.Type.RK:
             raise ConfigurationError(
                 f"ts_type = {ts.getType()!r}: must be 'rk' (choose the method by name, or its table by ts_rk_type)"

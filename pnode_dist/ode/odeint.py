@@ -25,6 +25,7 @@ from pnode_dist.ode import methods
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.evaluation import Function, Problem
+from pnode_dist.ode.given_options import check_options, without_adaptation
 from pnode_dist.ode.layout import State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.one_at_a_time import one_at_a_time
@@ -172,6 +173,7 @@ def _prepared(
     trajectory = settings.trajectory or budget.DEFAULT
     parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
     sizes = tuple(parameter.numel() for parameter in parameters.tensors)
+    check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
     by_times = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
     # The times are parameters as well: of each step, its size and its start.
@@ -472,6 +474,7 @@ class NeuralODE(nn.Module):
             settings = replace(settings, rtol=None, atol=None, grid=before.grid)
             # Without error control another method would be the default.
             settings = replace(settings, method=before.solver.stepper.method.name)
+            settings = replace(settings, options=without_adaptation(settings.options))
         if settings.mass is not None:
             masses = tuple(settings.mass) if is_tuple else (settings.mass,)
             settings = replace(settings, mass=(*masses, *masses))

@@ -34,7 +34,7 @@ def solved(solve: Callable[[torch.Tensor], torch.Tensor], seed: int) -> tuple[to
 def test_threads_that_share_a_module_get_what_each_alone_would_get(method: str, keep: str) -> None:
     network = Network()
     # A thread that evaluates f gives way to others, as one does that waits for a device.
-    hook = network.register_forward_hook(lambda *_: time.sleep(0))
+    hook = network.register_forward_hook(lambda *_: time.sleep(1e-4))
     node = NeuralODE(network, method=method, step_size=0.1, trajectory=Trajectory(ram="1MiB", keep=keep, solves=8))
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda seed: solved(lambda u: node(u, TIMES), seed), range(12)))
