@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any, overload
 
 import torch
+from mpi4py import MPI
 from torch import nn
 
 from pnode_dist.errors import ConfigurationError
@@ -25,14 +26,17 @@ from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.differentiable import solution, tangent_call_of
 from pnode_dist.ode.evaluation import Function, Problem
+from pnode_dist.ode.given_options import check_options
 from pnode_dist.ode.guard import check_policy
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
+from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
+from pnode_dist.ode.solver_key import Same, contents_of, object_key
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.surroundings import Surroundings
@@ -61,11 +65,19 @@ class _Solvers:
         # Copies and pickles of a module make solvers of their own.
         return _Solvers, ()
 
-    def get(self, key: Any, create: Callable[[], Solver]) -> Solver:
-        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver."""
-        if key in self._solvers and self._solvers[key].stepper.stepping:
+    def get(self, key: Any, create: Callable[[], Solver], agreeing: MPI.Comm | None = None) -> Solver:
+        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver.
+
+        It is made anew where the contents of what it was made of have changed, with `agreeing` if they have on any of
+        these ranks. Collective on them.
+        """
+        kept = self._solvers.get(key)
+        if kept is not None and kept.stepper.stepping:
             return create()
-        if key not in self._solvers or self._solvers[key].stepper.failed:
+        missing = kept is None or kept.stepper.failed or not (kept.contents is None or kept.contents.are_the_same)
+        if agreeing is not None and agreeing.size > 1:
+            missing = agreeing.allreduce(missing, MPI.LOR)
+        if missing:
             self._solvers[key] = create()
             if len(self._solvers) > _KEPT_SOLVERS:
                 self._solvers.popitem(last=False)
@@ -129,6 +141,7 @@ def _prepared(
     trajectory = settings.trajectory or budget.DEFAULT
     parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
     sizes = tuple(parameter.numel() for parameter in parameters.tensors)
+    check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
     by_times = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
     # The times are parameters as well: of each step, its size and its start.
@@ -152,12 +165,19 @@ def _prepared(
             f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
         )
     linear = _matrix_part(func, table)
+    made_of = object_key(func, mass, preconditioner)
+
+    def create() -> Solver:
+        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
+        # What works for PETSc itself changes as it does.
+        works = getattr(made.stepper, "built", None) is preconditioner
+        made.contents = contents_of(func, mass, None if works else preconditioner)
+        return made
+
     solver = solvers.get(
-        (
-            *(id(partition), layout, table, sizes, repr(options), trajectory, id(trajectory.ledger)),
-            *(id(mass), preconditioner, id(linear)),
-        ),
-        lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
+        (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of),
+        create,
+        communicator(partition) if made_of else None,
     )
     surroundings, carried = None, NOTHING_CARRIED
     if needs_gradient:
@@ -225,29 +245,30 @@ def _solve(
     settings: _Settings,
     args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
-    if transforming():
-        call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
-        return layout.as_state(solution(call, tensors)), call.latest()
-    solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
-    prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
-    asked = Asked(
-        func,
-        args,
-        len(layout.shapes),
-        layout.is_tuple,
-        solve.parameters,
-        solve.problem.by_times,
-        solve.solver.stepper.comm.size,
-        prepare,
-        solve.surroundings,
-        solve.carried,
-    )
-    call = Call(asked, solve.keeps_trajectory, ready=solve)
-    if solve.keeps_trajectory:
-        outputs = solution(call, tensors)
-    else:
-        with torch.no_grad():
-            outputs = call.run(tensors)
+    with one_at_a_time():
+        if transforming():
+            call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
+            return layout.as_state(solution(call, tensors)), call.latest()
+        solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
+        prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
+        asked = Asked(
+            func,
+            args,
+            len(layout.shapes),
+            layout.is_tuple,
+            solve.parameters,
+            solve.problem.by_times,
+            solve.solver.stepper.comm.size,
+            prepare,
+            solve.surroundings,
+            solve.carried,
+        )
+        call = Call(asked, solve.keeps_trajectory, ready=solve)
+        if solve.keeps_trajectory:
+            outputs = solution(call, tensors)
+        else:
+            with torch.no_grad():
+                outputs = call.run(tensors)
     return layout.as_state(outputs), solve
 
 
@@ -299,7 +320,8 @@ def _settings_of_tangents(settings: _Settings, is_tuple: bool, before: Callable[
         solve = before()
         # Without error control another method would be the default.
         name = solve.solver.stepper.method.name
-        settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name)
+        options = without_adaptation(settings.options)
+        settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name, options=options)
     if settings.mass is not None:
         masses = tuple(settings.mass) if is_tuple else (settings.mass,)
         settings = replace(settings, mass=masses * (parts // len(masses)))
@@ -572,13 +594,14 @@ class NeuralODE(nn.Module):
         """
         if transforming():
             raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
-        solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
-        if solve.control is not None:
-            raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
-        if solve.solver.stepper.method.adjoint == "none":
-            raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
-        with torch.no_grad(), solve.problem.copies.in_place():
-            return solve.measured_plans(tensors[: len(layout.shapes)])
+        with one_at_a_time():
+            solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
+            if solve.control is not None:
+                raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
+            if solve.solver.stepper.method.adjoint == "none":
+                raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
+            with torch.no_grad(), solve.problem.copies.in_place():
+                return solve.measured_plans(tensors[: len(layout.shapes)])
 
     @property
     def _settings(self) -> _Settings:
