@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pnode_dist.allocator import keep_freed_memory as keep_freed_memory
     from pnode_dist.errors import ConfigurationError as ConfigurationError
     from pnode_dist.errors import ConvergenceError as ConvergenceError
+    from pnode_dist.errors import DisagreementError as DisagreementError
     from pnode_dist.mesh import Mesh as Mesh
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
@@ -32,6 +33,7 @@ _PUBLIC = {
     "BatchPartition": "pnode_dist.partition.batch",
     "ConfigurationError": "pnode_dist.errors",
     "ConvergenceError": "pnode_dist.errors",
+    "DisagreementError": "pnode_dist.errors",
     "DensePartition": "pnode_dist.partition.dense",
     "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",

@@ -17,3 +17,7 @@ class StepSizeError(ArithmeticError):
 
 class ConvergenceError(ArithmeticError):
     """A nonlinear or linear solve did not converge. Raised on all ranks alike, in one line with PETSc's reason."""
+
+
+class DisagreementError(RuntimeError):
+    """The ranks do not make the same collective call. Raised on all ranks alike, in one line with what differs."""

@@ -21,16 +21,17 @@ from torch.autograd.function import once_differentiable
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
+from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.evaluation import Function, Problem
 from pnode_dist.ode.layout import State, StateLayout, layout_of
-from pnode_dist.ode.mass import Mass
+from pnode_dist.ode.mass import Mass, mass_matrix
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solver import Solver
+from pnode_dist.ode.solver import Solver, communicator
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
@@ -38,7 +39,7 @@ from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
 from pnode_dist.partition.protocol import Partition, vec_device
 from pnode_dist.trajectory import budget
-from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.trajectory.budget import Trajectory, slot_bounds
 from pnode_dist.trajectory.plan import Plan, Plans
 from pnode_dist.trajectory.statistics import SolveStatistics
 
@@ -77,6 +78,8 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         solve, tensors = ctx.solve, ctx.saved_tensors
         with _running(solve):
+            if solve.agreed is not None:
+                solve.agreed.begin_backward(ctx.reversed)
             if ctx.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 solve.forward(tensors[: ctx.parts])
@@ -95,11 +98,19 @@ class _Solvers:
         # Copies and pickles of a module make solvers of their own.
         return _Solvers, ()
 
-    def get(self, key: Any, create: Callable[[], Solver]) -> Solver:
-        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver."""
+    def find(self, key: Any) -> Solver | None:
+        """The solver of `key`, if there is one that a solve can use now."""
+        solver = self._solvers.get(key)
+        return None if solver is None or solver.stepper.stepping or solver.stepper.failed else solver
+
+    def get(self, key: Any, create: Callable[[], Solver], afresh: bool = False) -> Solver:
+        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver.
+
+        Making one is collective: `afresh` says that another rank makes one, so that this one has to as well.
+        """
         if key in self._solvers and self._solvers[key].stepper.stepping:
             return create()
-        if key not in self._solvers or self._solvers[key].stepper.failed:
+        if key not in self._solvers or self._solvers[key].stepper.failed or afresh:
             self._solvers[key] = create()
             if len(self._solvers) > _KEPT_SOLVERS:
                 self._solvers.popitem(last=False)
@@ -141,9 +152,31 @@ _settings_of = attrgetter(*(field.name for field in fields(_Settings) if field.n
 
 
 def _prepared(
-    solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
+    solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
+    kind: str = "solve",
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
-    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters."""
+    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters.
+
+    Collective on the partition's communicator: what is wrong on one rank, or differs between them, all of them raise.
+    """
+    with preparation(communicator(settings.partition), kind) as preparing:
+        return _prepared_with(preparing, solvers, func, u0, t, settings, args)
+
+
+def _prepared_with(
+    preparing: Preparation | Alone,
+    solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
+) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
@@ -183,12 +216,32 @@ def _prepared(
             f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
         )
     linear = _matrix_part(func, table)
+    key = (
+        *(id(partition), layout, table, sizes, repr(options), trajectory, id(trajectory.ledger)),
+        *(id(mass), preconditioner, id(linear)),
+    )
+    agreed = None
+    if isinstance(preparing, Preparation):
+        known = solvers.find(key)
+        if isinstance(mass, torch.Tensor | tuple | list):
+            # Raises while the other ranks still listen.
+            mass_matrix(mass, layout)
+        steps = 0 if len(times) == 1 else None if grid is None else grid.steps
+        agreed = preparing.agree(
+            facts(settings, table, layout, times, func, needs_gradient, by_times),
+            known is None,
+            slot_bounds(
+                trajectory,
+                layout.size * trajectory.checkpoint_itemsize,
+                steps,
+                needs_gradient,
+                known is not None and known.disk_is_lost,
+            ),
+        )
     solver = solvers.get(
-        (
-            *(id(partition), layout, table, sizes, repr(options), trajectory, id(trajectory.ledger)),
-            *(id(mass), preconditioner, id(linear)),
-        ),
+        key,
         lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
+        afresh=agreed is not None and agreed.creates,
     )
     problem = Problem(
         in_compute_type(func, copies),
@@ -213,6 +266,7 @@ def _prepared(
         settings.fixed_plan,
         time_dtype,
         settings.last_only,
+        agreed,
     )
     return solve, layout, tensors
 
@@ -444,8 +498,10 @@ class NeuralODE(nn.Module):
         without tangent takes. Collective on the partition's communicator.
         """
         settings = self._settings
-        state, is_tuple = joined(u0, u0_tangent)
-        direction = checked_direction(parameter_tangents)
+        with preparation(communicator(settings.partition)) as preparing:
+            state, is_tuple = joined(u0, u0_tangent)
+            direction = checked_direction(parameter_tangents)
+            preparing.later()
         if settings.control() is not None:
             with torch.no_grad():
                 _, before = _solve(self._solvers, self.func, u0, t, settings, args)
@@ -470,7 +526,7 @@ class NeuralODE(nn.Module):
         Measures the first step and checkpoints of this problem first. Collective on the partition's communicator.
         Raises `ValueError` for steps with error control, whose number is not known before they are taken.
         """
-        solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
+        solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
         if solve.control is not None:
             raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
         if solve.solver.stepper.method.adjoint == "none":

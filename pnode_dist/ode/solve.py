@@ -15,6 +15,7 @@ from mpi4py import MPI
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import events, safe_points
 from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, integrate
+from pnode_dist.ode.call_agreement import Agreed
 from pnode_dist.ode.evaluation import Problem
 from pnode_dist.ode.probe import probe, record_measured
 from pnode_dist.ode.recording import Recording
@@ -51,6 +52,8 @@ class Solve:
     fixed_plan: Plan | None = None
     time_dtype: torch.dtype = torch.float64
     last_only: bool = False
+    # What all ranks agreed on before this solve; None on one rank.
+    agreed: Agreed | None = None
     plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -273,6 +276,7 @@ class Solve:
                 self.keeps_trajectory,
                 solver.stepper.comm,
                 solver.disk_is_lost,
+                None if self.agreed is None else self.agreed.take_bounds(),
             )
         except ScratchError as error:
             if not solver.has_spilt:
@@ -293,6 +297,8 @@ class Solve:
         self.release()
         self.initial = tuple(part.detach() for part in initial)
         self.keeps_trajectory = True
+        if self.agreed is not None:
+            self.agreed.bounds = None
         self.solver.costs = None
         self.solver.stepper.bind(self.problem)
         self.solver.stepper.current.set(initial)
