@@ -53,6 +53,14 @@ class ByRank(Protocol):
         ...
 
 
+class Pending(Protocol):
+    """An operation of MPI under way."""
+
+    def Test(self) -> bool:
+        """Whether it is complete."""
+        ...
+
+
 @dataclass(frozen=True)
 class Description:
     """One rank's call in words: `call` names it, `facts` are compared one by one and shown where they differ.
@@ -136,60 +144,68 @@ class Agreement:
         describe: Callable[[], Description],
         numbers: Sequence[int] = (),
         failed: bool = False,
+        patient: bool = False,
     ) -> list[int]:
         """The least of each of `numbers` over the ranks, once all have shown the same fingerprint. Collective.
 
         `comm` is the communicator that this belongs to. Raises `DisagreementError` on all ranks alike where they make
         different calls, and where some rank `failed` to make its own an error with its text; returns where all failed
-        alike.
+        alike. A `patient` rank waits without a deadline.
         """
+        timeout = 0.0 if patient else self.timeout
         if self.private is None:
-            self.private = self._duplicate(comm, describe)
+            private, request = comm.Idup()
+            self._complete(request, describe, private, timeout)
+            self.private = private
         if failed:
             fingerprint |= _FAILED
         sent = np.zeros(2 + _MOST_NUMBERS, dtype=np.int64)
         sent[: 2 + len(numbers)] = (fingerprint, -fingerprint, *numbers)
         received = np.empty_like(sent)
         request = self.private.Iallreduce(sent, received, MPI.MIN)
-        self._complete(request, describe, (sent, received))
+        self._complete(request, describe, (sent, received), timeout)
         least, most, *agreed = received.tolist()
         if least != -most:
             self._compare(describe())
         return agreed[: len(numbers)]
 
-    def wait(self, request: MPI.Request, describe: Callable[[], Description]) -> None:
-        """Wait for `request`, whose buffers the caller keeps, with this deadline."""
-        self._complete(request, describe, ())
+    def wait(self, request: Pending, describe: Callable[[], Description], idle: bool = True) -> None:
+        """Wait for `request`, whose buffers the caller keeps, with this deadline.
 
-    def _duplicate(self, comm: MPI.Comm, describe: Callable[[], Description]) -> MPI.Comm:
-        private, request = comm.Idup()
-        self._complete(request, describe, private)
-        return private
+        Large messages move only while this rank looks at them: then it is not to be `idle`.
+        """
+        self._complete(request, describe, (), self.timeout, idle)
 
-    def _complete(self, request: MPI.Request, describe: Callable[[], Description], kept: Any) -> None:
+    def _complete(
+        self, request: Pending, describe: Callable[[], Description], kept: Any, timeout: float, idle: bool = True
+    ) -> None:
         for _ in range(_SPINS):
             if request.Test():
                 return
         try:
-            self._complete_later(request, describe)
+            self._complete_later(request, describe, timeout, idle)
         except BaseException:
             _unfinished.append((request, kept))
             raise
 
-    def _complete_later(self, request: MPI.Request, describe: Callable[[], Description]) -> None:
+    def _complete_later(
+        self, request: Pending, describe: Callable[[], Description], timeout: float, idle: bool
+    ) -> None:
         began = time.monotonic()
         answered = False
         while not request.Test():
             waited = time.monotonic() - began
-            if waited < _YIELDING:
+            if waited < _YIELDING or not idle:
                 _give_way()
+            else:
+                # Late by a small share of the wait at most.
+                time.sleep(min(waited / 20, _LONGEST_PAUSE))
+            if waited < _YIELDING:
                 continue
-            # Late by a small share of the wait at most.
-            time.sleep(min(waited / 20, _LONGEST_PAUSE))
             if _asked() and not answered:
                 answered = True
                 _say(self._standing(waited, describe()))
-            if 0 < self.timeout < waited:
+            if 0 < timeout < waited:
                 self._end(waited, describe())
 
     def _standing(self, seconds: float, description: Description) -> str:
@@ -360,3 +376,13 @@ def set_timeout(comm: MPI.Comm, seconds: float) -> None:
     A `Mesh` does so for its state ranks. Raises `ConfigurationError` for anything but a number of seconds.
     """
     of(comm).timeout = checked_timeout(seconds)
+
+
+def leave(comm: MPI.Comm) -> None:
+    """Begin no more solves on `comm`. Collective; waits without a deadline, as other ranks may have other work to do.
+
+    Raises `DisagreementError` on all ranks where some of them do begin one.
+    """
+    of(comm).reduced(
+        comm, digest("leave"), lambda: Description("the end of the mesh", place=place_in_program()), patient=True
+    )
