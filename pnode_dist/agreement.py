@@ -34,7 +34,8 @@ _FAILED = 1 << 61
 _LARGE_ODD = 0x9E3779B97F4A7C15
 # A rank looks for the others so often without pause, then so long giving way to other processes, then sleeps meanwhile.
 _SPINS, _YIELDING, _LONGEST_PAUSE = 200, 2e-3, 5e-3
-_FOR_OTHERS = 2.0
+# Seconds for others to say where they are, for one of them to end the job, and to leave together.
+_FOR_OTHERS, _FOR_THE_END, _FOR_LEAVING = 2.0, 20.0, 1.0
 _QUESTION, _ANSWER = 32001, 32002
 _OF_THE_LIBRARY = (str(Path(__file__).parent) + os.sep, str(Path(torch.__file__).parent) + os.sep)
 # Errors that are raised as the same type on ranks that had none.
@@ -66,7 +67,7 @@ class Description:
     """One rank's call in words: `call` names it, `facts` are compared one by one and shown where they differ.
 
     `summary` are the facts that a reader recognises it by, `place` the line of the program that made it, and `failure`
-    type and text of the error that kept this rank from making it.
+    type and text of the error that kept this rank from making it. `moment` is where it waits in it.
     """
 
     call: str
@@ -74,6 +75,12 @@ class Description:
     summary: str = ""
     place: str = ""
     failure: tuple[str, str] | None = None
+    moment: str = "beginning of"
+
+    @property
+    def at(self) -> str:
+        """The moment at which a rank waits for others."""
+        return f"{self.moment} {self}"
 
     def __str__(self) -> str:
         remarks = "; ".join(text for text in (self.summary, self.place) if text)
@@ -144,81 +151,98 @@ class Agreement:
         describe: Callable[[], Description],
         numbers: Sequence[int] = (),
         failed: bool = False,
-        patient: bool = False,
     ) -> list[int]:
         """The least of each of `numbers` over the ranks, once all have shown the same fingerprint. Collective.
 
         `comm` is the communicator that this belongs to. Raises `DisagreementError` on all ranks alike where they make
         different calls, and where some rank `failed` to make its own an error with its text; returns where all failed
-        alike. A `patient` rank waits without a deadline.
+        alike. Raises `DisagreementError` on the ranks that are left where another one has left.
         """
-        timeout = 0.0 if patient else self.timeout
         if self.private is None:
             private, request = comm.Idup()
-            self._complete(request, describe, private, timeout)
+            self._complete(request, describe, private)
             self.private = private
         if failed:
             fingerprint |= _FAILED
-        sent = np.zeros(2 + _MOST_NUMBERS, dtype=np.int64)
-        sent[: 2 + len(numbers)] = (fingerprint, -fingerprint, *numbers)
+        sent = np.zeros(3 + _MOST_NUMBERS, dtype=np.int64)
+        sent[: 3 + len(numbers)] = (fingerprint, -fingerprint, 0, *numbers)
         received = np.empty_like(sent)
         request = self.private.Iallreduce(sent, received, MPI.MIN)
-        self._complete(request, describe, (sent, received), timeout)
-        least, most, *agreed = received.tolist()
+        self._complete(request, describe, (sent, received))
+        least, most, gone, *agreed = received.tolist()
+        if gone:
+            raise DisagreementError(
+                f"rank {-gone - 1} of {self.size} has left, and rank {self.rank} is at the {describe().at}: {_MISSING}"
+            )
         if least != -most:
             self._compare(describe())
         return agreed[: len(numbers)]
+
+    def leave(self) -> None:
+        """Take part in no more operations, of which the others are told when they begin one. Does not wait for them."""
+        if self.private is None:
+            return
+        sent = np.zeros(3 + _MOST_NUMBERS, dtype=np.int64)
+        sent[2] = -1 - self.rank
+        received = np.empty_like(sent)
+        request = self.private.Iallreduce(sent, received, MPI.MIN)
+        until = time.monotonic() + _FOR_LEAVING
+        # The others leave at the same time as a rule, and then nothing is left under way.
+        while not request.Test():
+            if time.monotonic() > until:
+                _unfinished.append((request, sent, received))
+                break
+            time.sleep(1e-4)
 
     def wait(self, request: Pending, describe: Callable[[], Description], idle: bool = True) -> None:
         """Wait for `request`, whose buffers the caller keeps, with this deadline.
 
         Large messages move only while this rank looks at them: then it is not to be `idle`.
         """
-        self._complete(request, describe, (), self.timeout, idle)
+        self._complete(request, describe, (), idle)
 
-    def _complete(
-        self, request: Pending, describe: Callable[[], Description], kept: Any, timeout: float, idle: bool = True
-    ) -> None:
+    def _complete(self, request: Pending, describe: Callable[[], Description], kept: Any, idle: bool = True) -> None:
         for _ in range(_SPINS):
             if request.Test():
                 return
         try:
-            self._complete_later(request, describe, timeout, idle)
+            self._complete_later(request, describe, idle)
         except BaseException:
             _unfinished.append((request, kept))
             raise
 
-    def _complete_later(
-        self, request: Pending, describe: Callable[[], Description], timeout: float, idle: bool
-    ) -> None:
+    def _complete_later(self, request: Pending, describe: Callable[[], Description], idle: bool) -> None:
         began = time.monotonic()
-        answered = False
+        limit, answered = self.timeout, False
         while not request.Test():
             waited = time.monotonic() - began
-            if waited < _YIELDING or not idle:
-                _give_way()
-            else:
-                # Late by a small share of the wait at most.
-                time.sleep(min(waited / 20, _LONGEST_PAUSE))
             if waited < _YIELDING:
+                _give_way()
                 continue
             if _asked() and not answered:
-                answered = True
+                # Whoever asks ends the job, or else this rank does, later.
+                answered, limit = True, max(limit, waited + _FOR_THE_END)
                 _say(self._standing(waited, describe()))
-            if 0 < timeout < waited:
-                self._end(waited, describe())
+            if self.timeout > 0 and limit < waited:
+                if not answered:
+                    _say(self._standing(waited, describe()))
+                self._end()
+            if idle:
+                # Late by a small share of the wait at most.
+                time.sleep(min(waited / 20, _LONGEST_PAUSE))
+            else:
+                _give_way()
 
     def _standing(self, seconds: float, description: Description) -> str:
         world = MPI.COMM_WORLD
         who = f"rank {self.rank} of {self.size}"
         if self.size != world.size:
             who += f" (rank {world.rank} of {world.size} in the job)"
-        return f"{who}: waited {seconds:.3g} s at the beginning of {description} for the other ranks"
+        return f"{who}: waited {seconds:.3g} s at the {description.at} for the other ranks"
 
-    def _end(self, seconds: float, description: Description) -> NoReturn:
-        """Say where this rank stands, let others that wait do the same, and end the job."""
+    def _end(self) -> NoReturn:
+        """Let other ranks that wait say where they stand, and end the job."""
         world = MPI.COMM_WORLD
-        _say(self._standing(seconds, description))
         silent = set(range(world.size)) - {world.rank}
         questions = [world.Isend([b"", 0, MPI.BYTE], rank, _QUESTION) for rank in silent]
         until = time.monotonic() + _FOR_OTHERS
@@ -229,9 +253,10 @@ class Agreement:
             time.sleep(0.01)
         _unfinished.append(questions)
         if silent:
+            others = ranks_in_words(sorted(silent))
             _say(
-                f"rank {world.rank} of {world.size} in the job: no answer from {ranks_in_words(sorted(silent))}, "
-                f"which wait(s) in no such place: {_MISSING}"
+                f"no answer from {others} of {world.size}: at work elsewhere, in an operation that other ranks do not "
+                f"make, or at an end; {_MISSING}"
             )
         _say(f"the limit is {self.timeout:g} s: set Mesh(timeout=...) or {TIMEOUT_VARIABLE} for another one")
         abort(HUNG, world)
@@ -253,7 +278,8 @@ class Agreement:
                 f"the ranks do not make the same call: {by_value([str(each) for each in everyone])}"
             )
         if found := differences(everyone):
-            raise DisagreementError(f"{calls[0]}: the ranks differ in {'; and in '.join(found)}")
+            places = by_value([each.place for each in everyone])
+            raise DisagreementError(f"{calls[0]}: the ranks differ in {'; and in '.join(found)} (called at {places})")
 
 
 # Where a rank has a core of its own this returns at once.
@@ -373,16 +399,14 @@ def of(comm: MPI.Comm) -> Agreement:
 def set_timeout(comm: MPI.Comm, seconds: float) -> None:
     """Wait for other ranks of `comm` at the beginning of solves and backward passes for so long at most; 0: no limit.
 
-    A `Mesh` does so for its state ranks. Raises `ConfigurationError` for anything but a number of seconds.
+    A `Mesh` has its own for its state ranks. Raises `ConfigurationError` for anything but a number of seconds.
     """
     of(comm).timeout = checked_timeout(seconds)
 
 
-def leave(comm: MPI.Comm) -> None:
-    """Begin no more solves on `comm`. Collective; waits without a deadline, as other ranks may have other work to do.
-
-    Raises `DisagreementError` on all ranks where some of them do begin one.
-    """
-    of(comm).reduced(
-        comm, digest("leave"), lambda: Description("the end of the mesh", place=place_in_program()), patient=True
-    )
+def join(comm: MPI.Comm, seconds: float) -> None:
+    """Prepare for agreements with this timeout on `comm`. Collective."""
+    found = of(comm)
+    found.timeout = checked_timeout(seconds)
+    if comm.size > 1 and found.private is None:
+        found.private = comm.Dup()

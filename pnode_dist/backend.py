@@ -111,6 +111,11 @@ class MPIProcessGroup(dist.ProcessGroup):
         self._agreement = Agreement(comm, timeout, private=comm)
         self._group_name = ""
 
+    def leave(self) -> None:
+        """Begin no more collective operations. Other ranks that do raise `DisagreementError`."""
+        if self._comm != MPI.COMM_NULL and self._comm.size > 1:
+            self._agreement.leave()
+
     def _begin(self, operation: str, tensor: torch.Tensor | None = None, root: int | None = None) -> None:
         """Begin a collective operation, the same on all ranks. Raises `DisagreementError` on all of them otherwise."""
         if self._comm.size == 1:
@@ -267,7 +272,9 @@ class MPIProcessGroup(dist.ProcessGroup):
         return _completed(tensors)
 
     def _message(self, direction: str, other: int) -> Description:
-        return Description(f"a message {direction} rank {other}", place=agreement.place_in_program())
+        return Description(
+            f"a message {direction} rank {other}", place=agreement.place_in_program(), moment="exchange of"
+        )
 
     def barrier(self, opts: Any = None) -> Any:
         self._begin("barrier")

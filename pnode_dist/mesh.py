@@ -206,7 +206,7 @@ class Mesh:
         self._remove_abort = _install_abort(world, uncaught) if world.size > 1 else _restoring(uncaught)
         source = MPI.COMM_WORLD if world.connected_by_mpi else MPI.COMM_SELF
         self.state_comm = source.Split(self.replica if world.connected_by_mpi else 0, world.rank)
-        agreement.set_timeout(self.state_comm, self.timeout)
+        agreement.join(self.state_comm, self.timeout)
         self.world_group = self._new_group([list(range(world.size))])
         self.state_group = self._new_group(
             [[replica * self.state_ranks + s for s in range(self.state_ranks)] for replica in range(self.data_replicas)]
@@ -264,11 +264,9 @@ class Mesh:
     def close(self) -> None:
         """Free the process groups and communicators; again is harmless. Collective on the world.
 
-        Raises `DisagreementError` where other ranks of the state begin a solve or a backward pass.
+        Other ranks that begin a solve or a backward pass instead raise `DisagreementError`.
         """
         if not self._closed:
-            if self.state_comm.size > 1:
-                agreement.leave(self.state_comm)
             self._release(free=True)
             self.state_comm.Free()
             self._remove_abort()
@@ -276,9 +274,12 @@ class Mesh:
     def _release(self, free: bool) -> None:
         """Leave torch.distributed; with `free` also free the groups' communicators, which takes all ranks."""
         self._closed = True
+        agreement.of(self.state_comm).leave()
         for group in (self.data_group, self.state_group, self.world_group):
-            if free and isinstance(group, mpi_backend.MPIProcessGroup):
-                group.free()
+            if isinstance(group, mpi_backend.MPIProcessGroup):
+                group.leave()
+                if free:
+                    group.free()
             dist.destroy_process_group(group)
         _torch_distributed.release(free)
 

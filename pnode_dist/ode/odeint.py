@@ -36,7 +36,7 @@ from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
-from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
+from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance, check_shapes
 from pnode_dist.partition.protocol import Partition, vec_device
 from pnode_dist.trajectory import budget
 from pnode_dist.trajectory.budget import Trajectory, slot_bounds
@@ -77,9 +77,9 @@ class _Differentiable(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         solve, tensors = ctx.solve, ctx.saved_tensors
+        if solve.agreed is not None:
+            solve.agreed.begin_backward(ctx.reversed)
         with _running(solve):
-            if solve.agreed is not None:
-                solve.agreed.begin_backward(ctx.reversed)
             if ctx.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 solve.forward(tensors[: ctx.parts])
@@ -223,9 +223,11 @@ def _prepared_with(
     agreed = None
     if isinstance(preparing, Preparation):
         known = solvers.find(key)
+        # What would be found later is looked for while the other ranks still hear of it.
         if isinstance(mass, torch.Tensor | tuple | list):
-            # Raises while the other ranks still listen.
             mass_matrix(mass, layout)
+        if control is not None:
+            check_shapes(control, layout)
         steps = 0 if len(times) == 1 else None if grid is None else grid.steps
         agreed = preparing.agree(
             facts(settings, table, layout, times, func, needs_gradient, by_times),
