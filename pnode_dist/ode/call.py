@@ -179,8 +179,16 @@ class Call:
             self.run(tensors)
         run = self.last
         assert run is not None
-        with one_at_a_time(lambda: run.solve.solver.stepper.stepping), _running(run.solve, backward=True):
+        with one_at_a_time(lambda: run.solve.solver.stepper.stepping):
+            if run.solve.agreed is not None:
+                run.solve.agreed.begin_backward(run.reversed)
             check_unchanged(run.solve.solver.contents)
+            return self._reverse(run, cotangents, tensors)
+
+    def _reverse(
+        self, run: Run, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...]
+    ) -> Products:
+        with _running(run.solve, backward=True):
             if run.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 run.solve.carried.restart()
