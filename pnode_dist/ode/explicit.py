@@ -98,6 +98,12 @@ class ExplicitStepper(Stepper):
             self._joins = self._sums_up and self._may_join and self.comm.size == 1
         self.problem = problem
 
+    def destroy(self) -> None:
+        """See `Stepper.destroy`: there is something to destroy only where PETSc's monitors are asked for."""
+        for owned in (self._ts, self._vec):
+            if owned is not None:
+                owned.destroy()
+
     @property
     def _petsc(self) -> PETSc.TS:
         assert self._ts is not None

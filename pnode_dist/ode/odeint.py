@@ -55,6 +55,7 @@ def _running(solve: Solve) -> Iterator[None]:
     except BaseException:
         # Whoever keeps the error keeps the solve alive.
         solve.release()
+        solve.solver.abandon()
         raise
 
 
@@ -86,7 +87,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 class _Solvers:
-    """The solvers that a `NeuralODE` keeps between calls, least recently used ones dropped."""
+    """The solvers that a `NeuralODE` keeps between calls, least recently used ones dropped. Collective."""
 
     def __init__(self) -> None:
         self._solvers: OrderedDict[Any, Solver] = OrderedDict()
@@ -100,11 +101,20 @@ class _Solvers:
         if key in self._solvers and self._solvers[key].stepper.stepping:
             return create()
         if key not in self._solvers or self._solvers[key].stepper.failed:
-            self._solvers[key] = create()
+            self._solvers[key] = solver = create()
+            solver.kept = True
             if len(self._solvers) > _KEPT_SOLVERS:
-                self._solvers.popitem(last=False)
+                self._solvers.popitem(last=False)[1].drop()
         self._solvers.move_to_end(key)
         return self._solvers[key]
+
+
+class _NoSolvers(_Solvers):
+    """Keeps none: every solver is closed when its solve is done with it."""
+
+    def get(self, key: Any, create: Callable[[], Solver]) -> Solver:
+        """A solver of the solve's own."""
+        return create()
 
 
 @dataclass(frozen=True)
@@ -358,7 +368,7 @@ def odeint(
         compute_dtype,
         last_only,
     )
-    return _solve(_Solvers(), func, u0, t, settings, args)[0]
+    return _solve(_NoSolvers(), func, u0, t, settings, args)[0]
 
 
 class NeuralODE(nn.Module):

@@ -123,6 +123,8 @@ class Solve:
 
     def forward(self, initial: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Solve from `initial`; each part's outputs, `[len(t), *shape]`, or `shape` with `last_only`. Collective."""
+        self.release()
+        self.solver.open()
         stepper = self.solver.stepper
         layout = stepper.layout
         outputs = tuple(
@@ -136,7 +138,6 @@ class Solve:
                 for values, part in zip(outputs, stepper.current.parts, strict=True):
                     values[number].copy_(part)
 
-        self.release()
         self.initial = tuple(part.detach() for part in initial)
         stepper.bind(self.problem)
         # A solve that ended with an error may have left tensors of inference mode there.
@@ -155,8 +156,11 @@ class Solve:
             safe_points.after_solve(stepper.comm)
         stepper.settle()
         if self.last_only:
-            return stepper.current.take()
-        stepper.current.release()
+            outputs = stepper.current.take()
+        else:
+            stepper.current.release()
+        if not self.keeps_trajectory:
+            self.solver.done()
         return outputs
 
     def _forward_fixed(self, output: Callable[[int], None]) -> None:
@@ -294,6 +298,7 @@ class Solve:
         self.initial = tuple(part.detach() for part in initial)
         self.keeps_trajectory = True
         self.solver.costs = None
+        self.solver.open()
         self.solver.stepper.bind(self.problem)
         self.solver.stepper.current.set(initial)
         try:
@@ -366,6 +371,7 @@ class Solve:
 
         Collective.
         """
+        self.solver.open()
         stepper = self.solver.stepper
         layout = stepper.layout
         steps = 0 if self.grid is None else self.grid.steps
@@ -395,6 +401,7 @@ class Solve:
         stepper.current.release()
         safe_points.after_solve(stepper.comm)
         adjoint, gradients = stepper.end_adjoint([parameter.shape for parameter in self.parameters])
+        self.solver.done()
         states = tuple(part.to(layout.device, layout.dtype) for part in adjoint)
         parameters = tuple(
             gradient
