@@ -26,6 +26,7 @@ from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.evaluation import Function, Problem
 from pnode_dist.ode.layout import State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
+from pnode_dist.ode.outside_graphs import outside_graphs
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
@@ -75,6 +76,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_graphs
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         solve, tensors = ctx.solve, ctx.saved_tensors
         with _running(solve):
@@ -294,6 +296,7 @@ def odeint(
 ) -> tuple[torch.Tensor, ...]: ...
 
 
+@outside_graphs
 def odeint(
     func: Function,
     u0: State,
@@ -433,12 +436,14 @@ class NeuralODE(nn.Module):
     @overload
     def forward(self, u0: tuple[torch.Tensor, ...], t: Times, *args: Any) -> tuple[torch.Tensor, ...]: ...
 
+    @outside_graphs
     def forward(self, u0: State, t: Times, *args: Any) -> State:
         """The states at the times `t`, starting from `u0` at `t[0]`. Collective on the partition's communicator."""
         outputs, solve = _solve(self._solvers, self.func, u0, t, self._settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         return outputs
 
+    @outside_graphs
     def jvp(
         self,
         u0: State,
