@@ -229,6 +229,13 @@ def _prepared(
     return solve, layout, tensors
 
 
+def _usable(value: Any) -> Any:
+    """A tensor of inference mode, or a tuple of such, as copies that derivatives can be taken with."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_usable, value))
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+
+
 def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | None:
     """The Mat that is all of what the method treats implicitly, if there is one."""
     if not method.implicit:
@@ -240,6 +247,10 @@ def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | Non
 def _solve(
     solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
 ) -> tuple[State, Solve]:
+    if torch.is_inference_mode_enabled() and methods.resolve(settings.method or "rk4").implicit:
+        # Newton's method needs derivatives of f, which inference mode does not allow.
+        with torch.inference_mode(False), torch.no_grad():
+            return _solve(solvers, func, _usable(u0), t, settings, tuple(map(_usable, args)))
     solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
     parts = len(layout.shapes)
     if solve.keeps_trajectory:
