@@ -7,7 +7,6 @@ discrete and exact, only f itself is differentiated by the automatic tool.
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from pnode_dist.ode.outside_graphs import outside_graphs
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
+from pnode_dist.ode.saved_trajectory import hidden_from_checkpoint, solve_of, ticket_of
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
@@ -55,8 +55,7 @@ def _running(solve: Solve) -> Iterator[None]:
             yield
     except BaseException:
         # Whoever keeps the error keeps the solve alive.
-        solve.release()
-        solve.solver.abandon()
+        solve.abandon()
         raise
 
 
@@ -65,25 +64,25 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, solve: Solve, parts: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.solve, ctx.parts, ctx.reversed = solve, parts, False
+        ctx.solve, ctx.parts = solve, parts
         ctx.set_materialize_grads(False)
         # Not only for a second backward pass: torch now notices when they are changed in place before the first.
-        ctx.save_for_backward(*tensors)
-        # A graph that is dropped without a backward pass gives its checkpoints back.
-        weakref.finalize(ctx, solve.release).atexit = False
-        with _running(solve):
+        # With them goes the trajectory, of which a graph that is dropped without a backward pass gives its memory back.
+        ctx.save_for_backward(*tensors, ticket_of(solve))
+        with hidden_from_checkpoint(), _running(solve):
             return solve.forward(tensors[:parts])
 
     @staticmethod
     @once_differentiable
     @outside_graphs
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
-        solve, tensors = ctx.solve, ctx.saved_tensors
+        *tensors, ticket = ctx.saved_tensors
+        # A recomputation of the forward pass by torch.utils.checkpoint has laid down a trajectory of its own.
+        solve = solve_of(ticket) or ctx.solve
         with _running(solve):
-            if ctx.reversed:
+            if not solve.has_trajectory:
                 # The checkpoints went as they were used: lay the trajectory down again.
-                solve.forward(tensors[: ctx.parts])
-            ctx.reversed = True
+                solve.forward(tuple(tensors[: ctx.parts]))
             states, parameters, times = solve.backward(cotangents)
         return None, None, *states, *parameters, *times
 

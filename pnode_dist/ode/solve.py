@@ -37,7 +37,7 @@ class Solve:
 
     `grid` are its steps: given, or with `control` those that were accepted, once they are known. `parameters` are what
     the gradient is for, where the problem may have copies of another type. With `last_only` the state at the last time
-    is all that is asked for.
+    is all that is asked for. `has_trajectory`: a forward pass has laid down what a backward pass needs.
     """
 
     solver: Solver
@@ -51,6 +51,7 @@ class Solve:
     fixed_plan: Plan | None = None
     time_dtype: torch.dtype = torch.float64
     last_only: bool = False
+    has_trajectory: bool = False
     plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -159,6 +160,7 @@ class Solve:
             outputs = stepper.current.take()
         else:
             stepper.current.release()
+        self.has_trajectory = self.keeps_trajectory
         if not self.keeps_trajectory:
             self.solver.done()
         return outputs
@@ -418,12 +420,18 @@ class Solve:
 
     def release(self) -> None:
         """Give back the checkpoints and their budget, and drop the recordings."""
+        self.has_trajectory = False
         self.checkpoints.clear()
         self.recordings.clear()
         self.first_step = None
         if self.give_back is not None:
             self.give_back()
             self.give_back = None
+
+    def abandon(self) -> None:
+        """End a solve that raised, or whose graph was dropped. Not collective: other ranks may not come here."""
+        self.release()
+        self.solver.abandon()
 
     def _count(self) -> None:
         self.statistics.function_evaluations = self.problem.evaluations

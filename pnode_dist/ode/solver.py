@@ -115,8 +115,9 @@ class Solver:
         return cls(stepper, options, memory, pools, partition, trajectory, make_stepper)
 
     def open(self) -> None:
-        """Make the stepper anew if it was closed. Collective."""
-        if self.closed:
+        """Make the stepper anew if it was closed, or ended with an error. Collective."""
+        if self.closed or self.stepper.failed:
+            self.adaptive.clear()
             self.stepper, self.closed = self.make_stepper(), False
 
     def close(self) -> None:
@@ -134,7 +135,7 @@ class Solver:
             self.close()
 
     def abandon(self) -> None:
-        """End a solve that raised. Not collective: other ranks may not come here."""
+        """End a solve that raised, or whose graph was dropped. Not collective: other ranks may not come here."""
         if not self.kept and self.stepper.comm.size == 1:
             self.close()
 

@@ -1,0 +1,65 @@
+"""The trajectory of a solve as one of the tensors that torch's graph saves.
+
+It lives as long as that tensor's memory: with the graph as a rule. Where hooks on saved tensors keep something else in
+its place and recompute it later, as `torch.utils.checkpoint` does, the trajectory goes when the forward pass is over,
+and the tensor that the backward pass gets leads to the trajectory of the recomputation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import secrets
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from pnode_dist.ode.solve import Solve
+
+_top_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+class _Ticket(ctypes.c_int64):
+    """A number in memory of its own, which a tensor shares."""
+
+    solve: Solve
+
+
+_tickets: weakref.WeakValueDictionary[int, _Ticket] = weakref.WeakValueDictionary()
+
+
+def ticket_of(solve: Solve) -> torch.Tensor:
+    """A tensor to be saved: when its memory is freed, the solve's trajectory is."""
+    # Drawn from so many that a hook that changes the number does not make it another solve's.
+    ticket = _Ticket(secrets.randbits(62))
+    ticket.solve = solve
+    _tickets[ticket.value] = ticket
+    weakref.finalize(ticket, solve.abandon).atexit = False
+    return torch.frombuffer(ticket, dtype=torch.int64)
+
+
+def solve_of(ticket: torch.Tensor) -> Solve | None:
+    """The solve whose trajectory a saved tensor stands for; None if that is gone."""
+    found = _tickets.get(int(ticket.item()))
+    return None if found is None else found.solve
+
+
+@contextmanager
+def hidden_from_checkpoint() -> Iterator[None]:
+    """Keep `torch.utils.checkpoint` from what is saved meanwhile: graphs of steps are no part of the graph outside.
+
+    Other hooks on saved tensors, such as those that move them to the host, see them.
+    """
+    hooks = None if _top_hooks is None else _top_hooks(False)
+    if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
+        yield
+    else:
+        with saved_tensors_hooks(_same, _same):
+            yield
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
