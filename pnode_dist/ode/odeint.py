@@ -23,6 +23,7 @@ from pnode_dist.ode import methods
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.evaluation import Function, Problem
+from pnode_dist.ode.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.layout import State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.outside_graphs import outside_graphs
@@ -179,6 +180,8 @@ def _prepared(
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
+    if needs_gradient:
+        refuse_fully_sharded(func, args, parameters.tensors)
     if needs_gradient and table.adjoint == "none":
         raise ConfigurationError(methods.gradient_refusal(table))
     if settings.mass is not None and not table.implicit:
