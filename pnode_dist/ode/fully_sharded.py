@@ -25,6 +25,6 @@ def refuse_fully_sharded(func: Any, args: tuple[Any, ...], parameters: tuple[tor
     inside = (module for found in find_modules(func, args) for module in found.modules())
     if any(isinstance(module, fsdp.FSDPModule) for module in inside):
         raise ConfigurationError(
-            "func is sharded by fully_shard, which gathers parameters for single evaluations only: apply fully_shard to "
-            "the NeuralODE, or to the module that calls odeint, and to nothing inside func"
+            "func is sharded by fully_shard, which gathers parameters for single evaluations only: apply fully_shard "
+            "to the NeuralODE, or to the module that calls odeint, and to nothing inside func"
         )

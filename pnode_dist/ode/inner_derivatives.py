@@ -1,4 +1,4 @@
-"""Right-hand sides that differentiate inside: Hamiltonian and Lagrangian networks, which take the gradient of an energy.
+"""Right-hand sides that differentiate inside: Hamiltonian and Lagrangian networks take the gradient of an energy.
 
 Such an f needs a graph of its state even where no gradient is asked of the solve: in the steps of a forward pass whose
 graphs are not kept, and under torch.no_grad. It is found by the error that torch raises without one, and evaluated with
@@ -8,6 +8,7 @@ a graph from then on, which ends with the evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,10 +32,8 @@ def differentiates(func: Any) -> bool | None:
 
 def note(func: Any, differentiates: bool) -> bool:
     """Keep for later solves what an evaluation found, and return it."""
-    try:
+    with suppress(TypeError):
         _found[func] = differentiates
-    except TypeError:
-        pass
     return differentiates
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, overload
@@ -20,11 +20,15 @@ from torch.autograd.function import once_differentiable
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
+from pnode_dist.ode.bindings import Bindings
+from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.evaluation import Function, Problem
+from pnode_dist.ode.fingerprint import fingerprint
 from pnode_dist.ode.fully_sharded import refuse_fully_sharded
-from pnode_dist.ode.layout import State, StateLayout, layout_of
+from pnode_dist.ode.guard import check_policy
+from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.outside_graphs import outside_graphs
 from pnode_dist.ode.parameters import find_parameters, independent
@@ -35,6 +39,7 @@ from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
+from pnode_dist.ode.surroundings import Surroundings, uncached_casts
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
@@ -49,10 +54,21 @@ _KEPT_SOLVERS = 8
 
 
 @contextmanager
-def _running(solve: Solve) -> Iterator[None]:
-    """While f is evaluated: its modules hold what it computes with; if the solve fails, it gives back what it holds."""
+def _running(solve: Solve, backward: bool = False) -> Iterator[None]:
+    """While f is evaluated: its modules hold what it computes with, in a backward pass what it saw in the forward pass.
+
+    A solve that fails gives back what it holds.
+    """
+    surroundings = solve.surroundings
     try:
-        with solve.problem.copies.in_place():
+        with ExitStack() as stack:
+            if backward and surroundings is not None:
+                stack.enter_context(surroundings.restored())
+            if surroundings is not None and surroundings.autocast.on:
+                stack.enter_context(uncached_casts())
+            stack.enter_context(solve.problem.copies.in_place(writes_back=not backward))
+            if backward:
+                stack.enter_context(solve.carried.backward_pass())
             yield
     except BaseException:
         # Whoever keeps the error keeps the solve alive.
@@ -70,8 +86,13 @@ class _Differentiable(torch.autograd.Function):
         # Not only for a second backward pass: torch now notices when they are changed in place before the first.
         # With them goes the trajectory, of which a graph that is dropped without a backward pass gives its memory back.
         ctx.save_for_backward(*tensors, ticket_of(solve))
-        with hidden_from_checkpoint(), _running(solve):
-            return solve.forward(tensors[:parts])
+        with hidden_from_checkpoint() as hidden, _running(solve):
+            outputs = solve.forward(tensors[:parts])
+        if hidden:
+            solve.outcome = fingerprint(outputs)
+        if solve.surroundings is not None:
+            solve.surroundings.end_forward()
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -80,9 +101,12 @@ class _Differentiable(torch.autograd.Function):
         *tensors, ticket = ctx.saved_tensors
         # A recomputation of the forward pass by torch.utils.checkpoint has laid down a trajectory of its own.
         solve = solve_of(ticket) or ctx.solve
-        with _running(solve):
+        with _running(solve, backward=True):
+            if solve is not ctx.solve:
+                solve.compare_outcome(ctx.solve.outcome)
             if not solve.has_trajectory:
                 # The checkpoints went as they were used: lay the trajectory down again.
+                solve.carried.restart()
                 solve.forward(tuple(tensors[: ctx.parts]))
             states, parameters, times = solve.backward(cotangents)
         return None, None, *states, *parameters, *times
@@ -136,6 +160,8 @@ class _Settings:
     preconditioner: Preconditioner | str | None = None
     compute_dtype: torch.dtype | None = None
     last_only: bool = False
+    on_mismatch: str = "raise"
+    preserve_rng_state: bool = True
     fixed_plan: Plan | None = None
     compiler: Compiler | None = None
     grid: TimeGrid | None = None
@@ -159,6 +185,7 @@ def _prepared(
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
+    check_policy(settings.on_mismatch)
     control = settings.control()
     grid = settings.grid
     if grid is None and control is None:
@@ -204,6 +231,10 @@ def _prepared(
         ),
         lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
     )
+    surroundings, carried = None, NOTHING_CARRIED
+    if needs_gradient:
+        surroundings = Surroundings.now(func, args, layout.device)
+        carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
     problem = Problem(
         in_compute_type(func, copies),
         copies.args,
@@ -213,6 +244,7 @@ def _prepared(
         watched=torch.is_grad_enabled() and not needs_gradient,
         by_times=by_times,
         looks=solver.looks_again(),
+        carried=carried,
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(
@@ -227,6 +259,8 @@ def _prepared(
         settings.fixed_plan,
         time_dtype,
         settings.last_only,
+        surroundings,
+        settings.on_mismatch,
     )
     return solve, layout, tensors
 
@@ -236,6 +270,21 @@ def _usable(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_usable, value))
     return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+
+
+def _carried(
+    bindings: Bindings,
+    parameters: Parts,
+    copies: ComputeCopies,
+    layout: StateLayout,
+    settings: _Settings,
+    known: KnownTensors,
+) -> Carried:
+    """The state that the right-hand side with these names carries, at the beginning of a solve."""
+    inputs, buffers = set(map(id, parameters)), bindings.buffers
+    tensors = [tensor for tensor in bindings.tensors if id(tensor) not in inputs]
+    seen = zip(copies.of(tensors), (id(tensor) in buffers for tensor in tensors), strict=True)
+    return Carried(bindings, seen, layout.device, settings.preserve_rng_state, known)
 
 
 def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | None:
@@ -283,6 +332,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
     last_only: bool = ...,
+    on_mismatch: str = ...,
+    preserve_rng_state: bool = ...,
 ) -> torch.Tensor: ...
 
 
@@ -306,6 +357,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
     last_only: bool = ...,
+    on_mismatch: str = ...,
+    preserve_rng_state: bool = ...,
 ) -> tuple[torch.Tensor, ...]: ...
 
 
@@ -329,6 +382,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = None,
     compute_dtype: torch.dtype | None = None,
     last_only: bool = False,
+    on_mismatch: str = "raise",
+    preserve_rng_state: bool = True,
 ) -> State:
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
@@ -383,6 +438,8 @@ def odeint(
         preconditioner,
         compute_dtype,
         last_only,
+        on_mismatch,
+        preserve_rng_state,
     )
     return _solve(_NoSolvers(), func, u0, t, settings, args)[0]
 
@@ -417,6 +474,8 @@ class NeuralODE(nn.Module):
         preconditioner: Preconditioner | str | None = None,
         compute_dtype: torch.dtype | None = None,
         last_only: bool = False,
+        on_mismatch: str = "raise",
+        preserve_rng_state: bool = True,
         compile: bool | str = False,
     ) -> None:
         super().__init__()
@@ -436,6 +495,8 @@ class NeuralODE(nn.Module):
         self.preconditioner = preconditioner
         self.compute_dtype = compute_dtype
         self.last_only = last_only
+        self.on_mismatch = on_mismatch
+        self.preserve_rng_state = preserve_rng_state
         self.compiler = None if compile is False else Compiler("inductor" if compile is True else compile)
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None

@@ -34,7 +34,7 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function, reason=_REASON))
+            disabled.append(torch.compiler.disable(function, reason=_REASON))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
 
     # The mark that torch.compiler.disable leaves: the call breaks the graph.

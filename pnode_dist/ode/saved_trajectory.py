@@ -48,17 +48,17 @@ def solve_of(ticket: torch.Tensor) -> Solve | None:
 
 
 @contextmanager
-def hidden_from_checkpoint() -> Iterator[None]:
+def hidden_from_checkpoint() -> Iterator[bool]:
     """Keep `torch.utils.checkpoint` from what is saved meanwhile: graphs of steps are no part of the graph outside.
 
-    Other hooks on saved tensors, such as those that move them to the host, see them.
+    Yields whether it is at work. Other hooks on saved tensors, such as those that move them to the host, see them.
     """
     hooks = None if _top_hooks is None else _top_hooks(False)
     if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
-        yield
+        yield False
     else:
         with saved_tensors_hooks(_same, _same):
-            yield
+            yield True
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ def view(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = HOST) ->
         return torch.empty(shape, dtype=scalar_dtype())
     buffer = (ctypes.c_char * (size * np.dtype(PETSc.ScalarType).itemsize)).from_address(address)
     # Another reference to the Vec: a view that outlives the solver, such as one that f keeps, shows memory in use.
-    buffer.vec = copy.copy(vec)  # type: ignore[attr-defined]
+    buffer.vec = copy.copy(vec)
     return torch.frombuffer(buffer, dtype=scalar_dtype()).view(shape)
 
 
