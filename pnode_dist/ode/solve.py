@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,7 @@ class Solve:
         if self.keeps_trajectory and self.on_mismatch != "ignore":
             narrow = self.solver.trajectory.checkpoint_dtype != "float64"
             tolerance = tolerance_of(self.solver.stepper.layout.compute_dtype, narrow)
-            self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, self._reasons)
+            self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, _weakly(self._reasons))
         self.problem.guard = self.guard
         self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics, self.carried)
         self.logs = self.problem.logs
@@ -535,6 +536,17 @@ class Solve:
         self.statistics.newton_iterations = self.problem.newton_iterations
         self.statistics.linear_iterations = self.problem.linear_iterations
         self.statistics.adjoint_linear_iterations = self.problem.adjoint_linear_iterations
+
+
+def _weakly(method: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    """`method` without a reference to its object: PETSc holds the problem, and with it what guards it."""
+    reference = weakref.WeakMethod(method)
+
+    def called() -> list[str]:
+        found = reference()
+        return [] if found is None else found()
+
+    return called
 
 
 @contextmanager
