@@ -25,7 +25,9 @@ from pnode_dist.ode.batched import Batched
 from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import Parts
+from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.solver_key import check_unchanged
 from pnode_dist.ode.surroundings import Surroundings, uncached_casts
 from pnode_dist.ode.tangent import with_tangent
 from pnode_dist.ode.transforms import hooks_on_saved_tensors, is_wrapped
@@ -155,6 +157,10 @@ class Call:
 
     def run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:
         """The outputs. Collective on the partition's communicator."""
+        with one_at_a_time():
+            return self._run(tensors)
+
+    def _run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:
         ready, self.ready = self.ready, None
         if ready is not None:
             return self._forward(Run(ready, tensors, tuple(range(self.parameters))))
@@ -187,6 +193,15 @@ class Call:
             self.run(tensors)
         run = self.last
         assert run is not None
+        with one_at_a_time(lambda: run.solve.solver.stepper.stepping):
+            if run.solve.agreed is not None:
+                run.solve.agreed.begin_backward(run.reversed)
+            check_unchanged(run.solve.solver.contents)
+            return self._reverse(run, cotangents, tensors)
+
+    def _reverse(
+        self, run: Run, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...]
+    ) -> Products:
         with _running(run.solve, backward=True):
             if run.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.

@@ -65,13 +65,14 @@ def find_modules(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[nn.Mo
 
 
 def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor | nn.Module]:
-    seen: set[int] = set()
+    # With the things themselves: those made on the way would leave their identity to others.
+    seen: dict[int, Any] = {}
     pending = list(roots)[::-1]
     while pending:
         thing = pending.pop()
         if isinstance(thing, _OPAQUE) or id(thing) in seen:
             continue
-        seen.add(id(thing))
+        seen[id(thing)] = thing
         if isinstance(thing, torch.Tensor):
             yield thing
         elif isinstance(thing, nn.Module):

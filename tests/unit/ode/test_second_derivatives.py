@@ -323,7 +323,8 @@ def test_a_linear_part_of_petsc_counts_in_second_derivatives(options: dict[str, 
     plain = SplitFunction(implicit=lambda t, u: -rates * u, explicit=Network())
     wanted = twice(NeuralODE(plain, method="arkimex_3", step_size=0.1, options=TIGHT), random(2, 3))
     matrix = SplitFunction(implicit=diagonal(*-rates.view(-1).numpy()), explicit=Network())
-    node = NeuralODE(matrix, method="arkimex_3", step_size=0.1, options=TIGHT | options)
+    tight = {name: value for name, value in TIGHT.items() if name.startswith("snes")}
+    node = NeuralODE(matrix, method="arkimex_3", step_size=0.1, options=tight | options)
     assert distance(twice(node, random(2, 3)), wanted) <= 1e-9
 
 
