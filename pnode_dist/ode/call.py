@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pnode_dist.ode.batched import Batched
 from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import Parts
@@ -57,7 +58,7 @@ class Asked:
     A state has `parts` parts, and is a tuple of them for the right-hand side if `is_tuple`. `by_times`: the times are
     an input too. `surroundings` and `carried` are what f sees besides its arguments, None and nothing where no
     derivative will be asked for. `transformed`: torch's transforms are under way, and parameters may depend on one
-    another.
+    another. `folds`: a batch of states may be solved as one state; `last_only`: so are their last states returned.
     """
 
     func: Function
@@ -71,6 +72,8 @@ class Asked:
     surroundings: Surroundings | None
     carried: Carried
     transformed: bool = False
+    folds: bool = False
+    last_only: bool = False
 
 
 @dataclass
@@ -95,6 +98,7 @@ class Call:
     without tangents is held. `keeps`: its trajectory is kept for a gradient, `by_directions` also with respect to the
     tangents of parameters. `ready` is a solve that was prepared for the first run. `repeats`: f is to find what it
     found in the forward pass of the solve that was asked for, and to leave no trace. `drew`: it drew random numbers.
+    `last` is what was run last; of a batch that are `members`, or one call that is the `whole`.
     """
 
     asked: Asked
@@ -107,6 +111,7 @@ class Call:
     drew: bool = False
     last: Run | None = field(default=None, repr=False)
     members: list[Call] = field(default_factory=list, repr=False)
+    whole: Call | None = field(default=None, repr=False)
 
     @property
     def parts(self) -> int:
@@ -126,7 +131,16 @@ class Call:
     def again(self) -> Call:
         """The same for other values of its tensors."""
         first = None if self.first is None else self.first.again()
-        return replace(self, ready=None, repeats=True, last=None, members=[], first=first)
+        return replace(self, ready=None, repeats=True, last=None, members=[], whole=None, first=first)
+
+    def of_batch(self) -> Call:
+        """The same for a batch of states, as one state with an axis more."""
+        call = self.again()
+        func = call.asked.func
+        call.asked = replace(call.asked, func=Batched(func))
+        if call.first is not None:
+            call.first.asked = call.asked
+        return call
 
     def tangent(self, numbers: tuple[int, ...], keeps: bool, by_directions: bool) -> Call:
         """The solve of tangents, along directions of the parameters with these numbers."""
@@ -134,10 +148,10 @@ class Call:
         return Call(self.asked, keeps, (*self.directions, numbers), by_directions, first, repeats=True)
 
     def latest(self) -> Solve:
-        """The solve that was run last, in a batch that of its last member."""
+        """The solve that was run last, in a batch that of all members or of the last one."""
         call = self
         while call.last is None:
-            call = call.members[-1]
+            call = call.whole or call.members[-1]
         return call.last.solve
 
     def run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:

@@ -34,15 +34,16 @@ from pnode_dist.ode.mass import Mass, mass_matrix
 from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.outside_graphs import outside_graphs
 from pnode_dist.ode.parameters import find_parameters, independent
-from pnode_dist.ode.preconditioner import Preconditioner
+from pnode_dist.ode.preconditioner import BlockInverse, Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
+from pnode_dist.ode.repeated import Repeated, split_options
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
 from pnode_dist.ode.solver_key import Same, contents_of, object_key
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.surroundings import Surroundings
-from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
+from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent, without_tangents
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance, check_shapes
 from pnode_dist.ode.transformed import transformed
@@ -322,7 +323,7 @@ def _solve(
             call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
             return layout.as_state(solution(call, tensors)), call.latest()
         solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
-        prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
+        prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple, len(layout.shapes))
         asked = Asked(
             func,
             args,
@@ -355,13 +356,17 @@ def _transformed(
 ) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
     """The solve under torch's transforms, see `transformed`."""
     ranks = communicator(settings.partition).size
-    prepare = _preparation(solvers, tangent_solvers, t, settings, isinstance(u0, tuple | list))
+    is_tuple = isinstance(u0, tuple | list)
+    prepare = _preparation(solvers, tangent_solvers, t, settings, is_tuple, len(u0) if is_tuple else 1)
     params, dtype = tuple(settings.params or ()), settings.compute_dtype
-    return transformed(func, u0, t, args, params, dtype, ranks, prepare, settings.preserve_rng_state)
+    explicit = not methods.resolve(settings.method or "rk4").implicit
+    folds = explicit and settings.control() is None and settings.partition is None and dtype is None
+    random = settings.preserve_rng_state
+    return transformed(func, u0, t, args, params, dtype, ranks, prepare, random, folds, settings.last_only)
 
 
 def _preparation(
-    solvers: _Solvers, tangent_solvers: _Solvers, t: Times, settings: _Settings, is_tuple: bool
+    solvers: _Solvers, tangent_solvers: _Solvers, t: Times, settings: _Settings, is_tuple: bool, parts: int
 ) -> Prepare:
     """How solves with these times and settings, and those of their tangents, are prepared."""
     at = t.detach() if isinstance(t, torch.Tensor) else t
@@ -377,14 +382,17 @@ def _preparation(
         when = at if times is None else times
         if first is None:
             return _prepared(solvers, func, u0, when, settings, args)[0]
-        chosen = _settings_of_tangents(settings, is_tuple, first, len(state))
+        levels = (len(state) // parts).bit_length() - 1
+        chosen = _settings_of_tangents(settings, without_tangents(func, levels), is_tuple, first, 2**levels)
         return _prepared(tangent_solvers, func, u0, when, chosen, args)[0]
 
     return prepare
 
 
-def _settings_of_tangents(settings: _Settings, is_tuple: bool, before: Callable[[], Solve], parts: int) -> _Settings:
-    """The settings of a solve of tangents with so many parts; `before` runs the one without tangents.
+def _settings_of_tangents(
+    settings: _Settings, func: Function, is_tuple: bool, before: Callable[[], Solve], copies: int
+) -> _Settings:
+    """The settings of a solve of so many copies of a state, one and its tangents; `before` runs the one without.
 
     With error control the steps that were accepted there are taken again.
     """
@@ -395,8 +403,14 @@ def _settings_of_tangents(settings: _Settings, is_tuple: bool, before: Callable[
         options = without_adaptation(settings.options)
         settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name, options=options)
     if settings.mass is not None:
-        masses = tuple(settings.mass) if is_tuple else (settings.mass,)
-        settings = replace(settings, mass=masses * (parts // len(masses)))
+        masses = tuple(settings.mass) if isinstance(settings.mass, tuple | list) and is_tuple else (settings.mass,)
+        settings = replace(settings, mass=masses * copies)
+    preconditioner = resolve_preconditioner(settings.preconditioner)
+    base = preconditioner or _matrix_part(func, methods.resolve(settings.method or "rk4"))
+    if base is not None and not isinstance(base, BlockInverse):
+        inner, outer = split_options(settings.options)
+        repeated = Repeated(base, copies, is_tuple, tuple(inner.items()))
+        settings = replace(settings, preconditioner=repeated, options=outer)
     # Tangents are derivatives of vector-Jacobian products, which compiled code does not have. Their plan is another.
     return replace(settings, compiler=None, fixed_plan=None)
 
@@ -632,7 +646,7 @@ class NeuralODE(nn.Module):
             with torch.no_grad():
                 return _solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args)[1]
 
-        settings = _settings_of_tangents(self._settings, is_tuple, before, len(state))
+        settings = _settings_of_tangents(self._settings, self.func, is_tuple, before, 2)
         func = with_tangent(self.func, is_tuple, direction)
         outputs, solve = _solve(self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan

@@ -101,6 +101,18 @@ def with_tangent(func: Function, is_tuple: bool, direction: Mapping[torch.Tensor
     return WithTangent(func, is_tuple, direction)
 
 
+def without_tangents(func: Function, levels: int) -> Function:
+    """The right-hand side that `levels` of tangents were added to."""
+    for _ in range(levels):
+        if isinstance(func, SplitFunction):
+            parts = func.implicit, func.explicit
+            implicit, explicit = (part.func if isinstance(part, WithTangent) else part for part in parts)
+            func = SplitFunction(implicit=implicit, explicit=explicit)
+        elif isinstance(func, WithTangent):
+            func = func.func
+    return func
+
+
 def checked_direction(
     direction: Mapping[torch.Tensor, torch.Tensor] | None,
 ) -> Mapping[torch.Tensor, torch.Tensor]:

@@ -31,6 +31,8 @@ def transformed(
     ranks: int,
     prepare: Prepare,
     random: bool,
+    folds: bool,
+    last_only: bool,
 ) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
     """The solve as a function of everything that is followed, the layout of its state, and its inputs.
 
@@ -64,6 +66,8 @@ def transformed(
         surroundings,
         carried,
         transformed=True,
+        folds=folds,
+        last_only=last_only,
     )
     if not any(map(is_batched, tensors)):
         _look(asked, layout, parts, t)

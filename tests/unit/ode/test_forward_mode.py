@@ -377,3 +377,56 @@ def test_random_numbers_in_a_batch_are_those_that_its_randomness_allows() -> Non
     for randomness in ("error", "different"):
         with pytest.raises(ConfigurationError, match="draws random numbers"):
             vmap(value, randomness=randomness)(batch)
+
+
+def counting() -> tuple[Callable[..., torch.Tensor], list[torch.Size]]:
+    shapes: list[torch.Size] = []
+
+    class Squared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
+            shapes.append(u.shape)
+            ctx.save_for_backward(u)
+            return u * u
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: torch.Tensor) -> torch.Tensor:
+            return 2 * ctx.saved_tensors[0] * cotangents[0]
+
+    return (lambda t, u: -Squared.apply(u)), shapes  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_a_batch_of_states_is_one_solve(last_only: bool) -> None:
+    node, batch = NeuralODE(NETWORK, step_size=0.2, last_only=last_only), random(4, 3)
+    with torch.no_grad():
+        alone = torch.stack([node(member, TIMES) for member in batch])
+        evaluations = node.last_solve.function_evaluations
+        together = vmap(lambda u: node(u, TIMES))(batch)
+    assert distance(together, alone) <= 1e-14
+    assert node.last_solve.function_evaluations == evaluations
+    other = vmap(lambda u: node(u, TIMES), 1, 1)(batch.T)
+    assert distance(other, alone.movedim(0, 1)) <= 1e-14
+
+
+def test_a_batch_of_pairs_of_which_one_is_the_same_for_all_is_one_solve() -> None:
+    def pair(t: torch.Tensor, u: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return NETWORK(t, u[0]) + u[1], torch.sin(u[0]) * u[1]
+
+    def solve(u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return odeint(pair, (u, U0), TIMES, step_size=0.2)
+
+    batch = random(4, 3)
+    wanted = [torch.stack(parts) for parts in zip(*map(solve, batch), strict=True)]
+    assert distance(vmap(solve)(batch), wanted) <= 1e-14
+
+
+def test_a_batch_of_an_f_without_a_form_for_batches_is_solved_one_after_the_other() -> None:
+    func, shapes = counting()
+
+    def solve(u: torch.Tensor) -> torch.Tensor:
+        return odeint(func, u, TIMES, step_size=0.2)
+
+    batch = torch.rand(4, 3, dtype=torch.float64)
+    assert distance(vmap(solve)(batch), torch.stack([solve(u) for u in batch])) <= 1e-14
+    assert set(shapes) == {torch.Size([3])}
