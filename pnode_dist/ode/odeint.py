@@ -39,6 +39,7 @@ from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
+from pnode_dist.ode.time_rounding import rounding_of
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
 from pnode_dist.partition.protocol import Partition, vec_device
 from pnode_dist.trajectory import budget
@@ -163,7 +164,8 @@ def _prepared(
     control = settings.control()
     grid = settings.grid
     if grid is None and control is None:
-        grid = divided(times, settings.step_size)
+        step_size = settings.step_size
+        grid = divided(times, None) if step_size is None else divided(times, step_size, rounding_of(t, times))
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
