@@ -27,6 +27,11 @@ class Held:
     original: torch.Tensor
     copy: torch.Tensor
 
+    def put(self, tensor: torch.Tensor) -> None:
+        """Let the module hold `tensor`, which need not be a `Parameter` where the original is none."""
+        module = self.module
+        (module._parameters if self.name in module._parameters else module._buffers)[self.name] = tensor  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class ComputeCopies:
@@ -45,17 +50,17 @@ class ComputeCopies:
         return tuple(self.by_original.get(id(tensor), (tensor, tensor))[1] for tensor in tensors)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the modules hold their copies for a while. What f writes into buffers then goes into the originals."""
+    def in_place(self, writes_back: bool = True) -> Iterator[None]:
+        """Let the modules hold their copies for a while; with `writes_back` the originals get what f writes there."""
         versions = [held.copy._version for held in self.held]
         for held in self.held:
-            setattr(held.module, held.name, held.copy)
+            held.put(held.copy)
         try:
             yield
         finally:
             for held, version in zip(self.held, versions, strict=True):
-                setattr(held.module, held.name, held.original)
-                if held.copy._version != version:
+                held.put(held.original)
+                if writes_back and held.copy._version != version:
                     with torch.no_grad():
                         held.original.copy_(held.copy)
 
@@ -80,7 +85,9 @@ def compute_copies(func: Callable[..., Any], args: tuple[Any, ...], dtype: torch
                 tensor,
                 nn.Parameter(copy, tensor.requires_grad)
                 if isinstance(tensor, nn.Parameter)
-                else copy.requires_grad_(tensor.requires_grad),
+                else copy.requires_grad_()
+                if tensor.requires_grad
+                else copy,
             )
         return copies[id(tensor)][1]
 
