@@ -22,6 +22,7 @@ from pnode_dist.ode import methods
 from pnode_dist.ode.bindings import Bindings
 from pnode_dist.ode.call import Asked, Call, Prepare
 from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
+from pnode_dist.ode.coarse import finer_end, is_first_of_its_kind, warn_if_coarse
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.differentiable import solution, tangent_call_of
@@ -40,7 +41,7 @@ from pnode_dist.ode.solver_key import Same, contents_of, object_key
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.surroundings import Surroundings
-from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
+from pnode_dist.ode.tangent import WithTangent, checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
 from pnode_dist.ode.time_rounding import rounding_of
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
@@ -271,7 +272,29 @@ def _solve(
     else:
         with torch.no_grad():
             outputs = call.run(tensors)
+    if settings.step_size is None and len(solve.times) == 2 and settings.control() is None and settings.grid is None:
+        _look_at_its_only_step(solve, func, u0, t, settings, args, outputs)
     return layout.as_state(outputs), solve
+
+
+def _look_at_its_only_step(
+    solve: Solve, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...], outputs: Parts
+) -> None:
+    """Warn once if the step of a solve of one step is plainly too long. Collective."""
+    if isinstance(func, WithTangent) or not is_first_of_its_kind(solve.solver, func):
+        return
+    comm, size = solve.solver.stepper.comm, abs(solve.times[1] - solve.times[0])
+    halved = replace(settings, step_size=size / 2, last_only=True, fixed_plan=None)
+    finer = finer_end(
+        lambda: _solve(_Solvers(), _Solvers(), func, u0, t, halved, args)[0],
+        func,
+        args,
+        comm,
+    )
+    if finer is not None:
+        ends = outputs if settings.last_only else tuple(part[-1] for part in outputs)
+        what = f"one step of {solve.solver.stepper.method.name!r} from t = {solve.times[0]:g} to {solve.times[1]:g}"
+        warn_if_coarse(what, size, (ends, layout_of(finer)[1], solve.initial), comm)
 
 
 def _transformed(
