@@ -174,22 +174,22 @@ class Call:
 
         `same`: the last run is known to have been one of these values.
         """
-        with one_at_a_time(self._is_stepping):
-            return self._reverse(cotangents, tensors, same)
-
-    def _is_stepping(self) -> bool:
-        return self.last is not None and self.last.solve.solver.stepper.stepping
-
-    def _reverse(
-        self, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...], same: bool
-    ) -> Products:
         if self.last is not None:
+            # Before the solve is run again, which would be with what they are now.
             check_unchanged(self.last.solve.solver.contents)
         if self.last is None or not self.last.solve.keeps_trajectory or not (same or self.last.is_of(tensors)):
             self.keeps = self.repeats = True
             self.run(tensors)
         run = self.last
         assert run is not None
+        with one_at_a_time(lambda: run.solve.solver.stepper.stepping):
+            if run.solve.agreed is not None:
+                run.solve.agreed.begin_backward(run.reversed)
+            return self._reverse(run, cotangents, tensors)
+
+    def _reverse(
+        self, run: Run, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...]
+    ) -> Products:
         with _running(run.solve, backward=True):
             if run.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.

@@ -14,13 +14,13 @@ from operator import attrgetter
 from typing import Any, overload
 
 import torch
-from mpi4py import MPI
 from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
 from pnode_dist.ode.bindings import Bindings
 from pnode_dist.ode.call import Asked, Call, Prepare
+from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
 from pnode_dist.ode.coarse import finer_end, is_first_of_its_kind, warn_if_coarse
 from pnode_dist.ode.compiled import Compiler
@@ -30,7 +30,7 @@ from pnode_dist.ode.evaluation import Function, Problem
 from pnode_dist.ode.given_options import check_options, without_adaptation
 from pnode_dist.ode.guard import check_policy
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
-from pnode_dist.ode.mass import Mass
+from pnode_dist.ode.mass import Mass, mass_matrix
 from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
@@ -44,12 +44,12 @@ from pnode_dist.ode.surroundings import Surroundings
 from pnode_dist.ode.tangent import WithTangent, checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
 from pnode_dist.ode.time_rounding import rounding_of
-from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
+from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance, check_shapes
 from pnode_dist.ode.transformed import transformed
 from pnode_dist.ode.transforms import transforming
 from pnode_dist.partition.protocol import Partition, vec_device
 from pnode_dist.trajectory import budget
-from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.trajectory.budget import Trajectory, slot_bounds
 from pnode_dist.trajectory.plan import Plan, Plans
 from pnode_dist.trajectory.statistics import SolveStatistics
 
@@ -67,19 +67,22 @@ class _Solvers:
         # Copies and pickles of a module make solvers of their own.
         return _Solvers, ()
 
-    def get(self, key: Any, create: Callable[[], Solver], agreeing: MPI.Comm | None = None) -> Solver:
+    def find(self, key: Any) -> Solver | None:
+        """The solver of `key`, if there is one that a solve can use now."""
+        solver = self._solvers.get(key)
+        if solver is None or solver.stepper.stepping or solver.stepper.failed:
+            return None
+        return solver if solver.contents is None or solver.contents.are_the_same else None
+
+    def get(self, key: Any, create: Callable[[], Solver], afresh: bool = False) -> Solver:
         """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver.
 
-        It is made anew where the contents of what it was made of have changed, with `agreeing` if they have on any of
-        these ranks. Collective on them.
+        It is made anew where the contents of what it was made of have changed. Making one is collective: `afresh` says
+        that another rank makes one, so that this one has to as well.
         """
-        kept = self._solvers.get(key)
-        if kept is not None and kept.stepper.stepping:
+        if key in self._solvers and self._solvers[key].stepper.stepping:
             return create()
-        missing = kept is None or kept.stepper.failed or not (kept.contents is None or kept.contents.are_the_same)
-        if agreeing is not None and agreeing.size > 1:
-            missing = agreeing.allreduce(missing, MPI.LOR)
-        if missing:
+        if afresh or self.find(key) is None:
             self._solvers[key] = create()
             if len(self._solvers) > _KEPT_SOLVERS:
                 self._solvers.popitem(last=False)
@@ -123,9 +126,31 @@ _settings_of = attrgetter(*(field.name for field in fields(_Settings) if field.n
 
 
 def _prepared(
-    solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
+    solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
+    kind: str = "solve",
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
-    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters."""
+    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters.
+
+    Collective on the partition's communicator: what is wrong on one rank, or differs between them, all of them raise.
+    """
+    with preparation(communicator(settings.partition), kind) as preparing:
+        return _prepared_with(preparing, solvers, func, u0, t, settings, args)
+
+
+def _prepared_with(
+    preparing: Preparation | Alone,
+    solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
+) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
@@ -169,6 +194,7 @@ def _prepared(
         )
     linear = _matrix_part(func, table)
     made_of = object_key(func, mass, preconditioner)
+    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of)
 
     def create() -> Solver:
         made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
@@ -177,10 +203,30 @@ def _prepared(
         made.contents = contents_of(func, mass, None if works else preconditioner)
         return made
 
+    agreed = None
+    if isinstance(preparing, Preparation):
+        known = solvers.find(key)
+        # What would be found later is looked for while the other ranks still hear of it.
+        if isinstance(mass, torch.Tensor | tuple | list):
+            mass_matrix(mass, layout)
+        if control is not None:
+            check_shapes(control, layout)
+        steps = 0 if len(times) == 1 else None if grid is None else grid.steps
+        agreed = preparing.agree(
+            facts(settings, table, layout, times, func, needs_gradient, by_times),
+            known is None,
+            slot_bounds(
+                trajectory,
+                layout.size * trajectory.checkpoint_itemsize,
+                steps,
+                needs_gradient,
+                known is not None and known.disk_is_lost,
+            ),
+        )
     solver = solvers.get(
-        (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of),
+        key,
         create,
-        communicator(partition) if made_of else None,
+        afresh=agreed is not None and agreed.creates,
     )
     surroundings, carried = None, NOTHING_CARRIED
     if needs_gradient:
@@ -212,6 +258,7 @@ def _prepared(
         settings.last_only,
         surroundings,
         settings.on_mismatch,
+        agreed,
     )
     return solve, layout, tensors
 
@@ -239,7 +286,6 @@ def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | Non
     return part if isinstance(part, MatrixFunction) else None
 
 
-@one_at_a_time()
 def _solve(
     solvers: _Solvers,
     tangent_solvers: _Solvers,
@@ -249,31 +295,32 @@ def _solve(
     settings: _Settings,
     args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
-    if transforming():
-        call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
-        return layout.as_state(solution(call, tensors)), call.latest()
-    solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
-    prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
-    asked = Asked(
-        func,
-        args,
-        len(layout.shapes),
-        layout.is_tuple,
-        solve.parameters,
-        solve.problem.by_times,
-        solve.solver.stepper.comm.size,
-        prepare,
-        solve.surroundings,
-        solve.carried,
-    )
-    call = Call(asked, solve.keeps_trajectory, ready=solve)
-    if solve.keeps_trajectory:
-        outputs = solution(call, tensors)
-    else:
-        with torch.no_grad():
-            outputs = call.run(tensors)
-    if settings.step_size is None and len(solve.times) == 2 and settings.control() is None and settings.grid is None:
-        _look_at_its_only_step(solve, func, u0, t, settings, args, outputs)
+    with one_at_a_time():
+        if transforming():
+            call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
+            return layout.as_state(solution(call, tensors)), call.latest()
+        solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
+        prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
+        asked = Asked(
+            func,
+            args,
+            len(layout.shapes),
+            layout.is_tuple,
+            solve.parameters,
+            solve.problem.by_times,
+            solve.solver.stepper.comm.size,
+            prepare,
+            solve.surroundings,
+            solve.carried,
+        )
+        call = Call(asked, solve.keeps_trajectory, ready=solve)
+        if solve.keeps_trajectory:
+            outputs = solution(call, tensors)
+        else:
+            with torch.no_grad():
+                outputs = call.run(tensors)
+        if settings.step_size is None and len(solve.times) == 2 and solve.control is None and settings.grid is None:
+            _look_at_its_only_step(solve, func, u0, t, settings, args, outputs)
     return layout.as_state(outputs), solve
 
 
@@ -571,8 +618,10 @@ class NeuralODE(nn.Module):
         not in it stay as they are. Both results are differentiable. With error control the steps are those that a solve
         without tangent takes. Collective on the partition's communicator.
         """
-        state, is_tuple = joined(u0, u0_tangent)
-        direction = checked_direction(parameter_tangents)
+        with preparation(communicator(self.partition)) as preparing:
+            state, is_tuple = joined(u0, u0_tangent)
+            direction = checked_direction(parameter_tangents)
+            preparing.later()
         if transforming():
             return self._transformed_jvp(u0, t, state[len(state) // 2 :], direction, args)
 
@@ -611,7 +660,6 @@ class NeuralODE(nn.Module):
         half = len(outputs) // 2
         return layout.as_state(outputs[:half]), layout.as_state(outputs[half:])
 
-    @one_at_a_time()
     def plan(self, u0: State, t: Times, *args: Any) -> Plans:
         """What the trajectory's budget allows for this solve, with predicted times, and what would be chosen.
 
@@ -620,13 +668,14 @@ class NeuralODE(nn.Module):
         """
         if transforming():
             raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
-        solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
-        if solve.control is not None:
-            raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
-        if solve.solver.stepper.method.adjoint == "none":
-            raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
-        with torch.no_grad(), solve.problem.copies.in_place():
-            return solve.measured_plans(tensors[: len(layout.shapes)])
+        with one_at_a_time():
+            solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
+            if solve.control is not None:
+                raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
+            if solve.solver.stepper.method.adjoint == "none":
+                raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
+            with torch.no_grad(), solve.problem.copies.in_place():
+                return solve.measured_plans(tensors[: len(layout.shapes)])
 
     @property
     def _settings(self) -> _Settings:

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import events, safe_points
 from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, integrate
+from pnode_dist.ode.call_agreement import Agreed
 from pnode_dist.ode.evaluation import Problem
 from pnode_dist.ode.fingerprint import fingerprint
 from pnode_dist.ode.guard import Guard, tolerance_of
@@ -57,6 +58,8 @@ class Solve:
     last_only: bool = False
     surroundings: Surroundings | None = None
     on_mismatch: str = "raise"
+    # What all ranks agreed on before this solve; None on one rank.
+    agreed: Agreed | None = None
     plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -341,6 +344,7 @@ class Solve:
                 self.keeps_trajectory,
                 solver.stepper.comm,
                 solver.disk_is_lost,
+                None if self.agreed is None else self.agreed.take_bounds(),
             )
         except ScratchError as error:
             if not solver.has_spilt:
@@ -361,6 +365,8 @@ class Solve:
         self.release()
         self.initial = tuple(part.detach() for part in initial)
         self.keeps_trajectory = True
+        if self.agreed is not None:
+            self.agreed.bounds = None
         self.solver.costs = None
         self._bind()
         self.solver.stepper.current.set(initial)
