@@ -498,8 +498,13 @@ def odeint(
     be singular, for theta methods. `preconditioner` is that of the linear systems: `block`, `assembled`, or an object
     of `pnode_dist.ode.preconditioner`. `partition` says over which ranks the state is spread; None: this rank's state
     is its own. `trajectory` is the budget for checkpoints. `options` are PETSc options for the solver, such as
-    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`. With `last_only` the state at `t[-1]` alone is
-    returned, in the shape of `u0`, and no memory is spent on the others.
+    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`; one that nothing heeds is an error. With `last_only`
+    the state at `t[-1]` alone is returned, in the shape of `u0`, and no memory is spent on the others.
+
+    `func` may return memory that it uses again, at its next evaluation or later: such values are copied. Threads take
+    turns, one forward or backward pass at a time. Where `t` has two times and neither `step_size` nor tolerances are
+    given, a warning says if the one step is plainly too long; for that the first such solve evaluates `func` at two
+    steps of half the size as well.
 
     The gradient is that of the numbers computed (a discrete adjoint: of the steps that were accepted, each taken as a
     fixed share of its interval), for the objective that is the sum of all ranks' losses. Gradients by parameters and
