@@ -187,6 +187,9 @@ class Call:
 
         `same`: the last run is known to have been one of these values.
         """
+        if self.last is not None:
+            # Before the solve is run again, which would be with what they are now.
+            check_unchanged(self.last.solve.solver.contents)
         if self.last is None or not self.last.solve.keeps_trajectory or not (same or self.last.is_of(tensors)):
             self.keeps = self.repeats = True
             self.run(tensors)

@@ -22,6 +22,7 @@ from pnode_dist.ode.bindings import Bindings
 from pnode_dist.ode.call import Asked, Call, Prepare
 from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
+from pnode_dist.ode.coarse import finer_end, is_first_of_its_kind, warn_if_coarse
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.differentiable import solution, tangent_call_of
@@ -43,8 +44,16 @@ from pnode_dist.ode.solver_key import Same, contents_of, object_key
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
 from pnode_dist.ode.surroundings import Surroundings
-from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent, without_tangents
+from pnode_dist.ode.tangent import (
+    WithTangent,
+    checked_direction,
+    in_compute_type,
+    joined,
+    with_tangent,
+    without_tangents,
+)
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
+from pnode_dist.ode.time_rounding import rounding_of
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance, check_shapes
 from pnode_dist.ode.transformed import transformed
 from pnode_dist.ode.transforms import transforming
@@ -168,7 +177,8 @@ def _prepared_with(
     control = settings.control()
     grid = settings.grid
     if grid is None and control is None:
-        grid = divided(times, settings.step_size)
+        step_size = settings.step_size
+        grid = divided(times, None) if step_size is None else divided(times, step_size, rounding_of(t, times))
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
@@ -342,7 +352,29 @@ def _solve(
         else:
             with torch.no_grad():
                 outputs = call.run(tensors)
+        if settings.step_size is None and len(solve.times) == 2 and solve.control is None and settings.grid is None:
+            _look_at_its_only_step(solve, func, u0, t, settings, args, outputs)
     return layout.as_state(outputs), solve
+
+
+def _look_at_its_only_step(
+    solve: Solve, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...], outputs: Parts
+) -> None:
+    """Warn once if the step of a solve of one step is plainly too long. Collective."""
+    if isinstance(func, WithTangent) or not is_first_of_its_kind(solve.solver, func):
+        return
+    comm, size = solve.solver.stepper.comm, abs(solve.times[1] - solve.times[0])
+    halved = replace(settings, step_size=size / 2, last_only=True, fixed_plan=None)
+    finer = finer_end(
+        lambda: _solve(_NoSolvers(), _NoSolvers(), func, u0, t, halved, args)[0],
+        func,
+        args,
+        comm,
+    )
+    if finer is not None:
+        ends = outputs if settings.last_only else tuple(part[-1] for part in outputs)
+        what = f"one step of {solve.solver.stepper.method.name!r} from t = {solve.times[0]:g} to {solve.times[1]:g}"
+        warn_if_coarse(what, size, (ends, layout_of(finer)[1], solve.initial), comm)
 
 
 def _transformed(
@@ -513,8 +545,13 @@ def odeint(
     be singular, for theta methods. `preconditioner` is that of the linear systems: `block`, `assembled`, or an object
     of `pnode_dist.ode.preconditioner`. `partition` says over which ranks the state is spread; None: this rank's state
     is its own. `trajectory` is the budget for checkpoints. `options` are PETSc options for the solver, such as
-    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`. With `last_only` the state at `t[-1]` alone is
-    returned, in the shape of `u0`, and no memory is spent on the others.
+    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`; one that nothing heeds is an error. With `last_only`
+    the state at `t[-1]` alone is returned, in the shape of `u0`, and no memory is spent on the others.
+
+    `func` may return memory that it uses again, at its next evaluation or later: such values are copied. Threads take
+    turns, one forward or backward pass at a time. Where `t` has two times and neither `step_size` nor tolerances are
+    given, a warning says if the one step is plainly too long; for that the first such solve evaluates `func` at two
+    steps of half the size as well.
 
     The gradient is that of the numbers computed (a discrete adjoint: of the steps that were accepted, each taken as a
     fixed share of its interval), for the objective that is the sum of all ranks' losses. Gradients by parameters and

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pnode_dist import ConfigurationError, NeuralODE, SplitFunction, Trajectory
+from pnode_dist.ode.methods import METHODS
 from tests.oracles.differences import directional_derivative
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
@@ -12,15 +13,15 @@ TIMES = [0.0, 0.3, 0.5]
 TIGHT = {"snes_rtol": 1e-13, "snes_stol": 1e-15, "ksp_rtol": 1e-13}
 
 
+def tight(method: str) -> dict[str, float]:
+    return TIGHT if METHODS[method].implicit else {}
+
+
 def right_hand_side(method: str) -> torch.nn.Module:
     torch.manual_seed(1)
     if method.startswith("arkimex"):
         return SplitFunction(implicit=Network(), explicit=Network())
     return Network()
-
-
-def tight(method: str) -> dict[str, float]:
-    return {} if method in ("rk4", "dopri5") else TIGHT
 
 
 def directions(node: NeuralODE, u0: torch.Tensor) -> tuple[torch.Tensor, dict[torch.Tensor, torch.Tensor]]:
