@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pnode_dist.errors import ConfigurationError as ConfigurationError
     from pnode_dist.errors import ConvergenceError as ConvergenceError
     from pnode_dist.errors import DisagreementError as DisagreementError
+    from pnode_dist.errors import RecomputationError as RecomputationError
     from pnode_dist.mesh import Mesh as Mesh
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
@@ -39,6 +40,7 @@ _PUBLIC = {
     "GridPartition": "pnode_dist.partition.grid",
     "Mesh": "pnode_dist.mesh",
     "NeuralODE": "pnode_dist.ode.odeint",
+    "RecomputationError": "pnode_dist.errors",
     "SplitFunction": "pnode_dist.ode.split",
     "Trajectory": "pnode_dist.trajectory.budget",
     "consistent": "pnode_dist.ode.consistent",

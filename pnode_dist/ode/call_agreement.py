@@ -236,6 +236,8 @@ class Settings(Protocol):
     @property
     def last_only(self) -> bool: ...
     @property
+    def on_mismatch(self) -> str: ...
+    @property
     def grid(self) -> TimeGrid | None: ...
     @property
     def fixed_plan(self) -> Plan | None: ...
@@ -269,6 +271,7 @@ def facts(
         ("preconditioner", _name(settings.preconditioner)),
         ("options", _options(settings.options)),
         ("last_only", settings.last_only),
+        ("on_mismatch", settings.on_mismatch),
         ("gradient", needs_gradient),
         ("gradient with respect to t", by_times),
         ("fixed_plan", None if settings.fixed_plan is None else settings.fixed_plan.work),

@@ -15,8 +15,12 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pnode_dist.ode import events
+from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, Mark
 from pnode_dist.ode.compute_type import NO_COPIES, ComputeCopies
+from pnode_dist.ode.fingerprint import fingerprint
+from pnode_dist.ode.guard import Guard
 from pnode_dist.ode.layout import Parts, StateLayout
+from pnode_dist.ode.ownership import owned
 from pnode_dist.ode.parameters import Parameters, completeness_check
 
 Function = Callable[..., Any]
@@ -42,6 +46,8 @@ class Problem:
     every evaluation. `logs`: PETSc keeps a log.
     `differentiates`: f was seen to take derivatives by what its state was computed from, which is looked for where
     `watches` is true, but not while a graph is reversed (`reverses`).
+    `carried` is the state that f carries from one evaluation to the next, and `guard` compares recomputed values with
+    those of the forward pass.
     """
 
     func: Function
@@ -55,6 +61,8 @@ class Problem:
     logs: bool = field(default_factory=events.logging)
     differentiates: bool = False
     reverses: bool = False
+    carried: Carried = NOTHING_CARRIED
+    guard: Guard | None = None
     evaluations: int = 0
     vjps: int = 0
     jvps: int = 0
@@ -102,11 +110,14 @@ class Problem:
             # All that is below, for the commonest case: it takes longer than a small stage.
             result = func(time, inputs[0])
             if isinstance(result, torch.Tensor) and result.shape == layout.shapes[0]:
+                if result.dtype is not layout.compute_dtype:
+                    _check_type(result, layout)
                 return (result,)
         else:
             with events.event(events.FUNCTION, self.logs):
                 result = func(time, layout.as_state(inputs), *self.args)
-        outputs = tuple(result) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
+        # A tuple of its own: f may hold the one that it returned, and the references to its values are counted.
+        outputs = (*result,) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
         if len(outputs) != len(inputs):
             _refuse(result, layout)
         for shape, value in zip(layout.shapes, outputs, strict=True):
@@ -117,6 +128,7 @@ class Problem:
                     f"func returned shape {tuple(value.shape)} for a state of shape {shape}: "
                     "du/dt must have the shape of u"
                 )
+            _check_type(value, layout)
         return outputs
 
     def value(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> Parts:
@@ -141,24 +153,38 @@ class Problem:
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(True)
         try:
-            outputs = self.evaluate(func, layout, time if when is None else when, inputs)
+            outputs = owned(self.evaluate(func, layout, time if when is None else when, inputs))
         finally:
             torch._C._set_grad_enabled(before)
         self.look(outputs, inputs if when is None else (*inputs, when))
         return StageGraph(inputs, tuple(map(_root, outputs)), outputs, time, when)
 
+    def graph_of(self, stage: StageState, func: Function, layout: StateLayout) -> StageGraph:
+        """The graph of an evaluation whose inputs were kept, compared with its value in the forward pass.
+
+        Collective if `func` is. Raises `RecomputationError`, see `Guard`.
+        """
+        self.carried.restore(stage.mark)
+        graph = self.graph(func, layout, stage.when, stage.inputs)
+        if self.guard is not None:
+            self.guard.compare_value(stage.fingerprint, stage.when, graph.values)
+        return graph
+
+    def kept_state(self, time: float, inputs: Parts, mark: Mark | None, values: Parts) -> StageState:
+        """The inputs of an evaluation that was just made, to be made again."""
+        return StageState(time, inputs, mark, None if self.guard is None else fingerprint(values))
+
     def linked(self, layout: StateLayout, time: float, state: Parts) -> Parts:
         """An evaluation as part of a graph that is being made, which is counted. Collective if `func` is.
 
-        Nothing is converted. Values that are not, and will not be, those of a graph are copied: f may use their memory
-        again.
+        Nothing is converted. Values whose memory f may use again are copied.
         """
         self.evaluations += 1
-        values = self.evaluate(self.func, layout, time, state)
+        values = owned(self.evaluate(self.func, layout, time, state))
         if len(set(map(id, values))) < len(values):
             # What each part adds to the adjoint is summed up by itself, and then the first part's comes first.
             values = tuple(value.view_as(value) for value in reversed(values))[::-1]
-        return tuple(value if value.requires_grad else value.clone() for value in values)
+        return values
 
     def look(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         """Refuse outputs that depend on more than these inputs and the parameters, as often as there is need to look.
@@ -347,10 +373,15 @@ class StageGraph(NamedTuple):
 
 
 class StageState(NamedTuple):
-    """What an evaluation was given, in f's floating type: its graph is made when it is asked for."""
+    """The inputs of an evaluation, in f's floating type: its graph is made when it is asked for.
+
+    `mark` is the state that f carried before it, and `fingerprint` that of its value, None where it is not known.
+    """
 
     when: float
     inputs: Parts
+    mark: Mark | None = None
+    fingerprint: float | None = None
 
 
 class Cotangents(NamedTuple):
@@ -394,6 +425,15 @@ def _gradients(
         tuple(roots), tuple(cotangents), keep, False, inputs, allow_unreachable=True, accumulate_grad=False
     )
     return found
+
+
+def _check_type(value: torch.Tensor, layout: StateLayout) -> None:
+    """Raise `TypeError` for values whose conversion to the state's type loses part of them, or hides a mistake."""
+    if not value.dtype.is_floating_point:
+        raise TypeError(
+            f"func returned {value.dtype} for a state of {layout.dtype}: du/dt must be of a real floating type (write "
+            "a complex state as two real parts, see torch.view_as_real)"
+        )
 
 
 def _refuse(result: Any, layout: StateLayout) -> NoReturn:

@@ -7,36 +7,44 @@ discrete and exact, only f itself is differentiated by the automatic tool.
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, overload
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
+from pnode_dist.ode.bindings import Bindings
+from pnode_dist.ode.call import Asked, Call, Prepare
 from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
+from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
+from pnode_dist.ode.differentiable import solution, tangent_call_of
 from pnode_dist.ode.evaluation import Function, Problem
-from pnode_dist.ode.layout import State, StateLayout, layout_of
+from pnode_dist.ode.given_options import check_options, without_adaptation
+from pnode_dist.ode.guard import check_policy
+from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass, mass_matrix
+from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
+from pnode_dist.ode.solver_key import Same, contents_of, object_key
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
+from pnode_dist.ode.surroundings import Surroundings
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance, check_shapes
+from pnode_dist.ode.transformed import transformed
+from pnode_dist.ode.transforms import transforming
 from pnode_dist.partition.protocol import Partition, vec_device
 from pnode_dist.trajectory import budget
 from pnode_dist.trajectory.budget import Trajectory, slot_bounds
@@ -45,47 +53,6 @@ from pnode_dist.trajectory.statistics import SolveStatistics
 
 Times = torch.Tensor | Sequence[float]
 _KEPT_SOLVERS = 8
-
-
-@contextmanager
-def _running(solve: Solve) -> Iterator[None]:
-    """While f is evaluated: its modules hold what it computes with; if the solve fails, it gives back what it holds."""
-    try:
-        with solve.problem.copies.in_place():
-            yield
-    except BaseException:
-        # Whoever keeps the error keeps the solve alive.
-        solve.release()
-        raise
-
-
-class _Differentiable(torch.autograd.Function):
-    """The solve as a node of torch's graph: state parts first, then parameters, then the evaluation times if asked."""
-
-    @staticmethod
-    def forward(ctx: Any, solve: Solve, parts: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.solve, ctx.parts, ctx.reversed = solve, parts, False
-        ctx.set_materialize_grads(False)
-        # Not only for a second backward pass: torch now notices when they are changed in place before the first.
-        ctx.save_for_backward(*tensors)
-        # A graph that is dropped without a backward pass gives its checkpoints back.
-        weakref.finalize(ctx, solve.release).atexit = False
-        with _running(solve):
-            return solve.forward(tensors[:parts])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
-        solve, tensors = ctx.solve, ctx.saved_tensors
-        if solve.agreed is not None:
-            solve.agreed.begin_backward(ctx.reversed)
-        with _running(solve):
-            if ctx.reversed:
-                # The checkpoints went as they were used: lay the trajectory down again.
-                solve.forward(tensors[: ctx.parts])
-            ctx.reversed = True
-            states, parameters, times = solve.backward(cotangents)
-        return None, None, *states, *parameters, *times
 
 
 class _Solvers:
@@ -101,16 +68,19 @@ class _Solvers:
     def find(self, key: Any) -> Solver | None:
         """The solver of `key`, if there is one that a solve can use now."""
         solver = self._solvers.get(key)
-        return None if solver is None or solver.stepper.stepping or solver.stepper.failed else solver
+        if solver is None or solver.stepper.stepping or solver.stepper.failed:
+            return None
+        return solver if solver.contents is None or solver.contents.are_the_same else None
 
     def get(self, key: Any, create: Callable[[], Solver], afresh: bool = False) -> Solver:
         """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver.
 
-        Making one is collective: `afresh` says that another rank makes one, so that this one has to as well.
+        It is made anew where the contents of what it was made of have changed. Making one is collective: `afresh` says
+        that another rank makes one, so that this one has to as well.
         """
         if key in self._solvers and self._solvers[key].stepper.stepping:
             return create()
-        if key not in self._solvers or self._solvers[key].stepper.failed or afresh:
+        if afresh or self.find(key) is None:
             self._solvers[key] = create()
             if len(self._solvers) > _KEPT_SOLVERS:
                 self._solvers.popitem(last=False)
@@ -135,6 +105,8 @@ class _Settings:
     preconditioner: Preconditioner | str | None = None
     compute_dtype: torch.dtype | None = None
     last_only: bool = False
+    on_mismatch: str = "raise"
+    preserve_rng_state: bool = True
     fixed_plan: Plan | None = None
     compiler: Compiler | None = None
     grid: TimeGrid | None = None
@@ -180,6 +152,7 @@ def _prepared_with(
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
+    check_policy(settings.on_mismatch)
     control = settings.control()
     grid = settings.grid
     if grid is None and control is None:
@@ -193,6 +166,7 @@ def _prepared_with(
     trajectory = settings.trajectory or budget.DEFAULT
     parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
     sizes = tuple(parameter.numel() for parameter in parameters.tensors)
+    check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
     by_times = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
     # The times are parameters as well: of each step, its size and its start.
@@ -216,10 +190,16 @@ def _prepared_with(
             f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
         )
     linear = _matrix_part(func, table)
-    key = (
-        *(id(partition), layout, table, sizes, repr(options), trajectory, id(trajectory.ledger)),
-        *(id(mass), preconditioner, id(linear)),
-    )
+    made_of = object_key(func, mass, preconditioner)
+    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of)
+
+    def create() -> Solver:
+        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
+        # What works for PETSc itself changes as it does.
+        works = getattr(made.stepper, "built", None) is preconditioner
+        made.contents = contents_of(func, mass, None if works else preconditioner)
+        return made
+
     agreed = None
     if isinstance(preparing, Preparation):
         known = solvers.find(key)
@@ -242,9 +222,13 @@ def _prepared_with(
         )
     solver = solvers.get(
         key,
-        lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
+        create,
         afresh=agreed is not None and agreed.creates,
     )
+    surroundings, carried = None, NOTHING_CARRIED
+    if needs_gradient:
+        surroundings = Surroundings.now(func, args, layout.device)
+        carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
     problem = Problem(
         in_compute_type(func, copies),
         copies.args,
@@ -254,6 +238,7 @@ def _prepared_with(
         watched=torch.is_grad_enabled() and not needs_gradient,
         by_times=by_times,
         looks=solver.looks_again(),
+        carried=carried,
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(
@@ -268,9 +253,26 @@ def _prepared_with(
         settings.fixed_plan,
         time_dtype,
         settings.last_only,
+        surroundings,
+        settings.on_mismatch,
         agreed,
     )
     return solve, layout, tensors
+
+
+def _carried(
+    bindings: Bindings,
+    parameters: Parts,
+    copies: ComputeCopies,
+    layout: StateLayout,
+    settings: _Settings,
+    known: KnownTensors,
+) -> Carried:
+    """The state that the right-hand side with these names carries, at the beginning of a solve."""
+    inputs, buffers = set(map(id, parameters)), bindings.buffers
+    tensors = [tensor for tensor in bindings.tensors if id(tensor) not in inputs]
+    seen = zip(copies.of(tensors), (id(tensor) in buffers for tensor in tensors), strict=True)
+    return Carried(bindings, seen, layout.device, settings.preserve_rng_state, known)
 
 
 def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | None:
@@ -282,16 +284,96 @@ def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | Non
 
 
 def _solve(
-    solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
+    solvers: _Solvers,
+    tangent_solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
-    solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
-    parts = len(layout.shapes)
-    if solve.keeps_trajectory:
-        outputs = _Differentiable.apply(solve, parts, *tensors)  # type: ignore[no-untyped-call]
-    else:
-        with torch.no_grad(), _running(solve):
-            outputs = solve.forward(tensors[:parts])
+    with one_at_a_time():
+        if transforming():
+            call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
+            return layout.as_state(solution(call, tensors)), call.latest()
+        solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
+        prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
+        asked = Asked(
+            func,
+            args,
+            len(layout.shapes),
+            layout.is_tuple,
+            solve.parameters,
+            solve.problem.by_times,
+            solve.solver.stepper.comm.size,
+            prepare,
+            solve.surroundings,
+            solve.carried,
+        )
+        call = Call(asked, solve.keeps_trajectory, ready=solve)
+        if solve.keeps_trajectory:
+            outputs = solution(call, tensors)
+        else:
+            with torch.no_grad():
+                outputs = call.run(tensors)
     return layout.as_state(outputs), solve
+
+
+def _transformed(
+    solvers: _Solvers,
+    tangent_solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
+) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
+    """The solve under torch's transforms, see `transformed`."""
+    ranks = communicator(settings.partition).size
+    prepare = _preparation(solvers, tangent_solvers, t, settings, isinstance(u0, tuple | list))
+    params, dtype = tuple(settings.params or ()), settings.compute_dtype
+    return transformed(func, u0, t, args, params, dtype, ranks, prepare, settings.preserve_rng_state)
+
+
+def _preparation(
+    solvers: _Solvers, tangent_solvers: _Solvers, t: Times, settings: _Settings, is_tuple: bool
+) -> Prepare:
+    """How solves with these times and settings, and those of their tangents, are prepared."""
+    at = t.detach() if isinstance(t, torch.Tensor) else t
+
+    def prepare(
+        func: Function,
+        state: Parts,
+        times: torch.Tensor | None,
+        args: tuple[Any, ...],
+        first: Callable[[], Solve] | None,
+    ) -> Solve:
+        u0 = state if is_tuple or first is not None else state[0]
+        when = at if times is None else times
+        if first is None:
+            return _prepared(solvers, func, u0, when, settings, args)[0]
+        chosen = _settings_of_tangents(settings, is_tuple, first, len(state))
+        return _prepared(tangent_solvers, func, u0, when, chosen, args)[0]
+
+    return prepare
+
+
+def _settings_of_tangents(settings: _Settings, is_tuple: bool, before: Callable[[], Solve], parts: int) -> _Settings:
+    """The settings of a solve of tangents with so many parts; `before` runs the one without tangents.
+
+    With error control the steps that were accepted there are taken again.
+    """
+    if settings.control() is not None:
+        solve = before()
+        # Without error control another method would be the default.
+        name = solve.solver.stepper.method.name
+        options = without_adaptation(settings.options)
+        settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name, options=options)
+    if settings.mass is not None:
+        masses = tuple(settings.mass) if is_tuple else (settings.mass,)
+        settings = replace(settings, mass=masses * (parts // len(masses)))
+    # Tangents are derivatives of vector-Jacobian products, which compiled code does not have. Their plan is another.
+    return replace(settings, compiler=None, fixed_plan=None)
 
 
 @overload
@@ -314,6 +396,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
     last_only: bool = ...,
+    on_mismatch: str = ...,
+    preserve_rng_state: bool = ...,
 ) -> torch.Tensor: ...
 
 
@@ -337,6 +421,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
     last_only: bool = ...,
+    on_mismatch: str = ...,
+    preserve_rng_state: bool = ...,
 ) -> tuple[torch.Tensor, ...]: ...
 
 
@@ -359,6 +445,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = None,
     compute_dtype: torch.dtype | None = None,
     last_only: bool = False,
+    on_mismatch: str = "raise",
+    preserve_rng_state: bool = True,
 ) -> State:
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
@@ -413,8 +501,10 @@ def odeint(
         preconditioner,
         compute_dtype,
         last_only,
+        on_mismatch,
+        preserve_rng_state,
     )
-    return _solve(_Solvers(), func, u0, t, settings, args)[0]
+    return _solve(_Solvers(), _Solvers(), func, u0, t, settings, args)[0]
 
 
 class NeuralODE(nn.Module):
@@ -447,6 +537,8 @@ class NeuralODE(nn.Module):
         preconditioner: Preconditioner | str | None = None,
         compute_dtype: torch.dtype | None = None,
         last_only: bool = False,
+        on_mismatch: str = "raise",
+        preserve_rng_state: bool = True,
         compile: bool | str = False,
     ) -> None:
         super().__init__()
@@ -466,6 +558,8 @@ class NeuralODE(nn.Module):
         self.preconditioner = preconditioner
         self.compute_dtype = compute_dtype
         self.last_only = last_only
+        self.on_mismatch = on_mismatch
+        self.preserve_rng_state = preserve_rng_state
         self.compiler = None if compile is False else Compiler("inductor" if compile is True else compile)
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
@@ -481,7 +575,7 @@ class NeuralODE(nn.Module):
 
     def forward(self, u0: State, t: Times, *args: Any) -> State:
         """The states at the times `t`, starting from `u0` at `t[0]`. Collective on the partition's communicator."""
-        outputs, solve = _solve(self._solvers, self.func, u0, t, self._settings, args)
+        outputs, solve = _solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         return outputs
 
@@ -499,28 +593,47 @@ class NeuralODE(nn.Module):
         not in it stay as they are. Both results are differentiable. With error control the steps are those that a solve
         without tangent takes. Collective on the partition's communicator.
         """
-        settings = self._settings
-        with preparation(communicator(settings.partition)) as preparing:
+        with preparation(communicator(self.partition)) as preparing:
             state, is_tuple = joined(u0, u0_tangent)
             direction = checked_direction(parameter_tangents)
             preparing.later()
-        if settings.control() is not None:
+        if transforming():
+            return self._transformed_jvp(u0, t, state[len(state) // 2 :], direction, args)
+
+        def before() -> Solve:
             with torch.no_grad():
-                _, before = _solve(self._solvers, self.func, u0, t, settings, args)
-            settings = replace(settings, rtol=None, atol=None, grid=before.grid)
-            # Without error control another method would be the default.
-            settings = replace(settings, method=before.solver.stepper.method.name)
-        if settings.mass is not None:
-            masses = tuple(settings.mass) if is_tuple else (settings.mass,)
-            settings = replace(settings, mass=(*masses, *masses))
-        # Tangents are derivatives of vector-Jacobian products, which compiled code does not have.
-        settings = replace(settings, compiler=None)
+                return _solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args)[1]
+
+        settings = _settings_of_tangents(self._settings, is_tuple, before, len(state))
         func = with_tangent(self.func, is_tuple, direction)
-        outputs, solve = _solve(self._tangent_solvers, func, state, t, settings, args)
+        outputs, solve = _solve(self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         half = len(state) // 2
         values, tangents = outputs[:half], outputs[half:]
         return (values, tangents) if is_tuple else (values[0], tangents[0])
+
+    def _transformed_jvp(
+        self,
+        u0: State,
+        t: Times,
+        tangents: tuple[torch.Tensor, ...],
+        direction: Mapping[torch.Tensor, torch.Tensor],
+        args: tuple[Any, ...],
+    ) -> tuple[State, State]:
+        call, layout, tensors = _transformed(
+            self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args
+        )
+        found = dict(zip(map(id, call.asked.parameters), range(call.parameters), strict=True))
+        along: list[torch.Tensor | None] = [*tangents, *(None,) * (len(tensors) - len(tangents))]
+        for parameter, tangent in direction.items():
+            along[len(tangents) + found[id(parameter)]] = tangent
+        tangent_call, inputs = tangent_call_of(call, tensors, along, True)
+        tangent_call.repeats = False
+        outputs = solution(tangent_call, inputs)
+        solve = tangent_call.latest()
+        self.last_solve, self.last_plan = solve.statistics, solve.plan
+        half = len(outputs) // 2
+        return layout.as_state(outputs[:half]), layout.as_state(outputs[half:])
 
     def plan(self, u0: State, t: Times, *args: Any) -> Plans:
         """What the trajectory's budget allows for this solve, with predicted times, and what would be chosen.
@@ -528,13 +641,16 @@ class NeuralODE(nn.Module):
         Measures the first step and checkpoints of this problem first. Collective on the partition's communicator.
         Raises `ValueError` for steps with error control, whose number is not known before they are taken.
         """
-        solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
-        if solve.control is not None:
-            raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
-        if solve.solver.stepper.method.adjoint == "none":
-            raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
-        with torch.no_grad(), solve.problem.copies.in_place():
-            return solve.measured_plans(tensors[: len(layout.shapes)])
+        if transforming():
+            raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
+        with one_at_a_time():
+            solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
+            if solve.control is not None:
+                raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
+            if solve.solver.stepper.method.adjoint == "none":
+                raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
+            with torch.no_grad(), solve.problem.copies.in_place():
+                return solve.measured_plans(tensors[: len(layout.shapes)])
 
     @property
     def _settings(self) -> _Settings:

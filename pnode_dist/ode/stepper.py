@@ -24,6 +24,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import petsc_calls
 from pnode_dist.ode.current_state import CurrentState
 from pnode_dist.ode.evaluation import Problem
+from pnode_dist.ode.fingerprint import fingerprint
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.recording import Recording
@@ -34,15 +35,27 @@ MOST_STEPS = 2**31 - 1
 
 
 @contextmanager
-def options_database(options: PetscOptions) -> Iterator[None]:
-    """Put `options` into PETSc's options database for a while."""
+def options_database(options: PetscOptions, unread: set[str] | None = None) -> Iterator[None]:
+    """Put `options` into PETSc's options database for a while, and remove from `unread` those that are read then."""
     database = PETSc.Options()
+    known = database.getAll().keys() if unread else ()
     before = {name: database.getString(name) for name in options if database.hasName(name)}
     for name, value in options.items():
+        if unread and name in before:
+            # With it goes the mark that it was read before.
+            database.delValue(name)
         database.setValue(name, value)
     try:
         yield
     finally:
+        if unread:
+            unread -= {name for name in unread if database.used(name)}
+            # PETSc puts another name in the place of one that is out of date.
+            renamed = {name for name in unread if not database.hasName(name)}
+            unread -= renamed
+            for name in database.getAll().keys() - known - {name.removeprefix("-") for name in options}:
+                if renamed:
+                    database.delValue(name)
         for name in options:
             if name in before:
                 database.setValue(name, before[name])
@@ -65,12 +78,15 @@ class Stepper(ABC):
     """PETSc's TS for one layout of the state, one method and one set of parameter sizes. Collective on `comm`.
 
     `current` is the state it is at. `stepping` says that a step is under way, `failed` that one ended with an error,
-    after which the stepper cannot be used again. `monitored`: the options ask for PETSc's monitors.
+    after which the stepper cannot be used again. `monitored`: the options ask for PETSc's monitors. With `fingerprints`
+    each step leaves the `fingerprint` of its result, also where that is not formed.
     """
 
     method: Method
     current: CurrentState
     monitored = False
+    fingerprints = False
+    fingerprint: float | None = None
 
     def __init__(self, comm: MPI.Comm, layout: StateLayout) -> None:
         petsc_calls.one_blas_thread()
@@ -133,6 +149,11 @@ class Stepper(ABC):
         """Solve this problem from now on."""
         self.callbacks.problem = problem
 
+    def _print_state(self, parts: Parts) -> None:
+        """Leave the fingerprint of a step's result."""
+        if self.fingerprints:
+            self.fingerprint = fingerprint(parts)
+
     def errors_of_func(self) -> ErrorsOfFunc:
         """While PETSc steps: raise what func raised instead of PETSc's error code."""
         return self._errors_of_func
@@ -182,13 +203,13 @@ class ErrorsOfFunc:
         return stepper
 
 
-def set_from_options(ts: PETSc.TS, options: PetscOptions) -> bool:
+def set_from_options(ts: PETSc.TS, options: PetscOptions, unread: set[str]) -> bool:
     """Let PETSc's options set up `ts`, without control of its steps; whether they ask for monitors.
 
-    Raises `ConfigurationError` for what PETSc refuses.
+    Those that are read are removed from `unread`. Raises `ConfigurationError` for what PETSc refuses.
     """
     # petsc4py has no TSAdapt object: the options database is the way to turn step control off.
-    with options_database({**options, "ts_adapt_type": "none"}):
+    with options_database({**options, "ts_adapt_type": "none"}, unread):
         try:
             ts.setFromOptions()
         except PETSc.Error as error:
