@@ -15,7 +15,7 @@ from mpi4py import MPI
 from pnode_dist import Mesh
 from pnode_dist.abort import abort
 
-TIMEOUT, PATIENCE = 60, 15
+TIMEOUT, PATIENCE = 300, 60
 _verdicts = MPI.COMM_WORLD.Dup()
 # Every way to write the number of ranks as state ranks times replicas.
 _SIZE = MPI.COMM_WORLD.size

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pnode_dist.compatibility import PETSC4PY_FLOOR
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.unit.launch_scripts import run_copy, stand_in
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -180,16 +180,16 @@ def test_a_wrong_number_of_threads_gets_one_line() -> None:
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, ending: signal.Signals) -> None:
-    program = "echo $$ > $1/pid.$$; exec sleep 60"
+    program = "echo $$ > $1/pid.$$; exec sleep 100000"
     launcher = subprocess.Popen([str(ROOT / "launch/mpirun.sh"), "-n", "2", "sh", "-c", program, "sh", str(tmp_path)])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while len(list(tmp_path.glob("pid.*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     ranks = [int(path.suffix[1:]) for path in tmp_path.glob("pid.*")]
     assert len(ranks) == 2
     launcher.send_signal(ending)
-    assert launcher.wait(timeout=20) != 0
-    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline + 20:
+    assert launcher.wait(timeout=PATIENCE) != 0
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline + PATIENCE:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
