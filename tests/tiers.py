@@ -1,7 +1,9 @@
-"""Which tests run when: all but those marked `nightly`, unless these are asked for; and what each test costs.
+"""Which tests run when, and what each of them costs.
 
-Asked for are nightly tests by `--nightly`, by a mark expression that names the mark (`-m nightly`), and by node id
-(`test_x.py::test_that_is_long`). What is left out is counted in pytest's summary.
+All run but those marked `nightly`, unless these are asked for: by `--nightly`, by a mark expression that names the mark
+(`-m nightly`), or by node id (`test_x.py::test_that_is_long`). With `--quick` neither do those run that are marked
+`slow` or start ranks of their own, and of a test with many cases three: the first, the last and one between. What is
+left out is counted at the end.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import pytest
 
 COST = "processor seconds"
 _begun = pytest.StashKey[float]()
-_left_out = pytest.StashKey[int]()
+_left_out = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="also run the tests marked nightly")
+    parser.addoption("--quick", action="store_true", help="run up to three cases of each test that is not slow")
     parser.addoption(
         "--processor-times",
         type=int,
@@ -31,14 +34,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # After the selection by marks and keywords, so that only what would have run is counted.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--nightly") or "nightly" in config.getoption("markexpr"):
-        return
     named = tuple(argument.partition("::")[2] for argument in config.args if "::" in argument)
-    left_out = [item for item in items if "nightly" in item.keywords and not _is_one_of(item, named)]
-    if left_out:
-        config.stash[_left_out] = len(left_out)
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    if not config.getoption("--nightly") and "nightly" not in config.getoption("markexpr"):
+        long = [item for item in items if "nightly" in item.keywords and not _is_one_of(item, named)]
+        _leave_out(config, items, long, "nightly tests, which --nightly runs")
+    if config.getoption("--quick"):
+        quick = {item for cases in cases_by_test(items) for item in (cases[0], cases[len(cases) // 2], cases[-1])}
+        rest = [item for item in items if (item not in quick or _is_slow(item)) and not _is_one_of(item, named)]
+        _leave_out(config, items, rest, "slow tests and further cases, which run without --quick")
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], chosen: list[pytest.Item], what: str) -> None:
+    if chosen:
+        config.stash[_left_out] = [*config.stash.get(_left_out, []), f"{len(chosen)} {what}"]
+        config.hook.pytest_deselected(items=chosen)
+        items[:] = [item for item in items if item not in set(chosen)]
+
+
+def cases_by_test(items: list[pytest.Item]) -> list[list[pytest.Item]]:
+    """The cases of each test function."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return list(tests.values())
+
+
+def _is_slow(item: pytest.Item) -> bool:
+    return "slow" in item.keywords or "mpirun" in getattr(item, "fixturenames", ())
 
 
 def _is_one_of(item: pytest.Item, named: tuple[str, ...]) -> bool:
@@ -51,12 +73,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     # A process that xdist has started, all of which collect the same tests.
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["left out"] = session.config.stash.get(_left_out, 0)
+        output["left out"] = session.config.stash.get(_left_out, [])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get("left out", 0)
+    node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get("left out", [])
 
 
 def processor_seconds() -> float:
@@ -79,9 +101,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    left_out = config.stash.get(_left_out, 0)
-    if left_out:
-        terminalreporter.write_line(f"left out: {left_out} nightly tests, which --nightly runs")
+    for what in config.stash.get(_left_out, []):
+        terminalreporter.write_line(f"left out: {what}")
     most = config.getoption("--processor-times")
     if not most:
         return
