@@ -5,7 +5,8 @@
 #                             partitions and exchanges) at 1 rank and at 2, of each test up to 3 cases
 #   launch/test.sh            before a change is handed in, at most 12 minutes on two cores: ruff, mypy, and all tests but
 #                             those marked nightly, at 1, 2, 3 and 4 ranks and on a Slurm of two nodes
-#   launch/test.sh --nightly  everything: every case at every number of ranks, long tests, and the image
+#   launch/test.sh --nightly  everything: every case at every number of ranks, long tests, and the image, in which the tests
+#                             run as well
 #
 #   launch/test.sh [--quick | --nightly] [--ranks "1 2"] [--no-lint] [--every-case] [[--] PYTEST ARGUMENT...]
 #   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
@@ -82,7 +83,7 @@ unset PYTHONDONTWRITEBYTECODE
 sharing=(env "MPIR_CVAR_ENABLE_HEAVY_YIELD=${MPIR_CVAR_ENABLE_HEAVY_YIELD:-1}")
 # A part that takes longer hangs.
 limit=3600
-[ "$tier" != nightly ] || limit=14400
+[ "$tier" != nightly ] || limit=28800
 summary=() failed=no tested=no
 declare -A beside=()
 no_tests=5 # pytest's exit code
@@ -177,7 +178,7 @@ join() {
     mapfile -t -O ${#summary[@]} summary <"$others/$1.summary"
 }
 
-image_tests() { cluster_tests "cluster tests of the image" "cluster and image" tests/cluster; }
+image_tests() { cluster_tests "cluster tests of the image" "cluster and image" tests/cluster --all-tests-in-image; }
 
 checks_and_slurm_tests() {
     checks

@@ -25,6 +25,7 @@ def test_two_ranks_in_it_check_the_gradient(image: Image) -> None:
     assert found["failures"] == []
 
 
+@pytest.mark.timeout(20_000, method="thread")
 def test_the_tests_pass_in_it(image: Image, request: pytest.FixtureRequest) -> None:
     everything = request.config.getoption("--all-tests-in-image", default=False)
     ranks, selection = ("1 2 3 4", ()) if everything else ("2", SOME_TESTS)
