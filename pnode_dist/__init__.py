@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pnode_dist.allocator import keep_freed_memory as keep_freed_memory
     from pnode_dist.errors import ConfigurationError as ConfigurationError
     from pnode_dist.errors import ConvergenceError as ConvergenceError
+    from pnode_dist.errors import RecomputationError as RecomputationError
     from pnode_dist.mesh import Mesh as Mesh
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BatchPartition": "pnode_dist.partition.batch",
     "ConfigurationError": "pnode_dist.errors",
+    "RecomputationError": "pnode_dist.errors",
     "ConvergenceError": "pnode_dist.errors",
     "DensePartition": "pnode_dist.partition.dense",
     "GraphPartition": "pnode_dist.partition.graph",

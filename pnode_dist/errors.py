@@ -17,3 +17,7 @@ class StepSizeError(ArithmeticError):
 
 class ConvergenceError(ArithmeticError):
     """A nonlinear or linear solve did not converge. Raised on all ranks alike, in one line with PETSc's reason."""
+
+
+class RecomputationError(RuntimeError):
+    """A step that was recomputed for the gradient differs from the forward pass. Raised on all ranks alike."""

@@ -15,6 +15,7 @@ import torch
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError, StepSizeError
+from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.explicit import ExplicitStepper, Slopes
 from pnode_dist.ode.layout import Parts
 from pnode_dist.ode.methods import METHODS
@@ -250,6 +251,7 @@ def integrate(
     control: ErrorControl,
     before: Callable[[int, float], bool],
     after: Callable[[AcceptedStep], None],
+    carried: Carried,
 ) -> int:
     """Step through `times`, landing on each of them; returns how many attempts were rejected. Collective.
 
@@ -259,7 +261,8 @@ def integrate(
     adaptive.begin(control)
     time, number, rejected = times[0], 0, 0
     try:
-        wanted = control.first_size or adaptive.first_size(time, times[1] - time)
+        with carried.aside():
+            wanted = control.first_size or adaptive.first_size(time, times[1] - time)
         for output, target in enumerate(times[1:], start=1):
             while time != target:
                 recording: Recording | None = [] if before(number, time) else None

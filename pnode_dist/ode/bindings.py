@@ -25,6 +25,8 @@ import torch
 from torch import nn
 
 _Space = dict[str, Any] | list[Any]
+Changes = dict[tuple[int, Any], Any]
+"""Values by the number of a namespace and a key of it; the numbers of cells are negative."""
 _VALUES = frozenset((str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, range, slice))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 _CLOSED_PACKAGES = (
@@ -38,13 +40,18 @@ class Bindings:
     """Namespaces with the contents that they had, and closure cells with theirs.
 
     `names` limits a namespace to some of its keys (the globals that a function reads), None standing for all of them.
-    `tensors` are all tensors that were reached, `buffers` those that modules hold as such.
+    `tensors` are all tensors that were reached, `of_buffers` the numbers of the namespaces that hold modules' buffers.
     """
 
     spaces: tuple[tuple[_Space, frozenset[str] | None, Any], ...]
     cells: tuple[tuple[Any, Any], ...]
     tensors: tuple[torch.Tensor, ...]
-    buffers: tuple[torch.Tensor, ...]
+    of_buffers: frozenset[int]
+
+    @property
+    def buffers(self) -> frozenset[int]:
+        """The `id` of each buffer of a module."""
+        return frozenset(id(value) for number in self.of_buffers for value in self.spaces[number][2].values())
 
     @contextmanager
     def installed(self, replaced: Mapping[int, Any] | None = None) -> Iterator[None]:
@@ -61,6 +68,57 @@ class Bindings:
             yield
         finally:
             before.install(self)
+
+    def changes(self) -> Changes:
+        """The names that hold other values than at the capture, with these values.
+
+        Tensors bound to attributes and variables are left out, buffers are not: they would keep alive whatever f has
+        computed last.
+        """
+        found: dict[tuple[int, Any], Any] = {}
+        for number, (space, names, then) in enumerate(self.spaces):
+            now = _copied(space, names)
+            if _same(now, then):
+                continue
+            if isinstance(now, list):
+                found[number, None] = now
+                continue
+            keeps_tensors = number in self.of_buffers
+            for key, value in now.items():
+                if then.get(key, _EMPTY) is not value and (keeps_tensors or not isinstance(value, torch.Tensor)):
+                    found[number, key] = value
+        for number, (cell, then) in enumerate(self.cells):
+            value = _content(cell)
+            if value is not then and not isinstance(value, torch.Tensor):
+                found[-1 - number, None] = value
+        return found
+
+    def change_to(self, changes: Changes) -> None:
+        """Let the names hold the values of `changes`, and those that are not in it what they held at the capture."""
+        for place in self.changes().keys() - changes.keys():
+            self._bind(place, self._captured(place))
+        for place, value in changes.items():
+            self._bind(place, value)
+
+    def _captured(self, place: tuple[int, Any]) -> Any:
+        number, key = place
+        if number < 0:
+            return self.cells[-1 - number][1]
+        contents = self.spaces[number][2]
+        return contents if isinstance(contents, list) else contents.get(key, _EMPTY)
+
+    def _bind(self, place: tuple[int, Any], value: Any) -> None:
+        number, key = place
+        if number < 0:
+            _fill(self.cells[-1 - number][0], value)
+            return
+        space = self.spaces[number][0]
+        if isinstance(space, list):
+            space[:] = value
+        elif value is _EMPTY:
+            space.pop(key, None)
+        else:
+            space[key] = value
 
 
 @dataclass(frozen=True)
@@ -96,19 +154,15 @@ class _Contents:
         for (space, names, _), wanted in zip(bindings.spaces, self.of_spaces, strict=True):
             _put(space, names, wanted)
         for (cell, _), content in zip(bindings.cells, self.of_cells, strict=True):
-            if _content(cell) is content:
-                continue
-            if content is _EMPTY:
-                del cell.cell_contents
-            else:
-                cell.cell_contents = content
+            if _content(cell) is not content:
+                _fill(cell, content)
 
 
 def bindings_of(*roots: Any) -> Bindings:
     """The names that are reached from `roots`, such as a right-hand side and its extra arguments, and their values."""
     walk = _Walk()
     walk.through(roots)
-    return Bindings(tuple(walk.spaces), tuple(walk.cells), tuple(walk.tensors), tuple(walk.buffers))
+    return Bindings(tuple(walk.spaces), tuple(walk.cells), tuple(walk.tensors), frozenset(walk.of_buffers))
 
 
 class _Walk:
@@ -118,7 +172,7 @@ class _Walk:
         self.spaces: list[tuple[_Space, frozenset[str] | None, Any]] = []
         self.cells: list[tuple[Any, Any]] = []
         self.tensors: list[torch.Tensor] = []
-        self.buffers: list[torch.Tensor] = []
+        self.of_buffers: set[int] = set()
         # Bound methods are made anew whenever they are looked at: all that was seen is held, so that no `id` recurs.
         self._seen: dict[int, Any] = {}
         self._pending: list[Any] = []
@@ -149,6 +203,7 @@ class _Walk:
             self._function(thing)
         elif _is_open(thing):
             self._space(vars(thing))
+            self._pending.extend(_methods_of(type(thing)))
 
     def _space(self, space: Any) -> None:
         self.spaces.append((space, None, space.copy()))
@@ -158,13 +213,15 @@ class _Walk:
         attributes = vars(module)
         for space in (attributes, module._parameters, module._buffers, module._modules):
             if space:
+                if space is module._buffers:
+                    self.of_buffers.add(len(self.spaces))
                 self.spaces.append((space, None, space.copy()))
         self._pending.extend(reversed(module._modules.values()))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and id(tensor) not in self._seen:
                 self._seen[id(tensor)] = tensor
                 self.tensors.append(tensor)
-        self.buffers.extend(buffer for buffer in module._buffers.values() if buffer is not None)
+        self._pending.extend(_methods_of(type(module)))
         own = attributes.keys() - _OF_EVERY_MODULE
         self._pending.extend(attributes[name] for name in own if name not in ("_parameters", "_buffers", "_modules"))
 
@@ -186,6 +243,13 @@ class _Walk:
 
 
 _EMPTY = object()
+
+
+def _fill(cell: Any, content: Any) -> None:
+    if content is _EMPTY:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = content
 
 
 def _content(cell: Any) -> Any:
@@ -210,6 +274,13 @@ def _is_code(value: Any, space: dict[str, Any]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
+def _methods_of(kind: Any) -> tuple[types.FunctionType, ...]:
+    """The methods of a program's class, which read globals of its own."""
+    programs = (base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _CLOSED_PACKAGES)
+    return tuple(value for base in programs for value in vars(base).values() if isinstance(value, types.FunctionType))
+
+
+@functools.lru_cache(maxsize=1024)
 def _names_read(code: types.CodeType) -> frozenset[str]:
     """The global names, and attributes, that a function and those inside it mention."""
     inside = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
@@ -223,6 +294,15 @@ def _copied(space: _Space, names: frozenset[str] | None) -> Any:
     return {name: space[name] for name in names if name in space}
 
 
+def _same(space: Any, other: Any) -> bool:
+    """Whether two namespaces hold the same values, in the same order, as those do from which nothing was taken."""
+    if len(space) != len(other):
+        return False
+    if isinstance(space, list):
+        return all(map(is_, space, other))
+    return all(map(is_, space.values(), other.values())) and space.keys() == other.keys()
+
+
 def _put(space: Any, names: frozenset[str] | None, wanted: Any) -> None:
     """Make `wanted` the contents of `space`, or of these names in it."""
     if names is not None:
@@ -232,14 +312,8 @@ def _put(space: Any, names: frozenset[str] | None, wanted: Any) -> None:
             elif space.get(name, _EMPTY) is not wanted[name]:
                 space[name] = wanted[name]
         return
-    if len(space) == len(wanted):
-        if isinstance(space, list):
-            if not all(map(is_, space, wanted)):
-                space[:] = wanted
-            return
-        # The order of keys is the same unless something was taken out.
-        if all(map(is_, space.values(), wanted.values())) and space.keys() == wanted.keys():
-            return
+    if _same(space, wanted):
+        return
     if isinstance(space, list):
         space[:] = wanted
         return

@@ -44,8 +44,8 @@ class ComputeCopies:
         return tuple(self.by_original.get(id(tensor), tensor) for tensor in tensors)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the modules hold their copies for a while. What f writes into buffers then goes into the originals."""
+    def in_place(self, writes_back: bool = True) -> Iterator[None]:
+        """Let the modules hold their copies for a while; with `writes_back` the originals get what f writes there."""
         versions = [held.copy._version for held in self.held]
         for held in self.held:
             setattr(held.module, held.name, held.copy)
@@ -54,7 +54,7 @@ class ComputeCopies:
         finally:
             for held, version in zip(self.held, versions, strict=True):
                 setattr(held.module, held.name, held.original)
-                if held.copy._version != version:
+                if writes_back and held.copy._version != version:
                     with torch.no_grad():
                         held.original.copy_(held.copy)
 

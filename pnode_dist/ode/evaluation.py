@@ -15,7 +15,10 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pnode_dist.ode import events
+from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, Mark
 from pnode_dist.ode.compute_type import NO_COPIES, ComputeCopies
+from pnode_dist.ode.fingerprint import fingerprint
+from pnode_dist.ode.guard import Guard
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.parameters import Parameters, completeness_check
 
@@ -42,6 +45,8 @@ class Problem:
     every evaluation. `logs`: PETSc keeps a log.
     `differentiates`: f was seen to take derivatives by what its state was computed from, which is looked for where
     `watches` is true, but not while a graph is reversed (`reverses`).
+    `carried` is the state that f carries from one evaluation to the next, and `guard` compares recomputed values with
+    those of the forward pass.
     """
 
     func: Function
@@ -55,6 +60,8 @@ class Problem:
     logs: bool = field(default_factory=events.logging)
     differentiates: bool = False
     reverses: bool = False
+    carried: Carried = NOTHING_CARRIED
+    guard: Guard | None = None
     evaluations: int = 0
     vjps: int = 0
     jvps: int = 0
@@ -146,6 +153,21 @@ class Problem:
             torch._C._set_grad_enabled(before)
         self.look(outputs, inputs if when is None else (*inputs, when))
         return StageGraph(inputs, tuple(map(_root, outputs)), outputs, time, when)
+
+    def graph_of(self, stage: StageState, func: Function, layout: StateLayout) -> StageGraph:
+        """The graph of an evaluation whose inputs were kept, compared with its value in the forward pass.
+
+        Collective if `func` is. Raises `RecomputationError`, see `Guard`.
+        """
+        self.carried.restore(stage.mark)
+        graph = self.graph(func, layout, stage.when, stage.inputs)
+        if self.guard is not None:
+            self.guard.compare_value(stage.fingerprint, stage.when, graph.values)
+        return graph
+
+    def kept_state(self, time: float, inputs: Parts, mark: Mark | None, values: Parts) -> StageState:
+        """The inputs of an evaluation that was just made, to be made again."""
+        return StageState(time, inputs, mark, None if self.guard is None else fingerprint(values))
 
     def linked(self, layout: StateLayout, time: float, state: Parts) -> Parts:
         """An evaluation as part of a graph that is being made, which is counted. Collective if `func` is.
@@ -347,10 +369,15 @@ class StageGraph(NamedTuple):
 
 
 class StageState(NamedTuple):
-    """What an evaluation was given, in f's floating type: its graph is made when it is asked for."""
+    """The inputs of an evaluation, in f's floating type: its graph is made when it is asked for.
+
+    `mark` is the state that f carried before it, and `fingerprint` that of its value, None where it is not known.
+    """
 
     when: float
     inputs: Parts
+    mark: Mark | None = None
+    fingerprint: float | None = None
 
 
 class Cotangents(NamedTuple):

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.current_state import TensorState
 from pnode_dist.ode.evaluation import Problem, StageGraph, StageState, by_step
+from pnode_dist.ode.fingerprint import fingerprint
 from pnode_dist.ode.joined_steps import JoinedSteps, combined
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.left_out import leave_out
@@ -139,6 +140,8 @@ class ExplicitStepper(Stepper):
             if joined is not None:
                 recording.append(joined)
                 return
+        if self.fingerprints and recording is not None and not isolate:
+            self._print_state(self.current.parts)
         before = torch.is_grad_enabled()
         # As a context this takes as long as a small stage.
         torch._C._set_grad_enabled(False)
@@ -155,6 +158,11 @@ class ExplicitStepper(Stepper):
                         recording.append(None)
             if recording is None or isolate:
                 self.form_result(size, slopes)
+                self._print_state(self.current.parts)
+            elif self.fingerprints:
+                assert self.fingerprint is not None
+                for stage, weight in self.tableau.result_terms:
+                    self.fingerprint += size * weight * fingerprint(slopes[stage])
             if recording is not None and self._leaves_out and level != "stages":
                 del slopes
                 leave_out(recording, self.tableau)
@@ -174,7 +182,7 @@ class ExplicitStepper(Stepper):
             joined = JoinedSteps(number, self.current.parts)
         if isolate:
             self.current.lend()
-        evaluations = problem.evaluations
+        evaluations, mark = problem.evaluations, problem.carried.mark()
         self.stepping = True
         try:
             after = joined.take_step(problem, self.layout, self.tableau, time, size)
@@ -182,9 +190,11 @@ class ExplicitStepper(Stepper):
             self.stepping = False
         if problem.differentiates:
             problem.evaluations = evaluations
+            problem.carried.restore(mark)
             self.settle()
             self._joins = self._may_join = False
             return None
+        self._print_state(after)
         if isolate:
             self.current.lent(after)
             self._joined = weakref.ref(joined)
@@ -230,8 +240,9 @@ class ExplicitStepper(Stepper):
             values = graph.values
             recording.append(graph if problem.by_times else _without_values(graph))
         else:
+            mark = problem.carried.mark()
             values = problem.value(problem.func, layout, time, inputs)
-            recording.append(StageState(time, inputs))
+            recording.append(problem.kept_state(time, inputs, mark, values))
         if is_current and [part._version for part in state] != versions:
             raise RuntimeError(
                 "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
@@ -345,7 +356,7 @@ class ExplicitStepper(Stepper):
                 ]
                 cotangents = self._cotangents(size * tableau.b[stage], uses)
                 if isinstance(graph, StageState):
-                    graph = problem.graph(problem.func, layout, graph.when, graph.inputs)
+                    graph = problem.graph_of(graph, problem.func, layout)
                     graph = graph if problem.by_times else _without_values(graph)
                 found = problem.vjp(graph, cotangents, sums=self._gradient if self._sums_up else ())
                 if layout.converts:

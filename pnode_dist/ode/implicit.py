@@ -255,10 +255,12 @@ class ImplicitStepper(Stepper):
         # Only the multistep methods, which have no adjoint, may know of the steps before.
         if self.method.family != "bdf" or number == 0:
             self._ts.restartStep()
+        self.function.keeps_values = level == "stages" and recording is not None and self._problem.guard is not None
         with self.errors_of_func():
             reason = self.attempt(self._ts, number, time, size)
             if reason < 0:
                 raise ConvergenceError(f"step {number} at t = {time:.6g}, {size:.3g} long: {self._words(self._ts)}")
+            self._print_state(self.current.parts)
             if recording is not None:
                 recording.extend(self.recorded(self._ts, time, size, level))
 
@@ -295,7 +297,9 @@ class ImplicitStepper(Stepper):
             elif level != "stages":
                 found.append(point.problem.graph(point.func, self.layout, when, point.inputs))
             else:
-                found.append(StageState(when, point.inputs))
+                found.append(
+                    StageState(when, point.inputs, fingerprint=self.function.value_at(part, when, point.inputs))
+                )
         return found
 
     def _places(self, ts: PETSc.TS) -> list[Place]:

@@ -6,6 +6,7 @@ shell Mats. The adjoint finds what was recorded of a step by the stage Vecs that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from petsc4py import PETSc
 
 from pnode_dist.ode.evaluation import Function, Problem, StageGraph
+from pnode_dist.ode.fingerprint import fingerprint
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.mass import MassMatrix
 from pnode_dist.ode.point import Part, Place, Point
@@ -25,8 +27,9 @@ class ImplicitFunction:
     """PETSc's callbacks for one layout. Holds no reference to a TS: PETSc's own references could not be collected.
 
     `splits`: the problem is a `SplitFunction` and h is its explicit part; `solves_for_slope`: the method begins a step
-    with solving for du/dt; `stage_handles` are those of the Vecs of its stages. `on_new_operator(point, shift)` is
-    called when PETSc wants the operator shift M - dg/du at another state.
+    with solving for du/dt; `keeps_values`: fingerprints of f's values in a step are kept; `stage_handles` are those of
+    the Vecs of its stages. `on_new_operator(point, shift)` is called when PETSc wants the operator shift M - dg/du at
+    another state.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class ImplicitFunction:
         self.start = 0.0
         self.splits = False
         self.solves_for_slope = False
+        self.keeps_values = False
         self.stage_handles: set[int] = set()
         self._slope_handle: int | None = None
         self.times: dict[Place, float] = {}
+        self._values: dict[tuple[Part, float], list[tuple[float, float]]] = {}
         self._kept: Mapping[Place, Stage] = {}
         self._points: dict[Place, Point] = {}
         self.implicit_point: Point | None = None
@@ -68,6 +73,7 @@ class ImplicitFunction:
         self.start, self.direction = start, direction
         self._slope_handle = None
         self.times.clear()
+        self._values.clear()
         self._kept = {}
         self._points.clear()
 
@@ -100,9 +106,21 @@ class ImplicitFunction:
         stage = self._kept.get(place)
         if stage is None:
             return self.point(part, self.direction * t, self.inputs(u))
-        graph = stage if isinstance(stage, StageGraph) else None
-        found = self._points[place] = self.point(part, stage.when, stage.inputs, graph)
+        if isinstance(stage, StageGraph):
+            found = self.point(part, stage.when, stage.inputs, stage)
+        else:
+            found = self.point(part, stage.when, stage.inputs)
+            found.kept = stage
+        self._points[place] = found
         return found
+
+    def value_at(self, part: Part, time: float, inputs: Parts) -> float | None:
+        """The fingerprint of the value that a part had there in this step, None if it was not evaluated.
+
+        PETSc's time of a stage can differ from ours in the last bit.
+        """
+        found = self._values.get((part, fingerprint(inputs)), ())
+        return next((value for when, value in found if math.isclose(when, time, rel_tol=1e-14)), None)
 
     # What PETSc calls. It turns an exception into an error code; the stepper raises the one kept here instead.
 
@@ -152,7 +170,10 @@ class ImplicitFunction:
             self.problem.evaluations += 1
             result.add_(func.multiply(protocol.view(u, (self.layout.size,)), False), alpha=sign * self.direction)
             return
-        values = self.problem.value(func, self.layout, self.direction * t, self.inputs(u))
+        inputs = self.inputs(u)
+        values = self.problem.value(func, self.layout, self.direction * t, inputs)
+        if self.keeps_values:
+            self._values.setdefault((part, fingerprint(inputs)), []).append((self.direction * t, fingerprint(values)))
         for target, value in zip(self.layout.parts(result), values, strict=True):
             target.add_(value.detach().to(target.device), alpha=sign * self.direction)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, overload
@@ -21,10 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
+from pnode_dist.ode.bindings import Bindings
+from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.evaluation import Function, Problem
-from pnode_dist.ode.layout import State, StateLayout, layout_of
+from pnode_dist.ode.guard import check_policy
+from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
@@ -33,6 +36,7 @@ from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
+from pnode_dist.ode.surroundings import Surroundings, uncached_casts
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
@@ -47,10 +51,21 @@ _KEPT_SOLVERS = 8
 
 
 @contextmanager
-def _running(solve: Solve) -> Iterator[None]:
-    """While f is evaluated: its modules hold what it computes with; if the solve fails, it gives back what it holds."""
+def _running(solve: Solve, backward: bool = False) -> Iterator[None]:
+    """While f is evaluated: its modules hold what it computes with, in a backward pass what it saw in the forward pass.
+
+    A solve that fails gives back what it holds.
+    """
+    surroundings = solve.surroundings
     try:
-        with solve.problem.copies.in_place():
+        with ExitStack() as stack:
+            if backward and surroundings is not None:
+                stack.enter_context(surroundings.restored())
+            if surroundings is not None and surroundings.autocast.on:
+                stack.enter_context(uncached_casts())
+            stack.enter_context(solve.problem.copies.in_place(writes_back=not backward))
+            if backward:
+                stack.enter_context(solve.carried.backward_pass())
             yield
     except BaseException:
         # Whoever keeps the error keeps the solve alive.
@@ -70,15 +85,19 @@ class _Differentiable(torch.autograd.Function):
         # A graph that is dropped without a backward pass gives its checkpoints back.
         weakref.finalize(ctx, solve.release).atexit = False
         with _running(solve):
-            return solve.forward(tensors[:parts])
+            outputs = solve.forward(tensors[:parts])
+        if solve.surroundings is not None:
+            solve.surroundings.end_forward()
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         solve, tensors = ctx.solve, ctx.saved_tensors
-        with _running(solve):
+        with _running(solve, backward=True):
             if ctx.reversed:
                 # The checkpoints went as they were used: lay the trajectory down again.
+                solve.carried.restart()
                 solve.forward(tensors[: ctx.parts])
             ctx.reversed = True
             states, parameters, times = solve.backward(cotangents)
@@ -124,6 +143,8 @@ class _Settings:
     preconditioner: Preconditioner | str | None = None
     compute_dtype: torch.dtype | None = None
     last_only: bool = False
+    on_mismatch: str = "raise"
+    preserve_rng_state: bool = True
     fixed_plan: Plan | None = None
     compiler: Compiler | None = None
     grid: TimeGrid | None = None
@@ -147,6 +168,7 @@ def _prepared(
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
+    check_policy(settings.on_mismatch)
     control = settings.control()
     grid = settings.grid
     if grid is None and control is None:
@@ -190,6 +212,10 @@ def _prepared(
         ),
         lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
     )
+    surroundings, carried = None, NOTHING_CARRIED
+    if needs_gradient:
+        surroundings = Surroundings.now(func, args, layout.device)
+        carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
     problem = Problem(
         in_compute_type(func, copies),
         copies.args,
@@ -199,6 +225,7 @@ def _prepared(
         watched=torch.is_grad_enabled() and not needs_gradient,
         by_times=by_times,
         looks=solver.looks_again(),
+        carried=carried,
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(
@@ -213,8 +240,25 @@ def _prepared(
         settings.fixed_plan,
         time_dtype,
         settings.last_only,
+        surroundings,
+        settings.on_mismatch,
     )
     return solve, layout, tensors
+
+
+def _carried(
+    bindings: Bindings,
+    parameters: Parts,
+    copies: ComputeCopies,
+    layout: StateLayout,
+    settings: _Settings,
+    known: KnownTensors,
+) -> Carried:
+    """The state that the right-hand side with these names carries, at the beginning of a solve."""
+    inputs, buffers = set(map(id, parameters)), bindings.buffers
+    tensors = [tensor for tensor in bindings.tensors if id(tensor) not in inputs]
+    seen = zip(copies.of(tensors), (id(tensor) in buffers for tensor in tensors), strict=True)
+    return Carried(bindings, seen, layout.device, settings.preserve_rng_state, known)
 
 
 def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | None:
@@ -258,6 +302,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
     last_only: bool = ...,
+    on_mismatch: str = ...,
+    preserve_rng_state: bool = ...,
 ) -> torch.Tensor: ...
 
 
@@ -281,6 +327,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = ...,
     compute_dtype: torch.dtype | None = ...,
     last_only: bool = ...,
+    on_mismatch: str = ...,
+    preserve_rng_state: bool = ...,
 ) -> tuple[torch.Tensor, ...]: ...
 
 
@@ -303,6 +351,8 @@ def odeint(
     preconditioner: Preconditioner | str | None = None,
     compute_dtype: torch.dtype | None = None,
     last_only: bool = False,
+    on_mismatch: str = "raise",
+    preserve_rng_state: bool = True,
 ) -> State:
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
@@ -357,6 +407,8 @@ def odeint(
         preconditioner,
         compute_dtype,
         last_only,
+        on_mismatch,
+        preserve_rng_state,
     )
     return _solve(_Solvers(), func, u0, t, settings, args)[0]
 
@@ -391,6 +443,8 @@ class NeuralODE(nn.Module):
         preconditioner: Preconditioner | str | None = None,
         compute_dtype: torch.dtype | None = None,
         last_only: bool = False,
+        on_mismatch: str = "raise",
+        preserve_rng_state: bool = True,
         compile: bool | str = False,
     ) -> None:
         super().__init__()
@@ -410,6 +464,8 @@ class NeuralODE(nn.Module):
         self.preconditioner = preconditioner
         self.compute_dtype = compute_dtype
         self.last_only = last_only
+        self.on_mismatch = on_mismatch
+        self.preserve_rng_state = preserve_rng_state
         self.compiler = None if compile is False else Compiler("inductor" if compile is True else compile)
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None

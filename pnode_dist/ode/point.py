@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from pnode_dist.ode.evaluation import Cotangents, Function, Problem, StageGraph, TangentMap, by_step
+from pnode_dist.ode.evaluation import Cotangents, Function, Problem, StageGraph, StageState, TangentMap, by_step
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.split import MatrixFunction
 
@@ -27,7 +27,8 @@ Place = tuple[Part, int]
 class Point:
     """A part of the right-hand side at one state, to be differentiated there. `time` is the problem's own.
 
-    `sign` is -1 where PETSc steps through a solve that goes backward in time: it then sees -f(-s, u).
+    `sign` is -1 where PETSc steps through a solve that goes backward in time: it then sees -f(-s, u). `kept` says of an
+    evaluation that was made in the forward pass what it is compared with.
     """
 
     problem: Problem
@@ -37,6 +38,7 @@ class Point:
     time: float
     inputs: Parts
     graph: StageGraph | None = None
+    kept: StageState | None = None
     _batches: bool = True
     _tangents: TangentMap | None = field(default=None, repr=False)
 
@@ -108,5 +110,8 @@ class Point:
 
     def _linearised(self) -> StageGraph:
         if self.graph is None:
-            self.graph = self.problem.graph(self.func, self.layout, self.time, self.inputs)
+            if self.kept is None:
+                self.graph = self.problem.graph(self.func, self.layout, self.time, self.inputs)
+            else:
+                self.graph = self.problem.graph_of(self.kept, self.func, self.layout)
         return self.graph

@@ -16,9 +16,12 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import events, safe_points
 from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, integrate
 from pnode_dist.ode.evaluation import Problem
+from pnode_dist.ode.fingerprint import fingerprint
+from pnode_dist.ode.guard import Guard, tolerance_of
 from pnode_dist.ode.probe import probe, record_measured
 from pnode_dist.ode.recording import Recording
 from pnode_dist.ode.solver import Solver
+from pnode_dist.ode.surroundings import Surroundings
 from pnode_dist.ode.time_grid import TimeGrid, gradient_by_times
 from pnode_dist.ode.tolerances import ErrorControl
 from pnode_dist.trajectory.budget import ScratchError, Slots, agree_on_slots
@@ -37,7 +40,8 @@ class Solve:
 
     `grid` are its steps: given, or with `control` those that were accepted, once they are known. `parameters` are what
     the gradient is for, where the problem may have copies of another type. With `last_only` the state at the last time
-    is all that is asked for.
+    is all that is asked for. `surroundings` is what f sees besides its arguments, and `on_mismatch` says what follows
+    where a recomputed step differs: `raise`, `warn` or `ignore`.
     """
 
     solver: Solver
@@ -51,6 +55,8 @@ class Solve:
     fixed_plan: Plan | None = None
     time_dtype: torch.dtype = torch.float64
     last_only: bool = False
+    surroundings: Surroundings | None = None
+    on_mismatch: str = "raise"
     plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -61,7 +67,13 @@ class Solve:
     give_back: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics)
+        self.carried, self.guard = self.problem.carried, None
+        if self.keeps_trajectory and self.on_mismatch != "ignore":
+            narrow = self.solver.trajectory.checkpoint_dtype != "float64"
+            tolerance = tolerance_of(self.solver.stepper.layout.compute_dtype, narrow)
+            self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, self._reasons)
+        self.problem.guard = self.guard
+        self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics, self.carried)
         self.logs = self.problem.logs
         self.ram_slots = 0
 
@@ -85,12 +97,14 @@ class Solve:
 
     def restart(self) -> None:
         self.solver.stepper.current.set(self.initial)
+        self.carried.restart()
 
     def advance(self, step: int, again: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         if not self._use_first_step():
             with events.event(events.RERUN if again else events.STEP, self.logs):
                 self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step])
+        self._stepped(step, again)
 
     def record(self, step: int, again: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
@@ -102,7 +116,45 @@ class Solve:
                 self.solver.stepper.step(
                     step, self.steps.starts[step], self.steps.sizes[step], recording, not again, level
                 )
+        if again:
+            self._stepped(step, again)
+        elif step == 0:
+            self._first_step_taken()
         self.recordings[step] = recording
+
+    def _stepped(self, step: int, again: bool) -> None:
+        """Keep the fingerprint of the state after a step, or compare it with the one kept; a step is over."""
+        if step == 0 and not again:
+            self._first_step_taken()
+        stepper = self.solver.stepper
+        if self.guard is None or stepper.fingerprint is None:
+            return
+        if again:
+            self.guard.compare_state(step, self.steps.starts[step], stepper.fingerprint, stepper.current.parts)
+        else:
+            self.guard.keep(step, stepper.fingerprint)
+
+    def _first_step_taken(self) -> None:
+        """Decide whether f carries state, and refuse one that gives another value each time where steps solve with it.
+
+        Collective for implicit methods.
+        """
+        self.carried.settle()
+        stepper, problem = self.solver.stepper, self.problem
+        if not (self.keeps_trajectory and stepper.method.implicit):
+            return
+        if not stepper.comm.allreduce(self.carried.active, MPI.LOR):
+            return
+        counts, layout = problem.counts(), stepper.layout
+        inputs = layout.inputs(stepper.current.parts)
+        with self.carried.aside():
+            first, second = (fingerprint(problem.value(problem.func, layout, self.times[0], inputs)) for _ in range(2))
+        problem.count_from(counts)
+        if stepper.comm.allreduce(first != second, MPI.LOR):
+            raise ConfigurationError(
+                f"func has another value each time it is evaluated, and method = {stepper.method.name!r} evaluates it "
+                "several times in a step: draw random numbers before the solve, or use an explicit method"
+            )
 
     def adjoint(self, step: int) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
@@ -117,6 +169,8 @@ class Solve:
             return None
         (after, recording), self.first_step = self.first_step, None
         self.overwrite(lambda state: np.copyto(state, after))
+        stepper = self.solver.stepper
+        stepper.fingerprint = fingerprint(stepper.current.parts)
         return recording
 
     # Forward
@@ -138,7 +192,9 @@ class Solve:
 
         self.release()
         self.initial = tuple(part.detach() for part in initial)
-        stepper.bind(self.problem)
+        self._bind()
+        if self.guard is not None:
+            self.guard.restart()
         # A solve that ended with an error may have left tensors of inference mode there.
         stepper.current.release()
         stepper.current.set(self.initial)
@@ -153,11 +209,18 @@ class Solve:
                     self._forward_fixed(output)
             self._count()
             safe_points.after_solve(stepper.comm)
+        self.carried.end_forward()
         stepper.settle()
         if self.last_only:
             return stepper.current.take()
         stepper.current.release()
         return outputs
+
+    def _bind(self) -> None:
+        """Let the stepper, which other solves share, solve this problem."""
+        stepper = self.solver.stepper
+        stepper.bind(self.problem)
+        stepper.fingerprints, stepper.fingerprint = self.guard is not None, None
 
     def _forward_fixed(self, output: Callable[[int], None]) -> None:
         stepper, grid = self.solver.stepper, self.steps
@@ -231,6 +294,10 @@ class Solve:
             starts.append(step.start)
             sizes.append(step.size)
             self.statistics.forward_steps += 1
+            if step.number == 0:
+                self._first_step_taken()
+            if self.guard is not None:
+                self.guard.keep(step.number, fingerprint(stepper.current.parts))
             if step.recording is not None:
                 self.recordings[step.number] = step.recording
             if step.output is not None:
@@ -240,7 +307,7 @@ class Solve:
 
         stepper.monitor(0, self.times[0], self.times[1] - self.times[0])
         with events.event(events.STEP, self.logs):
-            self.statistics.rejected_steps += integrate(adaptive, self.times, self.control, before, after)
+            self.statistics.rejected_steps += integrate(adaptive, self.times, self.control, before, after, self.carried)
         self.grid = TimeGrid(tuple(starts), tuple(sizes), ends)
         if online is not None:
             self._charge_held(slots)
@@ -259,6 +326,7 @@ class Solve:
             size = math.copysign(size, self.times[1] - self.times[0])
             _, solver.recorded_bytes = record_measured(stepper, self.problem, self.times[0], size, "stage graphs")
             stepper.current.set(self.initial)
+            self.carried.restart()
             self.problem.count_from(counts)
         return slots.ram_bytes // max(solver.recorded_bytes + slots.checkpoint_bytes, 1) + 1
 
@@ -294,7 +362,7 @@ class Solve:
         self.initial = tuple(part.detach() for part in initial)
         self.keeps_trajectory = True
         self.solver.costs = None
-        self.solver.stepper.bind(self.problem)
+        self._bind()
         self.solver.stepper.current.set(initial)
         try:
             return self.plans(measure=True)
@@ -341,9 +409,22 @@ class Solve:
             self.problem.count_from(counts)
             pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
             solver.costs = probe(stepper, self.problem, self.initial, grid.starts[0], grid.sizes[0], pools)
+            self.carried.restart()
         return best(trajectory, slots, grid.steps, recorded_bytes, solver.costs)
 
     # Backward
+
+    def _reasons(self) -> list[str]:
+        """What is known of why a recomputed step may differ."""
+        found = [] if self.surroundings is None else self.surroundings.reasons()
+        if self.carried.active and self.control is not None:
+            found.append(
+                "it draws random numbers or changes what it reads, also in steps that error control rejects: use steps "
+                "of fixed size"
+            )
+        elif self.carried.draws and not self.carried.active:
+            found.append("it draws random numbers, but did not in its first step: the next solve will restore them")
+        return found
 
     def _lost(self, error: str | None) -> bool:
         """Whether some rank lost a checkpoint on disk; warns of it, or raises if that was asked for. Collective."""
@@ -372,7 +453,7 @@ class Solve:
         ends = {0: 0} if self.grid is None else self.grid.outputs
         if self.last_only:
             ends = {steps: 0}
-        stepper.bind(self.problem)
+        self._bind()
         stepper.start_adjoint()
         self._by_size, self._by_start = [0.0] * steps, [0.0] * steps
 
@@ -390,6 +471,9 @@ class Solve:
                     self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.ram_slots
                 )
             self.solver.disk_is_lost = self.solver.disk_is_lost or disk_is_lost
+            if self.guard is not None:
+                self.guard.finish()
+                self.statistics.largest_mismatch = self.guard.worst
         self._count()
         self.release()
         stepper.current.release()

@@ -8,6 +8,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pnode_dist.ode.adaptive import AdaptiveStepper, ExplicitAttempts
+from pnode_dist.ode.carried import KnownTensors
 from pnode_dist.ode.explicit import ExplicitStepper
 from pnode_dist.ode.implicit import ImplicitStepper
 from pnode_dist.ode.implicit_adaptive import ImplicitAttempts
@@ -57,6 +58,7 @@ class Solver:
     disk_is_lost: bool = False
     has_spilt: bool = False
     solves: int = 0
+    known: KnownTensors = field(default_factory=KnownTensors)
     plans: dict[tuple[Slots, int, int | None], Plans] = field(default_factory=dict)
     adaptive: dict[str, AdaptiveStepper] = field(default_factory=dict)
 

@@ -24,6 +24,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import petsc_calls
 from pnode_dist.ode.current_state import CurrentState
 from pnode_dist.ode.evaluation import Problem
+from pnode_dist.ode.fingerprint import fingerprint
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.recording import Recording
@@ -65,12 +66,15 @@ class Stepper(ABC):
     """PETSc's TS for one layout of the state, one method and one set of parameter sizes. Collective on `comm`.
 
     `current` is the state it is at. `stepping` says that a step is under way, `failed` that one ended with an error,
-    after which the stepper cannot be used again. `monitored`: the options ask for PETSc's monitors.
+    after which the stepper cannot be used again. `monitored`: the options ask for PETSc's monitors. With `fingerprints`
+    each step leaves the `fingerprint` of its result, also where that is not formed.
     """
 
     method: Method
     current: CurrentState
     monitored = False
+    fingerprints = False
+    fingerprint: float | None = None
 
     def __init__(self, comm: MPI.Comm, layout: StateLayout) -> None:
         petsc_calls.one_blas_thread()
@@ -132,6 +136,11 @@ class Stepper(ABC):
     def bind(self, problem: Problem) -> None:
         """Solve this problem from now on."""
         self.callbacks.problem = problem
+
+    def _print_state(self, parts: Parts) -> None:
+        """Leave the fingerprint of a step's result."""
+        if self.fingerprints:
+            self.fingerprint = fingerprint(parts)
 
     def errors_of_func(self) -> ErrorsOfFunc:
         """While PETSc steps: raise what func raised instead of PETSc's error code."""

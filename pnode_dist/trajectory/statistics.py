@@ -19,7 +19,8 @@ class SolveStatistics:
     `rejected_steps` are the attempts that error control did not accept. `seconds_waiting_for_disk` is how long the
     solver stood still for disk checkpoints. `largest_rounding` is the largest error that a narrower
     `checkpoint_dtype` made in a checkpoint, relative to the largest entry of the state on this rank; of several solves
-    it is the largest, everything else adds up.
+    it is the largest, everything else adds up. `largest_mismatch` is likewise the largest difference, relative to the
+    state, between a recomputed step and the same step of the forward pass.
     """
 
     forward_steps: int = 0
@@ -39,8 +40,10 @@ class SolveStatistics:
     graph_bytes: int = 0
     seconds_waiting_for_disk: float = 0.0
     largest_rounding: float = 0.0
+    largest_mismatch: float = 0.0
 
     def __add__(self, other: SolveStatistics) -> SolveStatistics:
         total = SolveStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
         total.largest_rounding = max(self.largest_rounding, other.largest_rounding)
+        total.largest_mismatch = max(self.largest_mismatch, other.largest_mismatch)
         return total

@@ -148,10 +148,30 @@ class MemoryPool:
         np.copyto(state, self._slots[slot], casting="same_kind")
 
 
-class Checkpoints:
-    """The checkpoints that one solve holds, by step, in slots of `state_bytes` each."""
+class Carried(Protocol):
+    """State beside that of the solve which belongs to a checkpoint."""
 
-    def __init__(self, pools: Mapping[Tier, SlotPool], state_bytes: int, statistics: SolveStatistics) -> None:
+    def mark(self, step: int) -> Any:
+        """The present one, before `step`."""
+        ...
+
+    def restore(self, mark: Any) -> None:
+        """Put it back as it was at a mark."""
+        ...
+
+
+class Checkpoints:
+    """The checkpoints that one solve holds, by step, in slots of `state_bytes` each, and marks of what is `carried`."""
+
+    def __init__(
+        self,
+        pools: Mapping[Tier, SlotPool],
+        state_bytes: int,
+        statistics: SolveStatistics,
+        carried: Carried | None = None,
+    ) -> None:
+        self._carried = carried
+        self._marks: dict[int, Any] = {}
         self._pools = pools
         self._state_bytes = state_bytes
         self._statistics = statistics
@@ -166,6 +186,8 @@ class Checkpoints:
         pool = self._pools[tier]
         slot = pool.acquire()
         self._held[step], self._times[step] = (tier, slot), time
+        if self._carried is not None:
+            self._marks[step] = self._carried.mark(step)
         with self._counting(pool):
             rounding = pool.write(slot, state, step, time)
         self._statistics.largest_rounding = max(self._statistics.largest_rounding, rounding)
@@ -191,13 +213,17 @@ class Checkpoints:
             pool.read(slot, state)
         if pool.on_disk:
             self._statistics.bytes_read += self._state_bytes
+        if self._carried is not None:
+            self._carried.restore(self._marks[step])
         if discard:
             del self._held[step]
+            self._marks.pop(step, None)
             pool.release(slot)
 
     def discard(self, step: int) -> None:
         """Give up the checkpoint of `step`."""
         tier, slot = self._held.pop(step)
+        self._marks.pop(step, None)
         self._pools[tier].release(slot)
 
     def spill(self, step: int) -> None:
@@ -205,7 +231,9 @@ class Checkpoints:
         tier, slot = self._held[step]
         memory = self._pools[tier]
         assert isinstance(memory, MemoryPool)
+        mark = self._marks.get(step)
         self.store(step, Tier.DISK, memory.contents(slot), self._times[step])
+        self._marks[step] = mark
         memory.release(slot)
 
     def held(self) -> dict[int, Tier]:
@@ -231,4 +259,5 @@ class Checkpoints:
         """Give all slots back."""
         for tier, slot in self._held.values():
             self._pools[tier].release(slot)
+        self._marks.clear()
         self._held.clear()

@@ -142,9 +142,34 @@ def test_libraries_objects_are_not_entered() -> None:
     assert [set(names or ()) for _, names, _ in captured.spaces] == [{"COEFFICIENT"}]
 
 
-def test_buffers_and_tensors_are_listed_once() -> None:
+def test_tensors_are_listed_once() -> None:
     norm = nn.BatchNorm1d(3)
     constant = torch.ones(2)
     captured = bindings_of(lambda u: norm(u) + constant + norm(u))
-    assert {id(b) for b in captured.buffers} == {id(b) for b in norm.buffers()}
+    assert {id(tensor) for tensor in captured.tensors} == {
+        id(tensor) for tensor in (*norm.parameters(), *norm.buffers(), constant)
+    }
     assert len(captured.tensors) == 6
+
+
+@pytest.mark.parametrize("name", cases())
+def test_changes_since_the_capture_are_noted_and_made_again(name: str) -> None:
+    func, change = cases()[name]
+    change(1.0)
+    captured = bindings_of(func)
+    assert not captured.changes()
+    change(3.0)
+    noted = captured.changes()
+    change(4.0)
+    captured.change_to(noted)
+    assert func(1.0) == 3.0
+    captured.change_to({})
+    assert func(1.0) == 1.0
+
+
+def test_changes_leave_out_tensors_but_buffers() -> None:
+    module = nn.BatchNorm1d(3)
+    captured = bindings_of(module)
+    module.last_output = torch.ones(5)  # type: ignore[assignment]
+    module.running_mean = torch.ones(3)
+    assert [key for _, key in captured.changes()] == ["running_mean"]
