@@ -15,7 +15,6 @@ from typing import Any
 from pnode_dist.cli import main
 
 SMALL: dict[str, dict[str, Any]] = {
-    "gradient": {"_REPEATS": 1},
     "halo": {"REPEATS": 1},
     "implicit": {"POINTS": 64, "_SYSTEMS": 8},
     "overhead": {"REPEATS": 1, "STEPS": (5, 10)},

@@ -9,7 +9,7 @@ left out is counted at the end.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Iterable
 from typing import Any
 
 import pytest
@@ -17,6 +17,11 @@ import pytest
 COST = "processor seconds"
 _begun = pytest.StashKey[float]()
 _left_out = pytest.StashKey[list[str]]()
+
+
+def at_night(cases: Iterable[str], but: Collection[str]) -> list[Any]:
+    """The cases of a test, all of which run at night, and those in `but` always."""
+    return [case if case in but else pytest.param(case, marks=pytest.mark.nightly) for case in cases]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

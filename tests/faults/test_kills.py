@@ -21,7 +21,7 @@ import torch
 from pnode_dist.train import snapshot_files
 from pnode_dist.trajectory.scratch import PrivateDirectory
 from tests.conftest import PATIENCE, ROOT
-from tests.faults.killed_rank import KILLED, NONE
+from tests.faults.killed_rank import KILLED, NONE, SUM
 from tests.unit.problems.synthetic_fields import config, dataset, values, write
 
 KILLS = int(os.environ.get("PNODE_DIST_KILLS", "10"))
@@ -93,15 +93,16 @@ def children_of(launcher: int) -> list[int]:
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("phases", [(SUM,), pytest.param(tuple(KILLED), id="all", marks=pytest.mark.nightly)])
 def test_a_rank_killed_in_any_phase_ends_the_others_and_the_run_goes_on_to_the_same_end(
-    config_file: Path, tmp_path: Path
+    phases: tuple[str, ...], config_file: Path, tmp_path: Path
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     ended = train_two(NONE, config_file, whole)
     assert ended.code == 0, ended.said
 
-    for phase, rank in KILLED.items():
-        before = max(snapshot_files.steps_in(run), default=0)
+    for phase in phases:
+        rank, before = KILLED[phase], max(snapshot_files.steps_in(run), default=0)
         ended = train_two(phase, config_file, run)
         assert ended.code != 0, f"{phase}: {ended.said}"
         assert run.with_suffix(".died").exists()

@@ -209,6 +209,7 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path: Path, capfd: Capture) ->
     assert "missing.toml" in complaint(capfd, tmp_path / "missing.toml")
 
 
+@pytest.mark.nightly
 def test_two_ranks_print_one_plan_for_their_halves(
     gray_scott_file: Path, tmp_path: Path, mpirun: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

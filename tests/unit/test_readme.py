@@ -28,7 +28,7 @@ def test_there_are_examples_to_run() -> None:
     assert len(EXAMPLES) == 3
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_the_partitioned_example_runs_at_any_number_of_ranks_to_the_same_loss(
     mpirun: Run, tmp_path: Path, ranks: int
 ) -> None:
@@ -112,8 +112,8 @@ def test_every_other_command_is_run_in_short_for_every_change() -> None:
     in_demo = {
         line.removesuffix(' --overwrite "$@"') for line in demo.splitlines() if line.startswith("launch/mpirun.sh ")
     }
-    # A test above.
-    here = {*QUICK, "pnode-dist bench methods"}
+    # Tests above.
+    here = {*QUICK, "pnode-dist bench gradient", "pnode-dist bench methods"}
     assert {"launch/demo.sh", "launch/test.sh"} <= in_ci
     assert set(COMMANDS) == here | in_ci | in_demo
 
@@ -125,8 +125,8 @@ def test_every_command_is_run_in_full_at_night() -> None:
     assert at_night[1:] == [command for command in COMMANDS if command != "launch/test.sh"]
 
 
-def test_every_benchmark_of_one_length_has_a_short_form() -> None:
-    assert set(SMALL) == set(BENCHMARKS) - {"methods"}
+def test_every_other_benchmark_has_a_short_form() -> None:
+    assert set(SMALL) == set(BENCHMARKS) - {"gradient", "methods"}
 
 
 def test_figures_and_pictures_that_the_readme_shows_exist() -> None:

@@ -23,6 +23,7 @@ from tests.conftest import PATIENCE
 from tests.oracles.other_device import Hidden, other_device, transfers
 from tests.oracles.right_hand_sides import Network, random
 
+pytestmark = pytest.mark.slow  # in a process of its own
 TIMES = [0.0, 0.5, 1.0]
 
 

@@ -255,6 +255,7 @@ def decay(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return -u
 
 
+@pytest.mark.slow
 def test_real_solves_run_as_many_steps_as_the_published_optimum(tmp_path: Path) -> None:
     draw = pseudorandom.Random(1)
     u0 = torch.ones(1, dtype=torch.float64, requires_grad=True)

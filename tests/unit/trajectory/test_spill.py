@@ -256,6 +256,7 @@ def test_petsc_writes_no_trajectory_of_its_own(
 
 
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "raise RuntimeError('the end')"])
+@pytest.mark.slow
 def test_files_are_gone_when_the_process_ends(ending: str, tmp_path: Path) -> None:
     script = f"""
 import sys

@@ -288,6 +288,7 @@ def spilling_process(directory: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_backward_pass_leaves_nothing_and_ends_the_process_as_it_should(tmp_path: Path) -> None:
     process = spilling_process(tmp_path)
     process.send_signal(signal.SIGTERM)
@@ -324,6 +325,7 @@ node(torch.ones(2**16, dtype=torch.float64, requires_grad=True), [0.0, 1.0]).sum
 
 
 @pytest.mark.parametrize("steps", [1, 30])
+@pytest.mark.slow
 def test_sigterm_between_adjoint_steps_with_the_disk_at_work_leaves_nothing(tmp_path: Path, steps: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", BUSY, str(tmp_path), str(steps)], stdout=subprocess.PIPE, text=True
@@ -383,6 +385,7 @@ with Mesh() as mesh:
 """
 
 
+@pytest.mark.slow
 def test_sigterm_to_all_ranks_leaves_nothing_of_any_though_one_is_busy_for_a_moment(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(ON_TWO_RANKS)
@@ -406,6 +409,7 @@ def test_sigterm_to_all_ranks_leaves_nothing_of_any_though_one_is_busy_for_a_mom
     assert [list((tmp_path / f"rank{rank}").iterdir()) for rank in (0, 1)] == [[], []]
 
 
+@pytest.mark.slow
 def test_the_file_that_a_killed_process_leaves_can_be_read(tmp_path: Path) -> None:
     process = spilling_process(tmp_path)
     process.kill()
@@ -419,6 +423,7 @@ def test_the_file_that_a_killed_process_leaves_can_be_read(tmp_path: Path) -> No
             assert zlib.crc32(state.data) == label["crc32"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_one_s_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
