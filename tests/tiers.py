@@ -42,18 +42,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     named = tuple(argument.partition("::")[2] for argument in config.args if "::" in argument)
     if not config.getoption("--nightly") and "nightly" not in config.getoption("markexpr"):
         long = [item for item in items if "nightly" in item.keywords and not _is_one_of(item, named)]
-        _leave_out(config, items, long, "nightly tests, which --nightly runs")
+        leave_out(config, items, long, "nightly tests, which --nightly runs")
     if config.getoption("--quick"):
         quick = {item for cases in cases_by_test(items) for item in (cases[0], cases[len(cases) // 2], cases[-1])}
         rest = [item for item in items if (item not in quick or _is_slow(item)) and not _is_one_of(item, named)]
-        _leave_out(config, items, rest, "slow tests and further cases, which run without --quick")
+        leave_out(config, items, rest, "slow tests and further cases, which run without --quick")
 
 
-def _leave_out(config: pytest.Config, items: list[pytest.Item], chosen: list[pytest.Item], what: str) -> None:
+def leave_out(config: pytest.Config, items: list[pytest.Item], chosen: list[pytest.Item], what: str) -> None:
+    """Take the chosen tests out of `items`, and say at the end how many these were."""
     if chosen:
         config.stash[_left_out] = [*config.stash.get(_left_out, []), f"{len(chosen)} {what}"]
         config.hook.pytest_deselected(items=chosen)
-        items[:] = [item for item in items if item not in set(chosen)]
+        gone = set(chosen)
+        items[:] = [item for item in items if item not in gone]
 
 
 def cases_by_test(items: list[pytest.Item]) -> list[list[pytest.Item]]:

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from pnode_dist import Mesh
 from pnode_dist.abort import abort
-from tests.tiers import cases_by_test
+from tests.tiers import cases_by_test, leave_out
 
 TIMEOUT, PATIENCE = 300, 60
 _verdicts = MPI.COMM_WORLD.Dup()
@@ -36,8 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--alternate-cases"):
         left_out = [case for cases in cases_by_test(items) for case in cases[(_SIZE + 1) % 2 :: 2] if len(cases) > 1]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        leave_out(config, items, left_out, "cases, which run at another number of ranks")
     # A deadlock is a failure with the stacks of all threads, and ends the other ranks too.
     for item in items:
         if "mpi" in item.keywords and item.get_closest_marker("timeout") is None:
