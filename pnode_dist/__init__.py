@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pnode_dist.allocator import keep_freed_memory as keep_freed_memory
     from pnode_dist.errors import ConfigurationError as ConfigurationError
     from pnode_dist.errors import ConvergenceError as ConvergenceError
+    from pnode_dist.errors import DisagreementError as DisagreementError
     from pnode_dist.errors import RecomputationError as RecomputationError
     from pnode_dist.mesh import Mesh as Mesh
     from pnode_dist.ode.consistent import consistent as consistent
@@ -32,13 +33,14 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BatchPartition": "pnode_dist.partition.batch",
     "ConfigurationError": "pnode_dist.errors",
-    "RecomputationError": "pnode_dist.errors",
     "ConvergenceError": "pnode_dist.errors",
+    "DisagreementError": "pnode_dist.errors",
     "DensePartition": "pnode_dist.partition.dense",
     "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",
     "Mesh": "pnode_dist.mesh",
     "NeuralODE": "pnode_dist.ode.odeint",
+    "RecomputationError": "pnode_dist.errors",
     "SplitFunction": "pnode_dist.ode.split",
     "Trajectory": "pnode_dist.trajectory.budget",
     "consistent": "pnode_dist.ode.consistent",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 PATIENCE = 2.0
+HUNG = 70
+"""The exit code (EX_SOFTWARE) of a job that hangs."""
 _FORWARDING = 0.2
 _ABORTING = 5.0
 _STANDARD_OUTPUT, _STANDARD_ERROR = 1, 2

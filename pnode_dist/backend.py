@@ -2,7 +2,8 @@
 
 torch wheels are built without their own MPI backend. This one runs every collective on the MPI library that PETSc
 uses, so gradient sums take the same fabric as halo exchanges and need no sockets of their own. Operations complete
-before they return; the `Work` objects only carry the result.
+before they return; the `Work` objects only carry the result. Before a collective operation the ranks of the group agree
+that it is the same on all of them (see `pnode_dist.agreement`), and wait for each other no longer than the timeout.
 """
 
 # torch declares every collective twice, with options and without; its dispatcher calls the form with options only.
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
+from pnode_dist import agreement
+from pnode_dist.agreement import Agreement, Description
 from pnode_dist.buffers import bytes_of
 
 NAME = "mpi4py"
@@ -76,16 +80,62 @@ def _reducible(tensor: torch.Tensor) -> Iterator[np.ndarray[Any, Any]]:
             yield work.numpy()
 
 
+class _Arrival:
+    """The arrival of a message, as `Agreement.wait` takes it."""
+
+    def __init__(self, comm: MPI.Intracomm, source: int, tag: int) -> None:
+        self._probe = partial(comm.Improbe, source, tag)
+        self._message: MPI.Message | None = None
+
+    def Test(self) -> bool:
+        """Whether it is there."""
+        self._message = self._message or self._probe()
+        return self._message is not None
+
+    def receive(self, buffer: Any) -> None:
+        """Take it, once it is there."""
+        assert self._message is not None
+        self._message.Recv(buffer)
+
+
 class MPIProcessGroup(dist.ProcessGroup):
     """torch.distributed's collectives on an mpi4py communicator, which the group owns until `free()`.
 
-    All methods are collective on the group's communicator, except `send` and `recv`.
+    All methods are collective on the group's communicator, except `send` and `recv`. A rank that waits for others
+    longer than `timeout` seconds ends the job; None: `pnode_dist.agreement.default_timeout`, 0: never.
     """
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, timeout: float | None = None) -> None:
         super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]
         self._comm = comm
+        self._agreement = Agreement(comm, timeout, private=comm)
         self._group_name = ""
+
+    def leave(self) -> None:
+        """Begin no more collective operations. Other ranks that do raise `DisagreementError`."""
+        if self._comm != MPI.COMM_NULL and self._comm.size > 1:
+            self._agreement.leave()
+
+    def _begin(self, operation: str, tensor: torch.Tensor | None = None, root: int | None = None) -> None:
+        """Begin a collective operation, the same on all ranks. Raises `DisagreementError` on all of them otherwise."""
+        if self._comm.size == 1:
+            return
+        self._agreement.begun += 1
+        kind = (operation, None if tensor is None else tensor.numel(), None if tensor is None else tensor.dtype, root)
+        fingerprint = agreement.numbered(agreement.digest(kind), self._agreement.begun)
+        self._agreement.reduced(self._comm, fingerprint, lambda: self._described(*kind))
+
+    def _described(
+        self, operation: str, numbers: int | None, dtype: torch.dtype | None, root: int | None
+    ) -> Description:
+        facts = {"kind": operation, "numbers": numbers, "dtype": dtype, "root": root}
+        known = {name: value for name, value in facts.items() if value is not None}
+        return Description(
+            f"operation {self._agreement.begun} of a process group",
+            known,
+            ", ".join(f"{name} {value}" for name, value in known.items()),
+            agreement.place_in_program(),
+        )
 
     def free(self) -> None:
         """Free the communicator. Collective on the group."""
@@ -109,6 +159,7 @@ class MPIProcessGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> Any:
         operation = dist.ReduceOp.SUM if opts is None else opts.reduceOp
         for tensor in tensors:
+            self._begin("all_reduce", tensor)
             with _reducible(tensor) as buffer:
                 self._comm.Allreduce(MPI.IN_PLACE, buffer, _mpi_operation(operation))
             if operation == dist.ReduceOp.AVG:
@@ -120,6 +171,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def reduce(self, tensors: list[torch.Tensor], opts: Any) -> Any:
         for tensor in tensors:
+            self._begin("reduce", tensor, opts.rootRank)
             with _reducible(tensor) as buffer:
                 operation = _mpi_operation(opts.reduceOp)
                 if self._comm.rank == opts.rootRank:
@@ -132,12 +184,14 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any) -> Any:
         for tensor in tensors:
+            self._begin("broadcast", tensor, opts.rootRank)
             with _contiguous(tensor) as work:
                 self._comm.Bcast(bytes_of(work), opts.rootRank)
         return _completed(tensors)
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any = None) -> Any:
         for parts, tensor in zip(outputs, inputs, strict=True):
+            self._begin("all_gather", tensor)
             gathered = torch.empty((self._comm.size, *tensor.shape), dtype=tensor.dtype)
             with _contiguous(tensor) as work:
                 self._comm.Allgather(bytes_of(work), bytes_of(gathered))
@@ -146,6 +200,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         return _completed(outputs)
 
     def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None) -> Any:
+        self._begin("all_gather", tensor)
         with _contiguous(output) as work, _contiguous(tensor) as source:
             self._comm.Allgather(bytes_of(source), bytes_of(work))
         return _completed([output])
@@ -155,6 +210,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def gather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any) -> Any:
         (tensor,) = inputs
+        self._begin("gather", tensor, opts.rootRank)
         at_root = self._comm.rank == opts.rootRank
         gathered = torch.empty((self._comm.size, *tensor.shape), dtype=tensor.dtype) if at_root else None
         with _contiguous(tensor) as work:
@@ -166,6 +222,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> Any:
         (tensor,) = outputs
+        self._begin("scatter", tensor, opts.rootRank)
         at_root = self._comm.rank == opts.rootRank
         parts = torch.stack([part.detach() for part in inputs[0]]) if at_root else None
         with _contiguous(tensor) as work:
@@ -187,6 +244,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         return self._reduce_scatter_base(output, tensor, opts)
 
     def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None) -> Any:
+        self._begin("all_to_all")
         requests = []
         received = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in outputs]
         sent = [part.detach().contiguous() for part in inputs]
@@ -201,32 +259,53 @@ class MPIProcessGroup(dist.ProcessGroup):
     def send(self, tensors: list[torch.Tensor], destination: int, tag: int = 0) -> Any:
         for tensor in tensors:
             with _contiguous(tensor) as work:
-                self._comm.Send(bytes_of(work), destination, tag)
+                request = self._comm.Isend(bytes_of(work), destination, tag)
+                self._agreement.wait(request, lambda: self._message("to", destination), idle=False)
         return _completed(tensors)
 
     def recv(self, tensors: list[torch.Tensor], source: int, tag: int = 0) -> Any:
         for tensor in tensors:
+            arrival = _Arrival(self._comm, source, tag)
+            self._agreement.wait(arrival, lambda: self._message("from", source))
             with _contiguous(tensor) as work:
-                self._comm.Recv(bytes_of(work), source, tag)
+                arrival.receive(bytes_of(work))
         return _completed(tensors)
 
+    def _message(self, direction: str, other: int) -> Description:
+        return Description(
+            f"a message {direction} rank {other}", place=agreement.place_in_program(), moment="exchange of"
+        )
+
     def barrier(self, opts: Any = None) -> Any:
-        self._comm.Barrier()
+        self._begin("barrier")
+        if self._comm.size == 1:
+            return _completed([])
         return _completed([])
 
 
 def _create(options: Any, backend_options: Any = None) -> MPIProcessGroup:
     ranks: list[int] = list(options.global_ranks_in_group)
     world = MPI.COMM_WORLD
+    timeout = seconds_of(options.timeout)
     if not ranks:
-        return MPIProcessGroup(world.Dup())
-    return MPIProcessGroup(world.Create_group(world.group.Incl(ranks)))
+        return MPIProcessGroup(world.Dup(), timeout)
+    return MPIProcessGroup(world.Create_group(world.group.Incl(ranks)), timeout)
+
+
+_WITHOUT_END = timedelta(days=365)
+
+
+def timedelta_of(timeout: float) -> timedelta:
+    """A timeout as torch takes it; of 0 seconds, which waits without end, the longest one."""
+    return timedelta(seconds=timeout) if timeout else _WITHOUT_END
+
+
+def seconds_of(timeout: timedelta) -> float:
+    """The reverse of `timedelta_of`."""
+    return 0.0 if timeout >= _WITHOUT_END else timeout.total_seconds()
 
 
 def register() -> None:
     """Make the backend known to torch.distributed under the name `mpi4py`; again is harmless."""
     if NAME not in dist.Backend.backend_list:
         dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
-
-
-TIMEOUT = timedelta(minutes=30)

@@ -21,3 +21,7 @@ class ConvergenceError(ArithmeticError):
 
 class RecomputationError(RuntimeError):
     """A step that was recomputed for the gradient differs from the forward pass. Raised on all ranks alike."""
+
+
+class DisagreementError(RuntimeError):
+    """The ranks do not make the same collective call. Raised on all ranks alike, in one line with what differs."""

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 
+from pnode_dist import agreement
 from pnode_dist import backend as mpi_backend
 from pnode_dist.abort import abort
 from pnode_dist.compatibility import check_mpi
@@ -79,12 +81,12 @@ class _TorchDistributed:
         self.open_meshes = 0
         self.backend: str | None = None
 
-    def acquire(self, world: _World, backend: str) -> None:
+    def acquire(self, world: _World, backend: str, timeout: timedelta) -> None:
         if not dist.is_initialized():
             mpi_backend.register()
             torch_backend = mpi_backend.NAME if backend == "mpi" else backend
-            store = HashStore() if backend == "mpi" else _rendezvous(world)
-            dist.init_process_group(torch_backend, store=store, rank=world.rank, world_size=world.size)
+            store = HashStore() if backend == "mpi" else _rendezvous(world, timeout)
+            dist.init_process_group(torch_backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
             self.backend = backend
         elif self.backend is None:
             if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.size):
@@ -111,13 +113,13 @@ class _TorchDistributed:
 _torch_distributed = _TorchDistributed()
 
 
-def _rendezvous(world: _World) -> Store:
+def _rendezvous(world: _World, timeout: timedelta) -> Store:
     """The store at which ranks find each other: at MASTER_ADDR if it is set, else where rank 0 says through MPI."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # Under torchrun the agent already serves this address.
         serve = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        return TCPStore(host, port, world.size, is_master=serve, timeout=mpi_backend.TIMEOUT)
+        return TCPStore(host, port, world.size, is_master=serve, timeout=timeout)
     if world.size == 1:
         return HashStore()
     comm = MPI.COMM_WORLD
@@ -136,7 +138,7 @@ def _rendezvous(world: _World) -> Store:
                 *address,
                 world.size,
                 is_master=True,
-                timeout=mpi_backend.TIMEOUT,
+                timeout=timeout,
                 wait_for_workers=False,
                 master_listen_fd=listener.detach(),
             )
@@ -146,7 +148,7 @@ def _rendezvous(world: _World) -> Store:
             f"mesh: rank 0 cannot listen at {address}, its host: set MASTER_ADDR and MASTER_PORT, or use backend mpi"
         )
     if store is None:
-        store = TCPStore(address[0], address[1], world.size, timeout=mpi_backend.TIMEOUT, wait_for_workers=False)
+        store = TCPStore(address[0], address[1], world.size, timeout=timeout, wait_for_workers=False)
     return store
 
 
@@ -166,15 +168,28 @@ class Mesh:
     While a mesh of several ranks is open, an exception that nothing catches prints its traceback with the rank's
     number and ends all ranks with exit code 1. Use it as a context manager, or call `close()`.
 
-    Raises `ConfigurationError` when `state * data` is not the number of ranks, or the backend is unknown.
+    A rank that waits for others for more than `timeout` seconds, at the beginning of a solve or of its backward pass or
+    in torch.distributed, ends the job, with a line that says where it stands; with the backend `mpi` the exit code is
+    70. 0 disables that; None takes PNODE_DIST_TIMEOUT from the environment, or ten minutes.
+
+    Raises `ConfigurationError` when `state * data` is not the number of ranks, the backend is unknown, or the timeout
+    is not a number of seconds.
     """
 
-    def __init__(self, state: int | None = None, data: int = 1, *, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        state: int | None = None,
+        data: int = 1,
+        *,
+        backend: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
         check_mpi()
         world = _find_world()
         backend = backend or "mpi"
         if backend not in BACKENDS:
             raise ConfigurationError(f"mesh: backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
+        self.timeout = agreement.default_timeout() if timeout is None else agreement.checked_timeout(timeout, "timeout")
         self.state_ranks, self.data_replicas = _split(world.size, state, data)
         if not world.connected_by_mpi and (self.state_ranks > 1 or backend == "mpi"):
             raise ConfigurationError(
@@ -186,11 +201,12 @@ class Mesh:
         self.replica = world.rank // self.state_ranks
         _limit_threads(world)
         uncaught = sys.excepthook
-        _torch_distributed.acquire(world, backend)
+        _torch_distributed.acquire(world, backend, mpi_backend.timedelta_of(self.timeout))
         # After torch.distributed, whose own hook would swallow the message when the process ends inside it.
         self._remove_abort = _install_abort(world, uncaught) if world.size > 1 else _restoring(uncaught)
         source = MPI.COMM_WORLD if world.connected_by_mpi else MPI.COMM_SELF
         self.state_comm = source.Split(self.replica if world.connected_by_mpi else 0, world.rank)
+        agreement.join(self.state_comm, self.timeout)
         self.world_group = self._new_group([list(range(world.size))])
         self.state_group = self._new_group(
             [[replica * self.state_ranks + s for s in range(self.state_ranks)] for replica in range(self.data_replicas)]
@@ -203,7 +219,9 @@ class Mesh:
     def _new_group(self, members: list[list[int]]) -> dist.ProcessGroup:
         torch_backend = mpi_backend.NAME if self.backend == "mpi" else self.backend
         group: dist.ProcessGroup
-        group, _ = dist.new_subgroups_by_enumeration(members, backend=torch_backend)  # type: ignore[no-untyped-call]
+        group, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+            members, timeout=mpi_backend.timedelta_of(self.timeout), backend=torch_backend
+        )
         return group
 
     @property
@@ -244,7 +262,10 @@ class Mesh:
         dist.barrier(group=self.world_group)
 
     def close(self) -> None:
-        """Free the process groups and communicators; again is harmless. Collective on the world."""
+        """Free the process groups and communicators; again is harmless. Collective on the world.
+
+        Other ranks that begin a solve or a backward pass instead raise `DisagreementError`.
+        """
         if not self._closed:
             self._release(free=True)
             self.state_comm.Free()
@@ -253,9 +274,12 @@ class Mesh:
     def _release(self, free: bool) -> None:
         """Leave torch.distributed; with `free` also free the groups' communicators, which takes all ranks."""
         self._closed = True
+        agreement.of(self.state_comm).leave()
         for group in (self.data_group, self.state_group, self.world_group):
-            if free and isinstance(group, mpi_backend.MPIProcessGroup):
-                group.free()
+            if isinstance(group, mpi_backend.MPIProcessGroup):
+                group.leave()
+                if free:
+                    group.free()
             dist.destroy_process_group(group)
         _torch_distributed.release(free)
 

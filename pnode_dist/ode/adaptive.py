@@ -17,6 +17,7 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError, StepSizeError
 from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.explicit import ExplicitStepper, Slopes
+from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.layout import Parts
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.recording import Recording
@@ -155,7 +156,9 @@ class ExplicitAttempts:
         self._fresh, self._rejected = True, False
         self._first: tuple[Parts, Any] | None = None
         self._options = {**options, "ts_adapt_type": adaptor, "ts_rk_type": method.petsc_name}
+        self._unread = set(options) - read_at_set_up(options)
         self._ts = self._create_ts()
+        check_read(self._unread)
 
     def _create_ts(self) -> PETSc.TS:
         stepper = self._stepper
@@ -166,7 +169,7 @@ class ExplicitAttempts:
         ts.setRHSFunction(self._stages.function, self._solution.duplicate())
         ts.setSolution(self._solution)
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
-        with options_database(self._options):
+        with options_database(self._options, self._unread):
             ts.setFromOptions()
         # PETSc tries again by itself after undoing the step in floating point. That is not the state before it.
         ts.setMaxStepRejections(0)

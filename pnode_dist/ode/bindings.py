@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -263,6 +264,8 @@ def _is_open(thing: Any) -> bool:
     """Whether an object's attributes may be settings of the program's."""
     if isinstance(thing, type | types.ModuleType) or not hasattr(thing, "__dict__"):
         return False
+    if getattr(type(thing), "holds_values_of_func", False):
+        return True
     return type(thing).__module__.partition(".")[0] not in _CLOSED_PACKAGES
 
 
@@ -273,9 +276,17 @@ def _is_code(value: Any, space: dict[str, Any]) -> bool:
     return isinstance(value, type | types.ModuleType | types.BuiltinFunctionType)
 
 
-@functools.lru_cache(maxsize=1024)
-def _methods_of(kind: Any) -> tuple[types.FunctionType, ...]:
+_METHODS: weakref.WeakKeyDictionary[type, tuple[types.FunctionType, ...]] = weakref.WeakKeyDictionary()
+
+
+def _methods_of(kind: type) -> tuple[types.FunctionType, ...]:
     """The methods of a program's class, which read globals of its own."""
+    if kind not in _METHODS:
+        _METHODS[kind] = _found_methods_of(kind)
+    return _METHODS[kind]
+
+
+def _found_methods_of(kind: type) -> tuple[types.FunctionType, ...]:
     programs = (base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _CLOSED_PACKAGES)
     return tuple(value for base in programs for value in vars(base).values() if isinstance(value, types.FunctionType))
 

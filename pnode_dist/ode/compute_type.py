@@ -27,33 +27,39 @@ class Held:
     original: torch.Tensor
     copy: torch.Tensor
 
+    def put(self, tensor: torch.Tensor) -> None:
+        """Let the module hold `tensor`, which need not be a `Parameter` where the original is none."""
+        module = self.module
+        (module._parameters if self.name in module._parameters else module._buffers)[self.name] = tensor  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class ComputeCopies:
-    """Copies by their originals' identity, those that modules hold, and the extra arguments with theirs.
+    """Originals and their copies by the originals' identity, those that modules hold, and the extra arguments with
+    theirs.
 
     There are none where everything is of the right type as it is.
     """
 
-    by_original: Mapping[int, torch.Tensor]
+    by_original: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
     held: tuple[Held, ...]
     args: tuple[Any, ...]
 
     def of(self, tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What stands for each of the tensors while f is evaluated."""
-        return tuple(self.by_original.get(id(tensor), tensor) for tensor in tensors)
+        return tuple(self.by_original.get(id(tensor), (tensor, tensor))[1] for tensor in tensors)
 
     @contextmanager
     def in_place(self, writes_back: bool = True) -> Iterator[None]:
         """Let the modules hold their copies for a while; with `writes_back` the originals get what f writes there."""
         versions = [held.copy._version for held in self.held]
         for held in self.held:
-            setattr(held.module, held.name, held.copy)
+            held.put(held.copy)
         try:
             yield
         finally:
             for held, version in zip(self.held, versions, strict=True):
-                setattr(held.module, held.name, held.original)
+                held.put(held.original)
                 if writes_back and held.copy._version != version:
                     with torch.no_grad():
                         held.original.copy_(held.copy)
@@ -68,7 +74,7 @@ def compute_copies(func: Callable[..., Any], args: tuple[Any, ...], dtype: torch
     These are parameters and buffers of modules that `func` is or holds, and tensors among `args`. Tensors that a plain
     function closes over cannot be exchanged.
     """
-    copies: dict[int, torch.Tensor] = {}
+    copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def copy_of(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point() or tensor.dtype == dtype:
@@ -76,11 +82,14 @@ def compute_copies(func: Callable[..., Any], args: tuple[Any, ...], dtype: torch
         if id(tensor) not in copies:
             copy = tensor.detach().to(dtype)
             copies[id(tensor)] = (
+                tensor,
                 nn.Parameter(copy, tensor.requires_grad)
                 if isinstance(tensor, nn.Parameter)
-                else copy.requires_grad_(tensor.requires_grad)
+                else copy.requires_grad_()
+                if tensor.requires_grad
+                else copy,
             )
-        return copies[id(tensor)]
+        return copies[id(tensor)][1]
 
     everything = (
         Held(module, name, tensor, copy_of(tensor))

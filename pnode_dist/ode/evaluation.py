@@ -20,6 +20,7 @@ from pnode_dist.ode.compute_type import NO_COPIES, ComputeCopies
 from pnode_dist.ode.fingerprint import fingerprint
 from pnode_dist.ode.guard import Guard
 from pnode_dist.ode.layout import Parts, StateLayout
+from pnode_dist.ode.ownership import owned
 from pnode_dist.ode.parameters import Parameters, completeness_check
 
 Function = Callable[..., Any]
@@ -109,11 +110,14 @@ class Problem:
             # All that is below, for the commonest case: it takes longer than a small stage.
             result = func(time, inputs[0])
             if isinstance(result, torch.Tensor) and result.shape == layout.shapes[0]:
+                if result.dtype is not layout.compute_dtype:
+                    _check_type(result, layout)
                 return (result,)
         else:
             with events.event(events.FUNCTION, self.logs):
                 result = func(time, layout.as_state(inputs), *self.args)
-        outputs = tuple(result) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
+        # A tuple of its own: f may hold the one that it returned, and the references to its values are counted.
+        outputs = (*result,) if layout.is_tuple and isinstance(result, tuple | list) else (result,)
         if len(outputs) != len(inputs):
             _refuse(result, layout)
         for shape, value in zip(layout.shapes, outputs, strict=True):
@@ -124,6 +128,7 @@ class Problem:
                     f"func returned shape {tuple(value.shape)} for a state of shape {shape}: "
                     "du/dt must have the shape of u"
                 )
+            _check_type(value, layout)
         return outputs
 
     def value(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> Parts:
@@ -148,7 +153,7 @@ class Problem:
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(True)
         try:
-            outputs = self.evaluate(func, layout, time if when is None else when, inputs)
+            outputs = owned(self.evaluate(func, layout, time if when is None else when, inputs))
         finally:
             torch._C._set_grad_enabled(before)
         self.look(outputs, inputs if when is None else (*inputs, when))
@@ -172,15 +177,14 @@ class Problem:
     def linked(self, layout: StateLayout, time: float, state: Parts) -> Parts:
         """An evaluation as part of a graph that is being made, which is counted. Collective if `func` is.
 
-        Nothing is converted. Values that are not, and will not be, those of a graph are copied: f may use their memory
-        again.
+        Nothing is converted. Values whose memory f may use again are copied.
         """
         self.evaluations += 1
-        values = self.evaluate(self.func, layout, time, state)
+        values = owned(self.evaluate(self.func, layout, time, state))
         if len(set(map(id, values))) < len(values):
             # What each part adds to the adjoint is summed up by itself, and then the first part's comes first.
             values = tuple(value.view_as(value) for value in reversed(values))[::-1]
-        return tuple(value if value.requires_grad else value.clone() for value in values)
+        return values
 
     def look(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         """Refuse outputs that depend on more than these inputs and the parameters, as often as there is need to look.
@@ -421,6 +425,15 @@ def _gradients(
         tuple(roots), tuple(cotangents), keep, False, inputs, allow_unreachable=True, accumulate_grad=False
     )
     return found
+
+
+def _check_type(value: torch.Tensor, layout: StateLayout) -> None:
+    """Raise `TypeError` for values whose conversion to the state's type loses part of them, or hides a mistake."""
+    if not value.dtype.is_floating_point:
+        raise TypeError(
+            f"func returned {value.dtype} for a state of {layout.dtype}: du/dt must be of a real floating type (write "
+            "a complex state as two real parts, see torch.view_as_real)"
+        )
 
 
 def _refuse(result: Any, layout: StateLayout) -> NoReturn:

@@ -19,10 +19,12 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.current_state import TensorState
 from pnode_dist.ode.evaluation import Problem, StageGraph, StageState, by_step
 from pnode_dist.ode.fingerprint import fingerprint
+from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.joined_steps import JoinedSteps, combined
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.left_out import leave_out
 from pnode_dist.ode.methods import Method, by_petsc_name
+from pnode_dist.ode.ownership import owned
 from pnode_dist.ode.recording import Recording, stages_of
 from pnode_dist.ode.stepper import PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.tableau import tableau_of
@@ -66,8 +68,6 @@ class ExplicitStepper(Stepper):
         self.error: BaseException | None = None
         self._adjoint: list[torch.Tensor] = []
         self._adjoint_is_ours: list[bool] = []
-        self._own_memory: bool | None = None
-        self._last_values: Parts | None = None
         self._gradient: list[torch.Tensor | None] = []
         self._joined: weakref.ref[JoinedSteps] | None = None
         self._sums_up = self._joins = False
@@ -88,8 +88,6 @@ class ExplicitStepper(Stepper):
     def bind(self, problem: Problem) -> None:
         """Solve this problem from now on."""
         if problem is not self.problem:
-            # With one stage no value outlives the next evaluation.
-            self._own_memory, self._last_values = (True if sum(self.tableau.counts) == 1 else None), None
             # Autograd sums up in the types of the parameters.
             self._sums_up = not (self.layout.converts or problem.by_times) and all(
                 parameter.dtype is protocol.scalar_dtype() and parameter.device == self.layout.vec_device
@@ -114,7 +112,9 @@ class ExplicitStepper(Stepper):
         ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
         ts.setType(PETSc.TS.Type.RK)
         ts.setRKType(method.petsc_name)
-        self.monitored = set_from_options(ts, options)
+        unread = read_at_set_up(options)
+        self.monitored = set_from_options(ts, options, unread)
+        check_read(unread)
         if ts.getType() != PETSc.TS.Type.RK:
             raise ConfigurationError(
                 f"ts_type = {ts.getType()!r}: must be 'rk' (choose the method by name, or its table by ts_rk_type)"
@@ -188,7 +188,7 @@ class ExplicitStepper(Stepper):
             after = joined.take_step(problem, self.layout, self.tableau, time, size)
         finally:
             self.stepping = False
-        if problem.differentiates:
+        if after is None:
             problem.evaluations = evaluations
             problem.carried.restore(mark)
             self.settle()
@@ -226,13 +226,18 @@ class ExplicitStepper(Stepper):
     def slope(self, time: float, state: Parts, recording: Recording | None, level: str) -> Parts:
         """f there, in PETSc's scalar type; to `recording`, if given, goes what the adjoint needs of it.
 
-        Raises `RuntimeError` if f writes into the current state.
+        Raises `RuntimeError` if f writes into the current state, or into one that is recorded.
         """
         problem, layout = self.problem, self.layout
         assert problem is not None
         inputs = layout.inputs(state) if layout.converts else state
-        is_current = state is self.current.parts and not torch.is_inference_mode_enabled()
-        versions = [part._version for part in state] if is_current else []
+        # These are to be used again: the current state, and what is recorded of a stage.
+        staying: Parts = state if state is self.current.parts else ()
+        if recording is not None and level == "stages":
+            staying = inputs
+        if staying and torch.is_inference_mode_enabled():
+            staying = ()
+        versions = [part._version for part in staying]
         if recording is None:
             values = problem.value(problem.func, layout, time, inputs)
         elif level != "stages":
@@ -243,31 +248,15 @@ class ExplicitStepper(Stepper):
             mark = problem.carried.mark()
             values = problem.value(problem.func, layout, time, inputs)
             recording.append(problem.kept_state(time, inputs, mark, values))
-        if is_current and [part._version for part in state] != versions:
+        if staying and [part._version for part in staying] != versions:
             raise RuntimeError(
                 "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
             )
         if layout.converts:
             values = tuple(map(layout.scalar, values))
         if recording is not None and level != "stages":
-            return values  # Autograd allows no memory to be used again, and the current state is left alone.
-        if not self._own_memory:
-            values = self._kept(values)
-        elif is_current and any(_shows(value, state) for value in values):
-            values = tuple(value.clone() for value in values)
-        return values
-
-    def _kept(self, values: Parts) -> Parts:
-        """Copies, while it is not known, or not true, that every evaluation without a graph returns memory of its own.
-
-        Told by the first two, both alive when they are compared: they may be one buffer that f fills again and again.
-        """
-        last = self._last_values
-        if self._own_memory is None and last is not None:
-            pairs = zip(values, last, strict=True)
-            self._own_memory = not any(value.numel() and value.data_ptr() == old.data_ptr() for value, old in pairs)
-        self._last_values = values if self._own_memory is None else None
-        return tuple(value.clone() for value in values)
+            return values
+        return owned(values)
 
     def form_result(self, size: float, slopes: Slopes) -> None:
         """Put the result of the step from the current state in its place."""
@@ -447,9 +436,3 @@ class ExplicitStepper(Stepper):
 def _without_values(graph: StageGraph) -> StageGraph:
     """What products of first order need of it."""
     return StageGraph(graph.inputs, graph.roots, (), graph.when)
-
-
-def _shows(value: torch.Tensor, parts: Parts) -> bool:
-    """Whether a value shares memory with the state of these parts, which is about to be written to."""
-    place = value.untyped_storage().data_ptr()
-    return any(place == part.untyped_storage().data_ptr() for part in parts)

@@ -14,6 +14,7 @@ from pnode_dist.errors import ConfigurationError, ConvergenceError
 from pnode_dist.ode import petsc_calls
 from pnode_dist.ode.current_state import VecState
 from pnode_dist.ode.evaluation import Problem, StageState
+from pnode_dist.ode.given_options import check_read, check_read_by_all, read_at_set_up
 from pnode_dist.ode.implicit_function import (
     ExplicitOperator,
     ImplicitFunction,
@@ -105,12 +106,15 @@ class ImplicitStepper(Stepper):
         self.defaults = self._defaults()
         self._options = {**self.defaults, **options}
         self._ts = self._active = self.create_ts()
-        self.monitored = set_from_options(self._ts, self._options)
+        # None once all have been read.
+        self._unread: set[str] | None = read_at_set_up(options)
+        self.monitored = set_from_options(self._ts, self._options, self._unread)
         self.finish(self._ts)
         self.method = self._chosen(method)
         self.set_up(self._ts)
         if method.adjoint != "none":
             set_up_adjoint(self._ts)
+        check_read(self._unread, later=True)
         self._variant = _theta_variant(self._ts)
 
     @property
@@ -276,11 +280,15 @@ class ImplicitStepper(Stepper):
         ksp = ts.getSNES().getKSP()
         newton, linear = ts.getSNESIterations(), petsc_calls.total_linear_iterations(ksp)
         # Some of PETSc's solvers read their options when they are first used.
-        with options_database(self._options):
+        with options_database(self._options, self._unread):
             ts.step()
         problem = self._problem
         problem.newton_iterations += ts.getSNESIterations() - newton
-        problem.linear_iterations += petsc_calls.total_linear_iterations(ksp) - linear
+        linear = petsc_calls.total_linear_iterations(ksp) - linear
+        problem.linear_iterations += linear
+        if self._unread is not None and linear:
+            check_read_by_all(self._unread, self.comm)
+            self._unread = None
         reason = int(ts.getConvergedReason())
         if reason < 0:
             ts.setConvergedReason(PETSc.TS.ConvergedReason.ITERATING)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import petsc_calls
+from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.implicit import ImplicitStepper
 from pnode_dist.ode.recording import Recording
 from pnode_dist.ode.stepper import PetscOptions, options_database
@@ -38,8 +39,10 @@ class ImplicitAttempts:
         self.first_size = self._tolerances.first_size
         self._fresh = True
         self._ts = stepper.create_ts()
-        with options_database({**stepper.defaults, **options, "ts_adapt_type": adaptor}):
+        unread = set(options) - read_at_set_up(options)
+        with options_database({**stepper.defaults, **options, "ts_adapt_type": adaptor}, unread):
             self._ts.setFromOptions()
+        check_read(unread)
         stepper.finish(self._ts)
         stepper.set_up(self._ts)
 

@@ -55,15 +55,19 @@ class JoinedSteps:
         """Let go of the graph, which has been reversed: the steps before the last one still hold this."""
         self.start = self.roots = ()
 
-    def take_step(self, problem: Problem, layout: StateLayout, tableau: Tableau, time: float, size: float) -> Parts:
+    def take_step(
+        self, problem: Problem, layout: StateLayout, tableau: Tableau, time: float, size: float
+    ) -> Parts | None:
         """Take the next step, from `time` by `size`; the state after it, in memory that the graph does not need.
 
         All types are PETSc's scalar type. In `problem` it is noted if f takes derivatives by what its state was
-        computed from, such as the parameters: they would be through the state as well, and all is in vain.
+        computed from, such as the parameters: they would be through the state as well. None is returned then, and the
+        steps before stay as they are.
         Collective if f is. Raises `RuntimeError` if f writes into the state before the step.
         """
         before = self.end
         assert before is not None
+        evaluations = self.evaluations
         grad_mode = torch.is_grad_enabled()
         # As a context this takes as long as a small stage.
         torch._C._set_grad_enabled(True)
@@ -97,6 +101,9 @@ class JoinedSteps:
                     # is due, and not all of them at once.
                     result = _with_term(before, result, values, size * tableau.b[stage])
             assert result is not None
+            if problem.differentiates:
+                self.evaluations = evaluations
+                return None
             self.end = result
             problem.look(self.end, (_ORIGIN,))
             self.roots = _edges(self.end)

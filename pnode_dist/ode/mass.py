@@ -52,7 +52,8 @@ def mass_matrix(mass: Mass | None, layout: StateLayout) -> MassMatrix | None:
     parts = tuple(mass) if layout.is_tuple and isinstance(mass, tuple | list) else (mass,)
     if len(parts) != len(layout.shapes):
         raise ConfigurationError(f"mass: {len(parts)} parts for a state of {len(layout.shapes)}")
-    tensors = [torch.as_tensor(part).detach().to(protocol.scalar_dtype()) for part in parts]
+    # Copies: a backward pass is that of the mass matrix that there was, also where the caller's has changed since.
+    tensors = [torch.as_tensor(part).detach().to(protocol.scalar_dtype(), copy=True) for part in parts]
     for tensor, shape in zip(tensors, layout.shapes, strict=True):
         square = tensor.dim() == 2 and tensor.shape == (shape[-1:] * 2)
         if tuple(tensor.shape) != shape and not square:

@@ -7,101 +7,52 @@ discrete and exact, only f itself is differentiated by the automatic tool.
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, overload
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
 from pnode_dist.ode.bindings import Bindings
+from pnode_dist.ode.call import Asked, Call, Prepare
+from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
 from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
+from pnode_dist.ode.differentiable import solution, tangent_call_of
 from pnode_dist.ode.evaluation import Function, Problem
+from pnode_dist.ode.given_options import check_options, without_adaptation
 from pnode_dist.ode.guard import check_policy
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
-from pnode_dist.ode.mass import Mass
+from pnode_dist.ode.mass import Mass, mass_matrix
+from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solver import Solver
+from pnode_dist.ode.solver import Solver, communicator
+from pnode_dist.ode.solver_key import Same, contents_of, object_key
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.stepper import PetscOptions
-from pnode_dist.ode.surroundings import Surroundings, uncached_casts
+from pnode_dist.ode.surroundings import Surroundings
 from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
-from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
+from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance, check_shapes
+from pnode_dist.ode.transformed import transformed
+from pnode_dist.ode.transforms import transforming
 from pnode_dist.partition.protocol import Partition, vec_device
 from pnode_dist.trajectory import budget
-from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.trajectory.budget import Trajectory, slot_bounds
 from pnode_dist.trajectory.plan import Plan, Plans
 from pnode_dist.trajectory.statistics import SolveStatistics
 
 Times = torch.Tensor | Sequence[float]
 _KEPT_SOLVERS = 8
-
-
-@contextmanager
-def _running(solve: Solve, backward: bool = False) -> Iterator[None]:
-    """While f is evaluated: its modules hold what it computes with, in a backward pass what it saw in the forward pass.
-
-    A solve that fails gives back what it holds.
-    """
-    surroundings = solve.surroundings
-    try:
-        with ExitStack() as stack:
-            if backward and surroundings is not None:
-                stack.enter_context(surroundings.restored())
-            if surroundings is not None and surroundings.autocast.on:
-                stack.enter_context(uncached_casts())
-            stack.enter_context(solve.problem.copies.in_place(writes_back=not backward))
-            if backward:
-                stack.enter_context(solve.carried.backward_pass())
-            yield
-    except BaseException:
-        # Whoever keeps the error keeps the solve alive.
-        solve.release()
-        raise
-
-
-class _Differentiable(torch.autograd.Function):
-    """The solve as a node of torch's graph: state parts first, then parameters, then the evaluation times if asked."""
-
-    @staticmethod
-    def forward(ctx: Any, solve: Solve, parts: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.solve, ctx.parts, ctx.reversed = solve, parts, False
-        ctx.set_materialize_grads(False)
-        # Not only for a second backward pass: torch now notices when they are changed in place before the first.
-        ctx.save_for_backward(*tensors)
-        # A graph that is dropped without a backward pass gives its checkpoints back.
-        weakref.finalize(ctx, solve.release).atexit = False
-        with _running(solve):
-            outputs = solve.forward(tensors[:parts])
-        if solve.surroundings is not None:
-            solve.surroundings.end_forward()
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
-        solve, tensors = ctx.solve, ctx.saved_tensors
-        with _running(solve, backward=True):
-            if ctx.reversed:
-                # The checkpoints went as they were used: lay the trajectory down again.
-                solve.carried.restart()
-                solve.forward(tensors[: ctx.parts])
-            ctx.reversed = True
-            states, parameters, times = solve.backward(cotangents)
-        return None, None, *states, *parameters, *times
 
 
 class _Solvers:
@@ -114,11 +65,22 @@ class _Solvers:
         # Copies and pickles of a module make solvers of their own.
         return _Solvers, ()
 
-    def get(self, key: Any, create: Callable[[], Solver]) -> Solver:
-        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver."""
+    def find(self, key: Any) -> Solver | None:
+        """The solver of `key`, if there is one that a solve can use now."""
+        solver = self._solvers.get(key)
+        if solver is None or solver.stepper.stepping or solver.stepper.failed:
+            return None
+        return solver if solver.contents is None or solver.contents.are_the_same else None
+
+    def get(self, key: Any, create: Callable[[], Solver], afresh: bool = False) -> Solver:
+        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver.
+
+        It is made anew where the contents of what it was made of have changed. Making one is collective: `afresh` says
+        that another rank makes one, so that this one has to as well.
+        """
         if key in self._solvers and self._solvers[key].stepper.stepping:
             return create()
-        if key not in self._solvers or self._solvers[key].stepper.failed:
+        if afresh or self.find(key) is None:
             self._solvers[key] = create()
             if len(self._solvers) > _KEPT_SOLVERS:
                 self._solvers.popitem(last=False)
@@ -162,9 +124,31 @@ _settings_of = attrgetter(*(field.name for field in fields(_Settings) if field.n
 
 
 def _prepared(
-    solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
+    solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
+    kind: str = "solve",
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
-    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters."""
+    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters.
+
+    Collective on the partition's communicator: what is wrong on one rank, or differs between them, all of them raise.
+    """
+    with preparation(communicator(settings.partition), kind) as preparing:
+        return _prepared_with(preparing, solvers, func, u0, t, settings, args)
+
+
+def _prepared_with(
+    preparing: Preparation | Alone,
+    solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
+) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
@@ -182,6 +166,7 @@ def _prepared(
     trajectory = settings.trajectory or budget.DEFAULT
     parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
     sizes = tuple(parameter.numel() for parameter in parameters.tensors)
+    check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
     by_times = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
     # The times are parameters as well: of each step, its size and its start.
@@ -205,12 +190,40 @@ def _prepared(
             f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
         )
     linear = _matrix_part(func, table)
+    made_of = object_key(func, mass, preconditioner)
+    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of)
+
+    def create() -> Solver:
+        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
+        # What works for PETSc itself changes as it does.
+        works = getattr(made.stepper, "built", None) is preconditioner
+        made.contents = contents_of(func, mass, None if works else preconditioner)
+        return made
+
+    agreed = None
+    if isinstance(preparing, Preparation):
+        known = solvers.find(key)
+        # What would be found later is looked for while the other ranks still hear of it.
+        if isinstance(mass, torch.Tensor | tuple | list):
+            mass_matrix(mass, layout)
+        if control is not None:
+            check_shapes(control, layout)
+        steps = 0 if len(times) == 1 else None if grid is None else grid.steps
+        agreed = preparing.agree(
+            facts(settings, table, layout, times, func, needs_gradient, by_times),
+            known is None,
+            slot_bounds(
+                trajectory,
+                layout.size * trajectory.checkpoint_itemsize,
+                steps,
+                needs_gradient,
+                known is not None and known.disk_is_lost,
+            ),
+        )
     solver = solvers.get(
-        (
-            *(id(partition), layout, table, sizes, repr(options), trajectory, id(trajectory.ledger)),
-            *(id(mass), preconditioner, id(linear)),
-        ),
-        lambda: Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear),
+        key,
+        create,
+        afresh=agreed is not None and agreed.creates,
     )
     surroundings, carried = None, NOTHING_CARRIED
     if needs_gradient:
@@ -242,6 +255,7 @@ def _prepared(
         settings.last_only,
         surroundings,
         settings.on_mismatch,
+        agreed,
     )
     return solve, layout, tensors
 
@@ -270,16 +284,96 @@ def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | Non
 
 
 def _solve(
-    solvers: _Solvers, func: Function, u0: State, t: Times, settings: _Settings, args: tuple[Any, ...]
+    solvers: _Solvers,
+    tangent_solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
-    solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
-    parts = len(layout.shapes)
-    if solve.keeps_trajectory:
-        outputs = _Differentiable.apply(solve, parts, *tensors)  # type: ignore[no-untyped-call]
-    else:
-        with torch.no_grad(), _running(solve):
-            outputs = solve.forward(tensors[:parts])
+    with one_at_a_time():
+        if transforming():
+            call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
+            return layout.as_state(solution(call, tensors)), call.latest()
+        solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
+        prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
+        asked = Asked(
+            func,
+            args,
+            len(layout.shapes),
+            layout.is_tuple,
+            solve.parameters,
+            solve.problem.by_times,
+            solve.solver.stepper.comm.size,
+            prepare,
+            solve.surroundings,
+            solve.carried,
+        )
+        call = Call(asked, solve.keeps_trajectory, ready=solve)
+        if solve.keeps_trajectory:
+            outputs = solution(call, tensors)
+        else:
+            with torch.no_grad():
+                outputs = call.run(tensors)
     return layout.as_state(outputs), solve
+
+
+def _transformed(
+    solvers: _Solvers,
+    tangent_solvers: _Solvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: _Settings,
+    args: tuple[Any, ...],
+) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
+    """The solve under torch's transforms, see `transformed`."""
+    ranks = communicator(settings.partition).size
+    prepare = _preparation(solvers, tangent_solvers, t, settings, isinstance(u0, tuple | list))
+    params, dtype = tuple(settings.params or ()), settings.compute_dtype
+    return transformed(func, u0, t, args, params, dtype, ranks, prepare, settings.preserve_rng_state)
+
+
+def _preparation(
+    solvers: _Solvers, tangent_solvers: _Solvers, t: Times, settings: _Settings, is_tuple: bool
+) -> Prepare:
+    """How solves with these times and settings, and those of their tangents, are prepared."""
+    at = t.detach() if isinstance(t, torch.Tensor) else t
+
+    def prepare(
+        func: Function,
+        state: Parts,
+        times: torch.Tensor | None,
+        args: tuple[Any, ...],
+        first: Callable[[], Solve] | None,
+    ) -> Solve:
+        u0 = state if is_tuple or first is not None else state[0]
+        when = at if times is None else times
+        if first is None:
+            return _prepared(solvers, func, u0, when, settings, args)[0]
+        chosen = _settings_of_tangents(settings, is_tuple, first, len(state))
+        return _prepared(tangent_solvers, func, u0, when, chosen, args)[0]
+
+    return prepare
+
+
+def _settings_of_tangents(settings: _Settings, is_tuple: bool, before: Callable[[], Solve], parts: int) -> _Settings:
+    """The settings of a solve of tangents with so many parts; `before` runs the one without tangents.
+
+    With error control the steps that were accepted there are taken again.
+    """
+    if settings.control() is not None:
+        solve = before()
+        # Without error control another method would be the default.
+        name = solve.solver.stepper.method.name
+        options = without_adaptation(settings.options)
+        settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name, options=options)
+    if settings.mass is not None:
+        masses = tuple(settings.mass) if is_tuple else (settings.mass,)
+        settings = replace(settings, mass=masses * (parts // len(masses)))
+    # Tangents are derivatives of vector-Jacobian products, which compiled code does not have. Their plan is another.
+    return replace(settings, compiler=None, fixed_plan=None)
 
 
 @overload
@@ -410,7 +504,7 @@ def odeint(
         on_mismatch,
         preserve_rng_state,
     )
-    return _solve(_Solvers(), func, u0, t, settings, args)[0]
+    return _solve(_Solvers(), _Solvers(), func, u0, t, settings, args)[0]
 
 
 class NeuralODE(nn.Module):
@@ -481,7 +575,7 @@ class NeuralODE(nn.Module):
 
     def forward(self, u0: State, t: Times, *args: Any) -> State:
         """The states at the times `t`, starting from `u0` at `t[0]`. Collective on the partition's communicator."""
-        outputs, solve = _solve(self._solvers, self.func, u0, t, self._settings, args)
+        outputs, solve = _solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         return outputs
 
@@ -499,26 +593,47 @@ class NeuralODE(nn.Module):
         not in it stay as they are. Both results are differentiable. With error control the steps are those that a solve
         without tangent takes. Collective on the partition's communicator.
         """
-        settings = self._settings
-        state, is_tuple = joined(u0, u0_tangent)
-        direction = checked_direction(parameter_tangents)
-        if settings.control() is not None:
+        with preparation(communicator(self.partition)) as preparing:
+            state, is_tuple = joined(u0, u0_tangent)
+            direction = checked_direction(parameter_tangents)
+            preparing.later()
+        if transforming():
+            return self._transformed_jvp(u0, t, state[len(state) // 2 :], direction, args)
+
+        def before() -> Solve:
             with torch.no_grad():
-                _, before = _solve(self._solvers, self.func, u0, t, settings, args)
-            settings = replace(settings, rtol=None, atol=None, grid=before.grid)
-            # Without error control another method would be the default.
-            settings = replace(settings, method=before.solver.stepper.method.name)
-        if settings.mass is not None:
-            masses = tuple(settings.mass) if is_tuple else (settings.mass,)
-            settings = replace(settings, mass=(*masses, *masses))
-        # Tangents are derivatives of vector-Jacobian products, which compiled code does not have.
-        settings = replace(settings, compiler=None)
+                return _solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args)[1]
+
+        settings = _settings_of_tangents(self._settings, is_tuple, before, len(state))
         func = with_tangent(self.func, is_tuple, direction)
-        outputs, solve = _solve(self._tangent_solvers, func, state, t, settings, args)
+        outputs, solve = _solve(self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         half = len(state) // 2
         values, tangents = outputs[:half], outputs[half:]
         return (values, tangents) if is_tuple else (values[0], tangents[0])
+
+    def _transformed_jvp(
+        self,
+        u0: State,
+        t: Times,
+        tangents: tuple[torch.Tensor, ...],
+        direction: Mapping[torch.Tensor, torch.Tensor],
+        args: tuple[Any, ...],
+    ) -> tuple[State, State]:
+        call, layout, tensors = _transformed(
+            self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args
+        )
+        found = dict(zip(map(id, call.asked.parameters), range(call.parameters), strict=True))
+        along: list[torch.Tensor | None] = [*tangents, *(None,) * (len(tensors) - len(tangents))]
+        for parameter, tangent in direction.items():
+            along[len(tangents) + found[id(parameter)]] = tangent
+        tangent_call, inputs = tangent_call_of(call, tensors, along, True)
+        tangent_call.repeats = False
+        outputs = solution(tangent_call, inputs)
+        solve = tangent_call.latest()
+        self.last_solve, self.last_plan = solve.statistics, solve.plan
+        half = len(outputs) // 2
+        return layout.as_state(outputs[:half]), layout.as_state(outputs[half:])
 
     def plan(self, u0: State, t: Times, *args: Any) -> Plans:
         """What the trajectory's budget allows for this solve, with predicted times, and what would be chosen.
@@ -526,13 +641,16 @@ class NeuralODE(nn.Module):
         Measures the first step and checkpoints of this problem first. Collective on the partition's communicator.
         Raises `ValueError` for steps with error control, whose number is not known before they are taken.
         """
-        solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args)
-        if solve.control is not None:
-            raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
-        if solve.solver.stepper.method.adjoint == "none":
-            raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
-        with torch.no_grad(), solve.problem.copies.in_place():
-            return solve.measured_plans(tensors[: len(layout.shapes)])
+        if transforming():
+            raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
+        with one_at_a_time():
+            solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
+            if solve.control is not None:
+                raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
+            if solve.solver.stepper.method.adjoint == "none":
+                raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
+            with torch.no_grad(), solve.problem.copies.in_place():
+                return solve.measured_plans(tensors[: len(layout.shapes)])
 
     @property
     def _settings(self) -> _Settings:

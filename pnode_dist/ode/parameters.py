@@ -11,6 +11,7 @@ import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,12 +22,19 @@ from pnode_dist.ode.split import SplitFunction
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType)
 
 
-def find_parameters(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    """The tensors requiring a gradient that `func` and its extra arguments hold, each once, in a stable order."""
+def find_parameters(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    wanted: Callable[[torch.Tensor], bool] = attrgetter("requires_grad"),
+) -> tuple[torch.Tensor, ...]:
+    """The tensors that `func` and its extra arguments hold and that are wanted, each once, in a stable order.
+
+    By default those that require a gradient are.
+    """
     found: dict[int, torch.Tensor] = {}
     for thing in _search([func, *args]):
         for tensor in held_tensors(thing) if isinstance(thing, nn.Module) else (thing,):
-            if tensor.requires_grad:
+            if wanted(tensor):
                 found.setdefault(id(tensor), tensor)
     return tuple(found.values())
 
@@ -57,13 +65,14 @@ def find_modules(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[nn.Mo
 
 
 def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor | nn.Module]:
-    seen: set[int] = set()
+    # With the things themselves: those made on the way would leave their identity to others.
+    seen: dict[int, Any] = {}
     pending = list(roots)[::-1]
     while pending:
         thing = pending.pop()
         if isinstance(thing, _OPAQUE) or id(thing) in seen:
             continue
-        seen.add(id(thing))
+        seen[id(thing)] = thing
         if isinstance(thing, torch.Tensor):
             yield thing
         elif isinstance(thing, nn.Module):

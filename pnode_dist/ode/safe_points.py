@@ -22,6 +22,7 @@ class Watcher(Protocol):
 
 
 _watchers: list[Watcher] = []
+_steps_begun = 0
 
 
 @contextmanager
@@ -34,8 +35,15 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
+def steps_begun() -> int:
+    """How many steps all solves of this process have begun so far."""
+    return _steps_begun
+
+
 def between_steps(comm: MPI.Comm) -> None:
     """Called by a solve before each of its steps."""
+    global _steps_begun
+    _steps_begun += 1
     for watcher in _watchers:
         watcher.between_steps(comm)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from mpi4py import MPI
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import events, safe_points
 from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, integrate
+from pnode_dist.ode.call_agreement import Agreed
 from pnode_dist.ode.evaluation import Problem
 from pnode_dist.ode.fingerprint import fingerprint
 from pnode_dist.ode.guard import Guard, tolerance_of
@@ -22,6 +22,7 @@ from pnode_dist.ode.probe import probe, record_measured
 from pnode_dist.ode.recording import Recording
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.surroundings import Surroundings
+from pnode_dist.ode.tangent import hooks_aside
 from pnode_dist.ode.time_grid import TimeGrid, gradient_by_times
 from pnode_dist.ode.tolerances import ErrorControl
 from pnode_dist.trajectory.budget import ScratchError, Slots, agree_on_slots
@@ -57,6 +58,8 @@ class Solve:
     last_only: bool = False
     surroundings: Surroundings | None = None
     on_mismatch: str = "raise"
+    # What all ranks agreed on before this solve; None on one rank.
+    agreed: Agreed | None = None
     plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -341,6 +344,7 @@ class Solve:
                 self.keeps_trajectory,
                 solver.stepper.comm,
                 solver.disk_is_lost,
+                None if self.agreed is None else self.agreed.take_bounds(),
             )
         except ScratchError as error:
             if not solver.has_spilt:
@@ -361,6 +365,8 @@ class Solve:
         self.release()
         self.initial = tuple(part.detach() for part in initial)
         self.keeps_trajectory = True
+        if self.agreed is not None:
+            self.agreed.bounds = None
         self.solver.costs = None
         self._bind()
         self.solver.stepper.current.set(initial)
@@ -466,7 +472,7 @@ class Solve:
 
         reversed_to(steps)
         if steps > 0:
-            with _hooks_aside(self.problem.parameters.tensors), events.stage(events.BACKWARD_PASS, self.logs):
+            with hooks_aside(self.problem.parameters.tensors), events.stage(events.BACKWARD_PASS, self.logs):
                 disk_is_lost = run_backward(
                     self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.ram_slots
                 )
@@ -509,16 +515,3 @@ class Solve:
         self.statistics.newton_iterations = self.problem.newton_iterations
         self.statistics.linear_iterations = self.problem.linear_iterations
         self.statistics.adjoint_linear_iterations = self.problem.adjoint_linear_iterations
-
-
-@contextmanager
-def _hooks_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Keep hooks on tensors from running: they are for the gradient of the whole solve, not for that of each stage."""
-    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
-    for tensor, _ in hooked:
-        tensor._backward_hooks = None
-    try:
-        yield
-    finally:
-        for tensor, hooks in hooked:
-            tensor._backward_hooks = hooks

@@ -16,6 +16,7 @@ from pnode_dist.ode.layout import StateLayout
 from pnode_dist.ode.mass import Mass, mass_matrix
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.preconditioner import Preconditioner
+from pnode_dist.ode.solver_key import Contents
 from pnode_dist.ode.split import MatrixFunction
 from pnode_dist.ode.ssp import SspStepper
 from pnode_dist.ode.stepper import PetscOptions, Stepper
@@ -44,7 +45,8 @@ class Solver:
     `recorded_bytes` is the memory of one recorded step on the rank where it is largest, and `costs` are what a probe
     measured, once they have been; `disk_is_lost` says that the disk failed some rank, and that later solves do
     without it, `has_spilt` that it worked for a solve before. `solves` counts those that were begun. `plans` are
-    choices that followed from what may be held, the number of steps and `recorded_bytes` alone.
+    choices that followed from what may be held, the number of steps and `recorded_bytes` alone. `contents` are those of
+    the objects that it was made of, None if they have none.
     """
 
     stepper: Stepper
@@ -61,6 +63,7 @@ class Solver:
     known: KnownTensors = field(default_factory=KnownTensors)
     plans: dict[tuple[Slots, int, int | None], Plans] = field(default_factory=dict)
     adaptive: dict[str, AdaptiveStepper] = field(default_factory=dict)
+    contents: Contents | None = None
 
     @classmethod
     def create(

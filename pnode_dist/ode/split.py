@@ -46,7 +46,7 @@ class SplitFunction(nn.Module):
 class MatrixFunction(nn.Module):
     """g(u) = A u for a `PETSc.Mat`, differentiable in u. Collective on the Mat's communicator.
 
-    The Mat is not copied, and is not to be changed while it is in use.
+    The Mat is not copied. It may be changed between solves, not between a solve and its backward pass.
     """
 
     def __init__(self, matrix: PETSc.Mat) -> None:
@@ -80,9 +80,15 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, ctx.function, ctx.transposed = inputs
+        ctx.state = ctx.function.matrix.stateGet()
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
+        if ctx.function.matrix.stateGet() != ctx.state:
+            raise RuntimeError(
+                "the PETSc.Mat of a linear part of func was changed in place after it had been used, and before its "
+                "gradient was taken: change a copy of it"
+            )
         product = _Product.apply(cotangents[0], ctx.function, not ctx.transposed)  # type: ignore[no-untyped-call]
         return product, None, None
 

@@ -13,6 +13,7 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.current_state import VecState
 from pnode_dist.ode.evaluation import Problem
+from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.layout import Parts, StateLayout
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.recording import Recording
@@ -43,7 +44,9 @@ class SspStepper(Stepper):
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
         ts.setMaxSteps(MOST_STEPS)
         ts.setMaxTime(END_OF_TIME)
-        self.monitored = set_from_options(ts, {"ts_ssp_type": method.petsc_name, **options})
+        unread = read_at_set_up(options)
+        self.monitored = set_from_options(ts, {"ts_ssp_type": method.petsc_name, **options}, unread)
+        check_read(unread)
         if ts.getType() != PETSc.TS.Type.SSP:
             raise ConfigurationError(
                 f"ts_type = {ts.getType()!r}: must be 'ssp' (choose the method by name, or its table by ts_ssp_type)"

@@ -35,15 +35,27 @@ MOST_STEPS = 2**31 - 1
 
 
 @contextmanager
-def options_database(options: PetscOptions) -> Iterator[None]:
-    """Put `options` into PETSc's options database for a while."""
+def options_database(options: PetscOptions, unread: set[str] | None = None) -> Iterator[None]:
+    """Put `options` into PETSc's options database for a while, and remove from `unread` those that are read then."""
     database = PETSc.Options()
+    known = database.getAll().keys() if unread else ()
     before = {name: database.getString(name) for name in options if database.hasName(name)}
     for name, value in options.items():
+        if unread and name in before:
+            # With it goes the mark that it was read before.
+            database.delValue(name)
         database.setValue(name, value)
     try:
         yield
     finally:
+        if unread:
+            unread -= {name for name in unread if database.used(name)}
+            # PETSc puts another name in the place of one that is out of date.
+            renamed = {name for name in unread if not database.hasName(name)}
+            unread -= renamed
+            for name in database.getAll().keys() - known - {name.removeprefix("-") for name in options}:
+                if renamed:
+                    database.delValue(name)
         for name in options:
             if name in before:
                 database.setValue(name, before[name])
@@ -191,13 +203,13 @@ class ErrorsOfFunc:
         return stepper
 
 
-def set_from_options(ts: PETSc.TS, options: PetscOptions) -> bool:
+def set_from_options(ts: PETSc.TS, options: PetscOptions, unread: set[str]) -> bool:
     """Let PETSc's options set up `ts`, without control of its steps; whether they ask for monitors.
 
-    Raises `ConfigurationError` for what PETSc refuses.
+    Those that are read are removed from `unread`. Raises `ConfigurationError` for what PETSc refuses.
     """
     # petsc4py has no TSAdapt object: the options database is the way to turn step control off.
-    with options_database({**options, "ts_adapt_type": "none"}):
+    with options_database({**options, "ts_adapt_type": "none"}, unread):
         try:
             ts.setFromOptions()
         except PETSc.Error as error:

@@ -6,7 +6,7 @@ states and buffers that f changes itself are carried from step to step (see `car
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,8 +69,8 @@ class Surroundings:
         return cls(bindings_of(func, *args), Autocast.now(device), torch.get_default_dtype())
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Let f see them for a while."""
+    def restored(self, replaced: Mapping[int, Any] | None = None) -> Iterator[None]:
+        """Let f see them for a while, with some values replaced by their `id`."""
         autocast, default_dtype = Autocast(tuple(_of(kind) for kind, _, _ in self.autocast.states)), None
         if torch.get_default_dtype() is not self.default_dtype:
             default_dtype = torch.get_default_dtype()
@@ -79,7 +79,7 @@ class Surroundings:
         if changes_autocast:
             self.autocast.put()
         try:
-            with self.bindings.installed():
+            with self.bindings.installed(replaced):
                 yield
         finally:
             if changes_autocast:

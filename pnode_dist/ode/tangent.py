@@ -7,7 +7,8 @@ numbers computed, and is itself differentiable: its gradient is a Hessian-vector
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ Parts = tuple[torch.Tensor, ...]
 
 class WithTangent:
     """f and its derivative along a direction, as a right-hand side of the state (u, v)."""
+
+    holds_values_of_func = True
+    """That what f reads is reached through this, see `pnode_dist.ode.bindings`."""
 
     def __init__(self, func: Function, is_tuple: bool, direction: Mapping[torch.Tensor, torch.Tensor]) -> None:
         self.func, self.is_tuple = func, is_tuple
@@ -49,14 +53,16 @@ class WithTangent:
         rates = [torch.zeros_like(out) for out in outputs]
         if not reached:
             return tuple(rates)
-        pulled = torch.autograd.grad(
-            [outputs[number] for number in reached],
-            (*inputs, *self.parameters),
-            [probes[number] for number in reached],
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        # Hooks on parameters are for the gradient of the whole solve.
+        with hooks_aside(self.parameters):
+            pulled = torch.autograd.grad(
+                [outputs[number] for number in reached],
+                (*inputs, *self.parameters),
+                [probes[number] for number in reached],
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         pairs = zip(pulled, (*tangents, *self.tangents), strict=True)
         linear = [(value, tangent.to(value.dtype)) for value, tangent in pairs if value.requires_grad]
         if linear:
@@ -115,3 +121,16 @@ def joined(u0: Any, tangent: Any) -> tuple[Parts, bool]:
     if of_tangent.shapes != layout.shapes:
         raise ConfigurationError(f"u0_tangent: shapes {of_tangent.shapes} for a state of {layout.shapes}")
     return (*parts, *(part.to(layout.device, layout.dtype) for part in tangents)), layout.is_tuple
+
+
+@contextmanager
+def hooks_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Keep hooks on tensors from running: they are for the gradient of the whole solve, not for that of each stage."""
+    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in hooked:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in hooked:
+            tensor._backward_hooks = hooks

@@ -109,6 +109,13 @@ class Tolerances:
         return math.sqrt(sums[0] / max(sums[1], 1.0))
 
 
+def check_shapes(control: ErrorControl, layout: StateLayout) -> None:
+    """Raise `ConfigurationError` for tolerances that do not fit the state on this rank."""
+    for name, tolerance in (("rtol", control.rtol), ("atol", control.atol)):
+        if not isinstance(tolerance, int | float):
+            _spread(name, tolerance, layout, torch.empty(layout.size))
+
+
 def _spread(name: str, tolerance: Tolerance, layout: StateLayout, flat: torch.Tensor) -> None:
     tolerances = tolerance if isinstance(tolerance, tuple | list) else (tolerance,) * len(layout.shapes)
     if len(tolerances) != len(layout.shapes):

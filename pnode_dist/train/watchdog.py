@@ -16,11 +16,9 @@ from types import TracebackType
 
 from mpi4py import MPI
 
-from pnode_dist.abort import abort
+from pnode_dist.abort import HUNG, abort
 from pnode_dist.mesh import Mesh
 
-HUNG = 70
-"""The exit code (EX_SOFTWARE) of a job that hangs."""
 _LOOKS = 10
 _LONGEST_PAUSE = 2.0
 _FOR_OTHERS = 3.0

@@ -274,30 +274,22 @@ def _left(budget: int, solves: int, used: int) -> int:
     return max(min(budget // solves, budget - used), 0)
 
 
-def agree_on_slots(
+def _most_checkpoints(steps: int | None) -> int:
+    return _MOST_CHECKPOINTS if steps is None else max(steps - 1, 0)
+
+
+def slot_bounds(
     trajectory: Trajectory,
     checkpoint_bytes: int,
     steps: int | None,
     keeps_trajectory: bool,
-    comm: MPI.Comm,
     disk_is_lost: bool = False,
-) -> Slots:
-    """The number of checkpoints that every rank can afford. Collective on `comm`.
-
-    All ranks must follow the same schedule, because a step communicates, while their shares of the state and so
-    their bytes per checkpoint, their budgets and what other solves hold of these differ. The schedule depends on
-    nothing but the number of steps and what is agreed on here: the least budget and the largest checkpoint of all
-    ranks. A number of steps that differs between ranks is an error, as is a solve whose gradient only some ranks ask
-    for. A rank that owns nothing sets no limit. `steps` is None where their number is not known beforehand. With
-    `disk_is_lost` there is no disk, and having no slot at all is no error.
-
-    Raises `ConfigurationError` on all ranks when no checkpoint fits (naming the smallest budget that works) or the
-    scratch directory of a rank cannot be written; `RuntimeError` on all ranks when they disagree.
-    """
+) -> list[int]:
+    """This rank's part in `agree_on_slots`, which needs the least of each of these numbers over the ranks."""
     ledger = trajectory.ledger
     has_disk = trajectory.has_disk and not disk_is_lost
     number = -1 if steps is None else steps
-    most = _MOST_CHECKPOINTS if steps is None else max(steps - 1, 0)
+    most = _most_checkpoints(steps)
     ram = _left(trajectory.ram_bytes, trajectory.solves, ledger.ram)
     if steps is None and trajectory.ram == AUTO:
         # It books all that it may need before it knows; solves inside f, which nobody budgeted, are to find room too.
@@ -309,26 +301,55 @@ def agree_on_slots(
         and (trajectory.ram_slots < most if trajectory.ram_slots is not None else most * checkpoint_bytes > ram)
     )
     unwritable = needs_disk and not _is_writable(trajectory.scratch)
-    bounds = [
+    return [
         ram, disk, -checkpoint_bytes, number, -number, keeps_trajectory, -keeps_trajectory, -unwritable,
         -ledger.solves,
     ]  # fmt: skip
-    if comm.size > 1:
-        agreed = np.array(bounds, dtype=np.int64)
-        comm.Allreduce(MPI.IN_PLACE, agreed, MPI.MIN)
-        bounds = agreed.tolist()
-    ram, disk, largest, least_steps, most_steps, least_keeps, most_keeps, blocked, outstanding = bounds
+
+
+def agree_on_slots(
+    trajectory: Trajectory,
+    checkpoint_bytes: int,
+    steps: int | None,
+    keeps_trajectory: bool,
+    comm: MPI.Comm,
+    disk_is_lost: bool = False,
+    agreed: list[int] | None = None,
+) -> Slots:
+    """The number of checkpoints that every rank can afford. Collective on `comm`.
+
+    All ranks must follow the same schedule, because a step communicates, while their shares of the state and so
+    their bytes per checkpoint, their budgets and what other solves hold of these differ. The schedule depends on
+    nothing but the number of steps and what is agreed on here: the least budget and the largest checkpoint of all
+    ranks. A number of steps that differs between ranks is an error, as is a solve whose gradient only some ranks ask
+    for. A rank that owns nothing sets no limit. `steps` is None where their number is not known beforehand. With
+    `disk_is_lost` there is no disk, and having no slot at all is no error. `agreed` are the least of all ranks'
+    `slot_bounds` where they have been found already.
+
+    Raises `ConfigurationError` on all ranks when no checkpoint fits (naming the smallest budget that works) or the
+    scratch directory of a rank cannot be written; `RuntimeError` on all ranks when they disagree.
+    """
+    has_disk = trajectory.has_disk and not disk_is_lost
+    most = _most_checkpoints(steps)
+    if agreed is None:
+        agreed = slot_bounds(trajectory, checkpoint_bytes, steps, keeps_trajectory, disk_is_lost)
+        if comm.size > 1:
+            bounds = np.array(agreed, dtype=np.int64)
+            comm.Allreduce(MPI.IN_PLACE, bounds, MPI.MIN)
+            agreed = bounds.tolist()
+    ram, disk, largest, least_steps, most_steps, least_keeps, most_keeps, blocked, outstanding = agreed
     largest = -largest
     if least_steps != -most_steps:
         raise RuntimeError(f"the ranks solve different numbers of steps ({least_steps} to {-most_steps})")
     if least_keeps != -most_keeps:
         raise RuntimeError("only some ranks need a gradient of this solve: u0 or parameters must require it on all")
     if blocked:
-        places = enumerate(comm.allgather((unwritable, str(trajectory.scratch), socket.gethostname())))
-        rank, (_, place, host) = next(entry for entry in places if entry[1][0])
+        unwritable = has_disk and not _is_writable(trajectory.scratch)
+        places = comm.allgather((unwritable, str(trajectory.scratch), socket.gethostname()))
+        rank = next((number for number, place in enumerate(places) if place[0]), 0)
         raise ScratchError(
-            f"trajectory: directory = {place!r}: must be a directory that every rank can write; rank {rank} ({host}) "
-            "cannot"
+            f"trajectory: directory = {places[rank][1]!r}: must be a directory that every rank can write; rank {rank} "
+            f"({places[rank][2]}) cannot"
         )
 
     def affordable(slots: int | None, budget: int) -> int:

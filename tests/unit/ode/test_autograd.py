@@ -84,13 +84,6 @@ def test_a_second_backward_pass_through_a_freed_graph_is_refused() -> None:
         loss.backward()
 
 
-def test_a_second_derivative_is_refused() -> None:
-    start = random(2, 3).requires_grad_()
-    (gradient,) = torch.autograd.grad(odeint(Network(), start, TIMES).sum(), [start], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        gradient.sum().backward()
-
-
 def test_gradients_accumulate_over_backward_passes() -> None:
     network, u0 = Network(), random(2, 3)
     node = NeuralODE(network, step_size=0.1)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from pnode_dist import ConfigurationError, NeuralODE, SplitFunction
+from pnode_dist import ConfigurationError, NeuralODE, SplitFunction, Trajectory
 from tests.oracles.differences import directional_derivative
-from tests.oracles.right_hand_sides import Network, random
+from tests.oracles.right_hand_sides import Network, distance, random
+from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
 TIMES = [0.0, 0.3, 0.5]
 TIGHT = {"snes_rtol": 1e-13, "snes_stol": 1e-15, "ksp_rtol": 1e-13}
@@ -80,6 +81,29 @@ def test_the_gradient_of_a_tangent_is_a_hessian_vector_product() -> None:
     step = 1e-4
     wanted = (gradient(u0 + step * along) - gradient(u0 - step * along)) / (2 * step)
     assert torch.allclose(product, wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("keep", ["graph", "stages", "solution"])
+def test_the_gradient_of_a_tangent_of_euler_steps_is_that_through_the_plain_steps(keep: str) -> None:
+    network, u0, along = Network(), random(2, 3).requires_grad_(), random(2, 3, seed=2)
+    parameters = list(network.parameters())
+    directions = {value: random(*value.shape, seed=3) for value in parameters}
+    node = NeuralODE(network, method="euler", step_size=0.1, trajectory=Trajectory(ram="1MiB", keep=keep))
+    _, tangents = node.jvp(u0, TIMES, along, directions)
+    found = torch.autograd.grad(torch.sin(tangents).sum(), [u0, *parameters])
+
+    def plain(u: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(dict(network.named_parameters()), values, strict=True))
+
+        def func(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            rate: torch.Tensor = torch.func.functional_call(network, named, (t, x))
+            return rate
+
+        states: torch.Tensor = odeint_plain(func, u, TIMES, TABLEAUX["1fe"], 0.1)
+        return states
+
+    wanted = torch.func.jvp(plain, (u0, *parameters), (along, *directions.values()))[1]
+    assert distance(found, torch.autograd.grad(torch.sin(wanted).sum(), [u0, *parameters])) <= 1e-13
 
 
 def test_a_tangent_of_another_shape_is_refused() -> None:

@@ -1,0 +1,304 @@
+"""The agreement of all ranks on a solve, and on its backward pass, before they begin.
+
+A solve is collective: PETSc's objects are made by all ranks together, and every step may communicate. So the ranks
+compare what they were called with before the first collective operation that depends on it. A rank whose arguments are
+wrong takes part as well, and its error is raised on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol
+
+from mpi4py import MPI
+
+from pnode_dist import agreement
+from pnode_dist.agreement import Agreement, Description
+from pnode_dist.ode.layout import StateLayout
+from pnode_dist.ode.methods import Method
+from pnode_dist.ode.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.tangent import WithTangent
+from pnode_dist.ode.time_grid import TimeGrid
+from pnode_dist.ode.tolerances import Tolerance
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.trajectory import budget
+from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.trajectory.plan import Plan
+
+Facts = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class PartShape:
+    """The shape of one part of this rank's state.
+
+    `axes` are the axes in front of those that are spread over the ranks as the partition says, None where the last axes
+    are not this rank's part of the partition. Two are equal if both may belong to one state.
+    """
+
+    axes: tuple[int, ...] | None
+    dimensions: int
+    local: tuple[int, ...] = field(compare=False, repr=False)
+    owned: tuple[int, ...] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """The shapes of a state on this rank. Their sizes differ between ranks where the partition is uneven."""
+
+    parts: tuple[PartShape, ...]
+
+    def agrees_with(self, others: Sequence[StateShape]) -> bool:
+        """Whether these states of all ranks can be parts of one."""
+        if len({len(other.parts) for other in others}) > 1:
+            return False
+        rows = list(zip(*(other.parts for other in others), strict=True))
+        anchored = any(_spread_alike(row) for row in rows)
+        return all(_may_differ(row, anchored) for row in rows)
+
+    def __str__(self) -> str:
+        return ", ".join(str(list(part.local)) for part in self.parts)
+
+
+def _spread_alike(row: Sequence[PartShape]) -> bool:
+    """Whether a part of the state is spread as the partition says on every rank."""
+    return row[0].axes is not None and all(part.axes == row[0].axes for part in row)
+
+
+def _may_differ(row: Sequence[PartShape], anchored: bool) -> bool:
+    """Whether a part may have these shapes on the ranks; `anchored`: another one is spread as the partition says."""
+    if _spread_alike(row) or len({part.local for part in row}) == 1:
+        return True
+    if len({part.dimensions for part in row}) > 1:
+        return False
+    if all(part.axes is None for part in row) or any(_spread_from(row, axis) for axis in range(row[0].dimensions)):
+        return True
+    # What accompanies a state that is spread may be of any size, and by chance of that of the partition's part.
+    return anchored and any(part.axes is None for part in row)
+
+
+def _spread_from(row: Sequence[PartShape], axis: int) -> bool:
+    """Whether the axes from `axis` on are the partition's on every rank, and all others the same."""
+    stop = axis + len(row[0].owned)
+    others = {(part.local[:axis], part.local[stop:]) for part in row}
+    return len(others) == 1 and all(part.local[axis:stop] == part.owned for part in row)
+
+
+def state_shape(shapes: Sequence[tuple[int, ...]], partition: Partition) -> StateShape:
+    """The shapes of a state whose last axes are spread as `partition` says, where they are."""
+    owned = tuple(partition.local_shape)
+    parts = []
+    for shape in shapes:
+        first = len(shape) - len(owned)
+        axes = shape[:first] if first >= 0 and shape[first:] == owned else None
+        parts.append(PartShape(axes, len(shape), shape, owned))
+    return StateShape(tuple(parts))
+
+
+@dataclass
+class Agreed:
+    """What all ranks have agreed on for a solve: its number on this communicator, and what describes it.
+
+    `creates`: some rank makes a new solver, so all do. `bounds` are those of `trajectory.budget`, until they are used.
+    """
+
+    agreement: Agreement
+    comm: MPI.Comm
+    number: int
+    facts: Facts
+    creates: bool
+    bounds: list[int] | None
+
+    def take_bounds(self) -> list[int] | None:
+        """The bounds, once."""
+        bounds, self.bounds = self.bounds, None
+        return bounds
+
+    def begin_backward(self, again: bool) -> None:
+        """Begin a backward pass of this solve; `again`: not its first one. Collective.
+
+        Raises `DisagreementError` on all ranks where not all of them begin the same.
+        """
+        kind = "another backward pass" if again else "the backward pass"
+        self.agreement.reduced(
+            self.comm,
+            agreement.numbered(agreement.digest(kind), self.number),
+            lambda: _described(f"{kind} of solve {self.number}", self.facts),
+        )
+
+
+class Preparation:
+    """The beginning of a solve, up to what the ranks agree on. An error in it is raised on all ranks alike."""
+
+    def __init__(self, comm: MPI.Comm, kind: str) -> None:
+        self._comm = comm
+        self._agreement = agreement.of(comm)
+        self._agreement.begun += 1
+        self._number = self._agreement.begun
+        self._kind = kind
+        self._reached = False
+
+    def agree(self, facts: Facts, creates: bool, bounds: Sequence[int]) -> Agreed:
+        """Compare `facts` with those of the other ranks. Collective. Raises `DisagreementError` on all ranks."""
+        self._reached = True
+        fingerprint = self._numbered(agreement.digest(facts))
+        least_creates, *least = self._agreement.reduced(
+            self._comm, fingerprint, lambda: _described(self._call(), facts), (-creates, *bounds)
+        )
+        return Agreed(self._agreement, self._comm, self._number, facts, least_creates < 0, least)
+
+    def later(self) -> None:
+        """Leave it to another preparation, of the same solve, to compare the call."""
+        self._reached = True
+        self._agreement.begun -= 1
+
+    def _numbered(self, fingerprint: int) -> int:
+        return agreement.numbered(fingerprint ^ agreement.digest(self._kind), self._number)
+
+    def _call(self) -> str:
+        return f"{self._kind} {self._number}"
+
+    def __enter__(self) -> Preparation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._reached or not isinstance(error, Exception):
+            return
+        failure = (type(error).__name__, " ".join(str(error).split()))
+        self._agreement.reduced(
+            self._comm,
+            self._numbered(agreement.digest(failure)),
+            lambda: _described(self._call(), (), failure),
+            failed=True,
+        )
+
+
+class Alone:
+    """The beginning of a solve on one rank, which agrees with itself."""
+
+    def agree(self, facts: Facts, creates: bool, bounds: Sequence[int]) -> None:
+        """See `Preparation`."""
+
+    def later(self) -> None:
+        """See `Preparation`."""
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+_ALONE = Alone()
+
+
+def preparation(comm: MPI.Comm, kind: str = "solve") -> Preparation | Alone:
+    """The context in which a solve on `comm` is prepared."""
+    return _ALONE if comm.size == 1 else Preparation(comm, kind)
+
+
+def _described(call: str, facts: Facts, failure: tuple[str, str] | None = None) -> Description:
+    found = dict(facts)
+    summary = ""
+    if found:
+        summary = f"method {found['method']}, {len(found['t'])} times, state {found['state']} {found['dtype']}"
+    return Description(call, found, summary.replace("torch.", ""), agreement.place_in_program(), failure)
+
+
+_OF_BUDGET = ("keep", "schedule", "checkpoint_dtype", "ram_slots", "disk_slots", "on_spill_error")
+
+
+class Settings(Protocol):
+    """The settings of a solve that all its ranks must have in common."""
+
+    @property
+    def partition(self) -> Partition | None: ...
+    @property
+    def step_size(self) -> float | None: ...
+    @property
+    def rtol(self) -> Tolerance | None: ...
+    @property
+    def atol(self) -> Tolerance | None: ...
+    @property
+    def adaptor(self) -> str: ...
+    @property
+    def trajectory(self) -> Trajectory | None: ...
+    @property
+    def options(self) -> Mapping[str, Any] | None: ...
+    @property
+    def mass(self) -> Any: ...
+    @property
+    def preconditioner(self) -> Any: ...
+    @property
+    def last_only(self) -> bool: ...
+    @property
+    def on_mismatch(self) -> str: ...
+    @property
+    def grid(self) -> TimeGrid | None: ...
+    @property
+    def fixed_plan(self) -> Plan | None: ...
+
+
+def facts(
+    settings: Settings,
+    method: Method,
+    layout: StateLayout,
+    times: tuple[float, ...],
+    func: Any,
+    needs_gradient: bool,
+    by_times: bool,
+) -> Facts:
+    """What the ranks compare of a solve. Bytes of memory and disk are not among it: the least of all ranks counts."""
+    assert settings.partition is not None
+    found: list[tuple[str, Any]] = [
+        ("method", method.name),
+        ("state", state_shape(layout.shapes, settings.partition)),
+        ("dtype", layout.dtype),
+        ("compute_dtype", None if layout.compute_dtype == layout.dtype else layout.compute_dtype),
+        ("device of PETSc's vectors", layout.vec_device.type),
+        ("t", times),
+        ("step_size", None if settings.step_size is None else float(settings.step_size)),
+        ("number of steps", None if settings.grid is None else settings.grid.steps),
+        ("rtol", _in_words(settings.rtol)),
+        ("atol", _in_words(settings.atol)),
+        ("adaptor", settings.adaptor),
+        ("func", _form(func)),
+        ("mass", "none" if settings.mass is None else "given"),
+        ("preconditioner", _name(settings.preconditioner)),
+        ("options", _options(settings.options)),
+        ("last_only", settings.last_only),
+        ("on_mismatch", settings.on_mismatch),
+        ("gradient", needs_gradient),
+        ("gradient with respect to t", by_times),
+        ("fixed_plan", None if settings.fixed_plan is None else settings.fixed_plan.work),
+    ]
+    trajectory = settings.trajectory or budget.DEFAULT
+    if needs_gradient:
+        found += [(f"trajectory: {name}", getattr(trajectory, name)) for name in _OF_BUDGET]
+    return tuple(found)
+
+
+def _in_words(tolerance: Tolerance | None) -> float | str | None:
+    return tolerance if tolerance is None or isinstance(tolerance, int | float) else "tensors"
+
+
+def _form(func: Any) -> str:
+    """The form of f: each is solved by other collective operations."""
+    for form in (SplitFunction, MatrixFunction, WithTangent):
+        if isinstance(func, form):
+            return form.__name__
+    return "function"
+
+
+def _name(preconditioner: Any) -> str:
+    if preconditioner is None or isinstance(preconditioner, str):
+        return preconditioner or "none"
+    return type(preconditioner).__name__
+
+
+def _options(options: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{name} = {options[name]!r}" for name in sorted(options)) if options else "none"

@@ -1,0 +1,116 @@
+"""Which solver a call may use again: one that was made of the very same objects, with the same contents.
+
+Objects are held and compared with what is held. A key of their `id` alone would be that of another object as soon as
+the first one is gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from petsc4py import PETSc
+
+from pnode_dist.ode.preconditioner import AssembledJacobian, BlockInverse
+from pnode_dist.ode.split import MatrixFunction, SplitFunction
+
+
+class Same:
+    """An object as part of a key: it is held, and equal to itself alone."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.held is other.held
+
+
+def object_key(func: Any, mass: Any, preconditioner: Any) -> tuple[Any, ...]:
+    """The part of a solver's key for what it is made of; empty if there is nothing of the kind.
+
+    A sequence of masses may be another sequence of the same tensors, and descriptions of preconditioners that are ours
+    are equal if they say the same.
+    """
+    mats = matrices_of(func)
+    if mass is None and preconditioner is None and not mats:
+        return ()
+    described = preconditioner if isinstance(preconditioner, BlockInverse | AssembledJacobian) else Same(preconditioner)
+    return (tuple(map(Same, _in_sequence(mass))), described, tuple(map(Same, mats)))
+
+
+def matrices_of(func: Any) -> tuple[PETSc.Mat, ...]:
+    """The Mats that are a right-hand side or a part of it."""
+    parts = (func.implicit, func.explicit) if isinstance(func, SplitFunction) else (func,)
+    return tuple(part.matrix for part in parts if isinstance(part, MatrixFunction))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the objects of a key held when a solver was made of them, as far as it can be changed in place.
+
+    `tensors` are those of the mass matrix with copies, `mats` are Mats with PETSc's counts of their changes, and
+    `attributes` those of a preconditioner's description.
+    """
+
+    tensors: tuple[tuple[Any, torch.Tensor], ...] = ()
+    mats: tuple[tuple[PETSc.Mat, int], ...] = ()
+    described: Any = None
+    attributes: tuple[tuple[str, Same], ...] = ()
+
+    @property
+    def are_the_same(self) -> bool:
+        """Whether nothing has been changed since."""
+        return (
+            all(torch.equal(torch.as_tensor(now), then) for now, then in self.tensors)
+            and self.mats_are_the_same
+            and _attributes(self.described) == self.attributes
+        )
+
+    @property
+    def mats_are_the_same(self) -> bool:
+        """Whether no Mat has been changed since. The same on all ranks of the Mats."""
+        return all(mat.stateGet() == state for mat, state in self.mats)
+
+
+def contents_of(func: Any, mass: Any, preconditioner: Any) -> Contents | None:
+    """The contents of what a solver is made of, None if it has none that could change. Not collective."""
+    masses = _in_sequence(mass)
+    mats = [*(part for part in masses if isinstance(part, PETSc.Mat)), *matrices_of(func)]
+    # Numbers are told apart by what they are.
+    tensors = [part for part in masses if not isinstance(part, PETSc.Mat | int | float)]
+    attributes = _attributes(preconditioner)
+    if not (mats or tensors or attributes):
+        return None
+    return Contents(
+        tuple((tensor, torch.as_tensor(tensor).detach().clone()) for tensor in tensors),
+        tuple((mat, mat.stateGet()) for mat in mats),
+        preconditioner if attributes else None,
+        attributes,
+    )
+
+
+def check_unchanged(contents: Contents | None) -> None:
+    """Raise `RuntimeError` if a Mat that a forward pass computed with has changed since. On all ranks alike."""
+    if contents is not None and not contents.mats_are_the_same:
+        raise RuntimeError(
+            "a PETSc.Mat of the solve (its mass matrix, or a linear part of func) was changed in place between the "
+            "forward pass and its backward pass: change a copy of it, or solve again"
+        )
+
+
+def _in_sequence(mass: Any) -> tuple[Any, ...]:
+    if mass is None:
+        return ()
+    return tuple(mass) if isinstance(mass, tuple | list) else (mass,)
+
+
+def _attributes(described: Any) -> tuple[tuple[str, Same], ...]:
+    return (
+        tuple((name, Same(value)) for name, value in vars(described).items()) if hasattr(described, "__dict__") else ()
+    )
