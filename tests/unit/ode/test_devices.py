@@ -19,13 +19,12 @@ from petsc4py import PETSc
 from pnode_dist import NeuralODE, Trajectory, odeint
 from pnode_dist.ode import odeint as odeint_module
 from pnode_dist.partition import protocol
+from tests.conftest import PATIENCE
 from tests.oracles.other_device import Hidden, other_device, transfers
 from tests.oracles.right_hand_sides import Network, random
 
+pytestmark = pytest.mark.slow  # in a process of its own
 TIMES = [0.0, 0.5, 1.0]
-PATIENCE = 100.0
-
-pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
