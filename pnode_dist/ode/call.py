@@ -198,7 +198,6 @@ class Call:
         with one_at_a_time(lambda: run.solve.solver.stepper.stepping):
             if run.solve.agreed is not None:
                 run.solve.agreed.begin_backward(not run.solve.has_trajectory)
-            check_unchanged(run.solve.solver.contents)
             return self._reverse(run, cotangents, tensors)
 
     def _reverse(
