@@ -39,6 +39,13 @@ class MassMatrix(Protocol):
         ...
 
 
+def copy_of_tensors(mass: Mass | None) -> Mass | None:
+    """`mass` with copies of its tensors; Mats are as they were given."""
+    if isinstance(mass, tuple | list):
+        return type(mass)(map(copy_of_tensors, mass))
+    return mass if mass is None or isinstance(mass, PETSc.Mat) else torch.as_tensor(mass).detach().clone()
+
+
 def mass_matrix(mass: Mass | None, layout: StateLayout) -> MassMatrix | None:
     """The mass matrix of a state with this layout on this rank, None for the identity.
 
