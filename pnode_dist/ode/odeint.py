@@ -45,7 +45,7 @@ from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, w
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
 from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance, check_shapes
 from pnode_dist.ode.transformed import transformed
-from pnode_dist.ode.transforms import transforming
+from pnode_dist.ode.transforms import check_not_traced, transforming
 from pnode_dist.partition.protocol import Partition, vec_device
 from pnode_dist.trajectory import budget
 from pnode_dist.trajectory.budget import Trajectory, slot_bounds
@@ -293,6 +293,7 @@ def _solve(
     settings: _Settings,
     args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
+    check_not_traced()
     with one_at_a_time():
         if transforming():
             call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
@@ -304,7 +305,7 @@ def _solve(
             args,
             len(layout.shapes),
             layout.is_tuple,
-            solve.parameters,
+            replace(solve.problem.parameters, tensors=solve.parameters),
             solve.problem.by_times,
             solve.solver.stepper.comm.size,
             prepare,
@@ -619,7 +620,8 @@ class NeuralODE(nn.Module):
                 return _solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args)[1]
 
         settings = _settings_of_tangents(self._settings, self.func, is_tuple, before, 2)
-        func = with_tangent(self.func, is_tuple, direction)
+        every = independent(find_parameters(self.func, (*args, *(self.params or ()))))
+        func = with_tangent(self.func, is_tuple, direction, every)
         outputs, solve = _solve(self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         half = len(state) // 2
