@@ -26,6 +26,7 @@ from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import Parts
 from pnode_dist.ode.one_at_a_time import one_at_a_time
+from pnode_dist.ode.parameters import Parameters
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver_key import check_unchanged
 from pnode_dist.ode.surroundings import Surroundings, uncached_casts
@@ -53,7 +54,7 @@ class Prepare(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for: a right-hand side with its arguments, `parameters` as they are found in it, and settings.
+    """What was asked for: a right-hand side with its arguments, its parameters as they were `found`, and settings.
 
     A state has `parts` parts, and is a tuple of them for the right-hand side if `is_tuple`. `by_times`: the times are
     an input too. `surroundings` and `carried` are what f sees besides its arguments, None and nothing where no
@@ -65,7 +66,7 @@ class Asked:
     args: tuple[Any, ...]
     parts: int
     is_tuple: bool
-    parameters: tuple[torch.Tensor, ...]
+    found: Parameters
     by_times: bool
     ranks: int
     prepare: Prepare
@@ -74,6 +75,11 @@ class Asked:
     transformed: bool = False
     folds: bool = False
     last_only: bool = False
+
+    @property
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that f is differentiated by."""
+        return self.found.tensors
 
 
 @dataclass
@@ -198,16 +204,14 @@ class Call:
         with one_at_a_time(lambda: run.solve.solver.stepper.stepping):
             if run.solve.agreed is not None:
                 run.solve.agreed.begin_backward(not run.solve.has_trajectory)
-            return self._reverse(run, cotangents, tensors)
+            return self._reverse(run, cotangents)
 
-    def _reverse(
-        self, run: Run, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...]
-    ) -> Products:
+    def _reverse(self, run: Run, cotangents: Sequence[torch.Tensor | None]) -> Products:
         with _running(run.solve, backward=True):
             if not run.solve.has_trajectory:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 run.solve.carried.restart()
-                run.solve.forward(tensors[: self.parts])
+                run.solve.forward(run.tensors[: self.parts])
             states, found, times = run.solve.backward(cotangents)
         return (*states, *(None if number is None else found[number] for number in run.numbers), *times)
 
@@ -244,7 +248,9 @@ class Call:
         func, is_tuple, known = self.asked.func, self.asked.is_tuple, len(self.asked.parameters)
         for numbers in self.directions:
             along = values[known : known + len(numbers)]
-            func = with_tangent(func, is_tuple, dict(zip((values[number] for number in numbers), along, strict=True)))
+            every = [value for value in values[:known] if value.requires_grad]
+            direction = dict(zip((values[number] for number in numbers), along, strict=True))
+            func = with_tangent(func, is_tuple, direction, replace(self.asked.found, tensors=tuple(every)))
             is_tuple, known = True, known + len(numbers)
         return func
 

@@ -45,7 +45,7 @@ class _Solution(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         """The gradient: by itself where nothing can be asked of it, else as a node of the graph."""
         call, tensors = ctx.call, _saved(ctx)
-        if torch.is_grad_enabled() or transforming() or older_batching():
+        if torch.is_grad_enabled() or transforming() or older_batching() or call.last is None:
             return None, *_each(call, lambda given: gradient(call, given, tensors), cotangents)
         return None, *call.reverse(cotangents, tensors, same=True)
 

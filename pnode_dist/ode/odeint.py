@@ -28,6 +28,7 @@ from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.outside_graphs import outside_graphs
+from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.prepare import prepared, settings_of_tangents, usable_outside_inference
 from pnode_dist.ode.settings import Settings, Times
@@ -43,7 +44,7 @@ from pnode_dist.ode.tangent import (
 )
 from pnode_dist.ode.tolerances import Tolerance
 from pnode_dist.ode.transformed import transformed
-from pnode_dist.ode.transforms import transforming
+from pnode_dist.ode.transforms import check_not_traced, transforming
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.trajectory.budget import Trajectory
 from pnode_dist.trajectory.plan import Plan, Plans
@@ -59,6 +60,7 @@ def _solve(
     settings: Settings,
     args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
+    check_not_traced()
     if torch.is_inference_mode_enabled() and methods.resolve(settings.method or "rk4").implicit:
         # Newton's method needs derivatives of f, which inference mode does not allow.
         with torch.inference_mode(False), torch.no_grad():
@@ -75,7 +77,7 @@ def _solve(
             args,
             len(layout.shapes),
             layout.is_tuple,
-            solve.parameters,
+            replace(solve.problem.parameters, tensors=solve.parameters),
             solve.problem.by_times,
             solve.solver.stepper.comm.size,
             prepare,
@@ -397,7 +399,8 @@ class NeuralODE(nn.Module):
                 return _solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args)[1]
 
         settings = settings_of_tangents(self._settings, self.func, is_tuple, before, 2)
-        func = with_tangent(self.func, is_tuple, direction)
+        every = independent(find_parameters(self.func, (*args, *(self.params or ()))))
+        func = with_tangent(self.func, is_tuple, direction, every)
         outputs, solve = _solve(self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         half = len(state) // 2

@@ -67,9 +67,11 @@ class BuiltCopies:
         self._in = protocol.create_vec(setting.comm, size)
         self._out = protocol.create_vec(setting.comm, size)
         self._pc = PETSc.PC().create(comm=setting.comm)
+        self._shells: list[PETSc.Mat] = []
         if built.context is not None:
             shell = PETSc.Mat().createPython(((size, None), (size, None)), _NoOperator(), comm=setting.comm)
             shell.setUp()
+            self._shells.append(shell)
             self._pc.setOperators(shell if built.matrix is None else built.matrix)
             self._pc.setType(PETSc.PC.Type.PYTHON)
             self._pc.setPythonContext(built.context)
@@ -110,6 +112,14 @@ class BuiltCopies:
     def applyTranspose(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
         """y = P^-T x."""
         self._each(self._pc.applyTranspose, x, y)
+
+    def destroy(self) -> None:
+        """Destroy what was made for one copy. Collective."""
+        destroy = getattr(self._built, "destroy", None)
+        if destroy is not None:
+            destroy()
+        for made in (self._pc, self._in, self._out, *self._shells):
+            made.destroy()
 
     def _each(self, apply: Any, x: PETSc.Vec, y: PETSc.Vec) -> None:
         size = self._layout.size

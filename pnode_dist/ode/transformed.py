@@ -16,7 +16,7 @@ from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.compute_type import compute_copies
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
-from pnode_dist.ode.parameters import find_parameters
+from pnode_dist.ode.parameters import Parameters, find_parameters
 from pnode_dist.ode.surroundings import Surroundings
 from pnode_dist.ode.transforms import bare, is_batched, is_followed, is_followed_at_any_level, requires_gradient
 
@@ -59,7 +59,7 @@ def transformed(
         args,
         len(parts),
         layout.is_tuple,
-        parameters,
+        Parameters(parameters, shares_graph=False),
         bool(times),
         ranks,
         prepare,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pnode_dist import ConfigurationError, NeuralODE, SplitFunction, Trajectory, odeint
 from tests.oracles.right_hand_sides import Network, distance, random
@@ -430,3 +431,64 @@ def test_a_batch_of_an_f_without_a_form_for_batches_is_solved_one_after_the_othe
     batch = torch.rand(4, 3, dtype=torch.float64)
     assert distance(vmap(solve)(batch), torch.stack([solve(u) for u in batch])) <= 1e-14
     assert set(shapes) == {torch.Size([3])}
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_pullback_may_be_called_again_and_without_a_graph(batched: bool) -> None:
+    node = NeuralODE(NETWORK, step_size=0.2)
+    state = torch.stack([U0, 2 * U0]) if batched else U0
+
+    def pullback(solve: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], Any]:
+        found: Callable[[torch.Tensor], Any] = vjp(vmap(solve) if batched else solve, state)[1]
+        return found
+
+    wanted = pullback(lambda u: plain(values(), u))
+    cotangent = torch.ones_like(vmap(lambda u: plain(values(), u))(state) if batched else plain(values(), state))
+    with torch.no_grad():
+        found = pullback(lambda u: node(u, TIMES))
+        for _ in range(2):
+            assert distance(found(cotangent), wanted(cotangent)) <= 1e-13
+
+
+@pytest.mark.parametrize("tracer", ["linearize", "functionalize", "make_fx", "jit.trace"])
+def test_a_tracer_is_refused_with_what_to_use_instead(tracer: str) -> None:
+    frozen = Network().requires_grad_(False)
+
+    def solve(u: torch.Tensor) -> torch.Tensor:
+        return odeint(frozen, u, TIMES, step_size=0.2)
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "linearize": lambda: torch.func.linearize(solve, U0),
+        "functionalize": lambda: torch.func.functionalize(solve)(U0),
+        "make_fx": lambda: make_fx(solve)(U0),
+        "jit.trace": lambda: torch.jit.trace(solve, U0, check_trace=False),
+    }
+    with pytest.raises(ConfigurationError, match=rf"{tracer}.*cannot be recorded"):
+        attempts[tracer]()
+
+
+def test_a_batch_norm_in_f_is_followed_and_advances_once() -> None:
+    func = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()).double()
+    batch = random(4, 3)
+
+    class Flow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = func
+
+        def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+            rate: torch.Tensor = self.layers(u)
+            return rate
+
+    flow = Flow()
+    node, kept = NeuralODE(flow, step_size=0.2), {k: v.clone() for k, v in flow.state_dict().items()}
+
+    def after(value: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        flow.load_state_dict(kept)
+        start = batch.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(torch.sin(value(start)).sum(), start, create_graph=True)
+        (second,) = torch.autograd.grad((slope**3).sum(), start)
+        return second, *(buffer.double() for buffer in flow.buffers())
+
+    found = tuple(part.clone() for part in after(lambda u: node(u, TIMES)))
+    assert distance(found, after(lambda u: odeint_plain(flow, u, TIMES, TABLEAUX["4"], 0.2))) <= 1e-12

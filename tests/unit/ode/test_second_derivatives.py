@@ -239,6 +239,44 @@ def test_a_mass_matrix_counts_in_second_derivatives() -> None:
     assert distance(found, wanted) <= 1e-9
 
 
+class Normalised(nn.Module):
+    """A right-hand side with a norm whose third derivatives torch does not have right."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        norms = {"layer": nn.LayerNorm(3), "batch": nn.BatchNorm1d(3), "instance": nn.InstanceNorm1d(4)}
+        # A bias before a norm has no effect, and a gradient of rounding alone.
+        self.layers = nn.Sequential(nn.Linear(3, 3, bias=False), norms[norm], nn.Tanh(), nn.Linear(3, 3)).double()
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        rate: torch.Tensor = self.layers(u)
+        return rate
+
+
+@pytest.mark.parametrize(
+    ("norm", "method"), [("layer", "rk4"), ("batch", "rk4"), ("instance", "rk4"), ("layer", "cn"), ("instance", "cn")]
+)
+def test_norms_in_f_have_second_derivatives(norm: str, method: str) -> None:
+    func, u0 = Normalised(norm), random(4, 3)
+    parameters = list(func.parameters())
+    node = NeuralODE(func, method=method, step_size=0.1, options=TIGHT if method == "cn" else None)
+    found = derivatives(lambda u: node(u, TIMES), u0, parameters)
+    if method == "rk4":
+        wanted = derivatives(lambda u: odeint_plain(func, u, TIMES, TABLEAUX["4"], 0.1), u0, parameters)
+        assert distance(found, wanted) <= 1e-11
+        return
+    along = random(4, 3, seed=7)
+
+    def value(state: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            start = state.detach().clone().requires_grad_()
+            return penalised(lambda u: node(u, TIMES), start, parameters).detach()
+
+    slope = (found[0] * along).sum().item()
+    assert slope == pytest.approx(directional_derivative(value, [u0], [along]), rel=1e-6)
+
+
 def diagonal(*entries: float) -> PETSc.Mat:
     matrix = PETSc.Mat().createAIJ((len(entries), len(entries)), comm=PETSc.COMM_SELF)
     matrix.setUp()
