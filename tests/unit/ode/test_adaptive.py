@@ -112,12 +112,12 @@ def test_states_of_the_backward_pass_are_those_of_the_forward_pass_to_the_last_b
             bits = u.detach().numpy().tobytes()
             if backward.is_set():
                 compared.append(bits)
-                assert bits in states[float(t)]
+                assert (float(t), bits) in states
             else:
-                states.setdefault(float(t), set()).add(bits)
+                states.add((float(t), bits))
             return super().forward(t, u)
 
-    states: dict[float, set[bytes]] = {}
+    states: set[tuple[float, bytes]] = set()
     node = NeuralODE(Watching(), method=method, rtol=rtol, atol=rtol / 100, trajectory=Trajectory(ram_slots=2))
     loss = node(random(2, 3).requires_grad_(), TIMES).square().sum()
     backward.set()
