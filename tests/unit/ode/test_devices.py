@@ -17,7 +17,7 @@ import torch
 from petsc4py import PETSc
 
 from pnode_dist import NeuralODE, Trajectory, odeint
-from pnode_dist.ode import odeint as prepare
+from pnode_dist.ode import prepare
 from pnode_dist.partition import protocol
 from tests.conftest import PATIENCE
 from tests.oracles.other_device import Hidden, other_device, transfers

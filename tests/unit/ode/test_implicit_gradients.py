@@ -142,10 +142,11 @@ def test_other_methods_integrate_the_sum_of_a_split_function(
     name: str, network: StiffNetwork, u0: torch.Tensor
 ) -> None:
     parameters = list(network.parameters())
+    options = {} if name == "rk4" else TIGHT
 
     def solve(func: nn.Module) -> tuple[torch.Tensor, ...]:
         return gradients(
-            lambda u: odeint(func, u, [0.0, 0.02], method=name, step_size=0.01, options=TIGHT), u0, parameters
+            lambda u: odeint(func, u, [0.0, 0.02], method=name, step_size=0.01, options=options), u0, parameters
         )
 
     assert agree(solve(split(network)), solve(network), 1e-12)
