@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from mpi4py import MPI
-from petsc4py import PETSc
 
 from pnode_dist.ode.adaptive import AdaptiveStepper, ExplicitAttempts
 from pnode_dist.ode.carried import KnownTensors
@@ -17,6 +17,7 @@ from pnode_dist.ode.implicit_adaptive import ImplicitAttempts
 from pnode_dist.ode.layout import StateLayout
 from pnode_dist.ode.mass import Mass, copy_of_tensors, mass_matrix
 from pnode_dist.ode.methods import Method
+from pnode_dist.ode.petsc_objects import PetscObjects, destroy_left
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.solver_key import Contents
 from pnode_dist.ode.split import MatrixFunction
@@ -34,16 +35,6 @@ from pnode_dist.trajectory.store import MemoryPool, SlotPool
 def communicator(partition: Partition | None) -> MPI.Comm:
     """Over which ranks a state is spread: those of its partition, or none but this one."""
     return MPI.COMM_SELF if partition is None else partition.comm
-
-
-def collect_garbage(comm: MPI.Comm) -> None:
-    """Destroy the PETSc objects on `comm` that Python has dropped on all of its ranks. Collective on `comm`.
-
-    Destruction is collective and Python's collector is not: on several ranks petsc4py only puts an object on a list
-    when its last reference goes, as for a graph that is dropped without a backward pass and for a solve that raised.
-    """
-    if comm.size > 1:
-        PETSc.garbage_cleanup(comm)
 
 
 _SOLVES_BETWEEN_LOOKS = 50
@@ -81,7 +72,7 @@ class Solver:
     adaptive: dict[str, AdaptiveStepper] = field(default_factory=dict)
     contents: Contents | None = None
     kept: bool = False
-    closed: bool = False
+    objects: PetscObjects = field(init=False)
 
     @classmethod
     def create(
@@ -102,7 +93,7 @@ class Solver:
         mass = copy_of_tensors(mass)
 
         def make_stepper() -> Stepper:
-            collect_garbage(comm)
+            destroy_left(comm)
             if method.family == "ssp":
                 return SspStepper(comm, layout, method, options)
             if method.family == "rk":
@@ -121,20 +112,25 @@ class Solver:
             pools[Tier.DISK] = SpillPool(layout.size, dtype, trajectory.scratch, comm.rank, layout.shapes)
         return cls(stepper, options, memory, pools, partition, trajectory, make_stepper)
 
+    def __post_init__(self) -> None:
+        self.objects = PetscObjects(self.stepper.comm)
+        self.objects.add(self.stepper)
+        # A module that is dropped leaves the solvers that it kept.
+        weakref.finalize(self, self.objects.leave).atexit = False
+
     def open(self) -> None:
-        """Make the stepper anew if it was closed, or ended with an error. Collective."""
-        if self.closed or self.stepper.failed:
+        """Make the stepper anew if it was destroyed, or ended with an error. Collective."""
+        self.objects.keep()
+        if self.stepper.failed:
+            self.close()
+        if self.objects.are_destroyed:
             self.adaptive.clear()
-            self.stepper, self.closed = self.make_stepper(), False
+            self.stepper = self.make_stepper()
+            self.objects.add(self.stepper)
 
     def close(self) -> None:
         """Destroy all PETSc objects; `open` makes them anew. Collective."""
-        if not self.closed:
-            for adaptive in self.adaptive.values():
-                adaptive.destroy()
-            self.adaptive.clear()
-            self.stepper.destroy()
-            self.closed = True
+        self.objects.destroy()
 
     def done(self) -> None:
         """End a solve's pass after which it needs nothing of this any more. Collective."""
@@ -143,8 +139,8 @@ class Solver:
 
     def abandon(self) -> None:
         """End a solve that raised, or whose graph was dropped. Not collective: other ranks may not come here."""
-        if not self.kept and self.stepper.comm.size == 1:
-            self.close()
+        if not self.kept:
+            self.objects.leave()
 
     def drop(self) -> None:
         """Leave the cache: a solve that is not over yet closes this when it is. Collective."""
@@ -175,9 +171,10 @@ class Solver:
         """The stepper with error control, made when it is first asked for. Collective."""
         if adaptor not in self.adaptive:
             stepper = self.stepper
-            self.adaptive[adaptor] = (
+            self.adaptive[adaptor] = made = (
                 ImplicitAttempts(stepper, adaptor, self.options)
                 if isinstance(stepper, ImplicitStepper)
                 else ExplicitAttempts(stepper, adaptor, self.options)
             )
+            self.objects.add(made)
         return self.adaptive[adaptor]
