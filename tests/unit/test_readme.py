@@ -102,7 +102,7 @@ def test_the_comparison_of_methods_runs_with_a_small_network(
 def in_full(command: str) -> str:
     """A command of .ci/run as the README shows it: there trainings are of few epochs, and benchmarks small."""
     command = command.replace("python tests/in_short.py bench ", "pnode-dist bench ")
-    return re.sub(r" --set training.epochs=\d+$", "", command)
+    return re.sub(r"( --set training.epochs=\d+| --image)$", "", command)
 
 
 def test_every_other_command_is_run_in_short_for_every_change() -> None:
