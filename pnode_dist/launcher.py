@@ -7,12 +7,16 @@ and does all of the work. That goes unnoticed unless somebody compares.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID", "RANK")
 """Where launchers write which of its tasks a process is: mpiexec and srun, Open MPI, MVAPICH, srun, torchrun."""
 _OF_MPICH, _OF_OPEN_MPI = "the mpiexec of MPICH or Intel MPI", "the mpiexec of Open MPI"
+
+_CONNECTIONS = ("PMI_", "PMI2_", "PMIX_", "OMPI_COMM_WORLD_", "OMPI_MCA_orte_", "OMPI_MCA_ess_", "MPI_LOCAL")
+"""How the names of the variables begin by which a launcher and its processes find each other."""
+_SETTINGS = ("PMIX_MCA_",)
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,15 @@ def singleton_problem(library: str, environment: Mapping[str, str] = os.environ)
     else:
         advice = "start with launch/mpirun.sh, or use the mpiexec of the very MPI that mpi4py was built on"
     return f"{started.launcher} started {started.tasks} tasks but {library} connects only 1: {advice}"
+
+
+def hide_from_children(environment: Iterable[str] = os.environ, unset: Callable[[str], None] = os.unsetenv) -> None:
+    """Keep the launcher's variables from processes that this one starts, once MPI has connected it.
+
+    A worker of a DataLoader, started by `spawn` or `forkserver`, imports the main module again and with it MPI. With
+    these variables it would pass for this rank, on connections that it does not have, and die. Without them it is a job
+    of its own. `os.environ` still has them here.
+    """
+    for name in environment:
+        if name.startswith(_CONNECTIONS) and not name.startswith(_SETTINGS):
+            unset(name)

@@ -28,10 +28,12 @@ from pnode_dist import backend as mpi_backend
 from pnode_dist.abort import abort
 from pnode_dist.compatibility import check_mpi
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.launcher import singleton_problem
+from pnode_dist.launcher import hide_from_children, singleton_problem
 
 Extent = Literal["world", "state", "data"]
 BACKENDS = ("mpi", "gloo", "nccl")
+if MPI.Is_initialized():
+    hide_from_children()
 
 
 @dataclass(frozen=True)

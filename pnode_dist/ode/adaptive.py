@@ -41,6 +41,10 @@ class AdaptiveStepper(Protocol):
         """End a solve."""
         ...
 
+    def destroy(self) -> None:
+        """Destroy every PETSc object made for the attempts, not the stepper's. Collective on its communicator."""
+        ...
+
     def attempt(
         self, number: int, time: float, size: float, end: float, recording: Recording | None
     ) -> tuple[bool, float]:
@@ -187,6 +191,13 @@ class ExplicitAttempts:
         """End a solve: the evaluation that a next step would have begun with is not kept alive from here."""
         self._first = None
         self._stages.end()
+
+    def destroy(self) -> None:
+        """See `AdaptiveStepper.destroy`."""
+        self._stages.forget_views()
+        self._ts.destroy()
+        self._solution.destroy()
+        self._tolerances.destroy()
 
     def attempt(
         self, number: int, time: float, size: float, end: float, recording: Recording | None

@@ -80,7 +80,6 @@ class Run:
     solve: Solve
     tensors: tuple[torch.Tensor, ...]
     numbers: tuple[int | None, ...]
-    reversed: bool = False
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether `tensors` are the same values, in the same memory."""
@@ -181,7 +180,7 @@ class Call:
         assert run is not None
         with one_at_a_time(lambda: run.solve.solver.stepper.stepping):
             if run.solve.agreed is not None:
-                run.solve.agreed.begin_backward(run.reversed)
+                run.solve.agreed.begin_backward(not run.solve.has_trajectory)
             check_unchanged(run.solve.solver.contents)
             return self._reverse(run, cotangents, tensors)
 
@@ -189,18 +188,17 @@ class Call:
         self, run: Run, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...]
     ) -> Products:
         with _running(run.solve, backward=True):
-            if run.reversed:
+            if not run.solve.has_trajectory:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 run.solve.carried.restart()
                 run.solve.forward(tensors[: self.parts])
-            run.reversed = True
             states, found, times = run.solve.backward(cotangents)
         return (*states, *(None if number is None else found[number] for number in run.numbers), *times)
 
     def _forward(self, run: Run) -> Parts:
         solve = run.solve
         # Graphs that are dropped without a backward pass give their checkpoints back.
-        weakref.finalize(run, solve.release).atexit = False
+        weakref.finalize(run, solve.abandon).atexit = False
         with _running(solve):
             outputs = solve.forward(run.tensors[: self.parts])
         if solve.surroundings is not None:
@@ -280,7 +278,7 @@ def _running(solve: Solve, backward: bool = False) -> Iterator[None]:
             yield
     except BaseException:
         # Whoever keeps the error keeps the solve alive.
-        solve.release()
+        solve.abandon()
         raise
 
 

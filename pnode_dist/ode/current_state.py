@@ -93,6 +93,11 @@ class VecState:
     def release(self) -> None:
         """See `CurrentState.release`: PETSc holds on to the Vec."""
 
+    def destroy(self) -> None:
+        """Destroy the Vec: there is no state after that. Collective."""
+        self.flat, self.parts = torch.empty(0), ()
+        self.vec.destroy()
+
     def written(self) -> None:
         """Say that the Vec was written to through `flat` or `parts`."""
         protocol.wrote(self.vec, self._layout.vec_device)

@@ -13,7 +13,10 @@ import torch
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.call import Call, Products
+from pnode_dist.ode.fingerprint import fingerprint
 from pnode_dist.ode.layout import Parts
+from pnode_dist.ode.outside_graphs import outside_graphs
+from pnode_dist.ode.saved_trajectory import held_by, hidden_from_checkpoint, ticket_of
 from pnode_dist.ode.transforms import (
     batching_or_tracking,
     for_each_of_older_batch,
@@ -37,9 +40,10 @@ class _Solution(torch.autograd.Function):
     """What both forms have in common."""
 
     @staticmethod
+    @outside_graphs
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         """The gradient: by itself where nothing can be asked of it, else as a node of the graph."""
-        call, tensors = ctx.call, ctx.saved_tensors
+        call, tensors = ctx.call, _saved(ctx)
         if torch.is_grad_enabled() or transforming() or older_batching():
             return None, *_each(call, lambda given: gradient(call, given, tensors), cotangents)
         return None, *call.reverse(cotangents, tensors, same=True)
@@ -66,11 +70,18 @@ class Solution(_Solution):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> Parts:
-        """Run the solve."""
-        _remember(ctx, call, tensors)
+        """Run the solve. Its trajectory goes with what is saved of it."""
+        with hidden_from_checkpoint() as hidden:
+            outputs = call.run(tensors)
+        run = call.last
+        assert run is not None
+        if hidden:
+            run.solve.outcome = fingerprint(outputs)
+        _remember(ctx, call, (*tensors, ticket_of(run, run.solve.abandon)))
+        ctx.has_ticket = True
         if forward_mode():
             ctx.save_for_forward(*tensors)
-        return call.run(tensors)
+        return outputs
 
 
 class TransformedSolution(_Solution):
@@ -89,8 +100,21 @@ class TransformedSolution(_Solution):
         ctx.save_for_forward(*tensors)
 
 
+def _saved(ctx: Any) -> Tensors:
+    """The tensors of the call; its last run is the one whose trajectory was saved with them."""
+    saved: Tensors = ctx.saved_tensors
+    if not ctx.has_ticket:
+        return saved
+    call, run = ctx.call, held_by(saved[-1])
+    if run is not None and run is not call.last:
+        # A recomputation of the forward pass by torch.utils.checkpoint has laid down a trajectory of its own.
+        run.solve.compare_outcome(call.last.solve.outcome)
+        call.last = run
+    return saved[:-1]
+
+
 def _remember(ctx: Any, call: Call, tensors: Sequence[torch.Tensor]) -> None:
-    ctx.call = call
+    ctx.call, ctx.has_ticket = call, False
     ctx.set_materialize_grads(False)
     # Not only for a second backward pass: torch now notices when they are changed in place before the first.
     ctx.save_for_backward(*tensors)

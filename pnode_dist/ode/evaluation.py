@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pnode_dist.ode import events
+from pnode_dist.ode import events, inner_derivatives
 from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, Mark
 from pnode_dist.ode.compute_type import NO_COPIES, ComputeCopies
 from pnode_dist.ode.fingerprint import fingerprint
@@ -45,7 +45,8 @@ class Problem:
     well. `looks`: a module's graph is looked at once for what it does not name among its parameters; a function's is at
     every evaluation. `logs`: PETSc keeps a log.
     `differentiates`: f was seen to take derivatives by what its state was computed from, which is looked for where
-    `watches` is true, but not while a graph is reversed (`reverses`).
+    `watches` is true, but not while a graph is reversed (`reverses`). `needs_graph`: f differentiates inside with
+    respect to its state (see `inner_derivatives`); None while that has not been seen.
     `carried` is the state that f carries from one evaluation to the next, and `guard` compares recomputed values with
     those of the forward pass.
     """
@@ -73,6 +74,7 @@ class Problem:
     def __post_init__(self) -> None:
         self._plain = not self.args and not self.logs
         # A function may use others at other times.
+        self.needs_graph = inner_derivatives.differentiates(self.func)
         self.checks_left = int(self.looks) if isinstance(self.func, nn.Module) else -1
         self.watches = self.checks_left != 0
 
@@ -134,13 +136,38 @@ class Problem:
     def value(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> Parts:
         """An evaluation that no gradient is asked of, which is counted. Collective if `func` is."""
         self.evaluations += 1
-        if not self.watched and not torch.is_grad_enabled():
-            return self.evaluate(func, layout, time, inputs)
-        with torch.set_grad_enabled(self.watched):
-            outputs = self.evaluate(func, layout, time, inputs)
+        if self.needs_graph:
+            return self._value_of_graph(func, layout, time, inputs)
+        begin = inner_derivatives.random_states(layout.device) if self.needs_graph is None else None
+        try:
+            if not self.watched and not torch.is_grad_enabled():
+                outputs = self.evaluate(func, layout, time, inputs)
+            else:
+                with torch.set_grad_enabled(self.watched):
+                    outputs = self.evaluate(func, layout, time, inputs)
+        except RuntimeError as error:
+            if not inner_derivatives.lacks_graph(error):
+                raise
+            if begin is not None:
+                begin()
+            outputs = self._value_of_graph(func, layout, time, inputs)
+            self.needs_graph = inner_derivatives.note(self.func, True)
+            return outputs
+        if begin is not None:
+            self.needs_graph = inner_derivatives.note(self.func, False)
         if self.watched:
-            self.check(outputs, ())
-        return outputs
+            self.check(outputs, inputs)
+        inner_derivatives.unmark(inputs)
+        return tuple(value.detach() if value.requires_grad else value for value in outputs)
+
+    def _value_of_graph(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> Parts:
+        """An evaluation of a func that differentiates inside, whose graph is dropped. Collective if `func` is."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = inner_derivatives.leaves_of(inputs)
+            outputs = self.evaluate(func, layout, time, leaves)
+            if self.watched:
+                self.check(outputs, leaves)
+        return tuple(value.detach() for value in outputs)
 
     def graph(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> StageGraph:
         """An evaluation with its graph, which is counted. Collective if `func` is."""
@@ -339,6 +366,8 @@ class TangentMap:
         """J v, part by part."""
         self.problem.jvps += 1
         results = [torch.zeros_like(out) for out in self.outputs]
+        if not self.numbers:
+            return tuple(results)  # f depends on no part of the state.
         pairs = [
             (value, tangent.to(value))
             for value, tangent in zip(self.pulled, tangents, strict=True)

@@ -97,6 +97,12 @@ class ExplicitStepper(Stepper):
             self._joins = self._sums_up and self._may_join and self.comm.size == 1
         self.problem = problem
 
+    def destroy(self) -> None:
+        """See `Stepper.destroy`: there is something to destroy only where PETSc's monitors are asked for."""
+        for thing in (self._ts, self._vec):
+            if thing is not None:
+                thing.destroy()
+
     @property
     def _petsc(self) -> PETSc.TS:
         assert self._ts is not None

@@ -84,6 +84,10 @@ class Guard:
             if self._comm.size == 1 and self._policy == "raise":
                 raise RecomputationError(_message(where, relative, 0, 1, self._reasons()))
 
+    def compare_outcome(self, expected: float, found: float, parts: Parts) -> None:
+        """Compare the fingerprints of a solve's result; `parts` are of about its size."""
+        self._compare(expected, found, parts, "the solve")
+
     def finish(self) -> None:
         """Report a difference that any rank has found, as the policy says. Collective on the communicator.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ class ImplicitStepper(Stepper):
             )
         self.method = method
         self.mass = mass
-        self.function = ImplicitFunction(layout, parameter_sizes, mass, self._new_operator)
+        self.function = ImplicitFunction(layout, parameter_sizes, mass, weakref.WeakMethod(self._new_operator))
         self.built: Built | None = None
         if preconditioner is not None:
             self.built = preconditioner.build(Setting(comm, layout, partition, mass))
@@ -121,6 +122,20 @@ class ImplicitStepper(Stepper):
     def callbacks(self) -> ImplicitFunction:
         """What PETSc calls."""
         return self.function
+
+    def destroy(self) -> None:
+        """See `Stepper.destroy`."""
+        self._ts.destroy()
+        self._adjoint = self._parameter_gradient = torch.empty(0)
+        self._lambda.destroy()
+        self._mu.destroy()
+        self.current.destroy()
+        # A user's own may have no such method.
+        destroy_built = getattr(self.built, "destroy", None)
+        if destroy_built is not None:
+            destroy_built()
+        if self.mass is not None:
+            self.mass.destroy()
 
     @property
     def _petsc(self) -> PETSc.TS:

@@ -54,6 +54,11 @@ class ImplicitAttempts:
     def end(self) -> None:
         """See `AdaptiveStepper.end`: nothing is kept from step to step."""
 
+    def destroy(self) -> None:
+        """See `AdaptiveStepper.destroy`."""
+        self._ts.destroy()
+        self._tolerances.destroy()
+
     def attempt(
         self, number: int, time: float, size: float, end: float, recording: Recording | None
     ) -> tuple[bool, float]:

@@ -7,6 +7,7 @@ shell Mats. The adjoint finds what was recorded of a step by the stage Vecs that
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ from pnode_dist.partition import protocol
 class ImplicitFunction:
     """PETSc's callbacks for one layout. Holds no reference to a TS: PETSc's own references could not be collected.
 
+    For the same reason the stepper is reached through a weak reference, `on_new_operator`.
+
     `splits`: the problem is a `SplitFunction` and h is its explicit part; `solves_for_slope`: the method begins a step
     with solving for du/dt; `keeps_values`: fingerprints of f's values in a step are kept; `stage_handles` are those of
     the Vecs of its stages. `on_new_operator(point, shift)` is called when PETSc wants the operator shift M - dg/du at
@@ -37,7 +40,7 @@ class ImplicitFunction:
         layout: StateLayout,
         parameter_sizes: tuple[int, ...],
         mass: MassMatrix | None,
-        on_new_operator: Callable[[Point, float], None],
+        on_new_operator: weakref.WeakMethod[Callable[[Point, float], None]],
     ) -> None:
         self.layout, self.mass = layout, mass
         self._parameter_sizes = list(parameter_sizes)
@@ -192,7 +195,9 @@ class ImplicitFunction:
             self.implicit_point = self._at(Part.IMPLICIT, self._time(t, u), u)
             context = operator.getPythonContext()
             context.shift, context.factor = shift, 1.0
-            self._on_new_operator(self.implicit_point, shift)
+            on_new_operator = self._on_new_operator()
+            assert on_new_operator is not None
+            on_new_operator(self.implicit_point, shift)
             operator.assemble()
         except BaseException as error:
             self.error = error

@@ -33,6 +33,10 @@ class MassMatrix(Protocol):
         """matrix += scale M. Collective on the Mat's communicator. Raises `ConfigurationError` if that has no form."""
         ...
 
+    def destroy(self) -> None:
+        """Destroy the PETSc objects made for it, not the user's Mat. Collective on the Mat's communicator."""
+        ...
+
 
 def mass_matrix(mass: Mass | None, layout: StateLayout) -> MassMatrix | None:
     """The mass matrix of a state with this layout on this rank, None for the identity.
@@ -84,6 +88,10 @@ class DiagonalMass:
         protocol.view(vec, tuple(self._values.shape)).copy_(scale * self._values)
         vec.stateIncrease()
         matrix.setDiagonal(vec, addv=PETSc.InsertMode.ADD_VALUES)
+        vec.destroy()
+
+    def destroy(self) -> None:
+        """Nothing to do."""
 
 
 class BlockMass:
@@ -118,6 +126,9 @@ class BlockMass:
             "if it is diagonal as a tensor of the state's shape"
         )
 
+    def destroy(self) -> None:
+        """Nothing to do."""
+
 
 class AssembledMass:
     """A `PETSc.Mat`."""
@@ -141,3 +152,8 @@ class AssembledMass:
     def add_to(self, matrix: PETSc.Mat, scale: float) -> None:
         """matrix += scale M. Collective on the Mat's communicator."""
         matrix.axpy(scale, self._matrix, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
+
+    def destroy(self) -> None:
+        """See `MassMatrix.destroy`."""
+        self._in.destroy()
+        self._out.destroy()

@@ -26,11 +26,13 @@ from pnode_dist.ode.compiled import Compiler
 from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.differentiable import solution, tangent_call_of
 from pnode_dist.ode.evaluation import Function, Problem
+from pnode_dist.ode.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.given_options import check_options, without_adaptation
 from pnode_dist.ode.guard import check_policy
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.mass import Mass, mass_matrix
 from pnode_dist.ode.one_at_a_time import one_at_a_time
+from pnode_dist.ode.outside_graphs import outside_graphs
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
@@ -56,7 +58,7 @@ _KEPT_SOLVERS = 8
 
 
 class _Solvers:
-    """The solvers that a `NeuralODE` keeps between calls, least recently used ones dropped."""
+    """The solvers that a `NeuralODE` keeps between calls, least recently used ones dropped. Collective."""
 
     def __init__(self) -> None:
         self._solvers: OrderedDict[Any, Solver] = OrderedDict()
@@ -81,11 +83,20 @@ class _Solvers:
         if key in self._solvers and self._solvers[key].stepper.stepping:
             return create()
         if afresh or self.find(key) is None:
-            self._solvers[key] = create()
+            self._solvers[key] = solver = create()
+            solver.kept = True
             if len(self._solvers) > _KEPT_SOLVERS:
-                self._solvers.popitem(last=False)
+                self._solvers.popitem(last=False)[1].drop()
         self._solvers.move_to_end(key)
         return self._solvers[key]
+
+
+class _NoSolvers(_Solvers):
+    """Keeps none: every solver is closed when its solve is done with it."""
+
+    def get(self, key: Any, create: Callable[[], Solver], afresh: bool = False) -> Solver:
+        """A solver of the solve's own."""
+        return create()
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,8 @@ def _prepared_with(
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
+    if needs_gradient:
+        refuse_fully_sharded(func, args, parameters.tensors)
     if needs_gradient and table.adjoint == "none":
         raise ConfigurationError(methods.gradient_refusal(table))
     if settings.mass is not None and not table.implicit:
@@ -260,6 +273,13 @@ def _prepared_with(
     return solve, layout, tensors
 
 
+def _usable(value: Any) -> Any:
+    """A tensor of inference mode, or a tuple of such, as copies that derivatives can be taken with."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_usable, value))
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+
+
 def _carried(
     bindings: Bindings,
     parameters: Parts,
@@ -292,6 +312,11 @@ def _solve(
     settings: _Settings,
     args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
+    if torch.is_inference_mode_enabled() and methods.resolve(settings.method or "rk4").implicit:
+        # Newton's method needs derivatives of f, which inference mode does not allow.
+        with torch.inference_mode(False), torch.no_grad():
+            usable = tuple(map(_usable, args))
+            return _solve(solvers, tangent_solvers, func, _usable(u0), t, settings, usable)
     with one_at_a_time():
         if transforming():
             call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
@@ -426,6 +451,7 @@ def odeint(
 ) -> tuple[torch.Tensor, ...]: ...
 
 
+@outside_graphs
 def odeint(
     func: Function,
     u0: State,
@@ -504,7 +530,7 @@ def odeint(
         on_mismatch,
         preserve_rng_state,
     )
-    return _solve(_Solvers(), _Solvers(), func, u0, t, settings, args)[0]
+    return _solve(_NoSolvers(), _NoSolvers(), func, u0, t, settings, args)[0]
 
 
 class NeuralODE(nn.Module):
@@ -573,12 +599,14 @@ class NeuralODE(nn.Module):
     @overload
     def forward(self, u0: tuple[torch.Tensor, ...], t: Times, *args: Any) -> tuple[torch.Tensor, ...]: ...
 
+    @outside_graphs
     def forward(self, u0: State, t: Times, *args: Any) -> State:
         """The states at the times `t`, starting from `u0` at `t[0]`. Collective on the partition's communicator."""
         outputs, solve = _solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         return outputs
 
+    @outside_graphs
     def jvp(
         self,
         u0: State,

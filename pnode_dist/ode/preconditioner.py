@@ -42,7 +42,8 @@ class Built(Protocol):
     """A preconditioner at work.
 
     `matrix` is what PETSc's PC is made from (None: the shell operator, of which only few PCs can be made), `context` a
-    PC of its own, as petsc4py's PC of type python takes it.
+    PC of its own, as petsc4py's PC of type python takes it. Where it has a method `destroy()`, that is called when the
+    solver is destroyed, collectively.
     """
 
     matrix: PETSc.Mat | None
@@ -196,6 +197,10 @@ class BuiltJacobian:
         """Assemble at this point. Collective."""
         self._jacobian.assemble(point.jvp, shift, None if self._mass is None else self._mass.diagonal)
 
+    def destroy(self) -> None:
+        """Destroy the Mat. Collective."""
+        self._jacobian.matrix.destroy()
+
 
 @dataclass(frozen=True, eq=False)
 class Approximate:
@@ -226,6 +231,11 @@ class BuiltApproximation:
         made = self._operator(point.time, self._layout.as_state(point.inputs), shift)
         assert self.matrix is not None
         made.copy(self.matrix, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
+
+    def destroy(self) -> None:
+        """Destroy the copy, not the user's Mat. Collective."""
+        if self.matrix is not None:
+            self.matrix.destroy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,3 +287,8 @@ class BuiltMatrix:
             matrix.shift(shift)
         else:
             self._mass.add_to(matrix, shift)
+
+    def destroy(self) -> None:
+        """Destroy the copy, not the user's Mat. Collective."""
+        if self.matrix is not None:
+            self.matrix.destroy()

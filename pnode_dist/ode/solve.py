@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -42,7 +43,8 @@ class Solve:
     `grid` are its steps: given, or with `control` those that were accepted, once they are known. `parameters` are what
     the gradient is for, where the problem may have copies of another type. With `last_only` the state at the last time
     is all that is asked for. `surroundings` is what f sees besides its arguments, and `on_mismatch` says what follows
-    where a recomputed step differs: `raise`, `warn` or `ignore`.
+    where a recomputed step differs: `raise`, `warn` or `ignore`. `has_trajectory`: a forward pass has laid down what a
+    backward pass needs. `outcome` is the fingerprint of the result where torch.utils.checkpoint may recompute it.
     """
 
     solver: Solver
@@ -60,6 +62,8 @@ class Solve:
     on_mismatch: str = "raise"
     # What all ranks agreed on before this solve; None on one rank.
     agreed: Agreed | None = None
+    has_trajectory: bool = field(default=False, init=False)
+    outcome: float | None = field(default=None, init=False)
     plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -74,7 +78,7 @@ class Solve:
         if self.keeps_trajectory and self.on_mismatch != "ignore":
             narrow = self.solver.trajectory.checkpoint_dtype != "float64"
             tolerance = tolerance_of(self.solver.stepper.layout.compute_dtype, narrow)
-            self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, self._reasons)
+            self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, _weakly(self._reasons))
         self.problem.guard = self.guard
         self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics, self.carried)
         self.logs = self.problem.logs
@@ -180,6 +184,8 @@ class Solve:
 
     def forward(self, initial: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Solve from `initial`; each part's outputs, `[len(t), *shape]`, or `shape` with `last_only`. Collective."""
+        self.release()
+        self.solver.open()
         stepper = self.solver.stepper
         layout = stepper.layout
         outputs = tuple(
@@ -193,7 +199,6 @@ class Solve:
                 for values, part in zip(outputs, stepper.current.parts, strict=True):
                     values[number].copy_(part)
 
-        self.release()
         self.initial = tuple(part.detach() for part in initial)
         self._bind()
         if self.guard is not None:
@@ -215,8 +220,12 @@ class Solve:
         self.carried.end_forward()
         stepper.settle()
         if self.last_only:
-            return stepper.current.take()
-        stepper.current.release()
+            outputs = stepper.current.take()
+        else:
+            stepper.current.release()
+        self.has_trajectory = self.keeps_trajectory
+        if not self.keeps_trajectory:
+            self.solver.done()
         return outputs
 
     def _bind(self) -> None:
@@ -368,6 +377,7 @@ class Solve:
         if self.agreed is not None:
             self.agreed.bounds = None
         self.solver.costs = None
+        self.solver.open()
         self._bind()
         self.solver.stepper.current.set(initial)
         try:
@@ -420,6 +430,15 @@ class Solve:
 
     # Backward
 
+    def compare_outcome(self, expected: float | None) -> None:
+        """Compare the result with that of the forward pass which this solve recomputes, given by its fingerprint.
+
+        Collective. Raises `RecomputationError`, see `Guard`.
+        """
+        if self.guard is not None and self.outcome is not None and expected is not None:
+            self.guard.compare_outcome(expected, self.outcome, self.initial)
+            self.guard.finish()
+
     def _reasons(self) -> list[str]:
         """What is known of why a recomputed step may differ."""
         found = [] if self.surroundings is None else self.surroundings.reasons()
@@ -453,6 +472,7 @@ class Solve:
 
         Collective.
         """
+        self.solver.open()
         stepper = self.solver.stepper
         layout = stepper.layout
         steps = 0 if self.grid is None else self.grid.steps
@@ -485,6 +505,7 @@ class Solve:
         stepper.current.release()
         safe_points.after_solve(stepper.comm)
         adjoint, gradients = stepper.end_adjoint([parameter.shape for parameter in self.parameters])
+        self.solver.done()
         states = tuple(part.to(layout.device, layout.dtype) for part in adjoint)
         parameters = tuple(
             gradient
@@ -501,12 +522,18 @@ class Solve:
 
     def release(self) -> None:
         """Give back the checkpoints and their budget, and drop the recordings."""
+        self.has_trajectory = False
         self.checkpoints.clear()
         self.recordings.clear()
         self.first_step = None
         if self.give_back is not None:
             self.give_back()
             self.give_back = None
+
+    def abandon(self) -> None:
+        """End a solve that raised, or whose graph was dropped. Not collective: other ranks may not come here."""
+        self.release()
+        self.solver.abandon()
 
     def _count(self) -> None:
         self.statistics.function_evaluations = self.problem.evaluations
@@ -515,3 +542,14 @@ class Solve:
         self.statistics.newton_iterations = self.problem.newton_iterations
         self.statistics.linear_iterations = self.problem.linear_iterations
         self.statistics.adjoint_linear_iterations = self.problem.adjoint_linear_iterations
+
+
+def _weakly(method: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    """`method` without a reference to its object: PETSc holds the problem, and with it what guards it."""
+    reference = weakref.WeakMethod(method)
+
+    def called() -> list[str]:
+        found = reference()
+        return [] if found is None else found()
+
+    return called

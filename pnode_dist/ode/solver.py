@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from mpi4py import MPI
+from petsc4py import PETSc
 
 from pnode_dist.ode.adaptive import AdaptiveStepper, ExplicitAttempts
 from pnode_dist.ode.carried import KnownTensors
@@ -34,6 +36,16 @@ def communicator(partition: Partition | None) -> MPI.Comm:
     return MPI.COMM_SELF if partition is None else partition.comm
 
 
+def collect_garbage(comm: MPI.Comm) -> None:
+    """Destroy the PETSc objects on `comm` that Python has dropped on all of its ranks. Collective on `comm`.
+
+    Destruction is collective and Python's collector is not: on several ranks petsc4py only puts an object on a list
+    when its last reference goes, as for a graph that is dropped without a backward pass and for a solve that raised.
+    """
+    if comm.size > 1:
+        PETSc.garbage_cleanup(comm)
+
+
 _SOLVES_BETWEEN_LOOKS = 50
 _MOST_PLANS = 16
 
@@ -47,6 +59,9 @@ class Solver:
     without it, `has_spilt` that it worked for a solve before. `solves` counts those that were begun. `plans` are
     choices that followed from what may be held, the number of steps and `recorded_bytes` alone. `contents` are those of
     the objects that it was made of, None if they have none.
+
+    `kept` says that a cache keeps the solver for further solves; if not, it is closed as soon as a solve is done with
+    it. `make_stepper` makes the stepper anew after that, for a second backward pass. Collective.
     """
 
     stepper: Stepper
@@ -55,6 +70,7 @@ class Solver:
     pools: dict[Tier, SlotPool]
     partition: Partition | None
     trajectory: Trajectory
+    make_stepper: Callable[[], Stepper]
     recorded_bytes: int | None = None
     costs: Costs | None = None
     disk_is_lost: bool = False
@@ -64,6 +80,8 @@ class Solver:
     plans: dict[tuple[Slots, int, int | None], Plans] = field(default_factory=dict)
     adaptive: dict[str, AdaptiveStepper] = field(default_factory=dict)
     contents: Contents | None = None
+    kept: bool = False
+    closed: bool = False
 
     @classmethod
     def create(
@@ -80,30 +98,57 @@ class Solver:
     ) -> Solver:
         """A new stepper with empty pools. Collective on the partition's communicator."""
         comm = communicator(partition)
-        stepper: Stepper
-        if method.family == "ssp":
-            stepper = SspStepper(comm, layout, method, options)
-        elif method.family == "rk":
-            stepper = ExplicitStepper(comm, layout, method, parameter_sizes, options)
-        else:
-            stepper = ImplicitStepper(
-                comm,
-                layout,
-                method,
-                parameter_sizes,
-                options,
-                partition,
-                mass_matrix(mass, layout),
-                preconditioner,
-                linear,
+
+        def make_stepper() -> Stepper:
+            collect_garbage(comm)
+            if method.family == "ssp":
+                return SspStepper(comm, layout, method, options)
+            if method.family == "rk":
+                return ExplicitStepper(comm, layout, method, parameter_sizes, options)
+            matrix = mass_matrix(mass, layout)
+            return ImplicitStepper(
+                comm, layout, method, parameter_sizes, options, partition, matrix, preconditioner, linear
             )
+
+        stepper = make_stepper()
         dtype = np.dtype(trajectory.checkpoint_dtype)
         memory = MemoryPool(layout.size, dtype)
         trajectory.ledger.pools.add(memory)
         pools: dict[Tier, SlotPool] = {Tier.RAM: memory}
         if trajectory.has_disk:
             pools[Tier.DISK] = SpillPool(layout.size, dtype, trajectory.scratch, comm.rank, layout.shapes)
-        return cls(stepper, options, memory, pools, partition, trajectory)
+        return cls(stepper, options, memory, pools, partition, trajectory, make_stepper)
+
+    def open(self) -> None:
+        """Make the stepper anew if it was closed, or ended with an error. Collective."""
+        if self.closed or self.stepper.failed:
+            self.adaptive.clear()
+            self.stepper, self.closed = self.make_stepper(), False
+
+    def close(self) -> None:
+        """Destroy all PETSc objects; `open` makes them anew. Collective."""
+        if not self.closed:
+            for adaptive in self.adaptive.values():
+                adaptive.destroy()
+            self.adaptive.clear()
+            self.stepper.destroy()
+            self.closed = True
+
+    def done(self) -> None:
+        """End a solve's pass after which it needs nothing of this any more. Collective."""
+        if not self.kept:
+            self.close()
+
+    def abandon(self) -> None:
+        """End a solve that raised, or whose graph was dropped. Not collective: other ranks may not come here."""
+        if not self.kept and self.stepper.comm.size == 1:
+            self.close()
+
+    def drop(self) -> None:
+        """Leave the cache: a solve that is not over yet closes this when it is. Collective."""
+        self.kept = False
+        if not self.stepper.stepping:
+            self.close()
 
     def planned(self, slots: Slots, steps: int, recorded_bytes: int | None) -> Plans:
         """The best plan where no costs matter, see `plan.best`: a model asks for the same few again and again."""

@@ -57,6 +57,12 @@ class SspStepper(Stepper):
         """What PETSc calls."""
         return self._rhs
 
+    def destroy(self) -> None:
+        """See `Stepper.destroy`."""
+        self._ts.destroy()
+        self._slope.destroy()
+        self.current.destroy()
+
     @property
     def _petsc(self) -> PETSc.TS:
         return self._ts

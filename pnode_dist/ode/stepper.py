@@ -158,6 +158,10 @@ class Stepper(ABC):
         """While PETSc steps: raise what func raised instead of PETSc's error code."""
         return self._errors_of_func
 
+    @abstractmethod
+    def destroy(self) -> None:
+        """Destroy every PETSc object of this stepper, which cannot be used after that. Collective on `comm`."""
+
     @property
     @abstractmethod
     def _petsc(self) -> PETSc.TS:

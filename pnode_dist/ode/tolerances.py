@@ -60,6 +60,7 @@ class Tolerances:
     def take(self, control: ErrorControl, ts: PETSc.TS) -> None:
         """Give `ts` those of `control`. Raises `ConfigurationError` if their shape is wrong."""
         vecs: list[Any] = []
+        before = self._of_petsc
         for number, (name, tolerance) in enumerate((("rtol", control.rtol), ("atol", control.atol))):
             if isinstance(tolerance, int | float) and not isinstance(self._of_petsc[number], PETSc.Vec):
                 self._values[number] = float(tolerance)
@@ -75,6 +76,12 @@ class Tolerances:
             vecs.append(vec)
         self._of_petsc = vecs
         self.give(ts)
+        _destroy(before)
+
+    def destroy(self) -> None:
+        """Destroy the Vecs of tolerances. Collective on the communicator."""
+        _destroy(self._of_petsc)
+        self._of_petsc = [DEFAULT_RTOL, DEFAULT_ATOL]
 
     def give(self, ts: PETSc.TS) -> None:
         """Give `ts` the same as the one before it."""
@@ -114,6 +121,12 @@ def check_shapes(control: ErrorControl, layout: StateLayout) -> None:
     for name, tolerance in (("rtol", control.rtol), ("atol", control.atol)):
         if not isinstance(tolerance, int | float):
             _spread(name, tolerance, layout, torch.empty(layout.size))
+
+
+def _destroy(tolerances: list[Any]) -> None:
+    for tolerance in tolerances:
+        if isinstance(tolerance, PETSc.Vec):
+            tolerance.destroy()
 
 
 def _spread(name: str, tolerance: Tolerance, layout: StateLayout, flat: torch.Tensor) -> None:

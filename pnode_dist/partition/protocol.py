@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 from functools import cache
@@ -78,7 +79,7 @@ def create_vec(comm: MPI.Comm, local_size: int, device: torch.device = HOST) -> 
 def view(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = HOST) -> torch.Tensor:
     """This rank's entries of `vec` as a tensor of `shape`, in PETSc's scalar type, sharing memory on its `vec_device`.
 
-    The view stays valid while the Vec lives. Call `wrote` after writing through it.
+    The view keeps the Vec's memory alive. Call `wrote` after writing through it.
     """
     if device is not HOST:
         return _exchanged(vec).view(shape)
@@ -88,6 +89,8 @@ def view(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = HOST) ->
     if size == 0:
         return torch.empty(shape, dtype=scalar_dtype())
     buffer = (ctypes.c_char * (size * np.dtype(PETSc.ScalarType).itemsize)).from_address(address)
+    # Another reference to the Vec: a view that outlives the solver, such as one that f keeps, shows memory in use.
+    buffer.vec = copy.copy(vec)
     return torch.frombuffer(buffer, dtype=scalar_dtype()).view(shape)
 
 

@@ -1,0 +1,43 @@
+"""Solves inside code that torch.compile compiles: the solve itself is left out of the compiled graph.
+
+PETSc steps cannot be traced. The graph breaks before the solve and goes on after it. f is compiled by
+`NeuralODE(compile=True)`, or where it is itself a compiled module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_REASON = (
+    "PETSc takes the steps of pnode_dist's solves, which no graph can hold: leave fullgraph=True away, and give "
+    "NeuralODE(compile=True) to compile the right-hand side"
+)
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` as one that torch.compile does not trace, nor what it calls.
+
+    torch.compiler.disable loads torch's compiler, which takes seconds. Here that happens only where something else has
+    loaded it: otherwise there is nothing to keep out of.
+    """
+    disabled: list[Callable[P, R]] = []
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function, reason=_REASON))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    # The mark that torch.compiler.disable leaves: the call breaks the graph.
+    called._torchdynamo_disable = True  # type: ignore[attr-defined]
+    called._torchdynamo_disable_msg = _REASON  # type: ignore[attr-defined]
+    return called
