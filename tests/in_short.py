@@ -27,7 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "overhead": {"REPEATS": 1, "STEPS": (5, 10)},
     "precision": {"POINTS": 64, "REPEATS": 1},
     "scaling": {"POINTS": 64, "ROUNDS": 1, "SMALL": (6,)},
-    "semi-implicit": {"_REPEATS": 1, "EXPLICIT": ("euler", "rk4")},
+    "semi-implicit": {"_REPEATS": 1, "_BATCHES": 1, "_SPIN_UP": 5.0, "EXPLICIT": ("euler", "rk4")},
     "sync": {"_ROUNDS": 1, "SIZES": {1_000: 2, 100_000: 1}},
     "trajectory": {
         "_REPEATS": 1,
