@@ -8,13 +8,14 @@
 #   launch/test.sh --nightly  everything: every case at every number of ranks, long tests, and the image, in which the tests
 #                             run as well
 #
-#   launch/test.sh [--quick | --nightly] [--ranks "1 2"] [--no-lint] [--every-case] [[--] PYTEST ARGUMENT...]
+#   launch/test.sh [--quick | --nightly] [--ranks "1 2"] [--no-lint] [--every-case] [--image] [[--] PYTEST ARGUMENT...]
 #   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
 #
 # --ranks NUMBERS  the numbers of ranks that tests marked mpi run at
 # --no-lint        without ruff and mypy
 # --every-case     Of a test with several cases 3 and 4 ranks take turns: every case runs at 1, 2 and one of them. With
 #                  this, and with arguments for pytest, all of them run at all of these
+# --image          also build the image of docker/Dockerfile, and check a gradient in it
 # Arguments for pytest begin with a path, or stand after --; they select tests in place of the tier's parts. Tests that are
 # left out are counted at the end of each part.
 #
@@ -31,7 +32,7 @@ fail() {
     exit 2
 }
 
-tier=normal rank_counts="" lint=yes every_case=no
+tier=normal rank_counts="" lint=yes every_case=no image=no
 while [ $# -gt 0 ]; do
     case $1 in
         -h | --help)
@@ -50,11 +51,12 @@ while [ $# -gt 0 ]; do
             ;;
         --every-case) every_case=yes ;;
         --no-lint) lint=no ;;
+        --image) image=yes ;;
         --)
             shift
             break
             ;;
-        -*) fail "unknown option '$1' (known: --quick, --nightly, --ranks, --no-lint, --every-case, --help; \
+        -*) fail "unknown option '$1' (known: --quick, --nightly, --ranks, --no-lint, --every-case, --image, --help; \
 pytest's own come after a path or after --)" ;;
         *) break ;;
     esac
@@ -180,6 +182,11 @@ join() {
 
 image_tests() { cluster_tests "cluster tests of the image" "cluster and image" tests/cluster --all-tests-in-image; }
 
+one_image_test() {
+    cluster_tests "cluster tests, one of the image" cluster \
+        tests/cluster/test_image.py::test_two_ranks_in_it_check_the_gradient
+}
+
 checks_and_slurm_tests() {
     checks
     cluster_tests "cluster tests of Slurm" "cluster and not image" tests/cluster
@@ -197,6 +204,7 @@ elif [ "$tier" = normal ]; then
 else
     forks=(checks_and_slurm_tests image_tests)
 fi
+if [ "$image" = yes ] && [ "$tier" != nightly ]; then forks+=(one_image_test); fi
 for name in "${forks[@]}"; do fork "$name"; done
 # nproc would take OMP_NUM_THREADS for the number of cores.
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)

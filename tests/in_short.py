@@ -1,4 +1,4 @@
-"""Runs a command of pnode-dist with its benchmark in small: one repeat, few points and steps.
+"""Runs a command of pnode-dist in small: benchmarks with one repeat, few points and steps, some methods of all.
 
     launch/mpirun.sh -n 2 python tests/in_short.py bench sync
 
@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from pnode_dist import method_check
 from pnode_dist.cli import main
+
+
+def a_quarter(subject: Callable[..., Any]) -> Callable[..., Any]:
+    """A subject with a quarter of the points and steps."""
+    return lambda *sizes: subject(*(size // 4 for size in sizes))
+
 
 SMALL: dict[str, dict[str, Any]] = {
     "halo": {"REPEATS": 1},
@@ -20,11 +28,19 @@ SMALL: dict[str, dict[str, Any]] = {
     "overhead": {"REPEATS": 1, "STEPS": (5, 10)},
     "precision": {"POINTS": 64, "REPEATS": 1},
     "scaling": {"POINTS": 64, "ROUNDS": 1, "SMALL": (6,)},
-    "semi-implicit": {"_REPEATS": 1, "STEPS": 100},
+    "semi-implicit": {"_REPEATS": 1, "_BATCHES": 1, "_SPIN_UP": 5.0, "EXPLICIT": ("euler", "rk4")},
     "sync": {"_ROUNDS": 1, "SIZES": {1_000: 2, 100_000: 1}},
-    "trajectory": {"_REPEATS": 1, "_ROUNDS": 1, "RANDOM_SCHEDULES": 20, "LONG_STEPS": 400, "_SPILLED_STEPS": 24},
+    "trajectory": {
+        "_REPEATS": 1,
+        "_ROUNDS": 1,
+        "RANDOM_SCHEDULES": 20,
+        "LONG_STEPS": 400,
+        "perceptron": a_quarter,
+        "convolutions": a_quarter,
+        "reaction": a_quarter,
+    },
 }
-"""By the benchmark's name, the constants of its module that make it short."""
+"""By the benchmark's name, the constants of its module that make it short, and functions that change others of it."""
 
 
 def shorten(name: str) -> None:
@@ -32,6 +48,9 @@ def shorten(name: str) -> None:
     module = import_module(f"pnode_dist.bench.{name.replace('-', '_')}")
     for constant, value in SMALL[name].items():
         before = getattr(module, constant)
+        if callable(value):
+            setattr(module, constant, value(before))
+            continue
         setattr(module, constant, value)
         for function in vars(module).values():
             if inspect.isfunction(function) and function.__module__ == module.__name__ and function.__defaults__:
@@ -39,5 +58,8 @@ def shorten(name: str) -> None:
 
 
 if __name__ == "__main__":
-    shorten(sys.argv[2])
+    if sys.argv[1] == "bench":
+        shorten(sys.argv[2])
+    # Of those of --all-methods, some of each family.
+    method_check.METHODS = dict(list(method_check.METHODS.items())[::5])
     sys.exit(main(sys.argv[1:]))

@@ -257,7 +257,7 @@ def test_bootstrap_asks_for_the_floor_that_the_package_checks() -> None:
         (
             "test.sh",
             ["--fast"],
-            "unknown option '--fast' (known: --quick, --nightly, --ranks, --no-lint, --every-case, ",
+            "unknown option '--fast' (known: --quick, --nightly, --ranks, --no-lint, --every-case, --image, ",
         ),
         ("test.sh", ["-k", "halo"], "unknown option '-k' (known: "),
         ("test.sh", ["--quick", "--nightly"], "--nightly: give --quick or --nightly, once"),

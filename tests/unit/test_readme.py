@@ -101,13 +101,13 @@ def test_the_comparison_of_methods_runs_with_a_small_network(
 
 def in_full(command: str) -> str:
     """A command of .ci/run as the README shows it: there trainings are of few epochs, and benchmarks small."""
-    command = command.replace("python tests/in_short.py bench ", "pnode-dist bench ")
-    return re.sub(r" --set training.epochs=\d+$", "", command)
+    command = command.replace("python tests/in_short.py ", "pnode-dist ")
+    return re.sub(r"( --set training.epochs=\d+| --image)$", "", command)
 
 
 def test_every_other_command_is_run_in_short_for_every_change() -> None:
     demo, ci = (ROOT / "launch/demo.sh").read_text(), (ROOT / ".ci/run").read_text()
-    starts = ("pnode-dist ", "launch/", "python tests/in_short.py bench ")
+    starts = ("pnode-dist ", "launch/", "python tests/in_short.py ")
     in_ci = {in_full(line) for line in ci.splitlines() if line.startswith(starts)}
     in_demo = {
         line.removesuffix(' --overwrite "$@"') for line in demo.splitlines() if line.startswith("launch/mpirun.sh ")
