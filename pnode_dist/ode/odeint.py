@@ -237,8 +237,14 @@ def odeint(
     Collective on the partition's communicator, and so is the backward pass.
 
     `func(t, u, *args)` gets a 0-dimensional tensor and this rank's part of the state, and returns du/dt in the same
-    shape. It must be deterministic: parts of the solve are run again for the gradient. `u0` is this rank's part of the
-    initial state, a tensor or a tuple of tensors; `func` computes in its floating type unless `compute_dtype` names
+    shape. It must be a function of these and of its parameters, because steps are recomputed for the gradient. For that
+    the backward pass puts back what func read in the forward pass: parameters, buffers, attributes and the training
+    mode of modules, variables of closures, globals, autocast, the default type, and with `preserve_rng_state` torch's
+    random states at every recomputed segment. Tensors and attributes that func changes advance once, in the forward
+    pass. A recomputed step that differs by more than rounding raises `RecomputationError`; `on_mismatch` "warn" or
+    "ignore" goes on.
+
+    `u0` is this rank's part of the initial state, a tensor or a tuple of tensors; `func` computes in its floating type unless `compute_dtype` names
     another one, while steps, checkpoints and adjoints are in PETSc's scalar type. With `compute_dtype` the parameters
     and buffers of modules, and tensors in `args`, are converted to it once for a solve, and keep their own type
     otherwise: so do their gradients, which are summed over steps in PETSc's scalar type. `u0` may be on another
@@ -273,8 +279,9 @@ def odeint(
 
     Raises `ConfigurationError` for an unknown method, a gradient of a method without an adjoint, or a budget too small
     for one checkpoint, `ValueError` for times that are not monotone and for a du/dt of another shape, `TypeError` for a
-    state that is not real floating-point tensors, `StepSizeError` where no step meets the tolerances, and
-    `ConvergenceError` where the equations of a step or of its adjoint are not solved.
+    state or a du/dt that is not real floating-point tensors, `StepSizeError` where no step meets the tolerances,
+    `ConvergenceError` where the equations of a step or of its adjoint are not solved, and `DisagreementError` where the
+    ranks make different calls.
     """
     settings = Settings(
         method,
