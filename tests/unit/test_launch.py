@@ -305,3 +305,55 @@ def test_a_night_runs_on_after_a_command_that_fails_and_says_so_at_the_end(tmp_p
         ("passed", "true 4"),
     ]
     assert done.stdout.endswith("1 of 3 commands failed, in 0 minutes\n")
+
+
+def parts_of(directory: Path, *arguments: str) -> tuple[int, list[str], str]:
+    """The exit code of test.sh, the programs that it would run, and what it prints at the end."""
+    programs = directory / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (directory / "launch").mkdir()
+    stand_in(directory / "launch", "bootstrap.sh", "exit 0")
+    for name, place in (("python", programs), ("ruff", programs), ("mypy", programs)):
+        stand_in(place, name, f'echo "{name} $*" >>"{directory}/ran"')
+    stand_in(directory / "launch", "mpirun.sh", f'echo "$*" >>"{directory}/ran"')
+    done = run_copy(directory, "test.sh", *arguments)
+    ran = sorted(line.strip() for line in (directory / "ran").read_text().splitlines())
+    return done.returncode, ran, done.stdout.rpartition("\n\n")[2]
+
+
+def test_the_tiers_run_what_they_say(tmp_path: Path) -> None:
+    lint = ["mypy", "ruff check .", "ruff format --check ."]
+    slurm = "python -m pytest -m cluster and not image tests/cluster"
+
+    def ran(name: str, *arguments: str) -> list[str]:
+        code, programs, said = parts_of(tmp_path / name, *arguments)
+        assert code == 0
+        verdicts = re.findall(r" passed in \d+ s \(\d+ s of processor time\)$", said, re.MULTILINE)
+        assert len(verdicts) == len(programs)
+        # The numbers of processes and of what is printed are of no interest.
+        short = [re.sub(r"-n \d+ --dist worksteal --processor-times 15", "...", program) for program in programs]
+        return [program for program in short if program not in lint or "--no-lint" in arguments]
+
+    two, alone = ran("quick", "--quick")
+    assert two.startswith("-n 2 python tests/mpi/run_rank.py --quick tests/mpi/test_adaptive.py ")
+    assert alone.startswith("python -m pytest --quick -m not cluster --with-mpi ... tests/unit/ode ")
+    several = [f"-n {ranks} python tests/mpi/run_rank.py --alternate-cases tests/mpi" for ranks in (3, 4)]
+    normal = ["-n 2 python tests/mpi/run_rank.py", *several, "python -m pytest -m not cluster --with-mpi ..."]
+    assert ran("normal") == sorted([*normal, slurm])
+    image = "python -m pytest -m cluster tests/cluster/test_image.py::test_two_ranks_in_it_check_the_gradient"
+    assert ran("image", "--image") == sorted([*normal, slurm, image])
+    assert ran("night", "--nightly") == sorted(
+        [
+            *(f"-n {ranks} python tests/mpi/run_rank.py --nightly" for ranks in (2, 3, 4)),
+            "python -m pytest --nightly -m not cluster --with-mpi ...",
+            "python -m pytest --nightly -m cluster and not image tests/cluster",
+            "python -m pytest --nightly -m cluster and image tests/cluster --all-tests-in-image",
+        ]
+    )
+    assert ran("some", "--no-lint", "--ranks", "2", "tests/mpi", "-k", "halo") == sorted(
+        [
+            "-n 2 python tests/mpi/run_rank.py tests/mpi -k halo",
+            "python -m pytest -m not mpi and not cluster ... tests/mpi -k halo",
+            "python -m pytest -m cluster tests/mpi -k halo",
+        ]
+    )
