@@ -245,11 +245,11 @@ def odeint(
     "ignore" goes on.
 
     `u0` is this rank's part of the initial state, a tensor or a tuple of tensors. `func` computes in its floating type
-    unless `compute_dtype` names another one, while steps, checkpoints and adjoints are in PETSc's scalar type. With `compute_dtype` the parameters
-    and buffers of modules, and tensors in `args`, are converted to it once for a solve, and keep their own type
-    otherwise: so do their gradients, which are summed over steps in PETSc's scalar type. `u0` may be on another
-    device: func then computes there. PETSc's vectors are there too if it is CUDA's, PETSc was built with CUDA and the
-    method is explicit; otherwise states are copied back and forth.
+    unless `compute_dtype` names another one, while steps, checkpoints and adjoints are in PETSc's scalar type. With
+    `compute_dtype` the parameters and buffers of modules, and tensors in `args`, are converted to it once for a solve,
+    and keep their own type otherwise: so do their gradients, which are summed over steps in PETSc's scalar type. `u0`
+    may be on another device: func then computes there. PETSc's vectors are there too if it is CUDA's, PETSc was built
+    with CUDA and the method is explicit; otherwise states are copied back and forth.
 
     `t` holds the output times, strictly increasing or strictly decreasing. Every interval between them is divided into
     `ceil(|dt| / step_size)` equal steps of `method`, one step if `step_size` is None. With `rtol` or `atol` (by default
