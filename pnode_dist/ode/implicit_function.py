@@ -54,6 +54,7 @@ class ImplicitFunction:
         self.keeps_values = False
         self.stage_handles: set[int] = set()
         self._slope_handle: int | None = None
+        self._solving = False
         self.times: dict[Place, float] = {}
         self._values: dict[tuple[Part, float], list[tuple[float, float]]] = {}
         self._kept: Mapping[Place, Stage] = {}
@@ -75,6 +76,7 @@ class ImplicitFunction:
         """Say that a step from `start` begins, `direction` being -1 when time decreases."""
         self.start, self.direction = start, direction
         self._slope_handle = None
+        self._solving = False
         self.times.clear()
         self._values.clear()
         self._kept = {}
@@ -129,6 +131,9 @@ class ImplicitFunction:
 
     def residual(self, ts: PETSc.TS, t: float, u: PETSc.Vec, udot: PETSc.Vec, f: PETSc.Vec) -> None:
         """IFunction: f = M udot - g(t, u)."""
+        if self.error is not None:
+            self._fail()
+            return
         try:
             if self.solves_for_slope and self._slope_handle is None:
                 self._slope_handle = u.handle
@@ -141,10 +146,19 @@ class ImplicitFunction:
             f.stateIncrease()
         except BaseException as error:
             self.error = error
-            raise
+            self._fail()
+
+    def _fail(self) -> None:
+        """Raise the error that is kept, or leave that to the solve for the slope.
+
+        PETSc looks for algebraic equations before that, and does not give back the Vecs it borrows if that fails.
+        """
+        if self.error is not None and (self._solving or not self.solves_for_slope):
+            raise self.error
 
     def initial_guess(self, snes: PETSc.SNES, x: PETSc.Vec) -> None:
         """Where a solve for the slope begins: at zero. PETSc would begin with what happened to be there before."""
+        self._solving = True
         if x.handle not in self.stage_handles:
             x.zeroEntries()
 

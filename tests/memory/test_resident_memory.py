@@ -15,8 +15,8 @@ PROGRAM = Path(__file__).with_name("resident_memory.py")
 FAMILIES = {
     "rk": ["rk4", "dopri5+adaptive", "rk4+raises"],
     "theta": ["cn", "cn+adaptive", "cn+raises"],
-    "arkimex": ["arkimex_3", "arkimex_3+adaptive"],
-    "dirk": ["dirk_es213sal", "dirk_es213sal+adaptive"],
+    "arkimex": ["arkimex_3", "arkimex_3+adaptive", "arkimex_3+raises"],
+    "dirk": ["dirk_es213sal", "dirk_es213sal+adaptive", "dirk_es213sal+raises"],
     "rosw": ["rosw_ra34pw2", "rosw_ra34pw2+adaptive"],
     "bdf": ["bdf"],
     "ssp": ["ssp_rks2", "ssp_rks2+raises"],
