@@ -13,7 +13,7 @@ The solve of tangents is a solve, so third and higher derivatives are the same o
 
 from __future__ import annotations
 
-import weakref
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -89,6 +89,14 @@ class Run:
     solve: Solve
     tensors: tuple[torch.Tensor, ...]
     numbers: tuple[int | None, ...]
+
+    def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Give the checkpoints of a graph back that is dropped without a backward pass.
+
+        weakref.finalize would hold the solve, and with it whatever f leads to: maybe this.
+        """
+        if not at_exit():
+            self.solve.abandon()
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether `tensors` are the same values, in the same memory."""
@@ -217,8 +225,6 @@ class Call:
 
     def _forward(self, run: Run) -> Parts:
         solve = run.solve
-        # Graphs that are dropped without a backward pass give their checkpoints back.
-        weakref.finalize(run, solve.abandon).atexit = False
         with _running(solve):
             outputs = solve.forward(run.tensors[: self.parts])
         if solve.surroundings is not None:

@@ -7,6 +7,7 @@ One pass of autograd takes the adjoint back over all of them. It computes what t
 from __future__ import annotations
 
 import time as clock
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,12 +158,13 @@ class _Watched(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, part: torch.Tensor) -> torch.Tensor:
-        ctx.problem = problem
+        # The graph may be held by what f leads to.
+        ctx.problem = weakref.ref(problem)
         return part.detach()
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        problem: Problem = ctx.problem
-        if not problem.reverses:
+        problem: Problem | None = ctx.problem()
+        if problem is not None and not problem.reverses:
             problem.differentiates = True
         return None, cotangents[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import secrets
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ class _Ticket(ctypes.c_int64):
     """A number in memory of its own, which a tensor shares."""
 
     held: Any
+    abandon: Callable[[], None]
+
+    def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not at_exit():
+            self.abandon()
 
 
 _tickets: weakref.WeakValueDictionary[int, _Ticket] = weakref.WeakValueDictionary()
@@ -33,9 +39,8 @@ def ticket_of(held: Any, abandon: Callable[[], None]) -> torch.Tensor:
     """A tensor to be saved, which leads to what is held: when its memory is freed, `abandon` is called."""
     # Drawn from so many that a hook that changes the number does not make it that of another trajectory.
     ticket = _Ticket(secrets.randbits(62))
-    ticket.held = held
+    ticket.held, ticket.abandon = held, abandon
     _tickets[ticket.value] = ticket
-    weakref.finalize(ticket, abandon).atexit = False
     return torch.frombuffer(ticket, dtype=torch.int64)
 
 

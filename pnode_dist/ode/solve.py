@@ -223,6 +223,7 @@ class Solve:
             outputs = stepper.current.take()
         else:
             stepper.current.release()
+        self._unbind()
         self.has_trajectory = self.keeps_trajectory
         if not self.keeps_trajectory:
             self.solver.done()
@@ -233,6 +234,12 @@ class Solve:
         stepper = self.solver.stepper
         stepper.bind(self.problem)
         stepper.fingerprints, stepper.fingerprint = self.guard is not None, None
+
+    def _unbind(self) -> None:
+        """Let the stepper hold the problem no longer: what f leads to may hold the stepper, through PETSc's objects."""
+        callbacks = self.solver.stepper.callbacks
+        if callbacks.problem is self.problem:
+            callbacks.problem = None
 
     def _forward_fixed(self, output: Callable[[int], None]) -> None:
         stepper, grid = self.solver.stepper, self.steps
@@ -505,6 +512,7 @@ class Solve:
         stepper.current.release()
         safe_points.after_solve(stepper.comm)
         adjoint, gradients = stepper.end_adjoint([parameter.shape for parameter in self.parameters])
+        self._unbind()
         self.solver.done()
         states = tuple(part.to(layout.device, layout.dtype) for part in adjoint)
         parameters = tuple(
@@ -533,6 +541,7 @@ class Solve:
     def abandon(self) -> None:
         """End a solve that raised, or whose graph was dropped. Not collective: other ranks may not come here."""
         self.release()
+        self._unbind()
         self.solver.abandon()
 
     def _count(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -115,8 +115,11 @@ class Solver:
     def __post_init__(self) -> None:
         self.objects = PetscObjects(self.stepper.comm)
         self.objects.add(self.stepper)
-        # A module that is dropped leaves the solvers that it kept.
-        weakref.finalize(self, self.objects.leave).atexit = False
+
+    def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Leave the PETSc objects of a solver that a module kept until it was dropped."""
+        if not at_exit() and hasattr(self, "objects"):
+            self.objects.leave()
 
     def open(self) -> None:
         """Make the stepper anew if it was destroyed, or ended with an error. Collective."""

@@ -1,4 +1,4 @@
-"""Loads batches by worker processes inside an MPI job: `data_loader_program.py START_METHOD`, on any number of ranks."""
+"""Loads batches by workers inside an MPI job: `data_loader_program.py START_METHOD`, on any number of ranks."""
 
 from __future__ import annotations
 
