@@ -22,22 +22,32 @@ class Destroyable(Protocol):
 
 
 class _Ranks:
-    """What this rank has left on a communicator: `made` counts the `PetscObjects` made on it, alike on all ranks."""
+    """What this rank has left on a communicator: `made` counts the `PetscObjects` made on it, alike on all ranks.
 
-    def __init__(self) -> None:
+    PETSc duplicates a communicator for its objects and frees the duplicate with the last of them. Ranks drop objects at
+    different times, and one of them would duplicate it anew alone. So one more reference is held. Making it is
+    collective.
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._held = PETSc.Comm(comm).duplicate()
         self.made = 0
         self.left: dict[int, PetscObjects] = {}
+
+    def release(self) -> None:
+        """Release the communicator, which is being freed."""
+        self._held.destroy()
 
 
 _key: list[int] = []
 
 
 def _of(comm: MPI.Comm) -> _Ranks:
-    """What belongs to `comm`, and goes when that is freed."""
+    """What belongs to `comm`, and goes when that is freed. Collective the first time."""
     if not _key:
-        _key.append(MPI.Comm.Create_keyval())
+        _key.append(MPI.Comm.Create_keyval(delete_fn=lambda _comm, _key, ranks: ranks.release()))
     known: Any = comm.Get_attr(_key[0])
-    ranks: _Ranks = _Ranks() if known is None else known
+    ranks: _Ranks = _Ranks(comm) if known is None else known
     if known is None:
         comm.Set_attr(_key[0], ranks)
     return ranks
