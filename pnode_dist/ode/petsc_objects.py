@@ -30,22 +30,20 @@ class _Ranks:
     """
 
     def __init__(self, comm: MPI.Comm) -> None:
-        self._held = PETSc.Comm(comm).duplicate()
+        self.held = PETSc.Comm(comm).duplicate()
         self.made = 0
         self.left: dict[int, PetscObjects] = {}
 
-    def release(self) -> None:
-        """Release the communicator, which is being freed."""
-        self._held.destroy()
-
 
 _key: list[int] = []
+_freed: list[PETSc.Comm] = []
+"""Duplicates of communicators that were freed. PETSc cannot give one up while MPI is freeing what it belongs to."""
 
 
 def _of(comm: MPI.Comm) -> _Ranks:
     """What belongs to `comm`, and goes when that is freed. Collective the first time."""
     if not _key:
-        _key.append(MPI.Comm.Create_keyval(delete_fn=lambda _comm, _key, ranks: ranks.release()))
+        _key.append(MPI.Comm.Create_keyval(delete_fn=lambda _comm, _key, ranks: _freed.append(ranks.held)))
     known: Any = comm.Get_attr(_key[0])
     ranks: _Ranks = _Ranks(comm) if known is None else known
     if known is None:
@@ -99,6 +97,8 @@ def destroy_left(comm: MPI.Comm) -> None:
     """
     if comm.size == 1:
         return
+    while _freed:
+        _freed.pop().destroy()
     left = _of(comm).left
     everywhere = set[int].intersection(*map(set, comm.allgather(tuple(left))))
     for number in sorted(everywhere):
