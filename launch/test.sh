@@ -73,7 +73,11 @@ core=(tests/unit/ode tests/unit/trajectory tests/unit/partition tests/unit/nn)
 core_at_ranks=(tests/mpi/test_{adaptive,conv,exchange,graph,implicit,linear,odeint,partition,sync,trajectory}.py)
 tiers=()
 [ "$tier" = normal ] || tiers=("--$tier")
-[ "$tier" != nightly ] || every_case=yes
+if [ "$tier" = nightly ]; then
+    every_case=yes
+    # How many impure right-hand sides tests/mpi/test_recomputation.py draws.
+    export PNODE_DIST_EXAMPLES=${PNODE_DIST_EXAMPLES:-500}
+fi
 
 launch/bootstrap.sh || exit 1
 # The MPI that .venv was built on, if it is not one of its own, is not beside python.
