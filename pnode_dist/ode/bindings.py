@@ -6,8 +6,9 @@ mode of a module. `installed` puts the values of the forward pass back for as lo
 
 Covered are parameters, buffers, submodules and attributes of modules; closure cells, defaults and globals of functions;
 partial arguments; attributes of plain objects; entries of dictionaries and lists; and everything that is reached
-through them. Not covered are values that are changed in place (arrays, tensors), class attributes, and variables of
-functions of other files: the comparison of recomputed steps finds those (see `pnode_dist.ode.guard`).
+through them. Not covered are values that are changed in place (arrays, tensors), class attributes, containers of more
+than 10,000 entries, and variables of functions of other files: the comparison of recomputed steps finds those (see
+`pnode_dist.ode.guard`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 from torch import nn
 
 _Space = dict[str, Any] | list[Any]
+_MOST_ENTRIES = 10_000
+"""Larger containers are data, not settings, and looking through them would take longer than a solve."""
 Changes = dict[tuple[int, Any], Any]
 """Values by the number of a namespace and a key of it; the numbers of cells are negative."""
 _VALUES = frozenset((str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, range, slice))
@@ -192,10 +195,12 @@ class _Walk:
             self.tensors.append(thing)
         elif isinstance(thing, nn.Module):
             self._module(thing)
-        elif isinstance(thing, (dict, list)):
-            self._space(thing)
+        elif isinstance(thing, dict | list):
+            if len(thing) <= _MOST_ENTRIES:
+                self._space(thing)
         elif isinstance(thing, tuple | set | frozenset):
-            self._pending.extend(thing)
+            if len(thing) <= _MOST_ENTRIES:
+                self._pending.extend(thing)
         elif isinstance(thing, functools.partial):
             self._pending.extend((thing.func, thing.args, thing.keywords))
         elif isinstance(thing, types.MethodType):

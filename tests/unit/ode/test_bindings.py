@@ -142,6 +142,13 @@ def test_libraries_objects_are_not_entered() -> None:
     assert [set(names or ()) for _, names, _ in captured.spaces] == [{"COEFFICIENT"}]
 
 
+def test_large_containers_are_not_looked_through() -> None:
+    module = Scaled()
+    module.data = list(range(20_000))  # type: ignore[assignment]
+    captured = bindings_of(module)
+    assert not any(space is module.data for space, _, _ in captured.spaces)
+
+
 def test_tensors_are_listed_once() -> None:
     norm = nn.BatchNorm1d(3)
     constant = torch.ones(2)
