@@ -270,6 +270,10 @@ class Mesh:
         """
         if not self._closed:
             self._release(free=True)
+            if "petsc4py.PETSc" in sys.modules:
+                from pnode_dist.ode import petsc_objects
+
+                petsc_objects.give_back(self.state_comm)
             self.state_comm.Free()
             self._remove_abort()
 

@@ -3,6 +3,10 @@
 Destruction is collective and Python's collector is not. petsc4py puts an object on a list when Python drops it, and
 PETSc destroys what is on the lists of all ranks. It loses whatever is dropped during that, such as the Vecs that only
 the callbacks of a TS hold. So a solver's objects are destroyed one by one, in the same order on all ranks.
+
+PETSc communicates on a duplicate of a communicator, which goes with the last object on it: on one rank, while another
+still has an object that waits to be destroyed. The next object would then be made on a new duplicate here and on the
+old one there, for ever. So the duplicate is held from the first solver on.
 """
 
 from __future__ import annotations
@@ -22,24 +26,32 @@ class Destroyable(Protocol):
 
 
 class _Ranks:
-    """What this rank has left on a communicator: `made` counts the `PetscObjects` made on it, alike on all ranks."""
+    """What this rank has left on a communicator: `made` counts the `PetscObjects` made on it, alike on all ranks.
 
-    def __init__(self) -> None:
+    `duplicate` is PETSc's of the communicator. Making this is collective.
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
         self.made = 0
+        self.duplicate = PETSc.Comm(comm).duplicate()
         self.left: dict[int, PetscObjects] = {}
 
 
 _key: list[int] = []
+# Not held by the communicators themselves: PETSc's duplicate cannot be given back while its original is being freed.
+_held: dict[int, _Ranks] = {}
 
 
 def _of(comm: MPI.Comm) -> _Ranks:
-    """What belongs to `comm`, and goes when that is freed."""
+    """What belongs to `comm`. Collective on `comm`, as everything here that is not said to be otherwise."""
     if not _key:
         _key.append(MPI.Comm.Create_keyval())
     known: Any = comm.Get_attr(_key[0])
-    ranks: _Ranks = _Ranks() if known is None else known
-    if known is None:
-        comm.Set_attr(_key[0], ranks)
+    if known is not None:
+        return _held[known]
+    ranks = _Ranks(comm)
+    _held[id(ranks)] = ranks
+    comm.Set_attr(_key[0], id(ranks))
     return ranks
 
 
@@ -94,3 +106,12 @@ def destroy_left(comm: MPI.Comm) -> None:
     for number in sorted(everywhere):
         left[number].destroy()
     PETSc.garbage_cleanup(comm)
+
+
+def give_back(comm: MPI.Comm) -> None:
+    """Destroy what all ranks have left, and give the duplicate back before `comm` is freed. Collective on `comm`."""
+    known: Any = comm.Get_attr(_key[0]) if _key else None
+    if known is not None:
+        destroy_left(comm)
+        comm.Delete_attr(_key[0])
+        _held.pop(known).duplicate.destroy()
