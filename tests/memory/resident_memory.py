@@ -18,6 +18,7 @@ from mpi4py import MPI
 
 from pnode_dist import DensePartition, odeint
 from pnode_dist.ode.methods import METHODS
+from pnode_dist.ode.petsc_objects import destroy_left
 
 WARM_UP, MIB = 100, 2**20
 D = torch.float64
@@ -28,11 +29,13 @@ class RefusedError(Exception):
 
 
 def resident() -> float:
-    """The resident memory of this process in MiB.
+    """The resident memory of this process in MiB. Collective.
 
-    Without what only waits for Python's collector, and without pages that the C library keeps though they are free.
+    Without what only waits for Python's collector or for the other ranks' consent, and without pages that the C library
+    keeps though they are free.
     """
     gc.collect()
+    destroy_left(MPI.COMM_WORLD)
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / MIB
 
@@ -55,8 +58,11 @@ def growth(case: str, calls: int, entries: int) -> float:
         return -rate * u
 
     control: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-2} if kind == "adaptive" else {"step_size": 0.5}
-    after_warm_up = 0.0
+    # Measured between two calls, each time after a call of the same kind.
+    warm_up, after_warm_up = WARM_UP + (calls - WARM_UP) % 3, 0.0
     for call in range(calls):
+        if call == warm_up:
+            after_warm_up = resident()
         seen = 0
         with torch.set_grad_enabled(differentiable and call % 3 < 2):
             try:
@@ -64,9 +70,6 @@ def growth(case: str, calls: int, entries: int) -> float:
                 assert kind != "raises"
             except RefusedError:
                 continue
-            finally:
-                if call == WARM_UP - 1:
-                    after_warm_up = resident()
             if differentiable and call % 3 == 0:
                 solution.sum().backward()  # type: ignore[no-untyped-call]
             del solution
