@@ -90,4 +90,4 @@ def test_the_processor_time_of_a_test_counts_its_processes_and_not_how_long_it_w
     )
     _, said = run(tmp_path, "--processor-times", "5", "test_cost.py")
     costs = {test: float(cost) for cost, test in re.findall(r"^ *([\d.]+) s test_cost.py::(\w+)$", said, re.MULTILINE)}
-    assert costs["test_works"] >= 1 > costs["test_waits"]
+    assert costs["test_works"] >= 0.9 > costs["test_waits"]
