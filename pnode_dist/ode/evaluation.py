@@ -159,8 +159,14 @@ class Problem:
             self.needs_graph = inner_derivatives.note(self.func, False)
         if self.watched:
             self.check(outputs, inputs)
-        inner_derivatives.unmark(inputs)
-        return tuple(value.detach() if value.requires_grad else value for value in outputs)
+        # Loops without a call: this is done at every stage.
+        for part in inputs:
+            if part.requires_grad:
+                inner_derivatives.unmark(inputs)
+        for value in outputs:
+            if value.requires_grad:
+                return tuple(value.detach() for value in outputs)
+        return outputs
 
     def _value_of_graph(self, func: Function, layout: StateLayout, time: float, inputs: Parts) -> Parts:
         """An evaluation of a func that differentiates inside, whose graph is dropped. Collective if `func` is."""
