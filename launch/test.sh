@@ -1,38 +1,79 @@
 #!/usr/bin/env bash
-# Checks the code (ruff, mypy) and runs the tests: the serial ones once, those marked mpi at 1, 2, 3 and 4 ranks, and those
-# marked cluster in clusters and containers of their own, where root and apt are there. What one rank runs, the serial
-# tests and the others at 1 rank, is shared by a process for each of up to 4 cores; beside them, because they wait for
-# most of their time, are the checks and the cluster tests, those that need the image apart from the others, unless
-# arguments for pytest select tests. Of a test with several cases 3 and 4 ranks take turns: every case runs at 1, 2 and
-# one of them. With --every-case, or arguments for pytest, all of them do.
+# Checks the code and runs the tests, in one of three tiers:
 #
-#   launch/test.sh [--ranks "1 2"] [--no-lint] [--every-case] [PYTEST ARGUMENT...]
+#   launch/test.sh --quick    at each edit, about 2 minutes: ruff, mypy, and the core (steps and their adjoints, checkpoints,
+#                             partitions and exchanges) at 1 rank and at 2, of each test up to 3 cases
+#   launch/test.sh            before a change is handed in, at most 12 minutes on two cores: ruff, mypy, and all tests but
+#                             those marked nightly, at 1, 2, 3 and 4 ranks and on a Slurm of two nodes
+#   launch/test.sh --nightly  everything: every case at every number of ranks, long tests, and the image, in which the tests
+#                             run as well
+#
+#   launch/test.sh [--quick | --nightly] [--ranks "1 2"] [--no-lint] [--every-case] [--image] [[--] PYTEST ARGUMENT...]
 #   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
+#
+# --ranks NUMBERS  the numbers of ranks that tests marked mpi run at
+# --no-lint        without ruff and mypy
+# --every-case     Of a test with several cases 3 and 4 ranks take turns: every case runs at 1, 2 and one of them. With
+#                  this, and with arguments for pytest, all of them run at all of these
+# --image          also build the image of docker/Dockerfile, and check a gradient in it
+# Arguments for pytest begin with a path, or stand after --; they select tests in place of the tier's parts. Tests that are
+# left out are counted at the end of each part.
+#
+# The serial tests and those marked mpi at 1 rank are shared by a process for each of up to 4 cores. Beside them, because
+# they wait for most of their time, are the checks and the tests marked cluster, in clusters and containers of their own
+# where root and apt are there, those that need the image apart from the others.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
-rank_counts="1 2 3 4" lint=yes every_case=no
+
+fail() {
+    printf 'test.sh: %s\n' "$*" >&2
+    exit 2
+}
+
+tier=normal rank_counts="" lint=yes every_case=no image=no
 while [ $# -gt 0 ]; do
     case $1 in
+        -h | --help)
+            sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+        --quick | --nightly)
+            [ "$tier" = normal ] || fail "$1: give --quick or --nightly, once"
+            tier=${1#--}
+            ;;
         --ranks)
-            rank_counts=${2:?test.sh: --ranks needs numbers, such as "1 2"}
-            shift 2
-            ;;
-        --every-case)
-            every_case=yes
+            rank_counts=${2-}
+            [[ $rank_counts =~ ^\ *[1-9][0-9]*(\ +[1-9][0-9]*)*\ *$ ]] ||
+                fail "--ranks '${2-}': must be numbers of ranks, such as --ranks \"1 2\""
             shift
             ;;
-        --no-lint)
-            lint=no
+        --every-case) every_case=yes ;;
+        --no-lint) lint=no ;;
+        --image) image=yes ;;
+        --)
             shift
+            break
             ;;
+        -*) fail "unknown option '$1' (known: --quick, --nightly, --ranks, --no-lint, --every-case, --image, --help; \
+pytest's own come after a path or after --)" ;;
         *) break ;;
     esac
+    shift
 done
 
 selection=no
 [ $# -eq 0 ] || selection=yes
+if [ -z "$rank_counts" ]; then
+    if [ "$tier" = quick ]; then rank_counts="1 2"; else rank_counts="1 2 3 4"; fi
+fi
+# What the quick tier runs.
+core=(tests/unit/ode tests/unit/trajectory tests/unit/partition tests/unit/nn)
+core_at_ranks=(tests/mpi/test_{adaptive,conv,exchange,graph,implicit,linear,odeint,partition,sync,trajectory}.py)
+tiers=()
+[ "$tier" = normal ] || tiers=("--$tier")
+[ "$tier" != nightly ] || every_case=yes
 
 launch/bootstrap.sh || exit 1
 # The MPI that .venv was built on, if it is not one of its own, is not beside python.
@@ -42,6 +83,9 @@ export PATH=$root/.venv/bin:$PATH
 unset PYTHONDONTWRITEBYTECODE
 # Ranks that wait leave the cores to what else is at work (MPICH's): in whatever runs beside other parts.
 sharing=(env "MPIR_CVAR_ENABLE_HEAVY_YIELD=${MPIR_CVAR_ENABLE_HEAVY_YIELD:-1}")
+# A part that takes longer hangs.
+limit=3600
+[ "$tier" != nightly ] || limit=28800
 summary=() failed=no tested=no
 declare -A beside=()
 no_tests=5 # pytest's exit code
@@ -55,9 +99,20 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+# Sets `spent` to the seconds of processor time of all processes that this shell has waited for.
+spent=0
+count_processor_time() {
+    local user system
+    times >"$others/times.$BASHPID"
+    { read -r && read -r user system; } <"$others/times.$BASHPID"
+    spent=$(awk -F '[ms ]+' '{printf "%d", 60 * ($1 + $3) + $2 + $4}' <<<"$user $system")
+}
+
 part() {
-    local name=$1 started=$SECONDS outcome=passed status=0
+    local name=$1 started=$SECONDS outcome=passed status=0 before
     shift
+    count_processor_time
+    before=$spent
     printf '\n== %s\n' "$name"
     "$@" || status=$?
     # A selection of tests may well leave nothing for one of the parts.
@@ -68,7 +123,9 @@ part() {
         [ "$status" != 124 ] || outcome="FAILED (timed out)"
     fi
     if [[ $name == *tests* ]] && [ "$status" != "$no_tests" ]; then tested=yes; fi
-    summary+=("$(printf '%-44s %s in %d s' "$name" "$outcome" $((SECONDS - started)))")
+    count_processor_time
+    summary+=("$(printf '%-44s %s in %d s (%d s of processor time)' \
+        "$name" "$outcome" $((SECONDS - started)) $((spent - before)))")
 }
 
 # Every rank runs its own pytest. Rank 0 speaks; another rank's output is shown when that rank failed.
@@ -77,7 +134,7 @@ mpi_tests() {
     shift
     rm -rf "${logs:?}"/*
     export PNODE_DIST_TEST_LOGS=$logs
-    timeout --foreground --kill-after 10 1500 launch/mpirun.sh -n "$ranks" python tests/mpi/run_rank.py "$@"
+    timeout --foreground --kill-after 10 "$limit" launch/mpirun.sh -n "$ranks" python tests/mpi/run_rank.py "${tiers[@]}" "$@"
     status=$?
     if [ "$status" -ne 0 ] && [ "$status" -ne "$no_tests" ]; then
         for log in "$logs"/rank*.log; do
@@ -100,7 +157,8 @@ checks() {
 cluster_tests() {
     local name=$1 marks=$2
     shift 2
-    part "$name" "${sharing[@]}" timeout --foreground --kill-after 10 3000 python -m pytest -m "$marks" "$@"
+    part "$name" "${sharing[@]}" timeout --foreground --kill-after 10 "$limit" \
+        python -m pytest "${tiers[@]}" -m "$marks" "$@"
 }
 
 # Runs a function in the background, in a process group of its own; `join` shows what it said and takes over its verdict.
@@ -122,19 +180,32 @@ join() {
     mapfile -t -O ${#summary[@]} summary <"$others/$1.summary"
 }
 
-image_tests() { cluster_tests "cluster tests of the image" "cluster and image" tests/cluster; }
+image_tests() { cluster_tests "cluster tests of the image" "cluster and image" tests/cluster --all-tests-in-image; }
+
+one_image_test() {
+    cluster_tests "cluster tests, one of the image" cluster \
+        tests/cluster/test_image.py::test_two_ranks_in_it_check_the_gradient
+}
 
 checks_and_slurm_tests() {
     checks
     cluster_tests "cluster tests of Slurm" "cluster and not image" tests/cluster
 }
 
-if [ "$selection" = no ]; then
-    fork image_tests
-    fork checks_and_slurm_tests
-else
+# What runs beside the serial tests, and which tests those are.
+forks=() serial=("$@") at_ranks=("$@")
+if [ "$selection" = yes ]; then
     checks
+elif [ "$tier" = quick ]; then
+    forks=(checks)
+    serial=("${core[@]}" "${core_at_ranks[@]}") at_ranks=("${core_at_ranks[@]}")
+elif [ "$tier" = normal ]; then
+    forks=(checks_and_slurm_tests)
+else
+    forks=(checks_and_slurm_tests image_tests)
 fi
+if [ "$image" = yes ] && [ "$tier" != nightly ]; then forks+=(one_image_test); fi
+for name in "${forks[@]}"; do fork "$name"; done
 # nproc would take OMP_NUM_THREADS for the number of cores.
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 # A process that no launcher started is the only rank of a job of its own.
@@ -146,16 +217,13 @@ for ranks in $rank_counts; do
         several+=" $ranks"
     fi
 done
-part "$alone_name" "${sharing[@]}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foreground --kill-after 10 2400 \
-    python -m pytest "${alone[@]}" --timeout 300 -n $((cores < 4 ? cores : 4)) --dist worksteal \
-    --durations 15 --durations-min 5 "$@"
-if [ "$selection" = no ]; then
-    join checks_and_slurm_tests
-    join image_tests
-fi
+part "$alone_name" "${sharing[@]}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" timeout --foreground --kill-after 10 "$limit" \
+    python -m pytest "${tiers[@]}" "${alone[@]}" -n $((cores < 4 ? cores : 4)) --dist worksteal \
+    --processor-times 15 "${serial[@]}"
+for name in "${forks[@]}"; do join "$name"; done
 for ranks in $several; do
     if [ "$ranks" -lt 3 ] || [ "$every_case$selection" != nono ]; then
-        part "mpi tests at $ranks ranks" mpi_tests "$ranks" "$@"
+        part "mpi tests at $ranks ranks" mpi_tests "$ranks" "${at_ranks[@]}"
     else
         part "mpi tests at $ranks ranks, alternate cases" mpi_tests "$ranks" --alternate-cases tests/mpi
     fi

@@ -270,22 +270,19 @@ class Mesh:
         """
         if not self._closed:
             self._release(free=True)
-            if "petsc4py.PETSc" in sys.modules:
-                from pnode_dist.ode import petsc_objects
-
-                petsc_objects.give_back(self.state_comm)
             self.state_comm.Free()
             self._remove_abort()
 
     def _release(self, free: bool) -> None:
         """Leave torch.distributed; with `free` also free the groups' communicators, which takes all ranks."""
         self._closed = True
-        agreement.of(self.state_comm).leave()
+        if free:
+            # A rank that raised an error is about to end the others, with a message that theirs would be in front of.
+            agreement.of(self.state_comm).leave()
         for group in (self.data_group, self.state_group, self.world_group):
-            if isinstance(group, mpi_backend.MPIProcessGroup):
+            if free and isinstance(group, mpi_backend.MPIProcessGroup):
                 group.leave()
-                if free:
-                    group.free()
+                group.free()
             dist.destroy_process_group(group)
         _torch_distributed.release(free)
 

@@ -10,11 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from pnode_dist import Mesh
 from pnode_dist.train.snapshot_files import Background
+from tests.tiers import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 ROOT = Path(__file__).parents[1]
+# A deadline is there to turn a hang into a failure, however slow the machine is.
+PATIENCE = 300.0
+# Nor does a slow machine fail a property.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 _STARTED = Background.start
 
 
@@ -58,9 +73,11 @@ def every_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def mpirun(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a program on several ranks through launch/mpirun.sh: `mpirun(2, "python", "script.py", timeout=60)`."""
+    """Run a program on several ranks through launch/mpirun.sh: `mpirun(2, "python", "script.py")`."""
 
-    def run(ranks: int, *command: str, timeout: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        ranks: int, *command: str, timeout: float = PATIENCE, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(ROOT / "launch" / "mpirun.sh"), "-n", str(ranks), *command],
             cwd=tmp_path,

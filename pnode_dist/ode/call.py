@@ -21,10 +21,12 @@ from typing import Any, Protocol
 
 import torch
 
+from pnode_dist.ode.batched import Batched
 from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import Parts
 from pnode_dist.ode.one_at_a_time import one_at_a_time
+from pnode_dist.ode.parameters import Parameters
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver_key import check_unchanged
 from pnode_dist.ode.surroundings import Surroundings, uncached_casts
@@ -52,25 +54,32 @@ class Prepare(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for: a right-hand side with its arguments, `parameters` as they are found in it, and settings.
+    """What was asked for: a right-hand side with its arguments, its parameters as they were `found`, and settings.
 
     A state has `parts` parts, and is a tuple of them for the right-hand side if `is_tuple`. `by_times`: the times are
     an input too. `surroundings` and `carried` are what f sees besides its arguments, None and nothing where no
     derivative will be asked for. `transformed`: torch's transforms are under way, and parameters may depend on one
-    another.
+    another. `folds`: a batch of states may be solved as one state; `last_only`: so are their last states returned.
     """
 
     func: Function
     args: tuple[Any, ...]
     parts: int
     is_tuple: bool
-    parameters: tuple[torch.Tensor, ...]
+    found: Parameters
     by_times: bool
     ranks: int
     prepare: Prepare
     surroundings: Surroundings | None
     carried: Carried
     transformed: bool = False
+    folds: bool = False
+    last_only: bool = False
+
+    @property
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that f is differentiated by."""
+        return self.found.tensors
 
 
 @dataclass
@@ -103,6 +112,7 @@ class Call:
     without tangents is held. `keeps`: its trajectory is kept for a gradient, `by_directions` also with respect to the
     tangents of parameters. `ready` is a solve that was prepared for the first run. `repeats`: f is to find what it
     found in the forward pass of the solve that was asked for, and to leave no trace. `drew`: it drew random numbers.
+    `last` is what was run last; of a batch that are `members`, or one call that is the `whole`.
     """
 
     asked: Asked
@@ -115,6 +125,7 @@ class Call:
     drew: bool = False
     last: Run | None = field(default=None, repr=False)
     members: list[Call] = field(default_factory=list, repr=False)
+    whole: Call | None = field(default=None, repr=False)
 
     @property
     def parts(self) -> int:
@@ -134,7 +145,16 @@ class Call:
     def again(self) -> Call:
         """The same for other values of its tensors."""
         first = None if self.first is None else self.first.again()
-        return replace(self, ready=None, repeats=True, last=None, members=[], first=first)
+        return replace(self, ready=None, repeats=True, last=None, members=[], whole=None, first=first)
+
+    def of_batch(self) -> Call:
+        """The same for a batch of states, as one state with an axis more."""
+        call = self.again()
+        func = call.asked.func
+        call.asked = replace(call.asked, func=Batched(func))
+        if call.first is not None:
+            call.first.asked = call.asked
+        return call
 
     def tangent(self, numbers: tuple[int, ...], keeps: bool, by_directions: bool) -> Call:
         """The solve of tangents, along directions of the parameters with these numbers."""
@@ -142,10 +162,10 @@ class Call:
         return Call(self.asked, keeps, (*self.directions, numbers), by_directions, first, repeats=True)
 
     def latest(self) -> Solve:
-        """The solve that was run last, in a batch that of its last member."""
+        """The solve that was run last, in a batch that of all members or of the last one."""
         call = self
         while call.last is None:
-            call = call.members[-1]
+            call = call.whole or call.members[-1]
         return call.last.solve
 
     def run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:
@@ -181,6 +201,9 @@ class Call:
 
         `same`: the last run is known to have been one of these values.
         """
+        if self.last is not None:
+            # Before the solve is run again, which would be with what they are now.
+            check_unchanged(self.last.solve.solver.contents)
         if self.last is None or not self.last.solve.keeps_trajectory or not (same or self.last.is_of(tensors)):
             self.keeps = self.repeats = True
             self.run(tensors)
@@ -189,17 +212,14 @@ class Call:
         with one_at_a_time(lambda: run.solve.solver.stepper.stepping):
             if run.solve.agreed is not None:
                 run.solve.agreed.begin_backward(not run.solve.has_trajectory)
-            check_unchanged(run.solve.solver.contents)
-            return self._reverse(run, cotangents, tensors)
+            return self._reverse(run, cotangents)
 
-    def _reverse(
-        self, run: Run, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...]
-    ) -> Products:
+    def _reverse(self, run: Run, cotangents: Sequence[torch.Tensor | None]) -> Products:
         with _running(run.solve, backward=True):
             if not run.solve.has_trajectory:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 run.solve.carried.restart()
-                run.solve.forward(tensors[: self.parts])
+                run.solve.forward(run.tensors[: self.parts])
             states, found, times = run.solve.backward(cotangents)
         return (*states, *(None if number is None else found[number] for number in run.numbers), *times)
 
@@ -234,7 +254,9 @@ class Call:
         func, is_tuple, known = self.asked.func, self.asked.is_tuple, len(self.asked.parameters)
         for numbers in self.directions:
             along = values[known : known + len(numbers)]
-            func = with_tangent(func, is_tuple, dict(zip((values[number] for number in numbers), along, strict=True)))
+            every = [value for value in values[:known] if value.requires_grad]
+            direction = dict(zip((values[number] for number in numbers), along, strict=True))
+            func = with_tangent(func, is_tuple, direction, replace(self.asked.found, tensors=tuple(every)))
             is_tuple, known = True, known + len(numbers)
         return func
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -88,7 +89,11 @@ def _spread_from(row: Sequence[PartShape], axis: int) -> bool:
 
 def state_shape(shapes: Sequence[tuple[int, ...]], partition: Partition) -> StateShape:
     """The shapes of a state whose last axes are spread as `partition` says, where they are."""
-    owned = tuple(partition.local_shape)
+    return _state_shape(tuple(shapes), tuple(partition.local_shape))
+
+
+@lru_cache(maxsize=64)
+def _state_shape(shapes: tuple[tuple[int, ...], ...], owned: tuple[int, ...]) -> StateShape:
     parts = []
     for shape in shapes:
         first = len(shape) - len(owned)

@@ -78,7 +78,7 @@ class Carried:
         known: KnownTensors | None = None,
     ) -> None:
         self._bindings, self._known = bindings, known or KnownTensors()
-        self._generators = _generators(device) if random else []
+        self._generators = generators(device) if random else []
         copies = [
             (tensor, copy)
             for tensor, is_buffer in tensors
@@ -206,7 +206,7 @@ NOTHING_CARRIED = Carried(Bindings((), (), (), frozenset()), random=False)
 NOTHING_CARRIED.settle()
 
 
-def _generators(device: torch.device | None) -> list[tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], Any]]]:
+def generators(device: torch.device | None) -> list[tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], Any]]]:
     """How the states of torch's generators are had and set."""
     found: list[tuple[Any, Any]] = [(torch.get_rng_state, torch.set_rng_state)]
     if device is not None and device.type not in ("cpu", "meta"):

@@ -64,6 +64,7 @@ def consistent(
         u0 if layout.is_tuple else parts[0],
         [0.0, 1.0],
         method="beuler",
+        step_size=1.0,
         mass=differential if layout.is_tuple else differential[0],
         partition=partition,
         args=args,

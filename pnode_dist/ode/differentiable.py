@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class _Solution(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         """The gradient: by itself where nothing can be asked of it, else as a node of the graph."""
         call, tensors = ctx.call, _saved(ctx)
-        if torch.is_grad_enabled() or transforming() or older_batching():
+        if torch.is_grad_enabled() or transforming() or older_batching() or call.last is None:
             return None, *_each(call, lambda given: gradient(call, given, tensors), cotangents)
         return None, *call.reverse(cotangents, tensors, same=True)
 
@@ -56,8 +57,12 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *tensors: torch.Tensor) -> Any:
-        """The states of each member of the batch."""
+        """The states of each member of the batch: all in one solve where that is exact, else one after the other."""
         _refuse_ranks(call)
+        if call.asked.folds and _is_batch_of_states(call, in_dims[1:], tensors):
+            # An operation of f may have no form for batches.
+            with suppress(Exception):
+                return _folded(info.batch_size, in_dims[1:], call, tensors)
         call.members = [call.again() for _ in range(info.batch_size)]
         found = [solution(member, _member(tensors, in_dims[1:], number)) for number, member in enumerate(call.members)]
         _refuse_draws(info, call.members)
@@ -279,6 +284,26 @@ def _member(tensors: Sequence[Any], dims: Sequence[int | None], number: int) -> 
 def _of_its_own(value: torch.Tensor, taken: set[int]) -> torch.Tensor:
     """`value`, copied if it shares memory with an input: a node of the graph must not return one in another form."""
     return value.clone() if value.untyped_storage().data_ptr() in taken else value
+
+
+def _is_batch_of_states(call: Call, dims: Sequence[int | None], tensors: Tensors) -> bool:
+    """Whether nothing but states differs among the members of a batch, and no inner transform asks for gradients.
+
+    Those by parameters are each member's own, and take a solve for each.
+    """
+    is_ours = not call.keeps or any(map(requires_gradient, tensors))
+    return is_ours and all(dim is None for dim in dims[call.parts :])
+
+
+def _folded(size: int, dims: Sequence[int | None], call: Call, tensors: Tensors) -> tuple[Parts, tuple[int, ...]]:
+    states = (
+        part.expand(size, *part.shape) if dim is None else part.movedim(dim, 0)
+        for part, dim in zip(tensors[: call.parts], dims, strict=False)
+    )
+    whole = call.of_batch()
+    outputs = solution(whole, (*(part.contiguous() for part in states), *tensors[call.parts :]))
+    call.whole = whole
+    return outputs, (0 if call.asked.last_only else 1,) * len(outputs)
 
 
 def _refuse_draws(info: Any, members: Sequence[Call]) -> None:

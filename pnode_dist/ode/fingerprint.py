@@ -7,7 +7,7 @@ much two results differ; unlike a plain sum or a norm it changes where only cons
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -16,35 +16,52 @@ _ROW = 4096
 _GOLDEN = 0.6180339887498949
 
 
+_OF_HOST: dict[int, torch.Tensor] = {}
+
+
 @lru_cache(maxsize=64)
-def _weights(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _weights(count: int, device: torch.device) -> torch.Tensor:
     """The weights of `count` entries: 1/2 plus the fractional parts of multiples of the golden ratio."""
     numbers = torch.arange(1, count + 1, dtype=torch.float64)
-    return (0.5 + (numbers * _GOLDEN).frac()).to(device, dtype)
+    return (0.5 + (numbers * _GOLDEN).frac()).to(device)
 
 
 def _flat(part: torch.Tensor) -> torch.Tensor:
-    flat = part.detach().reshape(-1)
-    return flat if flat.dtype is torch.float64 else flat.double()
+    """The entries in a row, in double precision. What need not be done is not: it takes as long as a small stage."""
+    if part.requires_grad:
+        part = part.detach()
+    if part.dtype is not torch.float64:
+        part = part.double()
+    return part if part.dim() == 1 else part.reshape(-1)
 
 
 def _weighted_sum(flat: torch.Tensor) -> torch.Tensor:
     count = flat.numel()
     if count <= _ROW:
-        return flat.dot(_weights(count, flat.dtype, flat.device))
+        return flat.dot(_weights(count, flat.device))
     rows = count // _ROW
-    total = _weighted_sum(torch.mv(flat[: rows * _ROW].view(rows, _ROW), _weights(_ROW, flat.dtype, flat.device)))
+    total = _weighted_sum(torch.mv(flat[: rows * _ROW].view(rows, _ROW), _weights(_ROW, flat.device)))
     rest = flat[rows * _ROW :]
-    return total + rest.dot(_weights(rest.numel(), flat.dtype, flat.device))
+    return total + rest.dot(_weights(rest.numel(), flat.device))
 
 
-def fingerprint(parts: Iterable[torch.Tensor]) -> float:
+def _of_part(part: torch.Tensor) -> float:
+    flat = _flat(part)
+    count = flat.numel()
+    if count > _ROW or not flat.is_cpu:
+        return float(_weighted_sum(flat).item())
+    weights = _OF_HOST.get(count)
+    if weights is None:
+        weights = _OF_HOST[count] = _weights(count, flat.device).clone()
+    return float(flat.dot(weights).item())
+
+
+def fingerprint(parts: Sequence[torch.Tensor]) -> float:
     """The fingerprint of some tensors together. On a device this waits for them."""
-    total = 0.0
-    for number, part in enumerate(parts):
-        # Parts that change places are told apart.
-        total += (1.0 + 0.25 * number) * _weighted_sum(_flat(part)).item()
-    return total
+    if len(parts) == 1:
+        return _of_part(parts[0])
+    # Parts that change places are told apart.
+    return sum((1.0 + 0.25 * number) * _of_part(part) for number, part in enumerate(parts))
 
 
 def magnitude(parts: Iterable[torch.Tensor]) -> float:

@@ -104,7 +104,7 @@ class ImplicitStepper(Stepper):
         self._linear = linear is not None
         self._built_for: tuple[float, float] | None = None
         self._has_parameters = sum(parameter_sizes) > 0
-        self.defaults = self._defaults()
+        self.defaults = self._defaults(options)
         self._options = {**self.defaults, **options}
         self._ts = self._active = self.create_ts()
         # None once all have been read.
@@ -159,7 +159,7 @@ class ImplicitStepper(Stepper):
 
     # Set-up
 
-    def _defaults(self) -> dict[str, Any]:
+    def _defaults(self, options: PetscOptions) -> dict[str, Any]:
         """What holds where neither the caller's options nor those on the command line say anything."""
         rtol, stol = _newton_tolerances(self.layout.compute_dtype)
         defaults: dict[str, Any] = {"snes_rtol": rtol, "snes_stol": stol, "ksp_type": "gmres"}
@@ -170,8 +170,10 @@ class ImplicitStepper(Stepper):
         if self._linear:
             defaults |= {"snes_type": "ksponly", "ksp_rtol": rtol}
             if self.current.vec.getSize() <= _DIRECTLY_SOLVED and isinstance(self.built, BuiltMatrix):
-                alone = self.comm.size == 1
-                defaults |= {"ksp_type": "preonly", "pc_type": "lu" if alone else "redundant"}
+                defaults["pc_type"] = "lu" if self.comm.size == 1 else "redundant"
+                # Whoever has a say in the iteration is to have one.
+                if not any(name.removeprefix("-").startswith("ksp_") for name in options):
+                    defaults["ksp_type"] = "preonly"
         given = PETSc.Options()
         return {name: value for name, value in defaults.items() if not given.hasName(name)}
 

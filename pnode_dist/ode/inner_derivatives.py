@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from pnode_dist.ode.carried import generators
+
 Parts = tuple[torch.Tensor, ...]
 _MESSAGES = (
     "does not require grad and does not have a grad_fn",
@@ -44,13 +46,11 @@ def lacks_graph(error: RuntimeError) -> bool:
 
 def random_states(device: torch.device) -> Callable[[], None]:
     """What puts the random generators back to where they are now: an evaluation that is repeated draws the same."""
-    host = torch.get_rng_state()
-    there = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    before = [(put, get()) for get, put in generators(device)]
 
     def restore() -> None:
-        torch.set_rng_state(host)
-        if there is not None:
-            torch.get_device_module(device).set_rng_state(there, device)
+        for put, state in before:
+            put(state)
 
     return restore
 

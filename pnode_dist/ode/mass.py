@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -38,6 +39,13 @@ class MassMatrix(Protocol):
         ...
 
 
+def copy_of_tensors(mass: Mass | None) -> Mass | None:
+    """`mass` with copies of its tensors; Mats are as they were given."""
+    if isinstance(mass, tuple | list):
+        return type(mass)(map(copy_of_tensors, mass))
+    return mass if mass is None or isinstance(mass, PETSc.Mat) else torch.as_tensor(mass).detach().clone()
+
+
 def mass_matrix(mass: Mass | None, layout: StateLayout) -> MassMatrix | None:
     """The mass matrix of a state with this layout on this rank, None for the identity.
 
@@ -53,6 +61,12 @@ def mass_matrix(mass: Mass | None, layout: StateLayout) -> MassMatrix | None:
                 f"mass: a Mat with {mass.getLocalSize()} local rows and columns for {layout.size} entries on this rank"
             )
         return AssembledMass(mass)
+    if isinstance(mass, tuple) and mass and all(isinstance(part, PETSc.Mat) for part in mass):
+        # Of a state and its tangents: one for all parts of each.
+        one = len(layout.shapes) // len(mass)
+        of_one = mass_matrix(mass[0], replace(layout, shapes=layout.shapes[:one]))
+        assert of_one is not None
+        return RepeatedMass(of_one, len(mass))
     parts = tuple(mass) if layout.is_tuple and isinstance(mass, tuple | list) else (mass,)
     if len(parts) != len(layout.shapes):
         raise ConfigurationError(f"mass: {len(parts)} parts for a state of {len(layout.shapes)}")
@@ -111,6 +125,10 @@ class BlockMass:
             marks.append(zero.expand(shape).reshape(-1))
         self.algebraic = torch.cat(marks)
 
+    def of_first(self, layout: StateLayout) -> BlockMass:
+        """That of the first parts, which have this layout."""
+        return BlockMass([tensor for tensor, _ in self._tensors[: len(layout.shapes)]], layout)
+
     def multiply(self, flat: torch.Tensor, transposed: bool = False) -> torch.Tensor:
         """M x or M^T x."""
         products = []
@@ -157,3 +175,34 @@ class AssembledMass:
         """See `MassMatrix.destroy`."""
         self._in.destroy()
         self._out.destroy()
+
+
+def mass_of_one(mass: MassMatrix | None, one: StateLayout) -> MassMatrix | None:
+    """M on the first of several copies of a state with this layout, where it is the same on each."""
+    if isinstance(mass, RepeatedMass):
+        return mass.one
+    if isinstance(mass, DiagonalMass):
+        assert mass.diagonal is not None
+        return DiagonalMass(mass.diagonal[: one.size])
+    return mass.of_first(one) if isinstance(mass, BlockMass) else mass
+
+
+class RepeatedMass:
+    """The same M for each of several copies of a state."""
+
+    def __init__(self, one: MassMatrix, copies: int) -> None:
+        self.one, self._copies = one, copies
+        self.diagonal: torch.Tensor | None = None if one.diagonal is None else one.diagonal.repeat(copies)
+        self.algebraic = one.algebraic.repeat(copies)
+
+    def multiply(self, flat: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+        """M x or M^T x of each copy. Collective if that of one is."""
+        return torch.cat([self.one.multiply(part, transposed) for part in flat.chunk(self._copies)])
+
+    def add_to(self, matrix: PETSc.Mat, scale: float) -> None:
+        """Refused: copies have no assembled operator in common."""
+        raise ConfigurationError("mass: that of tangents cannot be put into an assembled operator")
+
+    def destroy(self) -> None:
+        """See `MassMatrix.destroy`."""
+        self.one.destroy()

@@ -7,9 +7,8 @@ discrete and exact, only f itself is differentiated by the automatic tool.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any, overload
 
@@ -18,317 +17,67 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
-from pnode_dist.ode.bindings import Bindings
 from pnode_dist.ode.call import Asked, Call, Prepare
-from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
-from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
+from pnode_dist.ode.call_agreement import preparation
+from pnode_dist.ode.coarse import finer_end, is_first_of_its_kind, warn_if_coarse
 from pnode_dist.ode.compiled import Compiler
-from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
 from pnode_dist.ode.differentiable import solution, tangent_call_of
-from pnode_dist.ode.evaluation import Function, Problem
-from pnode_dist.ode.fully_sharded import refuse_fully_sharded
-from pnode_dist.ode.given_options import check_options, without_adaptation
-from pnode_dist.ode.guard import check_policy
+from pnode_dist.ode.evaluation import Function
+from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
-from pnode_dist.ode.mass import Mass, mass_matrix
+from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.outside_graphs import outside_graphs
 from pnode_dist.ode.parameters import find_parameters, independent
 from pnode_dist.ode.preconditioner import Preconditioner
-from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
+from pnode_dist.ode.prepare import prepared, settings_of_tangents, usable_outside_inference
+from pnode_dist.ode.settings import Settings, Times
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solver import Solver, communicator
-from pnode_dist.ode.solver_key import Same, contents_of, object_key
-from pnode_dist.ode.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.stepper import PetscOptions
-from pnode_dist.ode.surroundings import Surroundings
-from pnode_dist.ode.tangent import checked_direction, in_compute_type, joined, with_tangent
-from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided, output_times
-from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance, check_shapes
+from pnode_dist.ode.tangent import (
+    WithTangent,
+    checked_direction,
+    joined,
+    with_tangent,
+    without_tangents,
+)
+from pnode_dist.ode.tolerances import Tolerance
 from pnode_dist.ode.transformed import transformed
-from pnode_dist.ode.transforms import transforming
-from pnode_dist.partition.protocol import Partition, vec_device
-from pnode_dist.trajectory import budget
-from pnode_dist.trajectory.budget import Trajectory, slot_bounds
+from pnode_dist.ode.transforms import check_not_traced, transforming
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.trajectory.budget import Trajectory
 from pnode_dist.trajectory.plan import Plan, Plans
 from pnode_dist.trajectory.statistics import SolveStatistics
 
-Times = torch.Tensor | Sequence[float]
-_KEPT_SOLVERS = 8
-
-
-class _Solvers:
-    """The solvers that a `NeuralODE` keeps between calls, least recently used ones dropped. Collective."""
-
-    def __init__(self) -> None:
-        self._solvers: OrderedDict[Any, Solver] = OrderedDict()
-
-    def __reduce__(self) -> tuple[type[_Solvers], tuple[()]]:
-        # Copies and pickles of a module make solvers of their own.
-        return _Solvers, ()
-
-    def find(self, key: Any) -> Solver | None:
-        """The solver of `key`, if there is one that a solve can use now."""
-        solver = self._solvers.get(key)
-        if solver is None or solver.stepper.stepping or solver.stepper.failed:
-            return None
-        return solver if solver.contents is None or solver.contents.are_the_same else None
-
-    def get(self, key: Any, create: Callable[[], Solver], afresh: bool = False) -> Solver:
-        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver.
-
-        It is made anew where the contents of what it was made of have changed. Making one is collective: `afresh` says
-        that another rank makes one, so that this one has to as well.
-        """
-        if key in self._solvers and self._solvers[key].stepper.stepping:
-            return create()
-        if afresh or self.find(key) is None:
-            self._solvers[key] = solver = create()
-            solver.kept = True
-            if len(self._solvers) > _KEPT_SOLVERS:
-                self._solvers.popitem(last=False)[1].drop()
-        self._solvers.move_to_end(key)
-        return self._solvers[key]
-
-
-class _NoSolvers(_Solvers):
-    """Keeps none: every solver is closed when its solve is done with it."""
-
-    def get(self, key: Any, create: Callable[[], Solver], afresh: bool = False) -> Solver:
-        """A solver of the solve's own."""
-        return create()
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What `odeint` takes by keyword and `NeuralODE` keeps."""
-
-    method: str | None
-    step_size: float | None
-    rtol: Tolerance | None
-    atol: Tolerance | None
-    adaptor: str
-    partition: Partition | None
-    trajectory: Trajectory | None
-    params: Sequence[torch.Tensor] | None
-    options: PetscOptions | None
-    mass: Mass | None = None
-    preconditioner: Preconditioner | str | None = None
-    compute_dtype: torch.dtype | None = None
-    last_only: bool = False
-    on_mismatch: str = "raise"
-    preserve_rng_state: bool = True
-    fixed_plan: Plan | None = None
-    compiler: Compiler | None = None
-    grid: TimeGrid | None = None
-
-    def control(self) -> ErrorControl | None:
-        """The error control, None for steps of fixed size."""
-        if self.rtol is None and self.atol is None:
-            return None
-        rtol = DEFAULT_RTOL if self.rtol is None else self.rtol
-        atol = DEFAULT_ATOL if self.atol is None else self.atol
-        return ErrorControl(rtol, atol, self.adaptor, self.step_size)
-
-
-_settings_of = attrgetter(*(field.name for field in fields(_Settings) if field.name != "grid"))
-
-
-def _prepared(
-    solvers: _Solvers,
-    func: Function,
-    u0: State,
-    t: Times,
-    settings: _Settings,
-    args: tuple[Any, ...],
-    kind: str = "solve",
-) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
-    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters.
-
-    Collective on the partition's communicator: what is wrong on one rank, or differs between them, all of them raise.
-    """
-    with preparation(communicator(settings.partition), kind) as preparing:
-        return _prepared_with(preparing, solvers, func, u0, t, settings, args)
-
-
-def _prepared_with(
-    preparing: Preparation | Alone,
-    solvers: _Solvers,
-    func: Function,
-    u0: State,
-    t: Times,
-    settings: _Settings,
-    args: tuple[Any, ...],
-) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
-    layout, parts = layout_of(u0, settings.compute_dtype)
-    times = output_times(t)
-    check_step_size(settings.step_size)
-    check_policy(settings.on_mismatch)
-    control = settings.control()
-    grid = settings.grid
-    if grid is None and control is None:
-        grid = divided(times, settings.step_size)
-    if control is not None and settings.fixed_plan is not None:
-        raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
-    table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
-    if not table.implicit and (device := vec_device(layout.device)) != layout.vec_device:
-        layout = replace(layout, vec_device=device)
-    partition = settings.partition
-    trajectory = settings.trajectory or budget.DEFAULT
-    parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
-    sizes = tuple(parameter.numel() for parameter in parameters.tensors)
-    check_options(settings.options, table.family, control is not None)
-    options = dict(settings.options or {})
-    by_times = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
-    # The times are parameters as well: of each step, its size and its start.
-    sizes = (*sizes, 1, 1) if by_times else sizes
-    tensors = (*parts, *parameters.tensors, *((t,) if by_times else ()))
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not callable(func):
-        raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
-    if needs_gradient:
-        refuse_fully_sharded(func, args, parameters.tensors)
-    if needs_gradient and table.adjoint == "none":
-        raise ConfigurationError(methods.gradient_refusal(table))
-    if settings.mass is not None and not table.implicit:
-        raise ConfigurationError(
-            f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of beuler, cn, theta"
-        )
-    copies = ComputeCopies({}, (), args)
-    if settings.compute_dtype is not None:
-        copies = compute_copies(func, args, layout.compute_dtype)
-    mass, preconditioner = settings.mass, resolve_preconditioner(settings.preconditioner)
-    if not table.implicit and preconditioner is not None:
-        raise ConfigurationError(
-            f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
-        )
-    linear = _matrix_part(func, table)
-    made_of = object_key(func, mass, preconditioner)
-    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of)
-
-    def create() -> Solver:
-        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
-        # What works for PETSc itself changes as it does.
-        works = getattr(made.stepper, "built", None) is preconditioner
-        made.contents = contents_of(func, mass, None if works else preconditioner)
-        return made
-
-    agreed = None
-    if isinstance(preparing, Preparation):
-        known = solvers.find(key)
-        # What would be found later is looked for while the other ranks still hear of it.
-        if isinstance(mass, torch.Tensor | tuple | list):
-            mass_matrix(mass, layout)
-        if control is not None:
-            check_shapes(control, layout)
-        steps = 0 if len(times) == 1 else None if grid is None else grid.steps
-        agreed = preparing.agree(
-            facts(settings, table, layout, times, func, needs_gradient, by_times),
-            known is None,
-            slot_bounds(
-                trajectory,
-                layout.size * trajectory.checkpoint_itemsize,
-                steps,
-                needs_gradient,
-                known is not None and known.disk_is_lost,
-            ),
-        )
-    solver = solvers.get(
-        key,
-        create,
-        afresh=agreed is not None and agreed.creates,
-    )
-    surroundings, carried = None, NOTHING_CARRIED
-    if needs_gradient:
-        surroundings = Surroundings.now(func, args, layout.device)
-        carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
-    problem = Problem(
-        in_compute_type(func, copies),
-        copies.args,
-        replace(parameters, tensors=copies.of(parameters.tensors)) if copies.by_original else parameters,
-        copies,
-        {} if settings.compiler is None else settings.compiler.compiled(func, table),
-        watched=torch.is_grad_enabled() and not needs_gradient,
-        by_times=by_times,
-        looks=solver.looks_again(),
-        carried=carried,
-    )
-    time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
-    solve = Solve(
-        solver,
-        times,
-        grid,
-        control,
-        problem,
-        parameters.tensors,
-        SolveStatistics(),
-        needs_gradient,
-        settings.fixed_plan,
-        time_dtype,
-        settings.last_only,
-        surroundings,
-        settings.on_mismatch,
-        agreed,
-    )
-    return solve, layout, tensors
-
-
-def _usable(value: Any) -> Any:
-    """A tensor of inference mode, or a tuple of such, as copies that derivatives can be taken with."""
-    if isinstance(value, tuple | list):
-        return tuple(map(_usable, value))
-    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
-
-
-def _carried(
-    bindings: Bindings,
-    parameters: Parts,
-    copies: ComputeCopies,
-    layout: StateLayout,
-    settings: _Settings,
-    known: KnownTensors,
-) -> Carried:
-    """The state that the right-hand side with these names carries, at the beginning of a solve."""
-    inputs, buffers = set(map(id, parameters)), bindings.buffers
-    tensors = [tensor for tensor in bindings.tensors if id(tensor) not in inputs]
-    seen = zip(copies.of(tensors), (id(tensor) in buffers for tensor in tensors), strict=True)
-    return Carried(bindings, seen, layout.device, settings.preserve_rng_state, known)
-
-
-def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | None:
-    """The Mat that is all of what the method treats implicitly, if there is one."""
-    if not method.implicit:
-        return None
-    part = func.implicit if isinstance(func, SplitFunction) and method.family == "arkimex" else func
-    return part if isinstance(part, MatrixFunction) else None
-
 
 def _solve(
-    solvers: _Solvers,
-    tangent_solvers: _Solvers,
+    solvers: KeptSolvers,
+    tangent_solvers: KeptSolvers,
     func: Function,
     u0: State,
     t: Times,
-    settings: _Settings,
+    settings: Settings,
     args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
+    check_not_traced()
     if torch.is_inference_mode_enabled() and methods.resolve(settings.method or "rk4").implicit:
         # Newton's method needs derivatives of f, which inference mode does not allow.
         with torch.inference_mode(False), torch.no_grad():
-            usable = tuple(map(_usable, args))
-            return _solve(solvers, tangent_solvers, func, _usable(u0), t, settings, usable)
+            usable = tuple(map(usable_outside_inference, args))
+            return _solve(solvers, tangent_solvers, func, usable_outside_inference(u0), t, settings, usable)
     with one_at_a_time():
         if transforming():
             call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
             return layout.as_state(solution(call, tensors)), call.latest()
-        solve, layout, tensors = _prepared(solvers, func, u0, t, settings, args)
-        prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple)
+        solve, layout, tensors = prepared(solvers, func, u0, t, settings, args)
+        prepare = _preparation(solvers, tangent_solvers, t, settings, layout.is_tuple, len(layout.shapes))
         asked = Asked(
             func,
             args,
             len(layout.shapes),
             layout.is_tuple,
-            solve.parameters,
+            replace(solve.problem.parameters, tensors=solve.parameters),
             solve.problem.by_times,
             solve.solver.stepper.comm.size,
             prepare,
@@ -341,27 +90,53 @@ def _solve(
         else:
             with torch.no_grad():
                 outputs = call.run(tensors)
+        if settings.step_size is None and len(solve.times) == 2 and solve.control is None and settings.grid is None:
+            _look_at_its_only_step(solve, func, u0, t, settings, args, outputs)
     return layout.as_state(outputs), solve
 
 
+def _look_at_its_only_step(
+    solve: Solve, func: Function, u0: State, t: Times, settings: Settings, args: tuple[Any, ...], outputs: Parts
+) -> None:
+    """Warn once if the step of a solve of one step is plainly too long. Collective."""
+    if isinstance(func, WithTangent) or not is_first_of_its_kind(solve.solver, func):
+        return
+    comm, size = solve.solver.stepper.comm, abs(solve.times[1] - solve.times[0])
+    halved = replace(settings, step_size=size / 2, last_only=True, fixed_plan=None)
+    finer = finer_end(
+        lambda: _solve(NoSolvers(), NoSolvers(), func, u0, t, halved, args)[0],
+        func,
+        args,
+        comm,
+    )
+    if finer is not None:
+        ends = outputs if settings.last_only else tuple(part[-1] for part in outputs)
+        what = f"one step of {solve.solver.stepper.method.name!r} from t = {solve.times[0]:g} to {solve.times[1]:g}"
+        warn_if_coarse(what, size, (ends, layout_of(finer)[1], solve.initial), comm)
+
+
 def _transformed(
-    solvers: _Solvers,
-    tangent_solvers: _Solvers,
+    solvers: KeptSolvers,
+    tangent_solvers: KeptSolvers,
     func: Function,
     u0: State,
     t: Times,
-    settings: _Settings,
+    settings: Settings,
     args: tuple[Any, ...],
 ) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
     """The solve under torch's transforms, see `transformed`."""
     ranks = communicator(settings.partition).size
-    prepare = _preparation(solvers, tangent_solvers, t, settings, isinstance(u0, tuple | list))
+    is_tuple = isinstance(u0, tuple | list)
+    prepare = _preparation(solvers, tangent_solvers, t, settings, is_tuple, len(u0) if is_tuple else 1)
     params, dtype = tuple(settings.params or ()), settings.compute_dtype
-    return transformed(func, u0, t, args, params, dtype, ranks, prepare, settings.preserve_rng_state)
+    explicit = not methods.resolve(settings.method or "rk4").implicit
+    folds = explicit and settings.control() is None and settings.partition is None and dtype is None
+    random = settings.preserve_rng_state
+    return transformed(func, u0, t, args, params, dtype, ranks, prepare, random, folds, settings.last_only)
 
 
 def _preparation(
-    solvers: _Solvers, tangent_solvers: _Solvers, t: Times, settings: _Settings, is_tuple: bool
+    solvers: KeptSolvers, tangent_solvers: KeptSolvers, t: Times, settings: Settings, is_tuple: bool, parts: int
 ) -> Prepare:
     """How solves with these times and settings, and those of their tangents, are prepared."""
     at = t.detach() if isinstance(t, torch.Tensor) else t
@@ -376,29 +151,12 @@ def _preparation(
         u0 = state if is_tuple or first is not None else state[0]
         when = at if times is None else times
         if first is None:
-            return _prepared(solvers, func, u0, when, settings, args)[0]
-        chosen = _settings_of_tangents(settings, is_tuple, first, len(state))
-        return _prepared(tangent_solvers, func, u0, when, chosen, args)[0]
+            return prepared(solvers, func, u0, when, settings, args)[0]
+        levels = (len(state) // parts).bit_length() - 1
+        chosen = settings_of_tangents(settings, without_tangents(func, levels), is_tuple, first, 2**levels)
+        return prepared(tangent_solvers, func, u0, when, chosen, args)[0]
 
     return prepare
-
-
-def _settings_of_tangents(settings: _Settings, is_tuple: bool, before: Callable[[], Solve], parts: int) -> _Settings:
-    """The settings of a solve of tangents with so many parts; `before` runs the one without tangents.
-
-    With error control the steps that were accepted there are taken again.
-    """
-    if settings.control() is not None:
-        solve = before()
-        # Without error control another method would be the default.
-        name = solve.solver.stepper.method.name
-        options = without_adaptation(settings.options)
-        settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name, options=options)
-    if settings.mass is not None:
-        masses = tuple(settings.mass) if is_tuple else (settings.mass,)
-        settings = replace(settings, mass=masses * (parts // len(masses)))
-    # Tangents are derivatives of vector-Jacobian products, which compiled code does not have. Their plan is another.
-    return replace(settings, compiler=None, fixed_plan=None)
 
 
 @overload
@@ -479,13 +237,19 @@ def odeint(
     Collective on the partition's communicator, and so is the backward pass.
 
     `func(t, u, *args)` gets a 0-dimensional tensor and this rank's part of the state, and returns du/dt in the same
-    shape. It must be deterministic: parts of the solve are run again for the gradient. `u0` is this rank's part of the
-    initial state, a tensor or a tuple of tensors; `func` computes in its floating type unless `compute_dtype` names
-    another one, while steps, checkpoints and adjoints are in PETSc's scalar type. With `compute_dtype` the parameters
-    and buffers of modules, and tensors in `args`, are converted to it once for a solve, and keep their own type
-    otherwise: so do their gradients, which are summed over steps in PETSc's scalar type. `u0` may be on another
-    device: func then computes there. PETSc's vectors are there too if it is CUDA's, PETSc was built with CUDA and the
-    method is explicit; otherwise states are copied back and forth.
+    shape. It must be a function of these and of its parameters, because steps are recomputed for the gradient. For that
+    the backward pass puts back what func read in the forward pass: parameters, buffers, attributes and the training
+    mode of modules, variables of closures, globals, autocast, the default type, and with `preserve_rng_state` torch's
+    random states at every recomputed segment. Tensors and attributes that func changes advance once, in the forward
+    pass. A recomputed step that differs by more than rounding raises `RecomputationError`; `on_mismatch` "warn" or
+    "ignore" goes on.
+
+    `u0` is this rank's part of the initial state, a tensor or a tuple of tensors. `func` computes in its floating type
+    unless `compute_dtype` names another one, while steps, checkpoints and adjoints are in PETSc's scalar type. With
+    `compute_dtype` the parameters and buffers of modules, and tensors in `args`, are converted to it once for a solve,
+    and keep their own type otherwise: so do their gradients, which are summed over steps in PETSc's scalar type. `u0`
+    may be on another device: func then computes there. PETSc's vectors are there too if it is CUDA's, PETSc was built
+    with CUDA and the method is explicit; otherwise states are copied back and forth.
 
     `t` holds the output times, strictly increasing or strictly decreasing. Every interval between them is divided into
     `ceil(|dt| / step_size)` equal steps of `method`, one step if `step_size` is None. With `rtol` or `atol` (by default
@@ -499,8 +263,13 @@ def odeint(
     be singular, for theta methods. `preconditioner` is that of the linear systems: `block`, `assembled`, or an object
     of `pnode_dist.ode.preconditioner`. `partition` says over which ranks the state is spread; None: this rank's state
     is its own. `trajectory` is the budget for checkpoints. `options` are PETSc options for the solver, such as
-    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`. With `last_only` the state at `t[-1]` alone is
-    returned, in the shape of `u0`, and no memory is spent on the others.
+    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`; one that nothing heeds is an error. With `last_only`
+    the state at `t[-1]` alone is returned, in the shape of `u0`, and no memory is spent on the others.
+
+    `func` may return memory that it uses again, at its next evaluation or later: such values are copied. Threads take
+    turns, one forward or backward pass at a time. Where `t` has two times and neither `step_size` nor tolerances are
+    given, a warning says if the one step is plainly too long; for that the first such solve evaluates `func` at two
+    steps of half the size as well.
 
     The gradient is that of the numbers computed (a discrete adjoint: of the steps that were accepted, each taken as a
     fixed share of its interval), for the objective that is the sum of all ranks' losses. Gradients by parameters and
@@ -510,10 +279,11 @@ def odeint(
 
     Raises `ConfigurationError` for an unknown method, a gradient of a method without an adjoint, or a budget too small
     for one checkpoint, `ValueError` for times that are not monotone and for a du/dt of another shape, `TypeError` for a
-    state that is not real floating-point tensors, `StepSizeError` where no step meets the tolerances, and
-    `ConvergenceError` where the equations of a step or of its adjoint are not solved.
+    state or a du/dt that is not real floating-point tensors, `StepSizeError` where no step meets the tolerances,
+    `ConvergenceError` where the equations of a step or of its adjoint are not solved, and `DisagreementError` where the
+    ranks make different calls.
     """
-    settings = _Settings(
+    settings = Settings(
         method,
         step_size,
         rtol,
@@ -530,7 +300,10 @@ def odeint(
         on_mismatch,
         preserve_rng_state,
     )
-    return _solve(_NoSolvers(), _NoSolvers(), func, u0, t, settings, args)[0]
+    return _solve(NoSolvers(), NoSolvers(), func, u0, t, settings, args)[0]
+
+
+_settings_of = attrgetter(*(field.name for field in fields(Settings) if field.name != "grid"))
 
 
 class NeuralODE(nn.Module):
@@ -590,8 +363,8 @@ class NeuralODE(nn.Module):
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
         self.fixed_plan: Plan | None = None
-        self._solvers = _Solvers()
-        self._tangent_solvers = _Solvers()
+        self._solvers = KeptSolvers()
+        self._tangent_solvers = KeptSolvers()
 
     @overload
     def forward(self, u0: torch.Tensor, t: Times, *args: Any) -> torch.Tensor: ...
@@ -632,8 +405,9 @@ class NeuralODE(nn.Module):
             with torch.no_grad():
                 return _solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args)[1]
 
-        settings = _settings_of_tangents(self._settings, is_tuple, before, len(state))
-        func = with_tangent(self.func, is_tuple, direction)
+        settings = settings_of_tangents(self._settings, self.func, is_tuple, before, 2)
+        every = independent(find_parameters(self.func, (*args, *(self.params or ()))))
+        func = with_tangent(self.func, is_tuple, direction, every)
         outputs, solve = _solve(self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         half = len(state) // 2
@@ -672,7 +446,7 @@ class NeuralODE(nn.Module):
         if transforming():
             raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
         with one_at_a_time():
-            solve, layout, tensors = _prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
+            solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
             if solve.control is not None:
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
             if solve.solver.stepper.method.adjoint == "none":
@@ -681,8 +455,8 @@ class NeuralODE(nn.Module):
                 return solve.measured_plans(tensors[: len(layout.shapes)])
 
     @property
-    def _settings(self) -> _Settings:
-        return _Settings(*_settings_of(self))
+    def _settings(self) -> Settings:
+        return Settings(*_settings_of(self))
 
     def extra_repr(self) -> str:
         """Settings, for printing."""

@@ -3,10 +3,6 @@
 Destruction is collective and Python's collector is not. petsc4py puts an object on a list when Python drops it, and
 PETSc destroys what is on the lists of all ranks. It loses whatever is dropped during that, such as the Vecs that only
 the callbacks of a TS hold. So a solver's objects are destroyed one by one, in the same order on all ranks.
-
-PETSc communicates on a duplicate of a communicator, which goes with the last object on it: on one rank, while another
-still has an object that waits to be destroyed. The next object would then be made on a new duplicate here and on the
-old one there, for ever. So the duplicate is held from the first solver on.
 """
 
 from __future__ import annotations
@@ -28,30 +24,30 @@ class Destroyable(Protocol):
 class _Ranks:
     """What this rank has left on a communicator: `made` counts the `PetscObjects` made on it, alike on all ranks.
 
-    `duplicate` is PETSc's of the communicator. Making this is collective.
+    PETSc duplicates a communicator for its objects and frees the duplicate with the last of them. Ranks drop objects at
+    different times, and one of them would duplicate it anew alone. So one more reference is held. Making it is
+    collective.
     """
 
     def __init__(self, comm: MPI.Comm) -> None:
+        self.held = PETSc.Comm(comm).duplicate()
         self.made = 0
-        self.duplicate = PETSc.Comm(comm).duplicate()
         self.left: dict[int, PetscObjects] = {}
 
 
 _key: list[int] = []
-# Not held by the communicators themselves: PETSc's duplicate cannot be given back while its original is being freed.
-_held: dict[int, _Ranks] = {}
+_freed: list[PETSc.Comm] = []
+"""Duplicates of communicators that were freed. PETSc cannot give one up while MPI is freeing what it belongs to."""
 
 
 def _of(comm: MPI.Comm) -> _Ranks:
-    """What belongs to `comm`. Collective on `comm`, as everything here that is not said to be otherwise."""
+    """What belongs to `comm`, and goes when that is freed. Collective the first time."""
     if not _key:
-        _key.append(MPI.Comm.Create_keyval())
+        _key.append(MPI.Comm.Create_keyval(delete_fn=lambda _comm, _key, ranks: _freed.append(ranks.held)))
     known: Any = comm.Get_attr(_key[0])
-    if known is not None:
-        return _held[known]
-    ranks = _Ranks(comm)
-    _held[id(ranks)] = ranks
-    comm.Set_attr(_key[0], id(ranks))
+    ranks: _Ranks = _Ranks(comm) if known is None else known
+    if known is None:
+        comm.Set_attr(_key[0], ranks)
     return ranks
 
 
@@ -101,17 +97,10 @@ def destroy_left(comm: MPI.Comm) -> None:
     """
     if comm.size == 1:
         return
+    while _freed:
+        _freed.pop().destroy()
     left = _of(comm).left
     everywhere = set[int].intersection(*map(set, comm.allgather(tuple(left))))
     for number in sorted(everywhere):
         left[number].destroy()
     PETSc.garbage_cleanup(comm)
-
-
-def give_back(comm: MPI.Comm) -> None:
-    """Destroy what all ranks have left, and give the duplicate back before `comm` is freed. Collective on `comm`."""
-    known: Any = comm.Get_attr(_key[0]) if _key else None
-    if known is not None:
-        destroy_left(comm)
-        comm.Delete_attr(_key[0])
-        _held.pop(known).duplicate.destroy()

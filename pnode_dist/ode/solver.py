@@ -15,7 +15,7 @@ from pnode_dist.ode.explicit import ExplicitStepper
 from pnode_dist.ode.implicit import ImplicitStepper
 from pnode_dist.ode.implicit_adaptive import ImplicitAttempts
 from pnode_dist.ode.layout import StateLayout
-from pnode_dist.ode.mass import Mass, mass_matrix
+from pnode_dist.ode.mass import Mass, copy_of_tensors, mass_matrix
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.petsc_objects import PetscObjects, destroy_left
 from pnode_dist.ode.preconditioner import Preconditioner
@@ -89,6 +89,8 @@ class Solver:
     ) -> Solver:
         """A new stepper with empty pools. Collective on the partition's communicator."""
         comm = communicator(partition)
+        # A stepper that is made anew for a backward pass has the mass matrix of the forward pass.
+        mass = copy_of_tensors(mass)
 
         def make_stepper() -> Stepper:
             destroy_left(comm)

@@ -13,7 +13,9 @@ import torch
 from petsc4py import PETSc
 
 from pnode_dist.ode.preconditioner import AssembledJacobian, BlockInverse
+from pnode_dist.ode.repeated import Repeated
 from pnode_dist.ode.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.tangent import WithTangent
 
 
 class Same:
@@ -40,14 +42,26 @@ def object_key(func: Any, mass: Any, preconditioner: Any) -> tuple[Any, ...]:
     mats = matrices_of(func)
     if mass is None and preconditioner is None and not mats:
         return ()
-    described = preconditioner if isinstance(preconditioner, BlockInverse | AssembledJacobian) else Same(preconditioner)
+    described = _description(preconditioner)
     return (tuple(map(Same, _in_sequence(mass))), described, tuple(map(Same, mats)))
 
 
+def _description(preconditioner: Any) -> Any:
+    if isinstance(preconditioner, Repeated):
+        base = preconditioner.base
+        of_base = Same(base.matrix) if isinstance(base, MatrixFunction) else _description(base)
+        return of_base, preconditioner.copies, preconditioner.is_tuple, repr(preconditioner.options)
+    ours = isinstance(preconditioner, BlockInverse | AssembledJacobian)
+    return preconditioner if ours else Same(preconditioner)
+
+
 def matrices_of(func: Any) -> tuple[PETSc.Mat, ...]:
-    """The Mats that are a right-hand side or a part of it."""
-    parts = (func.implicit, func.explicit) if isinstance(func, SplitFunction) else (func,)
-    return tuple(part.matrix for part in parts if isinstance(part, MatrixFunction))
+    """The Mats that are a right-hand side or a part of it, of tangents those of what they are tangents of."""
+    while isinstance(func, WithTangent):
+        func = func.func
+    if isinstance(func, SplitFunction):
+        return (*matrices_of(func.implicit), *matrices_of(func.explicit))
+    return (func.matrix,) if isinstance(func, MatrixFunction) else ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,9 @@ def contents_of(func: Any, mass: Any, preconditioner: Any) -> Contents | None:
     mats = [*(part for part in masses if isinstance(part, PETSc.Mat)), *matrices_of(func)]
     # Numbers are told apart by what they are.
     tensors = [part for part in masses if not isinstance(part, PETSc.Mat | int | float)]
-    attributes = _attributes(preconditioner)
+    while isinstance(preconditioner, Repeated):
+        preconditioner = preconditioner.base
+    attributes = _attributes(None if isinstance(preconditioner, MatrixFunction) else preconditioner)
     if not (mats or tensors or attributes):
         return None
     return Contents(

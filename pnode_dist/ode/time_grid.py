@@ -10,6 +10,11 @@ from itertools import pairwise
 
 import torch
 
+from pnode_dist.ode.time_rounding import DOUBLE, rounding_of
+
+_MOST_LONGER = 0.1
+"""By how much of itself a step may be longer than asked for where rounding makes an interval longer."""
+
 
 @dataclass(frozen=True)
 class TimeGrid:
@@ -53,28 +58,45 @@ def output_times(t: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
 def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> TimeGrid:
     """Divide every interval between output times into `ceil(|dt| / step_size)` equal steps, one if it is None.
 
+    An interval that is longer than a number of steps by no more than the rounding of its ends takes that number.
     Raises what `output_times` raises, and `ValueError` when `step_size` is not positive.
     """
     times = output_times(t)
     check_step_size(step_size)
-    return divided(times, step_size)
+    return divided(times, step_size, rounding_of(t, times))
 
 
 @lru_cache(maxsize=64)
-def divided(times: tuple[float, ...], step_size: float | None) -> TimeGrid:
-    """`time_grid` of times and a size that have been checked. A model asks for the same few again and again."""
+def divided(times: tuple[float, ...], step_size: float | None, rounding: float = DOUBLE) -> TimeGrid:
+    """`time_grid` of times and a size that have been checked, which carry a relative `rounding`.
+
+    A model asks for the same few again and again.
+    """
     starts: list[float] = []
     sizes: list[float] = []
     outputs = {0: 0}
     for number, (begin, end) in enumerate(pairwise(times), start=1):
         span = end - begin
-        # 0.3 / 0.1 is a little over 3: a step more for the sake of rounding helps nobody.
-        count = 1 if step_size is None else max(1, math.ceil(abs(span) / step_size * (1 - 1e-12)))
+        count = 1 if step_size is None else _count(begin, end, step_size, rounding)
         size = span / count
         starts.extend(begin + step * size for step in range(count))
         sizes.extend([size] * count)
         outputs[len(starts)] = number
     return TimeGrid(tuple(starts), tuple(sizes), outputs)
+
+
+def _count(begin: float, end: float, step_size: float, rounding: float) -> int:
+    """How many steps an interval takes.
+
+    0.3 / 0.1 is a little over 3, and more so in a short type: a step more for the sake of rounding helps nobody.
+    """
+    exact = abs(end - begin) / step_size
+    nearest = max(1, round(exact))
+    uncertain = 4 * rounding * max(abs(begin), abs(end)) / step_size
+    # Where times are hardly told apart a step is still not to be much longer than asked for.
+    if exact - nearest <= max(1e-12 * exact, min(uncertain, _MOST_LONGER * nearest)):
+        return nearest
+    return nearest + 1
 
 
 def gradient_by_times(

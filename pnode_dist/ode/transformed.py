@@ -16,7 +16,7 @@ from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.compute_type import compute_copies
 from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
-from pnode_dist.ode.parameters import find_parameters
+from pnode_dist.ode.parameters import Parameters, find_parameters
 from pnode_dist.ode.surroundings import Surroundings
 from pnode_dist.ode.transforms import bare, is_batched, is_followed, is_followed_at_any_level, requires_gradient
 
@@ -31,6 +31,8 @@ def transformed(
     ranks: int,
     prepare: Prepare,
     random: bool,
+    folds: bool,
+    last_only: bool,
 ) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
     """The solve as a function of everything that is followed, the layout of its state, and its inputs.
 
@@ -57,13 +59,15 @@ def transformed(
         args,
         len(parts),
         layout.is_tuple,
-        parameters,
+        Parameters(parameters, shares_graph=False),
         bool(times),
         ranks,
         prepare,
         surroundings,
         carried,
         transformed=True,
+        folds=folds,
+        last_only=last_only,
     )
     if not any(map(is_batched, tensors)):
         _look(asked, layout, parts, t)

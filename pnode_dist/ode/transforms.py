@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
+
+from pnode_dist.errors import ConfigurationError
 
 Results = tuple[torch.Tensor | None, ...]
 
@@ -93,6 +96,25 @@ def bare(tensor: torch.Tensor) -> torch.Tensor:
 def _unpacked(tensor: torch.Tensor) -> forward_ad.UnpackedDualTensor:
     found: forward_ad.UnpackedDualTensor = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
     return found
+
+
+def check_not_traced() -> None:
+    """Raise `ConfigurationError` while torch records operations, of which a solve is none, to run them again."""
+    key = torch._C._TorchDispatchModeKey
+    tracer: str | None = None
+    if torch._C._get_dispatch_mode(key.PROXY) is not None or torch._C._get_dispatch_mode(key.FAKE) is not None:
+        tracer = "torch.func.linearize, make_fx or torch.export"
+    elif torch._C._get_tracing_state() is not None:
+        tracer = "torch.jit.trace"
+    elif batching_or_tracking() and any(
+        interpreter.key() == TransformType.Functionalize for interpreter in torch._C._functorch.get_interpreter_stack()
+    ):
+        tracer = "torch.func.functionalize"
+    if tracer is not None:
+        raise ConfigurationError(
+            f"{tracer}: a solve cannot be recorded as operations of torch: take derivatives by torch.func.jvp, vjp, "
+            "grad, hessian or NeuralODE.jvp, or record f alone"
+        )
 
 
 def older_batching() -> bool:

@@ -51,6 +51,8 @@ def neural_ode(
         ),
         compute_dtype=None if solver.compute_dtype is None else getattr(torch, solver.compute_dtype),
         last_only=last_only,
+        on_mismatch=solver.on_mismatch,
+        preserve_rng_state=solver.preserve_rng_state,
     )
 
 

@@ -133,6 +133,10 @@ class SolverConfig(Table):
     grid, for PETSc's own preconditioners (`petsc_options = { pc_type = "gamg" }`)."""
     compute_dtype: Literal["float64", "float32", "bfloat16"] | None = None
     """What the right-hand side computes in, by default `[training] dtype`, in which parameters and data stay."""
+    on_mismatch: Literal["raise", "warn", "ignore"] = "raise"
+    """What follows where a step that is recomputed for the gradient differs from the forward pass."""
+    preserve_rng_state: bool = True
+    """Whether recomputed steps draw the same random numbers; false saves the time where the model draws none."""
     reach: Count = 1
     """How many cells the right-hand side reaches in each direction, for `assembled`: 1 for a 3 x 3 stencil, the sum of
     its layers' for a network."""

@@ -17,6 +17,7 @@ import numpy as np
 from mpi4py import MPI
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.trajectory import scratch
 from pnode_dist.trajectory.machine import default_ram
 
 _UNITS = {
@@ -264,7 +265,7 @@ class Slots:
 def _is_writable(directory: Path) -> bool:
     """Whether a directory can be made in `directory`: permissions alone do not tell, for root they are always there."""
     try:
-        os.rmdir(tempfile.mkdtemp(dir=directory))
+        os.rmdir(tempfile.mkdtemp(prefix=scratch.prefix(), dir=directory))
     except OSError:
         return False
     return True

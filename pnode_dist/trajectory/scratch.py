@@ -43,7 +43,7 @@ class PrivateDirectory:
 
     def __init__(self, parent: Path) -> None:
         _remove_leftovers(parent)
-        self.path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
+        self.path = Path(tempfile.mkdtemp(prefix=prefix(), dir=parent))
         lock = os.open(self.path, os.O_RDONLY)
         # A file system without locks lets nobody else take this one either.
         with suppress(OSError):
@@ -54,7 +54,7 @@ class PrivateDirectory:
         """Remove the directory now; again is harmless."""
 
 
-def _prefix() -> str:
+def prefix() -> str:
     """How the names of this host's directories begin."""
     return f"{PREFIX}{socket.gethostname()}-"
 
@@ -68,7 +68,7 @@ def _remove(path: Path, lock: int) -> None:
 def _remove_leftovers(parent: Path) -> None:
     """Remove directories of our own whose processes are gone."""
     now: float | None = None
-    for path in parent.glob(f"{glob.escape(_prefix())}*"):
+    for path in parent.glob(f"{glob.escape(prefix())}*"):
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:

@@ -19,8 +19,8 @@ from tests.cluster import image as images
 from tests.cluster import namespaces
 from tests.cluster.slurm import PACKAGES, Slurm, cluster
 
-# Other tests may run beside these.
-TIMEOUT = 900
+# Other tests may run beside these, and the machine be slow.
+TIMEOUT = 3600
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(TIMEOUT, method="thread"))
         if "image" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.image)
+            item.add_marker(pytest.mark.nightly)
 
 
 def install(programs: tuple[str, ...], packages: tuple[str, ...]) -> None:
@@ -44,14 +45,14 @@ def install(programs: tuple[str, ...], packages: tuple[str, ...]) -> None:
         return
     if os.getuid() != 0 or shutil.which("apt-get") is None:
         pytest.skip(f"needs {', '.join(absent)}, and root and apt-get to install them")
-    apt = ["apt-get", "-qy", "-o", "DPkg::Lock::Timeout=120"]
+    apt = ["apt-get", "-qy", "-o", "DPkg::Lock::Timeout=900"]
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     # apt-get does not wait for another one's update.
     with (Path(tempfile.gettempdir()) / "pnode-dist-apt.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for arguments in (["update"], ["install", "--no-install-recommends", *packages]):
             done = subprocess.run(
-                [*apt, *arguments], env=quiet, capture_output=True, text=True, check=False, timeout=170
+                [*apt, *arguments], env=quiet, capture_output=True, text=True, check=False, timeout=1200
             )
             if done.returncode != 0:
                 pytest.skip(f"apt-get cannot install {', '.join(packages)}: {done.stderr.strip().splitlines()[-1:]}")

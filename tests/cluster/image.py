@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 PACKAGES = ("buildah", "crun", "debootstrap")
 _BASE, _NAME = "docker.io/library/debian:bookworm-slim", "localhost/pnode-dist"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_BUILDS, _RUNS = 1800.0, 300.0
+_BUILDS, _RUNS = 3600.0, 1200.0
 # What a machine needs to reach its package archive.
 _ACCESS = (
     "/etc/apt/sources.list",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
-_STARTING, _ENDING = 10.0, 15.0
+_STARTING, _ENDING = 300.0, 300.0
 _PROGRAMS = ("ip", "nsenter", "unshare")
 
 

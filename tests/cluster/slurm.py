@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.namespaces import Machine, boot, connect, make_switch, start, wait_until
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 CORES = 2
-_COMMAND = 30.0
+_COMMAND = 300.0
 _HEAD = "10.77.0.254"
 _NODES = {"node1": "10.77.0.1", "node2": "10.77.0.2"}
 _CONFIGURATION = """\
@@ -24,7 +24,7 @@ SlurmctldHost=head(10.77.0.254)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={lab}/munge/munge.sock,cred_expire=5
+AuthInfo=socket={lab}/munge/munge.sock,cred_expire=20
 CredType=cred/munge
 StateSaveLocation={lab}/state
 SlurmdSpoolDir={lab}/%n
@@ -39,7 +39,7 @@ SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides
-SlurmdTimeout=10
+SlurmdTimeout=30
 MpiDefault=none
 JobRequeue=1
 ReturnToService=2
@@ -119,7 +119,7 @@ class Slurm:
         log = self.lab / "log" / name
         self.nodes[name] = boot(name, _NODES[name], script, log, self.lab / "hosts")
         connect(self.nodes[name], self.head)
-        wait_until(lambda: self.node_states().get(name) == "idle", 30, f"{name} to be idle")
+        wait_until(lambda: self.node_states().get(name) == "idle", PATIENCE, f"{name} to be idle")
 
 
 @contextmanager
@@ -142,13 +142,13 @@ def cluster(lab: Path) -> Iterator[Slurm]:
         munged = start(["munged", "--foreground", "--force", *options], lab / "log" / "munged")
         running.callback(munged.wait)
         running.callback(munged.kill)
-        wait_until((munge / "munge.sock").exists, 10, "munged")
+        wait_until((munge / "munge.sock").exists, PATIENCE, "munged")
         script = f"exec slurmctld -D -f '{lab / 'slurm.conf'}'"
         head = boot("head", _HEAD, script, lab / "log" / "head", lab / "hosts")
         running.callback(head.stop)
         make_switch(head)
         slurm = Slurm(head, {}, lab)
-        wait_until(lambda: slurm.run("scontrol", "ping", check=False).returncode == 0, 20, "slurmctld")
+        wait_until(lambda: slurm.run("scontrol", "ping", check=False).returncode == 0, PATIENCE, "slurmctld")
         for name in _NODES:
             running.callback(lambda name=name: slurm.nodes[name].stop() if name in slurm.nodes else None)
             slurm.boot_node(name)

@@ -14,7 +14,7 @@ from tests.cluster.slurm import Slurm, clean_environment
 from tests.cluster.test_jobs import CONFIG, ONE_RANK_A_NODE, SLOWLY, settings
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400, method="thread")]
+pytestmark = pytest.mark.cluster
 
 CONTAINER = str(ROOT / "launch" / "container.sh")
 
@@ -39,7 +39,7 @@ def test_ranks_see_each_other_in_one_container_and_in_one_each(image: Image, tmp
     ]
     for command in (inside, one_each):
         done = subprocess.run(
-            command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=300, check=False
+            command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=SLOWLY, check=False
         )
         assert done.returncode == 0, done.stderr
         findings = json.loads(done.stdout)

@@ -12,11 +12,9 @@ from tests.cluster.namespaces import cut_off, plug_in, wait_until
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_jobs import CONFIG, SLOWLY, settings, train, wait_for_steps
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 
-HANG_LIMIT = 20.0
-# For the ranks to wait for each other's stacks, for their words to be read, and for MPI.
-ENDING = 20.0
+HANG_LIMIT = 60.0
 
 
 def ranks_of(run: Path) -> list[int]:
@@ -41,8 +39,10 @@ def test_a_training_that_loses_a_node_ends_on_both_sides_says_so_and_goes_on(slu
 
     cut_off(slurm.nodes["node2"], slurm.head)
     try:
-        wait_until(lambda: not ranks_of(run), HANG_LIMIT + ENDING, "the ranks to end")
-        assert f"[rank 0 on node1] has not got on for {HANG_LIMIT:.0f}." in slurm.output(job)
+        wait_until(lambda: not ranks_of(run), HANG_LIMIT + SLOWLY, "the ranks to end")
+        said = re.search(r"\[rank 0 on node1\] has not got on for ([\d.]+) s", slurm.output(job))
+        assert said is not None, slurm.output(job)
+        assert float(said[1]) > HANG_LIMIT
     finally:
         plug_in(slurm.nodes["node2"], slurm.head)
 

@@ -14,8 +14,7 @@ SOME_TESTS = (
     "tests/unit/ode/test_gradients.py",
     "tests/mpi/test_odeint.py",
 )
-# The first of them builds the image.
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400, method="thread")]
+pytestmark = pytest.mark.cluster
 
 
 def test_two_ranks_in_it_check_the_gradient(image: Image) -> None:
@@ -26,18 +25,19 @@ def test_two_ranks_in_it_check_the_gradient(image: Image) -> None:
     assert found["failures"] == []
 
 
+@pytest.mark.timeout(20_000, method="thread")
 def test_the_tests_pass_in_it(image: Image, request: pytest.FixtureRequest) -> None:
     everything = request.config.getoption("--all-tests-in-image", default=False)
     ranks, selection = ("1 2 3 4", ()) if everything else ("2", SOME_TESTS)
     options = ("--no-lint", "--ranks", ranks)
-    done = image.run("launch/test.sh", *options, *selection, timeout=7200 if everything else 600)
+    done = image.run("launch/test.sh", *options, *selection, timeout=14_400 if everything else 1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^serial tests.* passed in", done.stdout, re.MULTILINE)
     assert re.search(r"^mpi tests at 2 ranks +passed in", done.stdout, re.MULTILINE)
 
 
 def test_the_demonstration_runs_in_it(image: Image) -> None:
-    done = image.run("launch/demo.sh", "--set", "training.epochs=1", "--set", "problem.window=1", timeout=600)
+    done = image.run("launch/demo.sh", "--set", "training.epochs=1", "--set", "problem.window=1", timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The forecast is in runs/sea_surface/forecast.h5" in done.stdout
     assert image.run("test", "-s", "runs/sea_surface/report.png").returncode == 0

@@ -15,14 +15,17 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import h5netcdf  # noqa: F401
 import h5py  # noqa: F401
 import torch._dynamo
 import torch.distributed  # noqa: F401
 import xarray  # noqa: F401
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 MOST_STEPS = 6
+"""A life stops before it takes more, however late it is killed: the training must not end before the last kill."""
 
 
 def steps(run: Path) -> int:
@@ -32,7 +35,20 @@ def steps(run: Path) -> int:
         return 0
 
 
-def live(config: str, run: Path) -> int:
+def stop_after(most: int) -> None:
+    """Stop this process, as a debugger does, in the optimiser step of that number."""
+    taken = 0
+
+    def count(*_: Any) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == most:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    register_optimizer_step_post_hook(count)
+
+
+def live(config: str, run: Path, for_ever: bool = False) -> int:
     """Begin a life; its process."""
     process = os.fork()
     if process:
@@ -46,6 +62,8 @@ def live(config: str, run: Path) -> int:
         from pnode_dist.trajectory import scratch
 
         scratch._GRACE = 0.5
+        if not for_ever:
+            stop_after(MOST_STEPS)
         code = main(["train", config, "--run-dir", str(run), "--resume", "auto"])
     except BaseException:
         traceback.print_exc()
@@ -60,16 +78,16 @@ def main() -> None:
     for _ in range(kills):
         process = live(config, run)
         enough = steps(run) + chance.randrange(MOST_STEPS)
-        ended = 0
-        while steps(run) < enough and not ended:
+        changed = 0
+        while steps(run) < enough and not changed:
             time.sleep(0.002)
-            ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
+            changed, status = os.waitpid(process, os.WNOHANG | os.WUNTRACED)
+        if changed and not os.WIFSTOPPED(status):
             sys.exit(f"a life ended by itself: {status}")
         time.sleep(chance.random() * 0.05)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-    _, status = os.waitpid(live(config, run), 0)
+    _, status = os.waitpid(live(config, run, for_ever=True), 0)
     sys.exit(os.waitstatus_to_exitcode(status))
 
 

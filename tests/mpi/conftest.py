@@ -14,8 +14,9 @@ from mpi4py import MPI
 
 from pnode_dist import Mesh
 from pnode_dist.abort import abort
+from tests.tiers import cases_by_test, leave_out
 
-TIMEOUT, PATIENCE = 60, 15
+TIMEOUT, PATIENCE = 300, 60
 _verdicts = MPI.COMM_WORLD.Dup()
 # Every way to write the number of ranks as state ranks times replicas.
 _SIZE = MPI.COMM_WORLD.size
@@ -30,23 +31,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# After the nightly ones are left out, as the first conftest does.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--alternate-cases"):
-        left_out = [case for cases in _by_test(items) for case in cases[(_SIZE + 1) % 2 :: 2] if len(cases) > 1]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        left_out = [case for cases in cases_by_test(items) for case in cases[(_SIZE + 1) % 2 :: 2] if len(cases) > 1]
+        leave_out(config, items, left_out, "cases, which run at another number of ranks")
     # A deadlock is a failure with the stacks of all threads, and ends the other ranks too.
     for item in items:
         if "mpi" in item.keywords and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT, method="thread"))
-
-
-def _by_test(items: list[pytest.Item]) -> list[list[pytest.Item]]:
-    """The cases of each test function."""
-    tests: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return list(tests.values())
 
 
 @pytest.hookimpl(wrapper=True)

@@ -79,7 +79,11 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tolerances": ({"rtol": 1e-4}, {"rtol": 1e-5}, "rtol: rank 0: 0.0001; {others}: 1e-05"),
     "error control": ({"method": "dopri5"}, {"rtol": 1e-5}, "rtol: rank 0: None; {others}: 1e-05"),
     "adaptor": ({"atol": 1e-3, "adaptor": "dsp"}, {"atol": 1e-3}, "adaptor: rank 0: dsp; {others}: basic"),
-    "options": ({"options": {"snes_rtol": 1e-9}}, {}, "options: rank 0: snes_rtol = 1e-09; {others}: none"),
+    "options": (
+        {"method": "cn", "options": {"snes_rtol": 1e-9}},
+        {"method": "cn"},
+        "options: rank 0: snes_rtol = 1e-09; {others}: none",
+    ),
     "last_only": ({"last_only": True}, {}, "last_only: rank 0: True; {others}: False"),
     "keep": (
         {"u0": initial(True), "trajectory": Trajectory(ram="1MiB", keep="solution")},

@@ -27,10 +27,11 @@ def test_ranks_that_are_not_needed_leave_their_cores_alone() -> None:
             pass
         return 1.0 + COMM.rank
 
-    began = time.process_time()
+    began, worked = time.perf_counter(), time.process_time()
     assert on_first(COMM, 1, work) == 1.0
     if COMM.rank > 0:
-        assert time.process_time() - began < 0.2
+        # However slow the machine is, whoever sleeps most of the time does not work for most of it.
+        assert time.process_time() - worked < 0.5 * (time.perf_counter() - began)
     assert on_first(COMM, COMM.size, work) == float(COMM.size)
 
 

@@ -18,6 +18,7 @@ from tests.oracles.fields import convolved
 from tests.oracles.implicit import BACKWARD_EULER, CRANK_NICOLSON, MIDPOINT, Theta, diagonal_mass, odeint_implicit
 from tests.oracles.implicit_tableaux import ImplicitTableau
 from tests.oracles.right_hand_sides import distance, identical, random
+from tests.tiers import at_night
 
 pytestmark = pytest.mark.mpi
 
@@ -132,7 +133,7 @@ def test_every_implicit_method_with_an_adjoint_has_an_oracle() -> None:
 OF_EACH_KIND = ["beuler", "cn", "theta", "arkimex_ars443", "dirk_es324sal"]
 
 
-@pytest.mark.parametrize("method", ORACLES if MPI.COMM_WORLD.size <= 2 else OF_EACH_KIND)
+@pytest.mark.parametrize("method", at_night(ORACLES, OF_EACH_KIND) if MPI.COMM_WORLD.size <= 2 else OF_EACH_KIND)
 def test_a_field_has_the_solution_and_gradient_of_the_dense_solve_of_the_whole(
     method: str, partition: GridPartition, mesh: Mesh
 ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from pnode_dist import BatchPartition, ConfigurationError, Mesh, NeuralODE
+from pnode_dist import BatchPartition, ConfigurationError, Mesh, NeuralODE, odeint
+from pnode_dist.ode import coarse
 from pnode_dist.ode.split import MatrixFunction
 
 pytestmark = pytest.mark.mpi
@@ -17,6 +20,10 @@ TIMES, SHAPE = [0.0, 1.0], (1,)
 
 def decay(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return -u
+
+
+def growth(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    return u
 
 
 @pytest.mark.parametrize("option", ["ksp_nonsense", "step_size", "nonsense"])
@@ -60,3 +67,20 @@ def test_a_mass_that_one_rank_changes_in_place_is_a_change_for_all(mesh: Mesh) -
         # Another object with the same contents, on one rank alone.
         node.mass = mass.clone()
     assert torch.allclose(node(start, TIMES)[-1], (1 + 0.1 / mass) ** -10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_ranks_look_together_at_a_step_that_is_too_long(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, looked_at: bool
+) -> None:
+    monkeypatch.setattr(coarse, "_looked_at", set())
+    rank, batch = MPI.COMM_WORLD.rank, BatchPartition(mesh, 2 * MPI.COMM_WORLD.size, SHAPE)
+    start = torch.ones(batch.local_shape, dtype=torch.float64)
+    if looked_at and rank == 0:
+        # Rank 0 has solved this on its own before; the state of rank 0 alone would be fine.
+        odeint(growth, start, [0.0, 0.01], method="euler")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            odeint(growth, start, [0.0, 5.9], method="euler", partition=batch)
+    assert sum("is too long" in str(one.message) for one in caught) == (rank == 0)

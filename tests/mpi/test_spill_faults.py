@@ -21,6 +21,7 @@ from pnode_dist.nn import Conv2d
 from pnode_dist.train import loop
 from pnode_dist.trajectory.schedule import Tier
 from pnode_dist.trajectory.store import SpillError
+from tests.conftest import PATIENCE
 from tests.mpi.test_resume import TRAINING, Vectors
 
 pytestmark = pytest.mark.mpi
@@ -64,7 +65,7 @@ def slot_file(node: NeuralODE) -> Any:
     (solver,) = node._solvers._solvers.values()
     file = solver.pools[Tier.DISK]._file
     with file.changed:
-        assert file.changed.wait_for(lambda: not any(slot.busy for slot in file.slots), timeout=30)
+        assert file.changed.wait_for(lambda: not any(slot.busy for slot in file.slots), timeout=PATIENCE)
     return file
 
 

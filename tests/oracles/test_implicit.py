@@ -25,6 +25,7 @@ from tests.oracles.implicit_tableaux import ImplicitTableau
 from tests.oracles.right_hand_sides import distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 from tests.oracles.stiff_right_hand_sides import Constrained, StiffNetwork
+from tests.tiers import at_night
 
 THETAS = {
     "beuler": (BACKWARD_EULER, 1),
@@ -38,6 +39,7 @@ METHODS: dict[str, tuple[Theta | ImplicitTableau, int]] = {
     **{f"arkimex {name}": (table, table.order) for name, table in ARKIMEX.items()},
     **{f"dirk {name}": (table, table.order) for name, table in DIRK.items()},
 }
+GRADIENT_METHODS = [*THETAS, "dirk s212", "dirk es213sal", "arkimex l2", "arkimex ars122", "arkimex 3"]
 START = torch.tensor([1.0, 0.5], dtype=torch.float64)
 
 
@@ -61,7 +63,7 @@ def converged() -> torch.Tensor:
     return end
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", at_night(METHODS, GRADIENT_METHODS))
 def test_the_integrator_converges_at_the_order_of_the_method(name: str, converged: torch.Tensor) -> None:
     method, order = METHODS[name]
     split = isinstance(method, ImplicitTableau) and method.additive
@@ -76,9 +78,6 @@ def test_the_integrator_converges_at_the_order_of_the_method(name: str, converge
 
     steps = {1: 16, 2: 8, 3: 6, 4: 4, 5: 4, 6: 4, 7: 8, 8: 3}[order]
     assert math.log2(error(steps) / error(2 * steps)) == pytest.approx(order, abs=0.45)
-
-
-GRADIENT_METHODS = [*THETAS, "dirk s212", "dirk es213sal", "arkimex l2", "arkimex ars122", "arkimex 3"]
 
 
 @pytest.mark.parametrize("name", GRADIENT_METHODS)

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from pnode_dist.abort import unread_bytes
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import PATIENCE, ROOT
 
 
 def test_a_pipe_tells_what_has_not_been_read_from_it() -> None:
@@ -79,7 +78,7 @@ def with_last_words(told: Path, patience: float) -> subprocess.Popen[bytes]:
     )
     for stream in (process.stdout, process.stderr):
         assert stream is not None
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while not int.from_bytes(fcntl.ioctl(stream, termios.FIONREAD, bytes(4)), sys.byteorder):
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -89,14 +88,14 @@ def with_last_words(told: Path, patience: float) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("last", ["stdout", "stderr"])
 def test_a_process_waits_until_both_of_its_streams_have_been_read(last: str, tmp_path: Path) -> None:
     told = tmp_path / "told"
-    process = with_last_words(told, patience=60)
+    process = with_last_words(told, patience=PATIENCE)
     first = "stderr" if last == "stdout" else "stdout"
     expected = {"stdout": b"out\n", "stderr": b"err"}
     assert os.read(getattr(process, first).fileno(), 100) == expected[first]
     time.sleep(0.5)
     assert not told.exists()
     assert os.read(getattr(process, last).fileno(), 100) == expected[last]
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     arrived, seconds = told.read_text().split()
     assert arrived == "True"
     assert float(seconds) >= 0.5
@@ -105,10 +104,10 @@ def test_a_process_waits_until_both_of_its_streams_have_been_read(last: str, tmp
 def test_a_process_does_not_wait_for_ever_for_one_that_does_not_read(tmp_path: Path) -> None:
     told = tmp_path / "told"
     process = with_last_words(told, patience=0.3)
-    process.wait(timeout=30)
+    process.wait(timeout=PATIENCE)
     arrived, seconds = told.read_text().split()
     assert arrived == "False"
-    assert 0.3 <= float(seconds) < 10
+    assert float(seconds) >= 0.3
     process.communicate()
 
 
@@ -119,7 +118,7 @@ from pnode_dist import abort
 
 class Stuck:
     def Abort(self, code):
-        ctypes.PyDLL(None).sleep(60)
+        ctypes.PyDLL(None).sleep(100_000)
 
 abort._ABORTING = 0.5
 abort.abort(7, Stuck())
@@ -131,7 +130,7 @@ def test_a_process_ends_although_mpi_cannot_end_the_others() -> None:
         [sys.executable, "-c", STUCK],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
-        timeout=50,
+        timeout=PATIENCE,
         check=False,
     )
     assert ended.returncode == 1
@@ -141,9 +140,10 @@ def test_a_process_ends_although_mpi_cannot_end_the_others() -> None:
 # The launcher of the ranks, which is the parent of one, is stopped before the rank writes and goes on a little later.
 BUSY_LAUNCHER = """
 import os, signal, subprocess, sys
-import torch
-from mpi4py import MPI
-from pnode_dist import Mesh
+from pnode_dist import Mesh, abort
+
+# For that launcher, which goes on when the machine lets it.
+abort.deliver_output.__defaults__ = (300.0,)
 
 def stop_the_launcher():
     launcher = os.getppid()
@@ -166,7 +166,7 @@ ENDINGS = {"exiting": "sys.exit('no ocean today')", "raising": "raise RuntimeErr
 def test_the_message_arrives_although_the_launcher_is_busy(ending, mpirun, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(BUSY_LAUNCHER.replace("ENDING", ENDINGS[ending]))
-    ended = mpirun(2, sys.executable, str(program), timeout=60, PYTHONPATH=str(ROOT))
+    ended = mpirun(2, sys.executable, str(program), PYTHONPATH=str(ROOT))
     assert ended.returncode == 1
     assert "no ocean today" in ended.stderr
     assert ended.stdout.count("so much to say\n") == 2000
@@ -195,7 +195,7 @@ with Mesh() as mesh:
 def test_a_rank_that_ends_all_leaves_no_checkpoints_behind(mpirun, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(SPILLING)
-    ended = mpirun(2, sys.executable, str(program), str(tmp_path), timeout=60, PYTHONPATH=str(ROOT))
+    ended = mpirun(2, sys.executable, str(program), str(tmp_path), PYTHONPATH=str(ROOT))
     assert ended.returncode == 1
     assert "no ocean today" in ended.stderr
     assert list((tmp_path / "rank1").iterdir()) == []

@@ -114,6 +114,7 @@ def test_the_gradient_check_of_a_field_passes_and_its_json_is_complete(config_fi
     assert result["failures"] == []
 
 
+@pytest.mark.nightly
 def test_loss_and_gradient_norm_do_not_depend_on_the_number_of_ranks(config_file, mpirun, capfd):
     _, alone, _ = run_json(capfd, "gradcheck", config_file)
 

@@ -9,12 +9,9 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).parents[1] / "oracles" / "exchanges_elsewhere.py"
 
 
-@pytest.mark.timeout(120)
 def test_exchanges_and_their_transposes_there_are_those_of_the_cpu(
     mpirun: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

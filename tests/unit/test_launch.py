@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pnode_dist.compatibility import PETSC4PY_FLOOR
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.unit.launch_scripts import run_copy, stand_in
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -180,16 +181,16 @@ def test_a_wrong_number_of_threads_gets_one_line() -> None:
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_all_ranks(tmp_path: Path, ending: signal.Signals) -> None:
-    program = "echo $$ > $1/pid.$$; exec sleep 60"
+    program = "echo $$ > $1/pid.$$; exec sleep 100000"
     launcher = subprocess.Popen([str(ROOT / "launch/mpirun.sh"), "-n", "2", "sh", "-c", program, "sh", str(tmp_path)])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while len(list(tmp_path.glob("pid.*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     ranks = [int(path.suffix[1:]) for path in tmp_path.glob("pid.*")]
     assert len(ranks) == 2
     launcher.send_signal(ending)
-    assert launcher.wait(timeout=20) != 0
-    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline + 20:
+    assert launcher.wait(timeout=PATIENCE) != 0
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline + PATIENCE:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
@@ -248,3 +249,111 @@ def test_bootstrap_refuses_a_petsc_dir_that_does_not_fit(copy: Path) -> None:
 def test_bootstrap_asks_for_the_floor_that_the_package_checks() -> None:
     script = (ROOT / "launch" / "bootstrap.sh").read_text()
     assert f"\nfloor={'.'.join(map(str, PETSC4PY_FLOOR))} " in script
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (
+            "test.sh",
+            ["--fast"],
+            "unknown option '--fast' (known: --quick, --nightly, --ranks, --no-lint, --every-case, --image, ",
+        ),
+        ("test.sh", ["-k", "halo"], "unknown option '-k' (known: "),
+        ("test.sh", ["--quick", "--nightly"], "--nightly: give --quick or --nightly, once"),
+        ("test.sh", ["--ranks", "two"], "--ranks 'two': must be numbers of ranks, such as --ranks \"1 2\""),
+        ("test.sh", ["--ranks"], "--ranks '': must be numbers of ranks"),
+        ("nightly.sh", ["--fast"], "unknown argument '--fast' (known: --overwrite, --no-tests, --list, --help)"),
+    ],
+)
+def test_the_scripts_that_run_tests_refuse_what_they_do_not_take(
+    script: str, arguments: list[str], message: str
+) -> None:
+    done = subprocess.run([str(ROOT / "launch" / script), *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{script}: {message}")
+
+
+@pytest.mark.parametrize("script", ["test.sh", "nightly.sh", "bootstrap.sh"])
+def test_help_is_the_text_at_the_top_of_a_script(script: str) -> None:
+    path = ROOT / "launch" / script
+    done = subprocess.run([str(path), "--help"], capture_output=True, text=True, check=True)
+    comments = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()[1:])
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in comments]
+
+
+def test_a_night_does_not_begin_where_results_would_be_lost(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "pendulum").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("```sh\nlaunch/demo.sh\n```\n")
+    done = run_copy(tmp_path, "nightly.sh")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "nightly.sh: runs/ holds the results of earlier runs: move them away, or remove them with --overwrite\n"
+    )
+    assert (tmp_path / "runs" / "pendulum").exists()
+
+
+def test_a_night_runs_on_after_a_command_that_fails_and_says_so_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("```sh\ntrue 1\nfalse 2\n```\n```console\nfalse 3\n```\n```sh\ntrue 4\n```\n")
+    (tmp_path / "launch").mkdir()
+    stand_in(tmp_path / "launch", "bootstrap.sh", "exit 0")
+    done = run_copy(tmp_path, "nightly.sh", "--no-tests")
+    assert done.returncode == 1
+    assert re.findall(r"^(passed|FAILED \(1\)) +\d+ s  (.*)$", done.stdout, re.MULTILINE) == [
+        ("passed", "true 1"),
+        ("FAILED (1)", "false 2"),
+        ("passed", "true 4"),
+    ]
+    assert done.stdout.endswith("1 of 3 commands failed, in 0 minutes\n")
+
+
+def parts_of(directory: Path, *arguments: str) -> tuple[int, list[str], str]:
+    """The exit code of test.sh, the programs that it would run, and what it prints at the end."""
+    programs = directory / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (directory / "launch").mkdir()
+    stand_in(directory / "launch", "bootstrap.sh", "exit 0")
+    for name, place in (("python", programs), ("ruff", programs), ("mypy", programs)):
+        stand_in(place, name, f'echo "{name} $*" >>"{directory}/ran"')
+    stand_in(directory / "launch", "mpirun.sh", f'echo "$*" >>"{directory}/ran"')
+    done = run_copy(directory, "test.sh", *arguments)
+    ran = sorted(line.strip() for line in (directory / "ran").read_text().splitlines())
+    return done.returncode, ran, done.stdout.rpartition("\n\n")[2]
+
+
+def test_the_tiers_run_what_they_say(tmp_path: Path) -> None:
+    lint = ["mypy", "ruff check .", "ruff format --check ."]
+    slurm = "python -m pytest -m cluster and not image tests/cluster"
+
+    def ran(name: str, *arguments: str) -> list[str]:
+        code, programs, said = parts_of(tmp_path / name, *arguments)
+        assert code == 0
+        verdicts = re.findall(r" passed in \d+ s \(\d+ s of processor time\)$", said, re.MULTILINE)
+        assert len(verdicts) == len(programs)
+        # The numbers of processes and of what is printed are of no interest.
+        short = [re.sub(r"-n \d+ --dist worksteal --processor-times 15", "...", program) for program in programs]
+        return [program for program in short if program not in lint or "--no-lint" in arguments]
+
+    two, alone = ran("quick", "--quick")
+    assert two.startswith("-n 2 python tests/mpi/run_rank.py --quick tests/mpi/test_adaptive.py ")
+    assert alone.startswith("python -m pytest --quick -m not cluster --with-mpi ... tests/unit/ode ")
+    several = [f"-n {ranks} python tests/mpi/run_rank.py --alternate-cases tests/mpi" for ranks in (3, 4)]
+    normal = ["-n 2 python tests/mpi/run_rank.py", *several, "python -m pytest -m not cluster --with-mpi ..."]
+    assert ran("normal") == sorted([*normal, slurm])
+    image = "python -m pytest -m cluster tests/cluster/test_image.py::test_two_ranks_in_it_check_the_gradient"
+    assert ran("image", "--image") == sorted([*normal, slurm, image])
+    assert ran("night", "--nightly") == sorted(
+        [
+            *(f"-n {ranks} python tests/mpi/run_rank.py --nightly" for ranks in (2, 3, 4)),
+            "python -m pytest --nightly -m not cluster --with-mpi ...",
+            "python -m pytest --nightly -m cluster and not image tests/cluster",
+            "python -m pytest --nightly -m cluster and image tests/cluster --all-tests-in-image",
+        ]
+    )
+    assert ran("some", "--no-lint", "--ranks", "2", "tests/mpi", "-k", "halo") == sorted(
+        [
+            "-n 2 python tests/mpi/run_rank.py tests/mpi -k halo",
+            "python -m pytest -m not mpi and not cluster ... tests/mpi -k halo",
+            "python -m pytest -m cluster tests/mpi -k halo",
+        ]
+    )

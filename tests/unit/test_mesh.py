@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pnode_dist import ConfigurationError, Mesh
-
-SECONDS = 100  # less than for ever, however busy the machine is: two ranks that import torch on a loaded one take 20
+from tests.conftest import PATIENCE
 
 
 def launched(script: str, directory: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
@@ -37,7 +35,7 @@ def launched(script: str, directory: Path, ranks: int = 2) -> subprocess.Complet
     environment |= {"OMP_NUM_THREADS": "1"}
     command = [mpiexec, "-n", str(ranks), sys.executable, str(path)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False, cwd=directory
+        command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False, cwd=directory
     )
 
 
@@ -79,7 +77,7 @@ FAILURES = {
     "inside backward": ("    solve(mesh, in_backward=True)", "boom in backward"),
     "in a thread": (
         "    def fail():\n        raise RuntimeError('boom in a thread')\n"
-        "    if mesh.rank == 1:\n        threading.Thread(target=fail).start()\n        time.sleep(60)\n"
+        "    if mesh.rank == 1:\n        threading.Thread(target=fail).start()\n        time.sleep(100_000)\n"
         "    mesh.barrier()",
         "boom in a thread",
     ),
@@ -92,14 +90,20 @@ FAILURES = {
 
 @pytest.mark.parametrize(
     ("where", "backend"),
-    [*((where, "mpi") for where in FAILURES), ("while the other waits for a sum", "gloo")],
+    [
+        # Through the hooks of the interpreter, of autograd and of threads; the other ways lead through the first.
+        ("on rank 0", "mpi"),
+        ("inside backward", "mpi"),
+        ("in a thread", "mpi"),
+        ("while the other waits for a sum", "gloo"),
+        pytest.param("inside func", "mpi", marks=pytest.mark.nightly),
+        pytest.param("while the other waits for a sum", "mpi", marks=pytest.mark.nightly),
+    ],
 )
 def test_one_rank_raising_ends_all_with_its_traceback(where: str, backend: str, tmp_path: Path) -> None:
     body, message = FAILURES[where]
-    began = time.monotonic()
     ended = launched(f"{PREAMBLE}\nwith Mesh(backend={backend!r}) as mesh:\n{body}\n", tmp_path)
     assert ended.returncode != 0
-    assert time.monotonic() - began < SECONDS / 2
     rank = 0 if where == "on rank 0" else 1
     lines = [line for line in ended.stderr.splitlines() if line.startswith(f"[rank {rank} on ")]
     assert any("Traceback" in line for line in lines), ended.stderr
@@ -261,7 +265,7 @@ def by_torchrun(script: str, directory: Path, size: int = 2) -> list[subprocess.
     ]
     ended = []
     for process in processes:
-        out, err = process.communicate(timeout=SECONDS)
+        out, err = process.communicate(timeout=PATIENCE)
         ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return ended
 

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from pnode_dist.bench import methods
+from pnode_dist.bench import BENCHMARKS, methods
 from pnode_dist.bench.methods_accuracy import tell
 from pnode_dist.cli import main
 from tests.conftest import ROOT
+from tests.in_short import SMALL
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
-# Run here; the others are run by .ci/run, the tests or the demonstration itself.
+# Run here; the others are run by .ci/run or the demonstration itself.
 QUICK = ["pnode-dist methods", "pnode-dist doctor"]
 
 
@@ -27,7 +28,7 @@ def test_there_are_examples_to_run() -> None:
     assert len(EXAMPLES) == 3
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_the_partitioned_example_runs_at_any_number_of_ranks_to_the_same_loss(
     mpirun: Run, tmp_path: Path, ranks: int
 ) -> None:
@@ -98,24 +99,34 @@ def test_the_comparison_of_methods_runs_with_a_small_network(
     assert checks["counts that differ from the theory"]["holds"]
 
 
-def test_every_other_command_is_run_elsewhere() -> None:
+def in_full(command: str) -> str:
+    """A command of .ci/run as the README shows it: there trainings are of few epochs, and benchmarks small."""
+    command = command.replace("python tests/in_short.py ", "pnode-dist ")
+    return re.sub(r"( --set training.epochs=\d+| --image)$", "", command)
+
+
+def test_every_other_command_is_run_in_short_for_every_change() -> None:
     demo, ci = (ROOT / "launch/demo.sh").read_text(), (ROOT / ".ci/run").read_text()
-    in_ci = ["launch/demo.sh", "launch/test.sh"]
-    # Of long trainings the first epochs are enough there.
-    commands = [re.sub(r" --set training.epochs=\d+$", "", line) for line in ci.splitlines()]
-    in_ci += [line for line in commands if line.startswith(("pnode-dist ", "launch/mpirun.sh "))]
-    in_demo = [line for line in demo.splitlines() if line.startswith("launch/mpirun.sh ")]
-    elsewhere = {
-        "launch/mpirun.sh -n 2 pnode-dist train launch/configs/sea_surface.toml": (
-            "launch/mpirun.sh -n 2 pnode-dist train launch/configs/sea_surface.toml" in demo
-        ),
-        **{command: command in ci for command in in_ci},
-        **{command: command in demo for command in in_demo if "train" not in command},
-        "pnode-dist bench gradient": True,
-        "pnode-dist bench methods": True,
+    starts = ("pnode-dist ", "launch/", "python tests/in_short.py ")
+    in_ci = {in_full(line) for line in ci.splitlines() if line.startswith(starts)}
+    in_demo = {
+        line.removesuffix(' --overwrite "$@"') for line in demo.splitlines() if line.startswith("launch/mpirun.sh ")
     }
-    assert set(COMMANDS) == {*QUICK, *elsewhere}
-    assert all(elsewhere.values()), elsewhere
+    # Tests above.
+    here = {*QUICK, "pnode-dist bench gradient", "pnode-dist bench methods"}
+    assert {"launch/demo.sh", "launch/test.sh"} <= in_ci
+    assert set(COMMANDS) == here | in_ci | in_demo
+
+
+def test_every_command_is_run_in_full_at_night() -> None:
+    listed = subprocess.run([ROOT / "launch/nightly.sh", "--list"], capture_output=True, text=True, check=True)
+    at_night = [line.removesuffix(" --overwrite") for line in listed.stdout.splitlines()]
+    assert at_night[0] == "launch/test.sh --nightly"
+    assert at_night[1:] == [command for command in COMMANDS if command != "launch/test.sh"]
+
+
+def test_every_other_benchmark_has_a_short_form() -> None:
+    assert set(SMALL) == set(BENCHMARKS) - {"gradient", "methods"}
 
 
 def test_figures_and_pictures_that_the_readme_shows_exist() -> None:

@@ -23,6 +23,7 @@ if hasattr(blas, "openblas_get_num_threads"):
 @pytest.mark.parametrize(
     ("settings", "threads"), [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, 2), ({"OMP_NUM_THREADS": "2"}, 2)]
 )
+@pytest.mark.slow
 def test_vectors_use_one_thread_unless_the_environment_says_otherwise(settings: dict[str, str], threads: int) -> None:
     environment = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name} | settings
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)

@@ -13,6 +13,7 @@ from pnode_dist import NeuralODE, SplitFunction
 from pnode_dist.errors import ConfigurationError
 from tests.oracles.right_hand_sides import Network, distance, gradients, random
 
+pytestmark = pytest.mark.slow  # torch.compile alone takes seconds to load
 TIMES = [0.0, 0.5, 1.0]
 # Traces as the default backend does, without waiting for a C++ compiler.
 BACKEND = "aot_eager"
@@ -29,6 +30,7 @@ def test_values_and_gradients_are_those_of_f_as_it_is() -> None:
     assert distance(found[BACKEND], found[False]) <= 1e-14
 
 
+@pytest.mark.nightly
 def test_the_default_backend_makes_code_of_f_and_of_its_products() -> None:
     network, u0 = Network(), random(2, 3)
     parameters = list(network.parameters())

@@ -17,15 +17,14 @@ import torch
 from petsc4py import PETSc
 
 from pnode_dist import NeuralODE, Trajectory, odeint
-from pnode_dist.ode import odeint as odeint_module
+from pnode_dist.ode import prepare
 from pnode_dist.partition import protocol
+from tests.conftest import PATIENCE
 from tests.oracles.other_device import Hidden, other_device, transfers
 from tests.oracles.right_hand_sides import Network, random
 
+pytestmark = pytest.mark.slow  # in a process of its own
 TIMES = [0.0, 0.5, 1.0]
-PATIENCE = 100.0
-
-pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def view_there(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = pr
 def with_vectors_there(run: Any, argument: Any) -> Any:
     """Run as on a device that PETSc has vectors on: the memory is the host's, but torch knows it as the device's."""
     with (
-        mock.patch.object(odeint_module, "vec_device", lambda device: device),
+        mock.patch.object(prepare, "vec_device", lambda device: device),
         mock.patch.object(protocol, "create_vec", lambda comm, size, device: CREATE(comm, size)),
         mock.patch.object(protocol, "view", view_there),
     ):

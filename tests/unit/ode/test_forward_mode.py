@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pnode_dist import ConfigurationError, NeuralODE, SplitFunction, Trajectory, odeint
 from tests.oracles.right_hand_sides import Network, distance, random
@@ -377,3 +378,117 @@ def test_random_numbers_in_a_batch_are_those_that_its_randomness_allows() -> Non
     for randomness in ("error", "different"):
         with pytest.raises(ConfigurationError, match="draws random numbers"):
             vmap(value, randomness=randomness)(batch)
+
+
+def counting() -> tuple[Callable[..., torch.Tensor], list[torch.Size]]:
+    shapes: list[torch.Size] = []
+
+    class Squared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, u: torch.Tensor) -> torch.Tensor:
+            shapes.append(u.shape)
+            ctx.save_for_backward(u)
+            return u * u
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: torch.Tensor) -> torch.Tensor:
+            return 2 * ctx.saved_tensors[0] * cotangents[0]
+
+    return (lambda t, u: -Squared.apply(u)), shapes  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_a_batch_of_states_is_one_solve(last_only: bool) -> None:
+    node, batch = NeuralODE(NETWORK, step_size=0.2, last_only=last_only), random(4, 3)
+    with torch.no_grad():
+        alone = torch.stack([node(member, TIMES) for member in batch])
+        evaluations = node.last_solve.function_evaluations
+        together = vmap(lambda u: node(u, TIMES))(batch)
+    assert distance(together, alone) <= 1e-14
+    assert node.last_solve.function_evaluations == evaluations
+    other = vmap(lambda u: node(u, TIMES), 1, 1)(batch.T)
+    assert distance(other, alone.movedim(0, 1)) <= 1e-14
+
+
+def test_a_batch_of_pairs_of_which_one_is_the_same_for_all_is_one_solve() -> None:
+    def pair(t: torch.Tensor, u: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return NETWORK(t, u[0]) + u[1], torch.sin(u[0]) * u[1]
+
+    def solve(u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return odeint(pair, (u, U0), TIMES, step_size=0.2)
+
+    batch = random(4, 3)
+    wanted = [torch.stack(parts) for parts in zip(*map(solve, batch), strict=True)]
+    assert distance(vmap(solve)(batch), wanted) <= 1e-14
+
+
+def test_a_batch_of_an_f_without_a_form_for_batches_is_solved_one_after_the_other() -> None:
+    func, shapes = counting()
+
+    def solve(u: torch.Tensor) -> torch.Tensor:
+        return odeint(func, u, TIMES, step_size=0.2)
+
+    batch = torch.rand(4, 3, dtype=torch.float64)
+    assert distance(vmap(solve)(batch), torch.stack([solve(u) for u in batch])) <= 1e-14
+    assert set(shapes) == {torch.Size([3])}
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_pullback_may_be_called_again_and_without_a_graph(batched: bool) -> None:
+    node = NeuralODE(NETWORK, step_size=0.2)
+    state = torch.stack([U0, 2 * U0]) if batched else U0
+
+    def pullback(solve: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], Any]:
+        found: Callable[[torch.Tensor], Any] = vjp(vmap(solve) if batched else solve, state)[1]
+        return found
+
+    wanted = pullback(lambda u: plain(values(), u))
+    cotangent = torch.ones_like(vmap(lambda u: plain(values(), u))(state) if batched else plain(values(), state))
+    with torch.no_grad():
+        found = pullback(lambda u: node(u, TIMES))
+        for _ in range(2):
+            assert distance(found(cotangent), wanted(cotangent)) <= 1e-13
+
+
+@pytest.mark.parametrize("tracer", ["linearize", "functionalize", "make_fx", "jit.trace"])
+def test_a_tracer_is_refused_with_what_to_use_instead(tracer: str) -> None:
+    frozen = Network().requires_grad_(False)
+
+    def solve(u: torch.Tensor) -> torch.Tensor:
+        return odeint(frozen, u, TIMES, step_size=0.2)
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "linearize": lambda: torch.func.linearize(solve, U0),
+        "functionalize": lambda: torch.func.functionalize(solve)(U0),
+        "make_fx": lambda: make_fx(solve)(U0),
+        "jit.trace": lambda: torch.jit.trace(solve, U0, check_trace=False),
+    }
+    with pytest.raises(ConfigurationError, match=rf"{tracer}.*cannot be recorded"):
+        attempts[tracer]()
+
+
+def test_a_batch_norm_in_f_is_followed_and_advances_once() -> None:
+    func = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()).double()
+    batch = random(4, 3)
+
+    class Flow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = func
+
+        def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+            rate: torch.Tensor = self.layers(u)
+            return rate
+
+    flow = Flow()
+    node, kept = NeuralODE(flow, step_size=0.2), {k: v.clone() for k, v in flow.state_dict().items()}
+
+    def after(value: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        flow.load_state_dict(kept)
+        start = batch.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(torch.sin(value(start)).sum(), start, create_graph=True)
+        (second,) = torch.autograd.grad((slope**3).sum(), start)
+        return second, *(buffer.double() for buffer in flow.buffers())
+
+    found = tuple(part.clone() for part in after(lambda u: node(u, TIMES)))
+    assert distance(found, after(lambda u: odeint_plain(flow, u, TIMES, TABLEAUX["4"], 0.2))) <= 1e-12

@@ -180,6 +180,19 @@ def test_options_of_pieces_of_a_preconditioner_are_read_at_the_first_solve() -> 
         node(torch.ones(6, dtype=torch.float64), [0.0, 1.0])
 
 
+def test_tolerances_of_the_linear_solver_are_heeded_for_a_mat_that_would_be_factored() -> None:
+    matrix = PETSc.Mat().createAIJ((2, 2), nnz=1, comm=PETSc.COMM_SELF)
+    for row in range(2):
+        matrix.setValue(row, row, -1.0 - row)
+    matrix.assemble()
+    start, func = torch.ones(2, dtype=torch.float64), MatrixFunction(matrix)
+    for options in ({}, {"ksp_rtol": 1e-12}):
+        end = odeint(func, start, [0.0, 1.0], method="beuler", step_size=0.1, options=options)[-1]
+        assert torch.allclose(end, torch.tensor([1.1**-10, 1.2**-10], dtype=torch.float64), rtol=1e-9)
+    with pytest.raises(ConfigurationError, match="ksp_rtol"):
+        odeint(func, start, [0.0, 1.0], method="beuler", options={"ksp_rtol": 1e-12, "ksp_type": "preonly"})
+
+
 def test_options_of_consistent_are_checked_as_well() -> None:
     mass = torch.tensor([1.0, 0.0], dtype=torch.float64)
     u0 = torch.tensor([1.0, 0.2], dtype=torch.float64)

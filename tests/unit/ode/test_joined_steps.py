@@ -23,6 +23,7 @@ TRAJECTORIES = {
     "graphs of some": Trajectory(ram="8KiB"),
 }
 STEP_SIZE = 1 / 11
+OUTPUT_TIMES = [pytest.param([0.0, 1.0], marks=pytest.mark.nightly), [0.0, 0.35, 1.0]]
 
 
 class Repeating(nn.Module):
@@ -69,7 +70,7 @@ def gradient(node: NeuralODE, state: Any, times: list[float]) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("state", ["tensor", "tuple"])
-@pytest.mark.parametrize("times", [[0.0, 1.0], [0.0, 0.35, 1.0]], ids=["end", "between"])
+@pytest.mark.parametrize("times", OUTPUT_TIMES, ids=["end", "between"])
 @pytest.mark.parametrize("method", EXPLICIT)
 def test_the_gradient_has_the_same_bits_whatever_is_kept(method: str, times: list[float], state: str) -> None:
     func = WithCost() if state == "tuple" else Repeating()

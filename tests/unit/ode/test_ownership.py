@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pnode_dist import NeuralODE, Trajectory, odeint
 from pnode_dist.ode.ownership import owned
@@ -181,6 +182,39 @@ def test_a_value_that_nobody_else_holds_is_not_copied(name: str, gradients: bool
         values = (MADE[name](start),)
         kept = owned(values)
     assert kept[0] is values[0]
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the copies that are made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep", [None, "solution", "stages", "graph"])
+@pytest.mark.parametrize("method", ["euler", "rk4", "dopri5"])
+def test_a_solve_copies_no_value_that_nobody_else_holds(method: str, keep: str | None) -> None:
+    def copies(f: Function) -> int:
+        start = START.clone().requires_grad_(keep is not None)
+        trajectory = None if keep is None else Trajectory(ram="1MiB", keep=keep)
+        with _Copies() as seen:
+            end = odeint(f, start, [0.0, 1.0], method=method, step_size=0.125, trajectory=trajectory)[-1]
+            if keep is not None:
+                torch.autograd.grad(end.sum(), start)
+        return seen.count
+
+    def held(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        kept.append(fresh(t, u))
+        return kept[-1]
+
+    kept: list[torch.Tensor] = []
+    assert copies(held) >= len(kept) - 2 > 0
+    assert copies(fresh) <= 2
 
 
 def test_a_recorded_stage_that_f_writes_into_later_is_refused() -> None:

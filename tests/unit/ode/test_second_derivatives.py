@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from petsc4py import PETSc
 from torch import nn
 
-from pnode_dist import NeuralODE, SplitFunction, Trajectory, odeint
+from pnode_dist import GridPartition, Mesh, NeuralODE, SplitFunction, Trajectory, odeint
+from pnode_dist.nn import Conv2d
+from pnode_dist.ode.preconditioner import Approximate, UserPC
 from tests.oracles.differences import directional_derivative
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
@@ -234,6 +237,133 @@ def test_a_mass_matrix_counts_in_second_derivatives() -> None:
 
     wanted = derivatives(lambda u: odeint(scaled, u, TIMES, step_size=0.1, method="cn", options=TIGHT), u0, parameters)
     assert distance(found, wanted) <= 1e-9
+
+
+class Normalised(nn.Module):
+    """A right-hand side with a norm whose third derivatives torch does not have right."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        norms = {"layer": nn.LayerNorm(3), "batch": nn.BatchNorm1d(3), "instance": nn.InstanceNorm1d(4)}
+        # A bias before a norm has no effect, and a gradient of rounding alone.
+        self.layers = nn.Sequential(nn.Linear(3, 3, bias=False), norms[norm], nn.Tanh(), nn.Linear(3, 3)).double()
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        rate: torch.Tensor = self.layers(u)
+        return rate
+
+
+@pytest.mark.parametrize(
+    ("norm", "method"), [("layer", "rk4"), ("batch", "rk4"), ("instance", "rk4"), ("layer", "cn"), ("instance", "cn")]
+)
+def test_norms_in_f_have_second_derivatives(norm: str, method: str) -> None:
+    func, u0 = Normalised(norm), random(4, 3)
+    parameters = list(func.parameters())
+    node = NeuralODE(func, method=method, step_size=0.1, options=TIGHT if method == "cn" else None)
+    found = derivatives(lambda u: node(u, TIMES), u0, parameters)
+    if method == "rk4":
+        wanted = derivatives(lambda u: odeint_plain(func, u, TIMES, TABLEAUX["4"], 0.1), u0, parameters)
+        assert distance(found, wanted) <= 1e-11
+        return
+    along = random(4, 3, seed=7)
+
+    def value(state: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            start = state.detach().clone().requires_grad_()
+            return penalised(lambda u: node(u, TIMES), start, parameters).detach()
+
+    slope = (found[0] * along).sum().item()
+    assert slope == pytest.approx(directional_derivative(value, [u0], [along]), rel=1e-6)
+
+
+def diagonal(*entries: float) -> PETSc.Mat:
+    matrix = PETSc.Mat().createAIJ((len(entries), len(entries)), comm=PETSc.COMM_SELF)
+    matrix.setUp()
+    for number, entry in enumerate(entries):
+        matrix.setValue(number, number, entry)
+    matrix.assemble()
+    return matrix
+
+
+def shifted(t: float, u: Any, shift: float) -> PETSc.Mat:
+    return diagonal(*[shift] * 6)
+
+
+class Scaling:
+    """A PC that is made for the state without tangents."""
+
+    shift = 1.0
+
+    def update(self, t: float, u: torch.Tensor, shift: float) -> None:
+        assert u.shape == (2, 3)
+        self.shift = shift
+
+    def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        assert x.getLocalSize() == 6
+        x.copy(y)
+        y.scale(1 / self.shift)
+
+    def applyTranspose(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
+        self.apply(pc, x, y)
+
+
+def twice(node: NeuralODE, u0: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return derivatives(lambda u: node(u, TIMES), u0, list(node.func.parameters()))
+
+
+@pytest.mark.parametrize("preconditioner", ["block", Approximate(shifted), UserPC(Scaling())], ids=lambda p: type(p))
+@pytest.mark.parametrize("mass", [None, torch.arange(1.0, 7.0).view(2, 3)], ids=["identity", "mass"])
+def test_a_preconditioner_serves_second_derivatives(preconditioner: Any, mass: torch.Tensor | None) -> None:
+    node = NeuralODE(Network(), method="cn", step_size=0.1, options=TIGHT, mass=mass)
+    wanted = twice(node, random(2, 3))
+    node.preconditioner = preconditioner
+    assert distance(twice(node, random(2, 3)), wanted) <= 1e-9
+
+
+def test_an_assembled_preconditioner_serves_second_derivatives(mesh: Mesh) -> None:
+    partition = GridPartition(mesh, (4, 5), channels=2)
+    layer = Conv2d(partition, 2, 2, dtype=torch.float64)
+    field = random(4, 5, 2)
+    found = []
+    for preconditioner, options in ((None, {}), ("assembled", {"pc_type": "ilu"})):
+        node = NeuralODE(
+            Saturated(layer),
+            method="cn",
+            step_size=0.1,
+            partition=partition,
+            preconditioner=preconditioner,
+            options=TIGHT | options,
+        )
+        found.append(twice(node, field))
+    assert distance(found[1], found[0]) <= 1e-9
+
+
+class Saturated(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.layer(u))
+
+
+def test_a_mass_matrix_of_petsc_counts_in_second_derivatives() -> None:
+    node = NeuralODE(Network(), method="cn", step_size=0.1, options=TIGHT, mass=torch.arange(1.0, 7.0).view(2, 3))
+    wanted = twice(node, random(2, 3))
+    node.mass = diagonal(1, 2, 3, 4, 5, 6)
+    assert distance(twice(node, random(2, 3)), wanted) <= 1e-9
+
+
+@pytest.mark.parametrize("options", [{}, {"ksp_type": "preonly", "pc_type": "lu"}, {"pc_type": "jacobi"}])
+def test_a_linear_part_of_petsc_counts_in_second_derivatives(options: dict[str, Any]) -> None:
+    rates = torch.arange(1.0, 7.0, dtype=torch.float64).view(2, 3)
+    plain = SplitFunction(implicit=lambda t, u: -rates * u, explicit=Network())
+    wanted = twice(NeuralODE(plain, method="arkimex_3", step_size=0.1, options=TIGHT), random(2, 3))
+    matrix = SplitFunction(implicit=diagonal(*-rates.view(-1).numpy()), explicit=Network())
+    tight = {name: value for name, value in TIGHT.items() if name.startswith("snes")}
+    node = NeuralODE(matrix, method="arkimex_3", step_size=0.1, options=tight | options)
+    assert distance(twice(node, random(2, 3)), wanted) <= 1e-9
 
 
 def test_hooks_on_parameters_run_once_a_backward_pass() -> None:

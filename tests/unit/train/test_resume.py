@@ -18,6 +18,7 @@ from pnode_dist.train import loop, run_directory, snapshot_files
 from pnode_dist.train.config import FieldRun, SnapshotConfig
 from pnode_dist.train.endings import RunDirectoryError
 from pnode_dist.train.resume import MAY_CHANGE, choose_start
+from tests.conftest import PATIENCE
 
 EVERY_STEP = SnapshotConfig(every_steps=1, every_minutes=0, keep=100)
 
@@ -129,7 +130,7 @@ def test_training_does_not_wait_for_a_slow_disk(decay, mesh, training, tmp_path,
     written, go_on, write = [], threading.Event(), snapshot_files.write
 
     def slow(directory, snapshot, *rest):
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE)
         written.append(snapshot.position.step)
         write(directory, snapshot, *rest)
 

@@ -15,6 +15,7 @@ from pnode_dist.train import snapshot_files
 from pnode_dist.train.rank_state import as_plain, rank_state
 from pnode_dist.train.snapshot import Best, Position, Snapshot
 from pnode_dist.train.snapshot_files import Background, SnapshotError
+from tests.conftest import PATIENCE
 
 OWN = as_plain(rank_state(torch.nn.Linear(1, 1), {}))
 
@@ -151,7 +152,7 @@ def test_a_job_in_the_background_does_not_hold_up_and_its_error_is_raised_later(
     background, go_on = Background(), threading.Event()
 
     def job() -> None:
-        go_on.wait(30)
+        go_on.wait(PATIENCE)
         raise OSError(28, "No space left on device")
 
     background.start(job)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 STATE = 4 * MIB
 # Beyond the budget, to the byte, there is nothing but what the allocator and the interpreter need.

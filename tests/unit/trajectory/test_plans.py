@@ -25,7 +25,9 @@ from pnode_dist.trajectory.costs import Costs, LevelCosts
 from pnode_dist.trajectory.plan import Plan, Plans, best, plan
 from pnode_dist.trajectory.schedule import Adjoint, Advance, EndForward, Record, Restart, Restore, Tier
 from pnode_dist.trajectory.spill import STAGING_BUFFERS, SpillPool
+from tests.conftest import PATIENCE
 from tests.oracles.checkpointing import fewest_steps
+from tests.oracles.effort import lines_executed
 from tests.oracles.right_hand_sides import Network, gradients, identical, random
 
 CHECKPOINT, STEPS, TIMES = 48, 20, [0.0, 0.4, 1.0]
@@ -253,6 +255,7 @@ def decay(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return -u
 
 
+@pytest.mark.slow
 def test_real_solves_run_as_many_steps_as_the_published_optimum(tmp_path: Path) -> None:
     draw = pseudorandom.Random(1)
     u0 = torch.ones(1, dtype=torch.float64, requires_grad=True)
@@ -274,7 +277,7 @@ def test_real_solves_run_as_many_steps_as_the_published_optimum(tmp_path: Path) 
 
 @pytest.mark.parametrize(("ram", "disk"), [(10, 0), (10, 90), (3, 5000), (30_000, 40_000)])
 @pytest.mark.parametrize("schedule", ["auto", "multistage", "h-revolve"])
-def test_a_hundred_thousand_steps_are_planned_within_a_second(ram: int, disk: int, schedule: str) -> None:
+def test_planning_a_hundred_thousand_steps_takes_few_lines_of_python_a_step(ram: int, disk: int, schedule: str) -> None:
     for cached in (
         binomial.optimal_forward_steps,
         binomial.first_stretch,
@@ -286,10 +289,11 @@ def test_a_hundred_thousand_steps_are_planned_within_a_second(ram: int, disk: in
         1e-3, 1e-5, 1e-2, 1e-2, 0.5, {"graph": LevelCosts(40, 1e-3, 2e-3), "stages": LevelCosts(4, 1e-3, 3e-3)}
     )
     trajectory = Trajectory(ram=8 * ram, disk=8 * disk, schedule=schedule)
-    began = time.process_time()
-    plans = plan(trajectory, 8, 100_000, costs, MPI.COMM_SELF)
-    assert time.process_time() - began < 1.0
-    assert plans.chosen.steps == 100_000
+    found: list[Plans] = []
+    steps = 100_000
+    assert lines_executed(lambda: found.append(plan(trajectory, 8, steps, costs, MPI.COMM_SELF))) < 100 * steps
+    (plans,) = found
+    assert plans.chosen.steps == steps
     assert plans.chosen.ram_bytes <= 8 * ram
 
 
@@ -387,7 +391,7 @@ def test_the_slot_that_is_measured_may_be_written_again_before_the_disk_has_it(t
     pool.read(slot, found)
     assert found.tolist() == [9.0] * 4
     with pool._file.changed:
-        assert pool._file.changed.wait_for(lambda: len(pool._file.free_buffers) == STAGING_BUFFERS, timeout=10)
+        assert pool._file.changed.wait_for(lambda: len(pool._file.free_buffers) == STAGING_BUFFERS, timeout=PATIENCE)
     pool.read(slot, found)
     assert found.tolist() == [9.0] * 4
     # Nor does a state that was fetched for nothing keep its buffer.
@@ -395,7 +399,7 @@ def test_the_slot_that_is_measured_may_be_written_again_before_the_disk_has_it(t
         pool.prefetch(slot)
         pool.write(slot, np.full(4, float(number)), number, 0.0)
     with pool._file.changed:
-        assert pool._file.changed.wait_for(lambda: len(pool._file.free_buffers) == STAGING_BUFFERS, timeout=10)
+        assert pool._file.changed.wait_for(lambda: len(pool._file.free_buffers) == STAGING_BUFFERS, timeout=PATIENCE)
 
 
 def test_a_plan_for_another_number_of_steps_is_refused_in_one_line(node: NeuralODE) -> None:

@@ -23,6 +23,7 @@ from pnode_dist.trajectory import spill
 from pnode_dist.trajectory.schedule import Tier
 from pnode_dist.trajectory.spill import SpillPool
 from pnode_dist.trajectory.store import SpillError
+from tests.conftest import PATIENCE
 from tests.oracles.right_hand_sides import Network, random
 
 TIMES, U0 = [0.0, 1.0], random(2, 3)
@@ -42,7 +43,7 @@ def wait_until_written(node: NeuralODE) -> None:
 def wait_for(pool: Any) -> None:
     file = pool._file
     with file.changed:
-        assert file.changed.wait_for(lambda: not any(slot.busy for slot in file.slots), timeout=30)
+        assert file.changed.wait_for(lambda: not any(slot.busy for slot in file.slots), timeout=PATIENCE)
 
 
 def files(directory: Path) -> list[Path]:
@@ -124,7 +125,7 @@ def test_another_process_can_read_the_file_meanwhile_and_learns_where_it_is_from
     wait_until_written(node)
     (path,) = files(tmp_path)
     read = subprocess.run(
-        [sys.executable, "-c", READING, path], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", READING, path], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert read.returncode == 0, read.stderr
     attributes, slots, values = json.loads(read.stdout)
@@ -153,7 +154,7 @@ def test_the_files_of_one_process_carry_one_run_id_and_those_of_another_a_differ
     assert len(run_ids) == 2
     assert len(set(run_ids)) == 1
     script = "import os; from pnode_dist.trajectory.spill import _run_id; print(_run_id(os.getpid()))"
-    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert other.stdout.strip() not in run_ids
     del solutions
 
@@ -213,7 +214,7 @@ def test_a_pool_that_its_own_thread_collects_as_garbage_goes_without_complaint(
     submit(gc.collect)
     del submit
     assert thread is not None
-    thread.join(timeout=30)
+    thread.join(timeout=PATIENCE)
     assert not thread.is_alive()
     assert [complaint.exc_value for complaint in complaints] == []
     assert list(tmp_path.iterdir()) == []
@@ -255,6 +256,7 @@ def test_petsc_writes_no_trajectory_of_its_own(
 
 
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "raise RuntimeError('the end')"])
+@pytest.mark.slow
 def test_files_are_gone_when_the_process_ends(ending: str, tmp_path: Path) -> None:
     script = f"""
 import sys
@@ -270,14 +272,16 @@ assert list(Path({str(tmp_path)!r}).rglob("*.h5"))
 print("spilled")
 {ending}
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert ended.stdout == "spilled\n", ended.stderr
     assert ended.returncode == {"pass": 0, "sys.exit(3)": 3}.get(ending, 1), ended.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 STILL_WRITING = """
-import atexit, sys, time, weakref
+import atexit, sys, threading, time, weakref
 from pathlib import Path
 import numpy as np
 
@@ -290,7 +294,10 @@ from pnode_dist.trajectory.spill import SpillPool
 
 pool = SpillPool(6, np.dtype("float64"), Path(sys.argv[1]), 0)
 pool._file.start()
-pool._file.submit(lambda: time.sleep(0.5))
+ending = threading.Event()
+# The thread is at work until the interpreter ends, and for a moment longer.
+pool._file.submit(lambda: (ending.wait(), time.sleep(0.5)))
+atexit.register(ending.set)
 slot = pool.acquire()
 pool.write(slot, np.arange(6.0), 0, 0.0)
 print(pool._file.slots[slot].phase.value)
@@ -299,7 +306,7 @@ print(pool._file.slots[slot].phase.value)
 
 def test_all_is_written_before_h5py_ends_which_does_not_take_the_library_s_lock(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", STILL_WRITING, tmp_path], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", STILL_WRITING, tmp_path], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert ended.stdout == "writing\non disk\n", ended.stderr
     assert ended.returncode == 0, ended.stderr

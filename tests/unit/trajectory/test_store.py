@@ -23,6 +23,7 @@ from pnode_dist.trajectory.store import (
     State,
     copy_rounded,
 )
+from tests.conftest import PATIENCE
 from tests.oracles.right_hand_sides import Network, random
 
 SIZE = 100_003  # more than one block, and no multiple of one
@@ -51,7 +52,9 @@ def settle(pool: SlotPool) -> None:
     """Until a pool's thread has written everything, so that it is read from the file."""
     if isinstance(pool, SpillPool):
         with pool._file.changed:
-            assert pool._file.changed.wait_for(lambda: not any(slot.busy for slot in pool._file.slots), timeout=30)
+            assert pool._file.changed.wait_for(
+                lambda: not any(slot.busy for slot in pool._file.slots), timeout=PATIENCE
+            )
 
 
 def round_trip(pool: SlotPool, state: State, settled: bool = True) -> tuple[State, float]:

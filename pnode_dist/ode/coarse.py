@@ -1,0 +1,83 @@
+"""A warning where a solve takes one step in all, and that is plainly too long.
+
+It takes one where two times are given and neither `step_size` nor tolerances. Whoever comes from a library that adapts
+its steps, or passes the step size in another way, would otherwise get numbers that look like a solution.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from pnode_dist.ode.bindings import bindings_of
+from pnode_dist.ode.carried import Carried
+from pnode_dist.ode.layout import Parts, State
+from pnode_dist.ode.solver import Solver
+
+LARGEST_DIFFERENCE = 0.1
+_MOST_KINDS = 256
+_looked_at: set[Any] = set()
+
+
+def is_first_of_its_kind(solver: Solver, func: Any) -> bool:
+    """Whether no solve of one step by this method and such a right-hand side has been looked at before, on any rank.
+
+    A solver is made on all ranks together: those that are used again are not asked about. Collective for new ones.
+    """
+    if solver.solves != 1:
+        return False
+    code = getattr(func, "__code__", None) or type(func)
+    kind = (solver.stepper.method.name, code)
+    is_first = kind not in _looked_at
+    comm = solver.stepper.comm
+    if comm.size > 1:
+        is_first = comm.allreduce(is_first, MPI.LOR)
+    if len(_looked_at) < _MOST_KINDS:
+        _looked_at.add(kind)
+    return is_first
+
+
+def finer_end(solve: Callable[[], State], func: Any, args: tuple[Any, ...], comm: MPI.Comm) -> State | None:
+    """The end of the same solve in two steps, which `solve` runs; None where f cannot be evaluated there.
+
+    What f changes and draws in it is put back, names, buffers and random states. Collective on `comm`.
+    """
+    bindings = bindings_of(func, *args)
+    buffers = bindings.buffers
+    device = next((tensor.device for tensor in bindings.tensors if not tensor.is_cpu), None)
+    carried = Carried(bindings, ((tensor, id(tensor) in buffers) for tensor in bindings.tensors), device)
+    try:
+        with carried.aside(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return solve()
+    except Exception:
+        # Nobody has asked for these evaluations. Where ranks wait for one another all of them are to hear of an error.
+        if comm.size > 1:
+            raise
+        return None
+
+
+def warn_if_coarse(what: str, size: float, states: tuple[Parts, Parts, Parts], comm: MPI.Comm) -> None:
+    """Warn if the ends of a solve in one step of this size and in two differ plainly, relative to its states.
+
+    `states` are the end in one step, the end in two, and the start. Collective on `comm`.
+    """
+    sums = np.zeros(3)
+    for coarse, fine, begin in zip(*states, strict=True):
+        parts = (coarse.detach().double() - fine.double(), fine.double(), begin.detach().double())
+        sums += [part.square().sum().item() for part in parts]
+    comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
+    difference, scale = math.sqrt(sums[0]), math.sqrt(max(sums[1], sums[2]))
+    if math.isfinite(difference) and difference > LARGEST_DIFFERENCE * scale and comm.rank == 0:
+        warnings.warn(
+            f"{what} is too long: two steps of half the size end {difference / scale:.0%} elsewhere; give step_size=, "
+            f"or rtol= and atol= (step_size={size:g} says that one step is meant)",
+            RuntimeWarning,
+            stacklevel=2,
+        )

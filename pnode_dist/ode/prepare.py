@@ -1,0 +1,239 @@
+"""The preparation of a solve: its arguments are checked, its solver found, and all that f sees captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode import methods
+from pnode_dist.ode.bindings import Bindings
+from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
+from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
+from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
+from pnode_dist.ode.evaluation import Function, Problem
+from pnode_dist.ode.fully_sharded import refuse_fully_sharded
+from pnode_dist.ode.given_options import check_options, without_adaptation
+from pnode_dist.ode.guard import check_policy
+from pnode_dist.ode.kept_solvers import KeptSolvers
+from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
+from pnode_dist.ode.mass import mass_matrix
+from pnode_dist.ode.parameters import find_parameters, independent
+from pnode_dist.ode.preconditioner import BlockInverse
+from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
+from pnode_dist.ode.repeated import Repeated, split_options
+from pnode_dist.ode.settings import Settings, Times
+from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.solver import Solver, communicator
+from pnode_dist.ode.solver_key import Same, contents_of, object_key
+from pnode_dist.ode.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.surroundings import Surroundings
+from pnode_dist.ode.tangent import (
+    in_compute_type,
+)
+from pnode_dist.ode.time_grid import check_step_size, divided, output_times
+from pnode_dist.ode.time_rounding import rounding_of
+from pnode_dist.ode.tolerances import check_shapes
+from pnode_dist.partition.protocol import vec_device
+from pnode_dist.trajectory import budget
+from pnode_dist.trajectory.budget import slot_bounds
+from pnode_dist.trajectory.statistics import SolveStatistics
+
+
+def prepared(
+    solvers: KeptSolvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: Settings,
+    args: tuple[Any, ...],
+    kind: str = "solve",
+) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
+    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters.
+
+    Collective on the partition's communicator: what is wrong on one rank, or differs between them, all of them raise.
+    """
+    with preparation(communicator(settings.partition), kind) as preparing:
+        return _prepared_with(preparing, solvers, func, u0, t, settings, args)
+
+
+def _prepared_with(
+    preparing: Preparation | Alone,
+    solvers: KeptSolvers,
+    func: Function,
+    u0: State,
+    t: Times,
+    settings: Settings,
+    args: tuple[Any, ...],
+) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
+    layout, parts = layout_of(u0, settings.compute_dtype)
+    times = output_times(t)
+    check_step_size(settings.step_size)
+    check_policy(settings.on_mismatch)
+    control = settings.control()
+    grid = settings.grid
+    if grid is None and control is None:
+        step_size = settings.step_size
+        grid = divided(times, None) if step_size is None else divided(times, step_size, rounding_of(t, times))
+    if control is not None and settings.fixed_plan is not None:
+        raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
+    table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
+    if not table.implicit and (device := vec_device(layout.device)) != layout.vec_device:
+        layout = replace(layout, vec_device=device)
+    partition = settings.partition
+    trajectory = settings.trajectory or budget.DEFAULT
+    parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
+    sizes = tuple(parameter.numel() for parameter in parameters.tensors)
+    check_options(settings.options, table.family, control is not None)
+    options = dict(settings.options or {})
+    by_times = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
+    # The times are parameters as well: of each step, its size and its start.
+    sizes = (*sizes, 1, 1) if by_times else sizes
+    tensors = (*parts, *parameters.tensors, *((t,) if by_times else ()))
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not callable(func):
+        raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
+    if needs_gradient:
+        refuse_fully_sharded(func, args, parameters.tensors)
+    if needs_gradient and table.adjoint == "none":
+        raise ConfigurationError(methods.gradient_refusal(table))
+    if settings.mass is not None and not table.implicit:
+        raise ConfigurationError(
+            f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of beuler, cn, theta"
+        )
+    copies = ComputeCopies({}, (), args)
+    if settings.compute_dtype is not None:
+        copies = compute_copies(func, args, layout.compute_dtype)
+    mass, preconditioner = settings.mass, resolve_preconditioner(settings.preconditioner)
+    if not table.implicit and preconditioner is not None:
+        raise ConfigurationError(
+            f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
+        )
+    linear = _matrix_part(func, table)
+    made_of = object_key(func, mass, preconditioner)
+    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of)
+
+    def create() -> Solver:
+        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
+        # What works for PETSc itself changes as it does.
+        works = getattr(made.stepper, "built", None) is preconditioner
+        made.contents = contents_of(func, mass, None if works else preconditioner)
+        return made
+
+    agreed = None
+    if isinstance(preparing, Preparation):
+        known = solvers.find(key)
+        # What would be found later is looked for while the other ranks still hear of it.
+        if isinstance(mass, torch.Tensor | tuple | list):
+            mass_matrix(mass, layout)
+        if control is not None:
+            check_shapes(control, layout)
+        steps = 0 if len(times) == 1 else None if grid is None else grid.steps
+        agreed = preparing.agree(
+            facts(settings, table, layout, times, func, needs_gradient, by_times),
+            known is None,
+            slot_bounds(
+                trajectory,
+                layout.size * trajectory.checkpoint_itemsize,
+                steps,
+                needs_gradient,
+                known is not None and known.disk_is_lost,
+            ),
+        )
+    solver = solvers.get(
+        key,
+        create,
+        afresh=agreed is not None and agreed.creates,
+    )
+    surroundings, carried = None, NOTHING_CARRIED
+    if needs_gradient:
+        surroundings = Surroundings.now(func, args, layout.device)
+        carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
+    problem = Problem(
+        in_compute_type(func, copies),
+        copies.args,
+        replace(parameters, tensors=copies.of(parameters.tensors)) if copies.by_original else parameters,
+        copies,
+        {} if settings.compiler is None else settings.compiler.compiled(func, table),
+        watched=torch.is_grad_enabled() and not needs_gradient,
+        by_times=by_times,
+        looks=solver.looks_again(),
+        carried=carried,
+    )
+    time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
+    solve = Solve(
+        solver,
+        times,
+        grid,
+        control,
+        problem,
+        parameters.tensors,
+        SolveStatistics(),
+        needs_gradient,
+        settings.fixed_plan,
+        time_dtype,
+        settings.last_only,
+        surroundings,
+        settings.on_mismatch,
+        agreed,
+    )
+    return solve, layout, tensors
+
+
+def usable_outside_inference(value: Any) -> Any:
+    """A tensor of inference mode, or a tuple of such, as copies that derivatives can be taken with."""
+    if isinstance(value, tuple | list):
+        return tuple(map(usable_outside_inference, value))
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+
+
+def _carried(
+    bindings: Bindings,
+    parameters: Parts,
+    copies: ComputeCopies,
+    layout: StateLayout,
+    settings: Settings,
+    known: KnownTensors,
+) -> Carried:
+    """The state that the right-hand side with these names carries, at the beginning of a solve."""
+    inputs, buffers = set(map(id, parameters)), bindings.buffers
+    tensors = [tensor for tensor in bindings.tensors if id(tensor) not in inputs]
+    seen = zip(copies.of(tensors), (id(tensor) in buffers for tensor in tensors), strict=True)
+    return Carried(bindings, seen, layout.device, settings.preserve_rng_state, known)
+
+
+def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | None:
+    """The Mat that is all of what the method treats implicitly, if there is one."""
+    if not method.implicit:
+        return None
+    part = func.implicit if isinstance(func, SplitFunction) and method.family == "arkimex" else func
+    return part if isinstance(part, MatrixFunction) else None
+
+
+def settings_of_tangents(
+    settings: Settings, func: Function, is_tuple: bool, before: Callable[[], Solve], copies: int
+) -> Settings:
+    """The settings of a solve of so many copies of a state, one and its tangents; `before` runs the one without.
+
+    With error control the steps that were accepted there are taken again.
+    """
+    if settings.control() is not None:
+        solve = before()
+        # Without error control another method would be the default.
+        name = solve.solver.stepper.method.name
+        options = without_adaptation(settings.options)
+        settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name, options=options)
+    if settings.mass is not None:
+        masses = tuple(settings.mass) if isinstance(settings.mass, tuple | list) and is_tuple else (settings.mass,)
+        settings = replace(settings, mass=masses * copies)
+    preconditioner = resolve_preconditioner(settings.preconditioner)
+    base = preconditioner or _matrix_part(func, methods.resolve(settings.method or "rk4"))
+    if base is not None and not isinstance(base, BlockInverse):
+        inner, outer = split_options(settings.options)
+        repeated = Repeated(base, copies, is_tuple, tuple(inner.items()))
+        settings = replace(settings, preconditioner=repeated, options=outer)
+    # Tangents are derivatives of vector-Jacobian products, which compiled code does not have. Their plan is another.
+    return replace(settings, compiler=None, fixed_plan=None)

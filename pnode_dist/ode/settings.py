@@ -1,0 +1,52 @@
+"""The settings of a solve, as `odeint` takes them by keyword and `NeuralODE` keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pnode_dist.ode.compiled import Compiler
+from pnode_dist.ode.mass import Mass
+from pnode_dist.ode.preconditioner import Preconditioner
+from pnode_dist.ode.stepper import PetscOptions
+from pnode_dist.ode.time_grid import TimeGrid
+from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.trajectory.plan import Plan
+
+Times = torch.Tensor | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keyword arguments of `odeint`; see there."""
+
+    method: str | None
+    step_size: float | None
+    rtol: Tolerance | None
+    atol: Tolerance | None
+    adaptor: str
+    partition: Partition | None
+    trajectory: Trajectory | None
+    params: Sequence[torch.Tensor] | None
+    options: PetscOptions | None
+    mass: Mass | None = None
+    preconditioner: Preconditioner | str | None = None
+    compute_dtype: torch.dtype | None = None
+    last_only: bool = False
+    on_mismatch: str = "raise"
+    preserve_rng_state: bool = True
+    fixed_plan: Plan | None = None
+    compiler: Compiler | None = None
+    grid: TimeGrid | None = None
+
+    def control(self) -> ErrorControl | None:
+        """The error control, None for steps of fixed size."""
+        if self.rtol is None and self.atol is None:
+            return None
+        rtol = DEFAULT_RTOL if self.rtol is None else self.rtol
+        atol = DEFAULT_ATOL if self.atol is None else self.atol
+        return ErrorControl(rtol, atol, self.adaptor, self.step_size)
