@@ -177,10 +177,12 @@ def test_solves_go_on_where_one_rank_alone_still_has_a_petsc_object(mesh: Mesh, 
     assert torch.equal(solve(), wanted)
 
 
-def test_the_duplicate_of_a_mesh_is_given_up_by_the_next_solver(mesh: Mesh) -> None:
+def test_what_the_solves_of_a_mesh_held_is_given_up_after_its_end(mesh: Mesh) -> None:
     for _ in range(3):
         with Mesh() as other:
             batch = partition(other)
             odeint(decay, torch.ones(batch.local_shape, dtype=torch.float64), TIMES, partition=batch, step_size=0.5)
-            assert not petsc_objects._freed
-        assert len(petsc_objects._freed) == (MPI.COMM_WORLD.size > 1)
+            ranks = batch.comm.size
+        assert len(petsc_objects._freed) == (ranks > 1)
+        destroy_left(MPI.COMM_WORLD)
+        assert petsc_objects._freed == []
