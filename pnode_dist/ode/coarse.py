@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from pnode_dist import agreement
+from pnode_dist.agreement import Description
 from pnode_dist.ode.bindings import bindings_of
 from pnode_dist.ode.carried import Carried
 from pnode_dist.ode.layout import Parts, State
@@ -35,12 +37,24 @@ def is_first_of_its_kind(solver: Solver, func: Any) -> bool:
     code = getattr(func, "__code__", None) or type(func)
     kind = (solver.stepper.method.name, code)
     is_first = kind not in _looked_at
-    comm = solver.stepper.comm
-    if comm.size > 1:
-        is_first = comm.allreduce(is_first, MPI.LOR)
+    is_first = _on_any_rank(is_first, solver.stepper.comm)
     if len(_looked_at) < _MOST_KINDS:
         _looked_at.add(kind)
     return is_first
+
+
+def _on_any_rank(flag: bool, comm: MPI.Comm) -> bool:
+    """Whether `flag` holds on any rank. Collective on `comm`, with its deadline."""
+    if comm.size == 1:
+        return flag
+    call = "the comparison of one step with two"
+    (least,) = agreement.of(comm).reduced(
+        comm,
+        agreement.digest(call),
+        lambda: Description(call, {}, "", agreement.place_in_program(), None),
+        (-int(flag),),
+    )
+    return least < 0
 
 
 def finer_end(solve: Callable[[], State], func: Any, args: tuple[Any, ...], comm: MPI.Comm) -> State | None:
@@ -72,7 +86,10 @@ def warn_if_coarse(what: str, size: float, states: tuple[Parts, Parts, Parts], c
     for coarse, fine, begin in zip(*states, strict=True):
         parts = (coarse.detach().double() - fine.double(), fine.double(), begin.detach().double())
         sums += [part.square().sum().item() for part in parts]
-    comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
+    if comm.size > 1:
+        # First with a deadline: another rank's f may have raised an error.
+        _on_any_rank(True, comm)
+        comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
     difference, scale = math.sqrt(sums[0]), math.sqrt(max(sums[1], sums[2]))
     if math.isfinite(difference) and difference > LARGEST_DIFFERENCE * scale and comm.rank == 0:
         warnings.warn(

@@ -83,4 +83,6 @@ def test_ranks_look_together_at_a_step_that_is_too_long(
         warnings.simplefilter("always")
         for _ in range(2):
             odeint(growth, start, [0.0, 5.9], method="euler", partition=batch)
-    assert sum("is too long" in str(one.message) for one in caught) == (rank == 0)
+    # One rank that has looked at such a solve before does not look again.
+    alone_again = looked_at and MPI.COMM_WORLD.size == 1
+    assert sum("is too long" in str(one.message) for one in caught) == (rank == 0 and not alone_again)

@@ -30,7 +30,7 @@ last = world.rank == world.size - 1
 
 def solve(partition):
     u0 = torch.ones(2, 5, dtype=torch.float64, requires_grad=True)
-    return odeint(lambda t, u: -u, u0, [0.0, 1.0], partition=partition).sum()
+    return odeint(lambda t, u: -u, u0, [0.0, 1.0], partition=partition, step_size=1.0).sum()
 
 def elsewhere():
     while True:
@@ -188,7 +188,7 @@ with Mesh() as mesh:
 """
     job = ended(2, body)
     assert job.returncode == 70
-    assert "at the beginning of solve 2 (" in waiting(job)[0]
+    assert "at the beginning of the comparison of one step with two (" in waiting(job)[0]
 
 
 def test_a_gradient_sum_of_some_ranks_alone_ends_the_job(ended: Run) -> None:

@@ -61,11 +61,11 @@ def test_the_lease_of_a_lock_is_measured_by_the_file_system(other_clock, tmp_pat
 
 def test_leftovers_of_killed_processes_are_removed_and_what_was_just_made_is_not(other_clock, tmp_path):
     for name in ("old", "new"):
-        (tmp_path / f"{scratch._prefix()}{name}").mkdir()
+        (tmp_path / f"{scratch.prefix()}{name}").mkdir()
     long_ago = time.time() - scratch._GRACE - 5
-    os.utime(tmp_path / f"{scratch._prefix()}old", (long_ago, long_ago))
+    os.utime(tmp_path / f"{scratch.prefix()}old", (long_ago, long_ago))
     other_clock()
 
     PrivateDirectory(tmp_path).remove()
 
-    assert [path.name for path in tmp_path.iterdir()] == [f"{scratch._prefix()}new"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{scratch.prefix()}new"]
