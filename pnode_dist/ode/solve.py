@@ -108,6 +108,7 @@ class Solve:
 
     def advance(self, step: int, again: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
+        self.solver.stepper.fingerprints = self.guard is not None
         if not self._use_first_step():
             with events.event(events.RERUN if again else events.STEP, self.logs):
                 self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step])
@@ -115,6 +116,8 @@ class Solve:
 
     def record(self, step: int, again: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
+        # A step that is recorded in the forward pass is not recomputed.
+        self.solver.stepper.fingerprints = self.guard is not None and again
         recording = self._use_first_step()
         if not recording:
             recording = []
