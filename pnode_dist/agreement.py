@@ -132,7 +132,7 @@ def numbered(fingerprint: int, number: int) -> int:
 
 
 class Agreement:
-    """What the ranks of one communicator agree on before they begin a collective operation.
+    """The agreement of the ranks of one communicator before they begin a collective operation.
 
     `private` is a communicator that nothing else uses, None until the first operation. `begun` counts the operations
     that carry a number. Waiting for the other ranks ends the job after `timeout` seconds; 0 disables that.

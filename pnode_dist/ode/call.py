@@ -54,7 +54,7 @@ class Prepare(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for: a right-hand side with its arguments, its parameters as they were `found`, and settings.
+    """The solve asked for: a right-hand side with its arguments, its parameters as they were `found`, and settings.
 
     A state has `parts` parts, and is a tuple of them for the right-hand side if `is_tuple`. `by_times`: the times are
     an input too. `surroundings` and `carried` are what f sees besides its arguments, None and nothing where no
@@ -138,7 +138,7 @@ class Call:
         return len(self.asked.parameters) + sum(map(len, self.directions))
 
     def separated(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """What belongs to the parts of the state, to the parameters and to the times."""
+        """Separate the inputs into those of the state, of the parameters and of the times."""
         end = self.parts + self.parameters
         return inputs[: self.parts], inputs[self.parts : end], inputs[end:]
 
@@ -261,7 +261,7 @@ class Call:
         return func
 
     def _first(self, tensors: tuple[torch.Tensor, ...]) -> Callable[[], Solve] | None:
-        """What runs the solve without tangents if that has not been done."""
+        """Return a function that runs the solve without tangents if that has not been done."""
         if self.first is None:
             return None
         parts, values, times = self.separated(tensors)
@@ -279,7 +279,7 @@ class Call:
         return run
 
     def _stand_in(self, original: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """What f is to find in the place of `original`: a leaf of its own unless that is the value, and serves."""
+        """The tensor that f reads in the place of `original`: a new leaf, unless that is the value and serves."""
         serves = original.requires_grad and not is_wrapped(original)
         if serves and (original.is_leaf or not self.asked.transformed) and _same(original, value):
             return original

@@ -104,7 +104,7 @@ def _state_shape(shapes: tuple[tuple[int, ...], ...], owned: tuple[int, ...]) ->
 
 @dataclass
 class Agreed:
-    """What all ranks have agreed on for a solve: its number on this communicator, and what describes it.
+    """The agreement of all ranks on a solve: its number on this communicator, and what describes it.
 
     `creates`: some rank makes a new solver, so all do. `bounds` are those of `trajectory.budget`, until they are used.
     """
@@ -257,7 +257,7 @@ def facts(
     needs_gradient: bool,
     by_times: bool,
 ) -> Facts:
-    """What the ranks compare of a solve. Bytes of memory and disk are not among it: the least of all ranks counts."""
+    """The facts of a solve that ranks compare. Bytes of memory and disk are left out: the least of all ranks counts."""
     assert settings.partition is not None
     found: list[tuple[str, Any]] = [
         ("method", method.name),

@@ -38,7 +38,7 @@ def solution(call: Call, tensors: Tensors) -> Parts:
 
 
 class _Solution(torch.autograd.Function):
-    """What both forms have in common."""
+    """The derivatives, which both forms have in common."""
 
     @staticmethod
     @outside_graphs

@@ -45,7 +45,7 @@ def lacks_graph(error: RuntimeError) -> bool:
 
 
 def random_states(device: torch.device) -> Callable[[], None]:
-    """What puts the random generators back to where they are now: an evaluation that is repeated draws the same."""
+    """Return a function that restores the present random states: a repeated evaluation draws the same."""
     before = [(put, get()) for get, put in generators(device)]
 
     def restore() -> None:

@@ -22,7 +22,7 @@ class Destroyable(Protocol):
 
 
 class _Ranks:
-    """What this rank has left on a communicator: `made` counts the `PetscObjects` made on it, alike on all ranks.
+    """The objects that this rank has left on a communicator; `made` counts the `PetscObjects` made on it by all ranks.
 
     PETSc duplicates a communicator for its objects and frees the duplicate with the last of them. Ranks drop objects at
     different times, and one of them would duplicate it anew alone. So one more reference is held. Making it is
@@ -41,7 +41,7 @@ _freed: list[PETSc.Comm] = []
 
 
 def _of(comm: MPI.Comm) -> _Ranks:
-    """What belongs to `comm`, and goes when that is freed. Collective the first time."""
+    """The record of `comm`, dropped when that is freed. Collective the first time."""
     if not _key:
         _key.append(MPI.Comm.Create_keyval(delete_fn=lambda _comm, _key, ranks: _freed.append(ranks.held)))
     known: Any = comm.Get_attr(_key[0])
@@ -52,7 +52,7 @@ def _of(comm: MPI.Comm) -> _Ranks:
 
 
 class PetscObjects:
-    """What holds the PETSc objects of one solver, in the order of their making. Making one is collective on `comm`."""
+    """The PETSc objects of one solver, in the order of their making. Making one is collective on `comm`."""
 
     def __init__(self, comm: MPI.Comm) -> None:
         self._things: list[Destroyable] = []

@@ -45,7 +45,7 @@ def ticket_of(held: Any, abandon: Callable[[], None]) -> torch.Tensor:
 
 
 def held_by(ticket: torch.Tensor) -> Any:
-    """What a saved ticket leads to; None if that is gone."""
+    """Return what a saved ticket leads to; None if that is gone."""
     found = _tickets.get(int(ticket.item()))
     return None if found is None else found.held
 

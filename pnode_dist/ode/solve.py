@@ -450,7 +450,7 @@ class Solve:
             self.guard.finish()
 
     def _reasons(self) -> list[str]:
-        """What is known of why a recomputed step may differ."""
+        """The known reasons why a recomputed step may differ."""
         found = [] if self.surroundings is None else self.surroundings.reasons()
         if self.carried.active and self.control is not None:
             found.append(

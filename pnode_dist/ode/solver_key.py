@@ -66,7 +66,7 @@ def matrices_of(func: Any) -> tuple[PETSc.Mat, ...]:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the objects of a key held when a solver was made of them, as far as it can be changed in place.
+    """The contents of the objects of a key when a solver was made of them, as far as they can change in place.
 
     `tensors` are those of the mass matrix with copies, `mats` are Mats with PETSc's counts of their changes, and
     `attributes` those of a preconditioner's description.

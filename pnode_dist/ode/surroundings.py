@@ -53,7 +53,7 @@ def uncached_casts() -> Iterator[None]:
 
 @dataclass
 class Surroundings:
-    """What a right-hand side and its extra arguments saw in the forward pass.
+    """The surroundings of a right-hand side and its extra arguments in the forward pass.
 
     `versions` are those of tensors that f reads.
     """

@@ -134,7 +134,7 @@ class SolverConfig(Table):
     compute_dtype: Literal["float64", "float32", "bfloat16"] | None = None
     """What the right-hand side computes in, by default `[training] dtype`, in which parameters and data stay."""
     on_mismatch: Literal["raise", "warn", "ignore"] = "raise"
-    """What follows where a step that is recomputed for the gradient differs from the forward pass."""
+    """Whether to raise, warn or go on where a step recomputed for the gradient differs from the forward pass."""
     preserve_rng_state: bool = True
     """Whether recomputed steps draw the same random numbers; false saves the time where the model draws none."""
     reach: Count = 1
