@@ -1,0 +1,73 @@
+"""The forecasts of what is held out, and what came true, as one self-describing file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.partition.grid import GridPartition
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.problems.common.forecast_data import TrajectoryData, Windows
+from pnode_dist.report.dataset_file import Variable, write_dataset
+
+FORECAST = "forecast.h5"
+_OWN = ("start", "lead", "forecast", "truth", "trajectory", "start_time", "time", "lead_time", "start_label")
+
+
+def write_forecast(
+    path: Path, forecast: torch.Tensor, batch: Windows, data: TrajectoryData, units: str, mesh: Mesh
+) -> None:
+    """Write forecasts `[lead, start, *local_shape]` and what they were to be. Collective on the world.
+
+    The variables `forecast` and `truth`, float32, have the dimensions start, lead and those of the state; the first
+    lead, 0, is the state that was started from. `time(start, lead)` are the data's times. Missing values are NaN.
+    Raises `ConfigurationError` on all ranks when the file cannot be written.
+    """
+    samples, partition = batch.samples, batch.samples.partition
+    names = dimensions(data, partition)
+    truth = torch.cat([batch.initial[None].double(), batch.targets.double()])
+    forecast = torch.cat([batch.initial[None].double(), forecast])
+    if batch.weights is not None:
+        truth[1:] = truth[1:].masked_fill(batch.weights == 0, math.nan)
+    times = np.array(batch.times)
+    numbers = np.array([first for _, first in batch.starts]) + samples.first
+    own = {"units": units}
+    variables = {
+        "start": Variable(("start",), np.arange(len(batch.starts)), {"long_name": "number of the forecast"}),
+        "lead": Variable(("lead",), np.arange(len(truth)), {"long_name": "samples ahead of the start"}),
+        "trajectory": Variable(("start",), np.array([number for number, _ in batch.starts])),
+        "time": Variable(("start", "lead"), times),
+        "forecast": Variable(("start", "lead", *names), forecast.transpose(0, 1), own, np.float32, partition),
+        "truth": Variable(("start", "lead", *names), truth.transpose(0, 1), own, np.float32, partition),
+    }
+    if len(data.labels) > numbers.max(initial=0):
+        variables["start_label"] = Variable(("start",), np.array([data.labels[number] for number in numbers]))
+    if len(data.names):
+        variables[names[-1]] = Variable((names[-1],), np.array(list(data.names)))
+    for name, values in data.coordinates.items():
+        if name not in variables:
+            variables[name] = values if isinstance(values, Variable) else Variable((name,), np.asarray(values))
+    write_dataset(path, variables, mesh, {"title": "Forecasts"})
+
+
+def dimensions(data: TrajectoryData, partition: Partition) -> tuple[str, ...]:
+    """The names of a state's axes: those of the data, or the partition's own."""
+    if data.dimensions:
+        if len(data.dimensions) != len(partition.global_shape):
+            raise ConfigurationError(
+                f"dimensions = {list(data.dimensions)}: must be {len(partition.global_shape)} names, one for each axis "
+                "of a state"
+            )
+        taken = [name for name in data.dimensions if name in _OWN]
+        if taken:
+            raise ConfigurationError(f"dimensions: {taken[0]} is the name of another variable of {FORECAST}")
+        return tuple(data.dimensions)
+    if isinstance(partition, GridPartition):
+        return (*partition.axes, "channel")
+    axes = len(partition.global_shape)
+    return ("entry",) if axes == 1 else ("point", *(f"axis_{number}" for number in range(1, axes - 1)), "channel")

@@ -1,0 +1,171 @@
+"""The picture of any forecast: a forecast beside the truth, the training, and errors against lead time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
+
+Array = npt.NDArray[Any]
+
+_SIZE = (12.0, 9.0)
+_DPI = 110
+_COLUMNS = 5
+_LINES = 4
+_COLOURS = ("#5b6770", "#1f78b4", "#4d8f3a", "#e08a1e", "#7b5ea7")
+_DECADES = 30.0
+
+
+def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
+    """Draw a picture from the forecast file, the metrics file if there is one, and the figures of an evaluation.
+
+    Above are the first forecast and the truth: maps of a state on a plane or lines of one on an axis, at up to five
+    leads; of other states the entries that vary most, over time. For one rank.
+    """
+    with matplotlib.rc_context(STYLE), h5py.File(forecast, "r") as file:
+        layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05, hspace=0.02, wspace=0.02)
+        figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
+        (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.6, 1))
+        axes = _space_axes(file)
+        if len(axes) == 2:
+            _draw_maps(above, file, axes)
+        elif len(axes) == 1 and file["truth"].shape[axes[0]] > _LINES:
+            _draw_profiles(above, file, axes[0])
+        else:
+            _draw_series(above, file)
+        left, right = below.subplots(1, 2)
+        draw_training(left, metrics_file, str(result.get("units", "")))
+        _draw_errors(right, result)
+        figure.suptitle(f"{result['problem']}: the first of {file['truth'].shape[0]} forecasts", fontsize=12)
+        save(figure, path)
+
+
+def _space_axes(file: h5py.File) -> list[int]:
+    """The axes of `truth` along z, y or x; those of a state on a grid."""
+    names = [_name(file, number) for number in range(file["truth"].ndim)]
+    return [number for number, name in enumerate(names) if name in ("x", "y", "z") or "axis" in file[name].attrs]
+
+
+def _name(file: h5py.File, axis: int) -> str:
+    scale = file["truth"].dims[axis][0]
+    return str(scale.name).rpartition("/")[2]
+
+
+def _first_forecast(file: h5py.File, name: str, kept: Sequence[int]) -> Array:
+    """The first forecast `[lead, *kept axes]` with the first entry along every other axis."""
+    data = file[name]
+    index = tuple(slice(None) if axis == 1 or axis in kept else 0 for axis in range(data.ndim))
+    return np.asarray(data[index], dtype=np.float64)
+
+
+def _shown_leads(file: h5py.File) -> Array:
+    return np.unique(np.linspace(0, file["truth"].shape[1] - 1, _COLUMNS).round().astype(int))
+
+
+def _times(file: h5py.File) -> Array:
+    """The time since the start of the first forecast, of each lead."""
+    times = np.asarray(file["time"][0], dtype=np.float64)
+    return times - times[0]
+
+
+def _channel(file: h5py.File) -> str:
+    """The name of the entry that is shown along the last axis."""
+    data = file["truth"]
+    name = _name(file, data.ndim - 1)
+    first = file[name][0]
+    return first.decode() if isinstance(first, bytes) else f"{name} {first}"
+
+
+def _draw_maps(figure: SubFigure, file: h5py.File, axes: Sequence[int]) -> None:
+    """Truth, forecast and their difference, one below the other, a column for each of some leads."""
+    shown = _shown_leads(file)
+    truth, forecast = (_first_forecast(file, name, axes)[shown] for name in ("truth", "forecast"))
+    error = forecast - truth
+    low, high = np.nanpercentile(truth, [0.5, 99.5])
+    largest = max(float(np.nanpercentile(np.abs(error), 99.5)), 1e-12)
+    colours = {"vmin": low, "vmax": high, "cmap": "viridis"}
+    difference = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
+    rows = (("Truth", truth, colours), ("Forecast", forecast, colours), ("Difference", error, difference))
+    panels = figure.subplots(len(rows), len(shown), squeeze=False)
+    times = _times(file)
+    for (name, values, style), row in zip(rows, panels, strict=True):
+        for number, axis in enumerate(row):
+            image = axis.imshow(values[number], origin="lower", interpolation="nearest", aspect="auto", **style)
+            axis.set(xticks=[], yticks=[])
+            if name == "Truth":
+                axis.set_title(f"+ {times[shown[number]]:g}", fontsize=10, fontweight="normal", loc="center")
+        row[0].set_ylabel(name, fontsize=11, fontweight="bold")
+        figure.colorbar(image, ax=list(row), label=_channel(file), aspect=13, pad=0.01)
+
+
+def _draw_profiles(figure: SubFigure, file: h5py.File, along: int) -> None:
+    """Truth and forecast along the axis, a panel for each of some leads."""
+    shown, times = _shown_leads(file), _times(file)
+    truth, forecast = (_first_forecast(file, name, [along]) for name in ("truth", "forecast"))
+    places = np.asarray(file[_name(file, along)])
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for lead, axis in zip(shown, panels, strict=True):
+        axis.plot(places, truth[lead], color="#2b2b2b", linewidth=1.6, label="truth")
+        axis.plot(places, forecast[lead], color=MODEL_COLOUR, linewidth=1.6, linestyle="--", label="forecast")
+        axis.set_title(f"+ {times[lead]:g}", fontsize=10, fontweight="normal", loc="center")
+        axis.set_xlabel(_name(file, along))
+        axis.grid(alpha=0.25)
+    panels[0].set_ylabel(_channel(file))
+    panels[0].legend(fontsize=9)
+
+
+def _draw_series(figure: SubFigure, file: h5py.File) -> None:
+    """Truth and forecast of the entries that vary most, over time."""
+    times = _times(file)
+    truth, forecast = (
+        np.asarray(file[name][0], dtype=np.float64).reshape(len(times), -1) for name in ("truth", "forecast")
+    )
+    spread = np.nan_to_num(np.nanstd(truth, axis=0))
+    entries = np.sort(np.argsort(-spread, kind="stable")[:_LINES])
+    panels = figure.subplots(1, len(entries), squeeze=False)[0]
+    for entry, axis in zip(entries, panels, strict=True):
+        axis.plot(times, truth[:, entry], color="#2b2b2b", linewidth=1.6, label="truth")
+        axis.plot(times, forecast[:, entry], color=MODEL_COLOUR, linewidth=1.6, linestyle="--", label="forecast")
+        place = np.unravel_index(entry, file["truth"].shape[2:])
+        axis.set_title(f"entry {', '.join(str(number) for number in place)}", fontsize=10, fontweight="normal")
+        axis.set_xlabel("time since the start")
+        axis.grid(alpha=0.25)
+    panels[0].legend(fontsize=9)
+
+
+def _draw_errors(axis: Axes, result: Mapping[str, Any]) -> None:
+    """The errors of the model and of the baselines at each evaluated lead."""
+    rows = result["rmse"]
+    times = [row["time"] for row in rows]
+    names = [name for name in rows[0] if name not in ("lead", "time")]
+    largest = smallest = None
+    for number, name in enumerate(names):
+        errors = [row[name] for row in rows]
+        if name == "model":
+            axis.plot(times, errors, color=MODEL_COLOUR, linewidth=2.4, marker="o", markersize=4, label=name, zorder=3)
+        else:
+            colour = _COLOURS[(number - 1) % len(_COLOURS)]
+            axis.plot(times, errors, color=colour, linestyle="--", marker=".", label=name.replace("_", " "))
+        finite = [error for error in errors if np.isfinite(error) and error > 0]
+        if finite:
+            largest, smallest = max(largest or 0.0, *finite), min(smallest or np.inf, *finite)
+    if largest is not None and smallest is not None and largest > _DECADES * smallest:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    units = str(result.get("units", ""))
+    axis.set_title("Error against lead time")
+    axis.set_xlabel("time since the start")
+    axis.set_ylabel(f"root mean square error ({units})" if units else "root mean square error")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=9)

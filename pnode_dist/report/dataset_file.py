@@ -1,0 +1,120 @@
+"""One self-describing file written by many ranks: variables with named dimensions and coordinates, as NetCDF-4 reads.
+
+The file is HDF5 with dimension scales. Rank 0 lays it out, then the ranks of the first replica write their parts in
+turn: no rank holds more than its own part, and HDF5 need not be parallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.report.turns import in_turn, write_failure
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An array with a name for each of its dimensions; a coordinate if it is named like its only dimension.
+
+    `values` are the whole array, the same on every rank. With `partition` they are this rank's part of it, whose last
+    axes are the partition's. `dtype` is that of the file; strings are stored as they are.
+    """
+
+    dimensions: tuple[str, ...]
+    values: Any
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    dtype: Any = None
+    partition: Partition | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole array."""
+        shape = tuple(np.shape(self.values))
+        if self.partition is None:
+            return shape
+        return (*shape[: len(shape) - len(self.partition.global_shape)], *self.partition.global_shape)
+
+
+def write_dataset(
+    path: Path, variables: Mapping[str, Variable], mesh: Mesh, attributes: Mapping[str, Any] | None = None
+) -> None:
+    """Write the variables as one file, with `attributes` of the whole. Collective on the world.
+
+    A dimension without a coordinate gets the numbers 0, 1, ... . NaN marks missing values of floating types.
+    Raises `ConfigurationError` on all ranks when the file cannot be written.
+    """
+    partitioned = [variable.partition for variable in variables.values() if variable.partition is not None]
+    in_turn(
+        lambda: _create(path, variables, attributes or {}),
+        lambda: _write_part(path, variables),
+        partitioned[0] if partitioned else None,
+        mesh,
+    )
+
+
+def _create(path: Path, variables: Mapping[str, Variable], attributes: Mapping[str, Any]) -> None:
+    sizes: dict[str, int] = {}
+    for name, variable in variables.items():
+        for dimension, size in zip(variable.dimensions, variable.shape, strict=True):
+            if sizes.setdefault(dimension, size) != size:
+                raise ValueError(f"{name}: dimension {dimension} has {size} entries, in other variables {sizes[dimension]}")
+    coordinates = {
+        name: variables.get(name, Variable((name,), np.arange(size))) for name, size in sizes.items()
+    }
+    try:
+        with h5py.File(path, "w") as file:
+            file.attrs.update({"Conventions": "CF-1.8", **attributes})
+            for name, variable in coordinates.items():
+                _lay_out(file, name, variable).make_scale(name)
+            for name, variable in variables.items():
+                if name in coordinates:
+                    continue
+                stored = _lay_out(file, name, variable)
+                for number, dimension in enumerate(variable.dimensions):
+                    stored.dims[number].attach_scale(file[dimension])
+    except OSError as error:
+        raise write_failure(path, error) from None
+
+
+def _lay_out(file: h5py.File, name: str, variable: Variable) -> h5py.Dataset:
+    if variable.partition is not None:
+        stored = file.create_dataset(name, variable.shape, variable.dtype or np.float32, fillvalue=np.nan)
+        stored.attrs["_FillValue"] = np.array(np.nan, dtype=stored.dtype)
+    else:
+        values = _numpy(variable.values)
+        if values.dtype.kind in "UO":
+            stored = file.create_dataset(name, data=values.astype(object), dtype=h5py.string_dtype())
+        else:
+            stored = file.create_dataset(name, data=values, dtype=variable.dtype)
+    stored.attrs.update({key: value for key, value in variable.attributes.items() if value not in ("", None)})
+    return stored
+
+
+def _write_part(path: Path, variables: Mapping[str, Variable]) -> None:
+    """Write this rank's parts into the file that is there."""
+    try:
+        with h5py.File(path, "r+") as file:
+            for name, variable in variables.items():
+                partition = variable.partition
+                if partition is None:
+                    continue
+                values = _numpy(variable.values)
+                owned = partition.owned_slices(partition.comm.rank)
+                leading = (slice(None),) * (values.ndim - len(owned))
+                if 0 not in values.shape:
+                    file[name][(*leading, *owned)] = values.astype(file[name].dtype)
+    except OSError as error:
+        raise write_failure(path, error) from None
+
+
+def _numpy(values: Any) -> npt.NDArray[Any]:
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -1,0 +1,137 @@
+"""A training run from its configuration to its last file, read from top to bottom."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from mpi4py import MPI
+
+from pnode_dist.config.registry import Registered
+from pnode_dist.config.tables import Config
+from pnode_dist.config.user_code import user_code
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode import safe_points
+from pnode_dist.runs import directory as run_directory
+from pnode_dist.runs import heartbeat, resume
+from pnode_dist.system import slurm
+from pnode_dist.system.compatibility import difference, facts_here
+from pnode_dist.train import loop
+from pnode_dist.train.callbacks import Callback, RunStart, of_rank
+from pnode_dist.train.loggers import TensorBoardLogger
+from pnode_dist.train.outcome import Outcome
+from pnode_dist.train.preemption import Preemption
+from pnode_dist.train.problem import Problem
+from pnode_dist.train.watchdog import Watchdog
+
+PROGRAM = "pnode-dist"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """How a run is to begin, and who is told about it.
+
+    `resume`: `"auto"`, the path of a snapshot, or `"no"`. `overwrite` replaces an earlier run's files, and
+    `accept_changed_problem` goes on although the problem's file has changed since the snapshot.
+    """
+
+    resume: str = "no"
+    overwrite: bool = False
+    accept_changed_problem: bool = False
+    callbacks: tuple[Callback, ...] = ()
+
+
+def run(config: Config, found: Registered, request: RunRequest) -> Outcome:
+    """Train the configured problem, and leave all files of the run in its directory. Collective on the world.
+
+    Nothing is written before the problem is built and one loss has been computed.
+    Raises `ConfigurationError` on all ranks, and what `pnode_dist.train.loop.train` raises.
+    """
+    directory = config.run.path
+    loggers = (TensorBoardLogger(),) if config.run.tensorboard else ()
+    with ExitStack() as stack:
+        mesh = stack.enter_context(mesh_of(config))
+        preemption = stack.enter_context(Preemption(mesh, _stop_time(config)))
+        callbacks = of_rank((*loggers, *request.callbacks), mesh.is_root)
+        choose = functools.partial(
+            resume.choose_start, request.resume, config, request.overwrite, found.sha256, request.accept_changed_problem
+        )
+        run_directory.on_root(mesh, choose)
+        problem = build_problem(config, found, mesh)
+        with user_code("in the loss of the first batch", found.file, _fallback(found)):
+            loop.rehearse(problem, config.training)
+        lock = stack.enter_context(run_directory.held(directory, mesh))
+        # Nobody else writes there from now on.
+        start = run_directory.on_root(mesh, choose)
+        snapshot = resume.open_run(start, config, mesh, request.overwrite)
+        if mesh.is_root:
+            for note in resume.described(start, snapshot, config.training.epochs):
+                print(f"{PROGRAM}: {note}", file=sys.stderr, flush=True)
+        beating = stack.enter_context(heartbeat.of_run(directory, lock, mesh, config.training.epochs))
+        watchdog = stack.enter_context(Watchdog(mesh, config.run.hang_limit))
+        stack.enter_context(safe_points.watched(watchdog))
+        outcome: Outcome | None = None
+        done = 0 if snapshot is None else snapshot.position.step
+        callbacks.start(RunStart(directory, config.model_dump(mode="json", exclude_none=True), done))
+        try:
+            outcome = loop.train(
+                problem,
+                config.training,
+                mesh,
+                directory,
+                config.snapshot,
+                snapshot,
+                config.to_toml(),
+                preemption,
+                beating,
+                callbacks,
+                found.sha256,
+            )
+        finally:
+            callbacks.end(outcome)
+    return outcome
+
+
+def build_problem(
+    config: Config, found: Registered, mesh: Mesh, dtype: torch.dtype | None = None
+) -> Problem:
+    """The configured problem, its model computing in `[training] dtype` or in `dtype`. Collective on the world.
+
+    Raises `ConfigurationError`: on all ranks for whatever the data or the number of ranks do not allow, and for an error
+    in a user's own problem.
+    """
+    kind = dtype or getattr(torch, config.training.dtype)
+    with user_code(f"while {found.name} is built", found.file, _fallback(found)):
+        problem: Problem = found.definition.builder()(config, mesh, kind)
+    return problem
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The configured mesh, once all ranks run the same versions and command; seeds torch. Collective on the world."""
+    check_alike()
+    torch.manual_seed(config.run.seed)
+    return Mesh(config.mesh.state, config.mesh.data, backend=config.mesh.backend)
+
+
+def check_alike() -> None:
+    """Raise `ConfigurationError` unless all ranks run the same versions and command. Collective on the world."""
+    facts, hosts = MPI.COMM_WORLD.gather(facts_here()), MPI.COMM_WORLD.gather(socket.gethostname())
+    different = MPI.COMM_WORLD.bcast(difference(facts, hosts) if facts and hosts else None)
+    if different is not None:
+        raise ConfigurationError(different)
+
+
+def _stop_time(config: Config) -> float | None:
+    """When the run is to stop by itself, before the end of a Slurm job."""
+    end = slurm.job_end() if config.run.stop_before_end else None
+    return end and end - config.run.stop_before_end
+
+
+def _fallback(found: Registered) -> str:
+    """The name that errors of a user's problem begin with; those of this package keep their tracebacks."""
+    return "" if found.file is None else found.name
