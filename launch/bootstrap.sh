@@ -20,7 +20,7 @@ choices=$venv/.pnode-dist-choices
 wheels=$venv/.pnode-dist-wheels
 constraints=launch/constraints.txt
 default_options="--with-fc=0 --with-debugging=0 COPTFLAGS=-O3 CXXOPTFLAGS=-O3 --with-x=0 --with-ssl=0"
-floor=3.26 # PETSc's, as in pnode_dist/compatibility.py
+floor=3.26 # PETSc's, as in pnode_dist/system/compatibility.py
 
 # Where .venv is activated, its own interpreter must not be taken for the one to make it with.
 PATH=:$PATH:
@@ -103,8 +103,8 @@ store_choices() {
 
 fingerprint() { cat pyproject.toml "$constraints" launch/bootstrap.sh "$choices" | sha256sum | cut -d' ' -f1; }
 
-stack_loads() { "$venv/bin/python" -c 'from pnode_dist.compatibility import check_mpi; check_mpi()'; }
-all_loads() { "$venv/bin/python" -c 'import h5py, torch, pnode_dist.cli' && "$venv/bin/pnode-dist" --version && stack_loads; }
+stack_loads() { "$venv/bin/python" -c 'from pnode_dist.system.compatibility import check_mpi; check_mpi()'; }
+all_loads() { "$venv/bin/python" -c 'import h5py, torch, pnode_dist.cli.main' && "$venv/bin/pnode-dist" --version && stack_loads; }
 
 # Started programs inherit the lock, so it also covers what outlives a bootstrap that was killed.
 exec 9>"$root/.bootstrap.lock"

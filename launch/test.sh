@@ -69,7 +69,7 @@ if [ -z "$rank_counts" ]; then
     if [ "$tier" = quick ]; then rank_counts="1 2"; else rank_counts="1 2 3 4"; fi
 fi
 # What the quick tier runs.
-core=(tests/unit/ode tests/unit/trajectory tests/unit/partition tests/unit/nn)
+core=(tests/unit/ode tests/unit/checkpointing tests/unit/partition tests/unit/nn)
 core_at_ranks=(tests/mpi/test_{adaptive,conv,exchange,graph,implicit,linear,odeint,partition,sync,trajectory}.py)
 tiers=()
 [ "$tier" = normal ] || tiers=("--$tier")

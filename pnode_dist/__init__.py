@@ -7,28 +7,32 @@ a program that wants to hand options to PETSc calls ``petsc4py.init(options)`` b
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pnode_dist.compatibility import check_versions
+from pnode_dist.system.compatibility import check_versions
 
 if TYPE_CHECKING:
-    from pnode_dist.allocator import keep_freed_memory as keep_freed_memory
+    from pnode_dist.checkpointing.budget import Trajectory as Trajectory
+    from pnode_dist.distributed.mesh import Mesh as Mesh
     from pnode_dist.errors import ConfigurationError as ConfigurationError
     from pnode_dist.errors import ConvergenceError as ConvergenceError
     from pnode_dist.errors import DisagreementError as DisagreementError
     from pnode_dist.errors import RecomputationError as RecomputationError
-    from pnode_dist.mesh import Mesh as Mesh
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
-    from pnode_dist.ode.split import SplitFunction as SplitFunction
+    from pnode_dist.ode.rhs.split import SplitFunction as SplitFunction
     from pnode_dist.partition.batch import BatchPartition as BatchPartition
     from pnode_dist.partition.dense import DensePartition as DensePartition
     from pnode_dist.partition.graph import GraphPartition as GraphPartition
     from pnode_dist.partition.grid import GridPartition as GridPartition
-    from pnode_dist.trajectory.budget import Trajectory as Trajectory
+    from pnode_dist.system.allocator import keep_freed_memory as keep_freed_memory
 
-__version__ = "0.1.0"
+__version__ = version("pnode-dist")
+# `pnode_dist.sync`, `.sampler` and `.sharding`, which have moved, can still be imported.
+__path__.append(str(Path(__file__).with_name("deprecated")))
 
 _PUBLIC = {
     "BatchPartition": "pnode_dist.partition.batch",
@@ -38,13 +42,13 @@ _PUBLIC = {
     "DensePartition": "pnode_dist.partition.dense",
     "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",
-    "Mesh": "pnode_dist.mesh",
+    "Mesh": "pnode_dist.distributed.mesh",
     "NeuralODE": "pnode_dist.ode.odeint",
     "RecomputationError": "pnode_dist.errors",
-    "SplitFunction": "pnode_dist.ode.split",
-    "Trajectory": "pnode_dist.trajectory.budget",
+    "SplitFunction": "pnode_dist.ode.rhs.split",
+    "Trajectory": "pnode_dist.checkpointing.budget",
     "consistent": "pnode_dist.ode.consistent",
-    "keep_freed_memory": "pnode_dist.allocator",
+    "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
 }
 

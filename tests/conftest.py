@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from pnode_dist import Mesh
-from pnode_dist.train.snapshot_files import Background
+from pnode_dist.runs.snapshot_files import Background
 from tests.tiers import (  # noqa: F401
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -56,7 +56,7 @@ def mesh() -> Iterator[Mesh]:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations without their pictures, which take longer than the rest of them and have tests of their own."""
     for problem in ("field", "flows", "gray_scott", "images", "pendulum", "robertson", "semilinear"):
-        monkeypatch.setattr(f"pnode_dist.problems.{problem}.draw", lambda path, *_: str(path))
+        monkeypatch.setattr(f"pnode_dist.problems.{problem}.problem.draw", lambda path, *_: str(path))
 
 
 def started_and_waited_for(background: Background, job: Callable[[], None]) -> None:

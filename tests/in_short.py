@@ -10,11 +10,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
-from pnode_dist import method_check
-from pnode_dist.cli import main
+from pnode_dist import bench
+from pnode_dist.cli.main import main
+from pnode_dist.verify import methods as method_check
 
 
 def a_quarter(subject: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +45,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def shorten(name: str) -> None:
     """Set a benchmark's constants, also where they are the defaults of its functions."""
-    module = import_module(f"pnode_dist.bench.{name.replace('-', '_')}")
+    module = bench.module(name)
     for constant, value in SMALL[name].items():
         before = getattr(module, constant)
         if callable(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,11 +29,17 @@ FULL = ("methods",)
 """Those that also come in the sizes of the paper that they repeat."""
 
 
+def module(name: str) -> ModuleType:
+    """The module whose `run` is the benchmark of that name."""
+    place = "methods.run" if name == "methods" else name.replace("-", "_")
+    return import_module(f"pnode_dist.bench.{place}")
+
+
 def run(name: str, full: bool = False) -> Report:
     """Run a benchmark by name, one of `FULL` also in full size. Collective on the world.
 
     Raises `ConfigurationError` when it does not run on this number of ranks or a peer is not installed.
     """
-    benchmark = import_module(f"pnode_dist.bench.{name.replace('-', '_')}")
+    benchmark = module(name)
     report: Report = benchmark.run(full=True) if full else benchmark.run()
     return report

@@ -16,9 +16,9 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist.bench.report import Check, Report, Row, interleaved
+from pnode_dist.checkpointing.budget import Trajectory
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.trajectory.budget import Trajectory
 
 LARGEST_TIME_RATIO = 1.0
 LARGEST_GRADIENT_ERROR = 1e-12

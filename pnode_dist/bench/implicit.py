@@ -14,13 +14,13 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.bench.report import Check, Report, Row
+from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.ode.preconditioner import AssembledJacobian, Preconditioner
+from pnode_dist.ode.steppers.preconditioner import AssembledJacobian, Preconditioner
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.gray_scott_config import GrayScottParameters
-from pnode_dist.problems.gray_scott_physics import GrayScott, initial_state
-from pnode_dist.trajectory.budget import Trajectory
-from pnode_dist.trajectory.statistics import SolveStatistics
+from pnode_dist.problems.gray_scott.config import GrayScottParameters
+from pnode_dist.problems.gray_scott.physics import GrayScott, initial_state
 
 LARGEST_SHARE = 0.5
 LARGEST_GROWTH = 1.5

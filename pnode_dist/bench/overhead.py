@@ -20,9 +20,9 @@ from torch import nn
 
 from pnode_dist.bench.gradient import Case, RightHandSide
 from pnode_dist.bench.report import Check, Report, Row
+from pnode_dist.checkpointing.budget import Trajectory
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.trajectory.budget import Trajectory
 
 FORWARD_MICROSECONDS = 5.0
 ADJOINT_MICROSECONDS = 15.0

@@ -17,19 +17,19 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.bench.report import Check, Report, Row, interleaved
+from pnode_dist.checkpointing.budget import Trajectory
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import Method, resolve
 from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.ode.split import SplitFunction
+from pnode_dist.ode.rhs.split import SplitFunction
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.periodic_line import line, operator, shortest_wave
-from pnode_dist.problems.semilinear_config import LineEquation, SemilinearModelConfig
-from pnode_dist.problems.semilinear_data import reference
-from pnode_dist.problems.semilinear_equation import Convection, initial_state, linear_stencil
-from pnode_dist.problems.semilinear_model import learnt_convection
-from pnode_dist.problems.stable_step import STEPS, largest_stable_step
-from pnode_dist.problems.trajectories import Trajectories, Windows, windows
-from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.problems.common.trajectories import Trajectories, Windows, windows
+from pnode_dist.problems.semilinear.config import LineEquation, SemilinearModelConfig
+from pnode_dist.problems.semilinear.data import reference
+from pnode_dist.problems.semilinear.equation import Convection, initial_state, linear_stencil
+from pnode_dist.problems.semilinear.model import learnt_convection
+from pnode_dist.problems.semilinear.periodic_line import line, operator, shortest_wave
+from pnode_dist.problems.semilinear.stable_step import STEPS, largest_stable_step
 
 SEMI_IMPLICIT, STEP = ("arkimex_3", "arkimex_4"), 0.2
 EXPLICIT = ("euler", "heun", "rk3", "bosh3", "rk4", "fehlberg5", "dopri5")

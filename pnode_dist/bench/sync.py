@@ -11,9 +11,9 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist.bench.report import Check, Report, Row
+from pnode_dist.distributed.gradients import parallel
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.mesh import Mesh
-from pnode_dist.sync import parallel
 
 SIZES = {1_000: 200, 1_000_000: 20}
 LARGEST_TIME_RATIO = 1.0

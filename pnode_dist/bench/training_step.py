@@ -10,12 +10,12 @@ import time
 import torch
 from mpi4py import MPI
 
+from pnode_dist.checkpointing.budget import Trajectory
 from pnode_dist.exchange import halo
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.gray_scott_model import right_hand_side
-from pnode_dist.problems.gray_scott_physics import initial_state
-from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.problems.gray_scott.model import right_hand_side
+from pnode_dist.problems.gray_scott.physics import initial_state
 
 SPECIES, CHANNELS, LAYERS = 2, 16, 3
 STEPS, STEP_SIZE = 2, 1.0

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from mpi4py import MPI
 
-from pnode_dist.buffers import bytes_of
+from pnode_dist.distributed.buffers import bytes_of
 from pnode_dist.exchange.linear_map import linear_map
 from pnode_dist.partition.graph import GraphPartition
 

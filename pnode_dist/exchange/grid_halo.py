@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from mpi4py import MPI
 
-from pnode_dist.buffers import bytes_of
+from pnode_dist.distributed.buffers import bytes_of
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange.linear_map import linear_map
 from pnode_dist.partition.grid import GridPartition, Rule

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from mpi4py import MPI
 
+from pnode_dist.distributed.mesh import Extent, Mesh
 from pnode_dist.exchange.linear_map import linear_map
-from pnode_dist.mesh import Extent, Mesh
 
 
 def global_sum(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:

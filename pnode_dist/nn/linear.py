@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pnode_dist.distributed.sharding import Shard
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import gather_vector, reduce_vector
 from pnode_dist.partition.dense import DensePartition
-from pnode_dist.sharding import Shard
 
 Split = Literal["column", "row"]
 
@@ -32,13 +32,12 @@ class Linear(nn.Module):
     more outputs than inputs and "row" for fewer.
     `weight` and `bias` have torch.nn.Linear's names, shapes and initialisation, so a state_dict goes either way. All
     ranks hold all of them and use their own rows or columns: the sum of the ranks' gradients, which
-    `pnode_dist.sync.parallel` makes, is the gradient.
+    `pnode_dist.distributed.gradients.parallel` makes, is the gradient.
     With `shard=True` a rank holds what it uses and no more: with "column" its rows of the weight, with "row" its
     columns, and its part of the bias, with the same values as before under the same seed on all ranks. Their gradients
-    are complete as they are, and `parallel` takes their mean over replicas. `pnode_dist.sharding` makes state_dicts of
-    whole tensors and takes them.
-    `forward` is collective on the partitions' communicator, and so is its backward. Raises `ConfigurationError` for
-    another split, or partitions over different numbers of ranks.
+    are complete as they are, and `parallel` takes their mean over replicas. `pnode_dist.distributed.sharding` makes
+    state_dicts of whole tensors and takes them. `forward` is collective on the partitions' communicator, and so is its
+    backward. Raises `ConfigurationError` for another split, or partitions over different numbers of ranks.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ def _own_parts(
     """
     shard = shards["weight"]
     shape = [outputs, inputs]
-    shape[shard.axis] = shard.partition.local_shape[0]
+    shape[shard.axis] = shard.length
     weight = torch.empty(shape, dtype=dtype)
     rows = max(1, _DRAWN_AT_ONCE // inputs)
     first = shard.partition.owned[0] if shard.axis == 0 else 0

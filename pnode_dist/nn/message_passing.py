@@ -31,8 +31,9 @@ class MessagePassing(nn.Module):
     `[..., local_nodes, features]` and `[..., local_nodes, messages]`; without it the output is what was aggregated.
     Sums are taken in the order of the edges, the same at any number of ranks. Where several messages are the largest,
     they share the gradient. The parameters are those of `message` and `update`, and every rank has all of them: the
-    sum of the ranks' gradients, which `pnode_dist.sync.parallel` makes, is the gradient. `forward` is collective on
-    the partition's communicator, and so is its backward. Raises `ConfigurationError` for another `aggregate`.
+    sum of the ranks' gradients, which `pnode_dist.distributed.gradients.parallel` makes, is the gradient. `forward` is
+    collective on the partition's communicator, and so is its backward. Raises `ConfigurationError` for another
+    `aggregate`.
     """
 
     def __init__(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.exchange import mesh_sum
-from pnode_dist.mesh import Mesh
 from pnode_dist.nn.norm import follow
 
 

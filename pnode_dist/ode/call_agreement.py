@@ -15,18 +15,18 @@ from typing import Any, Protocol
 
 from mpi4py import MPI
 
-from pnode_dist import agreement
-from pnode_dist.agreement import Agreement, Description
-from pnode_dist.ode.layout import StateLayout
+from pnode_dist.checkpointing import budget
+from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.plan import Plan
+from pnode_dist.distributed import agreement
+from pnode_dist.distributed.agreement import Agreement, Description
 from pnode_dist.ode.methods import Method
-from pnode_dist.ode.split import MatrixFunction, SplitFunction
-from pnode_dist.ode.tangent import WithTangent
+from pnode_dist.ode.rhs.layout import StateLayout
+from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.rhs.tangent import WithTangent
+from pnode_dist.ode.steppers.tolerances import Tolerance
 from pnode_dist.ode.time_grid import TimeGrid
-from pnode_dist.ode.tolerances import Tolerance
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.trajectory import budget
-from pnode_dist.trajectory.budget import Trajectory
-from pnode_dist.trajectory.plan import Plan
 
 Facts = tuple[tuple[str, Any], ...]
 

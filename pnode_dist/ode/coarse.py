@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from pnode_dist import agreement
-from pnode_dist.agreement import Description
-from pnode_dist.ode.bindings import bindings_of
-from pnode_dist.ode.carried import Carried
-from pnode_dist.ode.layout import Parts, State
+from pnode_dist.distributed import agreement
+from pnode_dist.distributed.agreement import Description
+from pnode_dist.ode.recomputation.bindings import bindings_of
+from pnode_dist.ode.recomputation.carried import Carried
+from pnode_dist.ode.rhs.layout import Parts, State
 from pnode_dist.ode.solver import Solver
 
 LARGEST_DIFFERENCE = 0.1

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.evaluation import Function
-from pnode_dist.ode.layout import State, layout_of
-from pnode_dist.ode.mass import Mass, mass_matrix
 from pnode_dist.ode.odeint import odeint
-from pnode_dist.ode.preconditioner import Preconditioner
-from pnode_dist.ode.stepper import PetscOptions
+from pnode_dist.ode.rhs.evaluation import Function
+from pnode_dist.ode.rhs.layout import State, layout_of
+from pnode_dist.ode.rhs.mass import Mass, mass_matrix
+from pnode_dist.ode.steppers.base import PetscOptions
+from pnode_dist.ode.steppers.preconditioner import Preconditioner
 from pnode_dist.partition.protocol import Partition
 
 

@@ -15,40 +15,34 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.plan import Plan, Plans
+from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
-from pnode_dist.ode.call import Asked, Call, Prepare
+from pnode_dist.ode.autograd.call import Asked, Call, Prepare
+from pnode_dist.ode.autograd.differentiable import solution, tangent_call_of
+from pnode_dist.ode.autograd.outside_graphs import outside_graphs
+from pnode_dist.ode.autograd.transformed import transformed
+from pnode_dist.ode.autograd.transforms import check_not_traced, transforming
 from pnode_dist.ode.call_agreement import preparation
 from pnode_dist.ode.coarse import finer_end, is_first_of_its_kind, warn_if_coarse
-from pnode_dist.ode.compiled import Compiler
-from pnode_dist.ode.differentiable import solution, tangent_call_of
-from pnode_dist.ode.evaluation import Function
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
-from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
-from pnode_dist.ode.mass import Mass
 from pnode_dist.ode.one_at_a_time import one_at_a_time
-from pnode_dist.ode.outside_graphs import outside_graphs
-from pnode_dist.ode.parameters import find_parameters, independent
-from pnode_dist.ode.preconditioner import Preconditioner
 from pnode_dist.ode.prepare import prepared, settings_of_tangents, usable_outside_inference
+from pnode_dist.ode.rhs.compiled import Compiler
+from pnode_dist.ode.rhs.evaluation import Function
+from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
+from pnode_dist.ode.rhs.mass import Mass
+from pnode_dist.ode.rhs.parameters import find_parameters, independent
+from pnode_dist.ode.rhs.tangent import WithTangent, checked_direction, joined, with_tangent, without_tangents
 from pnode_dist.ode.settings import Settings, Times
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import communicator
-from pnode_dist.ode.stepper import PetscOptions
-from pnode_dist.ode.tangent import (
-    WithTangent,
-    checked_direction,
-    joined,
-    with_tangent,
-    without_tangents,
-)
-from pnode_dist.ode.tolerances import Tolerance
-from pnode_dist.ode.transformed import transformed
-from pnode_dist.ode.transforms import check_not_traced, transforming
+from pnode_dist.ode.steppers.base import PetscOptions
+from pnode_dist.ode.steppers.preconditioner import Preconditioner
+from pnode_dist.ode.steppers.tolerances import Tolerance
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.trajectory.budget import Trajectory
-from pnode_dist.trajectory.plan import Plan, Plans
-from pnode_dist.trajectory.statistics import SolveStatistics
 
 
 def _solve(
@@ -261,10 +255,10 @@ def odeint(
     Those of the families `theta`, `arkimex` and `dirk` solve equations in every step; with `arkimex` the parts of a
     `SplitFunction` are treated implicitly and explicitly. `mass` is a constant matrix M (see `mass_matrix`), which may
     be singular, for theta methods. `preconditioner` is that of the linear systems: `block`, `assembled`, or an object
-    of `pnode_dist.ode.preconditioner`. `partition` says over which ranks the state is spread; None: this rank's state
-    is its own. `trajectory` is the budget for checkpoints. `options` are PETSc options for the solver, such as
-    `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`; one that nothing heeds is an error. With `last_only`
-    the state at `t[-1]` alone is returned, in the shape of `u0`, and no memory is spent on the others.
+    of `pnode_dist.ode.steppers.preconditioner`. `partition` says over which ranks the state is spread; None: this
+    rank's state is its own. `trajectory` is the budget for checkpoints. `options` are PETSc options for the solver,
+    such as `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`; one that nothing heeds is an error. With
+    `last_only` the state at `t[-1]` alone is returned, in the shape of `u0`, and no memory is spent on the others.
 
     `func` may return memory that it uses again, at its next evaluation or later: such values are copied. Threads take
     turns, one forward or backward pass at a time. Where `t` has two times and neither `step_size` nor tolerances are
@@ -273,7 +267,7 @@ def odeint(
 
     The gradient is that of the numbers computed (a discrete adjoint: of the steps that were accepted, each taken as a
     fixed share of its interval), for the objective that is the sum of all ranks' losses. Gradients by parameters and
-    times are this rank's contributions: `pnode_dist.sync.parallel` sums those of parameters. `func`'s
+    times are this rank's contributions: `pnode_dist.distributed.gradients.parallel` sums those of parameters. `func`'s
     parameters are those of a module, and otherwise the tensors requiring a gradient that a function closes over,
     also in `args`; `params` adds those that cannot be found, and an error says when that is needed.
 
@@ -315,8 +309,8 @@ class NeuralODE(nn.Module):
     `fixed_plan`, one of the candidates of `plan`, is followed instead of choosing one.
 
     With `compile` f and its vector-Jacobian products go through torch.compile, by its default backend or the one named
-    (see `pnode_dist.ode.compiled`). That takes seconds at first, pays where f is made of many small operations on large
-    states, and changes results by rounding.
+    (see `pnode_dist.ode.rhs.compiled`). That takes seconds at first, pays where f is made of many small operations on
+    large states, and changes results by rounding.
     """
 
     def __init__(

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 
 import torch
 
-from pnode_dist.ode import evaluation, safe_points
+from pnode_dist.ode import safe_points
+from pnode_dist.ode.rhs import evaluation
 
 PATIENCE = 600.0
 """Seconds that a thread waits while the one in a pass takes no step."""

@@ -8,39 +8,37 @@ from typing import Any
 
 import torch
 
+from pnode_dist.checkpointing import budget
+from pnode_dist.checkpointing.budget import slot_bounds
+from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
-from pnode_dist.ode.bindings import Bindings
 from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
-from pnode_dist.ode.carried import NOTHING_CARRIED, Carried, KnownTensors
-from pnode_dist.ode.compute_type import ComputeCopies, compute_copies
-from pnode_dist.ode.evaluation import Function, Problem
-from pnode_dist.ode.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.given_options import check_options, without_adaptation
-from pnode_dist.ode.guard import check_policy
 from pnode_dist.ode.kept_solvers import KeptSolvers
-from pnode_dist.ode.layout import Parts, State, StateLayout, layout_of
-from pnode_dist.ode.mass import mass_matrix
-from pnode_dist.ode.parameters import find_parameters, independent
-from pnode_dist.ode.preconditioner import BlockInverse
-from pnode_dist.ode.preconditioner import resolve as resolve_preconditioner
+from pnode_dist.ode.recomputation.bindings import Bindings
+from pnode_dist.ode.recomputation.carried import NOTHING_CARRIED, Carried, KnownTensors
+from pnode_dist.ode.recomputation.guard import check_policy
+from pnode_dist.ode.recomputation.surroundings import Surroundings
 from pnode_dist.ode.repeated import Repeated, split_options
+from pnode_dist.ode.rhs.compute_dtype import ComputeCopies, compute_copies
+from pnode_dist.ode.rhs.evaluation import Function, Problem
+from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
+from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
+from pnode_dist.ode.rhs.mass import mass_matrix
+from pnode_dist.ode.rhs.parameters import find_parameters, independent
+from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.rhs.tangent import in_compute_type
 from pnode_dist.ode.settings import Settings, Times
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
 from pnode_dist.ode.solver_key import Same, contents_of, object_key
-from pnode_dist.ode.split import MatrixFunction, SplitFunction
-from pnode_dist.ode.surroundings import Surroundings
-from pnode_dist.ode.tangent import (
-    in_compute_type,
-)
+from pnode_dist.ode.steppers.preconditioner import BlockInverse
+from pnode_dist.ode.steppers.preconditioner import resolve as resolve_preconditioner
+from pnode_dist.ode.steppers.tolerances import check_shapes
 from pnode_dist.ode.time_grid import check_step_size, divided, output_times
 from pnode_dist.ode.time_rounding import rounding_of
-from pnode_dist.ode.tolerances import check_shapes
-from pnode_dist.partition.protocol import vec_device
-from pnode_dist.trajectory import budget
-from pnode_dist.trajectory.budget import slot_bounds
-from pnode_dist.trajectory.statistics import SolveStatistics
+from pnode_dist.petsc.vectors import vec_device
 
 
 def prepared(

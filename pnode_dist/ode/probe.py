@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from pnode_dist.ode.evaluation import Problem, StageGraph, StageState
-from pnode_dist.ode.recording import Recording
-from pnode_dist.ode.stepper import Stepper
-from pnode_dist.trajectory.costs import Costs, LevelCosts
-from pnode_dist.trajectory.schedule import Tier
-from pnode_dist.trajectory.store import SlotPool, SpillError
+from pnode_dist.checkpointing.costs import Costs, LevelCosts
+from pnode_dist.checkpointing.schedule import Tier
+from pnode_dist.checkpointing.store import SlotPool, SpillError
+from pnode_dist.ode.rhs.evaluation import Problem, StageGraph, StageState
+from pnode_dist.ode.steppers.base import Stepper
+from pnode_dist.ode.steppers.recording import Recording
 
 _REPEATS = 5
 _LONG_ENOUGH, _LONG = 0.15, 1.0

@@ -14,13 +14,13 @@ from typing import Any
 
 from petsc4py import PETSc
 
-from pnode_dist.ode.mass import mass_of_one
-from pnode_dist.ode.point import Point
-from pnode_dist.ode.preconditioner import Built, BuiltMatrix, Preconditioner, Setting
-from pnode_dist.ode.split import MatrixFunction
-from pnode_dist.ode.stepper import options_database
-from pnode_dist.ode.tangent import without_tangents
-from pnode_dist.partition import protocol
+from pnode_dist.ode.rhs.linearisation import Point
+from pnode_dist.ode.rhs.mass import mass_of_one
+from pnode_dist.ode.rhs.split import MatrixFunction
+from pnode_dist.ode.rhs.tangent import without_tangents
+from pnode_dist.ode.steppers.base import options_database
+from pnode_dist.ode.steppers.preconditioner import Built, BuiltMatrix, Preconditioner, Setting
+from pnode_dist.petsc import vectors
 
 _OF_PC = re.compile(r"^-?((pc|sub|mg|fieldsplit|mat)_|.*_(pc|mat)_)")
 _DIRECTLY_SOLVED, _PREFIX = 50_000, "of_copy_"
@@ -64,8 +64,8 @@ class BuiltCopies:
     def __init__(self, built: Built, setting: Setting, described: Repeated, linear: bool = False) -> None:
         self._built, self._layout, self._copies = built, setting.layout, described.copies
         size = setting.layout.size
-        self._in = protocol.create_vec(setting.comm, size)
-        self._out = protocol.create_vec(setting.comm, size)
+        self._in = vectors.create_vec(setting.comm, size)
+        self._out = vectors.create_vec(setting.comm, size)
         self._pc = PETSc.PC().create(comm=setting.comm)
         self._shells: list[PETSc.Mat] = []
         if built.context is not None:
@@ -123,12 +123,12 @@ class BuiltCopies:
 
     def _each(self, apply: Any, x: PETSc.Vec, y: PETSc.Vec) -> None:
         size = self._layout.size
-        source, target = (protocol.view(vec, (self._copies, size)) for vec in (x, y))
+        source, target = (vectors.view(vec, (self._copies, size)) for vec in (x, y))
         for given, found in zip(source, target, strict=True):
-            protocol.view(self._in, (size,)).copy_(given)
+            vectors.view(self._in, (size,)).copy_(given)
             self._in.stateIncrease()
             apply(self._in, self._out)
-            found.copy_(protocol.view(self._out, (size,)))
+            found.copy_(vectors.view(self._out, (size,)))
         y.stateIncrease()
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from pnode_dist.ode.compiled import Compiler
-from pnode_dist.ode.mass import Mass
-from pnode_dist.ode.preconditioner import Preconditioner
-from pnode_dist.ode.stepper import PetscOptions
+from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.plan import Plan
+from pnode_dist.ode.rhs.compiled import Compiler
+from pnode_dist.ode.rhs.mass import Mass
+from pnode_dist.ode.steppers.base import PetscOptions
+from pnode_dist.ode.steppers.preconditioner import Preconditioner
+from pnode_dist.ode.steppers.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
 from pnode_dist.ode.time_grid import TimeGrid
-from pnode_dist.ode.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.trajectory.budget import Trajectory
-from pnode_dist.trajectory.plan import Plan
 
 Times = torch.Tensor | Sequence[float]
 

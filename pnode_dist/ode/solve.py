@@ -12,28 +12,29 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from pnode_dist.checkpointing.budget import ScratchError, Slots, agree_on_slots
+from pnode_dist.checkpointing.online import OnlineTrajectory
+from pnode_dist.checkpointing.plan import Plan, Plans, best, check_plan, needs_costs
+from pnode_dist.checkpointing.replay import run_backward, run_forward
+from pnode_dist.checkpointing.schedule import Action, Tier
+from pnode_dist.checkpointing.statistics import SolveStatistics
+from pnode_dist.checkpointing.store import Checkpoints, SpillError
+from pnode_dist.checkpointing.store import State as FlatState
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode import events, safe_points
-from pnode_dist.ode.adaptive import AcceptedStep, AdaptiveStepper, integrate
+from pnode_dist.ode import safe_points
 from pnode_dist.ode.call_agreement import Agreed
-from pnode_dist.ode.evaluation import Problem
-from pnode_dist.ode.fingerprint import fingerprint
-from pnode_dist.ode.guard import Guard, tolerance_of
 from pnode_dist.ode.probe import probe, record_measured
-from pnode_dist.ode.recording import Recording
+from pnode_dist.ode.recomputation.fingerprint import fingerprint
+from pnode_dist.ode.recomputation.guard import Guard, tolerance_of
+from pnode_dist.ode.recomputation.surroundings import Surroundings
+from pnode_dist.ode.rhs.evaluation import Problem
+from pnode_dist.ode.rhs.tangent import hooks_aside
 from pnode_dist.ode.solver import Solver
-from pnode_dist.ode.surroundings import Surroundings
-from pnode_dist.ode.tangent import hooks_aside
+from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
+from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.tolerances import ErrorControl
 from pnode_dist.ode.time_grid import TimeGrid, gradient_by_times
-from pnode_dist.ode.tolerances import ErrorControl
-from pnode_dist.trajectory.budget import ScratchError, Slots, agree_on_slots
-from pnode_dist.trajectory.online import OnlineTrajectory
-from pnode_dist.trajectory.plan import Plan, Plans, best, check_plan, needs_costs
-from pnode_dist.trajectory.replay import run_backward, run_forward
-from pnode_dist.trajectory.schedule import Action, Tier
-from pnode_dist.trajectory.statistics import SolveStatistics
-from pnode_dist.trajectory.store import Checkpoints, SpillError
-from pnode_dist.trajectory.store import State as FlatState
+from pnode_dist.petsc import log
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Solve:
         return self.steps.starts[step]
 
     def overwrite(self, write: Callable[[FlatState], None]) -> None:
-        with events.event(events.CHECKPOINT, self.logs):
+        with log.event(log.CHECKPOINT, self.logs):
             self.solver.stepper.current.overwrite(write)
 
     def restart(self) -> None:
@@ -110,7 +111,7 @@ class Solve:
         safe_points.between_steps(self.solver.stepper.comm)
         self.solver.stepper.fingerprints = self.guard is not None
         if not self._use_first_step():
-            with events.event(events.RERUN if again else events.STEP, self.logs):
+            with log.event(log.RERUN if again else log.STEP, self.logs):
                 self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step])
         self._stepped(step, again)
 
@@ -122,7 +123,7 @@ class Solve:
         if not recording:
             recording = []
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
-            with events.event(events.RERUN if again else events.STEP, self.logs):
+            with log.event(log.RERUN if again else log.STEP, self.logs):
                 self.solver.stepper.step(
                     step, self.steps.starts[step], self.steps.sizes[step], recording, not again, level
                 )
@@ -169,7 +170,7 @@ class Solve:
     def adjoint(self, step: int) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         recording = self.recordings.pop(step)
-        with events.event(events.ADJOINT_STEP, self.logs):
+        with log.event(log.ADJOINT_STEP, self.logs):
             self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], recording)
         if self.problem.by_times:
             self._by_size[step], self._by_start[step] = self.solver.stepper.take_last_two()
@@ -213,7 +214,7 @@ class Solve:
         if len(self.times) == 1:
             self._slots(0)
         else:
-            with events.stage(events.FORWARD_PASS, self.logs):
+            with log.stage(log.FORWARD_PASS, self.logs):
                 if self.grid is None:
                     self._forward_adaptive(output)
                 else:
@@ -308,7 +309,7 @@ class Solve:
                 recording = False
                 self.recordings.clear()
             if online is not None:
-                with events.event(events.CHECKPOINT, self.logs):
+                with log.event(log.CHECKPOINT, self.logs):
                     online.before(step, time, stepper.current.array)
             return recording
 
@@ -328,7 +329,7 @@ class Solve:
             stepper.monitor(len(starts), step.start + step.size, step.size)
 
         stepper.monitor(0, self.times[0], self.times[1] - self.times[0])
-        with events.event(events.STEP, self.logs):
+        with log.event(log.STEP, self.logs):
             self.statistics.rejected_steps += integrate(adaptive, self.times, self.control, before, after, self.carried)
         self.grid = TimeGrid(tuple(starts), tuple(sizes), ends)
         if online is not None:
@@ -502,7 +503,7 @@ class Solve:
 
         reversed_to(steps)
         if steps > 0:
-            with hooks_aside(self.problem.parameters.tensors), events.stage(events.BACKWARD_PASS, self.logs):
+            with hooks_aside(self.problem.parameters.tensors), log.stage(log.BACKWARD_PASS, self.logs):
                 disk_is_lost = run_backward(
                     self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.ram_slots
                 )

@@ -9,27 +9,27 @@ from dataclasses import dataclass, field
 import numpy as np
 from mpi4py import MPI
 
-from pnode_dist.ode.adaptive import AdaptiveStepper, ExplicitAttempts
-from pnode_dist.ode.carried import KnownTensors
-from pnode_dist.ode.explicit import ExplicitStepper
-from pnode_dist.ode.implicit import ImplicitStepper
-from pnode_dist.ode.implicit_adaptive import ImplicitAttempts
-from pnode_dist.ode.layout import StateLayout
-from pnode_dist.ode.mass import Mass, copy_of_tensors, mass_matrix
+from pnode_dist.checkpointing.budget import Slots, Trajectory
+from pnode_dist.checkpointing.costs import Costs
+from pnode_dist.checkpointing.plan import Plans, best
+from pnode_dist.checkpointing.schedule import Tier
+from pnode_dist.checkpointing.spill import SpillPool
+from pnode_dist.checkpointing.store import MemoryPool, SlotPool
 from pnode_dist.ode.methods import Method
-from pnode_dist.ode.petsc_objects import PetscObjects, destroy_left
-from pnode_dist.ode.preconditioner import Preconditioner
+from pnode_dist.ode.recomputation.carried import KnownTensors
+from pnode_dist.ode.rhs.layout import StateLayout
+from pnode_dist.ode.rhs.mass import Mass, copy_of_tensors, mass_matrix
+from pnode_dist.ode.rhs.split import MatrixFunction
 from pnode_dist.ode.solver_key import Contents
-from pnode_dist.ode.split import MatrixFunction
-from pnode_dist.ode.ssp import SspStepper
-from pnode_dist.ode.stepper import PetscOptions, Stepper
+from pnode_dist.ode.steppers.adaptive import AdaptiveStepper, ExplicitAttempts
+from pnode_dist.ode.steppers.adaptive_implicit import ImplicitAttempts
+from pnode_dist.ode.steppers.base import PetscOptions, Stepper
+from pnode_dist.ode.steppers.explicit import ExplicitStepper
+from pnode_dist.ode.steppers.implicit import ImplicitStepper
+from pnode_dist.ode.steppers.preconditioner import Preconditioner
+from pnode_dist.ode.steppers.ssp import SspStepper
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.trajectory.budget import Slots, Trajectory
-from pnode_dist.trajectory.costs import Costs
-from pnode_dist.trajectory.plan import Plans, best
-from pnode_dist.trajectory.schedule import Tier
-from pnode_dist.trajectory.spill import SpillPool
-from pnode_dist.trajectory.store import MemoryPool, SlotPool
+from pnode_dist.petsc.objects import PetscObjects, destroy_left
 
 
 def communicator(partition: Partition | None) -> MPI.Comm:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from petsc4py import PETSc
 
-from pnode_dist.ode.preconditioner import AssembledJacobian, BlockInverse
 from pnode_dist.ode.repeated import Repeated
-from pnode_dist.ode.split import MatrixFunction, SplitFunction
-from pnode_dist.ode.tangent import WithTangent
+from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.rhs.tangent import WithTangent
+from pnode_dist.ode.steppers.preconditioner import AssembledJacobian, BlockInverse
 
 
 class Same:

@@ -8,9 +8,10 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.mesh import Mesh
 from pnode_dist.partition import protocol
+from pnode_dist.petsc import vectors
 
 
 class BatchPartition:
@@ -36,11 +37,11 @@ class BatchPartition:
 
     def create_vec(self) -> PETSc.Vec:
         """A zero Vec laid out like the partition. Collective on the state ranks."""
-        return protocol.create_vec(self.comm, protocol.count(self.local_shape))
+        return vectors.create_vec(self.comm, protocol.count(self.local_shape))
 
     def view(self, vec: PETSc.Vec) -> torch.Tensor:
         """This rank's part of `vec` as a tensor of `local_shape`, sharing memory."""
-        return protocol.view(vec, self.local_shape)
+        return vectors.view(vec, self.local_shape)
 
     def scatter(self, source: Any, root: int = 0) -> torch.Tensor:
         """This rank's samples of a global array held by `root`. Collective on the state ranks."""

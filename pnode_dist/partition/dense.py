@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mpi4py import MPI
 
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.mesh import Mesh
 from pnode_dist.partition.batch import BatchPartition
 
 

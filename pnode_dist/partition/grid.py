@@ -16,10 +16,11 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.mesh import Mesh
 from pnode_dist.partition import protocol
 from pnode_dist.partition.process_grid import process_grid
+from pnode_dist.petsc import vectors
 
 Boundary = Literal["periodic", "replicate", "reflect", "zero"]
 BOUNDARIES: tuple[str, ...] = get_args(Boundary)
@@ -203,7 +204,7 @@ class GridPartition:
 
     def view(self, vec: PETSc.Vec) -> torch.Tensor:
         """This rank's part of `vec` as a tensor of `local_shape`, sharing memory."""
-        return protocol.view(vec, self.local_shape)
+        return vectors.view(vec, self.local_shape)
 
     def scatter(self, source: Any, root: int = 0) -> torch.Tensor:
         """This rank's block of a global array held by `root`. Collective on the state ranks."""

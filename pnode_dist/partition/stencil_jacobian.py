@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from petsc4py import PETSc
 
-from pnode_dist.partition import protocol
 from pnode_dist.partition.colouring import NONE, Integers, colour_grid
 from pnode_dist.partition.grid import GridPartition
+from pnode_dist.petsc import vectors
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -134,11 +134,11 @@ class StencilJacobian:
         comm = self.partition.comm
         r = torch.randn(self._size, generator=torch.Generator().manual_seed(comm.rank), dtype=torch.float64)
         probe, image = self.matrix.createVecs()
-        protocol.view(probe, (self._size,)).copy_(r)
+        vectors.view(probe, (self._size,)).copy_(r)
         probe.stateIncrease()
         self.matrix.mult(probe, image)
         wanted = self._checked(jvp(r))
-        assembled = shift * (r if mass is None else mass * r) - protocol.view(image, (self._size,))
+        assembled = shift * (r if mass is None else mass * r) - vectors.view(image, (self._size,))
         ours = np.array([float((wanted - assembled).square().sum()), float(wanted.square().sum())])
         difference, whole = (math.sqrt(total) for total in comm.allreduce(ours))
         return difference / whole if whole > 0 else difference

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pnode_dist.train import metrics
+from pnode_dist.runs import metrics
 
 MODEL_COLOUR = "#c1272d"
 _INK = "#2b2b2b"

@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from pnode_dist.mesh import Mesh
-from pnode_dist.problems.agreement import agreed
+from pnode_dist.distributed.configuration import agreed
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.report.turns import write_failure
 
 

@@ -16,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.report.run_curves import as_svg, pictures
 from pnode_dist.report.turns import write_failure
-from pnode_dist.train import metrics, run_directory
+from pnode_dist.runs import directory as run_directory
+from pnode_dist.runs import metrics
 
 _MEBIBYTE = 2**20
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from pnode_dist.distributed.configuration import agreed
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.mesh import Mesh
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.problems.agreement import agreed
 
 
 def in_turn(create: Callable[[], None], write_part: Callable[[], None], partition: Partition, mesh: Mesh) -> None:

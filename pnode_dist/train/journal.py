@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from pnode_dist.train import run_directory, snapshot_files
-from pnode_dist.train.atomic_file import sync
-from pnode_dist.train.config import SnapshotConfig
-from pnode_dist.train.event_file import EventFile
-from pnode_dist.train.heartbeat import Heartbeat
-from pnode_dist.train.metrics import MetricsFile, Record, StepRecord
-from pnode_dist.train.snapshot import Snapshot
+from pnode_dist.config.tables import SnapshotConfig
+from pnode_dist.runs import directory as run_directory
+from pnode_dist.runs import snapshot_files
+from pnode_dist.runs.heartbeat import Heartbeat
+from pnode_dist.runs.metrics import MetricsFile, Record, StepRecord
+from pnode_dist.runs.snapshot import Snapshot
+from pnode_dist.runs.tensorboard import EventFile
+from pnode_dist.system.atomic_file import sync
 
 
 @dataclass(frozen=True)

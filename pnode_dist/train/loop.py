@@ -14,25 +14,26 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from pnode_dist.checkpointing.store import PrecisionError, SpillError
+from pnode_dist.config.tables import SnapshotConfig, TrainingConfig
+from pnode_dist.distributed.gradients import clip_gradient_norm, parallel
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError, ConvergenceError, StepSizeError
-from pnode_dist.mesh import Mesh
 from pnode_dist.ode import safe_points
-from pnode_dist.problems.protocol import Batch, Problem
-from pnode_dist.sync import clip_gradient_norm, parallel
-from pnode_dist.train import not_finite, run_directory
-from pnode_dist.train.capture import Trained, capture, restore
-from pnode_dist.train.config import SnapshotConfig, TrainingConfig
-from pnode_dist.train.endings import DivergenceError, Preempted, RunDirectoryError
-from pnode_dist.train.event_file import EventFile
-from pnode_dist.train.heartbeat import Heartbeat
+from pnode_dist.runs import directory as run_directory
+from pnode_dist.runs.capture import Trained, capture, restore
+from pnode_dist.runs.endings import DivergenceError, Preempted, RunDirectoryError
+from pnode_dist.runs.heartbeat import Heartbeat
+from pnode_dist.runs.metrics import StepRecord, ValidationRecord, peak_memory
+from pnode_dist.runs.rank_state import put_back, rank_state, versions_of_buffers
+from pnode_dist.runs.snapshot import Best, Position, Snapshot
+from pnode_dist.runs.tensorboard import EventFile
+from pnode_dist.train import not_finite
 from pnode_dist.train.journal import Journal, Wishes, wishes_of
-from pnode_dist.train.metrics import StepRecord, ValidationRecord, peak_memory
 from pnode_dist.train.optimiser import optimiser_of
 from pnode_dist.train.preemption import GivenUp, Preemption
+from pnode_dist.train.problem import Batch, Problem
 from pnode_dist.train.progress import EpochSummary, reporter
-from pnode_dist.train.rank_state import put_back, rank_state, versions_of_buffers
-from pnode_dist.train.snapshot import Best, Position, Snapshot
-from pnode_dist.trajectory.store import PrecisionError, SpillError
 
 _ERRORS_OF_SOLVES = (ConvergenceError, PrecisionError, SpillError, StepSizeError)
 

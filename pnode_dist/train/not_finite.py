@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from pnode_dist.mesh import Mesh
-from pnode_dist.problems.protocol import Batch, Problem
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.train.preemption import GivenUp
+from pnode_dist.train.problem import Batch, Problem
 
 
 @dataclass(frozen=True)

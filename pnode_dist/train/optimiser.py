@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from pnode_dist.train.config import TrainingConfig
+    from pnode_dist.config.tables import TrainingConfig
 
 
 def optimiser_of(training: TrainingConfig, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:

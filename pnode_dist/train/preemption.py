@@ -22,7 +22,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from pnode_dist.mesh import Mesh
+from pnode_dist.distributed.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _BETWEEN_QUESTIONS = 0.5

@@ -16,8 +16,8 @@ from types import TracebackType
 
 from mpi4py import MPI
 
-from pnode_dist.abort import HUNG, abort
-from pnode_dist.mesh import Mesh
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.system.abort import HUNG, abort
 
 _LOOKS = 10
 _LONGEST_PAUSE = 2.0

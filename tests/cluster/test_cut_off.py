@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pnode_dist.train import snapshot_files
+from pnode_dist.runs import snapshot_files
 from tests.cluster.namespaces import cut_off, plug_in, wait_until
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_jobs import CONFIG, SLOWLY, settings, train, wait_for_steps

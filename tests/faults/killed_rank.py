@@ -20,11 +20,11 @@ from mpi4py import MPI
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pnode_dist.backend import MPIProcessGroup
-from pnode_dist.cli import main
-from pnode_dist.problems.field_model import Tendency
-from pnode_dist.train.snapshot_files import Background
-from pnode_dist.trajectory import scratch
+from pnode_dist.cli.main import main
+from pnode_dist.distributed.mpi_backend import MPIProcessGroup
+from pnode_dist.problems.field.model import Tendency
+from pnode_dist.runs.snapshot_files import Background
+from pnode_dist.system import scratch
 from tests.conftest import started_and_waited_for
 
 FORWARD, BACKWARD, SUM, WRITING = "forward", "backward", "gradient sum", "snapshot"

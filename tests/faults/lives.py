@@ -58,8 +58,8 @@ def live(config: str, run: Path, for_ever: bool = False) -> int:
         log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        from pnode_dist.cli import main
-        from pnode_dist.trajectory import scratch
+        from pnode_dist.cli.main import main
+        from pnode_dist.system import scratch
 
         scratch._GRACE = 0.5
         if not for_ever:

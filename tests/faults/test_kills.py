@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from pnode_dist.train import snapshot_files
-from pnode_dist.trajectory.scratch import PrivateDirectory
+from pnode_dist.runs import snapshot_files
+from pnode_dist.system.scratch import PrivateDirectory
 from tests.conftest import PATIENCE, ROOT
 from tests.faults.killed_rank import KILLED, NONE, SUM
-from tests.unit.problems.synthetic_fields import config, dataset, values, write
+from tests.unit.problems.field.synthetic_fields import config, dataset, values, write
 
 KILLS = int(os.environ.get("PNODE_DIST_KILLS", "10"))
 PER_EPOCH = 6  # of 21 windows in batches of 4
@@ -60,7 +60,7 @@ def assert_alike(run: Path, whole: Path) -> None:
 
 
 def train(config_file: Path, run: Path) -> None:
-    command = [sys.executable, "-m", "pnode_dist.cli", "train", str(config_file), "--run-dir", str(run)]
+    command = [sys.executable, "-m", "pnode_dist.cli.main", "train", str(config_file), "--run-dir", str(run)]
     subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE + 30 * KILLS)
 
 

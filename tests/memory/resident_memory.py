@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 from pnode_dist import DensePartition, odeint
 from pnode_dist.ode.methods import METHODS
-from pnode_dist.ode.petsc_objects import destroy_left
+from pnode_dist.petsc.objects import destroy_left
 
 WARM_UP, MIB = 100, 2**20
 D = torch.float64

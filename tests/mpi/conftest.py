@@ -13,7 +13,7 @@ import pytest
 from mpi4py import MPI
 
 from pnode_dist import Mesh
-from pnode_dist.abort import abort
+from pnode_dist.system.abort import abort
 from tests.tiers import cases_by_test, leave_out
 
 TIMEOUT, PATIENCE = 300, 60

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from pnode_dist.abort import abort
+from pnode_dist.system.abort import abort
 
 
 def main() -> int:

@@ -19,9 +19,9 @@ from pnode_dist import (
     Mesh,
     NeuralODE,
     Trajectory,
-    agreement,
     odeint,
 )
+from pnode_dist.distributed import agreement
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
 pytestmark = pytest.mark.mpi

@@ -10,8 +10,8 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from pnode_dist.cli import main
-from tests.unit.problems.synthetic_fields import config, dataset, values, write
+from pnode_dist.cli.main import main
+from tests.unit.problems.field.synthetic_fields import config, dataset, values, write
 
 pytestmark = pytest.mark.mpi
 
@@ -60,8 +60,7 @@ def test_training_and_evaluation_write_one_runs_files_and_rank_0_alone_speaks(co
 
 def test_the_first_loss_and_gradient_norm_are_those_of_the_gradient_of_the_whole_batch(config_file, directory, capfd):
     from pnode_dist import Mesh
-    from pnode_dist.problems import build
-    from pnode_dist.train.config import load
+    from pnode_dist.problems.registry import build, load
 
     argv = ["train", str(config_file), "--set", "training.epochs=1", "--set", "training.dtype=float64"]
     assert main(argv) == 0

@@ -11,14 +11,14 @@ import xarray
 from mpi4py import MPI
 
 from pnode_dist import Mesh
+from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.field import FieldProblem, build_field
-from pnode_dist.problems.field_data import agreed, open_source
-from pnode_dist.problems.field_model import windows
-from pnode_dist.sync import parallel
-from pnode_dist.verify import gradcheck
-from tests.unit.problems.plain_field import PlainField, fractions_of_year
-from tests.unit.problems.synthetic_fields import (
+from pnode_dist.problems.field.data import agreed, open_source
+from pnode_dist.problems.field.model import windows
+from pnode_dist.problems.field.problem import FieldProblem, build_field
+from pnode_dist.verify.gradcheck import gradcheck
+from tests.unit.problems.field.plain_field import PlainField, fractions_of_year
+from tests.unit.problems.field.synthetic_fields import (
     NX,
     NY,
     TIMES,

@@ -11,13 +11,13 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import Mesh
-from pnode_dist.problems.flows import FlowsProblem, build_flows
-from pnode_dist.sync import parallel
+from pnode_dist.distributed.gradients import parallel
+from pnode_dist.problems.flows.problem import FlowsProblem, build_flows
 from pnode_dist.train import loop
-from pnode_dist.verify import gradcheck
+from pnode_dist.verify.gradcheck import gradcheck
 from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.mpi.conftest import SPLITS
-from tests.unit.problems.plain_flows import config, density, leaves_of, sampled
+from tests.unit.problems.flows.plain_flows import config, density, leaves_of, sampled
 
 pytestmark = pytest.mark.mpi
 

@@ -15,7 +15,7 @@ from pnode_dist import GraphPartition, Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import gather, scatter, with_ghosts
 from pnode_dist.partition import ownership
-from pnode_dist.verify import state_direction
+from pnode_dist.verify.gradcheck import state_direction
 from tests.oracles.graphs import grid_edges, random_edges
 from tests.oracles.right_hand_sides import distance, random
 

@@ -11,13 +11,13 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import Mesh
+from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.graph_diffusion import GraphDiffusionProblem, build_graph_diffusion
-from pnode_dist.problems.trajectories import windows
-from pnode_dist.sync import parallel
-from pnode_dist.verify import gradcheck
+from pnode_dist.problems.common.trajectories import windows
+from pnode_dist.problems.graph_diffusion.problem import GraphDiffusionProblem, build_graph_diffusion
+from pnode_dist.verify.gradcheck import gradcheck
 from tests.mpi.agreement import assert_same_on_all_ranks
-from tests.unit.problems.plain_graph_diffusion import (
+from tests.unit.problems.graph_diffusion.plain_graph_diffusion import (
     NODES,
     TIMES,
     TRAINING,

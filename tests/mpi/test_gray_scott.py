@@ -11,17 +11,17 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import GridPartition, Mesh
+from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.gray_scott import GrayScottProblem, build_gray_scott
-from pnode_dist.problems.gray_scott_config import GrayScottParameters
-from pnode_dist.problems.gray_scott_data import reference
-from pnode_dist.problems.gray_scott_model import windows
-from pnode_dist.problems.gray_scott_physics import GrayScott, initial_state
-from pnode_dist.sync import parallel
+from pnode_dist.problems.gray_scott.config import GrayScottParameters
+from pnode_dist.problems.gray_scott.data import reference
+from pnode_dist.problems.gray_scott.model import windows
+from pnode_dist.problems.gray_scott.physics import GrayScott, initial_state
+from pnode_dist.problems.gray_scott.problem import GrayScottProblem, build_gray_scott
 from pnode_dist.train import loop
-from pnode_dist.verify import gradcheck
+from pnode_dist.verify.gradcheck import gradcheck
 from tests.mpi.agreement import assert_same_on_all_ranks
-from tests.unit.problems.plain_gray_scott import (
+from tests.unit.problems.gray_scott.plain_gray_scott import (
     DOMAIN,
     INTERVAL,
     NX,

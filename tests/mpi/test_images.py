@@ -12,13 +12,13 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import Mesh
-from pnode_dist.problems.images import build_images
-from pnode_dist.sync import parallel
+from pnode_dist.distributed.gradients import parallel
+from pnode_dist.problems.images.problem import build_images
 from pnode_dist.train import loop
 from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.mpi.conftest import SPLITS
 from tests.oracles.right_hand_sides import distance
-from tests.unit.problems.plain_images import config, plain_network, renamed, whole_batches
+from tests.unit.problems.images.plain_images import config, plain_network, renamed, whole_batches
 
 pytestmark = pytest.mark.mpi
 

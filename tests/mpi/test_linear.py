@@ -8,10 +8,10 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import DensePartition, Mesh, NeuralODE, Trajectory
+from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import gather_vector, reduce_vector
 from pnode_dist.nn import Linear
-from pnode_dist.sync import parallel
 from tests.oracles.right_hand_sides import distance, random
 
 pytestmark = pytest.mark.mpi

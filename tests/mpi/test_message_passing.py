@@ -10,9 +10,9 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import GraphPartition, Mesh, NeuralODE, Trajectory
+from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.nn import GraphConv, MessagePassing
-from pnode_dist.sync import parallel
 from tests.oracles.graphs import normalised_adjacency, passed, random_edges
 from tests.oracles.right_hand_sides import distance, random
 

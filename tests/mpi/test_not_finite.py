@@ -12,9 +12,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pnode_dist import Mesh
-from pnode_dist.train import loop, snapshot_files
-from pnode_dist.train.config import SnapshotConfig
-from pnode_dist.train.endings import DivergenceError
+from pnode_dist.config.tables import SnapshotConfig
+from pnode_dist.runs import snapshot_files
+from pnode_dist.runs.endings import DivergenceError
+from pnode_dist.train import loop
 from tests.mpi.test_resume import COMM, TRAINING, Vectors
 
 pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("every_snapshot")]

@@ -6,10 +6,10 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import BatchPartition, GridPartition, Mesh, NeuralODE, odeint
+from pnode_dist.distributed.gradients import parallel
 from pnode_dist.exchange import global_sum
 from pnode_dist.nn import Conv2d
 from pnode_dist.ode.methods import resolve
-from pnode_dist.sync import parallel
 from tests.oracles.fields import convolved
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain

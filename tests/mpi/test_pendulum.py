@@ -10,13 +10,13 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import Mesh
-from pnode_dist.problems.ensemble import Windows, windows
-from pnode_dist.problems.pendulum import PendulumProblem, build_pendulum
-from pnode_dist.problems.pendulum_physics import initial_motion
-from pnode_dist.sync import parallel
+from pnode_dist.distributed.gradients import parallel
+from pnode_dist.problems.common.ensemble import Windows, windows
+from pnode_dist.problems.pendulum.physics import initial_motion
+from pnode_dist.problems.pendulum.problem import PendulumProblem, build_pendulum
 from pnode_dist.train import loop
 from tests.mpi.agreement import assert_same_on_all_ranks
-from tests.unit.problems.plain_pendulum import (
+from tests.unit.problems.pendulum.plain_pendulum import (
     INTERVAL,
     LENGTH,
     TIMES,

@@ -11,8 +11,9 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from pnode_dist import BatchPartition, Mesh, NeuralODE, odeint
-from pnode_dist.ode import petsc_objects, solver
-from pnode_dist.ode.petsc_objects import PetscObjects, destroy_left
+from pnode_dist.ode import solver
+from pnode_dist.petsc import objects as petsc_objects
+from pnode_dist.petsc.objects import PetscObjects, destroy_left
 
 pytestmark = pytest.mark.mpi
 TIMES = [0.0, 1.0]

@@ -15,10 +15,11 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import Mesh
+from pnode_dist.config.tables import SnapshotConfig
 from pnode_dist.ode import safe_points
-from pnode_dist.train import loop, snapshot_files
-from pnode_dist.train.config import SnapshotConfig
-from pnode_dist.train.endings import Preempted
+from pnode_dist.runs import snapshot_files
+from pnode_dist.runs.endings import Preempted
+from pnode_dist.train import loop
 from pnode_dist.train.preemption import Preemption
 from tests.mpi.test_resume import COMM, TRAINING, Vectors, losses
 

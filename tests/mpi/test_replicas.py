@@ -11,19 +11,17 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import Mesh
+from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems import build
-from pnode_dist.sync import parallel
+from pnode_dist.problems.registry import build
 from tests.mpi.conftest import SPLITS
 from tests.oracles.right_hand_sides import distance
-from tests.unit.problems import (
-    plain_graph_diffusion,
-    plain_gray_scott,
-    plain_pendulum,
-    plain_robertson,
-    plain_semilinear,
-    synthetic_fields,
-)
+from tests.unit.problems.field import synthetic_fields
+from tests.unit.problems.graph_diffusion import plain_graph_diffusion
+from tests.unit.problems.gray_scott import plain_gray_scott
+from tests.unit.problems.pendulum import plain_pendulum
+from tests.unit.problems.robertson import plain_robertson
+from tests.unit.problems.semilinear import plain_semilinear
 
 pytestmark = pytest.mark.mpi
 

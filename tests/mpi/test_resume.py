@@ -13,13 +13,14 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import Mesh, NeuralODE
+from pnode_dist.checkpointing.statistics import SolveStatistics
+from pnode_dist.config.tables import SnapshotConfig, TrainingConfig
+from pnode_dist.distributed.gradients import share_of_mean
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.nn import Linear
 from pnode_dist.partition.dense import DensePartition
-from pnode_dist.sync import share_of_mean
-from pnode_dist.train import loop, snapshot_files
-from pnode_dist.train.config import SnapshotConfig, TrainingConfig
-from pnode_dist.trajectory.statistics import SolveStatistics
+from pnode_dist.runs import snapshot_files
+from pnode_dist.train import loop
 
 pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("every_snapshot")]
 
@@ -160,7 +161,7 @@ def test_a_buffer_of_each_ranks_own_keeps_a_run_on_its_mesh(directory: Path) -> 
 
 
 def test_a_disk_that_is_full_on_rank_0_ends_all_ranks_alike(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pnode_dist.train.endings import RunDirectoryError
+    from pnode_dist.runs.endings import RunDirectoryError
 
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -9,13 +9,13 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import BatchPartition, Mesh
-from pnode_dist.problems.ensemble import Windows, windows
-from pnode_dist.problems.robertson import RobertsonProblem, build_robertson
-from pnode_dist.problems.robertson_physics import AS_PUBLISHED, initial_concentrations, reference
-from pnode_dist.sync import parallel
+from pnode_dist.distributed.gradients import parallel
+from pnode_dist.problems.common.ensemble import Windows, windows
+from pnode_dist.problems.robertson.physics import AS_PUBLISHED, initial_concentrations, reference
+from pnode_dist.problems.robertson.problem import RobertsonProblem, build_robertson
 from pnode_dist.train import loop
 from tests.mpi.agreement import assert_same_on_all_ranks
-from tests.unit.problems.plain_robertson import (
+from tests.unit.problems.robertson.plain_robertson import (
     LOG_TIMES,
     RATES,
     TIMES,

@@ -10,17 +10,17 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import GridPartition, Mesh
+from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.periodic_line import line, operator
-from pnode_dist.problems.semilinear import SemilinearProblem, build_semilinear
-from pnode_dist.problems.semilinear_data import reference
-from pnode_dist.problems.semilinear_equation import Convection, initial_state, linear_stencil
-from pnode_dist.problems.trajectories import windows
-from pnode_dist.sync import parallel
+from pnode_dist.problems.common.trajectories import windows
+from pnode_dist.problems.semilinear.data import reference
+from pnode_dist.problems.semilinear.equation import Convection, initial_state, linear_stencil
+from pnode_dist.problems.semilinear.periodic_line import line, operator
+from pnode_dist.problems.semilinear.problem import SemilinearProblem, build_semilinear
 from pnode_dist.train import loop
-from pnode_dist.verify import gradcheck
+from pnode_dist.verify.gradcheck import gradcheck
 from tests.mpi.agreement import assert_same_on_all_ranks
-from tests.unit.problems.plain_semilinear import (
+from tests.unit.problems.semilinear.plain_semilinear import (
     CASES,
     POINTS,
     TIMES,
@@ -48,7 +48,7 @@ def problem(mesh: Mesh, request: pytest.FixtureRequest) -> SemilinearProblem:
 @pytest.fixture
 def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """How exactly the largest stable step is found does not matter here."""
-    monkeypatch.setattr("pnode_dist.problems.stable_step.STEPS", 60)
+    monkeypatch.setattr("pnode_dist.problems.semilinear.stable_step.STEPS", 60)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(me
 
 
 def test_what_cannot_be_integrated_is_said_on_all_ranks(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pnode_dist.problems.semilinear_data._MOST_STEPS", 300)
+    monkeypatch.setattr("pnode_dist.problems.semilinear.data._MOST_STEPS", 300)
     changes = {"viscosity": 1e-7, "interval": 10.0}
     with pytest.raises(ConfigurationError, match=r"^\[problem\]: the viscous Burgers equation on 36 points cannot"):
         build_semilinear(config("burgers", problem=changes), mesh, torch.float64)

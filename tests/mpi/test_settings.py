@@ -11,7 +11,7 @@ from petsc4py import PETSc
 
 from pnode_dist import BatchPartition, ConfigurationError, Mesh, NeuralODE, odeint
 from pnode_dist.ode import coarse
-from pnode_dist.ode.split import MatrixFunction
+from pnode_dist.ode.rhs.split import MatrixFunction
 
 pytestmark = pytest.mark.mpi
 

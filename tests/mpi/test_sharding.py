@@ -14,14 +14,15 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import DensePartition, Mesh, NeuralODE
+from pnode_dist.checkpointing.statistics import SolveStatistics
+from pnode_dist.config.tables import TrainingConfig
+from pnode_dist.distributed.gradients import clip_gradient_norm, parallel
+from pnode_dist.distributed.sharding import gather_state_dict, load_whole_state_dict, shards_of
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.nn import Linear
 from pnode_dist.nn import linear as linear_module
-from pnode_dist.sharding import gather_state_dict, load_whole_state_dict, shards_of
-from pnode_dist.sync import clip_gradient_norm, parallel
-from pnode_dist.train import loop, run_directory
-from pnode_dist.train.config import TrainingConfig
-from pnode_dist.trajectory.statistics import SolveStatistics
+from pnode_dist.runs import directory as run_directory
+from pnode_dist.train import loop
 from tests.oracles.right_hand_sides import distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 

@@ -17,10 +17,10 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import GridPartition, Mesh, NeuralODE, Trajectory
+from pnode_dist.checkpointing.schedule import Tier
+from pnode_dist.checkpointing.store import SpillError
 from pnode_dist.nn import Conv2d
 from pnode_dist.train import loop
-from pnode_dist.trajectory.schedule import Tier
-from pnode_dist.trajectory.store import SpillError
 from tests.conftest import PATIENCE
 from tests.mpi.test_resume import TRAINING, Vectors
 

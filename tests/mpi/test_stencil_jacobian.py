@@ -16,8 +16,8 @@ from petsc4py import PETSc
 from pnode_dist import GridPartition, Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.nn import Conv2d
-from pnode_dist.partition import protocol
 from pnode_dist.partition.stencil_jacobian import StencilJacobian
+from pnode_dist.petsc import vectors
 from tests.oracles.fields import convolved
 from tests.oracles.right_hand_sides import distance, random
 from tests.oracles.stencils import stencil_matrix
@@ -65,7 +65,7 @@ def product_with(whole: torch.Tensor, partition: GridPartition, leading: tuple[i
 
 def gathered(vec: PETSc.Vec, partition: GridPartition, leading: tuple[int, ...]) -> torch.Tensor:
     """All entries of a Vec, numbered as the whole array is."""
-    spread = torch.cat(partition.comm.allgather(protocol.view(vec, (vec.getLocalSize(),)).clone()))
+    spread = torch.cat(partition.comm.allgather(vectors.view(vec, (vec.getLocalSize(),)).clone()))
     whole = torch.empty_like(spread)
     whole[natural_numbers(partition, leading)] = spread
     return whole

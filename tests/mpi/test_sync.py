@@ -10,9 +10,9 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import BatchPartition, DensePartition, GridPartition, Mesh, NeuralODE
+from pnode_dist.distributed.gradients import broadcast_parameters, parallel, share_of_mean
+from pnode_dist.distributed.sampler import ReplicaSampler
 from pnode_dist.nn import Conv2d, Linear
-from pnode_dist.sampler import ReplicaSampler
-from pnode_dist.sync import broadcast_parameters, parallel, share_of_mean
 from tests.oracles.fields import convolved
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain

@@ -10,10 +10,10 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import BatchPartition, GridPartition, Mesh, NeuralODE, Trajectory
+from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import global_sum
 from pnode_dist.nn import Conv2d
-from pnode_dist.trajectory.schedule import Tier
 from tests.oracles.checkpointing import fewest_steps
 from tests.oracles.right_hand_sides import identical, random
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.problems.synthetic_fields import config, dataset, values, write
+from tests.unit.problems.field.synthetic_fields import config, dataset, values, write
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pnode_dist.compatibility import PETSC4PY_FLOOR
+from pnode_dist.system.compatibility import PETSC4PY_FLOOR
 from tests.conftest import PATIENCE, ROOT
 from tests.unit.launch_scripts import run_copy, stand_in
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pnode_dist.bench import BENCHMARKS, methods
-from pnode_dist.bench.methods_accuracy import tell
-from pnode_dist.cli import main
+from pnode_dist.bench import BENCHMARKS
+from pnode_dist.bench.methods import run as methods
+from pnode_dist.bench.methods.accuracy import tell
+from pnode_dist.cli.main import main
 from tests.conftest import ROOT
 from tests.in_short import SMALL
 

@@ -11,8 +11,8 @@ import torch
 from pnode_dist import NeuralODE
 from pnode_dist.bench import semi_implicit as bench
 from pnode_dist.ode.methods import resolve
-from pnode_dist.problems.semilinear_config import LineEquation
-from pnode_dist.problems.stable_step import TOLERANCE
+from pnode_dist.problems.semilinear.config import LineEquation
+from pnode_dist.problems.semilinear.stable_step import TOLERANCE
 
 POINTS, LENGTH = 32, 22.0
 
@@ -30,7 +30,7 @@ def test_the_step_of_an_explicit_method_is_the_largest_by_linear_theory(
     subject: bench.Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So few steps do not show yet that one a few hundredths too long is not stable.
-    monkeypatch.setattr("pnode_dist.problems.stable_step.STEPS", 60)
+    monkeypatch.setattr("pnode_dist.problems.semilinear.stable_step.STEPS", 60)
     found = bench.measure(subject, "rk4")
     # Where the stability region leaves the negative real axis, over the eigenvalue of the shortest wave.
     spacing = LENGTH / POINTS

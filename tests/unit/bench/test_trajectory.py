@@ -7,7 +7,7 @@ import torch
 
 from pnode_dist.bench import trajectory as bench
 from pnode_dist.bench.report import Row
-from pnode_dist.trajectory.budget import Trajectory
+from pnode_dist.checkpointing.budget import Trajectory
 from tests.oracles.checkpointing import fewest_steps
 
 

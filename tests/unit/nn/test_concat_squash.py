@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pnode_dist.nn.concat_squash import SMOOTH_ACTIVATIONS, ConcatSquashPerceptron
-from tests.unit.problems.plain_flows import jacobians, velocity
+from tests.unit.problems.flows.plain_flows import jacobians, velocity
 
 SAMPLES = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 3)))
 DIRECTIONS = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 5, 3)))

@@ -18,7 +18,7 @@ from petsc4py import PETSc
 
 from pnode_dist import NeuralODE, Trajectory, odeint
 from pnode_dist.ode import prepare
-from pnode_dist.partition import protocol
+from pnode_dist.petsc import vectors
 from tests.conftest import PATIENCE
 from tests.oracles.other_device import Hidden, other_device, transfers
 from tests.oracles.right_hand_sides import Network, random
@@ -82,25 +82,25 @@ def test_each_stage_takes_one_copy_there_and_one_back(elsewhere: Executor) -> No
     assert {way: (many[way] - few[way]) / (10 * 4) for way in few} == {"there": 1.0, "back": 1.0}
 
 
-VIEW = protocol.view
+VIEW = vectors.view
 
 
-def view_there(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = protocol.HOST) -> torch.Tensor:
+def view_there(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = vectors.HOST) -> torch.Tensor:
     here = VIEW(vec, shape)
-    return here if device is protocol.HOST else Hidden(here)
+    return here if device is vectors.HOST else Hidden(here)
 
 
 def with_vectors_there(run: Any, argument: Any) -> Any:
     """Run as on a device that PETSc has vectors on: the memory is the host's, but torch knows it as the device's."""
     with (
         mock.patch.object(prepare, "vec_device", lambda device: device),
-        mock.patch.object(protocol, "create_vec", lambda comm, size, device: CREATE(comm, size)),
-        mock.patch.object(protocol, "view", view_there),
+        mock.patch.object(vectors, "create_vec", lambda comm, size, device: CREATE(comm, size)),
+        mock.patch.object(vectors, "view", view_there),
     ):
         return run(argument)
 
 
-CREATE = protocol.create_vec
+CREATE = vectors.create_vec
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_vectors_there_need_no_copies_of_stages(elsewhere: Executor) -> None:
 
 
 def test_a_vec_through_dlpack_is_its_memory_also_where_petsc_lends_it_for_reading() -> None:
-    vec = protocol.create_vec(PETSc.COMM_SELF.tompi4py(), 3)
-    through = protocol._exchanged(vec)
+    vec = vectors.create_vec(PETSc.COMM_SELF.tompi4py(), 3)
+    through = vectors._exchanged(vec)
     through.copy_(torch.tensor([1.0, 2.0, 3.0]))
     assert vec.array_r.tolist() == [1.0, 2.0, 3.0]
     seen = []
@@ -133,8 +133,8 @@ def test_a_vec_through_dlpack_is_its_memory_also_where_petsc_lends_it_for_readin
     ts.setType(PETSc.TS.Type.RK)
 
     def function(ts: PETSc.TS, time: float, state: PETSc.Vec, slope: PETSc.Vec) -> None:
-        seen.append(protocol._exchanged(state).data_ptr() == VIEW(state, (3,)).data_ptr())
-        protocol._exchanged(slope).copy_(-protocol._exchanged(state))
+        seen.append(vectors._exchanged(state).data_ptr() == VIEW(state, (3,)).data_ptr())
+        vectors._exchanged(slope).copy_(-vectors._exchanged(state))
 
     ts.setRHSFunction(function, vec.duplicate())
     ts.setSolution(vec)

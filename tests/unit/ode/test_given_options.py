@@ -10,8 +10,8 @@ from petsc4py import PETSc
 
 from pnode_dist import NeuralODE, consistent, odeint
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.split import MatrixFunction
-from pnode_dist.ode.stepper import options_database
+from pnode_dist.ode.rhs.split import MatrixFunction
+from pnode_dist.ode.steppers.base import options_database
 from tests.oracles.right_hand_sides import Network, distance, random
 
 U0 = random(2, 3)

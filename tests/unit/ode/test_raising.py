@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pnode_dist import odeint
-from pnode_dist.bench.heap import bytes_in_use
+from pnode_dist.bench.methods.heap import bytes_in_use
 
 METHODS: dict[str, dict[str, Any]] = {
     "rk4": {"method": "rk4", "step_size": 0.5},

@@ -10,7 +10,7 @@ from torch import nn
 
 from pnode_dist import GridPartition, Mesh, NeuralODE, SplitFunction, Trajectory, odeint
 from pnode_dist.nn import Conv2d
-from pnode_dist.ode.preconditioner import Approximate, UserPC
+from pnode_dist.ode.steppers.preconditioner import Approximate, UserPC
 from tests.oracles.differences import directional_derivative
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pnode_dist import NeuralODE, Trajectory
-from pnode_dist.bench.heap import bytes_in_use
+from pnode_dist.bench.methods.heap import bytes_in_use
+from pnode_dist.checkpointing.plan import best
 from pnode_dist.ode import methods, solver
-from pnode_dist.ode.layout import layout_of
+from pnode_dist.ode.rhs.layout import layout_of
 from pnode_dist.ode.solver import Solver
-from pnode_dist.trajectory.plan import best
 from tests.oracles.right_hand_sides import Network
 
 KIB = 2**10

@@ -9,8 +9,8 @@ import torch
 from petsc4py import PETSc
 
 from pnode_dist import NeuralODE, SplitFunction, Trajectory, odeint
+from pnode_dist.ode.rhs.split import MatrixFunction
 from pnode_dist.ode.solver_key import Same
-from pnode_dist.ode.split import MatrixFunction
 
 ONE = torch.ones(1, dtype=torch.float64)
 TIMES = [0.0, 1.0]

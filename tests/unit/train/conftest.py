@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from pnode_dist import BatchPartition, Mesh, NeuralODE, Trajectory
-from pnode_dist.problems.protocol import GradcheckCase
-from pnode_dist.train.config import TrainingConfig
-from pnode_dist.trajectory.statistics import SolveStatistics
+from pnode_dist.checkpointing.statistics import SolveStatistics
+from pnode_dist.config.tables import TrainingConfig
+from pnode_dist.verify.gradcheck import GradcheckCase
 
 SAMPLES, TRUE_RATE = 6, -0.7
 

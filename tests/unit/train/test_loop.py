@@ -8,8 +8,9 @@ import torch
 
 from pnode_dist import Trajectory
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.train import loop, run_directory
-from pnode_dist.train.endings import DivergenceError
+from pnode_dist.runs import directory as run_directory
+from pnode_dist.runs.endings import DivergenceError
+from pnode_dist.train import loop
 
 
 def records(directory, kind):

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from pnode_dist.config.tables import SnapshotConfig
 from pnode_dist.errors import StepSizeError
-from pnode_dist.train import loop, snapshot_files
-from pnode_dist.train.config import SnapshotConfig
-from pnode_dist.train.endings import DivergenceError
+from pnode_dist.runs import snapshot_files
+from pnode_dist.runs.endings import DivergenceError
+from pnode_dist.train import loop
 
 pytestmark = pytest.mark.usefixtures("every_snapshot")
 

@@ -10,9 +10,11 @@ from datetime import datetime
 
 import pytest
 
-from pnode_dist.train import loop, slurm_time, snapshot_files
-from pnode_dist.train.config import SnapshotConfig
-from pnode_dist.train.endings import Preempted
+from pnode_dist.config.tables import SnapshotConfig
+from pnode_dist.runs import snapshot_files
+from pnode_dist.runs.endings import Preempted
+from pnode_dist.system import slurm
+from pnode_dist.train import loop
 from pnode_dist.train.preemption import Preemption
 
 NEVER = SnapshotConfig(every_steps=0, every_minutes=0)
@@ -111,8 +113,8 @@ def test_the_end_of_the_jobs_time_stops_the_run(decay, mesh, training, tmp_path)
 
 
 def test_slurm_says_when_the_job_ends():
-    assert slurm_time.job_end({}) is None
-    assert slurm_time.job_end({"SLURM_JOB_ID": "12", "SLURM_JOB_END_TIME": "1790000000"}) == 1790000000.0
+    assert slurm.job_end({}) is None
+    assert slurm.job_end({"SLURM_JOB_ID": "12", "SLURM_JOB_END_TIME": "1790000000"}) == 1790000000.0
 
 
 @pytest.mark.parametrize(("end", "known"), [("2026-11-26T03:04:05", True), ("Unknown", False)])
@@ -123,9 +125,9 @@ def test_scontrol_is_asked_where_the_environment_does_not_say(monkeypatch, end, 
 
     monkeypatch.setattr(subprocess, "run", scontrol)
     expected = datetime(2026, 11, 26, 3, 4, 5).timestamp() if known else None
-    assert slurm_time.job_end({"SLURM_JOB_ID": "12"}) == expected
+    assert slurm.job_end({"SLURM_JOB_ID": "12"}) == expected
 
 
 def test_a_job_is_no_worse_off_without_scontrol(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert slurm_time.job_end({"SLURM_JOB_ID": "12"}) is None
+    assert slurm.job_end({"SLURM_JOB_ID": "12"}) is None

@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from pnode_dist.config.tables import SnapshotConfig
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.train import loop, run_directory, snapshot_files
-from pnode_dist.train.config import FieldRun, SnapshotConfig
-from pnode_dist.train.endings import RunDirectoryError
-from pnode_dist.train.resume import MAY_CHANGE, choose_start
+from pnode_dist.problems.field.config import FieldRun
+from pnode_dist.runs import directory as run_directory
+from pnode_dist.runs import snapshot_files
+from pnode_dist.runs.endings import RunDirectoryError
+from pnode_dist.runs.resume import MAY_CHANGE, choose_start
+from pnode_dist.train import loop
 from tests.conftest import PATIENCE
 
 EVERY_STEP = SnapshotConfig(every_steps=1, every_minutes=0, keep=100)
@@ -169,7 +172,7 @@ def test_a_full_disk_ends_the_run_with_one_line_that_names_the_last_snapshot(
 
 
 def test_metrics_that_cannot_be_written_end_the_run_as_well(decay, mesh, training, tmp_path, monkeypatch):
-    from pnode_dist.train.metrics import MetricsFile
+    from pnode_dist.runs.metrics import MetricsFile
 
     def full(metrics, record):
         raise OSError(28, "No space left on device")
@@ -281,7 +284,7 @@ def test_a_key_that_changes_what_is_computed_is_named(run, table, key, value):
 
 
 def test_another_problem_is_named(run):
-    from pnode_dist.train.config import PendulumRun
+    from pnode_dist.problems.pendulum.config import PendulumRun
 
     other = PendulumRun.model_validate(
         {

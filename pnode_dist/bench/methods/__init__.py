@@ -1,0 +1,1 @@
+"""Both experiments of the PNODE paper with every method they compare."""

@@ -1,0 +1,117 @@
+"""A problem on which the gradient of the continuous adjoint is wrong: few Euler steps, a right-hand side with kinks.
+
+The state decays, so that solving it backward in time amplifies what the few steps do not resolve, and the adjoint is
+linearized about states that the forward solve never had. Reverse-accurate ways have no such error, as they use the
+states of the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pnode_dist.bench.methods.ways import WAYS, Way
+from pnode_dist.bench.report import Row
+
+METHOD, STEPS = "euler", 8
+ITERATIONS = 150
+_DECAY, _HIDDEN, _SAMPLES, _RATE, _SEED = 6.0, 32, 128, 1e-2, 0
+_SHOWN = 10
+TRAINED = ("NODE-cont", "solution")
+"""The ways that are trained: the continuous adjoint, and this project, whose gradient is the same at every level."""
+
+
+class DecayingRelu(nn.Module):
+    """du/dt = W2 relu(W1 u + b1) + b2 - 6 u for u in the plane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, 2)).double()
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """du/dt."""
+        rate: torch.Tensor = self.layers(u) - _DECAY * u
+        return rate
+
+
+class Regression:
+    """Points in the plane, whose images under a smooth map are to be learnt by one block."""
+
+    def __init__(self, way: Way) -> None:
+        torch.manual_seed(_SEED)
+        self.func = DecayingRelu()
+        self.block = way.block(self.func, METHOD, STEPS)
+        self.points = 2 * torch.rand(_SAMPLES, 2, dtype=torch.float64) - 1
+        self.points.requires_grad_()
+        x, y = self.points.detach().unbind(dim=1)
+        self.images = torch.stack([torch.sin(3 * y), x * x - y], dim=1)
+
+    def loss(self) -> torch.Tensor:
+        """The mean squared error."""
+        error: torch.Tensor = self.block(self.points) - self.images
+        return error.square().mean()
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the loss by all parameters."""
+        self.block.zero_grad()
+        self.loss().backward()  # type: ignore[no-untyped-call]
+        return torch.cat([p.grad.reshape(-1) for p in self.block.parameters() if p.grad is not None])
+
+    def trained(self, iterations: int) -> list[float]:
+        """The losses before each of so many iterations of Adam, and after the last."""
+        optimizer = torch.optim.Adam(self.block.parameters(), lr=_RATE)
+        losses = []
+        for _ in range(iterations):
+            optimizer.zero_grad()
+            loss = self.loss()
+            losses.append(loss.item())
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        with torch.no_grad():
+            losses.append(self.loss().item())
+        return losses
+
+
+@dataclass(frozen=True)
+class Story:
+    """Relative gradient errors of each way, before and after training, and the losses of training."""
+
+    errors: Sequence[Row]
+    curves: Sequence[Row]
+
+
+def tell(ways: Sequence[Way], iterations: int = ITERATIONS) -> Story:
+    """Train, and compare each way's gradient with back-propagation through the same steps.
+
+    The trained parameters are those that this project finds.
+    """
+    regressions = {name: Regression(WAYS[name]) for name in TRAINED}
+    losses = {name: regression.trained(iterations) for name, regression in regressions.items()}
+    trained = regressions[TRAINED[-1]].func.state_dict()
+    naive = WAYS["NODE-naive"]
+    before, after = _gradient(naive, None), _gradient(naive, trained)
+    errors: list[Row] = [
+        {
+            "method": way.name,
+            "untrained": _error(_gradient(way, None), before),
+            "trained": _error(_gradient(way, trained), after),
+        }
+        for way in ways
+    ]
+    shown = range(0, iterations + 1, max(iterations // _SHOWN, 1))
+    curves: list[Row] = [{"iteration": n, **{name: found[n] for name, found in losses.items()}} for n in shown]
+    return Story(errors, curves)
+
+
+def _gradient(way: Way, parameters: dict[str, torch.Tensor] | None) -> torch.Tensor:
+    regression = Regression(way)
+    if parameters is not None:
+        regression.func.load_state_dict(parameters)
+    return regression.gradient()
+
+
+def _error(gradient: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((gradient - exact).norm() / exact.norm())

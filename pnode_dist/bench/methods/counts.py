@@ -1,0 +1,233 @@
+"""What each way to a gradient does and keeps, in theory and counted.
+
+The theory is that of C. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on
+high-level adjoint differentiation, IEEE Trans. Artif. Intell. (2022), arXiv 2206.01298: for Nb blocks of Nt steps with
+Ns evaluations of a right-hand side of Nl layers. It is counted on a chain of such blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from pnode_dist.bench.methods.ways import WAYS, Way, steps_run_again
+from pnode_dist.bench.report import Row
+from pnode_dist.ode.odeint import NeuralODE
+
+_WIDTH, _SAMPLES = 3, 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Blocks, steps of each, evaluations of f in a step, layers of f."""
+
+    blocks: int
+    steps: int
+    stages: int
+    layers: int
+
+    def value(self, formula: str) -> int:
+        """What a product such as `Nb (Nt-1) Ns` comes to."""
+        factors = {
+            "Nb": self.blocks,
+            "Nt": self.steps,
+            "(Nt-1)": self.steps - 1,
+            "Ns": self.stages,
+            "Nl": self.layers,
+            "0": 0,
+        }
+        return math.prod(factors[factor] for factor in formula.split())
+
+
+@dataclass(frozen=True)
+class Formulas:
+    """The theory of one way, as products.
+
+    `depth`: layers of f that one backward pass of autograd goes through. `recorded`: layers of f whose graphs are there
+    at once. `states`: states kept for the backward pass besides graphs and the blocks' own inputs and outputs.
+    `forward` and `backward`: evaluations of f. `products`: vector-Jacobian products of f. `again`: steps run again.
+    """
+
+    depth: str
+    recorded: str
+    states: str
+    forward: str
+    backward: str
+    products: str
+    again: str
+
+
+_ALL = "Nb Nt Ns"
+THEORY = {
+    "NODE-cont": Formulas("Nl", "Nl", "0", _ALL, _ALL, _ALL, "0"),
+    "NODE-naive": Formulas("Nb Nt Ns Nl", "Nb Nt Ns Nl", "0", _ALL, "0", _ALL, "0"),
+    "ANODE": Formulas("Nt Ns Nl", "Nt Ns Nl", "0", _ALL, _ALL, _ALL, "Nb Nt"),
+    "ACA": Formulas("Ns Nl", "Ns Nl", "Nb (Nt-1)", _ALL, _ALL, _ALL, "Nb Nt"),
+    # A step that is run again is recorded as a graph, and so is the last one of each block at once, which is not.
+    "solution": Formulas("Ns Nl", "Nb Ns Nl", "Nb (Nt-1)", _ALL, "Nb (Nt-1) Ns", _ALL, "Nb (Nt-1)"),
+    # The paper's method. Its code keeps u_n as well, which is the first of the stages: Nb (Nt-1) (Ns+1), the last step
+    # left out.
+    "stages": Formulas("Nl", "Nl", "Nb Nt Ns", _ALL, _ALL, _ALL, "0"),
+    # Up to eight steps are one graph.
+    "graph": Formulas("Nt Ns Nl", "Nb Nt Ns Nl", "0", _ALL, "0", _ALL, "0"),
+}
+"""By the names of `WAYS`."""
+
+QUANTITIES = tuple(field.name for field in fields(Formulas))
+
+
+class Tally:
+    """What is counted while a loss is computed and differentiated."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from nothing."""
+        self.evaluations: Counter[str] = Counter()
+        self.phase = "forward"
+        self.is_in_f = False
+        # Of layers that are marked: those reversed by each run of autograd, and those with a graph.
+        self.reversed_by: Counter[int] = Counter()
+        self.recorded = self.most_recorded = 0
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """The backward pass of `loss`."""
+        self.phase = "backward"
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.phase = "forward"
+
+
+class Counted(nn.Module):
+    """f, whose evaluations are counted."""
+
+    def __init__(self, func: nn.Module, tally: Tally) -> None:
+        super().__init__()
+        self.func, self._tally = func, tally
+
+    def forward(self, t: torch.Tensor, u: Any) -> Any:
+        """f(t, u)."""
+        tally = self._tally
+        tally.evaluations[tally.phase] += 1
+        tally.is_in_f = True
+        try:
+            return self.func(t, u)
+        finally:
+            tally.is_in_f = False
+
+
+class _Recorded:
+    """Exists as long as the graph of a layer."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        tally.recorded += 1
+        tally.most_recorded = max(tally.most_recorded, tally.recorded)
+
+    def __del__(self) -> None:
+        self._tally.recorded -= 1
+
+
+class _Mark(torch.autograd.Function):
+    """The identity, which sees its graph come, be reversed, and go."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tally: Tally) -> torch.Tensor:
+        ctx.tally, ctx.recorded = tally, _Recorded(tally)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        ctx.tally.reversed_by[torch._C._current_graph_task_id()] += 1
+        return cotangents[0], None
+
+
+class _Layers(nn.Module):
+    """f of `layers` marked layers."""
+
+    def __init__(self, layers: int, tally: Tally) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(_WIDTH, _WIDTH, dtype=torch.float64) for _ in range(layers))
+        self._tally = tally
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """du/dt."""
+        for layer in self.layers:
+            u = torch.tanh(layer(u))
+            if u.requires_grad:
+                u = _Mark.apply(u, self._tally)  # type: ignore[no-untyped-call]
+        return u
+
+
+def count(way: Way, method: str, sizes: Sizes) -> dict[str, int]:
+    """Count each of the `QUANTITIES` in one loss and gradient of a chain of blocks."""
+    torch.manual_seed(0)
+    tally = Tally()
+    blocks = [way.block(Counted(_Layers(sizes.layers, tally), tally), method, sizes.steps) for _ in range(sizes.blocks)]
+    u = torch.randn(_SAMPLES, _WIDTH, dtype=torch.float64, requires_grad=True)
+    # The first solve also measures what a recorded step takes.
+    for block in blocks:
+        block(u).sum().backward()
+    tally.reset()
+    known: set[int] = set()
+    state: torch.Tensor = u
+    with _kept_states(tally, state) as kept:
+        for block in blocks:
+            known.add(state.untyped_storage()._cdata)
+            state = block(state)
+        known.add(state.untyped_storage()._cdata)
+    tally.differentiate(state.sum())
+    solves = [module.last_solve for block in blocks for module in block.modules() if isinstance(module, NeuralODE)]
+    size = u.numel() * u.element_size()
+    stored = sum(solve.checkpoint_bytes_peak for solve in solves) // size
+    if way.name == "stages":
+        stored += sum(solve.graph_bytes for solve in solves) // size
+    return {
+        "depth": max(tally.reversed_by.values()),
+        "recorded": tally.most_recorded,
+        "states": stored + sum(entries for storage, entries in kept.items() if storage not in known) // u.numel(),
+        "forward": tally.evaluations["forward"],
+        "backward": tally.evaluations["backward"],
+        "products": tally.reversed_by.total() // sizes.layers,
+        "again": sum(map(steps_run_again, blocks)),
+    }
+
+
+@contextmanager
+def _kept_states(tally: Tally, like: torch.Tensor) -> Iterator[dict[int, int]]:
+    """The entries of states that are saved for the backward pass outside of f, by storage, which are kept alive."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not tally.is_in_f and tensor.shape[-like.dim() :] == like.shape:
+            kept[tensor.untyped_storage()._cdata] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def compare(method: str, sizes: Sizes) -> tuple[list[Row], int]:
+    """Rows of the theory beside what was counted, and how many figures differ."""
+    rows: list[Row] = []
+    wrong = 0
+    for name, formulas in THEORY.items():
+        found = count(WAYS[name], method, sizes)
+        row: Row = {"method": name}
+        for quantity in QUANTITIES:
+            formula: str = getattr(formulas, quantity)
+            wrong += sizes.value(formula) != found[quantity]
+            row[quantity] = (
+                f"{formula} = {sizes.value(formula)}, {found[quantity]}" if formula != "0" else str(found[quantity])
+            )
+        rows.append(row)
+    return rows, wrong

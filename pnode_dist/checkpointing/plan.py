@@ -1,0 +1,355 @@
+"""The plan of a solve: what is kept of which steps, chosen among candidates by predicted time.
+
+A step whose graph is kept from the forward pass needs no second run, but a graph is many times larger than a
+checkpoint, which saves more than one. A step that is run again serves its own adjoint, so the work of a plan is
+counted in forward steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpi4py import MPI
+
+from pnode_dist.checkpointing import held_start
+from pnode_dist.checkpointing.binomial import (
+    disk_traffic,
+    from_start,
+    memory_traffic,
+    multistage,
+    optimal_forward_steps,
+)
+from pnode_dist.checkpointing.budget import Slots, Trajectory, agree_on_slots
+from pnode_dist.checkpointing.costs import Costs
+from pnode_dist.checkpointing.hierarchical import HierarchicalSchedule, hierarchical, is_affordable
+from pnode_dist.checkpointing.schedule import Action, with_last_recorded
+from pnode_dist.errors import ConfigurationError
+
+_MOST_DIVISIONS = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to solve `steps` steps and reverse them.
+
+    The last `kept` steps are recorded in the forward pass, as `level` says; the steps before them are reversed by
+    `schedule` from `ram` and `disk` checkpoints, and from the initial state itself where it is `from_start`.
+    `forward_steps` counts all runs of a step, `disk_writes` and `disk_reads` checkpoints. `ram_bytes` and `disk_bytes`
+    are what it occupies on the fullest rank between its passes; `from_start` counts all recordings there, and other
+    plans, which record the last step at least, leave that one out. `seconds` is the predicted time on the slowest rank,
+    None where nothing was measured.
+    """
+
+    name: str
+    steps: int
+    level: str
+    kept: int
+    schedule: str
+    ram: int
+    disk: int
+    forward_steps: int
+    disk_writes: int
+    disk_reads: int
+    ram_bytes: int
+    disk_bytes: int
+    seconds: float | None
+    hierarchy: HierarchicalSchedule | None = None
+    from_start: bool = False
+
+    @property
+    def recomputed_steps(self) -> int:
+        """The runs of steps beyond the first of each."""
+        return self.forward_steps - self.steps
+
+    @property
+    def work(self) -> tuple[str, int, int, int, int]:
+        """What it does: plans of the same work are the same plan under two names."""
+        return self.level, self.kept, self.forward_steps, self.disk_writes, self.disk_reads
+
+    def actions(self) -> Iterator[Action]:
+        """The schedule of the whole solve."""
+        first_kept = self.steps - self.kept + 1
+        if self.from_start:
+            head = held_start.actions(first_kept, held_start.tiers(first_kept, self.ram, self.disk))
+        elif self.hierarchy is not None:
+            head = self.hierarchy.actions()
+        elif self.ram + self.disk:
+            head = multistage(first_kept, self.ram, self.disk)
+        else:
+            head = from_start(first_kept)
+        if self.kept == 0:
+            return held_start.without_recording(head, self.steps)
+        return with_last_recorded(head, first_kept, self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON has it."""
+        figures = {**self.__dict__, "recomputed_steps": self.recomputed_steps}
+        del figures["hierarchy"]
+        return figures
+
+
+@dataclass(frozen=True)
+class Plans:
+    """All candidates, the one that was chosen, and what they were predicted from."""
+
+    candidates: tuple[Plan, ...]
+    chosen: Plan
+    slots: Slots
+    costs: Costs | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plans as JSON has them."""
+        return {
+            "chosen": self.chosen.name,
+            "candidates": [candidate.as_dict() for candidate in self.candidates],
+            "slots": asdict(self.slots),
+            "costs": self.costs.as_dict() if self.costs else None,
+        }
+
+
+def plan(trajectory: Trajectory, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm) -> Plans:
+    """What `trajectory` allows for a solve of `steps` steps, and the best of it. Collective on `comm`.
+
+    `checkpoint_bytes` is this rank's part of a state as it is stored, `costs` what this rank measured; all ranks get
+    the same plan. Raises `ConfigurationError` if the budget is too small, naming the smallest that works.
+    """
+    slots = agree_on_slots(trajectory, checkpoint_bytes, steps, True, comm)
+    return best(trajectory, slots, steps, None, costs.agreed(comm))
+
+
+def best(trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None) -> Plans:
+    """The candidate that is predicted to be fastest; without costs the one with the fewest steps and disk accesses.
+
+    `recorded_bytes` is the size of a recorded step, None if no more than one may be kept; `costs` overrule it.
+    Raises `ConfigurationError` if the trajectory asks for what does not fit.
+    """
+    different: dict[Any, Plan] = {}
+    for candidate in _candidates(trajectory, slots, steps, recorded_bytes, costs):
+        different.setdefault(candidate.work, candidate)
+    candidates = tuple(different.values())
+    chosen = min(
+        candidates,
+        key=lambda p: (p.seconds or 0.0, p.forward_steps, p.disk_writes + p.disk_reads, -p.kept),
+    )
+    return Plans(candidates, chosen, slots, costs)
+
+
+def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
+    """Raise `ConfigurationError` if `plan` is for another number of steps or does not fit what may be held."""
+    if plan.steps != steps:
+        raise ConfigurationError(f"plan {plan.name!r} is for {plan.steps} steps, not for {steps}")
+    # A number of checkpoints that was given stands instead of bytes.
+    too_many = plan.ram > slots.ram or plan.disk > slots.disk
+    if too_many or (plan.kept > (not plan.from_start) and plan.ram_bytes > slots.ram_bytes):
+        raise ConfigurationError(
+            f"plan {plan.name!r} needs ram = {plan.ram_bytes}, disk = {plan.disk_bytes}: more than the trajectory has"
+        )
+
+
+def needs_costs(trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes: int | None) -> bool:
+    """Whether the choice depends on what the disk takes."""
+    if slots.disk == 0 or slots.ram >= steps - 1 or trajectory.schedule in ("all", "revolve", "multistage"):
+        return False
+    if trajectory.schedule == "auto" and (trajectory.ram_slots, trajectory.disk_slots) != (None, None):
+        return False
+    return recorded_bytes is None or _charged(trajectory, steps) * recorded_bytes > slots.ram_bytes
+
+
+def _charged(trajectory: Trajectory, kept: int) -> int:
+    """How many of the recordings that are kept from the forward pass the budget has to pay for."""
+    return kept if trajectory.counts_all_recordings else kept - 1
+
+
+def _candidates(
+    trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None
+) -> Iterator[Plan]:
+    level, schedule = trajectory.level, trajectory.schedule
+    if trajectory.keeps_steps:
+        if costs is not None:
+            recorded_bytes = costs.levels[level].bytes
+        assert recorded_bytes is not None
+        if _charged(trajectory, steps) * recorded_bytes <= slots.ram_bytes:
+            division = (steps, 0, 0)
+            yield _plan(level, level, slots, steps, division, recorded_bytes, costs, trajectory.counts_all_recordings)
+        elif trajectory.keep == "graph":
+            needed = (steps - 1) * recorded_bytes * trajectory.solves
+            raise ConfigurationError(
+                f"trajectory: keep = 'graph': the graphs of {steps} steps need ram = {needed}, "
+                f"more than {_left_of(trajectory, 'ram')}"
+            )
+        if trajectory.keep == "graph" or (steps == 1 and not trajectory.counts_all_recordings):
+            return
+        if trajectory.counts_all_recordings:
+            yield from _from_start(level, schedule, slots, steps, recorded_bytes, costs)
+            if costs is not None:
+                stages = costs.levels["stages"].bytes
+                plans = _from_start("stages", schedule, slots, steps, stages, costs)
+                yield from (plan for plan in plans if plan.kept)
+            return
+    most = steps - 1
+    if most and slots.ram + slots.disk == 0:
+        # What is left when the disk is lost and there was nothing else.
+        yield _plan("restart", level, slots, steps, (1, 0, 0), 0, costs)
+        return
+    if slots.ram + slots.disk >= most and schedule in ("auto", "all"):
+        ram = min(slots.ram, most)
+        yield _plan("all", level, slots, steps, (1, ram, most - ram), 0, costs)
+    if schedule == "all":
+        if slots.ram + slots.disk < most:
+            key, needed = "ram", most * slots.checkpoint_bytes * trajectory.solves
+            if trajectory.ram_slots is not None:
+                key, needed = "ram_slots", most
+            raise ConfigurationError(
+                f"trajectory: schedule = 'all': the states of {steps} steps need {key} = {needed}, more than "
+                f"{_left_of(trajectory, key)} (and disk = {trajectory.disk!r})"
+            )
+        return
+    yield from _checkpointed(level, schedule, slots, steps, recorded_bytes if trajectory.keeps_steps else None, costs)
+
+
+def _left_of(trajectory: Trajectory, key: str) -> str:
+    """What a solve has of `ram` or `ram_slots`, for people."""
+    others, given = trajectory.ledger.solves, repr(getattr(trajectory, key))
+    if key != "ram" or not others:
+        return given
+    return (
+        f"the {others} other solve(s) that await their backward pass leave of {given} with solves = {trajectory.solves}"
+    )
+
+
+def _from_start(
+    level: str, schedule: str, slots: Slots, steps: int, recorded_bytes: int, costs: Costs | None
+) -> Iterator[Plan]:
+    """The plans that use the initial state as it is, with as many recordings as are worth it, none included."""
+    for disk in _disks(schedule, slots):
+        kept, ram, on_disk = division = divide_from_start(slots, steps, recorded_bytes, disk)
+        name = "multistage" if on_disk else "revolve"
+        yield _plan(name, level, slots, steps, division, recorded_bytes, costs, True)
+        if disk and costs is not None and schedule != "multistage":
+            # Weighing costs knows of no state that is at hand: it has a checkpoint for the initial one as well.
+            left = slots.ram_bytes - kept * recorded_bytes
+            places = steps - max(kept, 1) + (kept == 0)
+            ram = min(left // slots.checkpoint_bytes, places) if slots.checkpoint_bytes else places
+            on_disk = min(disk, places - ram)
+            if kept < steps and ram + on_disk and is_affordable(steps - kept + 1, disk):
+                division = (kept, ram, on_disk)
+                yield _plan("h-revolve", level, slots, steps, division, recorded_bytes, costs, True, by_costs=True)
+
+
+def _disks(schedule: str, slots: Slots) -> list[int]:
+    """The numbers of checkpoints on disk to look at."""
+    on_disk = [0, slots.disk] if slots.disk else [0]
+    return on_disk[-1:] if schedule in ("multistage", "h-revolve") else on_disk
+
+
+def _checkpointed(
+    level: str, schedule: str, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None
+) -> Iterator[Plan]:
+    """The plans that hold fewer checkpoints than there are steps, without and with recordings of the last ones."""
+    for disk in _disks(schedule, slots):
+        if slots.ram + disk == 0 and steps > 1:
+            continue
+        for division in dict.fromkeys([divide(slots, steps, recorded_bytes, disk), divide(slots, steps, None, disk)]):
+            size = recorded_bytes or 0
+            yield _plan("multistage" if disk else "revolve", level, slots, steps, division, size, costs)
+            kept, ram, _ = division
+            if disk and costs is not None and schedule != "multistage" and is_affordable(steps - kept + 1, disk):
+                yield _plan("h-revolve", level, slots, steps, (kept, ram, disk), size, costs, by_costs=True)
+
+
+def _plan(
+    schedule: str,
+    level: str,
+    slots: Slots,
+    steps: int,
+    division: tuple[int, int, int],
+    recorded_bytes: int,
+    costs: Costs | None,
+    charges_all: bool = False,
+    by_costs: bool = False,
+) -> Plan:
+    kept, ram, disk = division
+    first_kept = steps - kept + 1
+    hierarchy = None
+    from_start = charges_all and not by_costs
+    if from_start:
+        forward_steps = optimal_forward_steps(first_kept, ram + disk + 1)
+        (writes, reads), copies = held_start.traffic(first_kept, held_start.tiers(first_kept, ram, disk))
+    elif by_costs:
+        assert costs is not None
+        write, read = (costs.copy + costs.exposed * seconds for seconds in (costs.write, costs.read))
+        hierarchy = hierarchical(first_kept, ram, disk, write / costs.step, read / costs.step)
+        forward_steps = hierarchy.forward_steps
+        writes, reads, copies = hierarchy.disk_writes, hierarchy.disk_reads, hierarchy.memory_copies
+    elif ram + disk or first_kept == 1:
+        forward_steps = optimal_forward_steps(first_kept, ram + disk)
+        (writes, reads), copies = disk_traffic(first_kept, ram, disk), memory_traffic(first_kept, ram, disk)
+    else:
+        forward_steps, writes, reads, copies = first_kept * (first_kept + 1) // 2, 0, 0, 0
+    forward_steps += kept - 1
+    name = f"{level} of {kept} + {schedule}" if kept > 1 else schedule
+    if kept == steps > 1:
+        name = level
+    return Plan(
+        name=name,
+        steps=steps,
+        level=level,
+        kept=kept,
+        schedule=schedule,
+        ram=ram,
+        disk=disk,
+        forward_steps=forward_steps,
+        disk_writes=writes,
+        disk_reads=reads,
+        ram_bytes=ram * slots.checkpoint_bytes + (kept if charges_all else kept - 1) * recorded_bytes,
+        disk_bytes=disk * slots.checkpoint_bytes,
+        seconds=costs.seconds(level, steps, forward_steps, copies, writes, reads) if costs else None,
+        hierarchy=hierarchy,
+        from_start=from_start,
+    )
+
+
+def divide(slots: Slots, steps: int, recorded_bytes: int | None, disk: int) -> tuple[int, int, int]:
+    """How many steps at the end to keep as recordings of that size, and the checkpoints in memory and on disk.
+
+    The recording of one step belongs to the working set of any adjoint and is not charged. At least one checkpoint
+    remains unless every step is recorded. Of equal divisions the one with more recordings is taken, whose backward
+    pass starts at once. Looks at every number of recordings up to 256 and at as many evenly spaced ones beyond.
+    """
+    most = steps - 1
+    chosen = (1, min(slots.ram, most), min(disk, most - min(slots.ram, most)))
+    if recorded_bytes is None or steps == 1:
+        return chosen
+    if (steps - 1) * recorded_bytes <= slots.ram_bytes:
+        return steps, 0, 0
+    work = optimal_forward_steps(steps, chosen[1] + chosen[2])
+    most_kept = slots.ram_bytes // recorded_bytes + 1
+    for kept in range(2, most_kept + 1, -(-most_kept // _MOST_DIVISIONS)):
+        rest = steps - kept
+        left = slots.ram_bytes - (kept - 1) * recorded_bytes
+        ram = min(left // slots.checkpoint_bytes, rest, slots.ram) if slots.checkpoint_bytes else rest
+        on_disk = min(disk, rest - ram)
+        if ram + on_disk == 0:
+            break
+        needed = optimal_forward_steps(rest + 1, ram + on_disk) + kept - 1
+        if needed <= work:
+            chosen, work = (kept, ram, on_disk), needed
+    return chosen
+
+
+def divide_from_start(slots: Slots, steps: int, recorded_bytes: int, disk: int) -> tuple[int, int, int]:
+    """`divide` for solves whose initial state is at hand anyway: every recording is charged, and there may be none."""
+    chosen, work = (0, 0, 0), steps * (steps + 3) // 2
+    most_kept = min(slots.ram_bytes // recorded_bytes, steps) if recorded_bytes else steps
+    for kept in range(0, most_kept + 1, max(-(-most_kept // _MOST_DIVISIONS), 1)):
+        # The places besides the initial state's.
+        places = max(steps - kept - 1, 0) if kept else steps - 1
+        left = slots.ram_bytes - kept * recorded_bytes
+        ram = min(left // slots.checkpoint_bytes, places, slots.ram) if slots.checkpoint_bytes else places
+        on_disk = min(disk, places - ram)
+        needed = optimal_forward_steps(steps - kept + 1, ram + on_disk + 1) + kept - 1
+        if needed <= work:
+            chosen, work = (kept, ram, on_disk), needed
+    return chosen

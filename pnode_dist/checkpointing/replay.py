@@ -1,0 +1,171 @@
+"""Executing a schedule: the forward pass up to `EndForward`, the backward pass from there."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from pnode_dist.checkpointing.binomial import from_remains
+from pnode_dist.checkpointing.schedule import (
+    Action,
+    Adjoint,
+    Advance,
+    EndForward,
+    Record,
+    Restart,
+    Restore,
+    StartBackward,
+    Tier,
+)
+from pnode_dist.checkpointing.statistics import SolveStatistics
+from pnode_dist.checkpointing.store import Checkpoints, SpillError, State
+
+_FETCHED_AHEAD = 2
+_LOOK_AHEAD = 4096
+
+
+class Steps(Protocol):
+    """The steps of one solve, run one at a time on a current state."""
+
+    @property
+    def state(self) -> State:
+        """The current state of this rank, for reading."""
+        ...
+
+    def time(self, step: int) -> float:
+        """The time at which `step` begins."""
+        ...
+
+    def overwrite(self, write: Callable[[State], None]) -> None:
+        """Let `write` fill the current state."""
+        ...
+
+    def restart(self) -> None:
+        """Put the initial state of the solve back."""
+        ...
+
+    def advance(self, step: int, again: bool = False) -> None:
+        """Run `step` on the current state, `again` if it is run for the backward pass."""
+        ...
+
+    def record(self, step: int, again: bool = False) -> None:
+        """Run `step` and keep what its adjoint needs: until the next step if it is run `again`, else until then."""
+        ...
+
+    def adjoint(self, step: int) -> None:
+        """Reverse a step that was recorded, and forget its recording."""
+        ...
+
+
+def run_forward(
+    actions: Iterator[Action],
+    steps: Steps,
+    checkpoints: Checkpoints,
+    statistics: SolveStatistics,
+    reached: Callable[[int], None],
+) -> None:
+    """Run the forward pass; `reached(n)` is called when the current state is the one before step n (after step n - 1).
+
+    Collective on the solver's communicator.
+    """
+    for action in actions:
+        match action:
+            case Advance(first, last, tier):
+                if tier is not None:
+                    checkpoints.store(first, tier, steps.state, steps.time(first))
+                for step in range(first, last):
+                    steps.advance(step)
+                    statistics.forward_steps += 1
+                    reached(step + 1)
+            case Record(step):
+                steps.record(step)
+                statistics.forward_steps += 1
+                reached(step + 1)
+            case EndForward():
+                return
+            case _:
+                raise AssertionError(f"{action} before the end of the forward pass")
+
+
+def run_backward(
+    actions: Iterator[Action],
+    steps: Steps,
+    checkpoints: Checkpoints,
+    statistics: SolveStatistics,
+    reversed_to: Callable[[int], None],
+    lost: Callable[[str | None], bool],
+    ram_slots: int,
+) -> bool:
+    """Run the rest of the schedule; `reversed_to(n)` is called when the adjoint has reached the state before step n.
+
+    After every checkpoint read from disk, `lost(error)` tells the other ranks how it went here (None: well) and says
+    whether any of them lost it. If so the rest is planned anew, with `ram_slots` checkpoints in memory and none on
+    disk. Returns whether that happened. Collective on the solver's communicator.
+    """
+    disk_is_lost = False
+    remaining: int | None = None
+    ahead = _looking_ahead(actions, checkpoints)
+    while (action := next(ahead, None)) is not None:
+        match action:
+            case Advance(first, last, tier):
+                if tier is not None:
+                    checkpoints.store(first, tier, steps.state, steps.time(first))
+                for step in range(first, last):
+                    steps.advance(step, again=True)
+                    statistics.recomputed_steps += 1
+            case Record(step):
+                steps.record(step, again=True)
+                statistics.recomputed_steps += 1
+            case StartBackward(count):
+                remaining = count
+            case Restart():
+                steps.restart()
+            case Restore(step, tier, discard):
+                error = _restore(steps, checkpoints, step, discard)
+                if tier is Tier.DISK and lost(error):
+                    assert remaining is not None
+                    disk_is_lost = True
+                    checkpoints.drop_disk()
+                    ahead = from_remains(remaining, checkpoints.in_memory(), ram_slots)
+            case Adjoint(step):
+                steps.adjoint(step)
+                statistics.adjoint_steps += 1
+                remaining = step
+                reversed_to(step)
+            case EndForward():
+                raise AssertionError("the forward pass ended twice")
+    assert remaining == 0, "the schedule ended before the first step was reversed"
+    return disk_is_lost
+
+
+def _restore(steps: Steps, checkpoints: Checkpoints, step: int, discard: bool) -> str | None:
+    """Put a checkpoint back; what went wrong, None if nothing did."""
+    error: str | None = None
+
+    def write(state: State) -> None:
+        nonlocal error
+        try:
+            checkpoints.restore(step, state, discard)
+        except SpillError as reason:
+            error = str(reason)
+
+    steps.overwrite(write)
+    return error
+
+
+def _looking_ahead(actions: Iterator[Action], checkpoints: Checkpoints) -> Iterator[Action]:
+    """The same actions, with the next checkpoints on disk being fetched while those before them are carried out."""
+    upcoming: deque[Action] = deque()
+    fetched = 0
+    while True:
+        while fetched < _FETCHED_AHEAD and len(upcoming) < _LOOK_AHEAD and (action := next(actions, None)) is not None:
+            upcoming.append(action)
+            if isinstance(action, Restore) and action.tier is Tier.DISK:
+                checkpoints.prefetch(action.step)
+                fetched += 1
+        if not upcoming:
+            return
+        action = upcoming.popleft()
+        fetched -= isinstance(action, Restore) and action.tier is Tier.DISK
+        yield action

@@ -1,0 +1,27 @@
+"""What one rank cannot do, none goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.errors import ConfigurationError
+
+Result = TypeVar("Result")
+
+
+def agreed(mesh: Mesh, action: Callable[[], Result]) -> Result:
+    """Do `action` on every rank; a `ConfigurationError` of any rank is raised on all. Collective on the world."""
+    result: Result | None = None
+    failure: ConfigurationError | None = None
+    try:
+        result = action()
+    except ConfigurationError as error:
+        failure = error
+    first = int(mesh.max(torch.tensor([0 if failure is None else mesh.size - mesh.rank])).item())
+    if first:
+        raise ConfigurationError(mesh.broadcast_object(str(failure), source=mesh.size - first))
+    return result  # type: ignore[return-value]

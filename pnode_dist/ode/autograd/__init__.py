@@ -1,0 +1,1 @@
+"""A solve as an operation of torch.autograd and torch.func."""

@@ -1,0 +1,168 @@
+"""`pnode-dist plan`: what a trajectory's budget allows for a problem's solves, predicted and measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from pnode_dist.checkpointing.budget import DEFAULT, ScratchError, format_size
+from pnode_dist.checkpointing.plan import Plan, Plans, plan
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.ode.rhs.layout import State, layout_of
+
+_REPEATS = 3
+_SWEEP_POINTS = 12
+
+
+@dataclass(frozen=True)
+class SolveCase:
+    """One solve as training does it: `solve(state, times, *args)`, of a whole batch. Collective on the state ranks."""
+
+    solve: NeuralODE
+    state: State
+    times: Sequence[float]
+    args: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """A budget in memory, the plan chosen for it, and the measured seconds of a loss and gradient, if they were."""
+
+    ram: int
+    plan: Plan
+    measured: float | None
+
+
+def plan_case(case: SolveCase) -> Plans:
+    """The candidates for a solve, and the choice. Collective on the state ranks.
+
+    Raises `ConfigurationError` with error control, where the number of steps is not known beforehand.
+    """
+    try:
+        return case.solve.plan(case.state, case.times, *case.args)
+    except ValueError as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"[solver] rtol, atol: {error}") from None
+
+
+def measure(case: SolveCase, plans: Sequence[Plan | None], repeats: int = _REPEATS) -> list[float]:
+    """Median seconds of a sum of squares and its gradient with each plan (None: as it is chosen), on the slowest rank.
+
+    The plans take turns, so that a slow moment of the machine hits all of them alike, after one turn that does not
+    count. Collective on the state ranks.
+    """
+    seconds: list[list[float]] = [[] for _ in plans]
+    for repeat in range(repeats + 1):
+        for number, fixed in enumerate(plans):
+            taken = seconds_of(case, fixed)
+            if repeat:
+                seconds[number].append(taken)
+    return [statistics.median(values) for values in seconds]
+
+
+def seconds_of(case: SolveCase, fixed: Plan | None) -> float:
+    """Seconds of one sum of squares and its gradient, on the slowest rank. Collective on the state ranks."""
+    solve = case.solve
+    comm = _comm(case)
+    before, solve.fixed_plan = solve.fixed_plan, fixed
+    layout, parts = layout_of(case.state)
+    parts = tuple(part.detach().requires_grad_() for part in parts)
+    try:
+        comm.Barrier()
+        began = time.perf_counter()
+        states: Any = solve(layout.as_state(parts), case.times, *case.args)
+        squares = sum(part.square().sum() for part in (states if layout.is_tuple else (states,)))
+        torch.autograd.grad(squares, (*parts, *solve.parameters()), allow_unused=True)
+        return float(comm.allreduce(time.perf_counter() - began, MPI.MAX))
+    finally:
+        solve.fixed_plan = before
+
+
+def sweep(case: SolveCase, measured: bool, points: int = _SWEEP_POINTS) -> list[SweepPoint]:
+    """The choice for budgets in memory from one checkpoint to the graphs of all steps, the disk as configured.
+
+    Budgets that are too small for what the trajectory asks for are left out.
+
+    Collective on the state ranks.
+    """
+    solve = case.solve
+    given = solve.trajectory
+    trajectory = given or DEFAULT
+    plans = plan_case(case)
+    assert plans.costs is not None
+    steps = plans.chosen.steps
+    least = max(plans.slots.checkpoint_bytes, 1)
+    most = max((steps - 1) * plans.costs.levels[trajectory.level].bytes, 2 * least)
+    found = []
+    try:
+        for ram in dict.fromkeys(int(size) for size in np.geomspace(least, most, points)):
+            solve.trajectory = replace(trajectory, ram=ram * trajectory.solves, ram_slots=None)
+            try:
+                chosen = plan(solve.trajectory, plans.slots.checkpoint_bytes, steps, plans.costs, _comm(case)).chosen
+            except ScratchError:
+                raise
+            except ConfigurationError:
+                continue  # What is asked for does not fit, on any rank.
+            found.append(SweepPoint(ram, chosen, measure(case, [chosen])[0] if measured else None))
+    finally:
+        solve.trajectory = given
+    return found
+
+
+def _comm(case: SolveCase) -> MPI.Comm:
+    return MPI.COMM_SELF if case.solve.partition is None else case.solve.partition.comm
+
+
+def as_table(plans: Plans, measured: Sequence[float] | None = None) -> list[dict[str, Any]]:
+    """The candidates as rows of a table for people."""
+    rows = []
+    for number, candidate in enumerate(plans.candidates):
+        row: dict[str, Any] = {
+            "plan": candidate.name,
+            "recorded": candidate.kept,
+            "in memory": candidate.ram,
+            "on disk": candidate.disk,
+            "steps": candidate.forward_steps,
+            "run again": candidate.recomputed_steps,
+            "disk writes": candidate.disk_writes,
+            "disk reads": candidate.disk_reads,
+            "memory": format_size(candidate.ram_bytes),
+            "disk": format_size(candidate.disk_bytes),
+            "seconds": candidate.seconds,
+        }
+        if measured is not None:
+            row["measured"] = measured[number]
+        row["chosen"] = "yes" if candidate is plans.chosen else ""
+        rows.append(row)
+    return rows
+
+
+def costs_table(plans: Plans) -> list[dict[str, Any]]:
+    """What was measured, as rows of a table for people. Times are those of the slowest rank, bytes of the fullest."""
+    costs = plans.costs
+    assert costs is not None
+    rows = [{"measured": "a step", "microseconds": 1e6 * costs.step, "memory": ""}]
+    for name, level in costs.levels.items():
+        rows.append(
+            {
+                "measured": f"a step recorded as {name}",
+                "microseconds": 1e6 * level.record,
+                "memory": format_size(level.bytes),
+            }
+        )
+        rows.append({"measured": f"its adjoint from {name}", "microseconds": 1e6 * level.adjoint, "memory": ""})
+    size = format_size(plans.slots.checkpoint_bytes)
+    rows.append({"measured": "a checkpoint copied in memory", "microseconds": 1e6 * costs.copy, "memory": size})
+    if plans.slots.disk:
+        rows.append({"measured": "a checkpoint written to disk", "microseconds": 1e6 * costs.write, "memory": size})
+        rows.append({"measured": "a checkpoint read from disk", "microseconds": 1e6 * costs.read, "memory": size})
+    return rows

@@ -1,0 +1,119 @@
+"""The comparison of recomputed steps with those of the forward pass.
+
+The adjoint of a recomputed step is that of the forward pass only if f is the same function both times. The forward pass
+keeps one number of each state and of each stage that f is evaluated at again; recomputation is compared with them.
+Differences of the size of rounding come from kernels that are not deterministic, and pass.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from array import array
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from pnode_dist.errors import ConfigurationError, RecomputationError
+from pnode_dist.ode.recomputation.fingerprint import fingerprint, magnitude
+
+POLICIES = ("raise", "warn", "ignore")
+_TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-4}
+_OF_NARROW_TYPES = 1e-2
+_OF_NARROW_CHECKPOINTS = 1e-3
+_ROUNDING = 1e-14
+
+
+def check_policy(policy: str) -> None:
+    """Raise `ConfigurationError` for an unknown policy."""
+    if policy not in POLICIES:
+        raise ConfigurationError(f"on_mismatch = {policy!r}: must be one of {', '.join(POLICIES)}")
+
+
+def tolerance_of(compute_dtype: torch.dtype, narrow_checkpoints: bool) -> float:
+    """The largest relative difference that is taken for rounding, where f computes in this type."""
+    tolerance = _TOLERANCES.get(compute_dtype, _OF_NARROW_TYPES)
+    return max(tolerance, _OF_NARROW_CHECKPOINTS) if narrow_checkpoints else tolerance
+
+
+class Guard:
+    """Fingerprints of one solve on this rank, and the largest difference that recomputation has shown.
+
+    `worst` is that difference, relative to the state, and `where` the step that it was first found at. `reasons` gives
+    the reasons that are known at the time of an error.
+    """
+
+    def __init__(self, policy: str, tolerance: float, comm: MPI.Comm, reasons: Callable[[], list[str]]) -> None:
+        self._policy, self._tolerance, self._comm, self._reasons = policy, tolerance, comm, reasons
+        self._states = array("d")
+        self.worst, self.where = 0.0, ""
+
+    def restart(self) -> None:
+        """Forget everything: a forward pass begins."""
+        del self._states[:]
+        self.worst, self.where = 0.0, ""
+
+    def keep(self, step: int, value: float) -> None:
+        """Keep the fingerprint of the state after `step`, the steps coming in turn."""
+        if step == len(self._states):
+            self._states.append(value)
+
+    def compare_state(self, step: int, time: float, value: float, parts: Iterable[torch.Tensor]) -> None:
+        """Compare the state after a recomputed step, given by its fingerprint; `parts` are of about its size."""
+        if step < len(self._states):
+            self._compare(self._states[step], value, parts, f"step {step} from t = {time:.6g}")
+
+    def compare_value(self, expected: float | None, time: float, values: tuple[torch.Tensor, ...]) -> None:
+        """Compare f at a stage at `time`, evaluated again, with the fingerprint that its value had. None: not kept."""
+        if expected is not None:
+            self._compare(expected, fingerprint(values), values, f"func at t = {time:.6g}")
+
+    def _compare(self, expected: float, found: float, parts: Iterable[torch.Tensor], where: str) -> None:
+        difference = abs(found - expected)
+        if difference <= _ROUNDING * abs(expected) or (math.isnan(found) and math.isnan(expected)):
+            return
+        size = magnitude(parts)
+        relative = difference / size if size > 0 and math.isfinite(difference) else math.inf
+        if relative > self.worst:
+            self.worst = relative
+        if relative > self._tolerance and not self.where:
+            self.where = where
+            if self._comm.size == 1 and self._policy == "raise":
+                raise RecomputationError(_message(where, relative, 0, 1, self._reasons()))
+
+    def compare_outcome(self, expected: float, found: float, parts: Iterable[torch.Tensor]) -> None:
+        """Compare the fingerprints of a solve's result; `parts` are of about its size."""
+        self._compare(expected, found, parts, "the solve")
+
+    def finish(self) -> None:
+        """Report a difference that any rank has found, as the policy says. Collective on the communicator.
+
+        Raises `RecomputationError` on all ranks alike.
+        """
+        worst = np.array([self.worst if self.where else 0.0])
+        if self._comm.size > 1:
+            self._comm.Allreduce(MPI.IN_PLACE, worst, MPI.MAX)
+        if worst[0] == 0.0:
+            return
+        found = self._comm.allgather((self.where, self.worst, self._reasons()))
+        rank = next(rank for rank, (where, _, _) in enumerate(found) if where)
+        where, relative, reasons = found[rank]
+        text = _message(where, relative, rank, self._comm.size, reasons)
+        if self._policy == "raise":
+            raise RecomputationError(text)
+        if self._comm.rank == 0:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _message(where: str, relative: float, rank: int, ranks: int, reasons: list[str]) -> str:
+    on_rank = f" on rank {rank}" if ranks > 1 else ""
+    seen = "; ".join(reasons)
+    return (
+        f"{where}, recomputed for the gradient, differs from the forward pass by {relative:.2g} of its size{on_rank}: "
+        f"func must be a function of t, u and its parameters alone; "
+        + (f"{seen}; " if seen else "")
+        + "likely reasons: an array or class attribute that it reads has changed, it draws random numbers that are "
+        "not torch's, or it counts its calls (keep = 'graph' recomputes nothing; on_mismatch = 'warn' goes on)"
+    )

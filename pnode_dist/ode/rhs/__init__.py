@@ -1,0 +1,1 @@
+"""One evaluation of the right-hand side and its products with vectors."""

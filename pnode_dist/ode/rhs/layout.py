@@ -1,0 +1,97 @@
+"""A state as the caller sees it (a tensor or a tuple of tensors) and as PETSc does (one local array of scalars)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.petsc import vectors
+
+State = torch.Tensor | tuple[torch.Tensor, ...]
+Parts = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Shapes of the parts of this rank's state, and their type. `is_tuple`: the caller works with a tuple.
+
+    `dtype` and `device` are those of the caller's tensors; f computes on that device as well, in `compute_dtype`.
+    PETSc's vectors are on `vec_device`.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    is_tuple: bool
+    compute_dtype: torch.dtype
+    device: torch.device = vectors.HOST
+    vec_device: torch.device = vectors.HOST
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of entries of each part."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def size(self) -> int:
+        """The number of entries on this rank."""
+        return sum(self.sizes)
+
+    @cached_property
+    def converts(self) -> bool:
+        """Whether f's tensors are others than PETSc's: of another floating type, or elsewhere."""
+        return self.compute_dtype != vectors.scalar_dtype() or self.device != self.vec_device
+
+    def parts(self, flat: torch.Tensor) -> Parts:
+        """The parts as views of a flat tensor of `size` entries."""
+        pieces = torch.split(flat, list(self.sizes))
+        return tuple(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+
+    def inputs(self, parts: Parts, copy: bool = False) -> Parts:
+        """Parts in PETSc's memory as f takes them: the same tensors where nothing is to be converted, unless `copy`."""
+        return tuple(part.to(self.device, self.compute_dtype, copy=copy) for part in parts)
+
+    def scalar(self, value: torch.Tensor) -> torch.Tensor:
+        """What f computed, where PETSc's vectors are and in their type: the reverse of `inputs`."""
+        return value.to(self.vec_device, vectors.scalar_dtype())
+
+    def as_state(self, parts: Sequence[torch.Tensor]) -> State:
+        """The parts as the caller's kind of state."""
+        return tuple(parts) if self.is_tuple else parts[0]
+
+
+def layout_of(u0: State, compute_dtype: torch.dtype | None = None) -> tuple[StateLayout, Parts]:
+    """The layout of an initial state, and its parts. f computes in the state's type unless another one is given.
+
+    Raises `TypeError` for anything but real floating-point tensors of one type on one device that have values, and
+    `ConfigurationError` for a `compute_dtype` that is not a real floating type.
+    """
+    is_tuple = isinstance(u0, tuple | list)
+    parts = tuple(u0) if isinstance(u0, tuple | list) else (u0,)
+    if not parts or not all(isinstance(part, torch.Tensor) for part in parts):
+        raise TypeError(f"u0 must be a tensor or a tuple of tensors, got {type(u0).__name__}")
+    dtypes = {part.dtype for part in parts}
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        raise TypeError(f"u0 must have one floating-point type, got {', '.join(sorted(str(d) for d in dtypes))}")
+    devices = {part.device for part in parts}
+    if len(devices) > 1 or parts[0].is_meta:
+        places = ", ".join(sorted(str(device) for device in devices))
+        raise TypeError(f"u0 must be on one device that keeps values, got {places}")
+    if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
+        raise ConfigurationError(
+            f"compute_dtype = {compute_dtype!r}: must be a real floating type of torch, such as torch.float32"
+        )
+    dtype = parts[0].dtype
+    shapes = tuple(tuple(part.shape) for part in parts)
+    return _interned(shapes, dtype, is_tuple, compute_dtype or dtype, parts[0].device), parts
+
+
+@lru_cache(maxsize=256)
+def _interned(*values: Any) -> StateLayout:
+    """The layout of these values: states of the same form share one, and what it has found out."""
+    return StateLayout(*values)

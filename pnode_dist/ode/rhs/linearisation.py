@@ -1,0 +1,117 @@
+"""A part of the right-hand side at one state, and its derivatives there as products with flat vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from pnode_dist.ode.rhs.evaluation import Cotangents, Function, Problem, StageGraph, StageState, TangentMap, by_step
+from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.rhs.split import MatrixFunction
+
+
+class Part(Enum):
+    """Which part of the right-hand side."""
+
+    IMPLICIT = "implicit"
+    EXPLICIT = "explicit"
+
+
+Place = tuple[Part, int]
+"""A part of the right-hand side at the state in the Vec of this handle."""
+
+
+@dataclass
+class Point:
+    """A part of the right-hand side at one state, to be differentiated there. `time` is the problem's own.
+
+    `sign` is -1 where PETSc steps through a solve that goes backward in time: it then sees -f(-s, u). `kept` says of an
+    evaluation that was made in the forward pass what it is compared with.
+    """
+
+    problem: Problem
+    func: Function
+    layout: StateLayout
+    sign: float
+    time: float
+    inputs: Parts
+    graph: StageGraph | None = None
+    kept: StageState | None = None
+    _batches: bool = True
+    _tangents: TangentMap | None = field(default=None, repr=False)
+
+    def jvp(self, flat: torch.Tensor) -> torch.Tensor:
+        """The product of the Jacobian by the state with a flat vector. Collective if the function is."""
+        if isinstance(self.func, MatrixFunction):
+            return self.sign * self.func.multiply(flat, transposed=False)
+        if self._tangents is None:
+            self._tangents = self.problem.tangent_map(self._linearised())
+        found = self._tangents(self.layout.parts(flat))
+        return self.sign * torch.cat([part.reshape(-1).to(flat) for part in found])
+
+    def vjp(self, flat: torch.Tensor) -> torch.Tensor:
+        """The product of the transposed Jacobian by the state with a flat vector. Collective if the function is."""
+        if isinstance(self.func, MatrixFunction):
+            return self.sign * self.func.multiply(flat, transposed=True)
+        return self._by_state(
+            self.problem.vjp(self._linearised(), self._parts(flat), parameters=False, keep=True), flat
+        )
+
+    def vjp_and_by_parameters(self, flat: torch.Tensor, start: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """`vjp` and `by_parameters` of one vector, in one backward pass. Collective if the function is."""
+        if isinstance(self.func, MatrixFunction):
+            return self.vjp(flat), self.by_parameters(flat, start)
+        found = self.problem.vjp(self._linearised(), self._parts(flat), keep=True)
+        return self._by_state(found, flat), self._by_parameters(found, start)
+
+    def vjps(self, flats: torch.Tensor) -> torch.Tensor:
+        """The products of the transposed Jacobian by the state with each row of `flats`, at once where torch can."""
+        if not isinstance(self.func, MatrixFunction) and self._batches:
+            try:
+                return self.sign * self.problem.batched_vjp(self._linearised(), self.layout, flats)
+            except RuntimeError:
+                # An operation of func's has no rule for batches.
+                self._batches = False
+        return torch.stack([self.vjp(flat) for flat in flats])
+
+    def by_parameters(self, flat: torch.Tensor, start: float) -> list[torch.Tensor | None]:
+        """The products of the transposed derivatives by each parameter with a flat vector; of times, see `by_step`."""
+        if isinstance(self.func, MatrixFunction):
+            found = self._of_matrix(self.func, flat)
+        else:
+            found = self.problem.vjp(self._linearised(), self._parts(flat), states=False, keep=True)
+        return self._by_parameters(found, start)
+
+    def _by_state(self, found: Cotangents, flat: torch.Tensor) -> torch.Tensor:
+        return torch.cat(
+            [
+                torch.zeros(part.numel(), dtype=flat.dtype) if value is None else value.reshape(-1).to(flat)
+                for part, value in zip(self.inputs, found.states, strict=True)
+            ]
+        )
+
+    def _by_parameters(self, found: Cotangents, start: float) -> list[torch.Tensor | None]:
+        products = list(found.parameters)
+        if self.problem.by_times:
+            products += by_step(found, self.time - start)
+        return products
+
+    def _of_matrix(self, func: MatrixFunction, flat: torch.Tensor) -> Cotangents:
+        none = (None,) * len(self.problem.parameters.tensors)
+        if not self.problem.by_times:
+            return Cotangents((), none, None, None)
+        value = func.multiply(torch.cat([part.reshape(-1) for part in self.inputs]).to(flat), False)
+        return Cotangents((), none, self.sign * torch.dot(value, flat), None)
+
+    def _parts(self, flat: torch.Tensor) -> Parts:
+        return self.layout.parts(flat if self.sign > 0 else -flat)
+
+    def _linearised(self) -> StageGraph:
+        if self.graph is None:
+            if self.kept is None:
+                self.graph = self.problem.graph(self.func, self.layout, self.time, self.inputs)
+            else:
+                self.graph = self.problem.graph_of(self.kept, self.func, self.layout)
+        return self.graph

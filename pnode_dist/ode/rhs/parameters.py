@@ -1,0 +1,204 @@
+"""Which tensors a right-hand side depends on besides the state.
+
+Modules name their parameters. A plain function is searched: what it closes over, its defaults, bound object, partial
+arguments and the globals it mentions, through containers and nested functions. Whatever escapes the search is caught
+by looking at the autograd graph of an evaluation, so that no parameter is ever left out silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from pnode_dist.ode.rhs.split import SplitFunction
+
+_OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType)
+
+
+def find_parameters(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    wanted: Callable[[torch.Tensor], bool] = attrgetter("requires_grad"),
+) -> tuple[torch.Tensor, ...]:
+    """The tensors that `func` and its extra arguments hold and that are wanted, each once, in a stable order.
+
+    By default those that require a gradient are.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for thing in _search([func, *args]):
+        for tensor in held_tensors(thing) if isinstance(thing, nn.Module) else (thing,):
+            if wanted(tensor):
+                found.setdefault(id(tensor), tensor)
+    return tuple(found.values())
+
+
+def held_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """The parameters and then the buffers of a module and of those inside it, as often as they are held.
+
+    `parameters()` and `buffers()` make up a name for each, and take ten times as long.
+    """
+    modules: dict[int, nn.Module] = {}
+    pending = [module]
+    while pending:
+        inside = pending.pop()
+        if id(inside) not in modules:
+            modules[id(inside)] = inside
+            pending.extend(child for child in reversed(inside._modules.values()) if child is not None)
+    held: list[torch.Tensor | None] = []
+    for inside in modules.values():
+        held += inside._parameters.values()
+    for inside in modules.values():
+        held += inside._buffers.values()
+    return [tensor for tensor in held if tensor is not None]
+
+
+def find_modules(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[nn.Module, ...]:
+    """The modules that `func` and its extra arguments hold, without those inside of another."""
+    return tuple(thing for thing in _search([func, *args]) if isinstance(thing, nn.Module))
+
+
+def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor | nn.Module]:
+    # With the things themselves: those made on the way would leave their identity to others.
+    seen: dict[int, Any] = {}
+    pending = list(roots)[::-1]
+    while pending:
+        thing = pending.pop()
+        if isinstance(thing, _OPAQUE) or id(thing) in seen:
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, torch.Tensor):
+            yield thing
+        elif isinstance(thing, nn.Module):
+            yield thing
+            if isinstance(thing, SplitFunction):
+                pending.extend((thing.explicit, thing.implicit))
+        else:
+            pending.extend(reversed(list(_inside(thing))))
+
+
+def _inside(thing: Any) -> Iterator[Any]:
+    if isinstance(thing, dict):
+        yield from thing.values()
+    elif isinstance(thing, list | tuple | set | frozenset):
+        yield from thing
+    elif isinstance(thing, functools.partial):
+        yield from (thing.func, thing.args, thing.keywords)
+    elif isinstance(thing, types.MethodType):
+        yield from (thing.__self__, thing.__func__)
+    elif isinstance(thing, types.FunctionType):
+        for cell in thing.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:
+                continue
+        yield thing.__defaults__
+        yield thing.__kwdefaults__
+        yield from (thing.__globals__[name] for name in thing.__code__.co_names if _is_data(thing, name))
+    elif callable(thing) and hasattr(thing, "__dict__"):
+        yield from vars(thing).values()
+
+
+def _is_data(function: types.FunctionType, name: str) -> bool:
+    return isinstance(function.__globals__.get(name), torch.Tensor | nn.Module | dict | list | tuple)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a right-hand side is differentiated by.
+
+    `tensors` do not depend on one another, so that each gets its own partial derivative. `shares_graph`: evaluations
+    have part of their graph in common, made before the solve, which must outlive the first pass over it.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    shares_graph: bool
+
+
+def independent(tensors: Iterable[torch.Tensor]) -> Parameters:
+    """Replace intermediate results that were computed from other parameters by the leaves they came from.
+
+    Differentiating by such a result and by its origin at once would count the way through the result twice.
+    """
+    tensors = tuple(tensors)
+    if all(tensor.grad_fn is None for tensor in tensors):
+        return Parameters(tuple({id(tensor): tensor for tensor in tensors}.values()), shares_graph=False)
+    leaves = {id(tensor): tensor for tensor in tensors if tensor.grad_fn is None}
+    results = {tensor.grad_fn: tensor for tensor in tensors if tensor.grad_fn is not None}
+    kept = dict(leaves)
+    shares_graph = False
+    for node, tensor in results.items():
+        origins, through = _upstream(node)
+        if through & results.keys() - {node} or origins.keys() & leaves.keys():
+            kept.update(origins)
+            shares_graph = True
+        else:
+            kept[id(tensor)] = tensor
+    if shares_graph:
+        # The leaves that came in may be origins of results that were kept so far.
+        return Parameters(tuple(_leaves_of(tensors).values()), shares_graph=True)
+    return Parameters(tuple(kept[id(tensor)] for tensor in tensors), shares_graph=False)
+
+
+def _leaves_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    found: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        found.update({id(tensor): tensor} if tensor.grad_fn is None else _upstream(tensor.grad_fn)[0])
+    return found
+
+
+def _upstream(start: Any) -> tuple[dict[int, torch.Tensor], set[Any]]:
+    """The leaf tensors that a node of the autograd graph depends on, and the nodes on the way."""
+    seen: set[Any] = set()
+    leaves = {id(leaf): leaf for leaf in _leaves_above([start], seen)}
+    return leaves, seen
+
+
+def _leaves_above(starts: Iterable[Any], seen: set[Any]) -> Iterator[torch.Tensor]:
+    """Walk the autograd graph up from `starts`, not past nodes in `seen`, to which those visited are added."""
+    pending = list(starts)
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        parents = node.next_functions
+        if parents:
+            pending.extend([parent for parent, _ in parents if parent is not None and parent not in seen])
+        else:
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                yield leaf
+
+
+def completeness_check(parameters: Parameters) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:
+    """A check of one evaluation: `check(outputs, inputs)` raises `ValueError` if `outputs` depend on anything else.
+
+    It walks the autograd graph of the evaluation down to the inputs and the parameters. What it finds beyond them is
+    a tensor that the search has missed.
+    """
+    known = {id(tensor) for tensor in parameters.tensors}
+    boundary = {tensor.grad_fn for tensor in parameters.tensors if tensor.grad_fn is not None}
+
+    def check(outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
+        expected = known.union(id(tensor) for tensor in inputs)
+        nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+        direct = [output for output in outputs if output.grad_fn is None and output.requires_grad]
+        for leaf in (*direct, *_leaves_above(nodes, set(boundary))):
+            if id(leaf) not in expected:
+                _refuse(leaf)
+
+    return check
+
+
+def _refuse(leaf: torch.Tensor) -> None:
+    raise ValueError(
+        f"func depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and was not found among its "
+        "parameters: name it with params=(...)"
+    )

@@ -1,0 +1,1 @@
+"""One step of each family of methods, and its adjoint."""

@@ -1,0 +1,87 @@
+"""Attempts of implicit steps with error control.
+
+An attempt whose equations cannot be solved counts as rejected, as PETSc has it, and is tried again with a smaller size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.given_options import check_read, read_at_set_up
+from pnode_dist.ode.steppers.base import PetscOptions, options_database
+from pnode_dist.ode.steppers.implicit import ImplicitStepper
+from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
+from pnode_dist.petsc import calls
+
+
+class ImplicitAttempts:
+    """See `pnode_dist.ode.steppers.adaptive.AdaptiveStepper`.
+
+    A theta method estimates its error from the step before, which must have been accepted: its first step is accepted
+    unseen. Raises `ConfigurationError` for a method without an error estimate.
+    """
+
+    def __init__(self, stepper: ImplicitStepper, adaptor: str, options: PetscOptions) -> None:
+        method = stepper.method
+        if not method.estimates_error or stepper.is_midpoint:
+            raise ConfigurationError(
+                f"method = {method.name!r}: has no error estimate to adapt steps to (rtol, atol); `pnode-dist methods` "
+                "tells which have one, theta only with ts_theta_endpoint"
+            )
+        self._stepper = stepper
+        self._before = stepper.current.flat.clone()
+        self._earlier = stepper.current.flat.clone()
+        self._tolerances = Tolerances(stepper)
+        self.first_size = self._tolerances.first_size
+        self._fresh = True
+        self._ts = stepper.create_ts()
+        unread = set(options) - read_at_set_up(options)
+        with options_database({**stepper.defaults, **options, "ts_adapt_type": adaptor}, unread):
+            self._ts.setFromOptions()
+        check_read(unread)
+        stepper.finish(self._ts)
+        stepper.set_up(self._ts)
+
+    def begin(self, control: ErrorControl) -> None:
+        """See `AdaptiveStepper.begin`."""
+        self._fresh = True
+        self._tolerances.take(control, self._ts)
+
+    def end(self) -> None:
+        """See `AdaptiveStepper.end`: nothing is kept from step to step."""
+
+    def destroy(self) -> None:
+        """See `AdaptiveStepper.destroy`."""
+        self._ts.destroy()
+        self._tolerances.destroy()
+
+    def attempt(
+        self, number: int, time: float, size: float, end: float, recording: Recording | None
+    ) -> tuple[bool, float]:
+        """See `AdaptiveStepper.attempt`. Collective on the communicator."""
+        stepper, ts = self._stepper, self._ts
+        self._before.copy_(stepper.current.flat)
+        if self._fresh or stepper.method.family != "theta":
+            ts.restartStep()
+        else:
+            # What PETSc takes for the state one step earlier, also after an attempt that was rejected.
+            self._array()[:] = self._earlier.numpy()
+        with stepper.errors_of_func():
+            reason = stepper.attempt(ts, number, time, size)
+            if reason >= 0 and recording is not None:
+                recording.extend(stepper.recorded(ts, time, size, "graph"))
+        if reason < 0:
+            stepper.current.set_flat(self._before)
+            rejected = ts.ConvergedReason.DIVERGED_STEP_REJECTED
+            proposed = math.copysign(ts.getTimeStep(), size) if reason == rejected else math.nan
+            return False, proposed
+        self._fresh = False
+        self._earlier.copy_(self._before)
+        return True, math.copysign(ts.getTimeStep(), size)
+
+    def _array(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        return calls.local_array(calls.stage_handles(self._ts)[0], self._stepper.layout.size)

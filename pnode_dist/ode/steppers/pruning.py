@@ -1,0 +1,41 @@
+"""What a recording that goes stage by stage can do without."""
+
+from __future__ import annotations
+
+import weakref
+
+from pnode_dist.ode.rhs.evaluation import StageGraph
+from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.tableau import Tableau
+
+
+def leave_out(recording: Recording, tableau: Tableau) -> None:
+    """Drop the inputs of a step's stages on which f turned out not to depend, and what only they depended on.
+
+    The latter is what a stage without weight in the result has computed for them. A tensor that dies with the last
+    reference from Python is in no graph.
+    """
+    dropped = None
+    for stage in range(len(recording)):
+        graph, recording[stage] = recording[stage], None
+        if not isinstance(graph, StageGraph):
+            recording[stage] = graph
+            continue
+        if dropped is None:
+            dropped = graph.inputs[0].new_empty(0).requires_grad_()
+        leaves, graph = list(graph.inputs), graph._replace(inputs=())
+        for part in range(len(leaves)):
+            reference = weakref.ref(leaves[part])
+            leaves[part] = dropped
+            leaf = reference()
+            leaves[part] = dropped if leaf is None else leaf
+            del leaf
+        recording[stage] = graph._replace(inputs=tuple(leaves))
+    for stage, graph in enumerate(recording):
+        if isinstance(graph, StageGraph) and not tableau.b[stage]:
+            later = [other for use, _ in tableau.uses[stage] if isinstance(other := recording[use], StageGraph)]
+            roots = [
+                root if any(other.inputs[part] is not dropped for other in later) else None
+                for part, root in enumerate(graph.roots)
+            ]
+            recording[stage] = graph._replace(roots=tuple(roots))

@@ -1,0 +1,143 @@
+"""Error control: tolerances, the norm that they are met in, and the size of a first step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.rhs.layout import State, StateLayout
+from pnode_dist.ode.steppers.base import Stepper
+from pnode_dist.petsc import vectors
+
+ADAPTORS = ("basic", "dsp")
+DEFAULT_RTOL, DEFAULT_ATOL = 1e-6, 1e-9
+
+Tolerance = float | State
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorControl:
+    """Steps for which the root mean square over all entries of error / (atol + rtol |u|) is at most 1.
+
+    Tolerances are numbers, or tensors that broadcast to this rank's part of the state (for a tuple one for each part).
+    `adaptor` is PETSc's: `basic`, or `dsp` (digital signal processing control: Soederlind, ACM Trans. Math. Softw. 29,
+    2003). `first_size` is the size of the first step; None: chosen from f and its change (Hairer, Norsett & Wanner,
+    Solving ODEs I, II.4). Raises `ConfigurationError` for tolerances that are not positive or an unknown adaptor.
+    """
+
+    rtol: Tolerance = DEFAULT_RTOL
+    atol: Tolerance = DEFAULT_ATOL
+    adaptor: str = "basic"
+    first_size: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+                raise ConfigurationError(f"{name} = {value!r}: must be positive")
+            parts = value if isinstance(value, tuple | list) else [value]
+            if any(isinstance(part, torch.Tensor) and not bool((part > 0).all()) for part in parts):
+                raise ConfigurationError(f"{name}: every entry must be positive")
+        if self.adaptor not in ADAPTORS:
+            raise ConfigurationError(f"adaptor = {self.adaptor!r}: must be one of {', '.join(ADAPTORS)}")
+
+
+class Tolerances:
+    """The tolerances of a solve on the state of `stepper`, as PETSc takes them."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        self._stepper = stepper
+        self._values: list[torch.Tensor | float] = [DEFAULT_RTOL, DEFAULT_ATOL]
+        self._of_petsc: list[Any] = [DEFAULT_RTOL, DEFAULT_ATOL]
+
+    def take(self, control: ErrorControl, ts: PETSc.TS) -> None:
+        """Give `ts` those of `control`. Raises `ConfigurationError` if their shape is wrong."""
+        vecs: list[Any] = []
+        before = self._of_petsc
+        for number, (name, tolerance) in enumerate((("rtol", control.rtol), ("atol", control.atol))):
+            if isinstance(tolerance, int | float) and not isinstance(self._of_petsc[number], PETSc.Vec):
+                self._values[number] = float(tolerance)
+                vecs.append(float(tolerance))
+                continue
+            # Once PETSc has a Vec of tolerances it heeds no number any more.
+            layout = self._stepper.layout
+            vec = vectors.create_vec(self._stepper.comm, layout.size, layout.vec_device)
+            flat = vectors.view(vec, (layout.size,), layout.vec_device)
+            _spread(name, tolerance, layout, flat)
+            vectors.wrote(vec, layout.vec_device)
+            self._values[number] = flat
+            vecs.append(vec)
+        self._of_petsc = vecs
+        self.give(ts)
+        _destroy(before)
+
+    def destroy(self) -> None:
+        """Destroy the Vecs of tolerances. Collective on the communicator."""
+        _destroy(self._of_petsc)
+        self._of_petsc = [DEFAULT_RTOL, DEFAULT_ATOL]
+
+    def give(self, ts: PETSc.TS) -> None:
+        """Give `ts` the same as the one before it."""
+        ts.setTolerances(rtol=self._of_petsc[0], atol=self._of_petsc[1])
+
+    def first_size(self, time: float, span: float) -> float:
+        """A size to begin with, for a solve that goes on for `span`. Collective on the communicator.
+
+        E. Hairer, S. P. Norsett, G. Wanner: Solving Ordinary Differential Equations I, 2nd ed., section II.4.
+        """
+        stepper = self._stepper
+        state = stepper.current.flat.clone()
+        rtol, atol = self._values
+        scale = atol + rtol * state.abs()
+        slope = stepper.derivative(time, math.copysign(1.0, span))
+        size, speed = self._norm(state / scale), self._norm(slope / scale)
+        first = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
+        first = min(first, abs(span))
+        stepper.current.set_flat(state + math.copysign(first, span) * slope)
+        later = stepper.derivative(time + math.copysign(first, span), math.copysign(1.0, span))
+        bend = self._norm((later - slope) / scale) / first
+        stepper.current.set_flat(state)
+        steepest = max(speed, bend)
+        order = stepper.method.order
+        second = max(1e-6, first * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / (order + 1))
+        chosen = min(100 * first, second, abs(span))
+        return chosen if math.isfinite(chosen) else abs(span) * 1e-6
+
+    def _norm(self, values: torch.Tensor) -> float:
+        sums = np.array([values.square().sum().item(), values.numel()])
+        self._stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
+        return math.sqrt(sums[0] / max(sums[1], 1.0))
+
+
+def check_shapes(control: ErrorControl, layout: StateLayout) -> None:
+    """Raise `ConfigurationError` for tolerances that do not fit the state on this rank."""
+    for name, tolerance in (("rtol", control.rtol), ("atol", control.atol)):
+        if not isinstance(tolerance, int | float):
+            _spread(name, tolerance, layout, torch.empty(layout.size))
+
+
+def _destroy(tolerances: list[Any]) -> None:
+    for tolerance in tolerances:
+        if isinstance(tolerance, PETSc.Vec):
+            tolerance.destroy()
+
+
+def _spread(name: str, tolerance: Tolerance, layout: StateLayout, flat: torch.Tensor) -> None:
+    tolerances = tolerance if isinstance(tolerance, tuple | list) else (tolerance,) * len(layout.shapes)
+    if len(tolerances) != len(layout.shapes):
+        raise ConfigurationError(f"{name}: {len(tolerances)} parts for a state of {len(layout.shapes)}")
+    for target, values in zip(layout.parts(flat), tolerances, strict=True):
+        try:
+            target.copy_(torch.as_tensor(values).expand(target.shape))
+        except RuntimeError:
+            raise ConfigurationError(
+                f"{name}: shape {tuple(torch.as_tensor(values).shape)} does not broadcast to this rank's part of shape "
+                f"{tuple(target.shape)}"
+            ) from None

@@ -1,0 +1,78 @@
+"""What the tables [solver] and [trajectory] make of a problem's right-hand side, and whether they can."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from mpi4py import MPI
+
+from pnode_dist.checkpointing.budget import Trajectory, agree_on_slots
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.ode.rhs.evaluation import Function
+from pnode_dist.ode.rhs.mass import Mass
+from pnode_dist.ode.steppers.preconditioner import AssembledJacobian
+from pnode_dist.ode.time_grid import time_grid
+from pnode_dist.partition import protocol
+from pnode_dist.partition.protocol import Partition
+
+if TYPE_CHECKING:
+    from pnode_dist.config.tables import Config
+
+
+def neural_ode(
+    config: Config,
+    right_hand_side: Function,
+    partition: Partition | None,
+    mass: Mass | None = None,
+    trajectory: Trajectory | None = None,
+    last_only: bool = False,
+) -> NeuralODE:
+    """The configured solve of `right_hand_side`, M du/dt = f if there is a `mass`, on the partition.
+
+    Solves that are to share the configured budget are given the same `trajectory`. `last_only` as `NeuralODE` takes it.
+    """
+    solver = config.solver
+    return NeuralODE(
+        right_hand_side,
+        method=solver.method,
+        step_size=solver.step_size,
+        rtol=solver.rtol,
+        atol=solver.atol,
+        adaptor=solver.adaptor,
+        partition=partition,
+        trajectory=config.trajectory.build() if trajectory is None else trajectory,
+        options=solver.options,
+        mass=mass,
+        preconditioner=(
+            AssembledJacobian(solver.reach) if solver.preconditioner == "assembled" else solver.preconditioner
+        ),
+        compute_dtype=None if solver.compute_dtype is None else getattr(torch, solver.compute_dtype),
+        last_only=last_only,
+        on_mismatch=solver.on_mismatch,
+        preserve_rng_state=solver.preserve_rng_state,
+    )
+
+
+def check_budget(config: Config, partition: Partition, interval: float, window: int) -> None:
+    """Raise `ConfigurationError` if no checkpoint of a batch of windows fits the trajectory. Collective on the
+    partition's communicator.
+
+    A window has `window` output times, `interval` apart in the problem's time units. A replica has its share of them.
+    """
+    share = math.ceil(config.training.batch_size / config.mesh.data)
+    values = share * protocol.count(partition.local_shape)
+    check_checkpoint(config, values, [number * interval for number in range(window + 1)], partition.comm)
+
+
+def check_checkpoint(config: Config, values: int, times: Sequence[float], comm: MPI.Comm, solves: int = 1) -> None:
+    """Raise `ConfigurationError` if no checkpoint of a state with so many `values` on this rank fits the trajectory of
+    its solve for `times`, where so many `solves` of a model share it. Collective on `comm`."""
+    trajectory = config.trajectory.build(solves)
+    checkpoint = values * trajectory.checkpoint_itemsize
+    solver = config.solver
+    adaptive = solver.rtol is not None or solver.atol is not None
+    steps = None if adaptive else time_grid(times, solver.step_size).steps
+    agree_on_slots(trajectory, checkpoint, steps, True, comm)

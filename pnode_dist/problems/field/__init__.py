@@ -1,0 +1,1 @@
+"""Forecasts of a gridded field, such as the sea surface temperature."""

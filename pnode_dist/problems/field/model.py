@@ -1,0 +1,210 @@
+"""The model of the field problem: a seasonal cycle fitted in each cell, and a learnt tendency of departures from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.nn import Conv2d
+from pnode_dist.nn.activation import ACTIVATIONS
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.field.config import FieldModelConfig
+from pnode_dist.problems.field.data import Field, TimeAxis
+
+_DEFAULT_HARMONICS = 2
+_FIRST_DAMPING = 0.1
+_FIRST_OUTPUT = 0.1
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Stretches of the field that are forecast together.
+
+    `initial` `[window, ny_local, nx_local, channel]` are the states at the times number `starts`, `phase`
+    `[window]` the positions of these times in the seasonal cycle, and `targets`
+    `[lead, window, ny_local, nx_local, channel]` the states 1, 2, ... steps later, all normalised.
+    """
+
+    starts: tuple[int, ...]
+    initial: torch.Tensor
+    phase: torch.Tensor
+    targets: torch.Tensor
+
+
+def windows(field: Field, starts: list[int] | tuple[int, ...], steps: int, dtype: torch.dtype) -> Windows:
+    """The windows of `steps` steps that begin at the times number `starts`."""
+    first = torch.tensor(starts, dtype=torch.int64)
+    targets = torch.stack([field.values[first + lead] for lead in range(1, steps + 1)])
+    phase = torch.from_numpy(field.time.phases)[first]
+    return Windows(tuple(starts), field.values[first].to(dtype), phase.to(dtype), targets.to(dtype))
+
+
+def number_of_harmonics(model: FieldModelConfig, time: TimeAxis, training: int) -> int:
+    """The configured harmonics of the seasonal cycle, by default 2 where there is a cycle and 0 where there is none.
+
+    Raises `ConfigurationError` when there is no cycle, or the training part is too short to tell them apart.
+    """
+    harmonics = model.harmonics
+    if harmonics is None:
+        harmonics = 0 if time.period is None else _DEFAULT_HARMONICS
+    if harmonics and time.period is None:
+        raise ConfigurationError(
+            f"[model] harmonics = {harmonics}: must be 0, as the times are no dates and [problem] period is not set"
+        )
+    steps_per_cycle = math.inf if time.period is None else round(time.period / time.step)
+    if 2 * harmonics >= steps_per_cycle:
+        raise ConfigurationError(
+            f"[model] harmonics = {harmonics}: must be below half of the {steps_per_cycle} steps in a cycle"
+        )
+    design = _harmonic_basis(torch.from_numpy(time.phases[:training]), harmonics)
+    if np.linalg.matrix_rank(design.numpy(), rtol=1e-3) < design.shape[1]:
+        raise ConfigurationError(
+            f"[model] harmonics = {harmonics}: too many to be told apart by the {training} training times: use fewer"
+        )
+    return harmonics
+
+
+def _harmonic_basis(phase: torch.Tensor, harmonics: int) -> torch.Tensor:
+    """1, cos and sin of each harmonic at the phases `[...]`: `[..., 1 + 2 harmonics]`."""
+    angles = 2 * math.pi * phase.unsqueeze(-1) * torch.arange(1, harmonics + 1, dtype=phase.dtype)
+    return torch.cat([torch.ones_like(phase).unsqueeze(-1), torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+class SeasonalCycle(nn.Module):
+    """The mean and `harmonics` harmonics of the cycle in each cell, by least squares over the training part.
+
+    Each rank fits the cells it owns. Phases are counted in cycles.
+    """
+
+    coefficients: torch.Tensor
+
+    def __init__(self, field: Field, harmonics: int) -> None:
+        super().__init__()
+        self.harmonics = harmonics
+        design = _harmonic_basis(torch.from_numpy(field.time.phases[: field.training]), harmonics)
+        learnt = field.values[: field.training]
+        coefficients = torch.tensordot(torch.linalg.pinv(design), learnt, dims=1)
+        self.register_buffer("coefficients", coefficients, persistent=False)
+
+    def forward(self, phase: torch.Tensor) -> torch.Tensor:
+        """The state of the cycle at the phases `[window]`: `[window, ny_local, nx_local, channel]`."""
+        state: torch.Tensor = torch.tensordot(_harmonic_basis(phase, self.harmonics), self.coefficients, dims=1)
+        return state
+
+    def derivative(self, phase: torch.Tensor) -> torch.Tensor:
+        """Its derivative by the phase, in the same shape."""
+        numbers = 2 * math.pi * torch.arange(1, self.harmonics + 1, dtype=phase.dtype)
+        angles = phase.unsqueeze(-1) * numbers
+        basis = torch.cat([-numbers * torch.sin(angles), numbers * torch.cos(angles)], dim=-1)
+        rate: torch.Tensor = torch.tensordot(basis, self.coefficients[1:], dims=1)
+        return rate
+
+
+class Tendency(nn.Module):
+    """du/dt = dS/dt + (s N(a / s, season, place) - c a) / step, with the departure a = u - S(t) from the cycle S.
+
+    N is a residual stack of convolutions, s the departures' standard deviation over the training part, c a learnt
+    rate of damping for each channel, and `step` the time between two states of the data. All of it is 0 outside the
+    mask. Collective on the partition's communicator.
+    """
+
+    inside: torch.Tensor
+    place: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(
+        self, config: FieldModelConfig, field: Field, partition: GridPartition, mesh: Mesh, harmonics: int
+    ) -> None:
+        super().__init__()
+        self.cycle = SeasonalCycle(field, harmonics)
+        self.step = field.time.step
+        self.period = field.time.period
+        self.activation = ACTIVATIONS[config.activation]
+        self.register_buffer("inside", field.inside, persistent=False)
+        self.register_buffer("place", _place(partition) * field.inside, persistent=False)
+        self.register_buffer("scale", _departure_deviation(self.cycle, field, mesh), persistent=False)
+        channels, width = field.channels, config.channels
+        inputs = channels + self.place.shape[-1] + 1 + 2 * harmonics
+        widths = [inputs] + [width] * len(config.dilations)
+        self.hidden = nn.ModuleList(
+            Conv2d(partition, before, width, config.kernel_size, dilation, dtype=torch.float64)
+            for before, dilation in zip(widths, config.dilations, strict=False)
+        )
+        self.output = nn.Linear(width, channels, dtype=torch.float64)
+        self.damping = nn.Parameter(torch.full((channels,), _FIRST_DAMPING, dtype=torch.float64))
+        with torch.no_grad():
+            # Damping alone is a fair forecast: the network starts as a small correction of it.
+            self.output.weight.mul_(_FIRST_OUTPUT)
+            self.output.bias.zero_()
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor, start_phase: torch.Tensor) -> torch.Tensor:
+        """du/dt `[window, ny_local, nx_local, channel]` at the time `t` since each window's start, which was at
+        `start_phase` `[window]` of the seasonal cycle."""
+        phase, cycle_rate = start_phase, torch.zeros_like(u)
+        if self.period is not None:
+            phase = start_phase + t / self.period
+            cycle_rate = self.cycle.derivative(phase) / self.period
+        departure = u - self.cycle(phase)
+        correction = self.scale * self._network(departure / self.scale, phase)
+        rate: torch.Tensor = cycle_rate + self.inside * (correction - self.damping * departure) / self.step
+        return rate
+
+    def _network(self, departure: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
+        grid = departure.shape[:-1]
+        season = _harmonic_basis(phase, self.cycle.harmonics)[:, None, None, :] * self.inside
+        x = torch.cat([departure, self.place.expand(*grid, -1), season], dim=-1)
+        for number, layer in enumerate(self.hidden):
+            y = self.activation(layer(x))
+            x = y if number == 0 else x + y
+        result: torch.Tensor = self.output(x)
+        return result
+
+
+def _place(partition: GridPartition) -> torch.Tensor:
+    """Where each cell lies across the domain, `[ny_local, nx_local, features]`: -1 to 1 along each bounded axis.
+
+    A periodic axis has no place that differs from another, and no feature.
+    """
+    features = []
+    for axis, (start, stop) in enumerate(partition.owned):
+        if partition.boundary[axis] != "periodic":
+            along = torch.linspace(-1, 1, partition.shape[axis], dtype=torch.float64)[start:stop]
+            features.append(
+                along.reshape((-1, 1, 1) if axis == 0 else (1, -1, 1)).expand(*partition.local_shape[:2], 1)
+            )
+    return torch.cat(features, dim=-1) if features else torch.empty(*partition.local_shape[:2], 0, dtype=torch.float64)
+
+
+def _departure_deviation(cycle: SeasonalCycle, field: Field, mesh: Mesh) -> torch.Tensor:
+    """The standard deviation `[channel]` of the training part from the cycle, over all ranks; 1 where it is 0."""
+    phases = torch.from_numpy(field.time.phases[: field.training])
+    departures = field.values[: field.training] - cycle(phases)
+    squares = mesh.sum(departures.square().sum(dim=(0, 1, 2)), over="state")
+    deviation = (squares / (field.training * field.cells)).sqrt()
+    return torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+
+
+class FieldModel(nn.Module):
+    """Forecasts windows of a field: `model(windows)` is `[lead, window, ny_local, nx_local, channel]`, normalised.
+
+    `solve` is the NeuralODE over the windows. Collective on the partition's communicator.
+    """
+
+    def __init__(self, solve: NeuralODE, step: float) -> None:
+        super().__init__()
+        self.solve = solve
+        self.step = step
+
+    def forward(self, batch: Windows) -> torch.Tensor:
+        """The states at the leads 1, 2, ... of the windows' targets."""
+        times = [number * self.step for number in range(len(batch.targets) + 1)]
+        states = self.solve(batch.initial, times, batch.phase)
+        forecast: torch.Tensor = states[1:]
+        return forecast

@@ -1,0 +1,113 @@
+"""How a flow is judged: the likelihood of rows that it has not seen, what it draws, and whether it is a density at all.
+
+Each state rank takes a part of the rows; what it finds is gathered on all of them, so that every figure is the same on
+every rank. All traces are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.partition.batch import BatchPartition
+from pnode_dist.partition.protocol import even_ranges
+from pnode_dist.problems.flows.data import FlowsData, Rows
+from pnode_dist.problems.flows.densities import Array
+from pnode_dist.problems.flows.model import ContinuousFlow
+from pnode_dist.problems.flows.sample_file import FlowContents, PlanarMap
+
+_DERIVATIVES_AT_ONCE = 50_000
+_MARGIN = 0.25
+_PATHS, _PIECES = 60, 12
+
+
+@dataclass(frozen=True)
+class SpreadFlow:
+    """A flow, computing in `dtype`, of samples that are spread over the state ranks of `mesh`: so many as
+    `partition_of` says, which gives one object for each number of samples."""
+
+    flow: ContinuousFlow
+    mesh: Mesh
+    partition_of: Callable[[int], BatchPartition]
+    dtype: torch.dtype
+
+    def log_density(self, rows: Rows) -> Array:
+        """The log density `[row]` in nats of whole `rows` `[row, dimension]`. Collective on the state ranks."""
+        return self.over(lambda part: (self.flow(part).log_density,), rows)[0]
+
+    def over(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], rows: Rows) -> tuple[Array, ...]:
+        """What `function` makes of each of the `rows`, whole on every rank, in float64. Collective on the state ranks.
+
+        They are taken in blocks, whose size the derivatives of each row allow, and each rank does its part of a block.
+        """
+        blocks = math.ceil(rows.size / (_DERIVATIVES_AT_ONCE * self.mesh.state_ranks))
+        found = []
+        for first, last in even_ranges(len(rows), blocks):
+            partition = self.partition_of(last - first)
+            self.flow.spread_over(partition)
+            own = torch.from_numpy(rows[first:last][slice(*partition.owned)]).to(self.dtype)
+            parts = [part.detach().double().numpy() for part in function(own)]
+            found.append([np.concatenate(self.mesh.state_comm.allgather(part)) for part in parts])
+        return tuple(np.concatenate(pieces) for pieces in zip(*found, strict=True))
+
+
+def judge(spread: SpreadFlow, data: FlowsData, base: Array, cells: int | None) -> tuple[dict[str, Any], FlowContents]:
+    """The figures of a flow, and what to store and to draw of it. Collective on the state ranks.
+
+    Log-likelihoods are means over the test rows with their standard errors, in nats: of the flow, of the normal
+    distribution that fits the rows to learn from best, and of the true density where it is known; `short_of_truth` is
+    what the flow lacks of that. Samples are drawn from the flow for the noise `base`; going back from them,
+    `inversion_error` is the largest difference to that noise, and `log_density_error` the largest to the log density
+    that drawing them found. With `cells`, for a density in the plane, it is mapped on so many cells along each axis of
+    a box that reaches beyond all rows by a quarter of their width on each side, and `integral` is its sum over them.
+    """
+    flow, test = spread.flow, data.test.astype(np.float64)
+    known = {
+        "flow": spread.log_density(data.test),
+        "fitted_normal": data.fitted.log_density(test),
+        **({} if data.log_density is None else {"truth": data.log_density(test)}),
+    }
+    figures: dict[str, Any] = {
+        "dimension": data.dimension,
+        "rows": f"{len(data.training)} to learn from, {len(data.validation)} to validate with, {len(test)} to test on",
+        "log_likelihood": [{"of": name, **_moments(values)} for name, values in known.items()],
+    }
+    if "truth" in known:
+        figures["short_of_truth"] = _moments(known["truth"] - known["flow"])
+    samples, drawn = spread.over(flow.sample, base)
+    origins, found = spread.over(lambda rows: flow(rows)[:2], samples)
+    figures["inversion_error"] = float(np.abs(origins - base).max())
+    figures["log_density_error"] = float(np.abs(found - drawn).max())
+    planar, paths = None, None
+    if cells is not None:
+        planar = _map(spread, data, cells)
+        figures["integral"] = float(np.exp(planar.flow).sum()) * planar.cell
+        (ways,) = spread.over(lambda rows: (flow.paths(rows, _PIECES).transpose(0, 1),), base[:_PATHS])
+        paths = ways.swapaxes(0, 1)
+    return figures, FlowContents(samples, drawn, test, known, planar, paths)
+
+
+def _map(spread: SpreadFlow, data: FlowsData, cells: int) -> PlanarMap:
+    rows = np.concatenate([data.training, data.validation, data.test]).astype(np.float64)
+    low, high = rows.min(axis=0), rows.max(axis=0)
+    width = (1 + 2 * _MARGIN) * float((high - low).max())
+    centres = (low + high) / 2 + ((np.arange(cells) + 0.5) / cells - 0.5)[:, None] * width
+    x, y = centres.T
+    points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    found = {"flow": spread.log_density(points)}
+    if data.log_density is not None:
+        found["truth"] = data.log_density(points)
+    shaped = {name: values.reshape(cells, cells) for name, values in found.items()}
+    return PlanarMap(x, y, (width / cells) ** 2, shaped["flow"], shaped.get("truth"))
+
+
+def _moments(values: Array) -> dict[str, float]:
+    """The mean, and its standard error."""
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"nats": float(values.mean()), "standard_error": error}

@@ -1,0 +1,1 @@
+"""Diffusion on an irregular mesh."""

@@ -1,0 +1,118 @@
+"""The model of the Gray-Scott problem: a learnt tendency that knows neither diffusion nor reaction, and its solve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pnode_dist.nn import Conv2d
+from pnode_dist.nn.activation import ACTIVATIONS
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.gray_scott.data import Trajectories
+
+_KERNEL = 3
+_FIRST_OUTPUT = 0.1
+
+
+class ConvolutionalTendency(nn.Module):
+    """dw/dt = r N(w) for the state w `[..., ny_local, nx_local, species]`, N a residual stack of 3 x 3 convolutions.
+
+    `rate` r `[species]` sets the scale of the output, 1 if it is None. N starts as a tenth of what torch's
+    initialisation gives, so that the first solves stay near their initial states. float64 until `to` says otherwise.
+    Collective on the partition's communicator.
+    """
+
+    rate: torch.Tensor
+
+    def __init__(
+        self,
+        partition: GridPartition,
+        channels: int,
+        layers: int,
+        activation: str = "silu",
+        rate: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        species = partition.channels
+        self.activation = ACTIVATIONS[activation]
+        self.hidden = nn.ModuleList(
+            Conv2d(partition, before, channels, _KERNEL, dtype=torch.float64)
+            for before in [species, *[channels] * (layers - 2)]
+        )
+        self.output = Conv2d(partition, channels, species, _KERNEL, dtype=torch.float64)
+        scale = torch.ones(species, dtype=torch.float64) if rate is None else rate
+        self.register_buffer("rate", scale, persistent=False)
+        with torch.no_grad():
+            for value in self.output.parameters():
+                value.mul_(_FIRST_OUTPUT)
+
+    def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """dw/dt in the state's shape; it does not depend on `t`. Collective on the partition's communicator."""
+        x = state
+        for number, layer in enumerate(self.hidden):
+            y = self.activation(layer(x))
+            x = y if number == 0 else x + y
+        tendency: torch.Tensor = self.rate * self.output(x)
+        return tendency
+
+
+def right_hand_side(
+    partition: GridPartition,
+    channels: int = 16,
+    layers: int = 3,
+    dtype: torch.dtype = torch.float32,
+    activation: str = "silu",
+    rate: torch.Tensor | None = None,
+    seed: int = 0,
+) -> ConvolutionalTendency:
+    """The model's right-hand side, computing in `dtype`, with the parameters that `seed` fixes. Not collective.
+
+    They are drawn in float64 before anything is rounded: every rank and every dtype starts from the same ones.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tendency = ConvolutionalTendency(partition, channels, layers, activation, rate)
+    return tendency.to(dtype)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Stretches of trajectories that are solved together.
+
+    `initial` `[window, ny_local, nx_local, species]` are the states at `starts`, pairs of a trajectory and a sample,
+    and `targets` `[lead, window, ny_local, nx_local, species]` those 1, 2, ... samples later, all normalised.
+    """
+
+    starts: tuple[tuple[int, int], ...]
+    initial: torch.Tensor
+    targets: torch.Tensor
+
+
+def windows(data: Trajectories, starts: Sequence[tuple[int, int]], steps: int, dtype: torch.dtype) -> Windows:
+    """The windows of `steps` samples that begin at `starts`, in `dtype`."""
+    trajectory, first = torch.tensor(tuple(starts), dtype=torch.int64).reshape(-1, 2).unbind(1)
+    targets = torch.stack([data.values[trajectory, first + lead] for lead in range(1, steps + 1)])
+    return Windows(tuple(starts), data.values[trajectory, first].to(dtype), targets.to(dtype))
+
+
+class GrayScottModel(nn.Module):
+    """Rollouts of windows: `model(windows)` is `[lead, window, ny_local, nx_local, species]`, normalised.
+
+    `solve` is the NeuralODE over the windows, `interval` the time between two leads. Collective on the partition's
+    communicator.
+    """
+
+    def __init__(self, solve: NeuralODE, interval: float) -> None:
+        super().__init__()
+        self.solve = solve
+        self.interval = interval
+
+    def forward(self, batch: Windows) -> torch.Tensor:
+        """The states at the leads 1, 2, ... of the windows' targets."""
+        states = self.solve(batch.initial, [number * self.interval for number in range(len(batch.targets) + 1)])
+        rollout: torch.Tensor = states[1:]
+        return rollout

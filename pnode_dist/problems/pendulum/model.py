@@ -1,0 +1,130 @@
+"""The model of the pendulum problem: a learnt force on a point that a rod holds, as a differential-algebraic equation.
+
+The constraint that the rod keeps its length, differentiated twice, is algebraic and determines the tension at each
+time: the system has index 1 (E. Hairer, G. Wanner: Solving Ordinary Differential Equations II, section VII.1). The
+constraint itself then holds as far as the steps are exact; how far it drifts is to be looked at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pnode_dist.nn.perceptron import Perceptron
+from pnode_dist.ode.consistent import consistent
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.problems.common.ensemble import Windows
+from pnode_dist.problems.pendulum.config import PendulumParameters
+from pnode_dist.problems.pendulum.data import PendulumData
+
+_DIFFERENTIAL = 4
+
+
+def mass_matrix() -> torch.Tensor:
+    """M `[5, 5]` of M du/dt = f for the state u = (x, y, vx, vy, tension): no rate of change of the tension."""
+    return torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64))
+
+
+class LearntForce(nn.Module):
+    """The force at a position q and a velocity v: a perceptron of (q, v), normalised on its way in and out.
+
+    `data` holds the means and standard deviations for both, of training trajectories.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+    force_mean: torch.Tensor
+    force_deviation: torch.Tensor
+
+    def __init__(self, network: Perceptron, data: PendulumData) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", data.mean[:_DIFFERENTIAL], persistent=False)
+        self.register_buffer("deviation", data.deviation[:_DIFFERENTIAL], persistent=False)
+        self.register_buffer("force_mean", data.force_mean, persistent=False)
+        self.register_buffer("force_deviation", data.force_deviation, persistent=False)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """The force `[..., 2]` at states `[..., 5]`."""
+        normalised = self.network((state[..., :_DIFFERENTIAL] - self.mean) / self.deviation)
+        force: torch.Tensor = self.force_mean + self.force_deviation * normalised
+        return force
+
+
+class TrueForce(nn.Module):
+    """Gravity and drag, as the trajectories were computed with, to compare with. See `PendulumParameters`."""
+
+    def __init__(self, parameters: PendulumParameters) -> None:
+        super().__init__()
+        self.parameters_of_motion = parameters
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """The force `[..., 2]` at states `[..., 5]`."""
+        chosen = self.parameters_of_motion
+        linear, quadratic = chosen.drag
+        relative = state[..., 2:4] - state.new_tensor([chosen.wind, 0.0])
+        speed = relative.norm(dim=-1, keepdim=True)
+        force: torch.Tensor = state.new_tensor([0.0, -chosen.gravity]) - (linear + quadratic * speed) * relative
+        return force
+
+
+class ConstrainedMotion(nn.Module):
+    """f of M du/dt = f: q' = v, v' = F - T q, 0 = |v|^2 + q (F - T q), which is the second derivative of |q|^2 / 2.
+
+    `force` gives F at a state, T is the tension.
+    """
+
+    def __init__(self, force: nn.Module) -> None:
+        super().__init__()
+        self.force = force
+
+    def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """M du/dt in the shape of `state` `[..., 5]`; it does not depend on `t`."""
+        position, velocity, tension = state[..., 0:2], state[..., 2:4], state[..., 4:]
+        acceleration = self.force(state) - tension * position
+        radial = velocity.square().sum(dim=-1, keepdim=True) + (position * acceleration).sum(dim=-1, keepdim=True)
+        return torch.cat([velocity, acceleration, radial], dim=-1)
+
+
+def right_hand_side(
+    hidden: tuple[int, ...], activation: str, data: PendulumData, seed: int, dtype: torch.dtype
+) -> ConstrainedMotion:
+    """The model's right-hand side, computing in `dtype`, with the parameters that `seed` fixes. Not collective."""
+    network = Perceptron((_DIFFERENTIAL, *hidden, 2), activation, True, seed)
+    return ConstrainedMotion(LearntForce(network, data)).to(dtype)
+
+
+class PendulumModel(nn.Module):
+    """Rollouts of windows: `model(windows)` is `[lead, start, trajectory_local, 5]`.
+
+    `solve` is the NeuralODE over the windows; it is set to the partition of each. `times` are those of the samples.
+    The tensions of the windows' initial states are not used: they are made consistent with the learnt force.
+    Collective on the partition's communicator.
+    """
+
+    def __init__(self, solve: NeuralODE, times: tuple[float, ...]) -> None:
+        super().__init__()
+        self.solve = solve
+        self.times = times
+
+    def clock(self, leads: int) -> list[float]:
+        """The times since their start at which windows of `leads` samples are solved for."""
+        return [time - self.times[0] for time in self.times[: leads + 1]]
+
+    def consistent(self, batch: Windows) -> torch.Tensor:
+        """The initial states of the windows, with the tensions that the learnt force asks for."""
+        found: torch.Tensor = consistent(
+            self.solve.func,
+            batch.initial,
+            0.0,
+            self.solve.mass,
+            partition=batch.partition,
+            preconditioner=self.solve.preconditioner,
+        )
+        return found
+
+    def forward(self, batch: Windows) -> torch.Tensor:
+        """The states at the leads 1, 2, ... of the windows' targets."""
+        self.solve.partition = batch.partition
+        rollout: torch.Tensor = self.solve(self.consistent(batch), self.clock(len(batch.targets)))[1:]
+        return rollout

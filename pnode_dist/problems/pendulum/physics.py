@@ -1,0 +1,115 @@
+"""The pendulum's forces, its motion by the equation for the angle alone, and the states of the motion.
+
+A state is (x, y, vx, vy, tension): the position and velocity of the point, and what the rod pulls it with for each
+unit of its distance from the pivot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from petsc4py import PETSc
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.steppers.base import options_database
+from pnode_dist.problems.pendulum.config import PendulumParameters
+
+Array = npt.NDArray[np.float64]
+
+COMPONENTS = ("x", "y", "vx", "vy", "tension")
+_METHOD = "8vr"
+_TOLERANCE = 1e-12
+_FIRST_STEP = 1e-3
+_MOST_STEPS = 1_000_000
+_PREFIX = "pendulum_data_"
+
+
+def force(velocity: Array, parameters: PendulumParameters) -> Array:
+    """Gravity and drag `[..., 2]` on the unit mass that moves with `velocity` `[..., 2]`."""
+    relative = velocity - np.array([parameters.wind, 0.0])
+    linear, quadratic = parameters.drag
+    speed = np.linalg.norm(relative, axis=-1, keepdims=True)
+    result: Array = np.array([0.0, -parameters.gravity]) - (linear + quadratic * speed) * relative
+    return result
+
+
+def without_air(parameters: PendulumParameters) -> PendulumParameters:
+    """The same pendulum in a vacuum."""
+    return dataclasses.replace(parameters, drag=(0.0, 0.0))
+
+
+def states(angle: Array, angular_velocity: Array, parameters: PendulumParameters) -> Array:
+    """The states `[..., 5]` of a motion with these angles from the downward rest and their rates of change `[...]`."""
+    outward = np.stack([np.sin(angle), -np.cos(angle)], axis=-1)
+    position = parameters.length * outward
+    velocity = parameters.length * angular_velocity[..., None] * _along(angle)
+    # What keeps the distance from the pivot: the second derivative of |position|^2 / 2 is zero.
+    pull = (velocity**2).sum(axis=-1) + (position * force(velocity, parameters)).sum(axis=-1)
+    return np.concatenate([position, velocity, (pull / parameters.length**2)[..., None]], axis=-1)
+
+
+def initial_motion(largest_angle: float, largest_speed: float, length: float, seed: int, number: int) -> Array:
+    """The initial angle and its rate of change `[2]` that `seed` and `number` fix."""
+    angle, speed = np.random.default_rng([seed, number]).uniform(-1.0, 1.0, 2) * (largest_angle, largest_speed)
+    return np.array([angle, speed / length])
+
+
+def motion(initial: Array, times: Sequence[float], parameters: PendulumParameters) -> Array:
+    """The angles and their rates of change `[time, trajectory, 2]` at the increasing `times`, from `initial`
+    `[trajectory, 2]` at the first of them.
+
+    By PETSc's TS with Verner's pair of order 8(7) and step control at a relative and absolute tolerance of 1e-12. Not
+    collective. Raises `ConfigurationError` where the step control gives up.
+    """
+    solution = PETSc.Vec().createSeq(initial.size, comm=PETSc.COMM_SELF)
+
+    def slope(ts: Any, t: float, u: PETSc.Vec, result: PETSc.Vec) -> None:
+        angle, angular_velocity = u.array_r.reshape(initial.shape).T
+        along = _along(angle)
+        pushed = force(parameters.length * angular_velocity[:, None] * along, parameters)
+        change = (pushed * along).sum(axis=-1) / parameters.length
+        result.array[:] = np.stack([angular_velocity, change], axis=-1).reshape(-1)
+
+    ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
+    # Options for the solver under study are not for this one.
+    ts.setOptionsPrefix(_PREFIX)
+    ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
+    ts.setType(PETSc.TS.Type.RK)
+    ts.setRKType(_METHOD)
+    ts.setRHSFunction(slope, solution.duplicate())
+    ts.setTolerances(rtol=_TOLERANCE, atol=_TOLERANCE)
+    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
+    ts.setMaxSteps(_MOST_STEPS)
+    ts.setTime(times[0])
+    ts.setTimeStep(min(_FIRST_STEP, *np.diff(times)))
+    # The tolerance is for each trajectory, not for their mean.
+    with options_database({f"{_PREFIX}ts_adapt_wnormtype": "infinity"}):
+        ts.setFromOptions()
+    solution.array[:] = initial.reshape(-1)
+    samples = [initial.copy()]
+    failed = False
+    try:
+        for time in times[1:]:
+            ts.setMaxTime(time)
+            ts.solve(solution)
+            samples.append(solution.array_r.reshape(initial.shape).copy())
+    except PETSc.Error:
+        failed = True
+    reached = ts.getTime()
+    ts.destroy()
+    # In the maximum norm PETSc sees no error where there is no number.
+    if failed or not np.isfinite(samples[-1]).all():
+        raise ConfigurationError(
+            f"[problem]: the motion cannot be followed to {times[-1]:g} s, but to {reached:g} s: gravity, drag or wind "
+            "is too large"
+        )
+    return np.stack(samples)
+
+
+def _along(angle: Array) -> Array:
+    """The direction `[..., 2]` in which the point moves when the angle grows."""
+    return np.stack([np.cos(angle), np.sin(angle)], axis=-1)

@@ -1,0 +1,1 @@
+"""Robertson's stiff chemical reactions."""

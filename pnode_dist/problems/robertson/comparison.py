@@ -1,0 +1,97 @@
+"""Ways to solve the trained model of the Robertson problem: as it was trained, finely, and by an explicit method."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pnode_dist.checkpointing.statistics import SolveStatistics
+from pnode_dist.errors import StepSizeError
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.problems.common.ensemble import Windows
+from pnode_dist.problems.common.solver import neural_ode
+from pnode_dist.problems.robertson.model import RobertsonModel
+
+if TYPE_CHECKING:
+    from pnode_dist.problems.robertson.config import RobertsonRun
+
+TRAINED, FINELY, RIVAL = "as_trained", "fine_steps", "rival"
+_REFINEMENT = 16
+
+
+@dataclass(frozen=True)
+class Pursuit:
+    """What a solve from output time to output time came to.
+
+    `states` `[1 + reached, ...]` are the initial state and those at the times that were reached, `steps` how many
+    steps it had taken by each of them. `cost` adds up all of them. `stopped` says why it ended early, None if it came
+    to the last time.
+    """
+
+    states: torch.Tensor
+    steps: tuple[int, ...]
+    cost: SolveStatistics
+    stopped: str | None
+
+    @property
+    def reached(self) -> int:
+        """The number of the last time that was reached."""
+        return len(self.steps) - 1
+
+
+def pursue(
+    solve: NeuralODE, initial: torch.Tensor, times: Sequence[float], args: tuple[Any, ...], most_steps: int
+) -> Pursuit:
+    """Solve from each time to the next until the last, or until the steps taken are `most_steps` or more.
+
+    A step size that becomes too small ends it too, and is no error here. Collective on the solve's partition.
+    """
+    states, steps, cost = [initial], [0], SolveStatistics()
+    stopped = None
+    for begin, end in pairwise(times):
+        if steps[-1] >= most_steps:
+            stopped = f"after {steps[-1]} steps"
+            break
+        try:
+            with torch.no_grad():
+                states.append(solve(states[-1], [begin, end], *args)[-1])
+        except StepSizeError as error:
+            stopped = str(error)
+            break
+        cost = cost + solve.last_solve
+        steps.append(cost.forward_steps)
+    return Pursuit(torch.stack(states), tuple(steps), cost, stopped)
+
+
+def pursuits_of(config: RobertsonRun, model: RobertsonModel, batch: Windows, dtype: torch.dtype) -> dict[str, Pursuit]:
+    """The batch followed with the configured solver, with 16 of its steps from sample to sample, and by the rival.
+
+    Collective on the batch's partition.
+    """
+    solver, rival = config.solver, config.rival
+    finely = {"step_size": model.decades / _REFINEMENT, "rtol": None, "atol": None}
+    explicitly: dict[str, Any] = {
+        "method": rival.method,
+        "step_size": None,
+        "rtol": rival.rtol,
+        "atol": rival.atol,
+        "preconditioner": "none",
+        "petsc_options": {},
+    }
+    ways: dict[str, tuple[dict[str, Any], int]] = {
+        TRAINED: ({}, sys.maxsize),
+        FINELY: (finely, sys.maxsize),
+        RIVAL: (explicitly, rival.steps),
+    }
+    found = {}
+    for name, (changes, most_steps) in ways.items():
+        way = config.model_copy(update={"solver": solver.model_copy(update=changes)})
+        solve = neural_ode(way, model.solve.func, batch.partition)
+        initial = batch.initial.to(dtype)
+        found[name] = pursue(solve, initial, model.clock(len(batch.targets)), (model.begin(batch),), most_steps)
+    return found

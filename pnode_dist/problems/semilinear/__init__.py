@@ -1,0 +1,1 @@
+"""Semilinear equations on a periodic line: Kuramoto-Sivashinsky and Burgers."""

@@ -1,0 +1,152 @@
+"""Configuration of the two semilinear problems on a periodic line: Kuramoto-Sivashinsky and viscous Burgers.
+
+Nothing here imports torch or PETSc, so that a configuration is validated at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from pnode_dist.config.tables import ForecastRun
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Points = Annotated[int, Field(ge=8, strict=True)]
+Layers = Annotated[int, Field(ge=2, strict=True)]
+Times = Annotated[int, Field(ge=2, strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class LineEquation:
+    """u_t + u u_x = a u_xx + b u_xxxx on a periodic line of some `length`; a is `second`, b is `fourth`.
+
+    Initial states are random sums of the longest `waves` sines of the line, of root mean square 1.
+    """
+
+    title: str
+    length: float
+    second: float
+    fourth: float
+    waves: int
+
+
+class LineConfig(BaseModel):
+    """What the tables `[problem]` of both equations hold: trajectories that are computed, to learn them from.
+
+    A sample is the state at one time, and samples of a trajectory are `interval` apart.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    points: Points
+    """Points of the grid."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
+    """Seeds the initial states, and nothing else."""
+    trajectories: Count
+    """Trajectories to learn from."""
+    validation: Count
+    """Further trajectories, from other initial states, that nothing is learnt from."""
+    times: Times
+    """Samples of each trajectory, with the first."""
+    interval: Positive
+    """Time between samples."""
+    window: Count
+    """How many samples ahead of its start a training window reaches."""
+    spin_up: NotNegative
+    """Time from the initial state to the first sample."""
+
+    @field_validator("window")
+    @classmethod
+    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
+        times = others.data.get("times")
+        if times is not None and value >= times:
+            raise ValueError(f"must be at most {times - 1}, one less than times")
+        return value
+
+    @property
+    def equation(self) -> LineEquation:
+        """The equation with its coefficients."""
+        raise NotImplementedError
+
+
+class KuramotoSivashinskyConfig(LineConfig):
+    """The table `[problem]` with `type = "kuramoto_sivashinsky"`: u_t + u u_x = -u_xx - u_xxxx, dimensionless."""
+
+    type: Literal["kuramoto_sivashinsky"]
+    length: Annotated[Positive, Field(validate_default=True)] = 176.0
+    """By default eight times that of the paper on semi-implicit neural ODEs, which has 64 points, so that 512 points
+    are as far apart."""
+    spin_up: NotNegative = 50.0
+
+    @field_validator("length")
+    @classmethod
+    def _damped(cls, value: float, others: ValidationInfo) -> float:
+        points = others.data.get("points")
+        # The differences see the shortest wave grow where points are 2 or more apart.
+        if points is not None and value >= 2 * points:
+            raise ValueError(f"must be less than {2 * points}, twice the number of points, so that short waves decay")
+        return value
+
+    @property
+    def equation(self) -> LineEquation:
+        """Waves longer than 2 pi grow, and are what the initial states are of."""
+        waves = max(1, int(self.length / (2 * math.pi)))
+        return LineEquation("Kuramoto-Sivashinsky", self.length, -1.0, -1.0, waves)
+
+
+class BurgersConfig(LineConfig):
+    """The table `[problem]` with `type = "burgers"`: u_t + u u_x = nu u_xx, dimensionless."""
+
+    type: Literal["burgers"]
+    length: Positive = 1.0
+    viscosity: Positive = 0.01
+    """nu"""
+    spin_up: NotNegative = 0.0
+
+    @property
+    def equation(self) -> LineEquation:
+        """Four long waves steepen into fronts."""
+        return LineEquation("viscous Burgers", self.length, self.viscosity, 0.0, 4)
+
+
+class SemilinearModelConfig(BaseModel):
+    """The table `[model]` of both problems: the convolutional part of the right-hand side."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    channels: Count = 16
+    """Channels between the layers."""
+    layers: Layers = 3
+    """Convolutions along the line, the first from the state and the last to it."""
+    kernel_size: Count = 5
+    """Width of every convolution's stencil, odd."""
+    activation: Literal["gelu", "silu", "tanh"] = "silu"
+
+    @field_validator("kernel_size")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("must be odd, so that the line keeps its size")
+        return value
+
+
+class KuramotoSivashinskyRun(ForecastRun):
+    """A whole configuration of a Kuramoto-Sivashinsky problem."""
+
+    problem: KuramotoSivashinskyConfig
+    model: SemilinearModelConfig = SemilinearModelConfig()
+
+
+class BurgersRun(ForecastRun):
+    """A whole configuration of a Burgers problem."""
+
+    problem: BurgersConfig
+    model: SemilinearModelConfig = SemilinearModelConfig()
+
+
+SemilinearRun = KuramotoSivashinskyRun | BurgersRun

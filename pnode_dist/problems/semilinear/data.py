@@ -1,0 +1,129 @@
+"""The data of the semilinear problems: trajectories that PETSc's adaptive IMEX scheme computes from the equations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from pnode_dist.distributed.configuration import agreed
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.common.trajectories import Trajectories
+from pnode_dist.problems.semilinear.config import LineConfig, LineEquation
+from pnode_dist.problems.semilinear.equation import convection_stencil, initial_state, linear_stencil
+from pnode_dist.problems.semilinear.periodic_line import line, operator
+
+_METHOD = "5"
+_TOLERANCE = 1e-8
+_FIRST_STEP = 1e-3
+_MOST_STEPS = 100_000
+_PREFIX = "semilinear_data_"
+
+
+def generate(config: LineConfig, partition: GridPartition, mesh: Mesh) -> Trajectories:
+    """Compute all trajectories on the grid of the partition. Collective on the world.
+
+    A trajectory is computed by one rank alone, so that it has the same bits at every number of ranks, and the ranks
+    share the trajectories out among them. Their scale is the root mean square of those to learn from. Raises
+    `ConfigurationError` on all ranks where one cannot be followed.
+    """
+    count = config.trajectories + config.validation
+    own = agreed(mesh, lambda: {number: _trajectory(config, number) for number in range(mesh.rank, count, mesh.size)})
+    # Every rank sees the whole of what the scale is computed from, so that it too has the same bits everywhere.
+    states = torch.stack([mesh.broadcast_object(own.get(number), source=number % mesh.size) for number in range(count)])
+    scale = float(states[: config.trajectories].square().mean().sqrt())
+    ((start, stop),) = partition.owned
+    values = states[..., start:stop, None] / scale
+    return Trajectories(values, scale, config.trajectories, config.interval)
+
+
+def _trajectory(config: LineConfig, number: int) -> torch.Tensor:
+    equation = config.equation
+    initial = torch.from_numpy(initial_state(equation, config.points, config.seed, number))
+    return reference(equation, initial, config.times, config.interval, config.spin_up)
+
+
+def reference(
+    equation: LineEquation, initial: torch.Tensor, times: int, interval: float, spin_up: float = 0.0
+) -> torch.Tensor:
+    """The states of the whole line `[times, points]` at `spin_up`, `spin_up + interval`, ... Not collective.
+
+    They are those of the equation with the differences of `semilinear_equation` in space. PETSc's ARKIMEX scheme of
+    order 5 computes them, linear part implicit and factored, with step control at a relative and absolute tolerance of
+    1e-8. Raises `ConfigurationError` where step control gives up, or the steps are
+    too many.
+    """
+    points = len(initial)
+    partition = line(MPI.COMM_SELF, points)
+    linear = operator(partition, linear_stencil(equation, points))
+    convection = operator(partition, convection_stencil(equation, points))
+    solution, squares = partition.create_vec(), partition.create_vec()
+    state = partition.view(solution)
+    jacobian = linear.duplicate(copy=True)
+    factored: float | None = None
+
+    def explicit(ts: Any, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
+        squares.pointwiseMult(u, u)
+        convection.mult(squares, f)
+
+    def implicit(ts: Any, t: float, u: PETSc.Vec, udot: PETSc.Vec, f: PETSc.Vec) -> None:
+        linear.mult(u, f)
+        f.aypx(-1.0, udot)
+
+    def implicit_jacobian(
+        ts: Any, t: float, u: PETSc.Vec, udot: PETSc.Vec, shift: float, a: PETSc.Mat, p: PETSc.Mat
+    ) -> None:
+        nonlocal factored
+        if shift == factored:
+            return
+        factored = shift
+        linear.copy(p, structure=PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
+        p.scale(-1.0)
+        p.shift(shift)
+
+    ts = PETSc.TS().create(comm=MPI.COMM_SELF)
+    # Options for the solver under study are not for this one.
+    ts.setOptionsPrefix(_PREFIX)
+    ts.setType(PETSc.TS.Type.ARKIMEX)
+    ts.setARKIMEXType(_METHOD)
+    ts.setEquationType(PETSc.TS.EquationType.EXPLICIT)
+    ts.setRHSFunction(explicit, solution.duplicate())
+    ts.setIFunction(implicit, solution.duplicate())
+    ts.setIJacobian(implicit_jacobian, jacobian)
+    ts.setTolerances(rtol=_TOLERANCE, atol=_TOLERANCE)
+    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
+    ts.setMaxSteps(_MOST_STEPS)
+    ts.setTimeStep(min(_FIRST_STEP, interval))
+    snes = ts.getSNES()
+    snes.setType(PETSc.SNES.Type.KSPONLY)
+    snes.ksp.setType(PETSc.KSP.Type.PREONLY)
+    snes.ksp.pc.setType(PETSc.PC.Type.LU)
+    state.copy_(initial.view(state.shape))
+    solution.stateIncrease()
+    samples = []
+    try:
+        for number in range(times):
+            end = spin_up + number * interval
+            if end > 0:
+                ts.setMaxTime(end)
+                ts.solve(solution)
+                if ts.getConvergedReason() != PETSc.TS.ConvergedReason.CONVERGED_TIME:
+                    raise _given_up(equation, points, ts)
+            samples.append(state.flatten().clone())
+    except PETSc.Error:
+        raise _given_up(equation, points, ts) from None
+    finally:
+        ts.destroy()
+    return torch.stack(samples)
+
+
+def _given_up(equation: LineEquation, points: int, ts: PETSc.TS) -> ConfigurationError:
+    return ConfigurationError(
+        f"[problem]: the {equation.title} equation on {points} points cannot be integrated beyond time "
+        f"{ts.getTime():g} in {_MOST_STEPS} steps of an accuracy of {_TOLERANCE:g}: use more points, or shorter "
+        "trajectories"
+    )

@@ -1,0 +1,109 @@
+"""The metrics of a run: one JSON object per line, written as it happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pnode_dist.system.json_lines import json_line
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step.
+
+    `loss` is the mean over replicas of the loss before the step, `gradient_norm` that of its gradient before clipping,
+    `wall_time` seconds since training began. The counts of steps and evaluations are those of one rank, all ranks
+    taking the same steps; bytes are summed over ranks; `peak_memory` is the largest resident size of any rank so
+    far, in bytes. `graph_steps` are those whose graphs were kept from the forward pass, `seconds_waiting_for_disk` how
+    long rank 0 stood still for disk checkpoints, `rejected_steps` the attempts that error control did not accept, and
+    `largest_rounding` what a narrower `checkpoint_dtype` made of rank 0's checkpoints.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    wall_time: float
+    gradient_norm: float
+    forward_steps: int
+    recomputed_steps: int
+    adjoint_steps: int
+    function_evaluations: int
+    vjps: int
+    bytes_written: int
+    bytes_read: int
+    peak_memory: int
+    graph_steps: int = 0
+    seconds_waiting_for_disk: float = 0.0
+    rejected_steps: int = 0
+    largest_rounding: float = 0.0
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """The errors on the validation data after an epoch, in `units`. The first figure is the headline."""
+
+    step: int
+    epoch: int
+    wall_time: float
+    units: str
+    figures: dict[str, float]
+
+
+Record = StepRecord | ValidationRecord
+_KINDS: dict[type, str] = {StepRecord: "step", ValidationRecord: "validation"}
+
+
+class MetricsFile:
+    """`metrics.jsonl`, flushed after every line. With `path=None`, as on all ranks but 0, nothing is written."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append one line: the record's fields, and its `kind`. Numbers that are not finite become null."""
+        if self._file is not None:
+            line = {"kind": _KINDS[type(record)], **asdict(record)}
+            self._file.write(json_line(line) + "\n")
+            self._file.flush()
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far, with those of earlier runs that are gone on with."""
+        return 0 if self._file is None else os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file. A last line that was cut off, as by a killed run, is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def peak_memory() -> int:
+    """The largest resident size that this process has had, in bytes."""
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return largest if sys.platform == "darwin" else largest * 1024

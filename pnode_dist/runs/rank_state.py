@@ -1,0 +1,109 @@
+"""What each rank has of its own in training: its random states, and the buffers that training changes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.errors import ConfigurationError
+
+_FORMAT = "MT19937"
+
+
+@dataclass(frozen=True)
+class RankState:
+    """The states of the generators of torch, numpy and Python, and the buffers that have changed, by name."""
+
+    torch_state: torch.Tensor
+    numpy_state: list[Any]
+    python_state: list[Any]
+    buffers: dict[str, torch.Tensor]
+
+
+def versions_of_buffers(model: nn.Module) -> dict[str, int]:
+    """By which `rank_state` tells what has changed since: torch counts the changes of every tensor."""
+    return {name: value._version for name, value in model.named_buffers()}
+
+
+def rank_state(model: nn.Module, built: Mapping[str, int]) -> RankState:
+    """This rank's state now, copied. `built` are the versions of the model's buffers when it was built."""
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    version, internal, gauss_next = random.getstate()
+    return RankState(
+        torch.get_rng_state(),
+        [
+            numpy_state["state"]["key"],
+            numpy_state["state"]["pos"],
+            numpy_state["has_gauss"],
+            numpy_state["gauss"],
+        ],
+        [version, internal, gauss_next],
+        {
+            name: value.detach().clone()
+            for name, value in model.named_buffers()
+            if value._version != built.get(name, value._version)
+        },
+    )
+
+
+def as_plain(state: RankState) -> RankState:
+    """The same, of tensors, lists and numbers alone, as torch saves without pickling code."""
+    keys, *numpy_rest = state.numpy_state
+    version, internal, gauss_next = state.python_state
+    return RankState(
+        state.torch_state,
+        [keys.tolist(), *numpy_rest],
+        [version, list(internal), gauss_next],
+        {name: value.cpu() for name, value in state.buffers.items()},
+    )
+
+
+def put_back(state: RankState, model: nn.Module) -> None:
+    """Make `state` this rank's state. Raises `ConfigurationError` if the model has no such buffers."""
+    torch.set_rng_state(state.torch_state.clone())
+    keys, position, has_gauss, gauss = state.numpy_state
+    np.random.set_state((_FORMAT, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state.python_state
+    random.setstate((version, tuple(internal), gauss_next))
+    put_back_buffers(state.buffers, model)
+
+
+def put_back_buffers(buffers: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    """Give the model these buffers. Raises `ConfigurationError` if it has no such ones."""
+    own = dict(model.named_buffers())
+    for name, value in buffers.items():
+        if name not in own or own[name].shape != value.shape:
+            raise ConfigurationError(f"the snapshot has a buffer {name} of shape {tuple(value.shape)}, the model not")
+        own[name].copy_(value)
+
+
+def for_rank(states: Sequence[RankState], state_ranks: int, mesh: Mesh) -> RankState:
+    """What this rank goes on with, where `states` are those that there were, `state_ranks` to a state.
+
+    On the same mesh each rank takes its own. On another one the buffers are those of the first replica, which have to
+    be the same on all its ranks, as running statistics of a whole field are; more ranks than there were begin with
+    random states that others have as well.
+    Raises `ConfigurationError` for a buffer that was not the same.
+    """
+    if (len(states), state_ranks) == (mesh.size, mesh.state_ranks):
+        return states[mesh.rank]
+    buffers = states[0].buffers
+    for name, value in buffers.items():
+        if not all(name in other.buffers and _same(other.buffers[name], value) for other in states[:state_ranks]):
+            raise ConfigurationError(
+                f"the buffer {name} is not the same on the {state_ranks} ranks that shared a state in the snapshot: it "
+                "can only go on with as many"
+            )
+    return replace(states[mesh.rank % len(states)], buffers=buffers)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)

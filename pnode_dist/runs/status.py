@@ -1,0 +1,147 @@
+"""How a run is doing, from what it has left in its directory. Changes nothing; needs neither MPI nor torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.runs.heartbeat import HEARTBEAT, INTERVAL, Beat, read_beat
+from pnode_dist.runs.lock import is_alive, read_holder
+from pnode_dist.system.file_clock import clock_of
+
+RUNNING, DEAD, STARTING = "running", "dead", "no sign of life"
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a run and what it has come to; None for what is not known.
+
+    `state` is `running`, `finished`, `preempted`, `failed`, `dead` (it ended without saying so) or `no sign of life`
+    (it has not come as far as that). `idle_seconds` is the time since the last optimiser step, `seconds_left` what the
+    remaining steps take at the rate so far.
+    """
+
+    directory: str
+    state: str
+    message: str
+    step: int | None
+    epoch: str | None
+    progress: float | None
+    loss: float | None
+    steps_per_second: float | None
+    idle_seconds: float | None
+    seconds_left: float | None
+    ranks: str | None
+    host: str | None
+    process: int | None
+    job: str | None
+    last_snapshot: str | None
+    budget: str
+    spilt: int | None
+    peak_memory: int | None
+
+
+def status_of(directory: Path) -> Status:
+    """The status of the run in `directory`. Raises `ConfigurationError` if there is none."""
+    try:
+        tables = tomllib.loads((directory / "config.toml").read_text())
+    except (OSError, ValueError):
+        raise ConfigurationError(f"{directory}: there is no run in this directory") from None
+    beat = read_beat(directory)
+    trajectory = tables.get("trajectory", {})
+    budget = f"{trajectory.get('ram', 'auto')} memory, {trajectory.get('disk', 0)} disk per rank"
+    snapshot = _last_snapshot(directory)
+    if beat is None:
+        nothing: dict[str, Any] = dict.fromkeys(Status.__dataclass_fields__)
+        known = {"directory": str(directory), "state": STARTING, "message": "", "last_snapshot": snapshot}
+        return Status(**{**nothing, **known, "budget": budget})
+    state = beat.state
+    if state == RUNNING and not _is_alive(directory):
+        state = DEAD
+    running = state == RUNNING
+    done, steps = _progress(beat)
+    left = (steps - beat.step) / beat.steps_per_second if running and steps and beat.steps_per_second else None
+    return Status(
+        str(directory),
+        state,
+        beat.message,
+        beat.step,
+        f"{min(beat.epoch, beat.epochs)}/{beat.epochs}",
+        done,
+        beat.loss,
+        beat.steps_per_second,
+        _idle_seconds(directory, beat) if running and beat.stepped else None,
+        left,
+        f"{beat.ranks} ({beat.mesh}) on {beat.hosts} host(s)",
+        beat.host,
+        beat.pid,
+        beat.job or None,
+        snapshot,
+        budget,
+        beat.bytes_spilt,
+        beat.peak_memory,
+    )
+
+
+def _progress(beat: Beat) -> tuple[float, int]:
+    """The share of the run that is done, and its steps, 0 if they are not known."""
+    if beat.epoch > beat.epochs:
+        return 1.0, beat.step
+    steps = beat.epochs * beat.epoch_steps
+    return (beat.step / steps if steps else (beat.epoch - 1) / beat.epochs), steps
+
+
+def _idle_seconds(directory: Path, beat: Beat) -> float:
+    """Until the last sign of life by the clock of the run, and since then by that of the file system."""
+    since = clock_of(directory, f".{HEARTBEAT}.") - (directory / HEARTBEAT).stat().st_mtime
+    return max(beat.written - beat.stepped, 0.0) + max(since, 0.0)
+
+
+def _is_alive(directory: Path) -> bool:
+    holder = read_holder(directory)
+    return holder is not None and is_alive(directory, holder)
+
+
+def _last_snapshot(directory: Path) -> str | None:
+    labels = sorted((directory / "snapshots").glob("step-*.json"), key=lambda path: (len(path.name), path.name))
+    try:
+        label = json.loads(labels[-1].read_bytes())
+        return f"step {label['step']}, {label['saved']}, {label['bytes']} bytes"
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def follow(directory: Path, every: float = INTERVAL) -> Iterator[Status]:
+    """The status whenever it has changed, until the run has ended. Raises `ConfigurationError` if there is none."""
+    before: Status | None = None
+    while True:
+        status = status_of(directory)
+        if before is None or (status.state, status.step) != (before.state, before.step):
+            yield status
+        if status.state not in (RUNNING, STARTING):
+            return
+        before = status
+        time.sleep(every)
+
+
+def in_words(status: Status) -> str:
+    """One line, for following a run."""
+    parts = [status.state]
+    if status.step is not None:
+        parts.append(f"step {status.step}, epoch {status.epoch}, {100 * (status.progress or 0):.1f} %")
+    if status.loss is not None and math.isfinite(status.loss):
+        parts.append(f"loss {status.loss:.6g}")
+    if status.steps_per_second:
+        parts.append(f"{status.steps_per_second:.3g} steps/s")
+    if status.seconds_left is not None:
+        parts.append(f"{status.seconds_left:.0f} s left")
+    if status.message:
+        parts.append(status.message)
+    return "  ".join(parts)

@@ -1,0 +1,1 @@
+"""The process and its machine: abort, versions, memory, files, clocks and lines of JSON."""

@@ -1,0 +1,117 @@
+"""Do the installed MPI, PETSc and petsc4py fit together? Asked at import, and answered in one line if not."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+PETSC4PY_FLOOR = (3, 26)
+_INSTALL = "launch/bootstrap.sh installs one that fits"
+
+
+def check_versions() -> None:
+    """Raise `ImportError` if petsc4py or mpi4py is missing or petsc4py is too old. Loads neither of them."""
+    for package in ("petsc4py", "mpi4py"):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise ImportError(f"pnode_dist needs {package}, which is not installed: {_INSTALL}") from None
+    problem = petsc4py_problem(metadata.version("petsc4py"))
+    if problem:
+        raise ImportError(problem)
+
+
+def petsc4py_problem(version: str) -> str | None:
+    """What is wrong with a petsc4py version, None if nothing is."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers >= PETSC4PY_FLOOR:
+        return None
+    floor = ".".join(map(str, PETSC4PY_FLOOR))
+    return f"pnode_dist needs petsc4py {floor} or newer and found {version}: {_INSTALL}"
+
+
+def facts_here() -> dict[str, str]:
+    """What has to be the same on all ranks: versions of packages and of the MPI library, and the command line."""
+    from mpi4py import MPI
+
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "mpi4py", "petsc4py")}
+    return {
+        "pnode_dist": metadata.version("pnode-dist"),
+        "Python": platform.python_version(),
+        **versions,
+        "the MPI library": MPI.Get_library_version().split("\0")[0].splitlines()[0].strip(),
+        "the command line": " ".join(sys.argv[1:]),
+    }
+
+
+def difference(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str | None:
+    """What is not the same on all ranks, of which these are the facts by rank; None if all is."""
+    for name, first in facts[0].items():
+        for rank, other in enumerate(facts):
+            if other.get(name) != first:
+                there = f"{other.get(name)!r} on rank {rank} ({hosts[rank]})"
+                return f"{name} is {first!r} on rank 0 ({hosts[0]}), {there}: must be the same on all ranks"
+    return None
+
+
+def check_mpi() -> None:
+    """Load mpi4py and PETSc, and raise `ImportError` if they do not fit each other or this package."""
+    # mpi4py first: the MPI library it loads is then there already when PETSc asks for one.
+    import mpi4py.MPI
+    import petsc4py
+
+    try:
+        from petsc4py import PETSc
+    except ImportError as error:
+        library = mpi4py.MPI.Get_library_version().splitlines()[0].strip("\0 ")
+        raise ImportError(
+            f"petsc4py cannot be loaded beside mpi4py, which uses {library}: {error}: build both on the same MPI "
+            f"({_INSTALL})"
+        ) from None
+    maps = Path("/proc/self/maps")
+    mapped = maps.read_text().splitlines() if maps.exists() else []
+    config = petsc4py.get_config()
+    header = Path(config["PETSC_DIR"], config["PETSC_ARCH"], "include", "petscconf.h")
+    problem = (
+        scalar_problem(str(PETSc.ScalarType().dtype))
+        or uniprocessor_problem(header.read_text() if header.is_file() else "")
+        or mpi_problem(mapped)
+    )
+    if problem:
+        raise ImportError(problem)
+
+
+def scalar_problem(scalar: str) -> str | None:
+    """What is wrong with a PETSc build whose scalar type has this NumPy name, None if nothing is."""
+    if scalar in ("float64", "float32"):
+        return None
+    return f"pnode_dist needs a PETSc with real scalars and found {scalar}: configure it with --with-scalar-type=real"
+
+
+def uniprocessor_problem(petscconf: str) -> str | None:
+    """What is wrong with a PETSc build that has this petscconf.h, None if nothing is."""
+    if not re.search(r"^#define PETSC_HAVE_MPIUNI\b", petscconf, re.MULTILINE):
+        return None
+    return f"pnode_dist needs a PETSc with MPI and found one configured without: {_INSTALL}"
+
+
+def mpi_problem(mapped: Iterable[str]) -> str | None:
+    """What is wrong if these lines of /proc/PID/maps are those of a process with mpi4py and PETSc, None if nothing is.
+
+    Two MPI libraries in one process do not see each other's communicators: ranks would come up as singletons, or worse.
+    """
+    libraries = set()
+    for line in mapped:
+        path = line.split(maxsplit=5)[-1] if line.count(" ") >= 5 else ""
+        if re.fullmatch(r"libmpi(ch|_abi)?\.so(\.\d+)*", Path(path).name):
+            libraries.add(str(Path(path).resolve()))
+    if len(libraries) < 2:
+        return None
+    return (
+        f"mpi4py and petsc4py use different MPI libraries, {' and '.join(sorted(libraries))}: build both on the same "
+        f"one ({_INSTALL})"
+    )

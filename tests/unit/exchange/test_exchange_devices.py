@@ -1,0 +1,20 @@
+"""Exchanges of fields on another device than the memory that MPI reads, between three ranks.
+
+In processes of their own: torch takes no further device after its first backward pass.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "oracles" / "exchanges_elsewhere.py"
+
+
+def test_exchanges_and_their_transposes_there_are_those_of_the_cpu(
+    mpirun: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    run = mpirun(3, "python", str(SCRIPT))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["global_sum", "gather_vector", "reduce_vector", "halo", "periodic", "with_ghosts"]

@@ -1,0 +1,50 @@
+"""The picture of a run on a line: that it is drawn from whatever rollouts and metrics there are, in one size."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import image
+
+from pnode_dist import Mesh
+from pnode_dist.problems.semilinear.forecast_file import Rollouts, write_rollouts
+from pnode_dist.problems.semilinear.periodic_line import line
+from pnode_dist.problems.semilinear.plots import draw_report
+
+HEIGHT, WIDTH = 1128, 1440
+POINTS = 24
+
+
+def draw(directory: Path, mesh: Mesh, times: int = 8, largest_error: float = 0.1) -> np.ndarray[Any, Any]:
+    """The picture of random trajectories and of rollouts that lie up to `largest_error` beside them."""
+    generator = np.random.default_rng(0)
+    truth = torch.from_numpy(generator.uniform(-1, 1, (2, times, POINTS)))
+    error = largest_error * torch.from_numpy(generator.uniform(-1, 1, truth.shape))
+    error[:, 0] = 0
+    trajectories = {"truth": truth, "model": truth + error, "explicit": truth - error, "equation": truth + error / 10}
+    trajectories["persistence"] = truth[:, :1].expand_as(truth)
+    write_rollouts(directory / "f.h5", Rollouts(trajectories, 2.0, 6.0), line(mesh, POINTS), mesh)
+    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", "waves")
+    return np.asarray(image.imread(directory / "r.png"))
+
+
+def test_the_training_panel_shows_the_losses(tmp_path: Path, mesh: Mesh) -> None:
+    without = draw(tmp_path, mesh)
+    lines = [{"kind": "step", "step": step, "epoch": 1, "loss": 1.0 / step} for step in range(1, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panel = (slice(HEIGHT * 2 // 3, None), slice(0, WIDTH // 2))
+    assert (draw(tmp_path, mesh)[panel] != without[panel]).any()
+
+
+def test_the_error_panel_shows_the_rollouts_errors(tmp_path: Path, mesh: Mesh) -> None:
+    panel = (slice(HEIGHT * 2 // 3, None), slice(WIDTH // 2, None))
+    assert (draw(tmp_path, mesh, largest_error=0.1)[panel] != draw(tmp_path, mesh, largest_error=0.2)[panel]).any()
+
+
+def test_drawing_leaves_the_style_of_other_pictures_alone(tmp_path: Path, mesh: Mesh) -> None:
+    before = dict(matplotlib.rcParams)
+    draw(tmp_path, mesh)
+    assert dict(matplotlib.rcParams) == before
