@@ -72,10 +72,12 @@ def _strict(name: str, table: str, given: Any) -> type[BaseModel]:
     config = given.model_config
     if config.get("extra") != "forbid" or not config.get("frozen"):
         namespace = {"model_config": ConfigDict(extra="forbid", frozen=True), "__module__": given.__module__}
-        given = type(given.__name__, (given,), {**namespace, "__doc__": given.__doc__})
+        strict: type[BaseModel] = type(given.__name__, (given,), {**namespace, "__doc__": given.__doc__})
+        given = strict
     if table == "problem" and "type" not in given.model_fields:
         given = create_model(given.__name__, __base__=given, type=(str, ...))
-    return given
+    found: type[BaseModel] = given
+    return found
 
 
 class ProblemTable(Table):

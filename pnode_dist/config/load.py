@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pnode_dist.config.diagnosis import first_error
+from pnode_dist.config.reading import apply_override, read_tables
 from pnode_dist.config.registry import DEFAULT, Registered, resolve
 from pnode_dist.config.tables import Config
 from pnode_dist.errors import ConfigurationError
@@ -41,7 +41,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def read(path: str | Path, overrides: Sequence[str] = ()) -> RawTables:
     """The tables of a configuration file under the overrides. Raises `ConfigurationError` in one line."""
     path = Path(path)
-    return _overridden(str(path), path.parent, _read(path), path.stem, overrides)
+    return _overridden(str(path), path.parent, read_tables(path), path.stem, overrides)
 
 
 def from_tables(tables: Mapping[str, Any], name: str, overrides: Sequence[str] = ()) -> RawTables:
@@ -77,12 +77,10 @@ def _origin(raw: RawTables) -> str:
     return raw.sources.get(("problem", "type"), raw.source)
 
 
-def _overridden(
-    source: str, directory: Path, tables: dict[str, Any], name: str, overrides: Sequence[str]
-) -> RawTables:
+def _overridden(source: str, directory: Path, tables: dict[str, Any], name: str, overrides: Sequence[str]) -> RawTables:
     sources = {}
     for override in overrides:
-        sources[_apply(tables, override)] = f"--set {override}"
+        sources[apply_override(tables, override)] = f"--set {override}"
     if ("problem", "type") in sources:
         # A file that is named on the command line is relative to where the command is run.
         directory = Path()
@@ -90,40 +88,3 @@ def _overridden(
     if isinstance(run, dict):
         run.setdefault("name", name)
     return RawTables(source, str(directory.resolve()), tables, sources)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except FileNotFoundError:
-        raise ConfigurationError(f"{path}: there is no such configuration file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{path}: not valid TOML: {error}") from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"{path}: not valid TOML: not a text in UTF-8") from None
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _apply(tables: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Put one override into `tables`; returns the keys it went to."""
-    dotted, equals, text = override.partition("=")
-    keys = tuple(key.strip() for key in dotted.split("."))
-    if not equals or len(keys) < 2 or not all(keys):
-        raise ConfigurationError(f"--set {override}: must be section.key=value, such as training.epochs=10")
-    table = tables
-    for depth, key in enumerate(keys[:-1], 1):
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise ConfigurationError(f"--set {override}: {'.'.join(keys[:depth])} is a value, not a table")
-    table[keys[-1]] = _value(text.strip())
-    return keys
-
-
-def _value(text: str) -> Any:
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text

@@ -6,6 +6,7 @@ or the number of ranks is checked by those who know them, and ends as the same k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,6 +56,18 @@ def _petsc_options(options: dict[str, Any]) -> dict[str, Any]:
         if not name or name.startswith("-") or any(character.isspace() for character in name):
             raise ValueError(f"{name!r} must be the name of a PETSc option without its dash, such as ts_monitor")
     return options
+
+
+def _choice_or_path(*names: str) -> Callable[[str], str]:
+    """A check for one of the names or an import path."""
+
+    def check(value: str) -> str:
+        module, _, name = value.replace(":", ".").rpartition(".")
+        if value not in names and not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+            raise ValueError(f"must be {', '.join(names)}, or an import path such as torch.optim.Adam")
+        return value
+
+    return check
 
 
 def _leads(leads: tuple[int, ...]) -> tuple[int, ...]:
@@ -170,12 +183,21 @@ class TrainingConfig(Table):
     """`[training]`: an optimiser on the batches of the problem."""
 
     epochs: Count
-    optimiser: Literal["adamw", "sgd"] = "adamw"
+    optimiser: Annotated[StrictStr, AfterValidator(_choice_or_path("adamw", "sgd"))] = "adamw"
+    """`adamw`, `sgd`, or the import path of a torch optimiser, such as `torch.optim.LBFGS`, which is given
+    `learning_rate` as `lr`, a `weight_decay` that is not zero, and `optimiser_options`."""
+    optimiser_options: dict[str, Any] = {}
+    """Further arguments of the optimiser, by name."""
     momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
     """Of `sgd`: what is left of a step in the next one. AdamW has averages of its own."""
     learning_rate: Positive = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine`: the learning rate falls to zero over the run along half a cosine."""
+    schedule: Annotated[StrictStr, AfterValidator(_choice_or_path("constant", "cosine"))] = "constant"
+    """`constant`; `cosine`: the learning rate falls to zero over the run along half a cosine; or the import path of a
+    torch scheduler, such as `torch.optim.lr_scheduler.OneCycleLR`, which is given `schedule_options`."""
+    schedule_options: dict[str, Any] = {}
+    """Arguments of the scheduler, by name."""
+    schedule_every: Literal["epoch", "step"] = "epoch"
+    """Whether the scheduler advances with every epoch or with every optimiser step."""
     weight_decay: NotNegative = 0.0
     """Times the parameters: with `adamw` what the learning rate takes from them in a step, with `sgd` added to their
     gradient."""
@@ -193,11 +215,27 @@ class TrainingConfig(Table):
     """Which parameters the run ends with. `best` chooses them by the validation data, whose errors are then no
     longer those of unseen data: it needs a test set of its own to report on."""
 
+    @field_validator("optimiser_options", "schedule_options")
+    @classmethod
+    def _are_used(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = str(info.field_name).removesuffix("_options")
+        if value and "." not in str(info.data.get(name)):
+            raise ValueError(f"must be empty unless {name} is an import path")
+        return value
+
+    @field_validator("schedule_every")
+    @classmethod
+    def _is_used(cls, value: str, info: ValidationInfo) -> str:
+        if value != "epoch" and "." not in str(info.data.get("schedule")):
+            raise ValueError('must be "epoch" unless schedule is an import path')
+        return value
+
     @field_validator("momentum")
     @classmethod
     def _has_momentum(cls, value: float, others: ValidationInfo) -> float:
-        if value and others.data.get("optimiser") == "adamw":
-            raise ValueError('must be 0 with optimiser = "adamw"')
+        optimiser = others.data.get("optimiser")
+        if value and optimiser != "sgd":
+            raise ValueError(f'must be 0 with optimiser = "{optimiser}"')
         return value
 
 
@@ -220,8 +258,8 @@ class EvaluationConfig(Table):
 
 
 class Config(Table):
-    """A whole configuration. Its subclasses say what `[problem]`, `[model]` and `[evaluation]` hold, see
-    `pnode_dist.problems.registry.RUNS`."""
+    """A whole configuration. Each problem has a subclass, which says what `[problem]`, `[model]` and `[evaluation]`
+    hold, see `pnode_dist.config.definition`."""
 
     run: RunConfig
     mesh: MeshConfig = MeshConfig()
@@ -232,6 +270,11 @@ class Config(Table):
     training: TrainingConfig
     snapshot: SnapshotConfig = SnapshotConfig()
     evaluation: BaseModel
+
+    @property
+    def kind(self) -> str:
+        """`[problem] type`: the name or place of the problem."""
+        return str(self.problem.type)  # type: ignore[attr-defined]
 
     def to_toml(self) -> str:
         """The configuration with all defaults written out, as `load` reads it."""

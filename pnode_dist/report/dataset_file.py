@@ -66,10 +66,8 @@ def _create(path: Path, variables: Mapping[str, Variable], attributes: Mapping[s
     for name, variable in variables.items():
         for dimension, size in zip(variable.dimensions, variable.shape, strict=True):
             if sizes.setdefault(dimension, size) != size:
-                raise ValueError(f"{name}: dimension {dimension} has {size} entries, in other variables {sizes[dimension]}")
-    coordinates = {
-        name: variables.get(name, Variable((name,), np.arange(size))) for name, size in sizes.items()
-    }
+                raise ValueError(f"{name}: dimension {dimension} has {size} entries, elsewhere {sizes[dimension]}")
+    coordinates = {name: variables.get(name, Variable((name,), np.arange(size))) for name, size in sizes.items()}
     try:
         with h5py.File(path, "w") as file:
             file.attrs.update({"Conventions": "CF-1.8", **attributes})

@@ -11,12 +11,17 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition.protocol import Partition
 
 
-def in_turn(create: Callable[[], None], write_part: Callable[[], None], partition: Partition, mesh: Mesh) -> None:
-    """`create` on rank 0, then `write_part` on one rank of the first replica after the other. Collective on the world.
+def in_turn(
+    create: Callable[[], None], write_part: Callable[[], None], partition: Partition | None, mesh: Mesh
+) -> None:
+    """`create` on rank 0, then `write_part` on one rank of the first replica after the other; without a
+    partition there are no parts. Collective on the world.
 
     A `ConfigurationError` of any rank is raised on all.
     """
     agreed(mesh, lambda: create() if mesh.is_root else None)
+    if partition is None:
+        return
     for turn in range(partition.comm.size):
         mine = mesh.replica == 0 and partition.comm.rank == turn
         agreed(mesh, lambda mine=mine: write_part() if mine else None)  # type: ignore[misc]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def capture(trained: Trained, position: Position, best: Best | None, own: RankSt
 
     kept = {
         name: {
-            key: whole(name, entry) if isinstance(entry, torch.Tensor) else entry
+            key: _mapped(entry, lambda tensor, name=name: whole(name, tensor))  # type: ignore[misc]
             for key, entry in trained.optimiser.state[value].items()
         }
         for name, value in parameters.items()
@@ -89,7 +90,7 @@ def restore(snapshot: Snapshot, trained: Trained, mesh: Mesh) -> Best | None:
     trained.optimiser.state.clear()
     for name, entries in snapshot.optimiser.items():
         trained.optimiser.state[parameters[name]] = {
-            key: _on_device(part(name, entry), parameters[name]) if isinstance(entry, torch.Tensor) else entry
+            key: _mapped(entry, lambda tensor, name=name: _on_device(part(name, tensor), parameters[name]))  # type: ignore[misc]
             for key, entry in entries.items()
         }
     for group, saved in zip(trained.optimiser.param_groups, snapshot.groups, strict=True):
@@ -99,6 +100,17 @@ def restore(snapshot: Snapshot, trained: Trained, mesh: Mesh) -> Best | None:
     if snapshot.best is None:
         return None
     return replace(snapshot.best, state={name: part(name, value) for name, value in snapshot.best.state.items()})
+
+
+def _mapped(entry: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """An entry of an optimiser's state with its tensors changed, also those in lists, as LBFGS keeps them."""
+    if isinstance(entry, torch.Tensor):
+        return change(entry)
+    if isinstance(entry, list | tuple):
+        return type(entry)(_mapped(value, change) for value in entry)
+    if isinstance(entry, dict):
+        return {key: _mapped(value, change) for key, value in entry.items()}
+    return entry
 
 
 def _on_device(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -52,11 +52,14 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def choose_start(choice: str, config: Config, overwrite: bool) -> Start:
+def choose_start(
+    choice: str, config: Config, overwrite: bool, problem: str | None = None, accept_changed_problem: bool = False
+) -> Start:
     """What `--resume` means here: `no`, `auto`, or the path of a snapshot or a run directory. Writes nothing.
 
-    Raises `ConfigurationError` if the run directory is not free, there is no such snapshot, or its run was of another
-    configuration.
+    `problem` is the hash of the source of a user's own problem.
+    Raises `ConfigurationError` if the run directory is not free, there is no such snapshot, its run was of another
+    configuration, or the source of its problem has changed and that is not accepted.
     """
     directory = config.run.path
     if choice == "no":
@@ -71,7 +74,9 @@ def choose_start(choice: str, config: Config, overwrite: bool) -> Start:
             replaces = (directory / run_directory.CONFIG).is_file()
             run_directory.check_free(directory, replaces)
             return Start(replaces=replaces, notes=notes)
-        _check_configuration(config, snapshot_files.read_label(found), found)
+        label = snapshot_files.read_label(found)
+        _check_configuration(config, label, found)
+        notes = (*notes, *_changed_problem(label, found, config, problem, accept_changed_problem))
         return Start(found, in_place=True, notes=notes)
     path, notes = Path(choice), ()
     if path.is_dir():
@@ -84,7 +89,9 @@ def choose_start(choice: str, config: Config, overwrite: bool) -> Start:
             snapshot_files.check(path)
         except SnapshotError as error:
             raise ConfigurationError(f"--resume {choice}: {error}") from None
-    _check_configuration(config, snapshot_files.read_label(path), path)
+    label = snapshot_files.read_label(path)
+    _check_configuration(config, label, path)
+    notes = (*notes, *_changed_problem(label, path, config, problem, accept_changed_problem))
     in_place = path.resolve().parent == (directory / snapshot_files.DIRECTORY).resolve()
     if not in_place:
         run_directory.check_free(directory, overwrite)
@@ -160,6 +167,18 @@ def _check_configuration(config: Config, label: Label, path: Path) -> None:
         raise ConfigurationError(
             f"[{table}] {name} = {new!r}: must stay {old!r} to go on from {path}; --overwrite begins a new run"
         )
+
+
+def _changed_problem(label: Label, path: Path, config: Config, problem: str | None, accepted: bool) -> tuple[str, ...]:
+    """A note that the source of the problem has changed since the snapshot. Raises `ConfigurationError` otherwise."""
+    if label.problem is None or label.problem == problem:
+        return ()
+    if not accepted:
+        raise ConfigurationError(
+            f"[problem] type = {config.kind!r}: its source has changed since the snapshot {path}: must be the same to "
+            "go on, or be accepted by --accept-changed-problem"
+        )
+    return (f"the source of {config.kind} has changed since {path}",)
 
 
 def _kind(tables: Mapping[str, Any]) -> str:

@@ -33,7 +33,10 @@ class SnapshotError(Exception):
 
 @dataclass(frozen=True)
 class Label:
-    """What stands beside a snapshot: how far the run had come, on how many ranks, and what is in the file."""
+    """What stands beside a snapshot: how far the run had come, on how many ranks, and what is in the file.
+
+    `config` is the text of the configuration, and `problem` the hash of the source of a user's own problem.
+    """
 
     step: int
     epoch: int
@@ -42,6 +45,7 @@ class Label:
     bytes: int
     crc32: int
     config: str
+    problem: str | None = None
 
 
 class _Counted:
@@ -74,7 +78,7 @@ def steps_in(directory: Path) -> list[int]:
     return sorted((int(name.group(1)) for name in names if name), reverse=True)
 
 
-def write(directory: Path, snapshot: Snapshot, saved: str, config: str, keep: int) -> None:
+def write(directory: Path, snapshot: Snapshot, saved: str, config: str, keep: int, problem: str | None = None) -> None:
     """Write a snapshot into the run directory, and remove all but the last `keep`. Raises `OSError`."""
     position = snapshot.position
     path = path_of(directory, position.step)
@@ -87,7 +91,8 @@ def write(directory: Path, snapshot: Snapshot, saved: str, config: str, keep: in
         nonlocal label
         counted = _Counted(file)
         snapshot.save(cast(BinaryIO, counted))
-        label = Label(position.step, position.epoch, saved, len(snapshot.ranks), counted.size, counted.crc, config)
+        ranks = len(snapshot.ranks)
+        label = Label(position.step, position.epoch, saved, ranks, counted.size, counted.crc, config, problem)
 
     # One of the same step must not be taken for this one meanwhile.
     path.with_suffix(".json").unlink(missing_ok=True)

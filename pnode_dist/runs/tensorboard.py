@@ -1,19 +1,16 @@
-"""The metrics of a run as an event file for TensorBoard."""
+"""Event files for TensorBoard."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.runs.metrics import Record, StepRecord
 
 DIRECTORY = "tensorboard"
-_NOT_DRAWN = {"step", "epoch", "wall_time"}
 
 
 def check_available() -> None:
@@ -30,36 +27,19 @@ def remove(run: Path) -> None:
         (run / DIRECTORY).rmdir()
 
 
-@contextmanager
-def of_run(run: Path, wanted: bool, step: int) -> Iterator[EventFile | None]:
-    """The event file of a run that goes on from `step`, while it is open; None if it is not wanted. Not collective."""
-    if not wanted:
-        yield None
-        return
-    file = EventFile(run, step)
-    try:
-        yield file
-    finally:
-        file.close()
-
-
 class EventFile:
-    """An event file of the run in a directory. TensorBoard leaves out what earlier ones have after `step`, from which
-    the run goes on."""
+    """An event file in `directory`. TensorBoard leaves out what earlier ones have after `step`, from which a run goes
+    on."""
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, directory: Path, step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run / DIRECTORY), purge_step=step + 1, filename_suffix=f".{step}")
+        self._writer: Any = SummaryWriter(str(directory), purge_step=step + 1, filename_suffix=f".{step}")
 
-    def write(self, record: Record) -> None:
-        """Add a record: one curve for each of its figures, over optimiser steps."""
-        if isinstance(record, StepRecord):
-            figures = {f"step/{name}": value for name, value in asdict(record).items() if name not in _NOT_DRAWN}
-        else:
-            figures = {f"validation/{name}": value for name, value in record.figures.items()}
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        """Add a point at an optimiser step to the curve of each figure."""
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, record.step)
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write what has been added, and close the file."""

@@ -47,7 +47,7 @@ def fit(
     """
     found, settings = _configured(problem, config, overrides)
     request = RunRequest(resume, overwrite, accept_changed_problem, tuple(callbacks))
-    outcome = run(settings, found, request)
+    outcome, _ = run(settings, found, request)
     return Fitted(settings.run.path, outcome)
 
 
@@ -60,7 +60,7 @@ def evaluate(run_dir: str | Path, problem: Any = None, overrides: Sequence[str] 
     directory = Path(run_dir)
     found, config = _configured(problem, directory / run_directory.CONFIG, overrides)
     with mesh_of(config) as mesh:
-        built = build_problem(config, found, mesh)
+        built = build_problem(config, mesh, found=found)
         run_directory.load_parameters(built.model, directory / run_directory.MODEL)
         built.model.eval()
         with torch.no_grad():
@@ -88,7 +88,7 @@ def _of_class(problem: Any) -> Registered:
     """The class as if a configuration had named it: by its file, or else by its module."""
     name = getattr(problem, "__qualname__", None)
     if name is None:
-        raise ConfigurationError(f"problem = {problem!r}: must be a class, a name, or None for that of the configuration")
+        raise ConfigurationError(f"problem = {problem!r}: must be a class, a name, or None")
     try:
         file: Path | None = Path(inspect.getfile(problem)).resolve()
     except (TypeError, OSError):

@@ -16,7 +16,6 @@ from pnode_dist.runs import snapshot_files
 from pnode_dist.runs.heartbeat import Heartbeat
 from pnode_dist.runs.metrics import MetricsFile, Record, StepRecord
 from pnode_dist.runs.snapshot import Snapshot
-from pnode_dist.runs.tensorboard import EventFile
 from pnode_dist.system.atomic_file import sync
 
 
@@ -41,7 +40,8 @@ def wishes_of(sums: Sequence[float]) -> Wishes:
 class Journal:
     """The metrics and the snapshots of a run, in `directory`; with None, as on all ranks but 0, nothing is written.
 
-    `config` is the text of the configuration, which goes with every snapshot. Files that cannot be written do not raise
+    `config` is the text of the configuration and `problem` the hash of the problem's source, which go with every
+    snapshot. Files that cannot be written do not raise
     at once, where other ranks would wait: `failure` is then set, for all ranks to end at their next agreement.
     """
 
@@ -51,10 +51,10 @@ class Journal:
         snapshots: SnapshotConfig,
         config: str = "",
         heartbeat: Heartbeat | None = None,
-        events: EventFile | None = None,
+        problem: str | None = None,
     ) -> None:
-        self._directory, self._snapshots, self._config = directory, snapshots, config
-        self._heartbeat, self._events = heartbeat, events
+        self._directory, self._snapshots, self._config, self._problem = directory, snapshots, config, problem
+        self._heartbeat = heartbeat
         self._first: StepRecord | None = None
         self._metrics = MetricsFile(None if directory is None else directory / run_directory.METRICS)
         self._writer = snapshot_files.Background()
@@ -69,8 +69,6 @@ class Journal:
             self._heartbeat.stepped(record, self._first)
         try:
             self._metrics.write(record)
-            if self._events is not None:
-                self._events.write(record)
         except OSError as error:
             self.fail("metrics", error)
 
@@ -112,7 +110,7 @@ class Journal:
         def write() -> None:
             # The snapshot counts on as many bytes of metrics.
             sync(directory / run_directory.METRICS)
-            snapshot_files.write(directory, snapshot, saved, self._config, self._snapshots.keep)
+            snapshot_files.write(directory, snapshot, saved, self._config, self._snapshots.keep, self._problem)
 
         try:
             self._writer.start(write)

@@ -1,21 +1,105 @@
-"""The optimisers that a configuration can choose."""
+"""The optimiser and the schedule of the learning rate that a configuration names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
+
+from pnode_dist.distributed.sharding import shards_of
+from pnode_dist.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pnode_dist.config.tables import TrainingConfig
 
 
-def optimiser_of(training: TrainingConfig, parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-    """The configured optimiser of `parameters`: AdamW, or stochastic gradient descent with momentum. Not collective."""
-    rate, decay = training.learning_rate, training.weight_decay
+def optimiser_of(training: TrainingConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The configured optimiser of the model's parameters: AdamW, SGD with momentum, or one by import path.
+
+    Raises `ConfigurationError` for a path that leads to no optimiser, options that it does not take, and one that needs
+    the whole gradient where parameters are sharded. Not collective.
+    """
+    rate, decay, parameters = training.learning_rate, training.weight_decay, list(model.parameters())
     match training.optimiser:
         case "adamw":
             return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
         case "sgd":
             return torch.optim.SGD(parameters, lr=rate, momentum=training.momentum, weight_decay=decay)
+        case path:
+            kind = _imported("optimiser", path, torch.optim.Optimizer)
+    arguments = {"lr": rate, **({"weight_decay": decay} if decay else {}), **training.optimiser_options}
+    optimiser: torch.optim.Optimizer = _called("optimiser", path, kind, (parameters,), arguments)
+    if needs_closure(optimiser) and shards_of(model):
+        raise ConfigurationError(
+            f'[training] optimiser = "{path}": works on the whole gradient, and the model has sharded parameters'
+        )
+    return optimiser
+
+
+def schedule_of(training: TrainingConfig, optimiser: torch.optim.Optimizer) -> LRScheduler | None:
+    """The configured schedule; None for a constant learning rate.
+
+    Raises `ConfigurationError` for a path that leads to no scheduler, and options that it does not take.
+    """
+    match training.schedule:
+        case "constant":
+            return None
+        case "cosine":
+            return CosineAnnealingLR(optimiser, T_max=training.epochs)
+        case path:
+            kind = _imported("schedule", path, LRScheduler)
+    found: LRScheduler = _called("schedule", path, kind, (optimiser,), training.schedule_options)
+    return found
+
+
+def check(training: TrainingConfig, model: nn.Module) -> None:
+    """Raise `ConfigurationError` if the configured optimiser or schedule cannot be made. Changes nothing."""
+    schedule_of(training, optimiser_of(training, model))
+
+
+def needs_closure(optimiser: torch.optim.Optimizer) -> bool:
+    """Whether the optimiser evaluates the loss itself, as LBFGS does."""
+    closure = inspect.signature(optimiser.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def follows_validation(schedule: LRScheduler | None) -> bool:
+    """Whether the schedule is stepped by a validation figure."""
+    return isinstance(schedule, ReduceLROnPlateau)
+
+
+def follow_longer_run(schedule: LRScheduler | None, optimiser: torch.optim.Optimizer, epochs: int) -> None:
+    """Put the learning rate where a run that was to be as long as it now is would have it.
+
+    Only the cosine depends on the length of the run.
+    """
+    if not isinstance(schedule, CosineAnnealingLR) or schedule.T_max == epochs:
+        return
+    schedule.T_max = epochs
+    share = (1 + math.cos(math.pi * schedule.last_epoch / schedule.T_max)) / 2
+    for group in optimiser.param_groups:
+        group["lr"] = group["initial_lr"] * share
+
+
+def _imported(key: str, path: str, kind: type) -> type[Any]:
+    module, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f'[training] {key} = "{path}": cannot be imported: {error}') from None
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ConfigurationError(f'[training] {key} = "{path}": must be a subclass of torch\'s {kind.__name__}')
+    return found
+
+
+def _called(key: str, path: str, kind: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    try:
+        return kind(*positional, **named)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f'[training] {key} = "{path}" with {key}_options: {error}') from None

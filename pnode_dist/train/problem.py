@@ -1,8 +1,7 @@
 """What the training loop, the gradient check and the evaluation ask of a problem.
 
-A problem is data, a model and a loss over one mesh. Adding one means writing a module with a function
-`build(config, mesh, dtype) -> Problem` and naming it in `pnode_dist.problems.registry.build`, and its tables
-`[problem]` and `[model]` in `pnode_dist.problems.registry.RUNS`.
+A problem is data, a model and a loss over one mesh. A configuration finds it by its `ProblemDefinition`, see
+`pnode_dist.config.definition`. Most derive from `pnode_dist.ForecastProblem` or `pnode_dist.TrainableProblem`.
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ import socket
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from mpi4py import MPI
 
-from pnode_dist.config.registry import Registered
+from pnode_dist.config.registry import Registered, resolve
 from pnode_dist.config.tables import Config
 from pnode_dist.config.user_code import user_code
 from pnode_dist.distributed.mesh import Mesh
@@ -46,8 +47,10 @@ class RunRequest:
     callbacks: tuple[Callback, ...] = ()
 
 
-def run(config: Config, found: Registered, request: RunRequest) -> Outcome:
+def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome, str]:
     """Train the configured problem, and leave all files of the run in its directory. Collective on the world.
+
+    Returns the outcome and the units of its figures.
 
     Nothing is written before the problem is built and one loss has been computed.
     Raises `ConfigurationError` on all ranks, and what `pnode_dist.train.loop.train` raises.
@@ -62,7 +65,7 @@ def run(config: Config, found: Registered, request: RunRequest) -> Outcome:
             resume.choose_start, request.resume, config, request.overwrite, found.sha256, request.accept_changed_problem
         )
         run_directory.on_root(mesh, choose)
-        problem = build_problem(config, found, mesh)
+        problem = build_problem(config, mesh, found=found)
         with user_code("in the loss of the first batch", found.file, _fallback(found)):
             loop.rehearse(problem, config.training)
         lock = stack.enter_context(run_directory.held(directory, mesh))
@@ -94,20 +97,22 @@ def run(config: Config, found: Registered, request: RunRequest) -> Outcome:
             )
         finally:
             callbacks.end(outcome)
-    return outcome
+    return outcome, problem.units
 
 
 def build_problem(
-    config: Config, found: Registered, mesh: Mesh, dtype: torch.dtype | None = None
+    config: Config, mesh: Mesh, dtype: torch.dtype | None = None, found: Registered | None = None
 ) -> Problem:
-    """The configured problem, its model computing in `[training] dtype` or in `dtype`. Collective on the world.
+    """The configured problem, its model computing in `dtype`, by default `[training] dtype`. Collective on the world.
 
-    Raises `ConfigurationError`: on all ranks for whatever the data or the number of ranks do not allow, and for an error
-    in a user's own problem.
+    `found` is the problem that the configuration names, where that is known already.
+    Raises `ConfigurationError`: on all ranks for whatever the data or the number of ranks do not allow, and for an
+    error in a user's own problem.
     """
-    kind = dtype or getattr(torch, config.training.dtype)
+    dtype = dtype or getattr(torch, config.training.dtype)
+    found = found or resolve(config.kind, Path())
     with user_code(f"while {found.name} is built", found.file, _fallback(found)):
-        problem: Problem = found.definition.builder()(config, mesh, kind)
+        problem: Problem = found.definition.builder()(config, mesh, dtype)
     return problem
 
 

@@ -60,13 +60,14 @@ def test_training_and_evaluation_write_one_runs_files_and_rank_0_alone_speaks(co
 
 def test_the_first_loss_and_gradient_norm_are_those_of_the_gradient_of_the_whole_batch(config_file, directory, capfd):
     from pnode_dist import Mesh
-    from pnode_dist.problems.registry import build, load
+    from pnode_dist.config.load import load
+    from pnode_dist.train.run import build_problem
 
     argv = ["train", str(config_file), "--set", "training.epochs=1", "--set", "training.dtype=float64"]
     assert main(argv) == 0
 
     with Mesh() as mesh:
-        problem = build(load(config_file), mesh, torch.float64)
+        problem = build_problem(load(config_file), mesh, torch.float64)
         share = problem.loss(problem.model, next(problem.batches(1)))
         gradients = torch.autograd.grad(share, list(problem.model.parameters()))
         total = mesh.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))

@@ -13,7 +13,7 @@ from mpi4py import MPI
 from pnode_dist import Mesh
 from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.registry import build
+from pnode_dist.train.run import build_problem
 from tests.mpi.conftest import SPLITS
 from tests.oracles.right_hand_sides import distance
 from tests.unit.problems.field import synthetic_fields
@@ -54,7 +54,7 @@ def test_loss_and_gradient_of_a_batch_are_the_same_on_any_mesh(name: str, direct
     found = {}
     for state, data in dict.fromkeys((SPLITS[0], SPLITS[-1])):
         with Mesh(state, data) as mesh:
-            problem = build(config, mesh, torch.float64)
+            problem = build_problem(config, mesh, torch.float64)
             model = parallel(problem.model, mesh)
             losses, used = [], []
             for batch in list(problem.batches(1))[-2:]:
@@ -84,7 +84,7 @@ def test_a_batch_with_fewer_windows_than_replicas_is_refused_on_all() -> None:
     config = plain_semilinear.config("burgers", training={"batch_size": max(ranks - 1, 1)})
     with Mesh(state=1, data=ranks) as mesh:
         if ranks == 1:
-            assert build(config, mesh, torch.float64) is not None
+            assert build_problem(config, mesh, torch.float64) is not None
             return
         with pytest.raises(ConfigurationError, match=rf"^\[training\] batch_size = {ranks - 1}: must be at least"):
-            build(config, mesh, torch.float64)
+            build_problem(config, mesh, torch.float64)

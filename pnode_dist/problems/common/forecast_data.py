@@ -121,8 +121,8 @@ class Windows:
     """Stretches of trajectories that are solved together, or in groups of equal times.
 
     `initial` `[window, *local_shape]` are the states at `starts`, and `targets` `[lead, window, *local_shape]` those 1,
-    2, ... samples later. `weights`, shaped like `targets`, is 0 for what is missing; None: nothing is. `times` are those
-    of each window, its start first.
+    2, ... samples later. `weights`, shaped like `targets`, is 0 for what is missing; None: nothing is. `times` are
+    those of each window, its start first.
     """
 
     samples: Samples
@@ -223,9 +223,9 @@ def _array(values: Any, source: str) -> npt.NDArray[Any]:
     return array
 
 
-def _times(given: Any, count: int, source: str) -> tuple[npt.NDArray[np.float64], str]:
+def _times(given: Any, count: int, source: str) -> tuple[npt.NDArray[Any], str]:
     """The times, and what is wrong with them."""
-    times = np.asarray(given)
+    times: npt.NDArray[Any] = np.asarray(given)
     if times.dtype.kind not in "fiu" or times.ndim > 1:
         return np.zeros(0), f"{source}: times is {_described(given)}: must be numbers [time], or the interval"
     if times.ndim == 0:
@@ -241,9 +241,7 @@ def _times(given: Any, count: int, source: str) -> tuple[npt.NDArray[np.float64]
     return times, ""
 
 
-def _not_finite(
-    wanted: torch.Tensor, finite: torch.Tensor, data: TrajectoryData, source: str, missing: str
-) -> str:
+def _not_finite(wanted: torch.Tensor, finite: torch.Tensor, data: TrajectoryData, source: str, missing: str) -> str:
     wrong = ~wanted if missing != "mask" else wanted & ~finite
     if not bool(wrong.any()):
         return ""

@@ -59,13 +59,11 @@ class ForecastModel(nn.Module):
     def groups(self, batch: Windows) -> Iterator[Group]:
         """The windows that can be solved together; one group without windows for an empty batch."""
         if not batch.starts:
-            times = batch.samples.times[: len(batch.targets) + 1]
-            yield Group((), tuple((times - times[0]).tolist()))
+            yield Group((), self._from_zero(batch))
             return
         if not self.time_dependent and batch.samples.is_regular:
             # Differences of later times are rounded, which would make groups of what belongs together.
-            times = batch.samples.times[: len(batch.targets) + 1]
-            yield Group(tuple(range(len(batch.starts))), tuple((times - times[0]).tolist()))
+            yield Group(tuple(range(len(batch.starts))), self._from_zero(batch))
             return
         found: dict[tuple[float, ...], list[int]] = {}
         for number, times in enumerate(batch.times):
@@ -73,6 +71,11 @@ class ForecastModel(nn.Module):
             found.setdefault(tuple(time - start for time in times), []).append(number)
         for times, numbers in found.items():
             yield Group(tuple(numbers), times)
+
+    def _from_zero(self, batch: Windows) -> tuple[float, ...]:
+        """The times of the first window, from 0 on."""
+        times = batch.samples.times[: len(batch.targets) + 1]
+        return tuple((times - times[0]).tolist())
 
     def encoded(self, states: torch.Tensor) -> torch.Tensor:
         """States as they are solved for."""

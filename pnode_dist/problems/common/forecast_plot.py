@@ -65,17 +65,20 @@ def _first_forecast(file: h5py.File, name: str, kept: Sequence[int]) -> Array:
     """The first forecast `[lead, *kept axes]` with the first entry along every other axis."""
     data = file[name]
     index = tuple(slice(None) if axis == 1 or axis in kept else 0 for axis in range(data.ndim))
-    return np.asarray(data[index], dtype=np.float64)
+    found: Array = np.asarray(data[index], dtype=np.float64)
+    return found
 
 
 def _shown_leads(file: h5py.File) -> Array:
-    return np.unique(np.linspace(0, file["truth"].shape[1] - 1, _COLUMNS).round().astype(int))
+    shown: Array = np.unique(np.linspace(0, file["truth"].shape[1] - 1, _COLUMNS).round().astype(int))
+    return shown
 
 
 def _times(file: h5py.File) -> Array:
     """The time since the start of the first forecast, of each lead."""
     times = np.asarray(file["time"][0], dtype=np.float64)
-    return times - times[0]
+    since: Array = times - times[0]
+    return since
 
 
 def _channel(file: h5py.File) -> str:

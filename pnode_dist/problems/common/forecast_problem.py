@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch import nn
 
 from pnode_dist.config.definition import ProblemTable
@@ -69,7 +69,7 @@ class ForecastProblem(TrainableProblem):
     window is solved by itself; otherwise the start of a window is at time 0.
     """
 
-    Config: ClassVar[type[Any]] = ForecastTable
+    ProblemConfig: ClassVar[type[Any]] = ForecastTable
     EvaluationConfig: ClassVar[type[Any]] = EvaluationConfig
     normalised: ClassVar[bool] = False
     time_dependent: ClassVar[bool] = False
@@ -94,35 +94,45 @@ class ForecastProblem(TrainableProblem):
 
     # Data
 
+    @classmethod
+    def _problem_table(cls) -> type[Any]:
+        """The class of the table `[problem]`, with the keys of every forecast."""
+        table = cls.ProblemConfig
+        if isinstance(table, type) and issubclass(table, BaseModel) and not issubclass(table, ForecastTable):
+            return type(
+                table.__name__, (table, ForecastTable), {"__module__": table.__module__, "__doc__": table.__doc__}
+            )
+        return table
+
     @cached_property
-    def partition(self) -> Partition:  # type: ignore[override]
+    def partition(self) -> Partition:
         """The distribution of a state over the state ranks."""
-        found = self.build_partition()
+        found: Any = self.build_partition()
         if not hasattr(found, "owned_slices"):
             raise ConfigurationError(f"{self._of('build_partition')}: returned {type(found).__name__}, not a partition")
-        return found
+        given: Partition = found
+        return given
 
     @cached_property
     def data(self) -> TrajectoryData | SplitData:
         """The trajectories as `load_data` gave them."""
-        found = self.load_data()
+        found: Any = self.load_data()
         if isinstance(found, Iterator):
-            found = joined(found, self._of("load_data"))
-        if not isinstance(found, TrajectoryData | SplitData):
-            found = self.from_other(found)
-        return found
+            return joined(found, self._of("load_data"))
+        return found if isinstance(found, TrajectoryData | SplitData) else self.from_other(found)
 
     def from_other(self, data: Any) -> TrajectoryData:
         """The trajectories in what `load_data` returned, where that is an array or an xarray object."""
         if type(data).__module__.partition(".")[0] == "xarray":
             from pnode_dist.problems.common.xarray_data import trajectory_of
 
-            return trajectory_of(data, self.partition, self._of("load_data"))
+            given: TrajectoryData = trajectory_of(data, self.partition, self._of("load_data"))
+            return given
         if hasattr(data, "__array__"):
             return TrajectoryData(data)
         raise ConfigurationError(
-            f"{self._of('load_data')}: returned {type(data).__name__}: must be a TrajectoryData, a SplitData, an array, "
-            "an xarray object, or a generator of TrajectoryData"
+            f"{self._of('load_data')}: returned {type(data).__name__}: must be a TrajectoryData, a SplitData, an "
+            "array, an xarray object, or a generator of TrajectoryData"
         )
 
     @property
@@ -143,7 +153,7 @@ class ForecastProblem(TrainableProblem):
     @cached_property
     def _parts(self) -> tuple[Samples, Samples, bool]:
         """Training and validation samples, and whether they are split in time."""
-        source, missing = self._of("load_data"), self.config.problem.missing  # type: ignore[attr-defined]
+        source, missing = self._of("load_data"), self.settings.missing
         if isinstance(self.data, SplitData):
             return (
                 samples_of(self.data.training, self.partition, self.mesh, source, missing),
@@ -153,9 +163,9 @@ class ForecastProblem(TrainableProblem):
         whole = samples_of(self.data, self.partition, self.mesh, source, missing)
         in_time = whole.count == 1
         total = whole.length if in_time else whole.count
-        held_out = self.config.problem.validation  # type: ignore[attr-defined]
+        held_out = self.settings.validation
         held_out = max(total // 5, 1) if held_out is None else held_out
-        least = self.config.problem.window + 1 if in_time else 1  # type: ignore[attr-defined]
+        least = self.settings.window + 1 if in_time else 1
         if held_out > total - least:
             what = "times" if in_time else "trajectories"
             raise ConfigurationError(
@@ -195,8 +205,9 @@ class ForecastProblem(TrainableProblem):
     @cached_property
     def leads(self) -> tuple[int, ...]:
         """The evaluated leads in samples: those of `[evaluation] leads`, of its default those that fit."""
-        evaluation, most = self.config.evaluation, self.held_out.length - 1
-        leads: tuple[int, ...] = evaluation.leads  # type: ignore[attr-defined]
+        most = self.held_out.length - 1
+        evaluation: Any = self.config.evaluation
+        leads: tuple[int, ...] = evaluation.leads
         if max(leads) > most and "leads" not in evaluation.model_fields_set:
             return tuple(lead for lead in leads if lead <= most) or (most,)
         if max(leads) > most:
@@ -207,7 +218,7 @@ class ForecastProblem(TrainableProblem):
         return leads
 
     def _check_data(self) -> None:
-        window: int = self.config.problem.window  # type: ignore[attr-defined]
+        window: int = self.settings.window
         samples = self.samples
         if window >= samples.length:
             raise ConfigurationError(
@@ -233,7 +244,7 @@ class ForecastProblem(TrainableProblem):
     # Model
 
     @cached_property
-    def model(self) -> nn.Module:  # type: ignore[override]
+    def model(self) -> nn.Module:
         """The rollouts of windows, `[lead, window, *local_shape]`, by the solve of the right-hand side."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed)
@@ -242,7 +253,8 @@ class ForecastProblem(TrainableProblem):
             func = func.to(self.dtype)
         if not callable(func):
             raise ConfigurationError(
-                f"{self._of('build_right_hand_side')}: returned {type(func).__name__}, which cannot be called as f(t, u)"
+                f"{self._of('build_right_hand_side')}: returned {type(func).__name__}, which cannot be called as "
+                "f(t, u)"
             )
         if not any(value.requires_grad for value in (func.parameters() if isinstance(func, nn.Module) else ())):
             raise ConfigurationError(
@@ -259,7 +271,7 @@ class ForecastProblem(TrainableProblem):
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Windows]:
         """This replica's training windows of an epoch, shuffled. No window touches the samples that are held out."""
-        window: int = self.config.problem.window  # type: ignore[attr-defined]
+        window: int = self.settings.window
         for share in shared(self.samples.starts(window), self.config, self.mesh, epoch, done):
             yield windows(self.samples, share, window, self.dtype)
 
@@ -278,9 +290,7 @@ class ForecastProblem(TrainableProblem):
         """Forecasts `[lead, start, *local_shape]` of what is held out, and what they are to be, both in float64."""
         held_out = self.held_out
         steps = max(self.leads) if self.is_split_in_time else held_out.length - 1
-        starts: list[Start] = [
-            start for start in held_out.starts(steps) if self.is_split_in_time or start[1] == 0
-        ]
+        starts: list[Start] = [start for start in held_out.starts(steps) if self.is_split_in_time or start[1] == 0]
         if not starts:
             raise ConfigurationError(f"{self._of('load_data')}: no state that is held out is complete at its start")
         size = self.config.training.batch_size
@@ -313,8 +323,8 @@ class ForecastProblem(TrainableProblem):
             return total / count
         weights = batch.weights.flatten(1)
         sums = torch.stack([(error.square() * weights).sum(dim=1), weights.sum(dim=1)])
-        squares, counts = self.mesh.sum(sums, over="state")
-        return squares / counts.clamp(min=1)
+        squares, counts = self.mesh.sum(sums, over="state").unbind()
+        return torch.as_tensor(squares / counts.clamp(min=1))
 
     def validation(self, model: nn.Module) -> dict[str, float]:
         """Root mean square errors of forecasts of what is held out: over all leads, and at each evaluated lead."""
@@ -372,7 +382,7 @@ class ForecastProblem(TrainableProblem):
 
     def gradcheck_case(self) -> GradcheckCase:
         """The training loss of the first window, as a function of its initial state."""
-        window: int = self.config.problem.window  # type: ignore[attr-defined]
+        window: int = self.settings.window
         batch = windows(self.samples, self.samples.starts(window)[:1], window, self.dtype)
 
         def loss(state: torch.Tensor) -> torch.Tensor:
@@ -398,5 +408,3 @@ def _described(samples: Samples) -> str:
     several = f"{samples.count} trajectories of " if samples.count > 1 else ""
     first, last = samples.times[0].item(), samples.times[-1].item()
     return f"{several}{samples.length} samples, times {first:g} to {last:g}"
-
-

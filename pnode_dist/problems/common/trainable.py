@@ -27,13 +27,13 @@ class TrainableProblem:
     """A problem of one's own, see `pnode_dist.train.problem.Problem`; forecasts derive from `ForecastProblem`.
 
     A subclass gives `partition`, `model`, `batches`, `loss` and `validation`; `solve_case` and `gradcheck_case` where
-    `plan` and `gradcheck` are to work, and `evaluate` for figures and files of its own. `Config`, `ModelConfig` and
-    `EvaluationConfig` are pydantic classes of the tables `[problem]`, `[model]` and `[evaluation]`.
+    `plan` and `gradcheck` are to work, and `evaluate` for figures and files of its own. `ProblemConfig`, `ModelConfig`
+    and `EvaluationConfig` are pydantic classes of the tables `[problem]`, `[model]` and `[evaluation]`.
 
     `config` is the whole configuration, `mesh` the ranks, and `dtype` what the model computes in.
     """
 
-    Config: ClassVar[type[Any]] = ProblemTable
+    ProblemConfig: ClassVar[type[Any]] = ProblemTable
     ModelConfig: ClassVar[type[Any]] = ModelTable
     EvaluationConfig: ClassVar[type[Any]] = Table
     units: str = ""
@@ -50,8 +50,18 @@ class TrainableProblem:
         if lacking:
             raise ConfigurationError(f"{cls.__name__} does not define {' and '.join(lacking)}, which it must")
         description = next(iter((cls.__doc__ or "").strip().splitlines()), "")
-        run = run_type(cls.__name__, cls.Config, cls.ModelConfig, cls.EvaluationConfig)
+        run = run_type(cls.__name__, cls._problem_table(), cls.ModelConfig, cls.EvaluationConfig)
         return ProblemDefinition(run, cls, description)
+
+    @classmethod
+    def _problem_table(cls) -> type[Any]:
+        """The class of the table `[problem]`."""
+        return cls.ProblemConfig
+
+    @property
+    def settings(self) -> Any:
+        """The table `[problem]`."""
+        return self.config.problem
 
     @classmethod
     def _defines(cls, name: str) -> bool:

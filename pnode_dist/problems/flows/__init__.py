@@ -1,1 +1,12 @@
 """Continuous normalising flows."""
+
+from __future__ import annotations
+
+from pnode_dist.config.definition import ProblemDefinition
+from pnode_dist.problems.flows.config import FlowsRun
+
+PROBLEM = ProblemDefinition(
+    FlowsRun,
+    "pnode_dist.problems.flows.problem:build_flows",
+    "Learn a density from samples by a continuous normalising flow.",
+)

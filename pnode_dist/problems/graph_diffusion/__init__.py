@@ -1,1 +1,12 @@
 """Diffusion on an irregular mesh."""
+
+from __future__ import annotations
+
+from pnode_dist.config.definition import ProblemDefinition
+from pnode_dist.problems.graph_diffusion.config import GraphDiffusionRun
+
+PROBLEM = ProblemDefinition(
+    GraphDiffusionRun,
+    "pnode_dist.problems.graph_diffusion.problem:build_graph_diffusion",
+    "Learn diffusion on an irregular mesh by message passing.",
+)

@@ -9,7 +9,7 @@ import torch
 
 from pnode_dist import ConfigurationError, NeuralODE, Trajectory
 from pnode_dist.checkpointing.store import PrecisionError
-from pnode_dist.problems.registry import load
+from pnode_dist.config.load import load
 from tests.oracles.checkpointing import fewest_steps
 from tests.oracles.right_hand_sides import Network, distance, gradients, identical, random
 

@@ -278,7 +278,7 @@ def test_an_interrupt_ends_with_code_130_and_one_line(config_file, capfd, monkey
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pnode_dist.problems.registry.build", interrupted)
+    monkeypatch.setattr("pnode_dist.train.run.build_problem", interrupted)
     assert main(["gradcheck", str(config_file)]) == 130
     assert capfd.readouterr().err == "pnode-dist: interrupted\n"
 
@@ -287,6 +287,6 @@ def test_an_unexpected_error_keeps_its_traceback(config_file, monkeypatch):
     def broken(*arguments):
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr("pnode_dist.problems.registry.build", broken)
+    monkeypatch.setattr("pnode_dist.train.run.build_problem", broken)
     with pytest.raises(ZeroDivisionError, match="inside"):
         main(["gradcheck", str(config_file)])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pnode_dist.checkpointing.budget import Trajectory
-from pnode_dist.problems.registry import load
+from pnode_dist.config.load import load
 from tests.conftest import ROOT
 
 SHORTEST = """
@@ -92,7 +92,7 @@ def test_the_trajectory_table_makes_the_budget(path):
 
 def test_reading_a_configuration_loads_neither_torch_nor_petsc(path):
     program = (
-        "import sys; from pnode_dist.problems.registry import load; load(sys.argv[1]);"
+        "import sys; from pnode_dist.config.load import load; load(sys.argv[1]);"
         "print([name for name in ('torch', 'petsc4py.PETSc', 'xarray') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)

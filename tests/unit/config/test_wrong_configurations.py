@@ -193,7 +193,7 @@ def run_with_build(mpirun, config_file, body):
     program = config_file.parent / "program.py"
     program.write_text(
         "import sys\n"
-        "import pnode_dist.cli.main as cli, pnode_dist.problems.registry as registry\n"
+        "import pnode_dist.cli.main as cli, pnode_dist.train.run as registry\n"
         "from pnode_dist import ConfigurationError\n"
         "cli._PATIENCE = 1.0\n"
         "def build(config, mesh, dtype):\n" + "".join(f"    {line}\n" for line in body) + "registry.build = build\n"

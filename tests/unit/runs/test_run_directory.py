@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from pnode_dist.config.load import load
 from pnode_dist.config.tables import Config
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.field.config import FieldRun
-from pnode_dist.problems.registry import load
 from pnode_dist.runs import directory as run_directory
 
 

@@ -17,8 +17,8 @@ from pnode_dist import Mesh
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.flows.problem import FlowsProblem, build_flows
-from pnode_dist.problems.registry import build
 from pnode_dist.train import loop
+from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.flows.plain_flows import config, density, leaves_of, sampled
 
@@ -213,7 +213,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(problem: FlowsProblem, 
 
 
 def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    problem = build(config(), mesh, torch.float32)
+    problem = build_problem(config(), mesh, torch.float32)
     assert isinstance(problem, FlowsProblem)
     assert (problem.name, problem.units) == ("flows", "nats")
     assert {value.dtype for value in problem.model.parameters()} == {torch.float32}

@@ -17,8 +17,8 @@ from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.trajectories import windows
 from pnode_dist.problems.graph_diffusion.problem import GraphDiffusionProblem, build_graph_diffusion
-from pnode_dist.problems.registry import build
 from pnode_dist.train import loop
+from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.graph_diffusion.plain_graph_diffusion import (
     INTERVAL,
@@ -248,7 +248,7 @@ def test_tables_that_make_no_sense_are_refused(changes: dict[str, Any], message:
 
 
 def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    problem = build(config(), mesh, torch.float32)
+    problem = build_problem(config(), mesh, torch.float32)
     assert isinstance(problem, GraphDiffusionProblem)
     assert problem.name == "graph_diffusion"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pnode_dist.config.load import load
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.field.config import FieldRun
 from pnode_dist.problems.gray_scott.config import GrayScottRun
-from pnode_dist.problems.registry import load
 from tests.conftest import ROOT
 
 SHORTEST = """

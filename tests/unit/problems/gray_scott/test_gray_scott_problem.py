@@ -14,8 +14,8 @@ from pnode_dist import Mesh, Trajectory
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.gray_scott.problem import GrayScottProblem, build_gray_scott
-from pnode_dist.problems.registry import build
 from pnode_dist.train import loop
+from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.oracles.right_hand_sides import distance
 from tests.unit.problems.gray_scott.plain_gray_scott import (
@@ -194,7 +194,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(
 
 
 def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    assert isinstance(build(config(), mesh, torch.float32), GrayScottProblem)
+    assert isinstance(build_problem(config(), mesh, torch.float32), GrayScottProblem)
 
 
 # From the command line

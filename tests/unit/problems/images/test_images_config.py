@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pnode_dist.config.load import load
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.images.config import ImagesRun
-from pnode_dist.problems.registry import load
 from tests.conftest import ROOT
 
 SHORTEST = """

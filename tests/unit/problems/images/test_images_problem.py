@@ -18,8 +18,8 @@ from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.images import cifar10
 from pnode_dist.problems.images.problem import ImagesProblem, build_images
-from pnode_dist.problems.registry import build
 from pnode_dist.train import loop
+from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.oracles.right_hand_sides import distance
 from tests.unit.problems.images.plain_images import (
@@ -178,7 +178,7 @@ def test_what_cannot_be_done_is_said_before_training(mesh: Mesh, tables: dict[st
 
 
 def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    assert isinstance(build(config(), mesh, torch.float64), ImagesProblem)
+    assert isinstance(build_problem(config(), mesh, torch.float64), ImagesProblem)
 
 
 # From the command line

@@ -16,8 +16,8 @@ from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.ensemble import windows
 from pnode_dist.problems.pendulum.problem import PendulumProblem, build_pendulum
-from pnode_dist.problems.registry import build
 from pnode_dist.train import loop
+from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.pendulum.plain_pendulum import (
     GRAVITY,
@@ -231,7 +231,7 @@ def test_a_method_without_mass_matrices_is_refused(mesh: Mesh) -> None:
 
 
 def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    assert isinstance(build(config(), mesh, torch.float64), PendulumProblem)
+    assert isinstance(build_problem(config(), mesh, torch.float64), PendulumProblem)
 
 
 # From the command line

@@ -15,10 +15,10 @@ from pnode_dist import Mesh, Trajectory
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.ensemble import windows
-from pnode_dist.problems.registry import build
 from pnode_dist.problems.robertson.data import RobertsonData, generate, partitions
 from pnode_dist.problems.robertson.problem import RobertsonProblem, build_robertson
 from pnode_dist.train import loop
+from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.robertson.plain_robertson import (
     LOG_TIMES,
@@ -50,10 +50,10 @@ def built(mesh: Mesh, data: RobertsonData, monkeypatch: pytest.MonkeyPatch) -> A
     """The problem of a small configuration, from data that were computed once."""
     monkeypatch.setattr("pnode_dist.problems.robertson.problem.generate", lambda *_: data)
 
-    def build(**tables: Any) -> RobertsonProblem:
+    def build_problem(**tables: Any) -> RobertsonProblem:
         return build_robertson(config(**tables), mesh, torch.float64)
 
-    return build
+    return build_problem
 
 
 def leaves(problem: RobertsonProblem) -> dict[str, torch.Tensor]:
@@ -251,7 +251,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(
 
 
 def test_the_configuration_chooses_the_problem(built: Any, mesh: Mesh) -> None:
-    assert isinstance(build(config(), mesh, torch.float64), RobertsonProblem)
+    assert isinstance(build_problem(config(), mesh, torch.float64), RobertsonProblem)
 
 
 # From the command line

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pnode_dist.config.load import load
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.registry import load
 from pnode_dist.problems.semilinear.config import BurgersRun, KuramotoSivashinskyRun, LineEquation
 from tests.conftest import ROOT
 

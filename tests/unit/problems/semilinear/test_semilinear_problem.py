@@ -16,9 +16,9 @@ from pnode_dist import Mesh, Trajectory
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.trajectories import windows
-from pnode_dist.problems.registry import build
 from pnode_dist.problems.semilinear.problem import SemilinearProblem, build_semilinear
 from pnode_dist.train import loop
+from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.semilinear.plain_semilinear import (
     CASES,
@@ -237,7 +237,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_configuration_chooses_the_problem(mesh: Mesh, name: str) -> None:
-    problem = build(config(name), mesh, torch.float32)
+    problem = build_problem(config(name), mesh, torch.float32)
     assert isinstance(problem, SemilinearProblem)
     assert problem.name == name
 

@@ -1,0 +1,62 @@
+"""The command bench."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pnode_dist.bench import BENCHMARKS, DRAWN, FULL
+from pnode_dist.cli.ending import is_first
+from pnode_dist.cli.output import console, output, show_table
+from pnode_dist.cli.parser import Commands, add_json
+from pnode_dist.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pnode_dist.bench.report import Report
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the command."""
+    bench = commands.add("bench", "measure against peers: " + ", ".join(BENCHMARKS), _bench)
+    bench.add_argument("name", metavar="NAME", choices=list(BENCHMARKS), help=" | ".join(BENCHMARKS))
+    bench.add_argument("--plot", metavar="FILE", type=Path, help=f"also draw it ({', '.join(DRAWN)})")
+    bench.add_argument("--full", action="store_true", help=f"in the sizes of the paper, for hours ({', '.join(FULL)})")
+    add_json(bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from mpi4py import MPI
+
+    from pnode_dist.bench import run
+
+    first = is_first(MPI.COMM_WORLD)
+    if arguments.plot is not None and arguments.name not in DRAWN:
+        raise ConfigurationError(f"bench {arguments.name} --plot: has no picture: must be one of {', '.join(DRAWN)}")
+    if arguments.full and arguments.name not in FULL:
+        raise ConfigurationError(f"bench {arguments.name} --full: has one size: must be one of {', '.join(FULL)}")
+    with output(arguments.json, first) as emit:
+        report = run(arguments.name, full=arguments.full)
+        result = report.as_dict()
+        if arguments.plot is not None:
+            result["plot"] = _bench_plot(arguments.plot, report)
+        emit(result)
+        if first and not arguments.json:
+            report.show(console())
+            if arguments.plot is not None:
+                show_table({"plot": result["plot"]})
+    return 0
+
+
+def _bench_plot(path: Path, report: Report) -> str:
+    """Draw a benchmark; what to say of it. Collective on the world."""
+    from pnode_dist.distributed.mesh import Mesh
+    from pnode_dist.report.picture import draw
+
+    def drawing(path: Path) -> None:
+        from pnode_dist.bench.plots import draw_bench
+
+        draw_bench(path, report)
+
+    with Mesh() as mesh:
+        return draw(path, drawing, mesh)

@@ -1,0 +1,192 @@
+"""One optimiser step at a time: loss, gradient, checks, and the record of what it cost."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from pnode_dist.checkpointing.statistics import SolveStatistics
+from pnode_dist.checkpointing.store import PrecisionError, SpillError
+from pnode_dist.config.tables import TrainingConfig
+from pnode_dist.distributed.gradients import clip_gradient_norm, parallel
+from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.errors import ConvergenceError, StepSizeError
+from pnode_dist.runs.capture import Trained, restore
+from pnode_dist.runs.endings import DivergenceError
+from pnode_dist.runs.metrics import StepRecord, peak_memory
+from pnode_dist.runs.rank_state import put_back, rank_state, versions_of_buffers
+from pnode_dist.runs.snapshot import Best, Snapshot
+from pnode_dist.train import not_finite
+from pnode_dist.train.journal import Wishes, wishes_of
+from pnode_dist.train.optimiser import (
+    follow_longer_run,
+    follows_validation,
+    needs_closure,
+    optimiser_of,
+    schedule_of,
+)
+from pnode_dist.train.problem import Batch, Problem
+
+ERRORS_OF_SOLVES = (ConvergenceError, PrecisionError, SpillError, StepSizeError)
+
+
+class Optimisation:
+    """One optimiser step at a time, counted and measured."""
+
+    def __init__(self, problem: Problem, training: TrainingConfig, mesh: Mesh) -> None:
+        self._problem, self._training, self._mesh = problem, training, mesh
+        self._model = parallel(problem.model, mesh)
+        self._optimiser = optimiser_of(training, problem.model)
+        self._schedule = schedule_of(training, self._optimiser)
+        self._needs_closure = needs_closure(self._optimiser)
+        self._built = versions_of_buffers(problem.model)
+        self._began = time.perf_counter()
+        self.steps = 0
+        self.before = rank_state(problem.model, self._built)
+        """This rank's state before the step under way."""
+
+    @property
+    def trained(self) -> Trained:
+        """All that a snapshot is taken of."""
+        return Trained(self._problem.model, self._optimiser, self._schedule)
+
+    def resume(self, snapshot: Snapshot) -> Best | None:
+        """Go on from a snapshot; the best parameters until then. Collective on the world."""
+        if self._mesh.size > 1 and snapshot.position.step > 0:
+            # DistributedDataParallel orders its buckets by the first backward pass, and they decide how it rounds sums.
+            self._problem.loss(self._model, next(self._problem.batches(1))).backward()  # type: ignore[no-untyped-call]
+        best = restore(snapshot, self.trained, self._mesh)
+        follow_longer_run(self._schedule, self._optimiser, self._training.epochs)
+        # Or the schedule would warn that there was no step before its own.
+        self._optimiser._opt_called = snapshot.position.step > 0  # type: ignore[attr-defined]
+        self.steps = snapshot.position.step
+        self._began = time.perf_counter() - snapshot.position.seconds
+        self.mark()
+        return best
+
+    def mark(self) -> None:
+        """Remember this rank's state, to which a step that is given up is taken back."""
+        self.before = rank_state(self._problem.model, self._built)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since training began."""
+        return time.perf_counter() - self._began
+
+    def step(self, batch: Batch, epoch: int, wishes: Wishes) -> tuple[StepRecord, Wishes]:
+        """Take one step; its record, and the wishes of all ranks after it. Collective on the world.
+
+        Raises `DivergenceError` on all ranks before parameters are spoilt, and what the solver raises on all ranks of
+        its state, both with the number of the step.
+        """
+        share, solve = self._share_and_gradient(batch, epoch)
+        # From here on the step is not given up any more.
+        self.steps += 1
+        totals = self._mesh.sum(
+            torch.tensor([share, solve.bytes_written, solve.bytes_read, *wishes.as_numbers()], dtype=torch.float64)
+        )
+        loss = totals[0].item() / self._mesh.data_replicas
+        norm = self._clipped_norm()
+        for name, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                raise DivergenceError(
+                    f"step {self.steps} (epoch {epoch}): the {name} is {value}: "
+                    "try a smaller learning_rate, a gradient_clip or a smaller step_size"
+                    f"{self._origin(batch, share, backward=math.isfinite(loss))}"
+                )
+        learning_rate = self._optimiser.param_groups[0]["lr"]
+        if self._needs_closure:
+            solve = solve + self._step_with_closure(batch, epoch, loss)
+        else:
+            self._optimiser.step()
+        if self._schedule is not None and self._training.schedule_every == "step":
+            self._schedule.step()
+        memory = self._mesh.max(torch.tensor([peak_memory()], dtype=torch.int64))
+        record = StepRecord(
+            step=self.steps,
+            epoch=epoch,
+            loss=loss,
+            learning_rate=float(learning_rate),
+            wall_time=self.seconds,
+            gradient_norm=norm,
+            forward_steps=solve.forward_steps,
+            recomputed_steps=solve.recomputed_steps,
+            adjoint_steps=solve.adjoint_steps,
+            function_evaluations=solve.function_evaluations,
+            vjps=solve.vjps,
+            bytes_written=int(totals[1].item()),
+            bytes_read=int(totals[2].item()),
+            peak_memory=int(memory.item()),
+            graph_steps=solve.graph_steps,
+            seconds_waiting_for_disk=solve.seconds_waiting_for_disk,
+            rejected_steps=solve.rejected_steps,
+            largest_rounding=solve.largest_rounding,
+        )
+        self.mark()
+        return record, wishes_of(totals[3:].tolist())
+
+    def _share_and_gradient(self, batch: Batch, epoch: int) -> tuple[float, SolveStatistics]:
+        """This rank's share of the loss, and the cost of its solves; leaves the gradient. Collective on the world."""
+        self._optimiser.zero_grad(set_to_none=True)
+        try:
+            share = self._problem.loss(self._model, batch)
+            share.backward()  # type: ignore[no-untyped-call]
+        except ERRORS_OF_SOLVES as error:
+            origin = self._origin(batch, 0.0, backward=True) if on_all_ranks(error, self._mesh) else ""
+            raise type(error)(f"step {self.steps + 1} (epoch {epoch}): {error}{origin}") from None
+        return share.item(), self._problem.solve_statistics()
+
+    def _clipped_norm(self) -> float:
+        """The norm of the gradient, which is already the sum over the ranks, before it is clipped."""
+        limit = self._training.gradient_clip or math.inf
+        return clip_gradient_norm(self._model, limit, self._mesh).item()
+
+    def _step_with_closure(self, batch: Batch, epoch: int, loss: float) -> SolveStatistics:
+        """Let an optimiser that evaluates the loss itself take its step, beginning with the loss and gradient at hand.
+
+        The cost of its further evaluations. Collective on the world: every rank is given the same loss.
+        """
+        known: float | None = loss
+        spent = SolveStatistics()
+
+        def closure() -> float:
+            nonlocal known, spent
+            if known is not None:
+                value, known = known, None
+                return value
+            share, solve = self._share_and_gradient(batch, epoch)
+            spent = spent + solve
+            total = self._mesh.sum(torch.tensor([share], dtype=torch.float64)).item() / self._mesh.data_replicas
+            if not math.isfinite(total):
+                raise DivergenceError(
+                    f"step {self.steps} (epoch {epoch}): the loss is {total} within a step of the optimiser: try a "
+                    "smaller learning_rate or a line search"
+                )
+            self._clipped_norm()
+            return float(total)
+
+        self._optimiser.step(closure)
+        return spent
+
+    def _origin(self, batch: Batch, share: float, backward: bool) -> str:
+        """See `not_finite.origin`. Collective on the world."""
+        put_back(self.before, self._problem.model)
+        return not_finite.origin(self._problem, batch, share, self._mesh, backward)
+
+    def end_epoch(self, figure: float | None) -> None:
+        """Advance a schedule that follows epochs; `figure` is the headline of the validation, if there was one."""
+        if self._schedule is None or self._training.schedule_every == "step":
+            return
+        if not follows_validation(self._schedule):
+            self._schedule.step()
+        elif figure is not None:
+            self._schedule.step(figure)  # type: ignore[arg-type]
+
+
+def on_all_ranks(error: Exception, mesh: Mesh) -> bool:
+    """Whether all ranks raise `error` alike: solves raise theirs on all ranks of a state, or where one does not fit."""
+    if isinstance(error, DivergenceError):
+        return True
+    return mesh.data_replicas == 1 and not isinstance(error, PrecisionError)
