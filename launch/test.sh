@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Checks the code and runs the tests, in one of three tiers:
 #
-#   launch/test.sh --quick    at each edit, about 2 minutes: ruff, mypy, and the core (steps and their adjoints, checkpoints,
-#                             partitions and exchanges) at 1 rank and at 2, of each test up to 3 cases
-#   launch/test.sh            before a change is handed in, at most 12 minutes on two cores: ruff, mypy, and all tests but
-#                             those marked nightly, at 1, 2, 3 and 4 ranks and on a Slurm of two nodes
+#   launch/test.sh --quick    at each edit, about 2 minutes: ruff, mypy, lint-imports, and the core (steps and their adjoints,
+#                             checkpoints, partitions and exchanges) at 1 rank and at 2, of each test up to 3 cases
+#   launch/test.sh            before a change is handed in, at most 12 minutes on two cores: ruff, mypy, lint-imports, and all
+#                             tests but those marked nightly, at 1, 2, 3 and 4 ranks and on a Slurm of two nodes
 #   launch/test.sh --nightly  everything: every case at every number of ranks, long tests, and the image, in which the tests
 #                             run as well
 #
@@ -12,7 +12,7 @@
 #   launch/test.sh --no-lint --ranks 2 tests/mpi -k halo
 #
 # --ranks NUMBERS  the numbers of ranks that tests marked mpi run at
-# --no-lint        without ruff and mypy
+# --no-lint        without ruff, mypy and lint-imports
 # --every-case     Of a test with several cases 3 and 4 ranks take turns: every case runs at 1, 2 and one of them. With
 #                  this, and with arguments for pytest, all of them run at all of these
 # --image          also build the image of docker/Dockerfile, and check a gradient in it
@@ -156,6 +156,7 @@ checks() {
     part "ruff check" ruff check .
     part "ruff format" ruff format --check .
     part "mypy" mypy
+    part "imports" lint-imports --no-logo
 }
 
 cluster_tests() {

@@ -313,7 +313,7 @@ def parts_of(directory: Path, *arguments: str) -> tuple[int, list[str], str]:
     programs.mkdir(parents=True)
     (directory / "launch").mkdir()
     stand_in(directory / "launch", "bootstrap.sh", "exit 0")
-    for name, place in (("python", programs), ("ruff", programs), ("mypy", programs)):
+    for name, place in (("python", programs), ("ruff", programs), ("mypy", programs), ("lint-imports", programs)):
         stand_in(place, name, f'echo "{name} $*" >>"{directory}/ran"')
     stand_in(directory / "launch", "mpirun.sh", f'echo "$*" >>"{directory}/ran"')
     done = run_copy(directory, "test.sh", *arguments)
@@ -322,7 +322,7 @@ def parts_of(directory: Path, *arguments: str) -> tuple[int, list[str], str]:
 
 
 def test_the_tiers_run_what_they_say(tmp_path: Path) -> None:
-    lint = ["mypy", "ruff check .", "ruff format --check ."]
+    lint = ["lint-imports --no-logo", "mypy", "ruff check .", "ruff format --check ."]
     slurm = "python -m pytest -m cluster and not image tests/cluster"
 
     def ran(name: str, *arguments: str) -> list[str]:
