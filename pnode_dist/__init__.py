@@ -15,6 +15,9 @@ from pnode_dist.system.compatibility import check_versions
 
 if TYPE_CHECKING:
     from pnode_dist.checkpointing.budget import Trajectory as Trajectory
+    from pnode_dist.config.definition import ModelTable as ModelTable
+    from pnode_dist.config.definition import ProblemDefinition as ProblemDefinition
+    from pnode_dist.config.definition import ProblemTable as ProblemTable
     from pnode_dist.distributed.mesh import Mesh as Mesh
     from pnode_dist.errors import ConfigurationError as ConfigurationError
     from pnode_dist.errors import ConvergenceError as ConvergenceError
@@ -28,7 +31,15 @@ if TYPE_CHECKING:
     from pnode_dist.partition.dense import DensePartition as DensePartition
     from pnode_dist.partition.graph import GraphPartition as GraphPartition
     from pnode_dist.partition.grid import GridPartition as GridPartition
+    from pnode_dist.problems.common.forecast_data import SplitData as SplitData
+    from pnode_dist.problems.common.forecast_data import TrajectoryData as TrajectoryData
+    from pnode_dist.problems.common.forecast_problem import ForecastProblem as ForecastProblem
+    from pnode_dist.problems.common.forecast_problem import ForecastTable as ForecastTable
+    from pnode_dist.problems.common.trainable import TrainableProblem as TrainableProblem
     from pnode_dist.system.allocator import keep_freed_memory as keep_freed_memory
+    from pnode_dist.train.callbacks import Callback as Callback
+    from pnode_dist.train.fit import evaluate as evaluate
+    from pnode_dist.train.fit import fit as fit
 
 __version__ = version("pnode-dist")
 # `pnode_dist.sync`, `.sampler` and `.sharding`, which have moved, can still be imported.
@@ -36,18 +47,29 @@ __path__.append(str(Path(__file__).with_name("deprecated")))
 
 _PUBLIC = {
     "BatchPartition": "pnode_dist.partition.batch",
+    "Callback": "pnode_dist.train.callbacks",
     "ConfigurationError": "pnode_dist.errors",
     "ConvergenceError": "pnode_dist.errors",
-    "DisagreementError": "pnode_dist.errors",
     "DensePartition": "pnode_dist.partition.dense",
+    "DisagreementError": "pnode_dist.errors",
+    "ForecastProblem": "pnode_dist.problems.common.forecast_problem",
+    "ForecastTable": "pnode_dist.problems.common.forecast_problem",
     "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",
     "Mesh": "pnode_dist.distributed.mesh",
+    "ModelTable": "pnode_dist.config.definition",
     "NeuralODE": "pnode_dist.ode.odeint",
+    "ProblemDefinition": "pnode_dist.config.definition",
+    "ProblemTable": "pnode_dist.config.definition",
     "RecomputationError": "pnode_dist.errors",
+    "SplitData": "pnode_dist.problems.common.forecast_data",
     "SplitFunction": "pnode_dist.ode.rhs.split",
+    "TrainableProblem": "pnode_dist.problems.common.trainable",
     "Trajectory": "pnode_dist.checkpointing.budget",
+    "TrajectoryData": "pnode_dist.problems.common.forecast_data",
     "consistent": "pnode_dist.ode.consistent",
+    "evaluate": "pnode_dist.train.fit",
+    "fit": "pnode_dist.train.fit",
     "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
 }
