@@ -313,7 +313,7 @@ fi
 # is no module of this Python stays as it is; and there may be no shared memory for several processes, as in the building
 # of some images.
 install_the_rest() {
-    "${pip[@]}" install --no-compile --editable '.[data,plot,tensorboard,dev]' || return
+    "${pip[@]}" install --no-compile --editable '.[data,mlflow,plot,tensorboard,dev]' || return
     local compile=("$venv/bin/python" -m compileall -q -x '/site-packages/.*/tests?/')
     "${compile[@]}" -j 0 "$site" || "${compile[@]}" "$site" || true
 }

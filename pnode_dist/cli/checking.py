@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pnode_dist.cli.configured import configured
 from pnode_dist.cli.output import output, show_table
 from pnode_dist.cli.parser import FAILED, PROGRAM, Commands, add_json, add_overrides
 from pnode_dist.errors import ConfigurationError
@@ -43,6 +42,8 @@ def _gradcheck(arguments: argparse.Namespace) -> int:
         return _check_methods(arguments)
     if arguments.config is None:
         raise ConfigurationError("gradcheck: needs a CONFIG, or --all-methods")
+    from pnode_dist.cli.configured import configured
+
     config, found = configured(arguments.config, arguments.overrides)
     import torch
 
@@ -110,6 +111,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         if value is not None:
             overrides.append(f"trajectory.{key}={json.dumps(value)}")
             slots[f"{key}_slots"] = None
+    from pnode_dist.cli.configured import configured
+
     config, found = configured(arguments.config, overrides)
     # A size on the command line stands above a number of checkpoints in the file.
     config = config.model_copy(update={"trajectory": config.trajectory.model_copy(update=slots)})

@@ -6,7 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from pnode_dist.cli.configured import configured
 from pnode_dist.cli.ending import complain
 from pnode_dist.cli.output import output, show_table
 from pnode_dist.cli.parser import INTERRUPTED, PROGRAM, WRONG_USAGE, Commands, add_json, add_overrides
@@ -49,6 +48,8 @@ def _train(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.run_dir is not None:
         overrides.append(f"run.directory={json.dumps(arguments.run_dir)}")
+    from pnode_dist.cli.configured import configured
+
     config, found = configured(arguments.config, overrides)
     from mpi4py import MPI
 
@@ -72,6 +73,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from pnode_dist.runs import directory as run_directory
 
     directory: Path = arguments.run_dir
+    from pnode_dist.cli.configured import configured
+
     config, found = configured(directory / run_directory.CONFIG, arguments.overrides)
     import torch
 

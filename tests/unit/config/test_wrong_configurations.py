@@ -23,7 +23,10 @@ WRONG_SETTINGS = {
         "training.learning_rate=fast",
         '[training] learning_rate = "fast": must be a number greater',
     ),
-    "an unknown optimiser": ("training.optimiser=lion", '[training] optimiser = "lion": must be one of adamw, sgd'),
+    "an unknown optimiser": (
+        "training.optimiser=lion",
+        '[training] optimiser = "lion": must be adamw, sgd, or an import path',
+    ),
     "momentum for AdamW": ("training.momentum=0.9", '[training] momentum = 0.9: must be 0 with optimiser = "adamw"'),
     "a momentum that only grows": (
         "training.momentum=1",
@@ -40,7 +43,10 @@ WRONG_SETTINGS = {
     ),
     "a negative size": ("trajectory.disk=-1", "[trajectory] disk = -1: must not be negative"),
     "an unknown backend": ("mesh.backend=ucx", '[mesh] backend = "ucx": must be one of mpi, gloo, nccl'),
-    "an unknown problem": ("problem.type=graph", '[problem] type = "graph": must be field'),
+    "an unknown problem": (
+        "problem.type=graph",
+        '[problem] type = "graph": unknown problem: must be one of burgers, field',
+    ),
     "an unknown boundary": (
         'problem.boundary=["zero","wrap"]',
         '[problem] boundary[1] = "wrap": must be one of replicate, periodic, zero',
@@ -193,10 +199,13 @@ def run_with_build(mpirun, config_file, body):
     program = config_file.parent / "program.py"
     program.write_text(
         "import sys\n"
-        "import pnode_dist.cli.main as cli, pnode_dist.train.run as registry\n"
+        "import pnode_dist.cli.ending as ending, pnode_dist.cli.main as cli\n"
+        "import pnode_dist.train.run as training\n"
         "from pnode_dist import ConfigurationError\n"
-        "cli._PATIENCE = 1.0\n"
-        "def build(config, mesh, dtype):\n" + "".join(f"    {line}\n" for line in body) + "registry.build = build\n"
+        "ending._PATIENCE = 1.0\n"
+        "def build(config, mesh, dtype, found):\n"
+        + "".join(f"    {line}\n" for line in body)
+        + "training.build_problem = build\n"
         f"sys.exit(cli.main(['gradcheck', {str(config_file)!r}]))\n"
     )
     return mpirun(2, sys.executable, str(program), PYTHONPATH=os.pathsep.join([str(Path.cwd()), *sys.path]))
