@@ -1,4 +1,4 @@
-"""The built-in problems, and the one place that knows them all: their configurations, and building them.
+"""The registry of the built-in problems: their configurations, reading one, and building a problem.
 
 Neither torch nor PETSc is imported to read a configuration, so that a wrong one is answered at once.
 """
