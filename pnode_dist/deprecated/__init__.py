@@ -1,1 +1,1 @@
-"""Modules under the names that they had, for one release: `pnode_dist` looks for its submodules here as well."""
+"""Modules under their former names, for one release: this folder is on `pnode_dist.__path__`."""

@@ -1,1 +1,1 @@
-"""What makes a recomputed step the same as the first: what f reads, and the comparison of both."""
+"""Recomputing a step as it was first computed: the values that f reads, and the comparison of both results."""

@@ -1,1 +1,1 @@
-"""What several problems share."""
+"""Data, batches, references, solvers and files that several problems share."""

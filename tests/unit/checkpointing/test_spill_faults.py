@@ -345,7 +345,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from pnode_dist import Mesh, NeuralODE, Trajectory
-from pnode_dist.checkpointing import scratch
+from pnode_dist.system import scratch
 
 with Mesh() as mesh:
     place = Path(sys.argv[1])
