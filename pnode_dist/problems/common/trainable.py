@@ -65,7 +65,9 @@ class TrainableProblem:
 
     @classmethod
     def _defines(cls, name: str) -> bool:
-        return any(name in vars(base) for base in cls.__mro__[: cls.__mro__.index(TrainableProblem)])
+        """Whether a subclass of the base that demands it gives the method or property."""
+        base = next(base for base in cls.__mro__ if "_must_define" in vars(base))
+        return any(name in vars(given) for given in cls.__mro__[: cls.__mro__.index(base)])
 
     @property
     def name(self) -> str:
