@@ -28,8 +28,7 @@ RANK_DEPENDENT = {
         r"Own\.load_data: 7 values are not finite",
     ),
     "an import that fails on one rank": (
-        "from mpi4py import MPI\nif MPI.COMM_WORLD.rank == 1: raise OSError('no disk')\n"
-        + SOURCE,
+        "from mpi4py import MPI\nif MPI.COMM_WORLD.rank == 1: raise OSError('no disk')\n" + SOURCE,
         TOML,
         r"own\.py:2: OSError: no disk",
     ),
