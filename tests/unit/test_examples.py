@@ -1,0 +1,32 @@
+"""The programs in examples/ do what their READMEs say."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+EXAMPLES = ROOT / "examples"
+
+
+def test_the_training_loop_has_the_same_losses_on_every_mesh(mpirun: Run) -> None:
+    program = str(EXAMPLES / "own_training_loop/train.py")
+    alone = mpirun(1, "python", program)
+    assert alone.returncode == 0, alone.stderr
+    lines = alone.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["epoch", str(number)] for number in range(1, 6)]
+    assert float(lines[-1].split()[-1]) < 0.5 * float(lines[0].split()[-1])
+    assert mpirun(2, "python", program).stdout == alone.stdout
+    assert mpirun(4, "python", program, "2").stdout == alone.stdout
+
+
+def test_the_problem_takes_about_40_lines(tmp_path: Path) -> None:
+    lines = (EXAMPLES / "own_problem/mine.py").read_text().splitlines()
+    code = [line for line in lines if line.strip() and not line.strip().startswith(('"""', "#"))]
+    assert len(code) <= 45
