@@ -19,10 +19,15 @@ BENCHMARKS = {
     "overhead": "what a solver takes beyond the work on f, against torchdiffeq and torchode (one rank)",
     "precision": "f in float64, float32 and bfloat16: seconds and gradient errors (one rank)",
     "scaling": "strong and weak scaling of a training step, and a projection to more ranks (one or more ranks)",
+    "training": "an optimiser step of CONFIG with each way to keep its trajectory (one or more ranks)",
     "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
 }
 DRAWN = ("halo", "methods", "overhead", "precision", "scaling", "sync")
 """Those that have a picture."""
+
+
+CONFIGURED = ("training",)
+"""Those that measure a configured problem."""
 
 
 FULL = ("methods",)

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pnode_dist.bench import BENCHMARKS, DRAWN, FULL
+from pnode_dist.bench import BENCHMARKS, CONFIGURED, DRAWN, FULL
 from pnode_dist.cli.ending import is_first
 from pnode_dist.cli.output import console, output, show_table
-from pnode_dist.cli.parser import Commands, add_json
+from pnode_dist.cli.parser import Commands, add_json, add_overrides
 from pnode_dist.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -20,8 +20,10 @@ def add_commands(commands: Commands) -> None:
     """Add the command."""
     bench = commands.add("bench", "measure against peers: " + ", ".join(BENCHMARKS), _bench)
     bench.add_argument("name", metavar="NAME", choices=list(BENCHMARKS), help=" | ".join(BENCHMARKS))
+    bench.add_argument("config", metavar="CONFIG", nargs="?", help=f"a TOML file ({', '.join(CONFIGURED)})")
     bench.add_argument("--plot", metavar="FILE", type=Path, help=f"also draw it ({', '.join(DRAWN)})")
     bench.add_argument("--full", action="store_true", help=f"in the sizes of the paper, for hours ({', '.join(FULL)})")
+    add_overrides(bench)
     add_json(bench)
 
 
@@ -35,8 +37,13 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise ConfigurationError(f"bench {arguments.name} --plot: has no picture: must be one of {', '.join(DRAWN)}")
     if arguments.full and arguments.name not in FULL:
         raise ConfigurationError(f"bench {arguments.name} --full: has one size: must be one of {', '.join(FULL)}")
+    is_configured = arguments.name in CONFIGURED
+    if is_configured and arguments.config is None:
+        raise ConfigurationError(f"bench {arguments.name}: needs a CONFIG")
+    if not is_configured and (arguments.config is not None or arguments.overrides):
+        raise ConfigurationError(f"bench {arguments.name}: has a problem of its own: takes no CONFIG and no --set")
     with output(arguments.json, first) as emit:
-        report = run(arguments.name, full=arguments.full)
+        report = _of_problem(arguments) if is_configured else run(arguments.name, full=arguments.full)
         result = report.as_dict()
         if arguments.plot is not None:
             result["plot"] = _bench_plot(arguments.plot, report)
@@ -46,6 +53,15 @@ def _bench(arguments: argparse.Namespace) -> int:
             if arguments.plot is not None:
                 show_table({"plot": result["plot"]})
     return 0
+
+
+def _of_problem(arguments: argparse.Namespace) -> Report:
+    """The benchmark of the configured problem. Collective on the world."""
+    from pnode_dist.bench import training
+    from pnode_dist.cli.configured import configured
+
+    config, found = configured(arguments.config, arguments.overrides)
+    return training.run(config, found)
 
 
 def _bench_plot(path: Path, report: Report) -> str:
