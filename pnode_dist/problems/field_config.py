@@ -39,7 +39,7 @@ class FieldConfig(BaseModel):
     data set along time. `package:NAME/FILE` is a file inside an installed Python package."""
     variable: str | Annotated[tuple[str, ...], Field(min_length=1)]
     """The variable to forecast, or a list of variables on the same grid and times, which become channels."""
-    axes: dict[Literal["time", "y", "x", "level"], str] = {}
+    axes: dict[str, str] = {}
     """The names of dimensions, or of their coordinates, whose attributes do not tell which axis they are:
     `{ time = "t", y = "j", x = "i" }`."""
     level: Value | str | Annotated[tuple[Value | str, ...], Field(min_length=1)] | LevelIndex = "all"
@@ -87,6 +87,14 @@ class FieldConfig(BaseModel):
         entries = (value,) if isinstance(value, str) else value.values() if isinstance(value, dict) else value
         if not all(entry.strip() for entry in entries):
             raise ValueError("must not be empty")
+        return value
+
+    @field_validator("axes")
+    @classmethod
+    def _known_axes(cls, value: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(set(value) - {"time", "y", "x", "level"})
+        if unknown:
+            raise ValueError(f"must have the keys time, y, x or level, not {unknown[0]}")
         return value
 
     @field_validator("path")

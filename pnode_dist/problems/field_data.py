@@ -14,6 +14,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.mesh import Mesh
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.agreement import agreed
+from pnode_dist.problems.common.cf_axes import ROLES
 from pnode_dist.problems.common.geography import check_order, check_periodic
 from pnode_dist.problems.common.gridded import GriddedData
 from pnode_dist.problems.common.gridded_files import GriddedChoice, open_gridded
@@ -185,7 +186,8 @@ def _choice(config: FieldConfig) -> GriddedChoice:
         choice = LevelChoice(values=level)
     else:
         choice = LevelChoice() if level == "all" else LevelChoice(values=(level,), alone=True)
-    return GriddedChoice(config.variables, config.axes, choice, units, config.engine)
+    axes = {role: config.axes[role] for role in ROLES if role in config.axes}
+    return GriddedChoice(config.variables, axes, choice, units, config.engine)
 
 
 def _check_split(config: FieldConfig, times: int) -> None:
