@@ -35,6 +35,7 @@ _DPI = 120
 _SHOWN_LEAD = 3
 _MOST_COLUMNS = 2
 _UNEVEN = 0.05
+_FAR = 45.0
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str, Any]) -> None:
@@ -132,7 +133,11 @@ def _map(axis: Axes, values: Array, data: xarray.DataArray, **colours: Any) -> A
     image: ScalarMappable
     if plane is not None:
         x, y, labels = plane
+        # A cell between a pole of the grid and its far side would be drawn across the map.
+        values = np.where(_jumps(x), np.nan, values)
         image = axis.pcolormesh(x, y, values, shading="nearest", rasterized=True, **colours)
+        if x.ndim == 2 and np.isfinite(values).any():
+            axis.set_xlim(x[np.isfinite(values)].min(), x[np.isfinite(values)].max())
     else:
         left, right = _edges(data, names[1])
         bottom, top = _edges(data, names[0])
@@ -152,9 +157,9 @@ def _plane(data: xarray.DataArray, names: list[str]) -> tuple[Array, Array, tupl
         for y_name, latitude in flat.items():
             if is_longitude(longitude.attrs) and latitude.attrs.get("standard_name") == "latitude":
                 x, y = (value.transpose(*names).to_numpy().astype(np.float64) for value in (longitude, latitude))
-                # Cells without a place cannot be drawn, and columns that wrap would be drawn across the map.
-                if np.isfinite(x).all() and np.isfinite(y).all() and (np.abs(np.diff(x, axis=1)) < 180).all():
-                    return x, y, (_label(data, x_name), _label(data, y_name))
+                # Cells without a place cannot be drawn.
+                if np.isfinite(x).all() and np.isfinite(y).all():
+                    return _unwrapped(x), y, (_label(data, x_name), _label(data, y_name))
     centres = [_centres(data, name) for name in names]
     if any(values is not None and not _is_even(values) for values in centres):
         y, x = (
@@ -163,6 +168,22 @@ def _plane(data: xarray.DataArray, names: list[str]) -> tuple[Array, Array, tupl
         )
         return x, y, (_label(data, names[1]), _label(data, names[0]))
     return None
+
+
+def _unwrapped(longitudes: Array) -> Array:
+    """Two-dimensional longitudes without jumps along the first column and along every row."""
+    turns = unwrapped(longitudes[:, 0]) - longitudes[:, 0]
+    rows: Array = unwrapped(longitudes) + turns[:, None]
+    return rows
+
+
+def _jumps(x: Array) -> Array:
+    """The cells that are far from one of their neighbours, in a plane of longitudes; none for a row of them."""
+    far: Array = np.zeros(x.shape if x.ndim == 2 else (1, 1), dtype=bool)
+    for along in (0, 1) if x.ndim == 2 else ():
+        wide = np.abs(np.diff(x, axis=along)) > _FAR
+        far |= np.insert(wide, 0, False, axis=along) | np.append(wide, np.zeros_like(far.take([0], along)), axis=along)
+    return far
 
 
 def _centres(data: xarray.DataArray, name: str) -> Array | None:

@@ -111,7 +111,8 @@ def _named(variable: xarray.DataArray, named: Mapping[Role, str]) -> tuple[dict[
     found: dict[Role, str] = {}
     coordinates: dict[Role, str] = {}
     for role, name in named.items():
-        coordinate = variable.coords.get(name)
+        # For a dimension without a coordinate xarray would make one up.
+        coordinate = dict(variable.coords).get(name)
         if coordinate is not None and coordinate.ndim == 1:
             found[role], coordinates[role] = str(coordinate.dims[0]), name
         elif name in variable.dims:

@@ -89,7 +89,16 @@ def open_gridded(source: str | Sequence[str] | xarray.Dataset, choice: GriddedCh
         for part, (start, stop) in zip(parts, pairwise(ends), strict=True)
     )
     stamps = np.concatenate([part.stamps for part in parts])
-    return GriddedData(stamps, first.time_units, first.y, first.x, first.variables, first.coordinates, pieces)
+    coordinates = tuple(entry for entry in first.coordinates if _is_shared(entry, parts[1:]))
+    return GriddedData(stamps, first.time_units, first.y, first.x, first.variables, coordinates, pieces)
+
+
+def _is_shared(coordinate: Coordinate, others: Sequence[_Described]) -> bool:
+    """Whether a coordinate without dimensions is the same in all parts; those on the grid were compared before."""
+    if coordinate.dimensions:
+        return True
+    values = [entry.load() for part in others for entry in part.coordinates if entry.name == coordinate.name]
+    return len(values) == len(others) and all(np.array_equal(coordinate.load(), value) for value in values)
 
 
 @contextmanager
@@ -243,7 +252,7 @@ def _variables(
                 single = chosen
             else:
                 level = chosen
-                unit = f" {whole.attributes.get('units', '')}".rstrip()
+                unit = f" {whole.attributes.get('units', '')}".removesuffix(" 1").rstrip()
                 labels = tuple(f"{name} at {whole.name} {label_of(value)}{unit}" for value in chosen.values)
         variables.append(Variable(name, units, level, indices, single, labels, first))
         first += len(labels)
@@ -267,7 +276,8 @@ def _coordinates(
             if name in taken or name in found or not set(dimensions) <= {own.y, own.x}:
                 continue
             if value.dtype.kind in "fiu":
-                found[name] = Coordinate(name, dimensions, _attributes(value), _loader(opened, name))
+                load = _loader(opened, name) if dimensions else value.to_numpy().copy
+                found[name] = Coordinate(name, dimensions, _attributes(value), load)
     for variable in variables:
         if variable.single is not None and variable.single.given:
             axis = variable.single

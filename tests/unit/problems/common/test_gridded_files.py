@@ -89,6 +89,20 @@ def test_coordinates_beside_the_axes_are_kept(tmp_path: Path) -> None:
     assert [(entry.name, float(entry.load())) for entry in height] == [("height", 2.0)]
 
 
+def test_dimensions_without_coordinates_have_none_of_their_own(tmp_path: Path) -> None:
+    data = source(CASES["dimensions named"](tmp_path).path, axes={"time": "b", "y": "a", "x": "c"}).data
+    assert not data.y.given
+    assert not data.x.given
+
+
+def test_a_scalar_that_differs_between_files_is_none_of_the_whole(tmp_path: Path) -> None:
+    parts = [
+        save(tmp_path / f"{number}.nc", dataset().isel(time=part).assign_coords(height=2.0, run=number))
+        for number, part in enumerate((slice(0, 3), slice(3, None)))
+    ]
+    assert [(entry.name, float(entry.load())) for entry in source(parts).data.coordinates] == [("height", 2.0)]
+
+
 # What is refused
 
 
