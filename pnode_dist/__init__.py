@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from pnode_dist.problems.common.forecast_data import TrajectoryData as TrajectoryData
     from pnode_dist.problems.common.forecast_problem import ForecastProblem as ForecastProblem
     from pnode_dist.problems.common.forecast_problem import ForecastTable as ForecastTable
+    from pnode_dist.problems.common.gridded_files import GriddedChoice as GriddedChoice
+    from pnode_dist.problems.common.gridded_files import open_gridded as open_gridded
     from pnode_dist.problems.common.trainable import TrainableProblem as TrainableProblem
     from pnode_dist.system.allocator import keep_freed_memory as keep_freed_memory
     from pnode_dist.train.callbacks import Callback as Callback
@@ -56,6 +58,7 @@ _PUBLIC = {
     "ForecastTable": "pnode_dist.problems.common.forecast_problem",
     "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",
+    "GriddedChoice": "pnode_dist.problems.common.gridded_files",
     "Mesh": "pnode_dist.distributed.mesh",
     "ModelTable": "pnode_dist.config.definition",
     "NeuralODE": "pnode_dist.ode.odeint",
@@ -72,6 +75,7 @@ _PUBLIC = {
     "fit": "pnode_dist.train.fit",
     "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
+    "open_gridded": "pnode_dist.problems.common.gridded_files",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -1,1 +1,1 @@
-"""Data, batches, references, solvers and files that several problems share."""
+"""Parts that several problems share."""

@@ -31,7 +31,8 @@ class TrajectoryData:
     `global_shape`; with `local` its `local_shape`, for a rank that loads its own part alone. NaN marks a missing value.
     `times` is `[time]`, increasing, or the interval between samples. `names` are those of the entries along the last
     axis, `units` theirs (one for all, or one each), `dimensions` those of the state's axes, and `coordinates` their
-    values by name. `labels` `[time]` are dates or other names of the times.
+    values by name. `labels` `[time]` are dates or other names of the times, and
+    `file_times` the times `[time]` as the forecast's file is to have them, with their attributes.
     """
 
     values: Any
@@ -42,6 +43,7 @@ class TrajectoryData:
     dimensions: Sequence[str] = ()
     coordinates: Mapping[str, Any] = field(default_factory=dict)
     labels: Sequence[str] = ()
+    file_times: tuple[Any, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

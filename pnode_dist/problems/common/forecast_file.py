@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pnode_dist.distributed.mesh import Mesh
@@ -25,7 +26,8 @@ def write_forecast(
     """Write forecasts `[lead, start, *local_shape]` and what they were to be. Collective on the world.
 
     The variables `forecast` and `truth`, float32, have the dimensions start, lead and those of the state; the first
-    lead, 0, is the state that was started from. `time(start, lead)` are the data's times. Missing values are NaN.
+    lead, 0, is the state that was started from. `time(start, lead)` are the data's times, and `lead_time(lead)` those
+    since the start of the first forecast, in the units of the solve. Missing values are NaN.
     Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
     samples, partition = batch.samples, batch.samples.partition
@@ -34,14 +36,14 @@ def write_forecast(
     forecast = torch.cat([batch.initial[None].double(), forecast])
     if batch.weights is not None:
         truth[1:] = truth[1:].masked_fill(batch.weights == 0, math.nan)
-    times = np.array(batch.times)
     numbers = np.array([first for _, first in batch.starts]) + samples.first
     own = {"units": units}
     variables = {
         "start": Variable(("start",), np.arange(len(batch.starts)), {"long_name": "number of the forecast"}),
         "lead": Variable(("lead",), np.arange(len(truth)), {"long_name": "samples ahead of the start"}),
         "trajectory": Variable(("start",), np.array([number for number, _ in batch.starts])),
-        "time": Variable(("start", "lead"), times),
+        "time": _times(data, batch, numbers),
+        "lead_time": Variable(("lead",), np.array(batch.times[0]) - batch.times[0][0]),
         "forecast": Variable(("start", "lead", *names), forecast.transpose(0, 1), own, np.float32, partition),
         "truth": Variable(("start", "lead", *names), truth.transpose(0, 1), own, np.float32, partition),
     }
@@ -53,6 +55,15 @@ def write_forecast(
         if name not in variables:
             variables[name] = values if isinstance(values, Variable) else Variable((name,), np.asarray(values))
     write_dataset(path, variables, mesh, {"title": "Forecasts"})
+
+
+def _times(data: TrajectoryData, batch: Windows, numbers: npt.NDArray[np.int64]) -> Variable:
+    """The times of each forecast, dates by the CF conventions where the data have some."""
+    if data.file_times is None:
+        return Variable(("start", "lead"), np.array(batch.times))
+    times, attributes = data.file_times
+    leads = np.arange(len(batch.times[0]))
+    return Variable(("start", "lead"), np.asarray(times)[np.add.outer(numbers, leads)], attributes)
 
 
 def dimensions(data: TrajectoryData, partition: Partition) -> tuple[str, ...]:

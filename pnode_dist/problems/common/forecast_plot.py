@@ -53,7 +53,9 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
 def _space_axes(file: h5py.File) -> list[int]:
     """The axes of `truth` along z, y or x; those of a state on a grid."""
     names = [_name(file, number) for number in range(file["truth"].ndim)]
-    return [number for number, name in enumerate(names) if name in ("x", "y", "z") or "axis" in file[name].attrs]
+    # A state on a grid has its axes, then its channels.
+    named = [number for number, name in enumerate(names) if name in ("x", "y", "z")]
+    return named or ([2, 3] if file["truth"].ndim == 5 else [])
 
 
 def _name(file: h5py.File, axis: int) -> str:
@@ -76,8 +78,7 @@ def _shown_leads(file: h5py.File) -> Array:
 
 def _times(file: h5py.File) -> Array:
     """The time since the start of the first forecast, of each lead."""
-    times = np.asarray(file["time"][0], dtype=np.float64)
-    since: Array = times - times[0]
+    since: Array = np.asarray(file["lead_time"], dtype=np.float64)
     return since
 
 

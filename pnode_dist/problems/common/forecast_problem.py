@@ -58,7 +58,8 @@ class ForecastProblem(TrainableProblem):
     """A forecast of trajectories, of which a subclass gives three things.
 
     - `build_partition()`: the distribution of a state over the state ranks, any of `pnode_dist`'s partitions.
-    - `load_data()`: a `TrajectoryData`, a generator of one for each trajectory, a `SplitData`, or an xarray object.
+    - `load_data()`: a `TrajectoryData`, a generator of one for each trajectory, a `SplitData`, an xarray
+      object, or gridded files as `pnode_dist.open_gridded` opens them.
     - `build_right_hand_side()`: du/dt = f(t, u), a module or function; `u` is `[window, *partition.local_shape]`.
 
     `self.partition`, `self.samples` (training data) and `self.config` may be used in all of them, in any order that is
@@ -123,7 +124,8 @@ class ForecastProblem(TrainableProblem):
 
     def from_other(self, data: Any) -> TrajectoryData:
         """The trajectories in what `load_data` returned, where that is an array or an xarray object."""
-        if type(data).__module__.partition(".")[0] == "xarray":
+        module = type(data).__module__
+        if module.partition(".")[0] == "xarray" or module.endswith("common.gridded"):
             from pnode_dist.problems.common.xarray_data import trajectory_of
 
             given: TrajectoryData = trajectory_of(data, self.partition, self._of("load_data"))

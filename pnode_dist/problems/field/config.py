@@ -8,41 +8,64 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from pnode_dist.config.tables import ForecastRun
 
 Boundary = Literal["replicate", "periodic", "zero"]
 Count = Annotated[int, Field(ge=1, strict=True)]
+Index = Annotated[int, Field(ge=0, strict=True)]
+Value = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class LevelIndex(BaseModel):
+    """The table `[problem] level = { index = ... }`: levels by their position instead of their value."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index: Index | Annotated[tuple[Index, ...], Field(min_length=1)]
+    """The position of one level, counted from 0, or of several."""
 
 
 class FieldConfig(BaseModel):
-    """The table `[problem]` with `type = "field"`: a field `[time, y, x]` or `[time, y, x, channel]` that xarray opens.
+    """The table `[problem]` with `type = "field"`: variables on a grid that xarray opens.
 
-    Lengths of time are counted in steps of the field's own, nearly regular, time axis: months for monthly means.
+    Lengths of time are counted in steps of the field's own time axis: months for monthly means.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["field"] = "field"
-    path: str
-    """A NetCDF or HDF5 file or a Zarr directory; `package:NAME/FILE` is a file inside an installed Python package."""
-    variable: str
-    """The variable of that file to forecast; its first dimension is time, then y, x and perhaps channel."""
+    path: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    """A NetCDF or HDF5 file or a Zarr directory, a glob of these, or a list of both. Several files are parts of one
+    data set along time. `package:NAME/FILE` is a file inside an installed Python package."""
+    variable: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    """The variable to forecast, or a list of variables on the same grid and times, which become channels."""
+    axes: dict[str, str] = {}
+    """The names of dimensions, or of their coordinates, whose attributes do not tell which axis they are:
+    `{ time = "t", y = "j", x = "i" }`."""
+    level: Value | str | Annotated[tuple[Value | str, ...], Field(min_length=1)] | LevelIndex = "all"
+    """`all`: every level is a channel. A value of the level's coordinate: that level alone. A list of values: these
+    levels as channels. `{ index = 3 }` and `{ index = [0, 3] }`: the same by position. The nearest is never taken."""
+    missing: Literal["refuse", "mask"] = "refuse"
+    """Times that are missing, as gaps in the time axis or without a single value. `refuse`: an error that names them.
+    `mask`: they, and single values that are missing at some times, count neither in the loss nor in the figures; no
+    window and no forecast starts at a time that lacks values."""
     engine: str | None = None
     """xarray's engine; by default h5netcdf for files and zarr for directories."""
-    units: str | None = None
-    """Units to report; by default the variable's `units` attribute."""
+    units: str | tuple[str, ...] | None = None
+    """Units to report, one for each variable; by default the variables' `units` attributes."""
     mask: str = "nan"
-    """`nan`: cells that are NaN at any time lie outside the domain. `none`: no cell does. Else the name of a variable
-    `[y, x]` that is non-zero inside."""
+    """`nan`: cells that are NaN at any time lie outside the domain, and with `missing = "mask"` those that are NaN at
+    all training times. `none`: no cell does. Else the name of a variable `[y, x]` that is non-zero inside."""
     normalisation: Literal["standard", "none"] = "standard"
     """`standard`: less the mean and over the standard deviation of the training part, for each channel."""
     boundary: tuple[Boundary, Boundary] = ("replicate", "replicate")
-    """What lies beyond the edges, for y and for x."""
+    """What lies beyond the edges, for y and for x. `periodic` is refused where longitudes do not go round the globe
+    once, and for latitudes."""
     period: float | None = Field(default=None, gt=0)
     """The length of the seasonal cycle, in years for dates and in the axis' own units otherwise. By default one year
-    for dates and no cycle otherwise."""
+    for dates half a year apart or less and no cycle otherwise."""
     validation: Count
     """How many of the last time steps are set aside for validation: nothing is learnt from them."""
     window: Count
@@ -50,20 +73,57 @@ class FieldConfig(BaseModel):
     processes: tuple[Count, Count] | None = None
     """Ranks along y and along x; by default the split with the shortest inner edges."""
 
-    @field_validator("path", "variable", "mask")
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The configured files and globs."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The configured variables."""
+        return (self.variable,) if isinstance(self.variable, str) else self.variable
+
+    @field_validator("path", "variable", "mask", "axes")
     @classmethod
-    def _not_empty(cls, value: str) -> str:
-        if not value.strip():
+    def _not_empty(cls, value: str | tuple[str, ...] | dict[str, str]) -> str | tuple[str, ...] | dict[str, str]:
+        entries = (value,) if isinstance(value, str) else value.values() if isinstance(value, dict) else value
+        if not all(entry.strip() for entry in entries):
             raise ValueError("must not be empty")
+        return value
+
+    @field_validator("axes")
+    @classmethod
+    def _known_axes(cls, value: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(set(value) - {"time", "y", "x", "level"})
+        if unknown:
+            raise ValueError(f"must have the keys time, y, x or level, not {unknown[0]}")
         return value
 
     @field_validator("path")
     @classmethod
-    def _package_and_file(cls, value: str) -> str:
-        if value.startswith("package:"):
-            package, _, inside = value.removeprefix("package:").partition("/")
-            if not package.isidentifier() or not inside:
-                raise ValueError("must be package:NAME/FILE, a file inside an installed Python package")
+    def _package_and_file(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for entry in (value,) if isinstance(value, str) else value:
+            if entry.startswith("package:"):
+                package, _, inside = entry.removeprefix("package:").partition("/")
+                if not package.isidentifier() or not inside:
+                    raise ValueError("must be package:NAME/FILE, a file inside an installed Python package")
+        return value
+
+    @field_validator("variable")
+    @classmethod
+    def _different(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not isinstance(value, str) and len(set(value)) < len(value):
+            raise ValueError("must name no variable twice")
+        return value
+
+    @field_validator("units")
+    @classmethod
+    def _one_for_each(cls, value: str | tuple[str, ...] | None, others: ValidationInfo) -> str | tuple[str, ...] | None:
+        variable = others.data.get("variable", "")
+        variables = 1 if isinstance(variable, str) else len(variable)
+        units = 1 if isinstance(value, str) else len(value or ())
+        if value is not None and units != variables:
+            raise ValueError(f"must have one entry for each variable, {variables}")
         return value
 
 

@@ -1,14 +1,11 @@
-"""The data of the field problem: opening a field with xarray, its time axis, and each rank's own part of it."""
+"""The data of the field problem: what is open, the time axis, and each rank's own part, normalised."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,107 +14,50 @@ from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.field.config import FieldConfig
-
-try:
-    import xarray
-except ModuleNotFoundError:
-    raise ConfigurationError("a field problem needs xarray and h5netcdf: pip install 'pnode-dist[data]'") from None
+from pnode_dist.problems.common.cf_axes import ROLES
+from pnode_dist.problems.common.geography import check_order, check_periodic
+from pnode_dist.problems.common.gridded import GriddedData
+from pnode_dist.problems.common.gridded_files import GriddedChoice, open_gridded
+from pnode_dist.problems.common.levels import LevelChoice
+from pnode_dist.problems.common.time_axis import TimeAxis, missing_times, time_axis
+from pnode_dist.problems.field.config import FieldConfig, LevelIndex
 
 Array = npt.NDArray[Any]
 
-EPOCH = np.datetime64("2000-01-01T00:00:00", "ns")
-DAYS_PER_YEAR = 365.2425
-_IRREGULARITY = 0.1
-_STEPS = {"hours": 1 / 24, "days": 1.0, "weeks": 7.0, "months": DAYS_PER_YEAR / 12, "years": DAYS_PER_YEAR}
-_SHOWN_UNITS: dict[str, Literal["Y", "M", "D", "m"]] = {"years": "Y", "months": "M", "weeks": "D", "days": "D"}
-
-
-@dataclass(frozen=True)
-class TimeAxis:
-    """When the field was taken.
-
-    `stamps` are the file's own times (dates or numbers), `values` the same as float64: years since 2000 for dates,
-    else unchanged. `step` is their mean spacing and `period` the length of the seasonal cycle, both in the units of
-    `values`; `period` is None where there is no cycle.
-    """
-
-    stamps: Array
-    values: Array
-    step: float
-    period: float | None
-    units: str
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @property
-    def phases(self) -> Array:
-        """Each time's position in the cycle, from 0 to 1; all 0 where there is no cycle."""
-        return np.zeros(len(self)) if self.period is None else np.mod(self.values / self.period, 1.0)
-
-    @property
-    def seasons(self) -> Array:
-        """Each time's number in a cycle of `round(period / step)` steps, such as its calendar month."""
-        if self.period is None:
-            return np.zeros(len(self), dtype=np.int64)
-        per_cycle = max(round(self.period / self.step), 1)
-        elapsed = np.rint((self.values - self.values[0]) / self.period * per_cycle)
-        seasons: Array = np.mod(elapsed.astype(np.int64), per_cycle)
-        return seasons
-
-    @property
-    def step_name(self) -> str:
-        """What one step is called in the plural: months, days, ..., or steps where it is nothing of the kind."""
-        days = self.step * DAYS_PER_YEAR if self.stamps.dtype.kind == "M" else 0.0
-        return next((name for name, length in _STEPS.items() if abs(days / length - 1) < _IRREGULARITY), "steps")
-
-    def label(self, index: int) -> str:
-        """A time for people: as much of the date as the steps tell apart, or the number."""
-        return time_label(self.stamps[index], self.step_name)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A dimension of the file and what it says of it, for forecasts to carry over."""
-
-    name: str
-    values: Array
-    attributes: dict[str, Any]
+NO_COMMON_UNITS = "standard deviations"
+_NO_VALUE = "all values are missing at"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A field that is open but not read: variable `[time, y, x]` or `[time, y, x, channel]`, and its mask variable.
+    """A field that is open but not read, its time axis and the name of its mask variable, if it has one."""
 
-    `axes` are those after time. Nothing is collective here: each rank opens the file for itself.
-    """
-
-    dataset: xarray.Dataset
-    variable: xarray.DataArray
-    mask: xarray.DataArray | None
+    data: GriddedData
     time: TimeAxis
-    axes: tuple[Axis, ...]
-    units: str
+    mask: str | None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        return self.variable.shape[1], self.variable.shape[2]
+        return self.data.shape
 
     @property
     def channels(self) -> int:
         """Values in each cell."""
-        return self.variable.shape[3] if self.variable.ndim == 4 else 1
+        return self.data.channels
 
     def read(self, owned: Sequence[tuple[int, int]]) -> tuple[Array, Array | None]:
-        """The rows and columns `owned` of the field, `[time, y, x, channel]`, and of its mask variable."""
-        part = {1: slice(*owned[0]), 2: slice(*owned[1])}
-        values = self.variable.isel({self.variable.dims[axis]: rows for axis, rows in part.items()}).to_numpy()
-        inside = None
-        if self.mask is not None:
-            inside = self.mask.isel({self.mask.dims[axis - 1]: rows for axis, rows in part.items()}).to_numpy()
-        return values.reshape(*values.shape[:3], self.channels).astype(np.float64), inside
+        """The rows and columns `owned` of the field, `[time, y, x, channel]`, and of its mask variable.
+
+        NaN at the times that the data lack.
+        """
+        rows, columns = owned
+        values = self.data.read((0, len(self.data.stamps)), rows, columns)
+        if len(values) < len(self.time):
+            whole = np.full((len(self.time), *values.shape[1:]), np.nan)
+            whole[self.time.positions >= 0] = values
+            values = whole
+        return values, None if self.mask is None else self.data.read_plane(self.mask, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -125,35 +65,71 @@ class Field:
     """This rank's part of a field, and what is known of the whole.
 
     `values` `[time, ny_local, nx_local, channel]` are normalised by the training part's `mean` and `deviation`
-    `[channel]` and 0 outside the mask; `inside` `[ny_local, nx_local, 1]` is 1 inside and 0 outside, and `cells`
-    counts the cells inside on all ranks. All are float64. The first `training` times are for training, the rest for
+    `[channel]` and 0 outside the mask and where they are missing; `inside` `[ny_local, nx_local, 1]` is 1 inside and 0
+    outside, and `cells` counts the cells inside on all ranks. `present`, shaped like `values`, is 1 where there is a
+    value inside and 0 elsewhere, and None where nothing inside is missing. All are float64. `counts`
+    `[time, channel]` counts the values inside on all ranks. The first `training` times are for training, the rest for
     validation.
     """
 
     values: torch.Tensor
     inside: torch.Tensor
+    present: torch.Tensor | None
+    counts: torch.Tensor
     cells: int
     mean: torch.Tensor
     deviation: torch.Tensor
     time: TimeAxis
     training: int
-    axes: tuple[Axis, ...]
-    name: str
-    units: str
+    data: GriddedData
 
     @property
     def channels(self) -> int:
         """Values in each cell."""
         return self.values.shape[-1]
 
+    @property
+    def name(self) -> str:
+        """The names of the variables."""
+        return ", ".join(variable.name for variable in self.data.variables)
+
+    @property
+    def units(self) -> str:
+        """The units of figures over all channels: the channels' own if they share them."""
+        return common_units(self.data)
+
+    @property
+    def figure_scale(self) -> torch.Tensor:
+        """What a normalised difference is multiplied by for figures in `units`, `[channel]`."""
+        return self.deviation if len(set(self.data.units)) == 1 else torch.ones_like(self.deviation)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """1 where there is a value and 0 elsewhere; shaped like `values`, or so that it spreads over them."""
+        return self.inside if self.present is None else self.present
+
+    @property
+    def complete(self) -> torch.Tensor:
+        """For each time, whether no value inside is missing on any rank."""
+        return (self.counts == self.cells).all(dim=-1)
+
     def physical(self, values: torch.Tensor) -> torch.Tensor:
         """Normalised values `[..., channel]` in the field's units, as float64."""
         return values.double() * self.deviation + self.mean
 
+    def starts(self, candidates: range, steps: int) -> Sequence[int]:
+        """Those of the times number `candidates` at which no value is missing and some later one, within `steps`, is
+        there."""
+        if self.present is None:
+            return candidates
+        known, complete = self.counts.sum(dim=-1) > 0, self.complete
+        return [start for start in candidates if complete[start] and known[start + 1 : start + 1 + steps].any()]
+
     def climatology(self) -> torch.Tensor:
         """For each time, the mean of the same season (calendar month) over the training part; shaped like `values`.
 
-        The mean over all training times where they do not cover every season.
+        The mean over all training times where they do not cover every season, and in the cells in which a season has
+        no value.
         """
         seasons = torch.from_numpy(self.time.seasons)
         learnt = seasons[: self.training]
@@ -162,129 +138,56 @@ class Field:
         number = int(seasons.max()) + 1
         sums = torch.zeros(number, *self.values.shape[1:], dtype=self.values.dtype)
         sums.index_add_(0, learnt, self.values[: self.training])
-        counts = torch.bincount(learnt, minlength=number).clamp(min=1).reshape(-1, 1, 1, 1)
-        return (sums / counts)[seasons]
+        if self.present is None:
+            counts = torch.bincount(learnt, minlength=number).clamp(min=1).reshape(-1, 1, 1, 1)
+            return (sums / counts)[seasons]
+        terms = torch.zeros_like(sums).index_add_(0, learnt, self.present[: self.training])
+        overall = sums.sum(dim=0) / terms.sum(dim=0).clamp(min=1)
+        return torch.where(terms > 0, sums / terms.clamp(min=1), overall)[seasons]
 
 
-def time_label(stamp: Any, step_name: str) -> str:
-    """`2009-10` for steps that are months, `2009-10-16` for days, with the hour for shorter ones; or the number."""
-    if np.asarray(stamp).dtype.kind == "M":
-        return str(np.datetime_as_string(stamp, unit=_SHOWN_UNITS.get(step_name, "m")))
-    return f"{float(stamp):g}"
-
-
-def resolve_path(path: str) -> Path:
-    """Where a configured path lies; `package:NAME/FILE` is looked up in the installed package NAME.
-
-    Raises `ConfigurationError` when the package or the file is not there.
-    """
-    found = Path(path)
-    if path.startswith("package:"):
-        package, _, inside = path.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ConfigurationError(f"[problem] path = {path!r}: the Python package {package} is not installed")
-        found = Path(next(iter(spec.submodule_search_locations))) / inside
-    if not found.exists():
-        raise ConfigurationError(f"[problem] path = {path!r}: there is no such file or directory")
-    return found
+def common_units(data: GriddedData) -> str:
+    """The units that all channels share, or else those of normalised values."""
+    return data.units[0] if len(set(data.units)) == 1 else NO_COMMON_UNITS
 
 
 def open_source(config: FieldConfig) -> Source:
     """Open the configured field; coordinates are read, the field itself is not.
 
-    Raises `ConfigurationError` for a file that xarray cannot open, a variable that is not in it or has other
-    dimensions, times that are not nearly equally spaced, and a split or window that the times do not allow.
+    Raises `ConfigurationError` for what `open_gridded` and `time_axis` refuse, for a boundary that the grid does not
+    have, variables that cannot be added up, and a split or window that the times do not allow.
     """
-    dataset = _open(config)
-    variable = _variable(dataset, config.variable, "variable")
-    if variable.ndim not in (3, 4) or 0 in variable.shape:
-        raise ConfigurationError(
-            f"[problem] variable = {config.variable!r}: has the dimensions {_shape(variable)}: "
-            "must be time, y, x and perhaps channel"
-        )
-    if variable.dtype.kind not in "fiu":
-        raise ConfigurationError(f"[problem] variable = {config.variable!r}: holds {variable.dtype}, must hold numbers")
+    data = open_gridded(config.paths, _choice(config))
+    for axis, boundary in zip((data.y, data.x), config.boundary, strict=True):
+        check_order(axis)
+        if boundary == "periodic":
+            check_periodic(data, axis)
+    if len(set(data.units)) > 1 and config.normalisation == "none":
+        units = " and ".join(map(repr, dict.fromkeys(data.units)))
+        raise ConfigurationError(f"[problem] normalisation = 'none': must be 'standard' for channels in {units}")
     mask = None
     if config.mask not in ("nan", "none"):
-        mask = _variable(dataset, config.mask, "mask")
-        if mask.shape != variable.shape[1:3]:
-            raise ConfigurationError(
-                f"[problem] mask = {config.mask!r}: has the dimensions {_shape(mask)}: "
-                f"must be y, x of {_shape(variable)}"
-            )
-    time = _time_axis(variable, config)
+        data.check_plane(config.mask, "mask")
+        mask = config.mask
+    about = f"[problem] variable = {config.variable!r}: its time axis"
+    time = time_axis(data.stamps, data.time_units, config.period, config.missing, about)
     _check_split(config, len(time))
-    axes = tuple(_axis(variable, name) for name in variable.dims[1:])
-    units = config.units if config.units is not None else str(variable.attrs.get("units", ""))
-    return Source(dataset, variable, mask, time, axes, units)
+    return Source(data, time, mask)
 
 
-def _open(config: FieldConfig) -> xarray.Dataset:
-    path = resolve_path(config.path)
-    engine = config.engine
-    if engine is None:
-        engine = "zarr" if path.is_dir() else "h5netcdf" if h5py.is_hdf5(path) else None
-    # Plain HDF5 has datasets without named dimensions.
-    options: dict[str, Any] = {"phony_dims": "access"} if engine == "h5netcdf" else {}
-    try:
-        return xarray.open_dataset(path, engine=engine, decode_timedelta=False, cache=False, **options)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        key = f"engine = {config.engine!r}" if config.engine else f"path = {config.path!r}"
-        raise ConfigurationError(f"[problem] {key}: xarray cannot open {path}: {reason[:200]}") from None
-
-
-def _variable(dataset: xarray.Dataset, name: str, key: str) -> xarray.DataArray:
-    if name not in dataset.data_vars:
-        names = ", ".join(str(known) for known in dataset.data_vars)
-        raise ConfigurationError(f"[problem] {key} = {name!r}: not in the file, which has {names or 'no variables'}")
-    return dataset[name]
-
-
-def _shape(variable: xarray.DataArray) -> str:
-    return "(" + ", ".join(f"{name}: {size}" for name, size in variable.sizes.items()) + ")"
-
-
-def _axis(variable: xarray.DataArray, name: Hashable) -> Axis:
-    coordinate = variable.coords.get(name)
-    if coordinate is None:
-        return Axis(str(name), np.arange(variable.sizes[name]), {})
-    attributes = {str(key): value for key, value in coordinate.attrs.items() if isinstance(value, str | int | float)}
-    return Axis(str(name), coordinate.to_numpy(), attributes)
-
-
-def _time_axis(variable: xarray.DataArray, config: FieldConfig) -> TimeAxis:
-    name = variable.dims[0]
-    coordinate = variable.coords.get(name)
-    stamps: Array = np.arange(float(variable.sizes[name])) if coordinate is None else coordinate.to_numpy()
-    units = "" if coordinate is None else str(coordinate.attrs.get("units", ""))
-    about = f"[problem] variable = {config.variable!r}: its time axis {name}"
-    period = config.period
-    if stamps.dtype.kind == "M":
-        values = (stamps - EPOCH) / np.timedelta64(1, "s") / (86400 * DAYS_PER_YEAR)
-        period = 1.0 if period is None else period
-        units = "years since 2000-01-01"
-    elif stamps.dtype.kind in "fiu":
-        values = stamps.astype(np.float64)
+def _choice(config: FieldConfig) -> GriddedChoice:
+    units = (config.units,) if isinstance(config.units, str) else config.units
+    level = config.level
+    if isinstance(level, LevelIndex):
+        alone = isinstance(level.index, int)
+        indices = (level.index,) if isinstance(level.index, int) else level.index
+        choice = LevelChoice(indices=indices, alone=alone)
+    elif isinstance(level, tuple):
+        choice = LevelChoice(values=level)
     else:
-        raise ConfigurationError(f"{about} holds {stamps.dtype}: must hold dates of the standard calendar or numbers")
-    if len(values) < 2 or not np.isfinite(values).all():
-        raise ConfigurationError(f"{about} has {len(values)} times: must have two or more, all of them known")
-    spacing = np.diff(values)
-    step = float(values[-1] - values[0]) / len(spacing)
-    at = int(np.argmax(np.abs(spacing - abs(step))))
-    if step <= 0 or abs(spacing[at] - step) > _IRREGULARITY * step:
-        first, second = (time_label(stamp, "days") for stamp in stamps[at : at + 2])
-        raise ConfigurationError(
-            f"{about}: must increase in steps equal to {_IRREGULARITY:.0%}: "
-            f"between {first} and {second} lies {spacing[at]:.4g}, on average {step:.4g}"
-        )
-    if period is not None and period < 2 * step:
-        raise ConfigurationError(
-            f"[problem] period = {period:g}: must be two steps of the time axis, {2 * step:.4g}, or more"
-        )
-    return TimeAxis(stamps, values, step, period, units)
+        choice = LevelChoice() if level == "all" else LevelChoice(values=(level,), alone=True)
+    axes = {role: config.axes[role] for role in ROLES if role in config.axes}
+    return GriddedChoice(config.variables, axes, choice, units, config.engine)
 
 
 def _check_split(config: FieldConfig, times: int) -> None:
@@ -302,58 +205,83 @@ def _check_split(config: FieldConfig, times: int) -> None:
 def read_field(config: FieldConfig, source: Source, partition: GridPartition, mesh: Mesh) -> Field:
     """Each rank's own part of the field, normalised alike on all. Collective on the world.
 
-    A rank reads no more than the rows and columns it owns. Mean and standard deviation are over the cells inside
-    the mask and the training times of all ranks.
-    Raises `ConfigurationError` on all ranks when no cell lies inside the mask, or values inside are not finite.
+    A rank reads no more than the rows and columns it owns. Mean and standard deviation are over the values inside
+    the mask at the training times of all ranks.
+    Raises `ConfigurationError` on all ranks when no cell lies inside the mask, or values inside are missing or not
+    finite and the configuration does not allow for that.
     """
     training = len(source.time) - config.validation
-    values, mask = agreed(mesh, lambda: _read(config, source, partition))
-    finite = np.isfinite(values)
-    inside = np.ones(values.shape[1:3], dtype=bool)
-    if config.mask == "nan":
-        inside &= ~np.isnan(values).any(axis=(0, 3))
-    elif mask is not None:
-        inside &= np.nan_to_num(mask.astype(np.float64)) != 0
-    missing = np.sum(~finite[:, inside])
-    cells, unknown = (int(total) for total in mesh.sum(torch.tensor([inside.sum(), missing]), over="state"))
+    values, mask = agreed(mesh, lambda: source.read(partition.owned))
+    if config.missing == "refuse":
+        _refuse_missing_times(values, source.time, mesh)
+    inside = _inside(config, values, mask, training)
+    present = np.isfinite(values) & inside[..., None]
+    tally = torch.from_numpy(np.concatenate([present.sum(axis=(1, 2)), np.full((1, source.channels), inside.sum())]))
+    tally = mesh.sum(tally, over="state")
+    counts, cells = tally[:-1], int(tally[-1, 0])
     if cells == 0:
         raise ConfigurationError(f"[problem] mask = {config.mask!r}: leaves no cell of {config.variable} inside")
+    unusable: Array = np.isinf(values) if config.missing == "mask" else np.logical_not(np.isfinite(values))
+    bare: Array = np.logical_not(present[:training].any(axis=0))
+    faults = torch.tensor([int(unusable[:, inside].sum()), int(bare[inside].sum())])
+    unknown, unlearnt = (int(total) for total in mesh.sum(faults, over="state"))
     if unknown:
         raise ConfigurationError(
             f"[problem] mask = {config.mask!r}: {unknown} values of {config.variable} inside it are not finite: "
             "mask = 'nan' leaves out the cells that are NaN at any time"
         )
-    field = torch.from_numpy(np.where(inside[..., None], values, 0.0))
+    if unlearnt:
+        raise ConfigurationError(
+            f"[problem] mask = {config.mask!r}: {unlearnt} cells of {config.variable} inside it have no value at any "
+            "training time: mask = 'nan' leaves them out"
+        )
+    field = torch.from_numpy(np.where(present, values, 0.0))
     factor = torch.from_numpy(inside[..., None].astype(np.float64))
+    weights = None if bool((counts == cells).all()) else torch.from_numpy(present.astype(np.float64))
     mean = torch.zeros(source.channels, dtype=torch.float64)
     deviation = torch.ones(source.channels, dtype=torch.float64)
     if config.normalisation == "standard":
-        mean, deviation = _moments(field[:training], factor, training * cells, mesh)
+        learnt = factor if weights is None else weights[:training]
+        mean, deviation = _moments(field[:training], learnt, counts[:training].sum(dim=0), mesh)
     return Field(
-        values=(field - mean) / deviation * factor,
+        values=(field - mean) / deviation * (factor if weights is None else weights),
         inside=factor,
+        present=weights,
+        counts=counts,
         cells=cells,
         mean=mean,
         deviation=deviation,
         time=source.time,
         training=training,
-        axes=source.axes,
-        name=config.variable,
-        units=source.units,
+        data=source.data,
     )
 
 
-def _read(config: FieldConfig, source: Source, partition: GridPartition) -> tuple[Array, Array | None]:
-    try:
-        return source.read(partition.owned)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigurationError(f"[problem] path = {config.path!r}: cannot be read: {reason[:200]}") from None
+def _refuse_missing_times(values: Array, time: TimeAxis, mesh: Mesh) -> None:
+    """Raise `ConfigurationError` for times at which a channel that has values at others has none anywhere."""
+    counts = mesh.sum(torch.from_numpy((~np.isnan(values)).sum(axis=(1, 2))), over="state")
+    lacking = ((counts == 0) & (counts.sum(dim=0) > 0)).any(dim=-1).numpy()
+    if lacking.any():
+        raise missing_times(time, np.flatnonzero(lacking), _NO_VALUE)
 
 
-def _moments(field: torch.Tensor, factor: torch.Tensor, count: int, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
+def _inside(config: FieldConfig, values: Array, mask: Array | None, training: int) -> Array:
+    """Which of this rank's cells lie inside the mask."""
+    inside = np.ones(values.shape[1:3], dtype=bool)
+    if config.mask == "nan":
+        missing = np.isnan(values)
+        outside = missing[:training].all(axis=0) if config.missing == "mask" else missing.any(axis=0)
+        inside &= ~outside.any(axis=-1)
+    elif mask is not None:
+        inside &= np.nan_to_num(mask.astype(np.float64)) != 0
+    return inside
+
+
+def _moments(
+    field: torch.Tensor, weights: torch.Tensor, count: torch.Tensor, mesh: Mesh
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each channel over the state ranks; a deviation of 0 counts as 1."""
     mean = mesh.sum(field.sum(dim=(0, 1, 2)), over="state") / count
-    squares = ((field - mean) * factor).square().sum(dim=(0, 1, 2))
+    squares = ((field - mean) * weights).square().sum(dim=(0, 1, 2))
     deviation = (mesh.sum(squares, over="state") / count).sqrt()
     return mean, torch.where(deviation > 0, deviation, torch.ones_like(deviation))

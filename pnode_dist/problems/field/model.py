@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +16,15 @@ from pnode_dist.nn import Conv2d
 from pnode_dist.nn.activation import ACTIVATIONS
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.common.own_times import own_time, slopes
+from pnode_dist.problems.common.time_axis import TimeAxis
 from pnode_dist.problems.field.config import FieldModelConfig
-from pnode_dist.problems.field.data import Field, TimeAxis
+from pnode_dist.problems.field.data import Field
 
 _DEFAULT_HARMONICS = 2
 _FIRST_DAMPING = 0.1
 _FIRST_OUTPUT = 0.1
+_SMALLEST_EIGENVALUE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,17 @@ class Windows:
 
     `initial` `[window, ny_local, nx_local, channel]` are the states at the times number `starts`, `phase`
     `[window]` the positions of these times in the seasonal cycle, and `targets`
-    `[lead, window, ny_local, nx_local, channel]` the states 1, 2, ... steps later, all normalised.
+    `[lead, window, ny_local, nx_local, channel]` the states 1, 2, ... steps later, all normalised. `present`, shaped
+    like these, is 1 where there is a value and 0 elsewhere; None where none is missing inside. `elapsed`
+    `[window, 1 + lead]` are the times since each start where steps are unequal, else None.
     """
 
     starts: tuple[int, ...]
     initial: torch.Tensor
     phase: torch.Tensor
     targets: torch.Tensor
+    present: torch.Tensor | None
+    elapsed: torch.Tensor | None
 
 
 def windows(field: Field, starts: list[int] | tuple[int, ...], steps: int, dtype: torch.dtype) -> Windows:
@@ -43,13 +51,21 @@ def windows(field: Field, starts: list[int] | tuple[int, ...], steps: int, dtype
     first = torch.tensor(starts, dtype=torch.int64)
     targets = torch.stack([field.values[first + lead] for lead in range(1, steps + 1)])
     phase = torch.from_numpy(field.time.phases)[first]
-    return Windows(tuple(starts), field.values[first].to(dtype), phase.to(dtype), targets.to(dtype))
+    present = elapsed = None
+    if field.present is not None:
+        present = torch.stack([field.present[first + lead] for lead in range(1, steps + 1)]).to(dtype)
+    if not field.time.regular:
+        values = torch.from_numpy(field.time.values)
+        later = first.reshape(-1, 1) + torch.arange(steps + 1)
+        elapsed = (values[later] - values[first].reshape(-1, 1)).to(dtype)
+    return Windows(tuple(starts), field.values[first].to(dtype), phase.to(dtype), targets.to(dtype), present, elapsed)
 
 
-def number_of_harmonics(model: FieldModelConfig, time: TimeAxis, training: int) -> int:
+def number_of_harmonics(model: FieldModelConfig, time: TimeAxis, known: Sequence[int]) -> int:
     """The configured harmonics of the seasonal cycle, by default 2 where there is a cycle and 0 where there is none.
 
-    Raises `ConfigurationError` when there is no cycle, or the training part is too short to tell them apart.
+    Raises `ConfigurationError` when there is no cycle, or the training times number `known`, which have values, are too
+    few to tell them apart.
     """
     harmonics = model.harmonics
     if harmonics is None:
@@ -63,10 +79,10 @@ def number_of_harmonics(model: FieldModelConfig, time: TimeAxis, training: int) 
         raise ConfigurationError(
             f"[model] harmonics = {harmonics}: must be below half of the {steps_per_cycle} steps in a cycle"
         )
-    design = _harmonic_basis(torch.from_numpy(time.phases[:training]), harmonics)
+    design = _harmonic_basis(torch.from_numpy(time.phases[list(known)]), harmonics)
     if np.linalg.matrix_rank(design.numpy(), rtol=1e-3) < design.shape[1]:
         raise ConfigurationError(
-            f"[model] harmonics = {harmonics}: too many to be told apart by the {training} training times: use fewer"
+            f"[model] harmonics = {harmonics}: too many to be told apart by the {len(known)} training times: use fewer"
         )
     return harmonics
 
@@ -90,7 +106,10 @@ class SeasonalCycle(nn.Module):
         self.harmonics = harmonics
         design = _harmonic_basis(torch.from_numpy(field.time.phases[: field.training]), harmonics)
         learnt = field.values[: field.training]
-        coefficients = torch.tensordot(torch.linalg.pinv(design), learnt, dims=1)
+        if field.present is None:
+            coefficients = torch.tensordot(torch.linalg.pinv(design), learnt, dims=1)
+        else:
+            coefficients = _fit_where_present(design, learnt, field.present[: field.training])
         self.register_buffer("coefficients", coefficients, persistent=False)
 
     def forward(self, phase: torch.Tensor) -> torch.Tensor:
@@ -105,6 +124,15 @@ class SeasonalCycle(nn.Module):
         basis = torch.cat([-numbers * torch.sin(angles), numbers * torch.cos(angles)], dim=-1)
         rate: torch.Tensor = torch.tensordot(basis, self.coefficients[1:], dims=1)
         return rate
+
+
+def _fit_where_present(design: torch.Tensor, learnt: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Least squares over the values that are there, cell by cell; the shortest solution where they are too few."""
+    normal = torch.einsum("tp,tq,tyxc->yxcpq", design, design, present)
+    moments = torch.einsum("tp,tyxc->yxcp", design, learnt)
+    inverse = torch.linalg.pinv(normal, rtol=_SMALLEST_EIGENVALUE, hermitian=True)
+    solution: torch.Tensor = inverse @ moments.unsqueeze(-1)
+    return solution.squeeze(-1).movedim(-1, 0).contiguous()
 
 
 class Tendency(nn.Module):
@@ -125,6 +153,7 @@ class Tendency(nn.Module):
         super().__init__()
         self.cycle = SeasonalCycle(field, harmonics)
         self.step = field.time.step
+        self.interval = field.time.interval
         self.period = field.time.period
         self.activation = ACTIVATIONS[config.activation]
         self.register_buffer("inside", field.inside, persistent=False)
@@ -144,9 +173,26 @@ class Tendency(nn.Module):
             self.output.weight.mul_(_FIRST_OUTPUT)
             self.output.bias.zero_()
 
-    def forward(self, t: torch.Tensor, u: torch.Tensor, start_phase: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        t: torch.Tensor,
+        u: torch.Tensor,
+        start_phase: torch.Tensor,
+        elapsed: torch.Tensor | None = None,
+        slope: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """du/dt `[window, ny_local, nx_local, channel]` at the time `t` since each window's start, which was at
-        `start_phase` `[window]` of the seasonal cycle."""
+        `start_phase` `[window]` of the seasonal cycle.
+
+        With `elapsed` and its `slope`, `t` is the common clock of `own_times`, and so is what u is differentiated with
+        respect to.
+        """
+        if elapsed is not None and slope is not None:
+            time, advance = own_time(t, elapsed, slope, self.interval)
+            return self._rate(time, u, start_phase) * advance[:, None, None, None]
+        return self._rate(t, u, start_phase)
+
+    def _rate(self, t: torch.Tensor, u: torch.Tensor, start_phase: torch.Tensor) -> torch.Tensor:
         phase, cycle_rate = start_phase, torch.zeros_like(u)
         if self.period is not None:
             phase = start_phase + t / self.period
@@ -186,8 +232,10 @@ def _departure_deviation(cycle: SeasonalCycle, field: Field, mesh: Mesh) -> torc
     """The standard deviation `[channel]` of the training part from the cycle, over all ranks; 1 where it is 0."""
     phases = torch.from_numpy(field.time.phases[: field.training])
     departures = field.values[: field.training] - cycle(phases)
+    if field.present is not None:
+        departures = departures * field.present[: field.training]
     squares = mesh.sum(departures.square().sum(dim=(0, 1, 2)), over="state")
-    deviation = (squares / (field.training * field.cells)).sqrt()
+    deviation = (squares / field.counts[: field.training].sum(dim=0)).sqrt()
     return torch.where(deviation > 0, deviation, torch.ones_like(deviation))
 
 
@@ -197,14 +245,23 @@ class FieldModel(nn.Module):
     `solve` is the NeuralODE over the windows. Collective on the partition's communicator.
     """
 
-    def __init__(self, solve: NeuralODE, step: float) -> None:
+    def __init__(self, solve: NeuralODE, interval: float) -> None:
         super().__init__()
         self.solve = solve
-        self.step = step
+        self.interval = interval
 
     def forward(self, batch: Windows) -> torch.Tensor:
         """The states at the leads 1, 2, ... of the windows' targets."""
-        times = [number * self.step for number in range(len(batch.targets) + 1)]
-        states = self.solve(batch.initial, times, batch.phase)
+        states = self.solve(batch.initial, self.times(batch), *self.arguments(batch))
         forecast: torch.Tensor = states[1:]
         return forecast
+
+    def times(self, batch: Windows) -> list[float]:
+        """The outputs of the windows' solve: their times since the start, or those of their common clock."""
+        return [number * self.interval for number in range(len(batch.targets) + 1)]
+
+    def arguments(self, batch: Windows) -> tuple[torch.Tensor, ...]:
+        """What the right-hand side is given beside time and state."""
+        if batch.elapsed is None:
+            return (batch.phase,)
+        return batch.phase, batch.elapsed, slopes(batch.elapsed, self.interval)

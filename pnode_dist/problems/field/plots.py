@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import xarray
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from pnode_dist.problems.field.data import time_label
+from pnode_dist.problems.common.calendar import time_label
+from pnode_dist.problems.common.geography import is_longitude, unwrapped
 from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
 
 Array = npt.NDArray[Any]
@@ -31,12 +33,16 @@ _CURVES: dict[str, dict[str, Any]] = {
 _SIZE = (12.0, 8.6)
 _DPI = 120
 _SHOWN_LEAD = 3
+_MOST_COLUMNS = 2
+_UNEVEN = 0.05
+_FAR = 45.0
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str, Any]) -> None:
     """Draw `report.png` from the forecast file, the metrics file if there is one, and evaluate's table. For one rank.
 
-    Maps show the first channel at lead 3, or the longest lead if it is shorter, from the start in the middle.
+    Maps show the first variable, or beside each other the first two, of each the first channel, at lead 3 or the
+    longest lead if it is shorter. They start in the middle of the starts for which there is a truth.
     """
     # Only this picture is to look like this, and no display is to be needed.
     with matplotlib.rc_context(STYLE):
@@ -44,7 +50,10 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str,
         figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
         grid = GridSpec(4, 2, figure=figure, height_ratios=(1, 1, 1, 2.1))
         with xarray.open_dataset(forecast, engine="h5netcdf", decode_timedelta=False) as data:
-            _draw_maps(figure, grid, data, table)
+            shown = _shown_variables(data)
+            for column, (name, units) in enumerate(shown):
+                place = slice(None) if len(shown) == 1 else slice(column, column + 1)
+                _draw_maps(figure, grid, place, data, table, name, units)
         name = table["variable"].replace("_", " ")
         figure.suptitle(
             f"{name[:1].upper()}{name[1:]}: learnt from {table['training']}, judged by {table['validation']}",
@@ -55,31 +64,44 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str,
         save(figure, path)
 
 
-def _draw_maps(figure: Figure, grid: GridSpec, data: xarray.Dataset, table: dict[str, Any]) -> None:
+def _shown_variables(data: xarray.Dataset) -> list[tuple[str, str]]:
+    """What the forecasts of the first variables are called in the file up to their end, and their units."""
+    names = [str(name).removesuffix("forecast") for name in data.data_vars if str(name).endswith("forecast")]
+    return [(name, str(data[f"{name}forecast"].attrs.get("units", ""))) for name in names[:_MOST_COLUMNS]]
+
+
+def _draw_maps(
+    figure: Figure, grid: GridSpec, place: slice, data: xarray.Dataset, table: dict[str, Any], variable: str, units: str
+) -> None:
     """Forecast, truth and their difference, one above the other."""
     lead = min(_SHOWN_LEAD, data.sizes["lead"])
-    shown = data.isel(start=data.sizes["start"] // 2, lead=lead - 1)
-    if shown["forecast"].ndim == 3:
-        shown = shown.isel({shown["forecast"].dims[-1]: 0})
-    forecast, truth = (shown[name].to_numpy().astype(np.float64) for name in ("forecast", "truth"))
+    fields = data[[f"{variable}forecast", f"{variable}truth"]].isel(lead=lead - 1)
+    dimensions = fields[f"{variable}forecast"].dims
+    if len(dimensions) == 4:
+        fields = fields.isel({dimensions[-1]: 0})
+    known = np.flatnonzero(fields[f"{variable}truth"].notnull().any(dimensions[1:3]).to_numpy())
+    shown = fields.isel(start=known[len(known) // 2] if len(known) else data.sizes["start"] // 2)
+    forecast, truth = (shown[f"{variable}{kind}"].to_numpy().astype(np.float64) for kind in ("forecast", "truth"))
+    name = variable.removesuffix("_") or table["variable"]
     error = forecast - truth
     # A few extreme cells must not wash out the rest.
     low, high = np.nanpercentile(np.concatenate([forecast.ravel(), truth.ravel()]), [1, 99])
-    largest = max(float(np.nanpercentile(np.abs(error), 99)), 1e-12)
+    differs = error[np.isfinite(error)] if np.isfinite(error).any() else np.zeros(1)
+    largest = max(float(np.percentile(np.abs(differs), 99)), 1e-12)
     common = {"vmin": low, "vmax": high, "cmap": "RdYlBu_r"}
-    start, valid = (time_label(shown[name].to_numpy()[()], table["lead_unit"]) for name in ("start", "valid_time"))
+    start, valid = (time_label(shown[key].to_numpy()[()], table["lead_unit"]) for key in ("start", "valid_time"))
     ahead = f"{lead} {table['lead_unit']}" if lead > 1 else f"one {table['lead_unit'].removesuffix('s')}"
-    units = f" ({table['units']})" if table["units"] else ""
-    root = float(np.sqrt(np.nanmean(error**2)))
+    unit = f" ({units})" if units else ""
+    root = float(np.sqrt(np.mean(differs**2)))
     rows = (
         (forecast, f"Forecast for {valid}, made {ahead} ahead from {start}", common),
         (truth, f"What came true, {valid}", common),
-        (error, f"Forecast less truth: {root:.2f} {table['units']} root mean square", _difference(largest)),
+        (error, f"Forecast less truth: {root:.3g} {units} root mean square", _difference(largest)),
     )
     axes = []
     for row, (values, title, colours) in enumerate(rows):
-        axis = figure.add_subplot(grid[row, :])
-        image = _map(axis, values, data, **colours)
+        axis = figure.add_subplot(grid[row, place])
+        image = _map(axis, values, data[f"{variable}forecast"], **colours)
         axis.set_title(title)
         axis.tick_params(labelbottom=row == len(rows) - 1)
         axes.append(axis)
@@ -88,38 +110,106 @@ def _draw_maps(figure: Figure, grid: GridSpec, data: xarray.Dataset, table: dict
                 image,
                 ax=axes,
                 extend="both",
-                label=f"{table['variable'].replace('_', ' ')}{units}",
+                label=f"{name.replace('_', ' ')}{unit}",
                 aspect=14,
                 pad=0.01,
             )
         if row == 2:
-            figure.colorbar(image, ax=axis, extend="both", label=f"error{units}", aspect=6, pad=0.01)
+            figure.colorbar(image, ax=axis, extend="both", label=f"error{unit}", aspect=6, pad=0.01)
 
 
 def _difference(largest: float) -> dict[str, Any]:
     return {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
 
 
-def _map(axis: Axes, values: Array, data: xarray.Dataset, **colours: Any) -> Any:
-    """One field as coloured cells, grey outside the mask, stretched to fill the width where it is a narrow strip."""
-    names = data["forecast"].dims[2:4]
-    extent = (*_edges(data, str(names[1])), *_edges(data, str(names[0])))
+def _map(axis: Axes, values: Array, data: xarray.DataArray, **colours: Any) -> Any:
+    """One field as coloured cells, grey outside the mask, stretched to fill the width where it is a narrow strip.
+
+    Cells lie where two-dimensional coordinates or unequal spacings put them; else in equal rows and columns.
+    """
+    names = [str(name) for name in data.dims[2:4]]
     axis.set_facecolor(_LAND)
-    image = axis.imshow(values, origin="lower", extent=extent, aspect="auto", interpolation="nearest", **colours)
-    axis.set_xlabel(_label(data, str(names[1])) if axis.get_subplotspec().rowspan.start == 2 else "")  # type: ignore[union-attr]
-    axis.set_ylabel(_label(data, str(names[0])))
+    plane = _plane(data, names)
+    image: ScalarMappable
+    if plane is not None:
+        x, y, labels = plane
+        # A cell between a pole of the grid and its far side would be drawn across the map.
+        values = np.where(_jumps(x), np.nan, values)
+        image = axis.pcolormesh(x, y, values, shading="nearest", rasterized=True, **colours)
+        if x.ndim == 2 and np.isfinite(values).any():
+            axis.set_xlim(x[np.isfinite(values)].min(), x[np.isfinite(values)].max())
+    else:
+        left, right = _edges(data, names[1])
+        bottom, top = _edges(data, names[0])
+        labels = (_label(data, names[1]), _label(data, names[0]))
+        values = values[:: -1 if bottom > top else 1, :: -1 if left > right else 1]
+        extent = (min(left, right), max(left, right), min(bottom, top), max(bottom, top))
+        image = axis.imshow(values, origin="lower", extent=extent, aspect="auto", interpolation="nearest", **colours)
+    axis.set_xlabel(labels[0] if axis.get_subplotspec().rowspan.start == 2 else "")  # type: ignore[union-attr]
+    axis.set_ylabel(labels[1])
     return image
 
 
-def _edges(data: xarray.Dataset, name: str) -> tuple[float, float]:
+def _plane(data: xarray.DataArray, names: list[str]) -> tuple[Array, Array, tuple[str, str]] | None:
+    """Where the cells' centres lie, and what to call that, where rows and columns do not tell it."""
+    flat = {str(name): value for name, value in data.coords.items() if set(map(str, value.dims)) == set(names)}
+    for x_name, longitude in flat.items():
+        for y_name, latitude in flat.items():
+            if is_longitude(longitude.attrs) and latitude.attrs.get("standard_name") == "latitude":
+                x, y = (value.transpose(*names).to_numpy().astype(np.float64) for value in (longitude, latitude))
+                # Cells without a place cannot be drawn.
+                if np.isfinite(x).all() and np.isfinite(y).all():
+                    return _unwrapped(x), y, (_label(data, x_name), _label(data, y_name))
+    centres = [_centres(data, name) for name in names]
+    if any(values is not None and not _is_even(values) for values in centres):
+        y, x = (
+            np.arange(float(data.sizes[name])) if values is None else values
+            for name, values in zip(names, centres, strict=True)
+        )
+        return x, y, (_label(data, names[1]), _label(data, names[0]))
+    return None
+
+
+def _unwrapped(longitudes: Array) -> Array:
+    """Two-dimensional longitudes without jumps along the first column and along every row."""
+    turns = unwrapped(longitudes[:, 0]) - longitudes[:, 0]
+    rows: Array = unwrapped(longitudes) + turns[:, None]
+    return rows
+
+
+def _jumps(x: Array) -> Array:
+    """The cells that are far from one of their neighbours, in a plane of longitudes; none for a row of them."""
+    far: Array = np.zeros(x.shape if x.ndim == 2 else (1, 1), dtype=bool)
+    for along in (0, 1) if x.ndim == 2 else ():
+        wide = np.abs(np.diff(x, axis=along)) > _FAR
+        far |= np.insert(wide, 0, False, axis=along) | np.append(wide, np.zeros_like(far.take([0], along)), axis=along)
+    return far
+
+
+def _centres(data: xarray.DataArray, name: str) -> Array | None:
+    """The coordinates of the cells along a dimension, longitudes without jumps; None where there are none."""
+    if name not in data.coords or data[name].dtype.kind not in "fiu":
+        return None
+    values = data[name].to_numpy().astype(np.float64)
+    return unwrapped(values) if is_longitude(data[name].attrs) else values
+
+
+def _is_even(values: Array) -> bool:
+    spacing = np.diff(values)
+    return len(spacing) < 2 or bool(np.ptp(spacing) <= _UNEVEN * np.abs(spacing).mean())
+
+
+def _edges(data: xarray.DataArray, name: str) -> tuple[float, float]:
     """The outer edges of the first and the last cell along a dimension."""
-    values = data[name].to_numpy() if name in data.coords else np.arange(data.sizes[name])
+    values = _centres(data, name)
+    if values is None:
+        values = np.arange(float(data.sizes[name]))
     first, last = float(values[0]), float(values[-1])
     half = (last - first) / (2 * max(len(values) - 1, 1)) or 0.5
     return first - half, last + half
 
 
-def _label(data: xarray.Dataset, name: str) -> str:
+def _label(data: xarray.DataArray, name: str) -> str:
     units = str(data[name].attrs.get("units", "")) if name in data.coords else ""
     return f"{name} (°{units[8].upper()})" if units.startswith("degrees_") else f"{name} ({units})" if units else name
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,17 +49,42 @@ def build_field(config: FieldRun, mesh: Mesh, dtype: torch.dtype) -> FieldProble
         )
     training = len(source.time) - problem.validation
     check_replicas(config, mesh, training - problem.window)
-    harmonics = number_of_harmonics(model, source.time, training)
+    number_of_harmonics(model, source.time, np.flatnonzero(source.time.positions[:training] >= 0).tolist())
     partition = _partition(config, source, mesh)
     field = read_field(problem, source, partition, mesh)
-    source.dataset.close()
+    known = torch.nonzero(field.counts[:training].sum(dim=-1) > 0).flatten().tolist()
+    harmonics = number_of_harmonics(model, source.time, known)
+    check_replicas(config, mesh, len(field.starts(range(training - problem.window), problem.window)))
+    _check_leads(config, field)
     # From the seed alone, and in float64, so that every rank and every dtype starts from the same parameters.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         tendency = Tendency(model, field, partition, mesh, harmonics)
-    check_budget(config, partition, field.time.step, problem.window)
+    check_budget(config, partition, field.time.interval, problem.window)
     solve = neural_ode(config, tendency.to(dtype), partition)
-    return FieldProblem(config, mesh, partition, field, FieldModel(solve, field.time.step), dtype)
+    return FieldProblem(config, mesh, partition, field, FieldModel(solve, field.time.interval), dtype)
+
+
+def _check_leads(config: FieldRun, field: Field) -> None:
+    """Raise `ConfigurationError` if missing times leave no forecast to start, or none to be judged at some lead."""
+    starts = list(forecast_starts(config, field))
+    if not starts:
+        raise ConfigurationError(
+            f"[problem] validation = {config.problem.validation}: no forecast can start, as values are missing at "
+            "every time from which one would"
+        )
+    known = field.counts.sum(dim=-1) > 0
+    for lead in config.evaluation.leads:
+        if not known[torch.tensor(starts) + lead].any():
+            raise ConfigurationError(
+                f"[evaluation] leads: there is no value to judge a forecast by at lead {lead}: leave it out"
+            )
+
+
+def forecast_starts(config: FieldRun, field: Field) -> Sequence[int]:
+    """The times number ... at which forecasts of the validation part start: no value is missing there."""
+    longest = max(config.evaluation.leads)
+    return field.starts(range(field.training - 1, len(field.time) - longest), longest)
 
 
 def _partition(config: FieldRun, source: Source, mesh: Mesh) -> GridPartition:
@@ -84,35 +110,48 @@ class FieldProblem:
 
     @property
     def name(self) -> str:
-        """The variable's name."""
+        """The variables' names."""
         return self.field.name
 
     @property
     def units(self) -> str:
-        """The variable's units."""
+        """The units of figures over all channels."""
         return self.field.units
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Windows]:
-        """This replica's training windows of an epoch, shuffled. No window touches the validation part."""
+        """This replica's training windows of an epoch, shuffled.
+
+        No window touches the validation part or starts where values are missing.
+        """
         window = self.config.problem.window
-        for starts in shared(range(self.field.training - window), self.config, self.mesh, epoch, done):
+        candidates = self.field.starts(range(self.field.training - window), window)
+        for starts in shared(candidates, self.config, self.mesh, epoch, done):
             yield windows(self.field, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
-        """This rank's share of the mean square error, normalised, over cells inside, windows, leads and channels."""
+        """This rank's share of the mean square error, normalised, over the values inside of all windows, leads and
+        channels."""
         error: torch.Tensor = model(batch) - batch.targets
-        leads, size = batch.targets.shape[:2]
-        return share_of_mean(error.square().sum(), leads * size * self.field.cells * self.field.channels, self.mesh)
+        if batch.present is not None:
+            error = error * batch.present
+        return share_of_mean(error.square().sum(), int(self._terms(batch).sum()), self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
-        """Root mean square errors of forecasts of the validation part, over all leads and for each evaluated lead."""
+        """Root mean square errors of forecasts of the validation part, over all leads and for each evaluated lead.
+
+        Of several variables also those of each, over all leads.
+        """
         forecast, batch = self._forecast(model)
-        squares = self._mean_squares(forecast, batch.targets)
-        leads = self.config.evaluation.leads
-        return {
-            "validation_rmse": math.sqrt(squares.mean().item()),
-            **{f"lead_{lead}": math.sqrt(squares[lead - 1].item()) for lead in leads},
-        }
+        squares, terms = self._squares(forecast, batch), self._terms(batch)
+        figures = {"validation_rmse": _root(squares, terms)}
+        for lead in self.config.evaluation.leads:
+            figures[f"lead_{lead}"] = _root(squares[lead - 1], terms[lead - 1])
+        variables = self.field.data.variables
+        if len(variables) > 1:
+            for variable in variables:
+                part = variable.channels
+                figures[f"{variable.name}_rmse"] = _root(squares[:, part], terms[:, part])
+        return figures
 
     def solve_statistics(self) -> SolveStatistics:
         """The counts of the model's last call."""
@@ -121,12 +160,13 @@ class FieldProblem:
     def solve_case(self) -> SolveCase:
         """The solve of the first training batch."""
         batch = next(self.batches(1))
-        times = [number * self.field.time.step for number in range(len(batch.targets) + 1)]
-        return SolveCase(self.model.solve, batch.initial, times, (batch.phase,))
+        return SolveCase(self.model.solve, batch.initial, self.model.times(batch), self.model.arguments(batch))
 
     def gradcheck_case(self) -> GradcheckCase:
         """The training loss of the first window, as a function of its initial state."""
-        batch = windows(self.field, [0], self.config.problem.window, self.dtype)
+        window = self.config.problem.window
+        first = self.field.starts(range(self.field.training - window), window)[0]
+        batch = windows(self.field, [first], window, self.dtype)
 
         def loss(state: torch.Tensor) -> torch.Tensor:
             return self.loss(self.model, dataclasses.replace(batch, initial=state))
@@ -140,16 +180,19 @@ class FieldProblem:
 
         A forecast starts from a time such that all that it forecasts, up to the longest lead, lies in the validation
         part; the first starts from the last training time. Errors are root mean squares over all starts and all
-        cells inside the mask, not weighted by area. Persistence keeps the start's field; climatology is the mean of
-        the same season in the training part; anomaly persistence adds the start's departure from climatology to it,
-        and damped persistence only as much of it as persists from one step to the next in the training part.
+        values inside the mask, not weighted by area. Those of each channel are in its own units; those of all are in
+        the units that the channels share, or else of normalised values, in standard deviations. Persistence keeps the
+        start's field; climatology is the mean of the same season in the training part; anomaly persistence adds the
+        start's departure from climatology to it, and damped persistence only as much of it as persists from one step
+        to the next in the training part.
         """
         forecast, batch = self._forecast(model)
         forecasts = {"model": forecast, **baselines(self.field, batch, self.mesh)}
-        errors = {name: self._mean_squares(value, batch.targets).sqrt() for name, value in forecasts.items()}
+        squares = {name: self._squares(value, batch) for name, value in forecasts.items()}
+        terms, leads = self._terms(batch), self.config.evaluation.leads
         rows = [
-            {"lead": lead, **{name: error[lead - 1].item() for name, error in errors.items()}}
-            for lead in self.config.evaluation.leads
+            {"lead": lead, **{name: _root(value[lead - 1], terms[lead - 1]) for name, value in squares.items()}}
+            for lead in leads
         ]
         time, training = self.field.time, self.field.training
         result = {
@@ -162,6 +205,8 @@ class FieldProblem:
             "forecasts": f"{len(batch.starts)} starts, {time.label(batch.starts[0])} to {time.label(batch.starts[-1])}",
             "rmse": rows,
         }
+        if self.field.channels > 1:
+            result["channels"] = self._by_channel(squares, terms)
         self._write(forecast, batch, run_directory)
         result["forecast"] = str(run_directory / FORECAST)
         return {**result, "report": draw(run_directory / REPORT, lambda path: self._draw(path, result), self.mesh)}
@@ -174,40 +219,78 @@ class FieldProblem:
     def _forecast(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
         """Forecasts `[lead, start, ny_local, nx_local, channel]` of the validation part, and what they are to be."""
         longest = max(self.config.evaluation.leads)
-        starts = range(self.field.training - 1, len(self.field.time) - longest)
+        starts = forecast_starts(self.config, self.field)
         size = self.config.training.batch_size
         parts = []
         for first in range(0, len(starts), size):
             parts.append(model(windows(self.field, list(starts[first : first + size]), longest, self.dtype)).detach())
         return torch.cat(parts, dim=1), windows(self.field, list(starts), longest, torch.float64)
 
-    def _mean_squares(self, forecast: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-        """The mean square error of each lead `[lead]` in the field's units. Collective on the state ranks."""
-        error = (forecast.double() - truth) * self.field.deviation * self.field.inside
-        squares = self.mesh.sum(error.square().sum(dim=(1, 2, 3, 4)), over="state")
-        return squares / (truth.shape[1] * self.field.cells * self.field.channels)
+    def _squares(self, forecast: torch.Tensor, batch: Windows) -> torch.Tensor:
+        """The sums of square errors `[lead, channel]` in the figures' units. Collective on the state ranks."""
+        weights = self.field.inside if batch.present is None else batch.present
+        error = (forecast.double() - batch.targets) * self.field.figure_scale * weights
+        return self.mesh.sum(error.square().sum(dim=(1, 2, 3)), over="state")
+
+    def _terms(self, batch: Windows) -> torch.Tensor:
+        """How many values such a sum is over, on all state ranks, `[lead, channel]`."""
+        starts = torch.tensor(batch.starts, dtype=torch.int64)
+        leads = range(1, len(batch.targets) + 1)
+        return torch.stack([self.field.counts[starts + lead].sum(dim=0) for lead in leads])
+
+    def _by_channel(self, squares: dict[str, torch.Tensor], terms: torch.Tensor) -> list[dict[str, Any]]:
+        """The errors of each channel at each lead, in its own units."""
+        data, field = self.field.data, self.field
+        own = field.deviation / field.figure_scale
+        return [
+            {
+                "channel": label,
+                "units": data.units[number],
+                "lead": lead,
+                **{
+                    name: own[number].item() * _root(value[lead - 1, number], terms[lead - 1, number])
+                    for name, value in squares.items()
+                },
+            }
+            for number, label in enumerate(data.labels)
+            for lead in self.config.evaluation.leads
+        ]
 
     def _write(self, forecast: torch.Tensor, batch: Windows, run_directory: Path) -> None:
         outside = self.field.inside == 0
 
         def stored(values: torch.Tensor) -> torch.Tensor:
-            return self.field.physical(values).masked_fill(outside, math.nan).transpose(0, 1)
+            return self.field.physical(values).masked_fill(outside, math.nan)
 
-        contents = Forecast(self.field, batch.starts, stored(forecast), stored(batch.targets))
+        truth = stored(batch.targets)
+        if batch.present is not None:
+            truth = truth.masked_fill(batch.present == 0, math.nan)
+        contents = Forecast(self.field, batch.starts, stored(forecast).transpose(0, 1), truth.transpose(0, 1))
         write_forecast(run_directory / FORECAST, contents, self.partition, self.mesh)
+
+
+def _root(squares: torch.Tensor, terms: torch.Tensor) -> float:
+    """The root mean square over all entries; NaN over none."""
+    total = int(terms.sum())
+    return math.sqrt(squares.sum().item() / total) if total else math.nan
 
 
 def baselines(field: Field, batch: Windows, mesh: Mesh) -> dict[str, torch.Tensor]:
     """What a forecast is to beat, for each of the windows' leads, normalised and shaped like their targets.
 
-    Damping is by the lag-one correlation of the training part's departures from climatology, to the power of the
-    lead. Collective on the state ranks.
+    Damping is by each channel's lag-one correlation of the training part's departures from climatology, to the power
+    of the lead. Collective on the state ranks.
     """
     climatology = field.climatology()
-    departures = ((field.values - climatology) * field.inside)[: field.training]
-    moments = torch.stack([(departures[:-1] * departures[1:]).sum(), departures[:-1].square().sum()])
+    weights = field.inside if field.present is None else field.present[: field.training]
+    departures = (field.values - climatology)[: field.training] * weights
+    products, squares = departures[:-1] * departures[1:], departures[:-1].square()
+    if field.present is not None:
+        # Of pairs that lack one value, the square counts no more than the product.
+        squares = squares * field.present[1 : field.training]
+    moments = torch.stack([products.sum(dim=(0, 1, 2)), squares.sum(dim=(0, 1, 2))])
     covariance, variance = mesh.sum(moments, over="state")
-    correlation = covariance / variance if variance > 0 else torch.zeros_like(variance)
+    correlation = torch.where(variance > 0, covariance / variance, torch.zeros_like(variance))
     starts = torch.tensor(batch.starts)
     usual = torch.stack([climatology[starts + lead] for lead in range(1, len(batch.targets) + 1)])
     start = field.values[starts]

@@ -104,7 +104,10 @@ WRONG_FILES = {
     "a key twice": ("[run]\nseed = 1\nseed = 2\n", "not valid TOML: Cannot overwrite a value (at line 3"),
     "not text": (b"\xff\xfe\x00", "not valid TOML: not a text in UTF-8"),
     "nothing": ("", "[problem] is missing (and 1 more)"),
-    "a value for a table": ("training = 3\n[problem]\n", "[problem] path is missing: must be a string (and 4 more)"),
+    "a value for a table": (
+        "training = 3\n[problem]\n",
+        "[problem] path is missing: must be a string or a list of at least 1 entry, each a string (and 4 more)",
+    ),
 }
 
 

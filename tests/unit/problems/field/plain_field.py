@@ -38,23 +38,29 @@ class PlainField:
 
     @property
     def inside(self) -> Array:
-        return np.asarray(~np.isnan(self.field).any(axis=(0, 3)))
+        return np.asarray(~np.isnan(self.field).all(axis=0).any(axis=-1))
+
+    @property
+    def known(self) -> Array:
+        """The training times that have values."""
+        learnt = self.field[: self.training]
+        return np.flatnonzero(~np.isnan(learnt).all(axis=(1, 2, 3)))
 
     def moments(self) -> tuple[Array, Array]:
         """Mean and standard deviation of each channel over the cells inside and the training times."""
         learnt = self.field[: self.training][:, self.inside]
-        return learnt.mean(axis=(0, 1)), learnt.std(axis=(0, 1))
+        return np.nanmean(learnt, axis=(0, 1)), np.nanstd(learnt, axis=(0, 1))
 
     def normalised(self) -> torch.Tensor:
         mean, deviation = self.moments()
-        return torch.from_numpy(np.where(self.inside[..., None], (self.field - mean) / deviation, 0.0))
+        return torch.from_numpy(np.where(np.isnan(self.field), 0.0, (self.field - mean) / deviation))
 
     def cycle(self, harmonics: int) -> Array:
         """Coefficients `[1 + 2 harmonics, y, x, channel]` by numpy's least squares: mean, cosines, sines."""
-        learnt = self.normalised().numpy()[: self.training]
-        angle = 2 * np.pi * np.outer(self.phases[: self.training], np.arange(1, harmonics + 1))
-        design = np.hstack([np.ones((self.training, 1)), np.cos(angle), np.sin(angle)])
-        solution = np.linalg.lstsq(design, learnt.reshape(self.training, -1), rcond=None)[0]
+        learnt = self.normalised().numpy()[self.known]
+        angle = 2 * np.pi * np.outer(self.phases[self.known], np.arange(1, harmonics + 1))
+        design = np.hstack([np.ones((len(learnt), 1)), np.cos(angle), np.sin(angle)])
+        solution = np.linalg.lstsq(design, learnt.reshape(len(learnt), -1), rcond=None)[0]
         return np.asarray(solution).reshape(-1, *learnt.shape[1:])
 
     def forecast(
@@ -65,9 +71,9 @@ class PlainField:
         coefficients = torch.from_numpy(self.cycle(harmonics))
         inside = torch.from_numpy(self.inside[..., None].astype(float))
         phase0 = torch.from_numpy(self.phases)[starts]
-        learnt = torch.stack([self._season(torch.tensor([p]), coefficients)[0] for p in self.phases[: self.training]])
-        cells = self.training * int(self.inside.sum())
-        scale = ((state[: self.training] - learnt).square().sum(dim=(0, 1, 2)) / cells).sqrt()
+        learnt = torch.stack([self._season(torch.tensor([p]), coefficients)[0] for p in self.phases[self.known]])
+        cells = len(self.known) * int(self.inside.sum())
+        scale = ((state[self.known] - learnt).square().sum(dim=(0, 1, 2)) / cells).sqrt()
 
         def tendency(t: float, u: torch.Tensor) -> torch.Tensor:
             phase = phase0 if self.period is None else phase0 + t / self.period
@@ -133,8 +139,9 @@ class PlainField:
     def loss(
         self, parameters: dict[str, torch.Tensor], harmonics: int, starts: list[int], leads: int, substeps: int
     ) -> Any:
-        """The mean square error of the windows, over cells inside, windows, leads and channels."""
+        """The mean square error of the windows, over the values inside of all windows, leads and channels."""
         found = self.forecast(parameters, harmonics, starts, leads, substeps)
         state = self.normalised()
         truth = torch.stack([state[[start + lead for start in starts]] for lead in range(1, leads + 1)])
-        return (found - truth)[:, :, torch.from_numpy(self.inside)].square().mean()
+        present = np.stack([~np.isnan(self.field[[start + lead for start in starts]]) for lead in range(1, leads + 1)])
+        return (found - truth)[torch.from_numpy(present)].square().mean()
