@@ -8,47 +8,46 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.tables import ForecastRun, Table
 
 Boundary = Literal["replicate", "periodic", "zero"]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
-class FieldConfig(BaseModel):
+class FieldConfig(Table):
     """The table `[problem]` with `type = "field"`: a field `[time, y, x]` or `[time, y, x, channel]` that xarray opens.
 
     Lengths of time are counted in steps of the field's own, nearly regular, time axis: months for monthly means.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["field"] = "field"
+    """The name of the problem."""
     path: str
-    """A NetCDF or HDF5 file or a Zarr directory; `package:NAME/FILE` is a file inside an installed Python package."""
+    """A NetCDF or HDF5 file or a Zarr directory. `package:NAME/FILE` is a file inside an installed Python package."""
     variable: str
-    """The variable of that file to forecast; its first dimension is time, then y, x and perhaps channel."""
+    """The variable to forecast, with the dimensions time, y, x and optionally channel, in this order."""
     engine: str | None = None
-    """xarray's engine; by default h5netcdf for files and zarr for directories."""
+    """The engine by which xarray opens the file. Default: h5netcdf for files, zarr for directories."""
     units: str | None = None
-    """Units to report; by default the variable's `units` attribute."""
+    """The units of reported errors. Default: the attribute `units` of the variable."""
     mask: str = "nan"
-    """`nan`: cells that are NaN at any time lie outside the domain. `none`: no cell does. Else the name of a variable
-    `[y, x]` that is non-zero inside."""
+    """The cells outside the domain. `nan`: cells that are NaN at any time. `none`: no cells. Otherwise the name of a
+    variable `[y, x]` that is zero outside the domain."""
     normalisation: Literal["standard", "none"] = "standard"
-    """`standard`: less the mean and over the standard deviation of the training part, for each channel."""
+    """`standard` subtracts the mean of the training data and divides by their standard deviation, for each channel."""
     boundary: tuple[Boundary, Boundary] = ("replicate", "replicate")
-    """What lies beyond the edges, for y and for x."""
+    """The values beyond the edges of the field, along y and along x."""
     period: float | None = Field(default=None, gt=0)
-    """The length of the seasonal cycle, in years for dates and in the axis' own units otherwise. By default one year
-    for dates and no cycle otherwise."""
+    """The length of the seasonal cycle, in years if times are dates, otherwise in the units of the time axis. Default:
+    one year if times are dates, otherwise no cycle."""
     validation: Count
-    """How many of the last time steps are set aside for validation: nothing is learnt from them."""
+    """The number of last time steps that are held out for validation."""
     window: Count
-    """How many steps ahead of its start a training window reaches."""
+    """Length of a training window, in time steps after its start."""
     processes: tuple[Count, Count] | None = None
-    """Ranks along y and along x; by default the split with the shortest inner edges."""
+    """Ranks along y and along x. Default: the split with the shortest inner edges."""
 
     @field_validator("path", "variable", "mask")
     @classmethod
@@ -67,21 +66,20 @@ class FieldConfig(BaseModel):
         return value
 
 
-class FieldModelConfig(BaseModel):
+class FieldModelConfig(Table):
     """The table `[model]` of a field problem: the convolutional right-hand side."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     channels: Count = 16
-    """Channels of the hidden layers."""
+    """Channels of each hidden layer."""
     dilations: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 1)
-    """One hidden convolution for each entry, with that dilation."""
+    """The dilation of each hidden convolution."""
     kernel_size: Count = 3
-    """Width of every convolution's stencil, odd."""
+    """Width of the stencil of each convolution, in cells. Must be odd."""
     activation: Literal["gelu", "silu", "tanh"] = "silu"
+    """The activation function between layers."""
     harmonics: Annotated[int, Field(ge=0, strict=True)] | None = None
-    """Harmonics of the seasonal cycle that are fitted to the training part in every cell; by default 2 where there is
-    a cycle. 0: the mean of the training part is fitted alone."""
+    """Harmonics of the seasonal cycle to fit to the training data in each cell. 0 fits the mean only. Default: 2 if
+    there is a cycle."""
 
     @field_validator("kernel_size")
     @classmethod
