@@ -23,13 +23,14 @@ from torch import nn
 
 from pnode_dist.bench.gradient import Case, RightHandSide, classical_rk4
 from pnode_dist.bench.report import Check, Report, Row, interleaved
-from pnode_dist.checkpointing.budget import Trajectory, format_size
+from pnode_dist.checkpointing.budget import Trajectory
 from pnode_dist.ode.methods import resolve
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase, plan_case, seconds_of
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.gray_scott.model import right_hand_side
 from pnode_dist.problems.gray_scott.physics import GrayScott, initial_state
+from pnode_dist.system.sizes import format_size
 
 GRAPH_OVER_BACKPROP = 1.10
 RECOMPUTATION_OVER_WORK = 1.02

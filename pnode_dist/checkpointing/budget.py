@@ -61,15 +61,6 @@ def _parsed(size: str) -> int:
     return int(bytes_of_it)
 
 
-def format_size(size: float) -> str:
-    """Bytes for people: `format_size(3 * 2**20) == "3.0 MiB"`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 class ScratchError(ConfigurationError):
     """The directory for checkpoints on disk cannot be used. Raised on all ranks alike."""
 

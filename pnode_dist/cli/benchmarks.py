@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pnode_dist.bench import BENCHMARKS, CONFIGURED, DRAWN, FULL
 from pnode_dist.cli.ending import is_first
+from pnode_dist.cli.exit_codes import FAILED
 from pnode_dist.cli.output import console, output, show_table
 from pnode_dist.cli.parser import Commands, add_json, add_overrides
 from pnode_dist.errors import ConfigurationError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: Commands) -> None:
     """Add the command."""
-    bench = commands.add("bench", "measure against peers: " + ", ".join(BENCHMARKS), _bench)
+    bench = commands.add("bench", "measure against peers: " + ", ".join(BENCHMARKS), _bench, "gradient", (FAILED,))
     bench.add_argument("name", metavar="NAME", choices=list(BENCHMARKS), help=" | ".join(BENCHMARKS))
     bench.add_argument("config", metavar="CONFIG", nargs="?", help=f"a TOML file ({', '.join(CONFIGURED)})")
     bench.add_argument("--plot", metavar="FILE", type=Path, help=f"also draw it ({', '.join(DRAWN)})")

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pnode_dist.cli.exit_codes import FAILED
 from pnode_dist.cli.output import output, show_table
-from pnode_dist.cli.parser import FAILED, PROGRAM, Commands, add_json, add_overrides
+from pnode_dist.cli.parser import PROGRAM, Commands, add_json, add_overrides
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.system.abort import HUNG
 
 if TYPE_CHECKING:
     from pnode_dist.verify.gradcheck import GradcheckResult
@@ -19,11 +21,21 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     """Add the commands."""
     gradcheck = commands.add(
-        "gradcheck", "check the gradient of a configuration against finite differences", _gradcheck
+        "gradcheck",
+        "check the gradient of a configuration against finite differences",
+        _gradcheck,
+        "my.toml --set mesh.data=2",
+        (FAILED, HUNG),
     )
     gradcheck.add_argument("config", metavar="CONFIG", nargs="?", help="a TOML file")
     gradcheck.add_argument("--all-methods", action="store_true", help="check every method on a small problem instead")
-    plan = commands.add("plan", "say what a trajectory's budget allows and how long it takes", _plan)
+    plan = commands.add(
+        "plan",
+        "predict the time and memory of a solve and its adjoint",
+        _plan,
+        "my.toml --ram 64MiB --disk 1GiB",
+        (FAILED, HUNG),
+    )
     plan.add_argument("config", metavar="CONFIG", help="a TOML file")
     plan.add_argument("--ram", metavar="SIZE", help="instead of [trajectory] ram, such as 64MiB or auto")
     plan.add_argument("--disk", metavar="SIZE", help="instead of [trajectory] disk")

@@ -25,10 +25,11 @@ from mpi4py import MPI
 from rich.console import Console
 from rich.table import Table
 
-from pnode_dist.checkpointing.budget import Trajectory, format_size
+from pnode_dist.checkpointing.budget import Trajectory
 from pnode_dist.distributed.launcher import launched_rank, singleton_problem
 from pnode_dist.system.compatibility import check_mpi
 from pnode_dist.system.memory import memory_limit
+from pnode_dist.system.sizes import format_size
 
 PACKAGES = (
     "torch",

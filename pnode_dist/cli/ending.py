@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import socket
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from pnode_dist.cli.parser import FAILED, INTERRUPTED, PREEMPTED, PROGRAM, WRONG_USAGE, Command
+from pnode_dist.cli.exit_codes import CLOSED_PIPE, FAILED, INTERRUPTED, PREEMPTED, WRONG_USAGE
+from pnode_dist.cli.parser import PROGRAM, Command
 from pnode_dist.distributed.launcher import launched_rank
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.system.abort import abort
@@ -17,6 +20,18 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 _PATIENCE = 10.0
+
+
+def run_alone(command: Command, arguments: argparse.Namespace) -> int:
+    """Run a command that needs no other rank; the exit code."""
+    try:
+        return command(arguments)
+    except ConfigurationError as error:
+        if launched_rank() == 0:
+            complain(error)
+        return WRONG_USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def run_together(command: Command, arguments: argparse.Namespace) -> int:
@@ -52,9 +67,12 @@ def run_together(command: Command, arguments: argparse.Namespace) -> int:
         if together.size > 1:
             abort(INTERRUPTED, together)
         return INTERRUPTED
-    except Exception:
+    except (Exception, SystemExit) as error:
         if together.size == 1:
             raise
+        if is_closed_pipe(error):
+            leave_output()
+            abort(CLOSED_PIPE, together)
         # The hook of an open mesh names the rank and ends all; without one, this does.
         sys.excepthook(*sys.exc_info())
         abort(FAILED, together)
@@ -76,10 +94,35 @@ def _end(error: Exception, code: int, together: MPI.Intracomm) -> int:
     return code
 
 
+def is_closed_pipe(error: BaseException) -> bool:
+    """Whether an error says that nobody reads this process' standard output or error any more."""
+    if isinstance(error, SystemExit):
+        # rich has replaced the standard output and exits with a code of its own.
+        return isinstance(error.__context__, BrokenPipeError)
+    return isinstance(error, BrokenPipeError) and _output_is_closed()
+
+
+def _output_is_closed() -> bool:
+    watched = select.poll()
+    for number in (1, 2):
+        watched.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLNVAL) for _, event in watched.poll(0))
+
+
+def leave_output() -> None:
+    """Discard what is still written to standard output and error, at the end of the process too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
 def complain(error: Exception, rank: str = "") -> None:
+    """Print an error as one line on standard error."""
     line = " ".join(str(error).split())
     print(f"{rank}{PROGRAM}: error: {line}", file=sys.stderr, flush=True)
 
 
 def is_first(comm: MPI.Intracomm) -> bool:
+    """Whether this rank speaks for all."""
     return comm.rank == 0 and (comm.size > 1 or launched_rank() == 0)

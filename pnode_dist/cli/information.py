@@ -1,10 +1,11 @@
-"""The commands that tell what there is: methods, problems and doctor."""
+"""The commands that list what is installed: methods, problems and doctor."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from pnode_dist.cli.exit_codes import FAILED
 from pnode_dist.cli.output import output, show_table
 from pnode_dist.cli.parser import Commands, add_json
 from pnode_dist.distributed.launcher import launched_rank
@@ -13,9 +14,11 @@ from pnode_dist.system.json_lines import json_line
 
 def add_commands(commands: Commands) -> None:
     """Add the commands."""
-    methods = commands.add("methods", "list the time-stepping methods", _methods, alone=True)
-    problems = commands.add("problems", "list the problems that are installed", _problems, alone=True)
-    doctor = commands.add("doctor", "say what is installed and whether the ranks see each other", _doctor)
+    methods = commands.add("methods", "list the time-stepping methods", _methods, "--json", alone=True)
+    problems = commands.add("problems", "list the problems that are installed", _problems, "--json", alone=True)
+    doctor = commands.add(
+        "doctor", "check what is installed and whether the ranks see each other", _doctor, "--json", (FAILED,)
+    )
     for command in (methods, problems, doctor):
         add_json(command)
 

@@ -5,19 +5,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pnode_dist.cli import benchmarks, checking, information, training
-from pnode_dist.cli.ending import complain, run_together
-from pnode_dist.cli.parser import EPILOG, PROGRAM, WRONG_USAGE, Command, Commands, Parser
+from pnode_dist.cli import benchmarks, checking, completion, configuration, information, training
+from pnode_dist.cli.ending import complain, is_closed_pipe, leave_output, run_alone, run_together
+from pnode_dist.cli.exit_codes import CLOSED_PIPE, WRONG_USAGE
+from pnode_dist.cli.parser import EPILOG, PROGRAM, Command, Commands, Parser, formatter
 from pnode_dist.config.user_code import show_tracebacks
 from pnode_dist.distributed.launcher import launched_rank
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.system.allocator import keep_freed_memory
+from pnode_dist.system.compatibility import leave_closed_pipes_to_python
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 2 for wrong usage or configuration, 1 for a check or run that failed,
-    75 (EX_TEMPFAIL) for a run that was stopped and is to be started again."""
-    own, petsc_options = _split(list(sys.argv[1:] if argv is None else argv))
+    """Run a command line; returns the exit code, one of `pnode_dist.cli.exit_codes`."""
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as error:
+        if not is_closed_pipe(error):
+            raise
+        leave_output()
+        return CLOSED_PIPE
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    own, petsc_options = _split(argv)
     try:
         arguments = parser().parse_args(own)
         _initialise_petsc(petsc_options)
@@ -30,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     show_tracebacks(getattr(arguments, "traceback", False))
     command: Command = arguments.command
-    return command(arguments) if arguments.alone else run_together(command, arguments)
+    return (run_alone if arguments.alone else run_together)(command, arguments)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
@@ -50,16 +63,23 @@ def _initialise_petsc(options: list[str] | None) -> None:
     import petsc4py
 
     petsc4py.init([PROGRAM, *options])
+    leave_closed_pipes_to_python()
 
 
 def parser() -> Parser:
     """The parser of all commands."""
     from pnode_dist import __version__
 
-    found = Parser(prog=PROGRAM, description="Train and check distributed neural ODEs.", epilog=EPILOG)
+    found = Parser(
+        prog=PROGRAM,
+        description="Train and check distributed neural ODEs.",
+        epilog=f"{PROGRAM} COMMAND --help shows an example and the exit codes of a command.\n{EPILOG}",
+        formatter_class=formatter,
+    )
+    found.set_defaults(parser=found)
     found.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = Commands(found)
-    for group in (training, checking, information, benchmarks):
+    for group in (training, checking, configuration, information, benchmarks, completion):
         group.add_commands(commands)
     return found
 

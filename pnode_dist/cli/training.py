@@ -6,16 +6,23 @@ import argparse
 import json
 from pathlib import Path
 
-from pnode_dist.cli.ending import complain
+from pnode_dist.cli.exit_codes import FAILED, PREEMPTED
 from pnode_dist.cli.output import output, show_table
-from pnode_dist.cli.parser import INTERRUPTED, PROGRAM, WRONG_USAGE, Commands, add_json, add_overrides
+from pnode_dist.cli.parser import PROGRAM, Commands, add_json, add_overrides
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.system.abort import HUNG
 from pnode_dist.system.json_lines import json_line
 
 
 def add_commands(commands: Commands) -> None:
     """Add the commands."""
-    train = commands.add("train", "train the model of a configuration", _train)
+    train = commands.add(
+        "train",
+        "train the model of a configuration",
+        _train,
+        "my.toml --resume auto --set training.epochs=10",
+        (FAILED, HUNG, PREEMPTED),
+    )
     train.add_argument("config", metavar="CONFIG", help="a TOML file")
     train.add_argument("--run-dir", metavar="DIR", help="where the run's files go, instead of [run] directory")
     train.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run there")
@@ -31,13 +38,17 @@ def add_commands(commands: Commands) -> None:
         help="resume although the source of a problem of your own has changed since the snapshot",
     )
     add_overrides(train)
-    evaluate = commands.add("evaluate", "forecast the validation data with a trained model", _evaluate)
+    evaluate = commands.add(
+        "evaluate", "apply a trained model to the validation data", _evaluate, "runs/my", (FAILED, HUNG)
+    )
     evaluate.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a trained run")
     add_overrides(evaluate)
-    status = commands.add("status", "say how a run is doing", _status, alone=True)
+    status = commands.add(
+        "status", "print the state, the progress and the last snapshot of a run", _status, "runs/my", alone=True
+    )
     status.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a run")
     status.add_argument("--follow", action="store_true", help="go on until the run ends, a line every few seconds")
-    report = commands.add("report", "write one self-contained page of a run", _report)
+    report = commands.add("report", "write one self-contained page of a run", _report, "runs/my", (FAILED,))
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the directory of a trained run")
     report.add_argument("--output", metavar="FILE", type=Path, help="where the page goes, instead of RUN_DIR")
     for command in (evaluate, status, report):
@@ -94,26 +105,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from pnode_dist.runs.status import follow, in_words, status_of
+    from pnode_dist.runs.status import follow, in_words, status_of, with_units
 
     def say(words: str) -> None:
         print(words, flush=True)
 
-    try:
-        if arguments.follow:
-            for status in follow(arguments.run_dir):
-                say(json_line(vars(status)) if arguments.json else in_words(status))
-            return 0
-        found = vars(status_of(arguments.run_dir))
-    except ConfigurationError as error:
-        complain(error)
-        return WRONG_USAGE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    if arguments.follow:
+        for status in follow(arguments.run_dir):
+            say(json_line(vars(status)) if arguments.json else in_words(status))
+        return 0
+    found = status_of(arguments.run_dir)
     if arguments.json:
-        say(json_line(found))
+        say(json_line(vars(found)))
     else:
-        show_table({name: value for name, value in found.items() if value not in (None, "")})
+        show_table(with_units(found))
     return 0
 
 

@@ -75,7 +75,15 @@ def _strict(name: str, table: str, given: Any) -> type[BaseModel]:
         strict: type[BaseModel] = type(given.__name__, (given,), {**namespace, "__doc__": given.__doc__})
         given = strict
     if table == "problem" and "type" not in given.model_fields:
-        given = create_model(given.__name__, __base__=given, type=(str, ...))
+        description = ProblemTable.model_fields["type"].description
+        doc, module = given.__doc__, given.__module__
+        given = create_model(
+            given.__name__,
+            __base__=given,
+            __doc__=doc,
+            __module__=module,
+            type=(str, Field(description=description)),
+        )
     found: type[BaseModel] = given
     return found
 
@@ -84,7 +92,8 @@ class ProblemTable(Table):
     """Base class of a table `[problem]`."""
 
     type: str
-    """The problem: a registered name, `my_package.my_module:MyProblem`, or `./mine.py:MyProblem` beside this file."""
+    """The problem: a name from `pnode-dist problems`, an import path `my_package.my_module:MyProblem`, or a file
+    `./mine.py:MyProblem`, relative to the configuration."""
 
 
 class ModelTable(Table):

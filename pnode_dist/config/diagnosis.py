@@ -12,6 +12,8 @@ from pydantic_core import ErrorDetails
 
 Schema = Mapping[str, Any]
 _LONGEST_VALUE = 60
+# Of TOML, so that nobody needs to be told.
+_LARGEST_INTEGER = 2**63 - 1
 
 
 def first_error(
@@ -59,13 +61,13 @@ def _sentence(details: ErrorDetails, schema: Schema) -> str:
         return f"[{names[0]}] {state}"
     part = table["properties"][names[1]]
     if kind == "missing" and len(location) == 2:
-        return f"[{names[0]}] {names[1]} is missing: must be {_allowed(part, schema)}"
+        return f"[{names[0]}] {names[1]} is missing: must be {allowed(part, schema)}"
     entry = next((index for index in location[2:] if isinstance(index, int)), None)
     # What is missing inside a value is reported with that value as a whole.
     if entry is not None and kind != "missing":
         part = _entry(part, entry, schema)
         names[1] += f"[{entry}]"
-    return f"[{names[0]}] {names[1]} = {_shown(value)}: {_rule(details, _allowed(part, schema))}"
+    return f"[{names[0]}] {names[1]} = {_shown(value)}: {_rule(details, allowed(part, schema))}"
 
 
 def _rule(details: ErrorDetails, allowed: str) -> str:
@@ -94,28 +96,29 @@ def _shown(value: Any) -> str:
 
 
 def _table(schema: Schema, name: str) -> Schema:
-    return _resolved(schema["properties"].get(name, {"properties": {}}), schema)
+    return resolved(schema["properties"].get(name, {"properties": {}}), schema)
 
 
-def _resolved(part: Schema, schema: Schema) -> Schema:
+def resolved(part: Schema, schema: Schema) -> Schema:
+    """The part itself, or the definition that it refers to."""
     reference = part.get("$ref")
     return part if reference is None else schema["$defs"][reference.rsplit("/", 1)[1]]
 
 
 def _entry(part: Schema, index: int, schema: Schema) -> Schema:
     """The schema of one entry of a list."""
-    choices = [_resolved(choice, schema) for choice in part.get("anyOf", [part])]
+    choices = [resolved(choice, schema) for choice in part.get("anyOf", [part])]
     lists = next(choice for choice in choices if choice.get("type") == "array")
     entries = lists.get("prefixItems")
     found: Schema = entries[index] if entries else lists["items"]
     return found
 
 
-def _allowed(part: Schema, schema: Schema) -> str:
-    """What a value must be, in words, from its JSON schema."""
-    part = _resolved(part, schema)
+def allowed(part: Schema, schema: Schema) -> str:
+    """The values that a JSON schema allows, in words that follow `must be`."""
+    part = resolved(part, schema)
     if "anyOf" in part:
-        words = dict.fromkeys(_allowed(choice, schema) for choice in part["anyOf"] if choice.get("type") != "null")
+        words = dict.fromkeys(allowed(choice, schema) for choice in part["anyOf"] if choice.get("type") != "null")
         return " or ".join(words)
     if "enum" in part:
         return "one of " + ", ".join(str(choice) for choice in part["enum"])
@@ -138,7 +141,7 @@ def _allowed(part: Schema, schema: Schema) -> str:
 
 def _list(part: Schema, schema: Schema) -> str:
     entries = part.get("prefixItems") or [part.get("items", {})]
-    each = " or ".join(dict.fromkeys(_allowed(entry, schema) for entry in entries))
+    each = " or ".join(dict.fromkeys(allowed(entry, schema) for entry in entries))
     if "prefixItems" in part:
         count = f"{len(entries)} entries"
     else:
@@ -153,5 +156,7 @@ def _bounds(part: Schema) -> str:
         "maximum": "of at most",
         "exclusiveMaximum": "less than",
     }
-    present = [f"{word} {part[bound]}" for bound, word in words.items() if bound in part]
+    present = [
+        f"{word} {part[bound]}" for bound, word in words.items() if bound in part and part[bound] != _LARGEST_INTEGER
+    ]
     return " " + " and ".join(present) if present else ""

@@ -15,6 +15,9 @@ from pnode_dist.config.registry import DEFAULT, Registered, resolve
 from pnode_dist.config.tables import Config
 from pnode_dist.errors import ConfigurationError
 
+FROM_FILE_NAME = ("run", "name")
+"""The key whose default is the name of the file."""
+
 
 @dataclass(frozen=True)
 class RawTables:
@@ -84,7 +87,8 @@ def _overridden(source: str, directory: Path, tables: dict[str, Any], name: str,
     if ("problem", "type") in sources:
         # A file that is named on the command line is relative to where the command is run.
         directory = Path()
-    run = tables.setdefault("run", {})
+    table, key = FROM_FILE_NAME
+    run = tables.setdefault(table, {})
     if isinstance(run, dict):
-        run.setdefault("name", name)
+        run.setdefault(key, name)
     return RawTables(source, str(directory.resolve()), tables, sources)

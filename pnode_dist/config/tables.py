@@ -76,27 +76,32 @@ def _leads(leads: tuple[int, ...]) -> tuple[int, ...]:
     return leads
 
 
-class Table(BaseModel):
-    """A table of the file: its keys and no others, fixed once read."""
+def _examples(*values: str | int) -> Any:
+    """Values for the JSON Schema of a key that a validator checks, because the schema itself allows more."""
+    return Field(json_schema_extra={"examples": [*values]})
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Table(BaseModel):
+    """A table of the file: its keys and no others, fixed once read. The docstring below a key describes it to users."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunConfig(Table):
-    """`[run]`: what the run is called and where its files go."""
+    """The table `[run]`: the name of the run, its files, and when it stops."""
 
     name: Annotated[StrictStr, AfterValidator(_run_name)]
-    """By default the name of the configuration file."""
+    """The name of the run. Default: the name of the configuration file, without its ending."""
     directory: StrictStr | None = None
-    """The run directory; by default `runs/<name>`."""
+    """The run directory. Default: `runs/NAME`."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds the parameters, the order of the batches and the directions of the gradient check."""
+    """Seed of the initial parameters, the order of the batches and the directions of the gradient check."""
     tensorboard: bool = False
-    """Whether the metrics are also written as event files for TensorBoard, into `tensorboard` in the run directory."""
+    """Also write the metrics as event files for TensorBoard, into `tensorboard/` in the run directory."""
     hang_limit: NotNegative = 1800.0
-    """Seconds in which a rank has to get on by a step of a solve; 0: it may take for ever."""
+    """End the job if a rank completes no time step for this many seconds. 0 disables."""
     stop_before_end: NotNegative = 120.0
-    """Seconds before the end of a Slurm job at which a run stops by itself, to be gone on with; 0: it does not."""
+    """Stop with a snapshot this many seconds before the end of a Slurm job. 0 disables."""
 
     @property
     def path(self) -> Path:
@@ -105,44 +110,45 @@ class RunConfig(Table):
 
 
 class MeshConfig(Table):
-    """`[mesh]`: the MPI world as state ranks x data replicas."""
+    """The table `[mesh]`: the MPI world as state ranks x data replicas."""
 
     state: Count | None = None
-    """Ranks over which one state is spread; by default all that `data` leaves."""
+    """Ranks that share one state. Default: the number of ranks divided by `data`."""
     data: Count = 1
-    """Replicas, each on other training data."""
+    """Replicas of the state. Each computes its share of every batch."""
     backend: Literal["mpi", "gloo", "nccl"] = "mpi"
-    """How torch.distributed communicates."""
+    """The library by which torch.distributed communicates."""
 
 
 class SolverConfig(Table):
-    """`[solver]`: the time stepping."""
+    """The table `[solver]`: the time stepping."""
 
-    method: Annotated[StrictStr, AfterValidator(_method)] = "rk4"
-    """A name from `pnode-dist methods`."""
+    method: Annotated[StrictStr, AfterValidator(_method), _examples(*methods.METHODS)] = "rk4"
+    """The time-stepping method, a name from `pnode-dist methods`."""
     step_size: Positive | None = None
-    """The longest step, in the problem's time units; by default one step between output times. With error control the
-    first step, by default chosen from the problem."""
+    """The longest step, in the problem's units of time. Default: one step between output times. With error control it
+    is the first step, and the default is chosen from the problem."""
     rtol: Positive | None = None
-    """Relative tolerance of error control; steps are of fixed size unless this or `atol` is given."""
+    """Relative tolerance of error control. Steps have a fixed size unless `rtol` or `atol` is given."""
     atol: Positive | None = None
-    """Absolute tolerance, in the units of the state as it is solved for."""
+    """Absolute tolerance of error control, in the units of the solved state."""
     adaptor: Literal["basic", "dsp"] = "basic"
-    """PETSc's control of the step size."""
+    """PETSc's controller of the step size, for error control."""
     preconditioner: Literal["none", "block", "assembled"] = "none"
-    """Of the linear systems of implicit methods: the exact inverse of every sample's own, or the sparse Jacobian on a
-    grid, for PETSc's own preconditioners (`petsc_options = { pc_type = "gamg" }`)."""
+    """Preconditioner of the linear systems of implicit methods. `block` inverts the Jacobian of each sample exactly.
+    `assembled` builds the sparse Jacobian on a grid for PETSc's own preconditioners, which
+    `petsc_options = { pc_type = "gamg" }` chooses."""
     compute_dtype: Literal["float64", "float32", "bfloat16"] | None = None
-    """What the right-hand side computes in, by default `[training] dtype`, in which parameters and data stay."""
+    """The type in which the right-hand side computes. Parameters and data stay in `[training] dtype`, the default."""
     on_mismatch: Literal["raise", "warn", "ignore"] = "raise"
-    """Whether to raise, warn or go on where a step recomputed for the gradient differs from the forward pass."""
+    """What to do when a step recomputed for the gradient differs from the forward pass."""
     preserve_rng_state: bool = True
-    """Whether recomputed steps draw the same random numbers; false saves the time where the model draws none."""
+    """Draw the same random numbers in recomputed steps. `false` saves time if the model draws none."""
     reach: Count = 1
-    """How many cells the right-hand side reaches in each direction, for `assembled`: 1 for a 3 x 3 stencil, the sum of
-    its layers' for a network."""
+    """Cells that the right-hand side reads in each direction, for `preconditioner = "assembled"`: 1 for a 3 x 3
+    stencil. For a network it is the sum over its layers."""
     petsc_options: Annotated[dict[str, StrictStr | bool | int | float], AfterValidator(_petsc_options)] = {}
-    """PETSc options of the solver, without the dash; an option that takes no value is written `""`."""
+    """PETSc options of the solver, by name without the dash. Write `""` for an option without a value."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -151,28 +157,36 @@ class SolverConfig(Table):
 
 
 class TrajectoryConfig(Table):
-    """`[trajectory]`: what may be kept for the adjoint, per rank. Sizes are bytes or strings such as `"256MiB"`."""
+    """The table `[trajectory]`: the memory and disk budget of the adjoint, per rank.
 
-    ram: Annotated[StrictInt | StrictStr, AfterValidator(_size_or_auto)] = "auto"
-    """`auto`: half of the memory that is left to the ranks of a node, divided among them."""
-    disk: Annotated[StrictInt | StrictStr, AfterValidator(_size)] = 0
+    Sizes are numbers of bytes, or strings such as `"256MiB"`.
+    """
+
+    ram: Annotated[StrictInt | StrictStr, AfterValidator(_size_or_auto), _examples("auto", "256MiB", "1.5GB")] = "auto"
+    """Memory for checkpoints, stages and tapes. `auto` is half of the memory available on the node, divided by its
+    ranks."""
+    disk: Annotated[StrictInt | StrictStr, AfterValidator(_size), _examples("256MiB", "1.5GB")] = 0
+    """Disk space for checkpoints. 0 disables."""
     directory: StrictStr | None = None
-    """For disk checkpoints, best local to the node; by default SLURM_TMPDIR or the system's temporary directory."""
+    """The directory of disk checkpoints, best on a disk of the node. Default: SLURM_TMPDIR, TMPDIR, or the system's
+    temporary directory."""
     ram_slots: CountOrNone | None = None
-    """A number of checkpoints, instead of bytes."""
+    """The number of checkpoints in memory, instead of `ram`."""
     disk_slots: CountOrNone | None = None
+    """The number of checkpoints on disk, instead of `disk`."""
     keep: Literal["auto", "solution", "stages", "graph"] = "auto"
-    """`solution`: only checkpoints. `stages`: the states of the stages. `graph`: the graph of every step. `auto`: what
-    is fastest in `ram`."""
+    """What to store of a step. `solution` stores checkpoint states only and recomputes each step. `stages` also stores
+    the stage values. `graph` stores the autograd tape of every step. `auto` is the fastest within `ram`."""
     schedule: Literal["auto", "all", "revolve", "multistage", "h-revolve"] = "auto"
-    """Which checkpoints to hold: the state before every step, binomially in memory, also on disk, or with the costs of
-    the disk weighed in. `auto`: what is predicted to be fastest."""
+    """Which checkpoints to store. `all`: the state before every step. `revolve`: binomial, in memory. `multistage`:
+    binomial, in memory and on disk. `h-revolve`: the same, with the measured cost of the disk. `auto`: the schedule
+    with the shortest predicted time."""
     checkpoint_dtype: Literal["float64", "float32"] = "float64"
-    """`float32` halves the checkpoints and rounds what is run again from them."""
+    """The type of checkpoints. `float32` halves their size and rounds the states that steps are recomputed from."""
     solves: Count = 1
-    """How many solves share the budget at a time."""
+    """The number of solves that share the budget at the same time."""
     on_spill_error: Literal["recompute", "raise"] = "recompute"
-    """When the disk fails: go on without it, or end the run."""
+    """What to do when the disk fails: recompute steps instead, or end the run."""
 
     def build(self, solves: int = 1) -> Trajectory:
         """The budget as `odeint` takes it, for a model of so many solves."""
@@ -180,40 +194,46 @@ class TrajectoryConfig(Table):
 
 
 class TrainingConfig(Table):
-    """`[training]`: an optimiser on the batches of the problem."""
+    """The table `[training]`: the optimiser and the batches."""
 
     epochs: Count
-    optimiser: Annotated[StrictStr, AfterValidator(_choice_or_path("adamw", "sgd"))] = "adamw"
-    """`adamw`, `sgd`, or the import path of a torch optimiser, such as `torch.optim.LBFGS`, which is given
-    `learning_rate` as `lr`, a `weight_decay` that is not zero, and `optimiser_options`."""
+    """Passes over the training data."""
+    optimiser: Annotated[StrictStr, AfterValidator(_choice_or_path("adamw", "sgd")), _examples("adamw", "sgd")] = (
+        "adamw"
+    )
+    """The optimiser: `adamw`, `sgd`, or the import path of a torch optimiser such as `torch.optim.LBFGS`. Its arguments
+    are `learning_rate` as `lr`, `weight_decay` unless it is 0, and `optimiser_options`."""
     optimiser_options: dict[str, Any] = {}
-    """Further arguments of the optimiser, by name."""
+    """Further arguments of an optimiser given by its import path, by name."""
     momentum: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
-    """Of `sgd`: what is left of a step in the next one. AdamW has averages of its own."""
+    """Momentum of `sgd`: the share of the previous step that is added to the next one."""
     learning_rate: Positive = 1e-3
-    schedule: Annotated[StrictStr, AfterValidator(_choice_or_path("constant", "cosine"))] = "constant"
-    """`constant`; `cosine`: the learning rate falls to zero over the run along half a cosine; or the import path of a
-    torch scheduler, such as `torch.optim.lr_scheduler.OneCycleLR`, which is given `schedule_options`."""
+    """The learning rate at the first step."""
+    schedule: Annotated[
+        StrictStr, AfterValidator(_choice_or_path("constant", "cosine")), _examples("constant", "cosine")
+    ] = "constant"
+    """The learning rate over the run. `constant`; `cosine`, which falls to zero along half a cosine; or the import path
+    of a torch scheduler such as `torch.optim.lr_scheduler.OneCycleLR`, with the arguments `schedule_options`."""
     schedule_options: dict[str, Any] = {}
-    """Arguments of the scheduler, by name."""
+    """Arguments of a scheduler given by its import path, by name."""
     schedule_every: Literal["epoch", "step"] = "epoch"
-    """Whether the scheduler advances with every epoch or with every optimiser step."""
+    """When a scheduler given by its import path advances."""
     weight_decay: NotNegative = 0.0
-    """Times the parameters: with `adamw` what the learning rate takes from them in a step, with `sgd` added to their
-    gradient."""
+    """Weight decay. `adamw` subtracts it from the parameters, times the learning rate and the parameters. `sgd` adds it
+    to the gradient, times the parameters."""
     batch_size: Count = 1
-    """Samples of a step, of all replicas together, so that the training is the same on every mesh."""
+    """Samples per optimiser step, over all replicas. Training is therefore the same on every mesh."""
     dtype: Literal["float32", "float64"] = "float32"
-    """In what the model computes; PETSc's state is in its own scalar type."""
+    """The type of parameters and data. Time steps are computed in PETSc's scalar type."""
     gradient_clip: Positive | None = None
-    """The largest norm of the gradient, summed over ranks, that a step is taken with."""
+    """Scale a gradient with a larger norm, over all ranks, down to this norm. Default: no limit."""
     log_every: Count = 1
-    """Epochs between progress lines where the output is not a terminal."""
+    """Epochs between lines of progress, where the output is not a terminal."""
     validate_every: CountOrNone = 0
-    """Epochs between validations; 0: only after the last."""
+    """Epochs between validations. 0 validates after the last epoch only."""
     keep: Literal["last", "best"] = "last"
-    """Which parameters the run ends with. `best` chooses them by the validation data, whose errors are then no
-    longer those of unseen data: it needs a test set of its own to report on."""
+    """The parameters that the run saves: those of the last epoch, or those with the lowest validation error. With
+    `best` report errors on a separate test set, because validation data have chosen the parameters."""
 
     @field_validator("optimiser_options", "schedule_options")
     @classmethod
@@ -240,21 +260,24 @@ class TrainingConfig(Table):
 
 
 class SnapshotConfig(Table):
-    """`[snapshot]`: how often what a run can go on from is written; it also is at its end and when it is stopped."""
+    """The table `[snapshot]`: when to write the snapshots from which `--resume` continues a run.
+
+    A run also writes one at its end and when it is stopped.
+    """
 
     every_steps: CountOrNone = 0
-    """Optimiser steps between snapshots; 0: not by steps."""
+    """Optimiser steps between snapshots. 0 disables."""
     every_minutes: NotNegative = 10.0
-    """0: not by time."""
+    """Minutes between snapshots. 0 disables."""
     keep: Count = 2
-    """How many are kept; older ones are removed."""
+    """The number of snapshots to keep. Older ones are removed."""
 
 
 class EvaluationConfig(Table):
-    """`[evaluation]` of a problem that forecasts: what `pnode-dist evaluate` reports."""
+    """The table `[evaluation]` of a forecast: what `pnode-dist evaluate` reports."""
 
     leads: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_leads)] = (1, 2, 3, 6)
-    """Forecast lead times, in steps of the data's time axis."""
+    """Lead times of the reported errors, in samples of the data, in increasing order."""
 
 
 class Config(Table):

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from pnode_dist.checkpointing.budget import DEFAULT, ScratchError, format_size
+from pnode_dist.checkpointing.budget import DEFAULT, ScratchError
 from pnode_dist.checkpointing.plan import Plan, Plans, plan
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.rhs.layout import State, layout_of
+from pnode_dist.system.sizes import format_size
 
 _REPEATS = 3
 _SWEEP_POINTS = 12

@@ -12,9 +12,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
-from pnode_dist.checkpointing.budget import format_size
 from pnode_dist.ode.planning import SweepPoint
 from pnode_dist.report.panels import MODEL_COLOUR, STYLE
+from pnode_dist.system.sizes import format_size
 
 _MEASURED_COLOUR = "#1f78b4"
 

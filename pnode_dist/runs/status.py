@@ -6,7 +6,7 @@ import json
 import math
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.runs.heartbeat import HEARTBEAT, INTERVAL, Beat, read_beat
 from pnode_dist.runs.lock import is_alive, read_holder
 from pnode_dist.system.file_clock import clock_of
+from pnode_dist.system.sizes import format_size
 
 RUNNING, DEAD, STARTING = "running", "dead", "no sign of life"
 
@@ -131,6 +132,39 @@ def follow(directory: Path, every: float = INTERVAL) -> Iterator[Status]:
         time.sleep(every)
 
 
+def with_units(status: Status) -> dict[str, str]:
+    """What is known of the run, by name, with units, for people."""
+    units: dict[str, Callable[[Any], str]] = {
+        "progress": lambda share: f"{100 * share:.1f} %",
+        "loss": lambda loss: f"{loss:.6g}",
+        "steps_per_second": lambda rate: f"{rate:.3g} steps/s",
+        "idle_seconds": lambda seconds: f"{seconds:.1f} s",
+        "seconds_left": _duration,
+        "last_snapshot": _with_size,
+        "spilt": lambda size: f"{format_size(size)} of all ranks",
+        "peak_memory": lambda size: f"{format_size(size)} of all ranks",
+    }
+    names = {"steps_per_second": "rate", "idle_seconds": "since last step", "seconds_left": "time left"}
+    known = {name: value for name, value in vars(status).items() if value not in (None, "")}
+    return {names.get(name, name): units.get(name, str)(value) for name, value in known.items()}
+
+
+def _with_size(label: str) -> str:
+    """The label of a snapshot, with a size for people."""
+    rest, _, size = label.removesuffix(" bytes").rpartition(", ")
+    return f"{rest}, {format_size(int(size))}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as `42 s`, `3 min 20 s` or `5 h 12 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def in_words(status: Status) -> str:
     """One line, for following a run."""
     parts = [status.state]
@@ -141,7 +175,7 @@ def in_words(status: Status) -> str:
     if status.steps_per_second:
         parts.append(f"{status.steps_per_second:.3g} steps/s")
     if status.seconds_left is not None:
-        parts.append(f"{status.seconds_left:.0f} s left")
+        parts.append(f"{_duration(status.seconds_left)} left")
     if status.message:
         parts.append(status.message)
     return "  ".join(parts)

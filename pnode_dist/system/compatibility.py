@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -72,6 +74,7 @@ def check_mpi() -> None:
             f"petsc4py cannot be loaded beside mpi4py, which uses {library}: {error}: build both on the same MPI "
             f"({_INSTALL})"
         ) from None
+    leave_closed_pipes_to_python()
     maps = Path("/proc/self/maps")
     mapped = maps.read_text().splitlines() if maps.exists() else []
     config = petsc4py.get_config()
@@ -83,6 +86,14 @@ def check_mpi() -> None:
     )
     if problem:
         raise ImportError(problem)
+
+
+def leave_closed_pipes_to_python() -> None:
+    """Put back Python's handling of SIGPIPE, in whose place PETSc reports a crash and aborts all ranks."""
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.getsignal(signal.SIGPIPE)
+        if handler is not None:
+            signal.signal(signal.SIGPIPE, handler)
 
 
 def scalar_problem(scalar: str) -> str | None:

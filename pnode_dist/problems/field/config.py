@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.tables import ForecastRun, Table
 
 Boundary = Literal["replicate", "periodic", "zero"]
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -18,30 +18,27 @@ Index = Annotated[int, Field(ge=0, strict=True)]
 Value = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
-class LevelIndex(BaseModel):
+class LevelIndex(Table):
     """The table `[problem] level = { index = ... }`: levels by their position instead of their value."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     index: Index | Annotated[tuple[Index, ...], Field(min_length=1)]
     """The position of one level, counted from 0, or of several."""
 
 
-class FieldConfig(BaseModel):
+class FieldConfig(Table):
     """The table `[problem]` with `type = "field"`: variables on a grid that xarray opens.
 
     Lengths of time are counted in steps of the field's own time axis: months for monthly means.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["field"] = "field"
+    """The name of the problem."""
     path: str | Annotated[tuple[str, ...], Field(min_length=1)]
     """A NetCDF or HDF5 file or a Zarr directory, a glob of these, or a list of both. Several files are parts of one
     data set along time. `package:NAME/FILE` is a file inside an installed Python package."""
     variable: str | Annotated[tuple[str, ...], Field(min_length=1)]
     """The variable to forecast, or a list of variables on the same grid and times, which become channels."""
-    axes: dict[str, str] = {}
+    axes: dict[str, str] = Field(default_factory=dict)
     """The names of dimensions, or of their coordinates, whose attributes do not tell which axis they are:
     `{ time = "t", y = "j", x = "i" }`."""
     level: Value | str | Annotated[tuple[Value | str, ...], Field(min_length=1)] | LevelIndex = "all"
@@ -59,19 +56,19 @@ class FieldConfig(BaseModel):
     """`nan`: cells that are NaN at any time lie outside the domain, and with `missing = "mask"` those that are NaN at
     all training times. `none`: no cell does. Else the name of a variable `[y, x]` that is non-zero inside."""
     normalisation: Literal["standard", "none"] = "standard"
-    """`standard`: less the mean and over the standard deviation of the training part, for each channel."""
+    """`standard` subtracts the mean of the training data and divides by their standard deviation, for each channel."""
     boundary: tuple[Boundary, Boundary] = ("replicate", "replicate")
-    """What lies beyond the edges, for y and for x. `periodic` is refused where longitudes do not go round the globe
-    once, and for latitudes."""
+    """The values beyond the edges of the field, along y and along x. `periodic` is refused where longitudes do not go
+    round the globe once, and for latitudes."""
     period: float | None = Field(default=None, gt=0)
-    """The length of the seasonal cycle, in years for dates and in the axis' own units otherwise. By default one year
-    for dates half a year apart or less and no cycle otherwise."""
+    """The length of the seasonal cycle, in years if times are dates, otherwise in the units of the time axis. Default:
+    one year for dates half a year apart or less, otherwise no cycle."""
     validation: Count
-    """How many of the last time steps are set aside for validation: nothing is learnt from them."""
+    """The number of last time steps that are held out for validation."""
     window: Count
-    """How many steps ahead of its start a training window reaches."""
+    """Length of a training window, in time steps after its start."""
     processes: tuple[Count, Count] | None = None
-    """Ranks along y and along x; by default the split with the shortest inner edges."""
+    """Ranks along y and along x. Default: the split with the shortest inner edges."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -127,21 +124,20 @@ class FieldConfig(BaseModel):
         return value
 
 
-class FieldModelConfig(BaseModel):
+class FieldModelConfig(Table):
     """The table `[model]` of a field problem: the convolutional right-hand side."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     channels: Count = 16
-    """Channels of the hidden layers."""
+    """Channels of each hidden layer."""
     dilations: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 1)
-    """One hidden convolution for each entry, with that dilation."""
+    """The dilation of each hidden convolution."""
     kernel_size: Count = 3
-    """Width of every convolution's stencil, odd."""
+    """Width of the stencil of each convolution, in cells. Must be odd."""
     activation: Literal["gelu", "silu", "tanh"] = "silu"
+    """The activation function between layers."""
     harmonics: Annotated[int, Field(ge=0, strict=True)] | None = None
-    """Harmonics of the seasonal cycle that are fitted to the training part in every cell; by default 2 where there is
-    a cycle. 0: the mean of the training part is fitted alone."""
+    """Harmonics of the seasonal cycle to fit to the training data in each cell. 0 fits the mean only. Default: 2 if
+    there is a cycle."""
 
     @field_validator("kernel_size")
     @classmethod

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationInfo, field_validator
+from pydantic import Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import Config
+from pnode_dist.config.tables import Config, Table
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Cells = Annotated[int, Field(ge=2, strict=True)]
@@ -27,7 +27,7 @@ FILES = {"power": "power/data.npy", "miniboone": "miniboone/data.npy", "bsds300"
 """Tables in the files of Papamakarios et al.: Masked autoregressive flow for density estimation, NeurIPS 2017."""
 
 
-class FlowsConfig(BaseModel):
+class FlowsConfig(Table):
     """The table `[problem]` with `type = "flows"`: samples whose density is to be learnt.
 
     `moons` to `checkerboard` are densities in the plane and `gaussian` is one of any dimension: samples to learn from,
@@ -35,9 +35,8 @@ class FlowsConfig(BaseModel):
     scikit-learn. `power`, `miniboone` and `bsds300` are read from `directory`, where they lie as in MAF's data.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["flows"]
+    """The name of the problem."""
     density: Literal[
         "moons",
         "rings",
@@ -53,20 +52,21 @@ class FlowsConfig(BaseModel):
         "miniboone",
         "bsds300",
     ]
+    """The samples: a density to draw from, a table of scikit-learn, or files in `directory`."""
     samples: Count = 10_000
-    """Drawn samples to learn from."""
+    """The number of training samples, for densities to draw from."""
     validation: Count = 2_000
-    """Further drawn samples, by which training chooses parameters if asked to."""
+    """The number of validation samples, for densities to draw from."""
     test: Count = 2_000
-    """Further drawn samples that only `evaluate` sees."""
+    """The number of test samples, for densities to draw from. Only `evaluate` uses them."""
     seed: Seed = 0
-    """Seeds what is drawn, and how an embedded table is split; nothing else."""
+    """Seed of the drawn samples, and of the split of a table of scikit-learn."""
     mean: tuple[Number, ...] = ()
-    """Of `gaussian`; by default zero."""
+    """The mean of `gaussian`. Default: zero."""
     covariance: Annotated[Matrix, Field(validate_default=True)] = ()
-    """Of `gaussian`: the rows of a symmetric positive definite matrix."""
+    """The covariance of `gaussian`, by rows: a symmetric positive definite matrix. Required for `gaussian`."""
     directory: Annotated[StrictStr | None, Field(validate_default=True)] = None
-    """Where the files of `power`, `miniboone` or `bsds300` lie, in folders of their own."""
+    """The folder of the files of `power`, `miniboone` or `bsds300`, each in a folder of its own. Required for these."""
 
     @field_validator("covariance")
     @classmethod
@@ -92,42 +92,40 @@ class FlowsConfig(BaseModel):
         return value
 
 
-class FlowsModelConfig(BaseModel):
+class FlowsModelConfig(Table):
     """The table `[model]` of a flows problem: continuous flows, one after another, and what they are charged for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 64, 64)
-    """Units of each hidden layer of a flow's velocity."""
+    """Units of each hidden layer of the velocity."""
     activation: Literal["silu", "softplus", "tanh"] = "tanh"
+    """The activation function between layers."""
     flows: Count = 1
-    """Flows, each with a velocity of its own."""
+    """The number of flows in sequence, each with its own velocity."""
     time: Positive = 1.0
-    """How long a flow lasts."""
+    """The duration of a flow, dimensionless."""
     trace: Literal["exact", "hutchinson"] = "exact"
-    """The trace of the velocity's Jacobian in training: `exact` costs as many derivatives as there are dimensions,
-    `hutchinson` one, along noise that stays the same for a solve. Evaluations are exact."""
+    """The trace of the Jacobian of the velocity during training. `exact` computes one derivative for each dimension.
+    `hutchinson` estimates it by one derivative, along noise that is fixed during a solve. `evaluate` is always
+    exact."""
     noise: Literal["gaussian", "rademacher"] = "rademacher"
-    """Hutchinson's noise: normally distributed, or signs."""
+    """The noise of `trace = "hutchinson"`: standard normal numbers, or random signs."""
     whiten: bool = False
-    """Let the flow begin with the linear map that makes the rows to learn from white: untrained, it is then near the
+    """Start the flow with the linear map that whitens the training samples. The untrained flow is then close to the
     normal distribution that fits them."""
     kinetic: NotNegative = 0.0
-    """What the loss adds for each unit of a sample's squared speed, integrated over time."""
+    """Weight in the loss of the squared speed of a sample, integrated over time. 0 disables."""
     jacobian: NotNegative = 0.0
-    """What the loss adds for each unit of the squared Frobenius norm of the velocity's Jacobian at a sample, integrated
-    over time."""
+    """Weight in the loss of the squared Frobenius norm of the Jacobian of the velocity, integrated over time. 0
+    disables."""
 
 
-class FlowsEvaluationConfig(BaseModel):
+class FlowsEvaluationConfig(Table):
     """The table `[evaluation]` of a flows problem."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     samples: Count = 2_000
-    """Samples drawn from the flow."""
+    """The number of samples to draw from the flow."""
     cells: Cells = 160
-    """Cells along each axis of the map of a density in the plane, over which it is integrated."""
+    """Cells along each axis of the grid on which a density in the plane is drawn and integrated."""
 
 
 class FlowsRun(Config):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationInfo, field_validator
+from pydantic import Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.tables import ForecastRun, Table
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Nodes = Annotated[int, Field(ge=4, strict=True)]
@@ -31,35 +31,35 @@ class DiffusionParameters:
     conductivity: tuple[float, float] = (0.005, 0.04)
 
 
-class GraphDiffusionConfig(BaseModel):
+class GraphDiffusionConfig(Table):
     """The table `[problem]` with `type = "graph_diffusion"`: trajectories computed from the equations, to learn from.
 
     See `DiffusionParameters`. A sample is the state at one time, and samples of a trajectory are `interval` apart, the
     first at time 0.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["graph_diffusion"]
+    """The name of the problem."""
     nodes: Nodes
-    """Nodes of the mesh."""
+    """The number of nodes of the mesh."""
     mesh_seed: Seed = 0
-    """Seeds the places of the nodes."""
+    """Seed of the positions of the nodes."""
     ownership: StrictStr = "bisection"
-    """How the nodes are split over the state ranks: `bisection`, `contiguous`, or a partitioner of PETSc's."""
+    """How to split the nodes over the state ranks: `bisection`, `contiguous`, or the name of a partitioner of PETSc."""
     conductivity: tuple[NotNegative, NotNegative] = DiffusionParameters.conductivity
+    """The coefficients (k0, k2) of the conductivity k0 + k2 u^2 of an edge, dimensionless."""
     seed: Seed = 0
-    """Seeds the initial states, and nothing else."""
+    """Seed of the initial states."""
     trajectories: Count
-    """Trajectories to learn from."""
+    """The number of training trajectories."""
     validation: Count
-    """Further trajectories, from other initial states, that nothing is learnt from."""
+    """The number of held-out trajectories, from other initial states."""
     times: Times
-    """Samples of each trajectory, with the initial state."""
+    """Samples per trajectory, including the initial state."""
     interval: Positive
-    """Time between samples."""
+    """Time between samples, dimensionless."""
     window: Count
-    """How many samples ahead of its start a training window reaches."""
+    """Length of a training window, in samples after its start."""
 
     @field_validator("conductivity")
     @classmethod
@@ -82,14 +82,13 @@ class GraphDiffusionConfig(BaseModel):
         return DiffusionParameters(self.conductivity)
 
 
-class GraphDiffusionModelConfig(BaseModel):
+class GraphDiffusionModelConfig(Table):
     """The table `[model]` of a graph diffusion problem: the perceptron in place of the conductivity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (16, 16)
-    """Widths of the hidden layers."""
+    """Units of each hidden layer."""
     activation: Literal["gelu", "silu", "tanh"] = "tanh"
+    """The activation function between layers."""
 
 
 class GraphDiffusionRun(ForecastRun):

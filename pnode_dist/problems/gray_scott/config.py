@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.tables import ForecastRun, Table
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Points = Annotated[int, Field(ge=3, strict=True)]
@@ -36,38 +36,39 @@ class GrayScottParameters:
     domain: tuple[float, float] = (2.5, 2.5)
 
 
-class GrayScottConfig(BaseModel):
+class GrayScottConfig(Table):
     """The table `[problem]` with `type = "gray_scott"`: trajectories computed from the equations, to learn them from.
 
     Times are in the units of the equations, see `GrayScottParameters`. A sample is the state at one time, and samples
     of a trajectory are `interval` apart, the first at time 0.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["gray_scott"]
+    """The name of the problem."""
     shape: tuple[Points, Points]
-    """Points of the grid along y and along x."""
+    """Grid points along y and along x."""
     domain: tuple[Positive, Positive] = GrayScottParameters.domain
-    """Lengths of the periodic domain along y and along x."""
+    """Lengths of the periodic domain along y and along x, dimensionless."""
     diffusion: tuple[NotNegative, NotNegative] = GrayScottParameters.diffusion
-    """Diffusion coefficients of u and of v."""
+    """Diffusion coefficients of u and of v, dimensionless."""
     feed: NotNegative = GrayScottParameters.feed
+    """The feed rate F, dimensionless."""
     kill: NotNegative = GrayScottParameters.kill
+    """The kill rate k, dimensionless."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds the initial states, and nothing else."""
+    """Seed of the initial states."""
     trajectories: Count
-    """Trajectories to learn from."""
+    """The number of training trajectories."""
     validation: Count
-    """Further trajectories, from other initial states, that nothing is learnt from."""
+    """The number of held-out trajectories, from other initial states."""
     times: Times
-    """Samples of each trajectory, with the initial state."""
+    """Samples per trajectory, including the initial state."""
     interval: Positive
-    """Time between samples."""
+    """Time between samples, dimensionless."""
     window: Count
-    """How many samples ahead of its start a training window reaches."""
+    """Length of a training window, in samples after its start."""
     processes: tuple[Count, Count] | None = None
-    """Ranks along y and along x; by default the split with the shortest inner edges."""
+    """Ranks along y and along x. Default: the split with the shortest inner edges."""
 
     @field_validator("window")
     @classmethod
@@ -83,16 +84,15 @@ class GrayScottConfig(BaseModel):
         return GrayScottParameters(self.diffusion, self.feed, self.kill, self.domain)
 
 
-class GrayScottModelConfig(BaseModel):
+class GrayScottModelConfig(Table):
     """The table `[model]` of a Gray-Scott problem: the convolutional right-hand side."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     channels: Count = 16
-    """Channels between the layers."""
+    """Channels of each hidden layer."""
     layers: Layers = 3
-    """3 x 3 convolutions, the first from the two species and the last to them."""
+    """The number of 3 x 3 convolutions, including the first and the last."""
     activation: Literal["gelu", "silu", "tanh"] = "silu"
+    """The activation function between layers."""
 
 
 class GrayScottRun(ForecastRun):

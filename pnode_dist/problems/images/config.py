@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationInfo, field_validator
+from pydantic import Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import Config
+from pnode_dist.config.tables import Config, Table
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrNone = Annotated[int, Field(ge=0, strict=True)]
@@ -19,32 +19,31 @@ Channels = Annotated[int, Field(ge=4, multiple_of=4, strict=True)]
 TEST_SHARE, SYNTHETIC_IMAGES = 0.2, 1024
 
 
-class ImagesConfig(BaseModel):
+class ImagesConfig(Table):
     """The table `[problem]` with `type = "images"`: images of 10 classes, to be told apart.
 
     Classes have the same shares in all parts that the images are split into.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["images"]
+    """The name of the problem."""
     data: Literal["digits", "cifar10", "synthetic"] = "digits"
-    """`digits`: 1,797 handwritten digits of 8 x 8 points, which scikit-learn brings. `cifar10`: 60,000 photographs of
-    3 x 32 x 32. `synthetic`: seeded images of that shape, to measure costs with."""
+    """The images. `digits`: 1,797 handwritten digits of 8 x 8 pixels, from scikit-learn. `cifar10`: 60,000 photographs
+    of 32 x 32 pixels with 3 colours, read from `path`. `synthetic`: random images of that shape, for measurements."""
     path: Annotated[StrictStr | None, Field(validate_default=True)] = None
-    """The folder of `cifar10`, in its published binary or Python form."""
+    """The folder of `cifar10`, in its published binary or Python form. Required for `cifar10`."""
     images: Count | None = None
-    """How many of `synthetic` there are, by default 1,024."""
+    """The number of `synthetic` images. Default: 1,024."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds how the images are split, and what synthetic ones show."""
+    """Seed of the split of the images, and of `synthetic` images."""
     test: Share | None = None
-    """The share of all images that `evaluate` judges by, by default 0.2. `cifar10` has a test part of its own."""
+    """The share of all images that only `evaluate` uses. Default: 0.2. `cifar10` comes with test images."""
     validation: Share = 0.1
-    """The share of the other images that training is watched with. With 0 the test part is watched."""
+    """The share of the remaining images for validation during training. 0 validates with the test images."""
     shift: CountOrNone = 0
-    """Training images are moved by up to so many points in each direction, in every epoch anew."""
+    """Shift each training image by up to this many pixels in each direction, at random in each epoch. 0 disables."""
     flip: bool = False
-    """Half of the training images are mirrored, in every epoch others."""
+    """Mirror half of the training images, at random in each epoch."""
 
     @field_validator("path")
     @classmethod
@@ -90,20 +89,19 @@ class ImagesConfig(BaseModel):
         return SYNTHETIC_IMAGES if self.images is None else self.images
 
 
-class ImagesModelConfig(BaseModel):
+class ImagesModelConfig(Table):
     """The table `[model]` of an images problem: SqueezeNext; by default SqNxt_23_1x of the PNODE paper."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     stem: Channels = 64
     """Channels of the first layer."""
     widths: Annotated[tuple[Channels, ...], Field(min_length=1)] = (32, 64, 128, 256)
-    """Channels of each residual group, whose solve is of f(t, u) from t = 0 to 1."""
+    """Channels of each ODE block. A block solves du/dt = f(t, u) from t = 0 to 1."""
     strides: Annotated[tuple[Literal[1, 2], ...], Field(validate_default=True)] = (1, 2, 2, 2)
-    """2 where a group has half of the points before it in each direction."""
+    """The stride before each ODE block: 2 halves the image in each direction. One entry for each of `widths`."""
     features: Count = 128
-    """Channels of the last layer before the classes."""
+    """Channels of the last layer before the classifier."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
+    """The activation function between layers."""
 
     @field_validator("strides")
     @classmethod
@@ -114,13 +112,11 @@ class ImagesModelConfig(BaseModel):
         return value
 
 
-class ImagesEvaluationConfig(BaseModel):
+class ImagesEvaluationConfig(Table):
     """The table `[evaluation]` of an images problem."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     batch_size: Count = 256
-    """Images, of all replicas together, that are looked at at a time."""
+    """Images per evaluated batch, over all replicas."""
 
 
 class ImagesRun(Config):

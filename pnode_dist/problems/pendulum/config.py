@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.tables import ForecastRun, Table
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Times = Annotated[int, Field(ge=2, strict=True)]
@@ -33,36 +33,39 @@ class PendulumParameters:
     wind: float = 2.0
 
 
-class PendulumConfig(BaseModel):
+class PendulumConfig(Table):
     """The table `[problem]` with `type = "pendulum"`: trajectories computed from the forces, to learn the forces from.
 
     See `PendulumParameters`. A sample is the state at one time, and samples of a trajectory are `interval` seconds
     apart, the first at time 0.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["pendulum"]
+    """The name of the problem."""
     length: Positive = PendulumParameters.length
+    """Length of the rod, in m."""
     gravity: NotNegative = PendulumParameters.gravity
+    """Gravitational acceleration, downwards, in m/s^2."""
     drag: tuple[NotNegative, NotNegative] = PendulumParameters.drag
+    """Coefficients (c1, c2) of the drag -(c1 + c2 |r|) r for the velocity r relative to the air, in 1/s and 1/m."""
     wind: Number = PendulumParameters.wind
+    """Velocity of the air to the right, in m/s."""
     largest_angle: Annotated[float, Field(gt=0, le=3.141592653589793, strict=True)] = 2.5
-    """Initial angles from the downward rest are drawn uniformly up to this one on either side, in radians."""
+    """Largest initial angle from the downward position to either side, in radians. Angles are drawn uniformly."""
     largest_speed: NotNegative = 2.0
-    """Initial speeds are drawn uniformly up to this one in either direction, in m/s."""
+    """Largest initial speed in either direction, in m/s. Speeds are drawn uniformly."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds the initial states, and nothing else."""
+    """Seed of the initial states."""
     trajectories: Count
-    """Trajectories to learn from."""
+    """The number of training trajectories."""
     validation: Count
-    """Further trajectories, from other initial states, that nothing is learnt from."""
+    """The number of held-out trajectories, from other initial states."""
     times: Times
-    """Samples of each trajectory, with the initial state."""
+    """Samples per trajectory, including the initial state."""
     interval: Positive
-    """Seconds between samples."""
+    """Time between samples, in s."""
     window: Count
-    """How many samples ahead of its start a training window reaches."""
+    """Length of a training window, in samples after its start."""
 
     @field_validator("window")
     @classmethod
@@ -78,14 +81,13 @@ class PendulumConfig(BaseModel):
         return PendulumParameters(self.length, self.gravity, self.drag, self.wind)
 
 
-class PendulumModelConfig(BaseModel):
+class PendulumModelConfig(Table):
     """The table `[model]` of a pendulum problem: the perceptron in place of the forces."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (24, 24)
     """Units of each hidden layer."""
     activation: Literal["gelu", "silu", "tanh"] = "tanh"
+    """The activation function between layers."""
 
 
 class PendulumRun(ForecastRun):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.tables import ForecastRun, Table
 from pnode_dist.ode import methods
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -20,7 +20,7 @@ Concentrations = tuple[NotNegative, NotNegative, NotNegative]
 RATES = (0.04, 3.0e7, 1.0e4)
 
 
-class RobertsonConfig(BaseModel):
+class RobertsonConfig(Table):
     """The table `[problem]` with `type = "robertson"`: trajectories computed from the reactions, to learn them from.
 
     dy1/dt = -k1 y1 + k3 y2 y3, dy2/dt = k1 y1 - k2 y2^2 - k3 y2 y3, dy3/dt = k2 y2^2 (H. H. Robertson 1966; E. Hairer,
@@ -28,29 +28,29 @@ class RobertsonConfig(BaseModel):
     trajectory are spaced evenly in the logarithm of time.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     type: Literal["robertson"]
+    """The name of the problem."""
     rates: tuple[Positive, Positive, Positive] = RATES
-    """k1, k2 and k3."""
+    """The rate constants (k1, k2, k3), dimensionless."""
     times: Times = 40
-    """Samples of each trajectory."""
+    """Samples per trajectory, evenly spaced in the logarithm of time."""
     first: Positive = 1.0e-5
-    """The time of the first sample, where the model starts."""
+    """Time of the first sample, dimensionless. The model starts there."""
     last: Positive = 100.0
-    """The time of the last sample."""
+    """Time of the last sample, dimensionless. Must be later than `first`."""
     lowest: Concentrations = (0.5, 0.0, 0.0)
-    """Initial concentrations at time 0 are drawn uniformly between these and those of `highest`."""
+    """Lower bounds of the initial concentrations at time 0, which are drawn uniformly."""
     highest: Concentrations = (1.0, 5.0e-5, 0.5)
+    """Upper bounds of the initial concentrations at time 0."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds the initial concentrations, and nothing else."""
+    """Seed of the initial concentrations."""
     trajectories: Count
-    """Trajectories to learn from."""
+    """The number of training trajectories."""
     validation: Count
-    """Further trajectories that nothing is learnt from: the first from (1, 0, 0), as Robertson's problem is posed, the
-    others from initial concentrations drawn like those of the training trajectories."""
+    """The number of held-out trajectories. The first starts from (1, 0, 0), the initial value of Robertson's problem;
+    the others from drawn concentrations."""
     window: Count
-    """How many samples ahead of its start a training window reaches."""
+    """Length of a training window, in samples after its start."""
 
     @field_validator("last")
     @classmethod
@@ -77,15 +77,15 @@ class RobertsonConfig(BaseModel):
         return value
 
 
-class RobertsonModelConfig(BaseModel):
+class RobertsonModelConfig(Table):
     """The table `[model]` of a Robertson problem: the perceptron in the right-hand side."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (6, 6, 6, 6, 6)
     """Units of each hidden layer."""
     bias: bool = False
+    """Add a bias in each layer."""
     activation: Literal["gelu", "silu", "tanh"] = "gelu"
+    """The activation function between layers."""
 
 
 def _adaptive(name: str) -> str:
@@ -95,17 +95,17 @@ def _adaptive(name: str) -> str:
     return name
 
 
-class RivalConfig(BaseModel):
+class RivalConfig(Table):
     """The table `[rival]`: the explicit method with error control by which `evaluate` solves the trained model too."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     method: Annotated[StrictStr, AfterValidator(_adaptive)] = "dopri5"
+    """An explicit method with an error estimate, a name from `pnode-dist methods`."""
     rtol: Positive = 1e-6
+    """Relative tolerance."""
     atol: Positive = 1e-6
-    """In scaled concentrations."""
+    """Absolute tolerance, in scaled concentrations."""
     steps: Count = 20_000
-    """It is stopped at the first sample after so many steps."""
+    """Stop at the first sample after this many steps."""
 
 
 class RobertsonRun(ForecastRun):

@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.tables import ForecastRun, Table
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Points = Annotated[int, Field(ge=8, strict=True)]
@@ -35,30 +35,28 @@ class LineEquation:
     waves: int
 
 
-class LineConfig(BaseModel):
+class LineConfig(Table):
     """What the tables `[problem]` of both equations hold: trajectories that are computed, to learn them from.
 
     A sample is the state at one time, and samples of a trajectory are `interval` apart.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     points: Points
-    """Points of the grid."""
+    """The number of grid points."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds the initial states, and nothing else."""
+    """Seed of the initial states."""
     trajectories: Count
-    """Trajectories to learn from."""
+    """The number of training trajectories."""
     validation: Count
-    """Further trajectories, from other initial states, that nothing is learnt from."""
+    """The number of held-out trajectories, from other initial states."""
     times: Times
-    """Samples of each trajectory, with the first."""
+    """Samples per trajectory, including the first."""
     interval: Positive
-    """Time between samples."""
+    """Time between samples, dimensionless."""
     window: Count
-    """How many samples ahead of its start a training window reaches."""
+    """Length of a training window, in samples after its start."""
     spin_up: NotNegative
-    """Time from the initial state to the first sample."""
+    """Time from the initial state to the first sample, dimensionless."""
 
     @field_validator("window")
     @classmethod
@@ -78,10 +76,12 @@ class KuramotoSivashinskyConfig(LineConfig):
     """The table `[problem]` with `type = "kuramoto_sivashinsky"`: u_t + u u_x = -u_xx - u_xxxx, dimensionless."""
 
     type: Literal["kuramoto_sivashinsky"]
+    """The name of the problem."""
     length: Annotated[Positive, Field(validate_default=True)] = 176.0
-    """By default eight times that of the paper on semi-implicit neural ODEs, which has 64 points, so that 512 points
-    are as far apart."""
+    """Length of the periodic line, dimensionless. Must be less than twice the number of points. The default suits 512
+    points: their spacing is that of 64 points on a line of length 22."""
     spin_up: NotNegative = 50.0
+    """Time from the initial state to the first sample, dimensionless."""
 
     @field_validator("length")
     @classmethod
@@ -103,10 +103,13 @@ class BurgersConfig(LineConfig):
     """The table `[problem]` with `type = "burgers"`: u_t + u u_x = nu u_xx, dimensionless."""
 
     type: Literal["burgers"]
+    """The name of the problem."""
     length: Positive = 1.0
+    """Length of the periodic line, dimensionless."""
     viscosity: Positive = 0.01
-    """nu"""
+    """The viscosity nu, dimensionless."""
     spin_up: NotNegative = 0.0
+    """Time from the initial state to the first sample, dimensionless."""
 
     @property
     def equation(self) -> LineEquation:
@@ -114,18 +117,17 @@ class BurgersConfig(LineConfig):
         return LineEquation("viscous Burgers", self.length, self.viscosity, 0.0, 4)
 
 
-class SemilinearModelConfig(BaseModel):
+class SemilinearModelConfig(Table):
     """The table `[model]` of both problems: the convolutional part of the right-hand side."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     channels: Count = 16
-    """Channels between the layers."""
+    """Channels of each hidden layer."""
     layers: Layers = 3
-    """Convolutions along the line, the first from the state and the last to it."""
+    """The number of convolutions along the line, including the first and the last."""
     kernel_size: Count = 5
-    """Width of every convolution's stencil, odd."""
+    """Width of the stencil of each convolution, in points. Must be odd."""
     activation: Literal["gelu", "silu", "tanh"] = "silu"
+    """The activation function between layers."""
 
     @field_validator("kernel_size")
     @classmethod

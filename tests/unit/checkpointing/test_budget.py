@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pnode_dist import NeuralODE, Trajectory
-from pnode_dist.checkpointing.budget import format_size, parse_size
+from pnode_dist.checkpointing.budget import parse_size
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.system.sizes import format_size
 from tests.oracles.checkpointing import fewest_steps
 from tests.oracles.right_hand_sides import Network, random
 

@@ -78,13 +78,26 @@ WRONG_SETTINGS = {
 }
 
 WRONG_COMMANDS = {
-    "no command": ([], "the following arguments are required: COMMAND (see pnode-dist --help)"),
-    "an unknown command": (["trian"], "argument COMMAND: invalid choice: 'trian' (choose from "),
+    "an unknown command": (["trian"], "unknown command 'trian' (did you mean train?): must be one of train, "),
+    "a command like no other": (["xyz"], "unknown command 'xyz': must be one of train, "),
+    "an unknown command of config": (["config", "int"], "unknown command 'int' (did you mean init?): must be one of "),
+    "an unknown shell": (["completion", "bahs"], "unknown SHELL 'bahs' (did you mean bash?): must be one of bash, zsh"),
     "no configuration": (["train"], "the following arguments are required: CONFIG (see pnode-dist train --help)"),
-    "an unknown option": (["methods", "--fast"], "unrecognized arguments: --fast"),
-    "an abbreviated option": (["methods", "--js"], "unrecognized arguments: --js"),
+    "an unknown option": (["methods", "--fast"], "unrecognized arguments: --fast (see pnode-dist methods --help)"),
+    "an abbreviated option": (["methods", "--js"], "unrecognized arguments: --js (did you mean --json?) (see pnode-"),
+    "a misspelt option": (
+        ["train", "a.toml", "--overwrit"],
+        "--overwrit (did you mean --overwrite?) (see pnode-dist t",
+    ),
+    "a misspelt option with a value": (["train", "a.toml", "--resme=auto"], "--resme=auto (did you mean --resume?)"),
+    "an option before the command": (["--jsn", "methods"], "unrecognized arguments: --jsn (did you mean --json?)"),
     "an option without its value": (["train", "x.toml", "--set"], "argument --set: expected one argument"),
-    "an unknown benchmark": (["bench", "speed"], "argument NAME: invalid choice: 'speed' (choose from"),
+    "an unknown benchmark": (["bench", "halos"], "unknown name 'halos' (did you mean halo?): must be one of gradient"),
+    "no problem to describe": (["config", "schema"], "the following arguments are required: KIND (see pnode-dist c"),
+    "an unknown problem to describe": (
+        ["config", "init", "burger"],
+        "unknown problem (did you mean burgers?): must be",
+    ),
     "a PETSc option without a dash": (["methods", "--", "ts_monitor"], "'ts_monitor' after --: must be a PETSc option"),
     "a configuration that is not there": (["train", "nowhere.toml"], "nowhere.toml: there is no such configuration"),
     "a directory for a configuration": (["train", "."], ".: cannot be read: Is a directory"),
