@@ -71,8 +71,8 @@ def _solve(
             args,
             len(layout.shapes),
             layout.is_tuple,
-            replace(solve.problem.parameters, tensors=solve.parameters),
-            solve.problem.by_times,
+            replace(solve.bound.parameters, tensors=solve.parameters),
+            solve.bound.by_times,
             solve.solver.stepper.comm.size,
             prepare,
             solve.surroundings,
@@ -445,7 +445,7 @@ class NeuralODE(nn.Module):
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
             if solve.solver.stepper.method.adjoint == "none":
                 raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
-            with torch.no_grad(), solve.problem.copies.in_place():
+            with torch.no_grad(), solve.bound.copies.in_place():
                 return solve.measured_plans(tensors[: len(layout.shapes)])
 
     @property

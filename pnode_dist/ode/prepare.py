@@ -22,7 +22,7 @@ from pnode_dist.ode.recomputation.guard import check_policy
 from pnode_dist.ode.recomputation.surroundings import Surroundings
 from pnode_dist.ode.repeated import Repeated, split_options
 from pnode_dist.ode.rhs.compute_dtype import ComputeCopies, compute_copies
-from pnode_dist.ode.rhs.evaluation import Function, Problem
+from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
 from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
@@ -150,7 +150,7 @@ def _prepared_with(
     if needs_gradient:
         surroundings = Surroundings.now(func, args, layout.device)
         carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
-    problem = Problem(
+    bound = BoundFunction(
         in_compute_type(func, copies),
         copies.args,
         replace(parameters, tensors=copies.of(parameters.tensors)) if copies.by_original else parameters,
@@ -167,7 +167,7 @@ def _prepared_with(
         times,
         grid,
         control,
-        problem,
+        bound,
         parameters.tensors,
         SolveStatistics(),
         needs_gradient,

@@ -20,7 +20,7 @@ from mpi4py import MPI
 from pnode_dist.checkpointing.costs import Costs, LevelCosts
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.checkpointing.store import SlotPool, SpillError
-from pnode_dist.ode.rhs.evaluation import Problem, StageGraph, StageState
+from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
 from pnode_dist.ode.steppers.base import Stepper
 from pnode_dist.ode.steppers.recording import Recording
 
@@ -31,7 +31,9 @@ _NEVER = 1e9
 _MOST_STEPS_BETWEEN = 20
 
 
-def record_measured(stepper: Stepper, problem: Problem, time: float, size: float, level: str) -> tuple[Recording, int]:
+def record_measured(
+    stepper: Stepper, bound: BoundFunction, time: float, size: float, level: str
+) -> tuple[Recording, int]:
     """Run the step from the current state recorded, and measure the memory of the recording on the fullest rank.
 
     Collective on the stepper's communicator.
@@ -39,7 +41,7 @@ def record_measured(stepper: Stepper, problem: Problem, time: float, size: float
     recording: Recording = []
     with _saved_tensors() as found:
         stepper.step(0, time, size, recording, isolate=True, level=level)
-    known = {_storage(tensor) for tensor in problem.constants}
+    known = {_storage(tensor) for tensor in bound.constants}
     # Graphs that the recording left out are gone by now, and what they had saved.
     tensors = [held.tensor for held in (reference() for reference in found) if held is not None]
     saved = {storage: nbytes for storage, nbytes in map(_sized, tensors) if storage not in known}
@@ -52,7 +54,7 @@ def record_measured(stepper: Stepper, problem: Problem, time: float, size: float
 
 def probe(
     stepper: Stepper,
-    problem: Problem,
+    bound: BoundFunction,
     initial: tuple[torch.Tensor, ...],
     time: float,
     size: float,
@@ -63,12 +65,12 @@ def probe(
     The slot on disk has been written before it is timed. Leaves the initial state in the stepper. Collective on the
     stepper's communicator.
     """
-    counts = problem.counts()
+    counts = bound.counts()
     held: dict[str, int] = {}
     stepper.start_adjoint()
     for level in _LEVELS:
         stepper.current.set(initial)
-        recording, held[level] = record_measured(stepper, problem, time, size, level)
+        recording, held[level] = record_measured(stepper, bound, time, size, level)
         stepper.add_to_adjoint([torch.ones_like(part) for part in stepper.current.parts])
         stepper.adjoint_step(0, time, size, recording)
     steps: list[float] = []
@@ -97,7 +99,7 @@ def probe(
                 stepper.step(0, time, size)
 
         write, read, overlapped = _disk(stepper, pools[Tier.DISK], _usual(steps), steps_of)
-    problem.count_from(counts)
+    bound.count_from(counts)
     stepper.current.set(initial)
     return Costs(_usual(steps), copy, write, read, overlapped, levels).agreed(stepper.comm)
 

@@ -27,7 +27,7 @@ from pnode_dist.ode.probe import probe, record_measured
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.recomputation.guard import Guard, tolerance_of
 from pnode_dist.ode.recomputation.surroundings import Surroundings
-from pnode_dist.ode.rhs.evaluation import Problem
+from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.tangent import hooks_aside
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
@@ -52,7 +52,7 @@ class Solve:
     times: tuple[float, ...]
     grid: TimeGrid | None
     control: ErrorControl | None
-    problem: Problem
+    bound: BoundFunction
     parameters: tuple[torch.Tensor, ...]
     statistics: SolveStatistics
     keeps_trajectory: bool
@@ -75,14 +75,14 @@ class Solve:
     give_back: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
-        self.carried, self.guard = self.problem.carried, None
+        self.carried, self.guard = self.bound.carried, None
         if self.keeps_trajectory and self.on_mismatch != "ignore":
             narrow = self.solver.trajectory.checkpoint_dtype != "float64"
             tolerance = tolerance_of(self.solver.stepper.layout.compute_dtype, narrow)
             self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, _weakly(self._reasons))
-        self.problem.guard = self.guard
+        self.bound.guard = self.guard
         self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics, self.carried)
-        self.logs = self.problem.logs
+        self.logs = self.bound.logs
         self.ram_slots = 0
 
     # The steps of the solve, as `trajectory.replay` asks for them
@@ -151,16 +151,16 @@ class Solve:
         Collective for implicit methods.
         """
         self.carried.settle()
-        stepper, problem = self.solver.stepper, self.problem
+        stepper, bound = self.solver.stepper, self.bound
         if not (self.keeps_trajectory and stepper.method.implicit):
             return
         if not stepper.comm.allreduce(self.carried.active, MPI.LOR):
             return
-        counts, layout = problem.counts(), stepper.layout
+        counts, layout = bound.counts(), stepper.layout
         inputs = layout.inputs(stepper.current.parts)
         with self.carried.aside():
-            first, second = (fingerprint(problem.value(problem.func, layout, self.times[0], inputs)) for _ in range(2))
-        problem.count_from(counts)
+            first, second = (fingerprint(bound.value(bound.func, layout, self.times[0], inputs)) for _ in range(2))
+        bound.count_from(counts)
         if stepper.comm.allreduce(first != second, MPI.LOR):
             raise ConfigurationError(
                 f"func has another value each time it is evaluated, and method = {stepper.method.name!r} evaluates it "
@@ -172,7 +172,7 @@ class Solve:
         recording = self.recordings.pop(step)
         with log.event(log.ADJOINT_STEP, self.logs):
             self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], recording)
-        if self.problem.by_times:
+        if self.bound.by_times:
             self._by_size[step], self._by_start[step] = self.solver.stepper.take_last_two()
 
     def _use_first_step(self) -> Recording | None:
@@ -236,14 +236,14 @@ class Solve:
     def _bind(self) -> None:
         """Let the stepper, which other solves share, solve this problem."""
         stepper = self.solver.stepper
-        stepper.bind(self.problem)
+        stepper.bind(self.bound)
         stepper.fingerprints, stepper.fingerprint = self.guard is not None, None
 
     def _unbind(self) -> None:
         """Let the stepper hold the problem no longer: what f leads to may hold the stepper, through PETSc's objects."""
         callbacks = self.solver.stepper.callbacks
-        if callbacks.problem is self.problem:
-            callbacks.problem = None
+        if callbacks.bound is self.bound:
+            callbacks.bound = None
 
     def _forward_fixed(self, output: Callable[[int], None]) -> None:
         stepper, grid = self.solver.stepper, self.steps
@@ -343,14 +343,14 @@ class Solve:
         solver, stepper = self.solver, self.solver.stepper
         if solver.recorded_bytes is None:
             assert self.control is not None
-            counts = self.problem.counts()
+            counts = self.bound.counts()
             adaptive.begin(self.control)
             size = adaptive.first_size(self.times[0], self.times[1] - self.times[0])
             size = math.copysign(size, self.times[1] - self.times[0])
-            _, solver.recorded_bytes = record_measured(stepper, self.problem, self.times[0], size, "stage graphs")
+            _, solver.recorded_bytes = record_measured(stepper, self.bound, self.times[0], size, "stage graphs")
             stepper.current.set(self.initial)
             self.carried.restart()
-            self.problem.count_from(counts)
+            self.bound.count_from(counts)
         return slots.ram_bytes // max(solver.recorded_bytes + slots.checkpoint_bytes, 1) + 1
 
     def _slots(self, steps: int | None) -> Slots:
@@ -417,11 +417,11 @@ class Solve:
             # What is left of it: as many states as memory holds.
             keep = "solution" if trajectory.keep == "auto" else trajectory.keep
             trajectory = replace(trajectory, schedule="revolve", keep=keep)
-        counts = self.problem.counts()
+        counts = self.bound.counts()
         matters = grid.steps > 1 or trajectory.counts_all_recordings
         if trajectory.keeps_steps and matters and solver.recorded_bytes is None:
             recording, solver.recorded_bytes = record_measured(
-                stepper, self.problem, grid.starts[0], grid.sizes[0], trajectory.level
+                stepper, self.bound, grid.starts[0], grid.sizes[0], trajectory.level
             )
             self.first_step = (stepper.current.array.copy(), recording)
             stepper.current.set(self.initial)
@@ -433,9 +433,9 @@ class Solve:
         # Costs of a solve that had no disk say nothing about it.
         if solver.costs is None or (slots.disk and solver.costs.write == 0):
             self.first_step = None
-            self.problem.count_from(counts)
+            self.bound.count_from(counts)
             pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
-            solver.costs = probe(stepper, self.problem, self.initial, grid.starts[0], grid.sizes[0], pools)
+            solver.costs = probe(stepper, self.bound, self.initial, grid.starts[0], grid.sizes[0], pools)
             self.carried.restart()
         return best(trajectory, slots, grid.steps, recorded_bytes, solver.costs)
 
@@ -503,7 +503,7 @@ class Solve:
 
         reversed_to(steps)
         if steps > 0:
-            with hooks_aside(self.problem.parameters.tensors), log.stage(log.BACKWARD_PASS, self.logs):
+            with hooks_aside(self.bound.parameters.tensors), log.stage(log.BACKWARD_PASS, self.logs):
                 disk_is_lost = run_backward(
                     self.actions, self, self.checkpoints, self.statistics, reversed_to, self._lost, self.ram_slots
                 )
@@ -525,7 +525,7 @@ class Solve:
             else gradient.to(parameter.device, parameter.dtype)
             for gradient, parameter in zip(gradients, self.parameters, strict=True)
         )
-        if not self.problem.by_times:
+        if not self.bound.by_times:
             return states, parameters, ()
         found = [0.0] * len(self.times)
         if steps > 0:
@@ -549,12 +549,12 @@ class Solve:
         self.solver.abandon()
 
     def _count(self) -> None:
-        self.statistics.function_evaluations = self.problem.evaluations
-        self.statistics.vjps = self.problem.vjps
-        self.statistics.jvps = self.problem.jvps
-        self.statistics.newton_iterations = self.problem.newton_iterations
-        self.statistics.linear_iterations = self.problem.linear_iterations
-        self.statistics.adjoint_linear_iterations = self.problem.adjoint_linear_iterations
+        self.statistics.function_evaluations = self.bound.evaluations
+        self.statistics.vjps = self.bound.vjps
+        self.statistics.jvps = self.bound.jvps
+        self.statistics.newton_iterations = self.bound.newton_iterations
+        self.statistics.linear_iterations = self.bound.linear_iterations
+        self.statistics.adjoint_linear_iterations = self.bound.adjoint_linear_iterations
 
 
 def _weakly(method: Callable[[], list[str]]) -> Callable[[], list[str]]:

@@ -301,7 +301,7 @@ def _running(solve: Solve, backward: bool = False) -> Iterator[None]:
                 stack.enter_context(surroundings.restored())
             if surroundings is not None and surroundings.autocast.on:
                 stack.enter_context(uncached_casts())
-            stack.enter_context(solve.problem.copies.in_place(writes_back=not backward))
+            stack.enter_context(solve.bound.copies.in_place(writes_back=not backward))
             if backward:
                 stack.enter_context(solve.carried.backward_pass())
             yield

@@ -37,7 +37,7 @@ _COUNTERS = (
 
 
 @dataclass
-class Problem:
+class BoundFunction:
     """What one solve binds to the solver: the function, its extra arguments, its parameters, and counters.
 
     `copies` are what the function's modules hold while it is evaluated, and `parameters` are taken from among them.
@@ -368,9 +368,9 @@ class Problem:
 
 @dataclass(slots=True)
 class TangentMap:
-    """J v at one state for any v, see `Problem.tangent_map`: `pulled` is J^T `probes`, with its graph."""
+    """J v at one state for any v, see `BoundFunction.tangent_map`: `pulled` is J^T `probes`, with its graph."""
 
-    problem: Problem
+    bound: BoundFunction
     outputs: Parts
     numbers: tuple[int, ...]
     probes: Parts
@@ -378,7 +378,7 @@ class TangentMap:
 
     def __call__(self, tangents: Parts) -> Parts:
         """J v, part by part."""
-        self.problem.jvps += 1
+        self.bound.jvps += 1
         results = [torch.zeros_like(out) for out in self.outputs]
         if not self.numbers:
             return tuple(results)  # f depends on no part of the state.

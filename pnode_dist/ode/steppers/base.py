@@ -23,7 +23,7 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
-from pnode_dist.ode.rhs.evaluation import Problem
+from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.current_state import CurrentState
 from pnode_dist.ode.steppers.recording import Recording
@@ -66,7 +66,7 @@ def options_database(options: PetscOptions, unread: set[str] | None = None) -> I
 class Callbacks(Protocol):
     """What PETSc calls during a step. `error` is what the right-hand side raised in it."""
 
-    problem: Problem | None
+    bound: BoundFunction | None
     error: BaseException | None
 
     def end_step(self) -> None:
@@ -145,9 +145,9 @@ class Stepper(ABC):
     def derivative(self, time: float, direction: float) -> torch.Tensor:
         """f at `time` in the current state, flat, in a solve that goes in `direction` (1 or -1). Collective."""
 
-    def bind(self, problem: Problem) -> None:
+    def bind(self, bound: BoundFunction) -> None:
         """Solve this problem from now on."""
-        self.callbacks.problem = problem
+        self.callbacks.bound = bound
 
     def _print_state(self, parts: Parts) -> None:
         """Leave the fingerprint of a step's result."""

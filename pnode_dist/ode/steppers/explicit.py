@@ -19,7 +19,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import Method, by_petsc_name
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
-from pnode_dist.ode.rhs.evaluation import Problem, StageGraph, StageState, by_step
+from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState, by_step
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
@@ -64,7 +64,7 @@ class ExplicitStepper(Stepper):
         else:
             # All that it says is known now, and a model may have many solvers.
             ts.destroy()
-        self.problem: Problem | None = None
+        self.bound: BoundFunction | None = None
         self.error: BaseException | None = None
         self._adjoint: list[torch.Tensor] = []
         self._adjoint_is_ours: list[bool] = []
@@ -85,17 +85,17 @@ class ExplicitStepper(Stepper):
     def end_step(self) -> None:
         """See `Callbacks.end_step`: nothing is held between steps."""
 
-    def bind(self, problem: Problem) -> None:
+    def bind(self, bound: BoundFunction) -> None:
         """Solve this problem from now on."""
-        if problem is not self.problem:
+        if bound is not self.bound:
             # Autograd sums up in the types of the parameters.
-            self._sums_up = not (self.layout.converts or problem.by_times) and all(
+            self._sums_up = not (self.layout.converts or bound.by_times) and all(
                 parameter.dtype is vectors.scalar_dtype() and parameter.device == self.layout.vec_device
-                for parameter in problem.parameters.tensors
+                for parameter in bound.parameters.tensors
             )
             # Whether other ranks' graphs lead to the same exchanges is not known.
             self._joins = self._sums_up and self._may_join and self.comm.size == 1
-        self.problem = problem
+        self.bound = bound
 
     def destroy(self) -> None:
         """See `Stepper.destroy`: there is something to destroy only where PETSc's monitors are asked for."""
@@ -181,22 +181,22 @@ class ExplicitStepper(Stepper):
 
         None where f's value would depend on that, now and from now on.
         """
-        problem, joined = self.problem, None if self._joined is None else self._joined()
-        assert problem is not None
+        bound, joined = self.bound, None if self._joined is None else self._joined()
+        assert bound is not None
         if joined is None or not (isolate and joined.may_grow(number, self.current.parts)):
             self.settle()
             joined = JoinedSteps(number, self.current.parts)
         if isolate:
             self.current.lend()
-        evaluations, mark = problem.evaluations, problem.carried.mark()
+        evaluations, mark = bound.evaluations, bound.carried.mark()
         self.stepping = True
         try:
-            after = joined.take_step(problem, self.layout, self.tableau, time, size)
+            after = joined.take_step(bound, self.layout, self.tableau, time, size)
         finally:
             self.stepping = False
         if after is None:
-            problem.evaluations = evaluations
-            problem.carried.restore(mark)
+            bound.evaluations = evaluations
+            bound.carried.restore(mark)
             self.settle()
             self._joins = self._may_join = False
             return None
@@ -234,8 +234,8 @@ class ExplicitStepper(Stepper):
 
         Raises `RuntimeError` if f writes into the current state, or into one that is recorded.
         """
-        problem, layout = self.problem, self.layout
-        assert problem is not None
+        bound, layout = self.bound, self.layout
+        assert bound is not None
         inputs = layout.inputs(state) if layout.converts else state
         # These are to be used again: the current state, and what is recorded of a stage.
         staying: Parts = state if state is self.current.parts else ()
@@ -245,15 +245,15 @@ class ExplicitStepper(Stepper):
             staying = ()
         versions = [part._version for part in staying]
         if recording is None:
-            values = problem.value(problem.func, layout, time, inputs)
+            values = bound.value(bound.func, layout, time, inputs)
         elif level != "stages":
-            graph = problem.graph(problem.func, layout, time, inputs)
+            graph = bound.graph(bound.func, layout, time, inputs)
             values = graph.values
-            recording.append(graph if problem.by_times else _without_values(graph))
+            recording.append(graph if bound.by_times else _without_values(graph))
         else:
-            mark = problem.carried.mark()
-            values = problem.value(problem.func, layout, time, inputs)
-            recording.append(problem.kept_state(time, inputs, mark, values))
+            mark = bound.carried.mark()
+            values = bound.value(bound.func, layout, time, inputs)
+            recording.append(bound.kept_state(time, inputs, mark, values))
         if staying and [part._version for part in staying] != versions:
             raise RuntimeError(
                 "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
@@ -329,8 +329,8 @@ class ExplicitStepper(Stepper):
         lambda + sum_i w_i, and the gradient by the parameters grows by (df/dtheta)^T v_i: the chain rule, backward
         through the formulas of `Tableau`.
         """
-        problem, layout, tableau = self.problem, self.layout, self.tableau
-        assert problem is not None
+        bound, layout, tableau = self.bound, self.layout, self.tableau
+        assert bound is not None
         if isinstance(recording[0], JoinedSteps):
             self._reverse(number, recording[0])
             recording.clear()
@@ -351,13 +351,13 @@ class ExplicitStepper(Stepper):
                 ]
                 cotangents = self._cotangents(size * tableau.b[stage], uses)
                 if isinstance(graph, StageState):
-                    graph = problem.graph_of(graph, problem.func, layout)
-                    graph = graph if problem.by_times else _without_values(graph)
-                found = problem.vjp(graph, cotangents, sums=self._gradient if self._sums_up else ())
+                    graph = bound.graph_of(graph, bound.func, layout)
+                    graph = graph if bound.by_times else _without_values(graph)
+                found = bound.vjp(graph, cotangents, sums=self._gradient if self._sums_up else ())
                 if layout.converts:
                     found = found._replace(states=[None if w is None else layout.scalar(w) for w in found.states])
                 products[stage] = found.states
-                by_times = by_step(found, graph.when - time) if problem.by_times else []
+                by_times = by_step(found, graph.when - time) if bound.by_times else []
                 if self._sums_up:
                     self._gradient = list(found.parameters)
                 else:
@@ -388,15 +388,15 @@ class ExplicitStepper(Stepper):
 
     def _reverse(self, number: int, joined: JoinedSteps) -> None:
         """Take the adjoint back over the steps that end with this one; those before it are then done."""
-        problem = self.problem
-        assert problem is not None
+        bound = self.bound
+        assert bound is not None
         if number != joined.last:
             return
-        problem.vjps += joined.evaluations
+        bound.vjps += joined.evaluations
         self.stepping = True
         try:
-            wanted: tuple[torch.Tensor | GradientEdge, ...] = (*joined.start, *problem.parameters.tensors)
-            found = problem.pulled_back(joined.roots, wanted, self._adjoint, sums=self._gradient)
+            wanted: tuple[torch.Tensor | GradientEdge, ...] = (*joined.start, *bound.parameters.tensors)
+            found = bound.pulled_back(joined.roots, wanted, self._adjoint, sums=self._gradient)
         finally:
             self.stepping = False
         parts = len(joined.start)

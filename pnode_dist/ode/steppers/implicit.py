@@ -14,7 +14,7 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError, ConvergenceError
 from pnode_dist.ode.given_options import check_read, check_read_by_all, read_at_set_up
 from pnode_dist.ode.methods import METHODS, Method
-from pnode_dist.ode.rhs.evaluation import Problem, StageState
+from pnode_dist.ode.rhs.evaluation import BoundFunction, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.linearisation import Part, Place, Point
 from pnode_dist.ode.rhs.mass import MassMatrix
@@ -146,15 +146,15 @@ class ImplicitStepper(Stepper):
         theta, endpoint = self._variant
         return self.method.family == "theta" and theta != 1.0 and not endpoint
 
-    def bind(self, problem: Problem) -> None:
+    def bind(self, bound: BoundFunction) -> None:
         """Solve this problem from now on."""
-        self.function.problem = problem
-        self.function.splits = self.method.family == "arkimex" and isinstance(problem.func, SplitFunction)
+        self.function.bound = bound
+        self.function.splits = self.method.family == "arkimex" and isinstance(bound.func, SplitFunction)
 
     @property
-    def _problem(self) -> Problem:
-        assert self.function.problem is not None
-        return self.function.problem
+    def _bound(self) -> BoundFunction:
+        assert self.function.bound is not None
+        return self.function.bound
 
     # Set-up
 
@@ -275,7 +275,7 @@ class ImplicitStepper(Stepper):
         # Only the multistep methods, which have no adjoint, may know of the steps before.
         if self.method.family != "bdf" or number == 0:
             self._ts.restartStep()
-        self.function.keeps_values = level == "stages" and recording is not None and self._problem.guard is not None
+        self.function.keeps_values = level == "stages" and recording is not None and self._bound.guard is not None
         with self.errors_of_func():
             reason = self.attempt(self._ts, number, time, size)
             if reason < 0:
@@ -298,10 +298,10 @@ class ImplicitStepper(Stepper):
         # Some of PETSc's solvers read their options when they are first used.
         with options_database(self._options, self._unread):
             ts.step()
-        problem = self._problem
-        problem.newton_iterations += ts.getSNESIterations() - newton
+        bound = self._bound
+        bound.newton_iterations += ts.getSNESIterations() - newton
         linear = calls.total_linear_iterations(ksp) - linear
-        problem.linear_iterations += linear
+        bound.linear_iterations += linear
         if self._unread is not None and linear:
             check_read_by_all(self._unread, self.comm)
             self._unread = None
@@ -317,9 +317,9 @@ class ImplicitStepper(Stepper):
             when = self._stage_time(ts, part, handle, time, size)
             point = self.function.point(part, when, self._stage_inputs(handle))
             if isinstance(point.func, MatrixFunction):
-                found.append(StageState(when, point.inputs) if point.problem.by_times else None)
+                found.append(StageState(when, point.inputs) if point.bound.by_times else None)
             elif level != "stages":
-                found.append(point.problem.graph(point.func, self.layout, when, point.inputs))
+                found.append(point.bound.graph(point.func, self.layout, when, point.inputs))
             else:
                 found.append(
                     StageState(when, point.inputs, fingerprint=self.function.value_at(part, when, point.inputs))
@@ -411,7 +411,7 @@ class ImplicitStepper(Stepper):
                 ts.adjointStep()
         finally:
             ksp.setTolerances(*forward)
-        self._problem.adjoint_linear_iterations += calls.total_linear_iterations(ksp) - before
+        self._bound.adjoint_linear_iterations += calls.total_linear_iterations(ksp) - before
         if int(ts.getConvergedReason()) < 0:
             ts.setConvergedReason(PETSc.TS.ConvergedReason.ITERATING)
             raise ConvergenceError(
@@ -422,8 +422,8 @@ class ImplicitStepper(Stepper):
 
     def derivative(self, time: float, direction: float) -> torch.Tensor:
         """See `Stepper.derivative`. Collective on `comm`."""
-        problem = self._problem
-        values = problem.value(problem.func, self.layout, time, self.layout.inputs(self.current.parts))
+        bound = self._bound
+        values = bound.value(bound.func, self.layout, time, self.layout.inputs(self.current.parts))
         return torch.cat([value.detach().reshape(-1).to(self.current.flat) for value in values])
 
     def _new_operator(self, point: Point, shift: float) -> None:

@@ -13,7 +13,7 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import Method
-from pnode_dist.ode.rhs.evaluation import Problem
+from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.current_state import VecState
@@ -130,7 +130,7 @@ class _RightHandSide:
     def __init__(self, layout: StateLayout) -> None:
         self._layout = layout
         self.direction = 1.0
-        self.problem: Problem | None = None
+        self.bound: BoundFunction | None = None
         self.error: BaseException | None = None
 
     def end_step(self) -> None:
@@ -140,10 +140,10 @@ class _RightHandSide:
         """RHSFunction: f = func(t, u)."""
         # PETSc turns an exception into an error code; the stepper raises the one kept here instead.
         try:
-            problem, layout = self.problem, self._layout
-            assert problem is not None
+            bound, layout = self.bound, self._layout
+            assert bound is not None
             inputs = layout.inputs(self._parts(u)) if layout.converts else self._parts(u)
-            values = problem.value(problem.func, layout, self.direction * t, inputs)
+            values = bound.value(bound.func, layout, self.direction * t, inputs)
             for part, value in zip(self._parts(f), values, strict=True):
                 torch.mul(value.to(part), self.direction, out=part)
             vectors.wrote(f, layout.vec_device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pnode_dist.ode.rhs.evaluation import Problem
+from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.tableau import Tableau, Terms
 
@@ -57,11 +57,11 @@ class JoinedSteps:
         self.start = self.roots = ()
 
     def take_step(
-        self, problem: Problem, layout: StateLayout, tableau: Tableau, time: float, size: float
+        self, bound: BoundFunction, layout: StateLayout, tableau: Tableau, time: float, size: float
     ) -> Parts | None:
         """Take the next step, from `time` by `size`; the state after it, in memory that the graph does not need.
 
-        All types are PETSc's scalar type. In `problem` it is noted if f takes derivatives by what its state was
+        All types are PETSc's scalar type. In `bound` it is noted if f takes derivatives by what its state was
         computed from, such as the parameters: they would be through the state as well. None is returned then, and the
         steps before stay as they are.
         Collective if f is. Raises `RuntimeError` if f writes into the state before the step.
@@ -84,13 +84,13 @@ class JoinedSteps:
                 state = combined(before, size, terms, slopes) if terms else before
                 for used in tableau.last_uses[stage]:
                     slopes[used] = ()
-                if problem.watches:
+                if bound.watches:
                     # Each by itself: what f has no use for goes with all that led there.
-                    state = tuple(_Watched.apply(problem, part) for part in state)  # type: ignore[no-untyped-call]
+                    state = tuple(_Watched.apply(bound, part) for part in state)  # type: ignore[no-untyped-call]
                 elif not terms:
                     # A node of its own sums up what f adds to the adjoint, as the sums of other stages do.
                     state = tuple(part.view_as(part) for part in state)
-                values = problem.linked(layout, time + node * size, state)
+                values = bound.linked(layout, time + node * size, state)
                 if [part._version for part in before] != versions:
                     raise RuntimeError(
                         "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
@@ -102,11 +102,11 @@ class JoinedSteps:
                     # is due, and not all of them at once.
                     result = _with_term(before, result, values, size * tableau.b[stage])
             assert result is not None
-            if problem.differentiates:
+            if bound.differentiates:
                 self.evaluations = evaluations
                 return None
             self.end = result
-            problem.look(self.end, (_ORIGIN,))
+            bound.look(self.end, (_ORIGIN,))
             self.roots = _edges(self.end)
         finally:
             torch._C._set_grad_enabled(grad_mode)
@@ -157,14 +157,14 @@ class _Watched(torch.autograd.Function):
     """A part of the state at a stage, which sees f take derivatives by what it was computed from."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, part: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, bound: BoundFunction, part: torch.Tensor) -> torch.Tensor:
         # The graph may be held by what f leads to.
-        ctx.problem = weakref.ref(problem)
+        ctx.bound = weakref.ref(bound)
         return part.detach()
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        problem: Problem | None = ctx.problem()
-        if problem is not None and not problem.reverses:
-            problem.differentiates = True
+        bound: BoundFunction | None = ctx.bound()
+        if bound is not None and not bound.reverses:
+            bound.differentiates = True
         return None, cotangents[0]
