@@ -60,7 +60,7 @@ class OnlinePlacement:
         return True, last
 
 
-class OnlineTrajectory:
+class OnlineCheckpoints:
     """The checkpoints of a forward pass of unknown length, in memory and on disk.
 
     New ones go to memory; when it is full the earliest there, which the backward pass needs last, moves to disk.

@@ -21,7 +21,7 @@ from pnode_dist.checkpointing.binomial import (
     multistage,
     optimal_forward_steps,
 )
-from pnode_dist.checkpointing.budget import Slots, Trajectory, agree_on_slots
+from pnode_dist.checkpointing.budget import CheckpointBudget, Slots, agree_on_slots
 from pnode_dist.checkpointing.costs import Costs
 from pnode_dist.checkpointing.hierarchical import HierarchicalSchedule, hierarchical, is_affordable
 from pnode_dist.checkpointing.schedule import Action, with_last_recorded
@@ -109,24 +109,24 @@ class Plans:
         }
 
 
-def plan(trajectory: Trajectory, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm) -> Plans:
-    """What `trajectory` allows for a solve of `steps` steps, and the best of it. Collective on `comm`.
+def plan(budget: CheckpointBudget, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm) -> Plans:
+    """What `budget` allows for a solve of `steps` steps, and the best of it. Collective on `comm`.
 
     `checkpoint_bytes` is this rank's part of a state as it is stored, `costs` what this rank measured; all ranks get
     the same plan. Raises `ConfigurationError` if the budget is too small, naming the smallest that works.
     """
-    slots = agree_on_slots(trajectory, checkpoint_bytes, steps, True, comm)
-    return best(trajectory, slots, steps, None, costs.agreed(comm))
+    slots = agree_on_slots(budget, checkpoint_bytes, steps, True, comm)
+    return best(budget, slots, steps, None, costs.agreed(comm))
 
 
-def best(trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None) -> Plans:
+def best(budget: CheckpointBudget, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None) -> Plans:
     """The candidate that is predicted to be fastest; without costs the one with the fewest steps and disk accesses.
 
     `recorded_bytes` is the size of a recorded step, None if no more than one may be kept; `costs` overrule it.
     Raises `ConfigurationError` if the trajectory asks for what does not fit.
     """
     different: dict[Any, Plan] = {}
-    for candidate in _candidates(trajectory, slots, steps, recorded_bytes, costs):
+    for candidate in _candidates(budget, slots, steps, recorded_bytes, costs):
         different.setdefault(candidate.work, candidate)
     candidates = tuple(different.values())
     chosen = min(
@@ -148,40 +148,40 @@ def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
         )
 
 
-def needs_costs(trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes: int | None) -> bool:
+def needs_costs(budget: CheckpointBudget, slots: Slots, steps: int, recorded_bytes: int | None) -> bool:
     """Whether the choice depends on what the disk takes."""
-    if slots.disk == 0 or slots.ram >= steps - 1 or trajectory.schedule in ("all", "revolve", "multistage"):
+    if slots.disk == 0 or slots.ram >= steps - 1 or budget.schedule in ("all", "revolve", "multistage"):
         return False
-    if trajectory.schedule == "auto" and (trajectory.ram_slots, trajectory.disk_slots) != (None, None):
+    if budget.schedule == "auto" and (budget.ram_slots, budget.disk_slots) != (None, None):
         return False
-    return recorded_bytes is None or _charged(trajectory, steps) * recorded_bytes > slots.ram_bytes
+    return recorded_bytes is None or _charged(budget, steps) * recorded_bytes > slots.ram_bytes
 
 
-def _charged(trajectory: Trajectory, kept: int) -> int:
+def _charged(budget: CheckpointBudget, kept: int) -> int:
     """How many of the recordings that are kept from the forward pass the budget has to pay for."""
-    return kept if trajectory.counts_all_recordings else kept - 1
+    return kept if budget.counts_all_recordings else kept - 1
 
 
 def _candidates(
-    trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None
+    budget: CheckpointBudget, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None
 ) -> Iterator[Plan]:
-    level, schedule = trajectory.level, trajectory.schedule
-    if trajectory.keeps_steps:
+    level, schedule = budget.level, budget.schedule
+    if budget.keeps_steps:
         if costs is not None:
             recorded_bytes = costs.levels[level].bytes
         assert recorded_bytes is not None
-        if _charged(trajectory, steps) * recorded_bytes <= slots.ram_bytes:
+        if _charged(budget, steps) * recorded_bytes <= slots.ram_bytes:
             division = (steps, 0, 0)
-            yield _plan(level, level, slots, steps, division, recorded_bytes, costs, trajectory.counts_all_recordings)
-        elif trajectory.keep == "graph":
-            needed = (steps - 1) * recorded_bytes * trajectory.solves
+            yield _plan(level, level, slots, steps, division, recorded_bytes, costs, budget.counts_all_recordings)
+        elif budget.keep == "graph":
+            needed = (steps - 1) * recorded_bytes * budget.solves
             raise ConfigurationError(
                 f"trajectory: keep = 'graph': the graphs of {steps} steps need ram = {needed}, "
-                f"more than {_left_of(trajectory, 'ram')}"
+                f"more than {_left_of(budget, 'ram')}"
             )
-        if trajectory.keep == "graph" or (steps == 1 and not trajectory.counts_all_recordings):
+        if budget.keep == "graph" or (steps == 1 and not budget.counts_all_recordings):
             return
-        if trajectory.counts_all_recordings:
+        if budget.counts_all_recordings:
             yield from _from_start(level, schedule, slots, steps, recorded_bytes, costs)
             if costs is not None:
                 stages = costs.levels["stages"].bytes
@@ -198,25 +198,23 @@ def _candidates(
         yield _plan("all", level, slots, steps, (1, ram, most - ram), 0, costs)
     if schedule == "all":
         if slots.ram + slots.disk < most:
-            key, needed = "ram", most * slots.checkpoint_bytes * trajectory.solves
-            if trajectory.ram_slots is not None:
+            key, needed = "ram", most * slots.checkpoint_bytes * budget.solves
+            if budget.ram_slots is not None:
                 key, needed = "ram_slots", most
             raise ConfigurationError(
                 f"trajectory: schedule = 'all': the states of {steps} steps need {key} = {needed}, more than "
-                f"{_left_of(trajectory, key)} (and disk = {trajectory.disk!r})"
+                f"{_left_of(budget, key)} (and disk = {budget.disk!r})"
             )
         return
-    yield from _checkpointed(level, schedule, slots, steps, recorded_bytes if trajectory.keeps_steps else None, costs)
+    yield from _checkpointed(level, schedule, slots, steps, recorded_bytes if budget.keeps_steps else None, costs)
 
 
-def _left_of(trajectory: Trajectory, key: str) -> str:
+def _left_of(budget: CheckpointBudget, key: str) -> str:
     """What a solve has of `ram` or `ram_slots`, for people."""
-    others, given = trajectory.ledger.solves, repr(getattr(trajectory, key))
+    others, given = budget.ledger.solves, repr(getattr(budget, key))
     if key != "ram" or not others:
         return given
-    return (
-        f"the {others} other solve(s) that await their backward pass leave of {given} with solves = {trajectory.solves}"
-    )
+    return f"the {others} other solve(s) that await their backward pass leave of {given} with solves = {budget.solves}"
 
 
 def _from_start(

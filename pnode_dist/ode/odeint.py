@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.checkpointing.plan import Plan, Plans
 from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.errors import ConfigurationError
@@ -165,7 +165,7 @@ def odeint(
     atol: Tolerance | None = ...,
     adaptor: str = ...,
     partition: Partition | None = ...,
-    trajectory: Trajectory | None = ...,
+    trajectory: CheckpointBudget | None = ...,
     args: tuple[Any, ...] = ...,
     params: Sequence[torch.Tensor] | None = ...,
     options: PetscOptions | None = ...,
@@ -190,7 +190,7 @@ def odeint(
     atol: Tolerance | None = ...,
     adaptor: str = ...,
     partition: Partition | None = ...,
-    trajectory: Trajectory | None = ...,
+    trajectory: CheckpointBudget | None = ...,
     args: tuple[Any, ...] = ...,
     params: Sequence[torch.Tensor] | None = ...,
     options: PetscOptions | None = ...,
@@ -215,7 +215,7 @@ def odeint(
     atol: Tolerance | None = None,
     adaptor: str = "basic",
     partition: Partition | None = None,
-    trajectory: Trajectory | None = None,
+    trajectory: CheckpointBudget | None = None,
     args: tuple[Any, ...] = (),
     params: Sequence[torch.Tensor] | None = None,
     options: PetscOptions | None = None,
@@ -323,7 +323,7 @@ class NeuralODE(nn.Module):
         atol: Tolerance | None = None,
         adaptor: str = "basic",
         partition: Partition | None = None,
-        trajectory: Trajectory | None = None,
+        trajectory: CheckpointBudget | None = None,
         params: Sequence[torch.Tensor] | None = None,
         options: PetscOptions | None = None,
         mass: Mass | None = None,

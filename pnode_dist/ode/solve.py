@@ -13,7 +13,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.checkpointing.budget import ScratchError, Slots, agree_on_slots
-from pnode_dist.checkpointing.online import OnlineTrajectory
+from pnode_dist.checkpointing.online import OnlineCheckpoints
 from pnode_dist.checkpointing.plan import Plan, Plans, best, check_plan, needs_costs
 from pnode_dist.checkpointing.replay import run_backward, run_forward
 from pnode_dist.checkpointing.schedule import Action, Tier
@@ -287,13 +287,13 @@ class Solve:
         starts: list[float] = []
         sizes: list[float] = []
         ends = {0: 0}
-        online: OnlineTrajectory | None = None
+        online: OnlineCheckpoints | None = None
         most_recorded = 0
         if self.keeps_trajectory:
             if trajectory.keeps_steps and trajectory.level == "graph":
                 most_recorded = self._most_recordings(adaptive, slots)
             self._charge(slots.ram, slots.ram_bytes, slots.disk * slots.checkpoint_bytes)
-            online = OnlineTrajectory(self.checkpoints, slots.ram, slots.disk)
+            online = OnlineCheckpoints(self.checkpoints, slots.ram, slots.disk)
         # Checkpoints are kept beside the graphs, in case that there are more steps than graphs fit.
         recording = most_recorded > 0
 

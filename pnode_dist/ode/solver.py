@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from mpi4py import MPI
 
-from pnode_dist.checkpointing.budget import Slots, Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget, Slots
 from pnode_dist.checkpointing.costs import Costs
 from pnode_dist.checkpointing.plan import Plans, best
 from pnode_dist.checkpointing.schedule import Tier
@@ -60,7 +60,7 @@ class Solver:
     memory: MemoryPool
     pools: dict[Tier, SlotPool]
     partition: Partition | None
-    trajectory: Trajectory
+    trajectory: CheckpointBudget
     make_stepper: Callable[[], Stepper]
     recorded_bytes: int | None = None
     costs: Costs | None = None
@@ -82,7 +82,7 @@ class Solver:
         method: Method,
         parameter_sizes: tuple[int, ...],
         options: PetscOptions,
-        trajectory: Trajectory,
+        trajectory: CheckpointBudget,
         mass: Mass | None = None,
         preconditioner: Preconditioner | None = None,
         linear: MatrixFunction | None = None,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pnode_dist import NeuralODE, Trajectory
+from pnode_dist import CheckpointBudget, NeuralODE, Trajectory
 from pnode_dist.checkpointing.budget import format_size, parse_size
 from pnode_dist.errors import ConfigurationError
 from tests.oracles.checkpointing import fewest_steps
@@ -20,6 +20,11 @@ def solved(trajectory: Trajectory, times: tuple[float, ...] = (0.0, 1.0), u0: to
     node = NeuralODE(Network(dtype=u0.dtype), step_size=0.05, trajectory=trajectory)
     node(u0, times)[-1].sum().backward()
     return node
+
+
+def test_trajectory_is_the_same_class_as_the_checkpoint_budget() -> None:
+    assert Trajectory is CheckpointBudget
+    assert solved(CheckpointBudget(ram_slots=2)).last_solve == solved(Trajectory(ram_slots=2)).last_solve
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pnode_dist.checkpointing.binomial import reversal_steps
-from pnode_dist.checkpointing.online import OnlinePlacement, OnlineTrajectory
+from pnode_dist.checkpointing.online import OnlineCheckpoints, OnlinePlacement
 from pnode_dist.checkpointing.schedule import Adjoint, Advance, Record, Restart, Restore, StartBackward, Tier
 from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.checkpointing.store import Checkpoints, MemoryPool
@@ -59,7 +59,7 @@ class DiskLike(MemoryPool):
 def test_a_solve_is_reversed_in_order_from_the_states_that_were_kept(steps: int, ram: int, disk: int) -> None:
     pools = {Tier.RAM: MemoryPool(1, np.dtype(float)), Tier.DISK: DiskLike(1, np.dtype(float))}
     checkpoints = Checkpoints(pools, 8, SolveStatistics())
-    online = OnlineTrajectory(checkpoints, ram, disk)
+    online = OnlineCheckpoints(checkpoints, ram, disk)
     state = np.zeros(1)
     for step in range(steps):
         state[:] = step
