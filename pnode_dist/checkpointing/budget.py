@@ -211,7 +211,7 @@ class CheckpointBudget:
         return self.keep != "solution"
 
     @property
-    def counts_all_recordings(self) -> bool:
+    def charges_all_tapes(self) -> bool:
         """Whether the budget pays for every recording that is kept from the forward pass, the last step's as well."""
         return self.keep == AUTO and self.keeps_steps
 

@@ -119,14 +119,14 @@ def plan(budget: CheckpointBudget, checkpoint_bytes: int, steps: int, costs: Cos
     return best(budget, slots, steps, None, costs.agreed(comm))
 
 
-def best(budget: CheckpointBudget, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None) -> Plans:
+def best(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None) -> Plans:
     """The candidate that is predicted to be fastest; without costs the one with the fewest steps and disk accesses.
 
-    `recorded_bytes` is the size of a recorded step, None if no more than one may be kept; `costs` overrule it.
+    `tape_bytes` is the size of a recorded step, None if no more than one may be kept; `costs` overrule it.
     Raises `ConfigurationError` if the trajectory asks for what does not fit.
     """
     different: dict[Any, Plan] = {}
-    for candidate in _candidates(budget, slots, steps, recorded_bytes, costs):
+    for candidate in _candidates(budget, slots, steps, tape_bytes, costs):
         different.setdefault(candidate.work, candidate)
     candidates = tuple(different.values())
     chosen = min(
@@ -148,41 +148,41 @@ def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
         )
 
 
-def needs_costs(budget: CheckpointBudget, slots: Slots, steps: int, recorded_bytes: int | None) -> bool:
+def needs_costs(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None) -> bool:
     """Whether the choice depends on what the disk takes."""
     if slots.disk == 0 or slots.ram >= steps - 1 or budget.schedule in ("all", "revolve", "multistage"):
         return False
     if budget.schedule == "auto" and (budget.ram_slots, budget.disk_slots) != (None, None):
         return False
-    return recorded_bytes is None or _charged(budget, steps) * recorded_bytes > slots.ram_bytes
+    return tape_bytes is None or _charged(budget, steps) * tape_bytes > slots.ram_bytes
 
 
 def _charged(budget: CheckpointBudget, kept: int) -> int:
     """How many of the recordings that are kept from the forward pass the budget has to pay for."""
-    return kept if budget.counts_all_recordings else kept - 1
+    return kept if budget.charges_all_tapes else kept - 1
 
 
 def _candidates(
-    budget: CheckpointBudget, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None
+    budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None
 ) -> Iterator[Plan]:
     level, schedule = budget.level, budget.schedule
     if budget.keeps_steps:
         if costs is not None:
-            recorded_bytes = costs.levels[level].bytes
-        assert recorded_bytes is not None
-        if _charged(budget, steps) * recorded_bytes <= slots.ram_bytes:
+            tape_bytes = costs.levels[level].bytes
+        assert tape_bytes is not None
+        if _charged(budget, steps) * tape_bytes <= slots.ram_bytes:
             division = (steps, 0, 0)
-            yield _plan(level, level, slots, steps, division, recorded_bytes, costs, budget.counts_all_recordings)
+            yield _plan(level, level, slots, steps, division, tape_bytes, costs, budget.charges_all_tapes)
         elif budget.keep == "graph":
-            needed = (steps - 1) * recorded_bytes * budget.solves
+            needed = (steps - 1) * tape_bytes * budget.solves
             raise ConfigurationError(
                 f"trajectory: keep = 'graph': the graphs of {steps} steps need ram = {needed}, "
                 f"more than {_left_of(budget, 'ram')}"
             )
-        if budget.keep == "graph" or (steps == 1 and not budget.counts_all_recordings):
+        if budget.keep == "graph" or (steps == 1 and not budget.charges_all_tapes):
             return
-        if budget.counts_all_recordings:
-            yield from _from_start(level, schedule, slots, steps, recorded_bytes, costs)
+        if budget.charges_all_tapes:
+            yield from _from_start(level, schedule, slots, steps, tape_bytes, costs)
             if costs is not None:
                 stages = costs.levels["stages"].bytes
                 plans = _from_start("stages", schedule, slots, steps, stages, costs)
@@ -206,7 +206,7 @@ def _candidates(
                 f"{_left_of(budget, key)} (and disk = {budget.disk!r})"
             )
         return
-    yield from _checkpointed(level, schedule, slots, steps, recorded_bytes if budget.keeps_steps else None, costs)
+    yield from _checkpointed(level, schedule, slots, steps, tape_bytes if budget.keeps_steps else None, costs)
 
 
 def _left_of(budget: CheckpointBudget, key: str) -> str:
@@ -218,22 +218,22 @@ def _left_of(budget: CheckpointBudget, key: str) -> str:
 
 
 def _from_start(
-    level: str, schedule: str, slots: Slots, steps: int, recorded_bytes: int, costs: Costs | None
+    level: str, schedule: str, slots: Slots, steps: int, tape_bytes: int, costs: Costs | None
 ) -> Iterator[Plan]:
     """The plans that use the initial state as it is, with as many recordings as are worth it, none included."""
     for disk in _disks(schedule, slots):
-        kept, ram, on_disk = division = divide_from_start(slots, steps, recorded_bytes, disk)
+        kept, ram, on_disk = division = divide_from_start(slots, steps, tape_bytes, disk)
         name = "multistage" if on_disk else "revolve"
-        yield _plan(name, level, slots, steps, division, recorded_bytes, costs, True)
+        yield _plan(name, level, slots, steps, division, tape_bytes, costs, True)
         if disk and costs is not None and schedule != "multistage":
             # Weighing costs knows of no state that is at hand: it has a checkpoint for the initial one as well.
-            left = slots.ram_bytes - kept * recorded_bytes
+            left = slots.ram_bytes - kept * tape_bytes
             places = steps - max(kept, 1) + (kept == 0)
             ram = min(left // slots.checkpoint_bytes, places) if slots.checkpoint_bytes else places
             on_disk = min(disk, places - ram)
             if kept < steps and ram + on_disk and is_affordable(steps - kept + 1, disk):
                 division = (kept, ram, on_disk)
-                yield _plan("h-revolve", level, slots, steps, division, recorded_bytes, costs, True, by_costs=True)
+                yield _plan("h-revolve", level, slots, steps, division, tape_bytes, costs, True, by_costs=True)
 
 
 def _disks(schedule: str, slots: Slots) -> list[int]:
@@ -243,14 +243,14 @@ def _disks(schedule: str, slots: Slots) -> list[int]:
 
 
 def _checkpointed(
-    level: str, schedule: str, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None
+    level: str, schedule: str, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None
 ) -> Iterator[Plan]:
     """The plans that hold fewer checkpoints than there are steps, without and with recordings of the last ones."""
     for disk in _disks(schedule, slots):
         if slots.ram + disk == 0 and steps > 1:
             continue
-        for division in dict.fromkeys([divide(slots, steps, recorded_bytes, disk), divide(slots, steps, None, disk)]):
-            size = recorded_bytes or 0
+        for division in dict.fromkeys([divide(slots, steps, tape_bytes, disk), divide(slots, steps, None, disk)]):
+            size = tape_bytes or 0
             yield _plan("multistage" if disk else "revolve", level, slots, steps, division, size, costs)
             kept, ram, _ = division
             if disk and costs is not None and schedule != "multistage" and is_affordable(steps - kept + 1, disk):
@@ -263,7 +263,7 @@ def _plan(
     slots: Slots,
     steps: int,
     division: tuple[int, int, int],
-    recorded_bytes: int,
+    tape_bytes: int,
     costs: Costs | None,
     charges_all: bool = False,
     by_costs: bool = False,
@@ -301,7 +301,7 @@ def _plan(
         forward_steps=forward_steps,
         disk_writes=writes,
         disk_reads=reads,
-        ram_bytes=ram * slots.checkpoint_bytes + (kept if charges_all else kept - 1) * recorded_bytes,
+        ram_bytes=ram * slots.checkpoint_bytes + (kept if charges_all else kept - 1) * tape_bytes,
         disk_bytes=disk * slots.checkpoint_bytes,
         seconds=costs.seconds(level, steps, forward_steps, copies, writes, reads) if costs else None,
         hierarchy=hierarchy,
@@ -309,7 +309,7 @@ def _plan(
     )
 
 
-def divide(slots: Slots, steps: int, recorded_bytes: int | None, disk: int) -> tuple[int, int, int]:
+def divide(slots: Slots, steps: int, tape_bytes: int | None, disk: int) -> tuple[int, int, int]:
     """How many steps at the end to keep as recordings of that size, and the checkpoints in memory and on disk.
 
     The recording of one step belongs to the working set of any adjoint and is not charged. At least one checkpoint
@@ -318,15 +318,15 @@ def divide(slots: Slots, steps: int, recorded_bytes: int | None, disk: int) -> t
     """
     most = steps - 1
     chosen = (1, min(slots.ram, most), min(disk, most - min(slots.ram, most)))
-    if recorded_bytes is None or steps == 1:
+    if tape_bytes is None or steps == 1:
         return chosen
-    if (steps - 1) * recorded_bytes <= slots.ram_bytes:
+    if (steps - 1) * tape_bytes <= slots.ram_bytes:
         return steps, 0, 0
     work = optimal_forward_steps(steps, chosen[1] + chosen[2])
-    most_kept = slots.ram_bytes // recorded_bytes + 1
+    most_kept = slots.ram_bytes // tape_bytes + 1
     for kept in range(2, most_kept + 1, -(-most_kept // _MOST_DIVISIONS)):
         rest = steps - kept
-        left = slots.ram_bytes - (kept - 1) * recorded_bytes
+        left = slots.ram_bytes - (kept - 1) * tape_bytes
         ram = min(left // slots.checkpoint_bytes, rest, slots.ram) if slots.checkpoint_bytes else rest
         on_disk = min(disk, rest - ram)
         if ram + on_disk == 0:
@@ -337,14 +337,14 @@ def divide(slots: Slots, steps: int, recorded_bytes: int | None, disk: int) -> t
     return chosen
 
 
-def divide_from_start(slots: Slots, steps: int, recorded_bytes: int, disk: int) -> tuple[int, int, int]:
+def divide_from_start(slots: Slots, steps: int, tape_bytes: int, disk: int) -> tuple[int, int, int]:
     """`divide` for solves whose initial state is at hand anyway: every recording is charged, and there may be none."""
     chosen, work = (0, 0, 0), steps * (steps + 3) // 2
-    most_kept = min(slots.ram_bytes // recorded_bytes, steps) if recorded_bytes else steps
+    most_kept = min(slots.ram_bytes // tape_bytes, steps) if tape_bytes else steps
     for kept in range(0, most_kept + 1, max(-(-most_kept // _MOST_DIVISIONS), 1)):
         # The places besides the initial state's.
         places = max(steps - kept - 1, 0) if kept else steps - 1
-        left = slots.ram_bytes - kept * recorded_bytes
+        left = slots.ram_bytes - kept * tape_bytes
         ram = min(left // slots.checkpoint_bytes, places, slots.ram) if slots.checkpoint_bytes else places
         on_disk = min(disk, places - ram)
         needed = optimal_forward_steps(steps - kept + 1, ram + on_disk + 1) + kept - 1

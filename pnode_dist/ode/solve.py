@@ -23,7 +23,7 @@ from pnode_dist.checkpointing.store import State as FlatState
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import safe_points
 from pnode_dist.ode.call_agreement import Agreed
-from pnode_dist.ode.probe import probe, record_measured
+from pnode_dist.ode.probe import probe, measured_tape
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.recomputation.guard import Guard, tolerance_of
 from pnode_dist.ode.recomputation.surroundings import Surroundings
@@ -31,7 +31,7 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.tangent import hooks_aside
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
-from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl
 from pnode_dist.ode.time_grid import TimeGrid, gradient_by_times
 from pnode_dist.petsc import log
@@ -68,11 +68,11 @@ class Solve:
     plan: Plan | None = None
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
-    recordings: dict[int, Recording] = field(default_factory=dict)
+    tapes: dict[int, Tape] = field(default_factory=dict)
     # The first step, taken to measure its recording before there was a plan: the state after it, and the recording.
-    first_step: tuple[FlatState, Recording] | None = None
+    first_step: tuple[FlatState, Tape] | None = None
     initial: tuple[torch.Tensor, ...] = ()
-    give_back: Callable[[], None] | None = None
+    refund: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.carried, self.guard = self.bound.carried, None
@@ -119,19 +119,19 @@ class Solve:
         safe_points.between_steps(self.solver.stepper.comm)
         # A step that is recorded in the forward pass is not recomputed.
         self.solver.stepper.fingerprints = self.guard is not None and again
-        recording = self._use_first_step()
-        if not recording:
-            recording = []
+        tape = self._use_first_step()
+        if not tape:
+            tape = []
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
             with log.event(log.RERUN if again else log.STEP, self.logs):
                 self.solver.stepper.step(
-                    step, self.steps.starts[step], self.steps.sizes[step], recording, not again, level
+                    step, self.steps.starts[step], self.steps.sizes[step], tape, not again, level
                 )
         if again:
             self._stepped(step, again)
         elif step == 0:
             self._first_step_taken()
-        self.recordings[step] = recording
+        self.tapes[step] = tape
 
     def _stepped(self, step: int, again: bool) -> None:
         """Keep the fingerprint of the state after a step, or compare it with the one kept; a step is over."""
@@ -169,20 +169,20 @@ class Solve:
 
     def adjoint(self, step: int) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
-        recording = self.recordings.pop(step)
+        tape = self.tapes.pop(step)
         with log.event(log.ADJOINT_STEP, self.logs):
-            self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], recording)
+            self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], tape)
         if self.bound.by_times:
-            self._by_size[step], self._by_start[step] = self.solver.stepper.take_last_two()
+            self._by_size[step], self._by_start[step] = self.solver.stepper.take_time_gradients()
 
-    def _use_first_step(self) -> Recording | None:
+    def _use_first_step(self) -> Tape | None:
         if self.first_step is None:
             return None
-        (after, recording), self.first_step = self.first_step, None
+        (after, tape), self.first_step = self.first_step, None
         self.overwrite(lambda state: np.copyto(state, after))
         stepper = self.solver.stepper
         stepper.fingerprint = fingerprint(stepper.current.parts)
-        return recording
+        return tape
 
     # Forward
 
@@ -199,7 +199,7 @@ class Solve:
 
         def output(number: int) -> None:
             if outputs:
-                stepper.settle()
+                stepper.close_segment()
                 for values, part in zip(outputs, stepper.current.parts, strict=True):
                     values[number].copy_(part)
 
@@ -222,7 +222,7 @@ class Solve:
             self._count()
             safe_points.after_solve(stepper.comm)
         self.carried.end_forward()
-        stepper.settle()
+        stepper.close_segment()
         if self.last_only:
             outputs = stepper.current.take()
         else:
@@ -276,7 +276,7 @@ class Solve:
         self.actions = self.plan.actions()
         run_forward(self.actions, self, self.checkpoints, self.statistics, reached)
         self.statistics.graph_steps = self.plan.kept
-        self.statistics.graph_bytes = self.plan.kept * (self.solver.recorded_bytes or 0)
+        self.statistics.graph_bytes = self.plan.kept * (self.solver.tape_bytes or 0)
 
     def _forward_adaptive(self, output: Callable[[int], None]) -> None:
         """The forward pass with error control; what it keeps is decided as it goes."""
@@ -288,30 +288,30 @@ class Solve:
         sizes: list[float] = []
         ends = {0: 0}
         online: OnlineCheckpoints | None = None
-        most_recorded = 0
+        most_tapes = 0
         if self.keeps_trajectory:
             if trajectory.keeps_steps and trajectory.level == "graph":
-                most_recorded = self._most_recordings(adaptive, slots)
+                most_tapes = self._most_tapes(adaptive, slots)
             self._charge(slots.ram, slots.ram_bytes, slots.disk * slots.checkpoint_bytes)
             online = OnlineCheckpoints(self.checkpoints, slots.ram, slots.disk)
         # Checkpoints are kept beside the graphs, in case that there are more steps than graphs fit.
-        recording = most_recorded > 0
+        tape = most_tapes > 0
 
         def before(step: int, time: float) -> bool:
-            nonlocal recording
+            nonlocal tape
             safe_points.between_steps(stepper.comm)
-            if recording and step >= most_recorded:
+            if tape and step >= most_tapes:
                 if trajectory.keep == "graph":
                     raise ConfigurationError(
                         f"trajectory: keep = 'graph': the graphs of the first {step} steps fill ram = "
                         f"{trajectory.ram!r} and there are more: make it larger, or use keep = 'auto'"
                     )
-                recording = False
-                self.recordings.clear()
+                tape = False
+                self.tapes.clear()
             if online is not None:
                 with log.event(log.CHECKPOINT, self.logs):
                     online.before(step, time, stepper.current.array)
-            return recording
+            return tape
 
         def after(step: AcceptedStep) -> None:
             starts.append(step.start)
@@ -321,8 +321,8 @@ class Solve:
                 self._first_step_taken()
             if self.guard is not None:
                 self.guard.keep(step.number, fingerprint(stepper.current.parts))
-            if step.recording is not None:
-                self.recordings[step.number] = step.recording
+            if step.tape is not None:
+                self.tapes[step.number] = step.tape
             if step.output is not None:
                 ends[len(starts)] = step.output
                 output(step.output)
@@ -334,24 +334,24 @@ class Solve:
         self.grid = TimeGrid(tuple(starts), tuple(sizes), ends)
         if online is not None:
             self._charge_held(slots)
-            self.actions = online.reversal(len(starts), recorded=recording)
-            self.statistics.graph_steps = len(self.recordings)
-            self.statistics.graph_bytes = len(self.recordings) * (self.solver.recorded_bytes or 0)
+            self.actions = online.reversal(len(starts), recorded=tape)
+            self.statistics.graph_steps = len(self.tapes)
+            self.statistics.graph_bytes = len(self.tapes) * (self.solver.tape_bytes or 0)
 
-    def _most_recordings(self, adaptive: AdaptiveStepper, slots: Slots) -> int:
+    def _most_tapes(self, adaptive: AdaptiveStepper, slots: Slots) -> int:
         """How many recorded steps fit beside their checkpoints; the first is the working set. Collective."""
         solver, stepper = self.solver, self.solver.stepper
-        if solver.recorded_bytes is None:
+        if solver.tape_bytes is None:
             assert self.control is not None
             counts = self.bound.counts()
             adaptive.begin(self.control)
             size = adaptive.first_size(self.times[0], self.times[1] - self.times[0])
             size = math.copysign(size, self.times[1] - self.times[0])
-            _, solver.recorded_bytes = record_measured(stepper, self.bound, self.times[0], size, "stage graphs")
+            _, solver.tape_bytes = measured_tape(stepper, self.bound, self.times[0], size, "stage graphs")
             stepper.current.set(self.initial)
             self.carried.restart()
             self.bound.count_from(counts)
-        return slots.ram_bytes // max(solver.recorded_bytes + slots.checkpoint_bytes, 1) + 1
+        return slots.ram_bytes // max(solver.tape_bytes + slots.checkpoint_bytes, 1) + 1
 
     def _slots(self, steps: int | None) -> Slots:
         """What this solve may hold, as agreed on by all ranks. Collective."""
@@ -378,7 +378,7 @@ class Solve:
     def _charge(self, checkpoints: int, ram: int, disk: int) -> None:
         ledger = self.solver.trajectory.ledger
         ledger.make_room(self.solver.memory, checkpoints)
-        self.give_back = ledger.charge(ram, disk)
+        self.refund = ledger.charge(ram, disk)
 
     def measured_plans(self, initial: tuple[torch.Tensor, ...]) -> Plans:
         """The candidates with predicted times, from costs measured now. Collective."""
@@ -399,9 +399,9 @@ class Solve:
     def _charge_held(self, slots: Slots) -> None:
         """Book what is held now that the number of steps is known, and may be held while they are reversed."""
         most = self.steps.steps - 1
-        recorded = len(self.recordings) * (self.solver.recorded_bytes or 0)
-        assert self.give_back is not None
-        self.give_back()
+        recorded = len(self.tapes) * (self.solver.tape_bytes or 0)
+        assert self.refund is not None
+        self.refund()
         size = slots.checkpoint_bytes
         self._charge(min(slots.ram, most), recorded + min(slots.ram, most) * size, min(slots.disk, most) * size)
 
@@ -418,18 +418,18 @@ class Solve:
             keep = "solution" if trajectory.keep == "auto" else trajectory.keep
             trajectory = replace(trajectory, schedule="revolve", keep=keep)
         counts = self.bound.counts()
-        matters = grid.steps > 1 or trajectory.counts_all_recordings
-        if trajectory.keeps_steps and matters and solver.recorded_bytes is None:
-            recording, solver.recorded_bytes = record_measured(
+        matters = grid.steps > 1 or trajectory.charges_all_tapes
+        if trajectory.keeps_steps and matters and solver.tape_bytes is None:
+            tape, solver.tape_bytes = measured_tape(
                 stepper, self.bound, grid.starts[0], grid.sizes[0], trajectory.level
             )
-            self.first_step = (stepper.current.array.copy(), recording)
+            self.first_step = (stepper.current.array.copy(), tape)
             stepper.current.set(self.initial)
-        recorded_bytes = (solver.recorded_bytes or 0) if trajectory.keeps_steps else None
-        if not (measure or needs_costs(trajectory, slots, grid.steps, recorded_bytes)):
+        tape_bytes = (solver.tape_bytes or 0) if trajectory.keeps_steps else None
+        if not (measure or needs_costs(trajectory, slots, grid.steps, tape_bytes)):
             if trajectory is solver.trajectory:
-                return solver.planned(slots, grid.steps, recorded_bytes)
-            return best(trajectory, slots, grid.steps, recorded_bytes, None)
+                return solver.planned(slots, grid.steps, tape_bytes)
+            return best(trajectory, slots, grid.steps, tape_bytes, None)
         # Costs of a solve that had no disk say nothing about it.
         if solver.costs is None or (slots.disk and solver.costs.write == 0):
             self.first_step = None
@@ -437,7 +437,7 @@ class Solve:
             pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
             solver.costs = probe(stepper, self.bound, self.initial, grid.starts[0], grid.sizes[0], pools)
             self.carried.restart()
-        return best(trajectory, slots, grid.steps, recorded_bytes, solver.costs)
+        return best(trajectory, slots, grid.steps, tape_bytes, solver.costs)
 
     # Backward
 
@@ -536,11 +536,11 @@ class Solve:
         """Give back the checkpoints and their budget, and drop the recordings."""
         self.has_trajectory = False
         self.checkpoints.clear()
-        self.recordings.clear()
+        self.tapes.clear()
         self.first_step = None
-        if self.give_back is not None:
-            self.give_back()
-            self.give_back = None
+        if self.refund is not None:
+            self.refund()
+            self.refund = None
 
     def abandon(self) -> None:
         """End a solve that raised, or whose graph was dropped. Not collective: other ranks may not come here."""

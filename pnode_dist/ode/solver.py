@@ -45,10 +45,10 @@ _MOST_PLANS = 16
 class Solver:
     """A stepper with the checkpoint slots that its solves share, on the ranks of `partition`.
 
-    `recorded_bytes` is the memory of one recorded step on the rank where it is largest, and `costs` are what a probe
+    `tape_bytes` is the memory of one recorded step on the rank where it is largest, and `costs` are what a probe
     measured, once they have been; `disk_is_lost` says that the disk failed some rank, and that later solves do
     without it, `has_spilt` that it worked for a solve before. `solves` counts those that were begun. `plans` are
-    choices that followed from what may be held, the number of steps and `recorded_bytes` alone. `contents` are those of
+    choices that followed from what may be held, the number of steps and `tape_bytes` alone. `contents` are those of
     the objects that it was made of, None if they have none.
 
     `kept` says that a cache keeps the solver for further solves; if not, it is closed as soon as a solve is done with
@@ -62,7 +62,7 @@ class Solver:
     partition: Partition | None
     trajectory: CheckpointBudget
     make_stepper: Callable[[], Stepper]
-    recorded_bytes: int | None = None
+    tape_bytes: int | None = None
     costs: Costs | None = None
     disk_is_lost: bool = False
     has_spilt: bool = False
@@ -151,13 +151,13 @@ class Solver:
         if not self.stepper.stepping:
             self.close()
 
-    def planned(self, slots: Slots, steps: int, recorded_bytes: int | None) -> Plans:
+    def planned(self, slots: Slots, steps: int, tape_bytes: int | None) -> Plans:
         """The best plan where no costs matter, see `plan.best`: a model asks for the same few again and again."""
-        key = slots, steps, recorded_bytes
+        key = slots, steps, tape_bytes
         if key not in self.plans:
             if len(self.plans) == _MOST_PLANS:
                 self.plans.clear()
-            self.plans[key] = best(self.trajectory, slots, steps, recorded_bytes, None)
+            self.plans[key] = best(self.trajectory, slots, steps, tape_bytes, None)
         return self.plans[key]
 
     def looks_again(self) -> bool:

@@ -24,10 +24,10 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.current_state import TensorState
-from pnode_dist.ode.steppers.pruning import leave_out
-from pnode_dist.ode.steppers.recording import Recording, stages_of
+from pnode_dist.ode.steppers.pruning import prune
+from pnode_dist.ode.steppers.tape import Tape, stages_of
 from pnode_dist.ode.steppers.tableau import tableau_of
-from pnode_dist.ode.steppers.tape import JoinedSteps, combined
+from pnode_dist.ode.steppers.tape_segment import TapeSegment, combined
 from pnode_dist.petsc import vectors
 
 Products = Sequence[torch.Tensor | None]
@@ -67,14 +67,14 @@ class ExplicitStepper(Stepper):
         self.bound: BoundFunction | None = None
         self.error: BaseException | None = None
         self._adjoint: list[torch.Tensor] = []
-        self._adjoint_is_ours: list[bool] = []
+        self._owns_adjoint: list[bool] = []
         self._gradient: list[torch.Tensor | None] = []
-        self._joined: weakref.ref[JoinedSteps] | None = None
-        self._sums_up = self._joins = False
-        self._may_join = True
-        self._gradient_is_ours = False
+        self._segment: weakref.ref[TapeSegment] | None = None
+        self._autograd_sums = self._uses_segments = False
+        self._may_use_segments = True
+        self._owns_gradient = False
         # Whether another rank finds the same is not known where f communicates.
-        self._leaves_out = comm.size == 1 and len(layout.shapes) > 1
+        self._prunes = comm.size == 1 and len(layout.shapes) > 1
         self._parameters = len(parameter_sizes)
 
     @property
@@ -89,12 +89,12 @@ class ExplicitStepper(Stepper):
         """Solve this problem from now on."""
         if bound is not self.bound:
             # Autograd sums up in the types of the parameters.
-            self._sums_up = not (self.layout.converts or bound.by_times) and all(
+            self._autograd_sums = not (self.layout.converts or bound.by_times) and all(
                 parameter.dtype is vectors.scalar_dtype() and parameter.device == self.layout.vec_device
                 for parameter in bound.parameters.tensors
             )
             # Whether other ranks' graphs lead to the same exchanges is not known.
-            self._joins = self._sums_up and self._may_join and self.comm.size == 1
+            self._uses_segments = self._autograd_sums and self._may_use_segments and self.comm.size == 1
         self.bound = bound
 
     def destroy(self) -> None:
@@ -132,7 +132,7 @@ class ExplicitStepper(Stepper):
         number: int,
         time: float,
         size: float,
-        recording: Recording | None = None,
+        tape: Tape | None = None,
         isolate: bool = False,
         level: str = "graph",
     ) -> None:
@@ -141,13 +141,13 @@ class ExplicitStepper(Stepper):
         A recording that is not to survive is that of a step which is run again for its adjoint: its result is known,
         and is not formed.
         """
-        if recording is not None and level == "graph" and self._joins:
-            joined = self._record(number, time, size, isolate)
-            if joined is not None:
-                recording.append(joined)
+        if tape is not None and level == "graph" and self._uses_segments:
+            segment = self._record_on_segment(number, time, size, isolate)
+            if segment is not None:
+                tape.append(segment)
                 return
-        if self.fingerprints and recording is not None and not isolate:
-            self._print_state(self.current.parts)
+        if self.fingerprints and tape is not None and not isolate:
+            self._store_fingerprint(self.current.parts)
         before = torch.is_grad_enabled()
         # As a context this takes as long as a small stage.
         torch._C._set_grad_enabled(False)
@@ -157,64 +157,64 @@ class ExplicitStepper(Stepper):
             for stage, node in enumerate(self.tableau.c):
                 if self.tableau.counts[stage]:
                     state = self.stage_state(stage, size, slopes, isolate)
-                    slopes.append(self.slope(time + node * size, state, recording, level))
+                    slopes.append(self.slope(time + node * size, state, tape, level))
                 else:
                     slopes.append(())
-                    if recording is not None:
-                        recording.append(None)
-            if recording is None or isolate:
+                    if tape is not None:
+                        tape.append(None)
+            if tape is None or isolate:
                 self.form_result(size, slopes)
-                self._print_state(self.current.parts)
+                self._store_fingerprint(self.current.parts)
             elif self.fingerprints:
                 assert self.fingerprint is not None
                 for stage, weight in self.tableau.result_terms:
                     self.fingerprint += size * weight * fingerprint(slopes[stage])
-            if recording is not None and self._leaves_out and level != "stages":
+            if tape is not None and self._prunes and level != "stages":
                 del slopes
-                leave_out(recording, self.tableau)
+                prune(tape, self.tableau)
         finally:
             self.stepping = False
             torch._C._set_grad_enabled(before)
 
-    def _record(self, number: int, time: float, size: float, isolate: bool) -> JoinedSteps | None:
+    def _record_on_segment(self, number: int, time: float, size: float, isolate: bool) -> TapeSegment | None:
         """The graph of the step from the current state, or that of the steps before it, which it is joined to.
 
         None where f's value would depend on that, now and from now on.
         """
-        bound, joined = self.bound, None if self._joined is None else self._joined()
+        bound, segment = self.bound, None if self._segment is None else self._segment()
         assert bound is not None
-        if joined is None or not (isolate and joined.may_grow(number, self.current.parts)):
-            self.settle()
-            joined = JoinedSteps(number, self.current.parts)
+        if segment is None or not (isolate and segment.can_extend(number, self.current.parts)):
+            self.close_segment()
+            segment = TapeSegment(number, self.current.parts)
         if isolate:
-            self.current.lend()
+            self.current.share()
         evaluations, mark = bound.evaluations, bound.carried.mark()
         self.stepping = True
         try:
-            after = joined.take_step(bound, self.layout, self.tableau, time, size)
+            after = segment.record_step(bound, self.layout, self.tableau, time, size)
         finally:
             self.stepping = False
         if after is None:
             bound.evaluations = evaluations
             bound.carried.restore(mark)
-            self.settle()
-            self._joins = self._may_join = False
+            self.close_segment()
+            self._uses_segments = self._may_use_segments = False
             return None
-        self._print_state(after)
+        self._store_fingerprint(after)
         if isolate:
-            self.current.lent(after)
-            self._joined = weakref.ref(joined)
+            self.current.set_shared(after)
+            self._segment = weakref.ref(segment)
         else:
-            joined.end_here()
-        return joined
+            segment.close()
+        return segment
 
-    def settle(self) -> None:
-        """See `Stepper.settle`."""
-        joined, self._joined = None if self._joined is None else self._joined(), None
-        if joined is not None:
-            if joined.after is self.current.parts:
-                self.current.give_back()
-            joined.end_here()
+    def close_segment(self) -> None:
+        """See `Stepper.close_segment`."""
+        segment, self._segment = None if self._segment is None else self._segment(), None
+        if segment is not None:
+            if segment.after is self.current.parts:
+                self.current.unshare()
+            segment.close()
 
     def stage_state(self, stage: int, size: float, slopes: Slopes, isolate: bool) -> Parts:
         """The state at a stage of the step from the current state; with `isolate` nothing will be written into it."""
@@ -225,12 +225,12 @@ class ExplicitStepper(Stepper):
             if torch.is_inference_mode_enabled():
                 return tuple(part.clone() for part in state)
             if isolate:
-                self.current.lend()
+                self.current.share()
             return state
         return combined(state, size, terms, slopes)
 
-    def slope(self, time: float, state: Parts, recording: Recording | None, level: str) -> Parts:
-        """f there, in PETSc's scalar type; to `recording`, if given, goes what the adjoint needs of it.
+    def slope(self, time: float, state: Parts, tape: Tape | None, level: str) -> Parts:
+        """f there, in PETSc's scalar type; to `tape`, if given, goes what the adjoint needs of it.
 
         Raises `RuntimeError` if f writes into the current state, or into one that is recorded.
         """
@@ -239,28 +239,28 @@ class ExplicitStepper(Stepper):
         inputs = layout.inputs(state) if layout.converts else state
         # These are to be used again: the current state, and what is recorded of a stage.
         staying: Parts = state if state is self.current.parts else ()
-        if recording is not None and level == "stages":
+        if tape is not None and level == "stages":
             staying = inputs
         if staying and torch.is_inference_mode_enabled():
             staying = ()
         versions = [part._version for part in staying]
-        if recording is None:
+        if tape is None:
             values = bound.value(bound.func, layout, time, inputs)
         elif level != "stages":
             graph = bound.graph(bound.func, layout, time, inputs)
             values = graph.values
-            recording.append(graph if bound.by_times else _without_values(graph))
+            tape.append(graph if bound.by_times else _without_values(graph))
         else:
             mark = bound.carried.mark()
             values = bound.value(bound.func, layout, time, inputs)
-            recording.append(bound.kept_state(time, inputs, mark, values))
+            tape.append(bound.kept_state(time, inputs, mark, values))
         if staying and [part._version for part in staying] != versions:
             raise RuntimeError(
                 "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
             )
         if layout.converts:
             values = tuple(map(layout.scalar, values))
-        if recording is not None and level != "stages":
+        if tape is not None and level != "stages":
             return values
         return owned(values)
 
@@ -275,8 +275,8 @@ class ExplicitStepper(Stepper):
 
     def start_adjoint(self) -> None:
         """See `Stepper.start_adjoint`."""
-        self._adjoint, self._adjoint_is_ours = [], []
-        self._gradient, self._gradient_is_ours = [None] * self._parameters, False
+        self._adjoint, self._owns_adjoint = [], []
+        self._gradient, self._owns_gradient = [None] * self._parameters, False
 
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
         """See `Stepper.add_to_adjoint`. The first are the adjoint from then on, and are not copied."""
@@ -290,7 +290,7 @@ class ExplicitStepper(Stepper):
             torch.zeros(shape, dtype=dtype, device=device) if part is None else part
             for part, shape in zip(given, layout.shapes, strict=True)
         ]
-        self._adjoint_is_ours = [part is None for part in given]
+        self._owns_adjoint = [part is None for part in given]
 
     def _add(self, products: Products) -> None:
         for number, product in enumerate(products):
@@ -298,11 +298,11 @@ class ExplicitStepper(Stepper):
                 self._add_part(number, product)
 
     def _add_part(self, number: int, product: torch.Tensor) -> None:
-        if self._adjoint_is_ours[number]:
+        if self._owns_adjoint[number]:
             self._adjoint[number].add_(product)
         else:
             self._adjoint[number] = self._adjoint[number] + product
-            self._adjoint_is_ours[number] = True
+            self._owns_adjoint[number] = True
 
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`: nothing of them is kept."""
@@ -315,13 +315,13 @@ class ExplicitStepper(Stepper):
         self._adjoint, self._gradient = [], []
         return adjoint, gradient
 
-    def take_last_two(self) -> tuple[float, float]:
-        """See `Stepper.take_last_two`."""
+    def take_time_gradients(self) -> tuple[float, float]:
+        """See `Stepper.take_time_gradients`."""
         first, second = (0.0 if part is None else part.item() for part in self._gradient[-2:])
-        self._gradient[-2:], self._gradient_is_ours = (None, None), False
+        self._gradient[-2:], self._owns_gradient = (None, None), False
         return first, second
 
-    def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
+    def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
         """See `Stepper.adjoint_step`. Collective on `comm`.
 
         With lambda the adjoint of the step's result and J_i the Jacobian of f at stage i, for i = s, ..., 1
@@ -331,12 +331,12 @@ class ExplicitStepper(Stepper):
         """
         bound, layout, tableau = self.bound, self.layout, self.tableau
         assert bound is not None
-        if isinstance(recording[0], JoinedSteps):
-            self._reverse(number, recording[0])
-            recording.clear()
+        if isinstance(tape[0], TapeSegment):
+            self._adjoint_of_segment(number, tape[0])
+            tape.clear()
             return
-        stages = stages_of(recording)
-        recording.clear()
+        stages = stages_of(tape)
+        tape.clear()
         products: dict[int, Products] = {}
         self.stepping = True
         try:
@@ -353,12 +353,12 @@ class ExplicitStepper(Stepper):
                 if isinstance(graph, StageState):
                     graph = bound.graph_of(graph, bound.func, layout)
                     graph = graph if bound.by_times else _without_values(graph)
-                found = bound.vjp(graph, cotangents, sums=self._gradient if self._sums_up else ())
+                found = bound.vjp(graph, cotangents, sums=self._gradient if self._autograd_sums else ())
                 if layout.converts:
                     found = found._replace(states=[None if w is None else layout.scalar(w) for w in found.states])
                 products[stage] = found.states
                 by_times = by_step(found, graph.when - time) if bound.by_times else []
-                if self._sums_up:
+                if self._autograd_sums:
                     self._gradient = list(found.parameters)
                 else:
                     self._add_to_gradient([*found.parameters, *by_times])
@@ -386,22 +386,22 @@ class ExplicitStepper(Stepper):
                 if stage <= first:
                     self._add_part(number, product)
 
-    def _reverse(self, number: int, joined: JoinedSteps) -> None:
+    def _adjoint_of_segment(self, number: int, segment: TapeSegment) -> None:
         """Take the adjoint back over the steps that end with this one; those before it are then done."""
         bound = self.bound
         assert bound is not None
-        if number != joined.last:
+        if number != segment.last:
             return
-        bound.vjps += joined.evaluations
+        bound.vjps += segment.evaluations
         self.stepping = True
         try:
-            wanted: tuple[torch.Tensor | GradientEdge, ...] = (*joined.start, *bound.parameters.tensors)
-            found = bound.pulled_back(joined.roots, wanted, self._adjoint, sums=self._gradient)
+            wanted: tuple[torch.Tensor | GradientEdge, ...] = (*segment.start, *bound.parameters.tensors)
+            found = bound.pulled_back(segment.roots, wanted, self._adjoint, sums=self._gradient)
         finally:
             self.stepping = False
-        parts = len(joined.start)
-        joined.drop()
-        self._adjoint, self._adjoint_is_ours = [part for part in found[:parts] if part is not None], [False] * parts
+        parts = len(segment.start)
+        segment.free()
+        self._adjoint, self._owns_adjoint = [part for part in found[:parts] if part is not None], [False] * parts
         self._gradient = list(found[parts:])
 
     def _cotangents(self, weight: float, uses: list[tuple[Products, float]]) -> list[torch.Tensor | None]:
@@ -409,7 +409,7 @@ class ExplicitStepper(Stepper):
         cotangents: list[torch.Tensor | None] = []
         for number, part in enumerate(self._adjoint):
             terms = [(product, h) for products, h in uses if (product := products[number]) is not None]
-            if weight or not (terms or self._leaves_out):
+            if weight or not (terms or self._prunes):
                 terms.append((part, weight))
             cotangent = None
             for product, coefficient in terms:
@@ -425,13 +425,13 @@ class ExplicitStepper(Stepper):
             return
         layout, gradient = self.layout, self._gradient
         every = all(product is not None for product in products)
-        if every and self._gradient_is_ours:
+        if every and self._owns_gradient:
             if layout.device != layout.vec_device:
                 products = [layout.scalar(product) for product in products if product is not None]
             torch._foreach_add_(gradient, products)  # type: ignore[arg-type]
             return
         # What a sum is put in is ours.
-        self._gradient_is_ours = every and all(old is not None for old in gradient)
+        self._owns_gradient = every and all(old is not None for old in gradient)
         for number, (old, product) in enumerate(zip(gradient, products, strict=True)):
             if product is not None:
                 # Parameters may be of a narrower type than the state.

@@ -36,7 +36,7 @@ from pnode_dist.ode.steppers.petsc_callbacks import (
     ShiftedOperator,
 )
 from pnode_dist.ode.steppers.preconditioner import Built, BuiltMatrix, Preconditioner, Setting
-from pnode_dist.ode.steppers.recording import Recording, Stage, stages_of
+from pnode_dist.ode.steppers.tape import Tape, Stage, stages_of
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.petsc import calls, vectors
 
@@ -264,7 +264,7 @@ class ImplicitStepper(Stepper):
         number: int,
         time: float,
         size: float,
-        recording: Recording | None = None,
+        tape: Tape | None = None,
         isolate: bool = False,
         level: str = "graph",
     ) -> None:
@@ -275,14 +275,14 @@ class ImplicitStepper(Stepper):
         # Only the multistep methods, which have no adjoint, may know of the steps before.
         if self.method.family != "bdf" or number == 0:
             self._ts.restartStep()
-        self.function.keeps_values = level == "stages" and recording is not None and self._bound.guard is not None
+        self.function.keeps_values = level == "stages" and tape is not None and self._bound.guard is not None
         with self.errors_of_func():
             reason = self.attempt(self._ts, number, time, size)
             if reason < 0:
                 raise ConvergenceError(f"step {number} at t = {time:.6g}, {size:.3g} long: {self._words(self._ts)}")
-            self._print_state(self.current.parts)
-            if recording is not None:
-                recording.extend(self.recorded(self._ts, time, size, level))
+            self._store_fingerprint(self.current.parts)
+            if tape is not None:
+                tape.extend(self.stage_tape(self._ts, time, size, level))
 
     def attempt(self, ts: PETSc.TS, number: int, time: float, size: float) -> int:
         """One step of `ts` on the current state: PETSc's reason, negative if it failed. Collective."""
@@ -310,7 +310,7 @@ class ImplicitStepper(Stepper):
             ts.setConvergedReason(PETSc.TS.ConvergedReason.ITERATING)
         return reason
 
-    def recorded(self, ts: PETSc.TS, time: float, size: float, level: str) -> list[Stage]:
+    def stage_tape(self, ts: PETSc.TS, time: float, size: float, level: str) -> list[Stage]:
         """What an adjoint needs of the step that `ts` just took: its stages, as graphs or as states. Collective."""
         found: list[Stage] = []
         for part, handle in self._places(ts):
@@ -353,8 +353,8 @@ class ImplicitStepper(Stepper):
         for vec in (self._lambda, self._mu):
             vectors.wrote(vec)
 
-    def settle(self) -> None:
-        """See `Stepper.settle`: every step is recorded by itself."""
+    def close_segment(self) -> None:
+        """See `Stepper.close_segment`: every step is recorded by itself."""
 
     def start_adjoint(self) -> None:
         """See `Stepper.start_adjoint`."""
@@ -365,8 +365,8 @@ class ImplicitStepper(Stepper):
     def _solution(self) -> PETSc.Vec:
         return self.current.vec
 
-    def take_last_two(self) -> tuple[float, float]:
-        """See `Stepper.take_last_two`."""
+    def take_time_gradients(self) -> tuple[float, float]:
+        """See `Stepper.take_time_gradients`."""
         last = self._parameter_gradient[-2:]
         first, second = last.tolist()
         last.zero_()
@@ -387,15 +387,15 @@ class ImplicitStepper(Stepper):
         gradient = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         return self.layout.parts(self._adjoint.clone()), gradient
 
-    def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
+    def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
         """See `Stepper.adjoint_step`. Collective on `comm`.
 
         Raises `ConvergenceError` on all ranks where a transposed linear system cannot be solved.
         """
         ts = self._active = self._ts
         direction = math.copysign(1.0, size)
-        kept = dict(zip(self._places(ts), stages_of(recording), strict=True))
-        recording.clear()
+        kept = dict(zip(self._places(ts), stages_of(tape), strict=True))
+        tape.clear()
         self.function.start_adjoint(time, direction, kept)
         self._built_for = self._built_for if self._linear else None
         ts.setTime(direction * (time + size))

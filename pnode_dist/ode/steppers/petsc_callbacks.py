@@ -20,7 +20,7 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.linearisation import Part, Place, Point
 from pnode_dist.ode.rhs.mass import MassMatrix
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
-from pnode_dist.ode.steppers.recording import Stage
+from pnode_dist.ode.steppers.tape import Stage
 from pnode_dist.petsc import vectors
 
 

@@ -17,7 +17,7 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.current_state import VecState
-from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.petsc import vectors
 
 
@@ -75,12 +75,12 @@ class SspStepper(Stepper):
         number: int,
         time: float,
         size: float,
-        recording: Recording | None = None,
+        tape: Tape | None = None,
         isolate: bool = False,
         level: str = "graph",
     ) -> None:
         """See `Stepper.step`; nothing can be recorded. Collective on `comm`."""
-        assert recording is None
+        assert tape is None
         direction = self._rhs.direction = math.copysign(1.0, size)
         ts = self._ts
         ts.setTime(direction * time)
@@ -97,8 +97,8 @@ class SspStepper(Stepper):
             self._rhs.function(self._ts, direction * time, self.current.vec, self._slope)
         return direction * vectors.view(self._slope, (self.layout.size,), self.layout.vec_device)
 
-    def settle(self) -> None:
-        """See `Stepper.settle`: nothing is recorded."""
+    def close_segment(self) -> None:
+        """See `Stepper.close_segment`: nothing is recorded."""
 
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> NoReturn:
         """See `adjoint_step`."""
@@ -108,7 +108,7 @@ class SspStepper(Stepper):
         """See `adjoint_step`."""
         raise NotImplementedError
 
-    def take_last_two(self) -> NoReturn:
+    def take_time_gradients(self) -> NoReturn:
         """See `adjoint_step`."""
         raise NotImplementedError
 
@@ -116,7 +116,7 @@ class SspStepper(Stepper):
         """See `adjoint_step`."""
         raise NotImplementedError
 
-    def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> NoReturn:
+    def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> NoReturn:
         """PETSc has no adjoint of these methods: `odeint` refuses gradients of them."""
         raise NotImplementedError
 

@@ -270,9 +270,9 @@ def test_a_second_backward_pass_is_charged_again_and_gives_back_again() -> None:
 def test_giving_back_twice_gives_back_once() -> None:
     ledger = Ledger()
     ledger.charge(10, 5)
-    give_back = ledger.charge(3, 2)
-    give_back()
-    give_back()
+    refund = ledger.charge(3, 2)
+    refund()
+    refund()
     assert (ledger.ram, ledger.disk, ledger.solves) == (10, 5, 1)
 
 
