@@ -361,7 +361,7 @@ def long_trajectory(steps: int, points: int, ram: int | str, disk: int | str) ->
         "state": f"{points}x{points}x2",
         "plan": solve.last_plan.name,
         "seconds": seconds,
-        "run again": count.recomputed_steps,
+        "recomputed": count.recomputed_steps,
         "all states": format_size(comm.allreduce(steps * size)),
         "written": format_size(comm.allreduce(count.bytes_written)),
         "read": format_size(comm.allreduce(count.bytes_read)),

@@ -256,7 +256,7 @@ def facts(
     times: tuple[float, ...],
     func: Any,
     needs_gradient: bool,
-    by_times: bool,
+    needs_time_gradient: bool,
 ) -> Facts:
     """The facts of a solve that ranks compare. Bytes of memory and disk are left out: the least of all ranks counts."""
     assert settings.partition is not None
@@ -279,7 +279,7 @@ def facts(
         ("last_only", settings.last_only),
         ("on_mismatch", settings.on_mismatch),
         ("gradient", needs_gradient),
-        ("gradient with respect to t", by_times),
+        ("gradient with respect to t", needs_time_gradient),
         ("fixed_plan", None if settings.fixed_plan is None else settings.fixed_plan.work),
     ]
     trajectory = settings.trajectory or budget.DEFAULT

@@ -28,16 +28,16 @@ from pnode_dist.ode.autograd.transforms import check_not_traced, transforming
 from pnode_dist.ode.call_agreement import preparation
 from pnode_dist.ode.coarse import finer_end, is_first_of_its_kind, warn_if_coarse
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
-from pnode_dist.ode.one_at_a_time import one_at_a_time
 from pnode_dist.ode.prepare import prepared, settings_of_tangents, usable_outside_inference
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.mass import Mass
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
-from pnode_dist.ode.rhs.tangent import WithTangent, checked_direction, joined, with_tangent, without_tangents
+from pnode_dist.ode.rhs.tangent import WithTangent, checked_direction, stacked, with_tangent, without_tangents
 from pnode_dist.ode.settings import Settings, Times
 from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.solve_lock import solve_lock
 from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.steppers.base import PetscOptions
 from pnode_dist.ode.steppers.preconditioner import Preconditioner
@@ -60,7 +60,7 @@ def _solve(
         with torch.inference_mode(False), torch.no_grad():
             usable = tuple(map(usable_outside_inference, args))
             return _solve(solvers, tangent_solvers, func, usable_outside_inference(u0), t, settings, usable)
-    with one_at_a_time():
+    with solve_lock():
         if transforming():
             call, layout, tensors = _transformed(solvers, tangent_solvers, func, u0, t, settings, args)
             return layout.as_state(solution(call, tensors)), call.latest()
@@ -72,7 +72,7 @@ def _solve(
             len(layout.shapes),
             layout.is_tuple,
             replace(solve.bound.parameters, tensors=solve.parameters),
-            solve.bound.by_times,
+            solve.bound.needs_time_gradient,
             solve.solver.stepper.comm.size,
             prepare,
             solve.surroundings,
@@ -85,11 +85,11 @@ def _solve(
             with torch.no_grad():
                 outputs = call.run(tensors)
         if settings.step_size is None and len(solve.times) == 2 and solve.control is None and settings.grid is None:
-            _look_at_its_only_step(solve, func, u0, t, settings, args, outputs)
+            _warn_if_step_is_too_long(solve, func, u0, t, settings, args, outputs)
     return layout.as_state(outputs), solve
 
 
-def _look_at_its_only_step(
+def _warn_if_step_is_too_long(
     solve: Solve, func: Function, u0: State, t: Times, settings: Settings, args: tuple[Any, ...], outputs: Parts
 ) -> None:
     """Warn once if the step of a solve of one step is plainly too long. Collective."""
@@ -389,7 +389,7 @@ class NeuralODE(nn.Module):
         without tangent takes. Collective on the partition's communicator.
         """
         with preparation(communicator(self.partition)) as preparing:
-            state, is_tuple = joined(u0, u0_tangent)
+            state, is_tuple = stacked(u0, u0_tangent)
             direction = checked_direction(parameter_tangents)
             preparing.later()
         if transforming():
@@ -439,7 +439,7 @@ class NeuralODE(nn.Module):
         """
         if transforming():
             raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
-        with one_at_a_time():
+        with solve_lock():
             solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
             if solve.control is not None:
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")

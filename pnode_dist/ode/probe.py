@@ -31,9 +31,7 @@ _NEVER = 1e9
 _MOST_STEPS_BETWEEN = 20
 
 
-def measured_tape(
-    stepper: Stepper, bound: BoundFunction, time: float, size: float, level: str
-) -> tuple[Tape, int]:
+def measured_tape(stepper: Stepper, bound: BoundFunction, time: float, size: float, level: str) -> tuple[Tape, int]:
     """Run the step from the current state recorded, and measure the memory of the recording on the fullest rank.
 
     Collective on the stepper's communicator.

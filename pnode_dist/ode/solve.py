@@ -23,7 +23,7 @@ from pnode_dist.checkpointing.store import State as FlatState
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import safe_points
 from pnode_dist.ode.call_agreement import Agreed
-from pnode_dist.ode.probe import probe, measured_tape
+from pnode_dist.ode.probe import measured_tape, probe
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.recomputation.guard import Guard, tolerance_of
 from pnode_dist.ode.recomputation.surroundings import Surroundings
@@ -33,7 +33,7 @@ from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl
-from pnode_dist.ode.time_grid import TimeGrid, gradient_by_times
+from pnode_dist.ode.time_grid import TimeGrid, gradient_wrt_times
 from pnode_dist.petsc import log
 
 
@@ -111,7 +111,7 @@ class Solve:
         safe_points.between_steps(self.solver.stepper.comm)
         self.solver.stepper.fingerprints = self.guard is not None
         if not self._use_first_step():
-            with log.event(log.RERUN if again else log.STEP, self.logs):
+            with log.event(log.RECOMPUTE if again else log.STEP, self.logs):
                 self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step])
         self._stepped(step, again)
 
@@ -123,10 +123,8 @@ class Solve:
         if not tape:
             tape = []
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
-            with log.event(log.RERUN if again else log.STEP, self.logs):
-                self.solver.stepper.step(
-                    step, self.steps.starts[step], self.steps.sizes[step], tape, not again, level
-                )
+            with log.event(log.RECOMPUTE if again else log.STEP, self.logs):
+                self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step], tape, not again, level)
         if again:
             self._stepped(step, again)
         elif step == 0:
@@ -172,8 +170,8 @@ class Solve:
         tape = self.tapes.pop(step)
         with log.event(log.ADJOINT_STEP, self.logs):
             self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], tape)
-        if self.bound.by_times:
-            self._by_size[step], self._by_start[step] = self.solver.stepper.take_time_gradients()
+        if self.bound.needs_time_gradient:
+            self._size_gradients[step], self._start_gradients[step] = self.solver.stepper.take_time_gradients()
 
     def _use_first_step(self) -> Tape | None:
         if self.first_step is None:
@@ -492,7 +490,7 @@ class Solve:
             ends = {steps: 0}
         self._bind()
         stepper.start_adjoint()
-        self._by_size, self._by_start = [0.0] * steps, [0.0] * steps
+        self._size_gradients, self._start_gradients = [0.0] * steps, [0.0] * steps
 
         def reversed_to(step: int) -> None:
             number = ends.get(step)
@@ -525,11 +523,11 @@ class Solve:
             else gradient.to(parameter.device, parameter.dtype)
             for gradient, parameter in zip(gradients, self.parameters, strict=True)
         )
-        if not self.bound.by_times:
+        if not self.bound.needs_time_gradient:
             return states, parameters, ()
         found = [0.0] * len(self.times)
         if steps > 0:
-            found = gradient_by_times(self.steps, self.times, self._by_size, self._by_start)
+            found = gradient_wrt_times(self.steps, self.times, self._size_gradients, self._start_gradients)
         return states, parameters, (torch.tensor(found, dtype=self.time_dtype),)
 
     def release(self) -> None:

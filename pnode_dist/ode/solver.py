@@ -37,7 +37,7 @@ def communicator(partition: Partition | None) -> MPI.Comm:
     return MPI.COMM_SELF if partition is None else partition.comm
 
 
-_SOLVES_BETWEEN_LOOKS = 50
+_SOLVES_BETWEEN_CHECKS = 50
 _MOST_PLANS = 16
 
 
@@ -160,10 +160,10 @@ class Solver:
             self.plans[key] = best(self.trajectory, slots, steps, tape_bytes, None)
         return self.plans[key]
 
-    def looks_again(self) -> bool:
+    def checks_parameters(self) -> bool:
         """Begin a solve: whether to look at the graph of a module in it, for parameters that this does not name."""
         self.solves += 1
-        return self.solves % _SOLVES_BETWEEN_LOOKS == 1
+        return self.solves % _SOLVES_BETWEEN_CHECKS == 1
 
     @property
     def checkpoint_bytes(self) -> int:

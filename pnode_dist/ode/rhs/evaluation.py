@@ -38,18 +38,20 @@ _COUNTERS = (
 
 @dataclass
 class BoundFunction:
-    """What one solve binds to the solver: the function, its extra arguments, its parameters, and counters.
+    """The right-hand side that a solve binds to its stepper: function, extra arguments, parameters and counters.
 
-    `copies` are what the function's modules hold while it is evaluated, and `parameters` are taken from among them.
-    `compiled` are functions to call in place of others, by the identity of these.
-    `watched`: nothing is known to require a gradient, but one may be asked for; evaluations are looked at for what
-    the search for parameters has missed. `by_times`: the gradient with respect to the evaluation times is asked for as
-    well. `looks`: a module's graph is looked at once for what it does not name among its parameters; a function's is at
-    every evaluation. `logs`: PETSc keeps a log.
-    `differentiates`: f was seen to take derivatives by what its state was computed from, which is looked for where
-    `watches` is true, but not while a graph is reversed (`reverses`). `needs_graph`: f differentiates inside with
-    respect to its state (see `inner_derivatives`); None while that has not been seen.
-    `carried` is the state that f carries from one evaluation to the next, and `guard` compares recomputed values with
+    `copies` replace the tensors of the function's modules during an evaluation; `parameters` are taken from them.
+    `compiled` maps the identity of a function to its compiled version.
+    `watched`: no tensor is known to require a gradient, but one may be asked for. Check every evaluation for inputs
+    that the search for parameters has missed.
+    `needs_time_gradient`: compute the gradient with respect to the evaluation times too.
+    `checks_parameters`: check once that a module's graph depends on its named parameters alone. A plain function is
+    checked at every evaluation.
+    `logs`: PETSc's log is active.
+    `differentiates`: f has differentiated with respect to tensors that its state was computed from. This is detected
+    where `watches` is true, except during a backward pass (`in_backward`).
+    `needs_graph`: f differentiates inside with respect to its state (see `inner_derivatives`); None if unknown so far.
+    `carried` is the state that f carries from one evaluation to the next. `guard` compares recomputed values with
     those of the forward pass.
     """
 
@@ -59,11 +61,11 @@ class BoundFunction:
     copies: ComputeCopies = NO_COPIES
     compiled: Mapping[int, Function] = field(default_factory=dict)
     watched: bool = False
-    by_times: bool = False
-    looks: bool = True
+    needs_time_gradient: bool = False
+    checks_parameters: bool = True
     logs: bool = field(default_factory=log.logging)
     differentiates: bool = False
-    reverses: bool = False
+    in_backward: bool = False
     carried: Carried = NOTHING_CARRIED
     guard: Guard | None = None
     evaluations: int = 0
@@ -77,7 +79,7 @@ class BoundFunction:
         self._plain = not self.args and not self.logs
         # A function may use others at other times.
         self.needs_graph = inner_derivatives.differentiates(self.func)
-        self.checks_left = int(self.looks) if isinstance(self.func, nn.Module) else -1
+        self.checks_left = int(self.checks_parameters) if isinstance(self.func, nn.Module) else -1
         self.watches = self.checks_left != 0
         self._kept = 0
 
@@ -183,7 +185,7 @@ class BoundFunction:
         self.evaluations += 1
         inputs = tuple(part.detach().requires_grad_() for part in inputs)
         when = None
-        if self.by_times:
+        if self.needs_time_gradient:
             when = torch.tensor(time, dtype=layout.compute_dtype, device=layout.device, requires_grad=True)
         # torch.enable_grad() as a context takes five times as long.
         before = torch.is_grad_enabled()
@@ -192,10 +194,10 @@ class BoundFunction:
             outputs = owned(self.evaluate(func, layout, time if when is None else when, inputs))
         finally:
             torch._C._set_grad_enabled(before)
-        self.look(outputs, inputs if when is None else (*inputs, when))
+        self.check_dependencies(outputs, inputs if when is None else (*inputs, when))
         return StageGraph(inputs, tuple(map(_root, outputs)), outputs, time, when)
 
-    def graph_of(self, stage: StageState, func: Function, layout: StateLayout) -> StageGraph:
+    def recomputed_graph(self, stage: StageState, func: Function, layout: StateLayout) -> StageGraph:
         """The graph of an evaluation whose inputs were kept, compared with its value in the forward pass.
 
         Collective if `func` is. Raises `RecomputationError`, see `Guard`.
@@ -206,7 +208,7 @@ class BoundFunction:
             self.guard.compare_value(stage.fingerprint, stage.when, graph.values)
         return graph
 
-    def kept_state(self, time: float, inputs: Parts, mark: Mark | None, values: Parts) -> StageState:
+    def stage_checkpoint(self, time: float, inputs: Parts, mark: Mark | None, values: Parts) -> StageState:
         """The inputs of an evaluation that was just made, to be made again."""
         if self.guard is None:
             return StageState(time, inputs, mark)
@@ -215,7 +217,7 @@ class BoundFunction:
         compared = self._kept < _FIRST_COMPARED or self._kept % 5 == 0 or inputs[0].numel() >= _LARGE
         return StageState(time, inputs, mark, fingerprint(values) if compared else None)
 
-    def linked(self, layout: StateLayout, time: float, state: Parts) -> Parts:
+    def evaluate_on_tape(self, layout: StateLayout, time: float, state: Parts) -> Parts:
         """An evaluation as part of a graph that is being made, which is counted. Collective if `func` is.
 
         Nothing is converted. Values whose memory f may use again are copied.
@@ -227,7 +229,7 @@ class BoundFunction:
             values = tuple(value.view_as(value) for value in reversed(values))[::-1]
         return values
 
-    def look(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
+    def check_dependencies(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         """Refuse outputs that depend on more than these inputs and the parameters, as often as there is need to look.
 
         Raises `ValueError`.
@@ -260,7 +262,7 @@ class BoundFunction:
                 roots.append(root)
                 along.append(part if part.dtype is start.dtype and start.is_cpu else part.to(start))
         stretch = None
-        if parameters and self.by_times:
+        if parameters and self.needs_time_gradient:
             stretch = sum(
                 (out.detach().to(part) * part).sum()
                 for out, part in zip(graph.values, cotangents, strict=True)
@@ -275,12 +277,12 @@ class BoundFunction:
         wanted = (*(graph.inputs if states else ()), *(self.parameters.tensors if parameters else ()), *times)
         if not wanted:
             return Cotangents((), (), stretch, None)
-        found = self.pulled_back(roots, wanted, along, keep, sums)
+        found = self.pull_back(roots, wanted, along, keep, sums)
         split = len(graph.inputs) if states else 0
         last = len(found) - len(times)
         return Cotangents(found[:split], found[split:last], stretch, found[last] if times else None)
 
-    def pulled_back(
+    def pull_back(
         self,
         roots: Sequence[GradientEdge],
         wanted: Sequence[torch.Tensor | GradientEdge],
@@ -299,7 +301,7 @@ class BoundFunction:
             for parameter, begin in zip(self.parameters.tensors, sums, strict=False)
             if begin is not None
         ]
-        self.reverses = True
+        self.in_backward = True
         try:
             with log.event(log.PRODUCT, self.logs):
                 return _gradients(
@@ -316,7 +318,7 @@ class BoundFunction:
                 "parameters: name it with params=(...)"
             ) from None
         finally:
-            self.reverses = False
+            self.in_backward = False
 
     def batched_vjp(self, graph: StageGraph, layout: StateLayout, flats: torch.Tensor) -> torch.Tensor:
         """The products of each row of `flats` with func's derivative by the state, at once. Not for collective funcs.
@@ -439,7 +441,7 @@ class Cotangents(NamedTuple):
     time: torch.Tensor | None
 
 
-def by_step(found: Cotangents, offset: float) -> list[torch.Tensor | None]:
+def step_cotangents(found: Cotangents, offset: float) -> list[torch.Tensor | None]:
     """The cotangents of a step's size and start, as if they were two parameters of f, for one stage `offset` later.
 
     A step of size h from t_n with alpha f(t_n + alpha (t - t_n) + beta, u) for f is one of size alpha h from

@@ -14,7 +14,7 @@ from pnode_dist.ode.rhs.evaluation import (
     StageGraph,
     StageState,
     TangentMap,
-    by_step,
+    step_cotangents,
 )
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.split import MatrixFunction
@@ -63,14 +63,16 @@ class Point:
         """The product of the transposed Jacobian by the state with a flat vector. Collective if the function is."""
         if isinstance(self.func, MatrixFunction):
             return self.sign * self.func.multiply(flat, transposed=True)
-        return self._by_state(self.bound.vjp(self._linearised(), self._parts(flat), parameters=False, keep=True), flat)
+        return self._state_product(
+            self.bound.vjp(self._linearised(), self._parts(flat), parameters=False, keep=True), flat
+        )
 
-    def vjp_and_by_parameters(self, flat: torch.Tensor, start: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """`vjp` and `by_parameters` of one vector, in one backward pass. Collective if the function is."""
+    def vjp_with_parameters(self, flat: torch.Tensor, start: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """`vjp` and `parameter_products` of one vector, in one backward pass. Collective if the function is."""
         if isinstance(self.func, MatrixFunction):
-            return self.vjp(flat), self.by_parameters(flat, start)
+            return self.vjp(flat), self.parameter_products(flat, start)
         found = self.bound.vjp(self._linearised(), self._parts(flat), keep=True)
-        return self._by_state(found, flat), self._by_parameters(found, start)
+        return self._state_product(found, flat), self._parameter_products(found, start)
 
     def vjps(self, flats: torch.Tensor) -> torch.Tensor:
         """The products of the transposed Jacobian by the state with each row of `flats`, at once where torch can."""
@@ -82,15 +84,18 @@ class Point:
                 self._batches = False
         return torch.stack([self.vjp(flat) for flat in flats])
 
-    def by_parameters(self, flat: torch.Tensor, start: float) -> list[torch.Tensor | None]:
-        """The products of the transposed derivatives by each parameter with a flat vector; of times, see `by_step`."""
+    def parameter_products(self, flat: torch.Tensor, start: float) -> list[torch.Tensor | None]:
+        """Multiply the transposed derivative with respect to each parameter by a flat vector.
+
+        With time gradients, the products of `step_cotangents` follow.
+        """
         if isinstance(self.func, MatrixFunction):
             found = self._of_matrix(self.func, flat)
         else:
             found = self.bound.vjp(self._linearised(), self._parts(flat), states=False, keep=True)
-        return self._by_parameters(found, start)
+        return self._parameter_products(found, start)
 
-    def _by_state(self, found: Cotangents, flat: torch.Tensor) -> torch.Tensor:
+    def _state_product(self, found: Cotangents, flat: torch.Tensor) -> torch.Tensor:
         return torch.cat(
             [
                 torch.zeros(part.numel(), dtype=flat.dtype) if value is None else value.reshape(-1).to(flat)
@@ -98,15 +103,15 @@ class Point:
             ]
         )
 
-    def _by_parameters(self, found: Cotangents, start: float) -> list[torch.Tensor | None]:
+    def _parameter_products(self, found: Cotangents, start: float) -> list[torch.Tensor | None]:
         products = list(found.parameters)
-        if self.bound.by_times:
-            products += by_step(found, self.time - start)
+        if self.bound.needs_time_gradient:
+            products += step_cotangents(found, self.time - start)
         return products
 
     def _of_matrix(self, func: MatrixFunction, flat: torch.Tensor) -> Cotangents:
         none = (None,) * len(self.bound.parameters.tensors)
-        if not self.bound.by_times:
+        if not self.bound.needs_time_gradient:
             return Cotangents((), none, None, None)
         value = func.multiply(torch.cat([part.reshape(-1) for part in self.inputs]).to(flat), False)
         return Cotangents((), none, self.sign * torch.dot(value, flat), None)
@@ -119,5 +124,5 @@ class Point:
             if self.kept is None:
                 self.graph = self.bound.graph(self.func, self.layout, self.time, self.inputs)
             else:
-                self.graph = self.bound.graph_of(self.kept, self.func, self.layout)
+                self.graph = self.bound.recomputed_graph(self.kept, self.func, self.layout)
         return self.graph

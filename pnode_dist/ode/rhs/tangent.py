@@ -225,7 +225,7 @@ def checked_direction(
     return direction or {}
 
 
-def joined(u0: Any, tangent: Any) -> tuple[Parts, bool]:
+def stacked(u0: Any, tangent: Any) -> tuple[Parts, bool]:
     """State and tangent as one tuple of parts, and whether the state is a tuple. Raises `ConfigurationError`."""
     layout, parts = layout_of(u0)
     of_tangent, tangents = layout_of(tangent)

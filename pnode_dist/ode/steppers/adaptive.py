@@ -45,9 +45,7 @@ class AdaptiveStepper(Protocol):
         """Destroy every PETSc object made for the attempts, not the stepper's. Collective on its communicator."""
         ...
 
-    def attempt(
-        self, number: int, time: float, size: float, end: float, tape: Tape | None
-    ) -> tuple[bool, float]:
+    def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """Try a step from `time` by `size`: whether it was accepted, and the size that PETSc proposes to go on with.
 
         `end` is where the next step would start, `time + size` or an output time that differs in the last bit.
@@ -199,9 +197,7 @@ class ExplicitAttempts:
         self._solution.destroy()
         self._tolerances.destroy()
 
-    def attempt(
-        self, number: int, time: float, size: float, end: float, tape: Tape | None
-    ) -> tuple[bool, float]:
+    def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`."""
         stepper, ts, stages = self._stepper, self._ts, self._stages
         method = stepper.method

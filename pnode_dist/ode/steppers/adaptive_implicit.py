@@ -59,9 +59,7 @@ class ImplicitAttempts:
         self._ts.destroy()
         self._tolerances.destroy()
 
-    def attempt(
-        self, number: int, time: float, size: float, end: float, tape: Tape | None
-    ) -> tuple[bool, float]:
+    def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`. Collective on the communicator."""
         stepper, ts = self._stepper, self._ts
         self._before.copy_(stepper.current.flat)

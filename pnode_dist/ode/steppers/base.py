@@ -109,12 +109,13 @@ class Stepper(ABC):
         isolate: bool = False,
         level: str = "graph",
     ) -> None:
-        """Advance the current state from `time` by `size`; into `tape`, if given, goes its graph.
+        """Advance the current state from `time` by `size`. Collective on `comm`.
 
-        With the `level` "stage graphs" it is in pieces, one for each stage, and with "stages" the states of the stages
-        go there instead. With `isolate` the recording survives further steps of this stepper, and a graph may be one
-        with that of the steps before, until `close_segment` is called. A negative `size` goes backward in time; PETSc, which
-        steps forward only, then sees du/ds = -f(-s, u), s = -t. Collective on `comm`.
+        Append to `tape`, if given, the step's data for its adjoint. At the `level` "graph" this is torch's graph of
+        the step, at "stage graphs" one graph for each stage, at "stages" the states of the stages. With `isolate` the
+        tape stays valid after further steps of this stepper. Its graph may then be one segment with the steps before,
+        until `close_segment` is called.
+        A negative `size` goes backward in time. PETSc steps forward only, and then sees du/ds = -f(-s, u), s = -t.
         """
 
     @abstractmethod

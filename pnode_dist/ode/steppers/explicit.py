@@ -19,14 +19,14 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import Method, by_petsc_name
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
-from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState, by_step
+from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState, step_cotangents
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.current_state import TensorState
 from pnode_dist.ode.steppers.pruning import prune
-from pnode_dist.ode.steppers.tape import Tape, stages_of
 from pnode_dist.ode.steppers.tableau import tableau_of
+from pnode_dist.ode.steppers.tape import Tape, stages_of
 from pnode_dist.ode.steppers.tape_segment import TapeSegment, combined
 from pnode_dist.petsc import vectors
 
@@ -89,7 +89,7 @@ class ExplicitStepper(Stepper):
         """Solve this problem from now on."""
         if bound is not self.bound:
             # Autograd sums up in the types of the parameters.
-            self._autograd_sums = not (self.layout.converts or bound.by_times) and all(
+            self._autograd_sums = not (self.layout.converts or bound.needs_time_gradient) and all(
                 parameter.dtype is vectors.scalar_dtype() and parameter.device == self.layout.vec_device
                 for parameter in bound.parameters.tensors
             )
@@ -249,11 +249,11 @@ class ExplicitStepper(Stepper):
         elif level != "stages":
             graph = bound.graph(bound.func, layout, time, inputs)
             values = graph.values
-            tape.append(graph if bound.by_times else _without_values(graph))
+            tape.append(graph if bound.needs_time_gradient else _without_values(graph))
         else:
             mark = bound.carried.mark()
             values = bound.value(bound.func, layout, time, inputs)
-            tape.append(bound.kept_state(time, inputs, mark, values))
+            tape.append(bound.stage_checkpoint(time, inputs, mark, values))
         if staying and [part._version for part in staying] != versions:
             raise RuntimeError(
                 "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
@@ -351,19 +351,19 @@ class ExplicitStepper(Stepper):
                 ]
                 cotangents = self._cotangents(size * tableau.b[stage], uses)
                 if isinstance(graph, StageState):
-                    graph = bound.graph_of(graph, bound.func, layout)
-                    graph = graph if bound.by_times else _without_values(graph)
+                    graph = bound.recomputed_graph(graph, bound.func, layout)
+                    graph = graph if bound.needs_time_gradient else _without_values(graph)
                 found = bound.vjp(graph, cotangents, sums=self._gradient if self._autograd_sums else ())
                 if layout.converts:
                     found = found._replace(states=[None if w is None else layout.scalar(w) for w in found.states])
                 products[stage] = found.states
-                by_times = by_step(found, graph.when - time) if bound.by_times else []
+                needs_time_gradient = step_cotangents(found, graph.when - time) if bound.needs_time_gradient else []
                 if self._autograd_sums:
                     self._gradient = list(found.parameters)
                 else:
-                    self._add_to_gradient([*found.parameters, *by_times])
+                    self._add_to_gradient([*found.parameters, *needs_time_gradient])
                 # Not to be held while the next stage's are made.
-                del graph, cotangents, found, by_times
+                del graph, cotangents, found, needs_time_gradient
         finally:
             self.stepping = False
         self._add_products(products)
@@ -396,7 +396,7 @@ class ExplicitStepper(Stepper):
         self.stepping = True
         try:
             wanted: tuple[torch.Tensor | GradientEdge, ...] = (*segment.start, *bound.parameters.tensors)
-            found = bound.pulled_back(segment.roots, wanted, self._adjoint, sums=self._gradient)
+            found = bound.pull_back(segment.roots, wanted, self._adjoint, sums=self._gradient)
         finally:
             self.stepping = False
         parts = len(segment.start)

@@ -36,7 +36,7 @@ from pnode_dist.ode.steppers.petsc_callbacks import (
     ShiftedOperator,
 )
 from pnode_dist.ode.steppers.preconditioner import Built, BuiltMatrix, Preconditioner, Setting
-from pnode_dist.ode.steppers.tape import Tape, Stage, stages_of
+from pnode_dist.ode.steppers.tape import Stage, Tape, stages_of
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.petsc import calls, vectors
 
@@ -317,7 +317,7 @@ class ImplicitStepper(Stepper):
             when = self._stage_time(ts, part, handle, time, size)
             point = self.function.point(part, when, self._stage_inputs(handle))
             if isinstance(point.func, MatrixFunction):
-                found.append(StageState(when, point.inputs) if point.bound.by_times else None)
+                found.append(StageState(when, point.inputs) if point.bound.needs_time_gradient else None)
             elif level != "stages":
                 found.append(point.bound.graph(point.func, self.layout, when, point.inputs))
             else:

@@ -308,10 +308,10 @@ class ExplicitOperator:
             if function.splits:
                 assert function.explicit_point is not None
                 # PETSc multiplies the derivative by the parameters with the same vector next.
-                by_state, function.explicit_products = function.explicit_point.vjp_and_by_parameters(
+                state_product, function.explicit_products = function.explicit_point.vjp_with_parameters(
                     vectors.view(x, (size,)), function.start
                 )
-                vectors.view(y, (size,)).copy_(by_state)
+                vectors.view(y, (size,)).copy_(state_product)
                 y.stateIncrease()
             else:
                 y.zeroEntries()
@@ -335,7 +335,7 @@ class ParameterOperator:
                 return
             if implicit:
                 assert function.implicit_point is not None
-                products = function.implicit_point.by_parameters(
+                products = function.implicit_point.parameter_products(
                     vectors.view(x, (function.layout.size,)), function.start
                 )
             else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import weakref
 
 from pnode_dist.ode.rhs.evaluation import StageGraph
-from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tableau import Tableau
+from pnode_dist.ode.steppers.tape import Tape
 
 
 def prune(tape: Tape, tableau: Tableau) -> None:

@@ -90,7 +90,7 @@ class TapeSegment:
                 elif not terms:
                     # A node of its own sums up what f adds to the adjoint, as the sums of other stages do.
                     state = tuple(part.view_as(part) for part in state)
-                values = bound.linked(layout, time + node * size, state)
+                values = bound.evaluate_on_tape(layout, time + node * size, state)
                 if [part._version for part in before] != versions:
                     raise RuntimeError(
                         "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
@@ -106,7 +106,7 @@ class TapeSegment:
                 self.evaluations = evaluations
                 return None
             self.end = result
-            bound.look(self.end, (_ORIGIN,))
+            bound.check_dependencies(self.end, (_ORIGIN,))
             self.roots = _edges(self.end)
         finally:
             torch._C._set_grad_enabled(grad_mode)
@@ -165,6 +165,6 @@ class _Watched(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
         bound: BoundFunction | None = ctx.bound()
-        if bound is not None and not bound.reverses:
+        if bound is not None and not bound.in_backward:
             bound.differentiates = True
         return None, cotangents[0]
