@@ -13,13 +13,13 @@ from typing import Any
 
 from mpi4py import MPI
 
-from pnode_dist.checkpointing import held_start
+from pnode_dist.checkpointing import from_initial_state
 from pnode_dist.checkpointing.binomial import (
     disk_traffic,
-    from_start,
     memory_traffic,
     multistage,
     optimal_forward_steps,
+    without_checkpoints,
 )
 from pnode_dist.checkpointing.budget import CheckpointBudget, Slots, agree_on_slots
 from pnode_dist.checkpointing.costs import Costs
@@ -72,15 +72,15 @@ class Plan:
         """The schedule of the whole solve."""
         first_kept = self.steps - self.kept + 1
         if self.from_start:
-            head = held_start.actions(first_kept, held_start.tiers(first_kept, self.ram, self.disk))
+            head = from_initial_state.actions(first_kept, from_initial_state.tiers(first_kept, self.ram, self.disk))
         elif self.hierarchy is not None:
             head = self.hierarchy.actions()
         elif self.ram + self.disk:
             head = multistage(first_kept, self.ram, self.disk)
         else:
-            head = from_start(first_kept)
+            head = without_checkpoints(first_kept)
         if self.kept == 0:
-            return held_start.without_recording(head, self.steps)
+            return from_initial_state.without_tape(head, self.steps)
         return with_last_recorded(head, first_kept, self.steps)
 
     def as_dict(self) -> dict[str, Any]:
@@ -182,10 +182,10 @@ def _candidates(
         if budget.keep == "graph" or (steps == 1 and not budget.charges_all_tapes):
             return
         if budget.charges_all_tapes:
-            yield from _from_start(level, schedule, slots, steps, tape_bytes, costs)
+            yield from _plans_from_initial_state(level, schedule, slots, steps, tape_bytes, costs)
             if costs is not None:
                 stages = costs.levels["stages"].bytes
-                plans = _from_start("stages", schedule, slots, steps, stages, costs)
+                plans = _plans_from_initial_state("stages", schedule, slots, steps, stages, costs)
                 yield from (plan for plan in plans if plan.kept)
             return
     most = steps - 1
@@ -217,12 +217,12 @@ def _left_of(budget: CheckpointBudget, key: str) -> str:
     return f"the {others} other solve(s) that await their backward pass leave of {given} with solves = {budget.solves}"
 
 
-def _from_start(
+def _plans_from_initial_state(
     level: str, schedule: str, slots: Slots, steps: int, tape_bytes: int, costs: Costs | None
 ) -> Iterator[Plan]:
     """The plans that use the initial state as it is, with as many recordings as are worth it, none included."""
     for disk in _disks(schedule, slots):
-        kept, ram, on_disk = division = divide_from_start(slots, steps, tape_bytes, disk)
+        kept, ram, on_disk = division = divide_from_initial_state(slots, steps, tape_bytes, disk)
         name = "multistage" if on_disk else "revolve"
         yield _plan(name, level, slots, steps, division, tape_bytes, costs, True)
         if disk and costs is not None and schedule != "multistage":
@@ -274,7 +274,9 @@ def _plan(
     from_start = charges_all and not by_costs
     if from_start:
         forward_steps = optimal_forward_steps(first_kept, ram + disk + 1)
-        (writes, reads), copies = held_start.traffic(first_kept, held_start.tiers(first_kept, ram, disk))
+        (writes, reads), copies = from_initial_state.traffic(
+            first_kept, from_initial_state.tiers(first_kept, ram, disk)
+        )
     elif by_costs:
         assert costs is not None
         write, read = (costs.copy + costs.exposed * seconds for seconds in (costs.write, costs.read))
@@ -337,7 +339,7 @@ def divide(slots: Slots, steps: int, tape_bytes: int | None, disk: int) -> tuple
     return chosen
 
 
-def divide_from_start(slots: Slots, steps: int, tape_bytes: int, disk: int) -> tuple[int, int, int]:
+def divide_from_initial_state(slots: Slots, steps: int, tape_bytes: int, disk: int) -> tuple[int, int, int]:
     """`divide` for solves whose initial state is at hand anyway: every recording is charged, and there may be none."""
     chosen, work = (0, 0, 0), steps * (steps + 3) // 2
     most_kept = min(slots.ram_bytes // tape_bytes, steps) if tape_bytes else steps

@@ -107,38 +107,40 @@ class Solve:
         self.solver.stepper.current.set(self.initial)
         self.carried.restart()
 
-    def advance(self, step: int, again: bool = False) -> None:
+    def advance(self, step: int, recompute: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         self.solver.stepper.fingerprints = self.guard is not None
         if not self._use_first_step():
-            with log.event(log.RECOMPUTE if again else log.STEP, self.logs):
+            with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
                 self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step])
-        self._stepped(step, again)
+        self._stepped(step, recompute)
 
-    def record(self, step: int, again: bool = False) -> None:
+    def record(self, step: int, recompute: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         # A step that is recorded in the forward pass is not recomputed.
-        self.solver.stepper.fingerprints = self.guard is not None and again
+        self.solver.stepper.fingerprints = self.guard is not None and recompute
         tape = self._use_first_step()
         if not tape:
             tape = []
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
-            with log.event(log.RECOMPUTE if again else log.STEP, self.logs):
-                self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step], tape, not again, level)
-        if again:
-            self._stepped(step, again)
+            with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
+                self.solver.stepper.step(
+                    step, self.steps.starts[step], self.steps.sizes[step], tape, not recompute, level
+                )
+        if recompute:
+            self._stepped(step, recompute)
         elif step == 0:
             self._first_step_taken()
         self.tapes[step] = tape
 
-    def _stepped(self, step: int, again: bool) -> None:
+    def _stepped(self, step: int, recompute: bool) -> None:
         """Keep the fingerprint of the state after a step, or compare it with the one kept; a step is over."""
-        if step == 0 and not again:
+        if step == 0 and not recompute:
             self._first_step_taken()
         stepper = self.solver.stepper
         if self.guard is None or stepper.fingerprint is None:
             return
-        if again:
+        if recompute:
             self.guard.compare_state(step, self.steps.starts[step], stepper.fingerprint, stepper.current.parts)
         else:
             self.guard.keep(step, stepper.fingerprint)

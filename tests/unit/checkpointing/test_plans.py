@@ -280,7 +280,7 @@ def test_real_solves_run_as_many_steps_as_the_published_optimum(tmp_path: Path) 
 def test_planning_a_hundred_thousand_steps_takes_few_lines_of_python_a_step(ram: int, disk: int, schedule: str) -> None:
     for cached in (
         binomial.optimal_forward_steps,
-        binomial.first_stretch,
+        binomial.first_advance,
         binomial.writes_and_reads,
         hierarchical.hierarchical,
     ):
