@@ -38,6 +38,7 @@ from pnode_dist.ode.rhs.tangent import WithTangent, checked_direction, stacked, 
 from pnode_dist.ode.settings import Settings, Times
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_lock import solve_lock
+from pnode_dist.ode.solve_plans import measured_plans
 from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.steppers.base import PetscOptions
 from pnode_dist.ode.steppers.preconditioner import Preconditioner
@@ -446,7 +447,7 @@ class NeuralODE(nn.Module):
             if solve.solver.stepper.method.adjoint == "none":
                 raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
             with torch.no_grad(), solve.bound.copies.in_place():
-                return solve.measured_plans(tensors[: len(layout.shapes)])
+                return measured_plans(solve, tensors[: len(layout.shapes)])
 
     @property
     def _settings(self) -> Settings:

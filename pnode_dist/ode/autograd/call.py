@@ -24,6 +24,8 @@ import torch
 
 from pnode_dist.ode.autograd.batched import Batched
 from pnode_dist.ode.autograd.transforms import hooks_on_saved_tensors, is_wrapped
+from pnode_dist.ode.backward_pass import backward_pass
+from pnode_dist.ode.forward_pass import forward_pass
 from pnode_dist.ode.recomputation.carried import Carried
 from pnode_dist.ode.recomputation.surroundings import Surroundings, uncached_casts
 from pnode_dist.ode.rhs.evaluation import Function
@@ -203,7 +205,7 @@ class Call:
         `same`: the last run is known to have been one of these values.
         """
         if self.last is not None:
-            # Before the solve is run again, which would be with what they are now.
+            # Check before the solve is recomputed with the present contents.
             check_unchanged(self.last.solve.solver.contents)
         if self.last is None or not self.last.solve.keeps_trajectory or not (same or self.last.is_of(tensors)):
             self.keeps = self.repeats = True
@@ -220,14 +222,14 @@ class Call:
             if not run.solve.has_trajectory:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 run.solve.carried.restart()
-                run.solve.forward(run.tensors[: self.parts])
-            states, found, times = run.solve.backward(cotangents)
+                forward_pass(run.solve, run.tensors[: self.parts])
+            states, found, times = backward_pass(run.solve, cotangents)
         return (*states, *(None if number is None else found[number] for number in run.numbers), *times)
 
     def _forward(self, run: Run) -> Parts:
         solve = run.solve
         with _running(solve):
-            outputs = solve.forward(run.tensors[: self.parts])
+            outputs = forward_pass(solve, run.tensors[: self.parts])
         if solve.surroundings is not None:
             solve.surroundings.end_forward()
         self.last = run

@@ -14,7 +14,7 @@ import torchdiffeq
 
 from pnode_dist import ConfigurationError, NeuralODE, Trajectory, odeint
 from pnode_dist.errors import StepSizeError
-from pnode_dist.ode import solve as solve_module
+from pnode_dist.ode import adaptive_pass
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.time_grid import TimeGrid
 from tests.oracles.right_hand_sides import Network, distance, gradients, identical, random
@@ -35,7 +35,7 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> list[TimeGrid]:
         seen.append(TimeGrid(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(solve_module, "TimeGrid", remembering)
+    monkeypatch.setattr(adaptive_pass, "TimeGrid", remembering)
     return seen
 
 
