@@ -23,6 +23,7 @@ from pnode_dist.checkpointing.store import SlotPool, SpillError
 from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
 from pnode_dist.ode.steppers.base import Stepper
 from pnode_dist.ode.steppers.tape import Tape
+from pnode_dist.system.torch_internals import storage_pointer
 
 _REPEATS = 5
 _LONG_ENOUGH, _LONG = 0.15, 1.0
@@ -182,4 +183,4 @@ def _sized(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _storage(tensor: torch.Tensor) -> int:
     """Which storage a tensor has, also where its address says nothing: on other devices, or for none at all."""
-    return int(tensor.untyped_storage()._cdata)
+    return storage_pointer(tensor.untyped_storage())

@@ -14,15 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from pnode_dist.ode import safe_points
-from pnode_dist.ode.rhs import evaluation
+from pnode_dist.system.torch_internals import ENGINE_CALLS
 
 PATIENCE = 600.0
 """Seconds that a thread waits while the one in a pass takes no step."""
 _POLL = 0.02
-_ENGINE_CALLS = [torch.autograd.graph._engine_run_backward.__code__, evaluation._gradients.__code__]
+_ENGINE_CALLS = list(ENGINE_CALLS)
 
 
 class _SolveLock:

@@ -23,6 +23,7 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.rhs.parameters import Parameters, completeness_check
 from pnode_dist.petsc import log
+from pnode_dist.system.torch_internals import gradients, set_grad_enabled
 
 Function = Callable[..., Any]
 _FIRST_COMPARED, _LARGE = 16, 1024
@@ -189,11 +190,11 @@ class BoundFunction:
             when = torch.tensor(time, dtype=layout.compute_dtype, device=layout.device, requires_grad=True)
         # torch.enable_grad() as a context takes five times as long.
         before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(True)
+        set_grad_enabled(True)
         try:
             outputs = owned(self.evaluate(func, layout, time if when is None else when, inputs))
         finally:
-            torch._C._set_grad_enabled(before)
+            set_grad_enabled(before)
         self.check_dependencies(outputs, inputs if when is None else (*inputs, when))
         return StageGraph(inputs, tuple(map(_root, outputs)), outputs, time, when)
 
@@ -304,7 +305,7 @@ class BoundFunction:
         self.in_backward = True
         try:
             with log.event(log.PRODUCT, self.logs):
-                return _gradients(
+                return gradients(
                     (*roots, *(parameter for parameter, _ in begun)),
                     wanted,
                     (*along, *(begin for _, begin in begun)),
@@ -457,19 +458,6 @@ def step_cotangents(found: Cotangents, offset: float) -> list[torch.Tensor | Non
 
 def _root(value: torch.Tensor) -> Root:
     return get_gradient_edge(value) if value.requires_grad else None
-
-
-def _gradients(
-    roots: Sequence[torch.Tensor | GradientEdge],
-    inputs: Sequence[torch.Tensor | GradientEdge],
-    cotangents: Sequence[torch.Tensor],
-    keep: bool,
-) -> tuple[torch.Tensor | None, ...]:
-    """`torch.autograd.grad` with unused inputs allowed, without its checks, which take longer than a small stage."""
-    found: tuple[torch.Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
-        tuple(roots), tuple(cotangents), keep, False, inputs, allow_unreachable=True, accumulate_grad=False
-    )
-    return found
 
 
 def _check_type(value: torch.Tensor, layout: StateLayout) -> None:

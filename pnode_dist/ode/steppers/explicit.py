@@ -29,6 +29,7 @@ from pnode_dist.ode.steppers.tableau import tableau_of
 from pnode_dist.ode.steppers.tape import Tape, stages_of
 from pnode_dist.ode.steppers.tape_segment import TapeSegment, combined
 from pnode_dist.petsc import vectors
+from pnode_dist.system.torch_internals import add_in_place, set_grad_enabled
 
 Products = Sequence[torch.Tensor | None]
 Slopes = list[Parts]
@@ -150,7 +151,7 @@ class ExplicitStepper(Stepper):
             self._store_fingerprint(self.current.parts)
         before = torch.is_grad_enabled()
         # As a context this takes as long as a small stage.
-        torch._C._set_grad_enabled(False)
+        set_grad_enabled(False)
         self.stepping = True
         try:
             slopes: Slopes = []
@@ -174,7 +175,7 @@ class ExplicitStepper(Stepper):
                 prune(tape, self.tableau)
         finally:
             self.stepping = False
-            torch._C._set_grad_enabled(before)
+            set_grad_enabled(before)
 
     def _record_on_segment(self, number: int, time: float, size: float, isolate: bool) -> TapeSegment | None:
         """The graph of the step from the current state, or that of the steps before it, which it is joined to.
@@ -428,7 +429,7 @@ class ExplicitStepper(Stepper):
         if every and self._owns_gradient:
             if layout.device != layout.vec_device:
                 products = [layout.scalar(product) for product in products if product is not None]
-            torch._foreach_add_(gradient, products)  # type: ignore[arg-type]
+            add_in_place(gradient, products)  # type: ignore[arg-type]
             return
         # What a sum is put in is ours.
         self._owns_gradient = every and all(old is not None for old in gradient)

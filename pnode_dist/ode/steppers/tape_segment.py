@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.tableau import Tableau, Terms
+from pnode_dist.system.torch_internals import set_grad_enabled
 
 _ORIGIN = torch.empty(0, requires_grad=True)
 _MOST_STEPS, _LONG = 8, 1.0
@@ -71,7 +72,7 @@ class TapeSegment:
         evaluations = self.evaluations
         grad_mode = torch.is_grad_enabled()
         # As a context this takes as long as a small stage.
-        torch._C._set_grad_enabled(True)
+        set_grad_enabled(True)
         try:
             versions = [part._version for part in before]
             slopes: list[Parts] = []
@@ -109,7 +110,7 @@ class TapeSegment:
             bound.check_dependencies(self.end, (_ORIGIN,))
             self.roots = _edges(self.end)
         finally:
-            torch._C._set_grad_enabled(grad_mode)
+            set_grad_enabled(grad_mode)
         self.last += 1
         self._steps += 1
         self.after = tuple(part.detach() for part in self.end)
