@@ -7,16 +7,10 @@ from enum import Enum
 
 import torch
 
-from pnode_dist.ode.rhs.evaluation import (
-    BoundFunction,
-    Cotangents,
-    Function,
-    StageGraph,
-    StageState,
-    TangentMap,
-    step_cotangents,
-)
+from pnode_dist.ode.rhs import products
+from pnode_dist.ode.rhs.evaluation import BoundFunction, Function, StageGraph, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.rhs.products import Cotangents, TangentMap, step_cotangents
 from pnode_dist.ode.rhs.split import MatrixFunction
 
 
@@ -55,7 +49,7 @@ class Point:
         if isinstance(self.func, MatrixFunction):
             return self.sign * self.func.multiply(flat, transposed=False)
         if self._tangents is None:
-            self._tangents = self.bound.tangent_map(self._linearised())
+            self._tangents = products.tangent_map(self.bound, self._linearised())
         found = self._tangents(self.layout.parts(flat))
         return self.sign * torch.cat([part.reshape(-1).to(flat) for part in found])
 
@@ -64,21 +58,21 @@ class Point:
         if isinstance(self.func, MatrixFunction):
             return self.sign * self.func.multiply(flat, transposed=True)
         return self._state_product(
-            self.bound.vjp(self._linearised(), self._parts(flat), parameters=False, keep=True), flat
+            products.vjp(self.bound, self._linearised(), self._parts(flat), parameters=False, keep=True), flat
         )
 
     def vjp_with_parameters(self, flat: torch.Tensor, start: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         """`vjp` and `parameter_products` of one vector, in one backward pass. Collective if the function is."""
         if isinstance(self.func, MatrixFunction):
             return self.vjp(flat), self.parameter_products(flat, start)
-        found = self.bound.vjp(self._linearised(), self._parts(flat), keep=True)
+        found = products.vjp(self.bound, self._linearised(), self._parts(flat), keep=True)
         return self._state_product(found, flat), self._parameter_products(found, start)
 
     def vjps(self, flats: torch.Tensor) -> torch.Tensor:
         """The products of the transposed Jacobian by the state with each row of `flats`, at once where torch can."""
         if not isinstance(self.func, MatrixFunction) and self._batches:
             try:
-                return self.sign * self.bound.batched_vjp(self._linearised(), self.layout, flats)
+                return self.sign * products.batched_vjp(self.bound, self._linearised(), self.layout, flats)
             except RuntimeError:
                 # An operation of func's has no rule for batches.
                 self._batches = False
@@ -92,7 +86,7 @@ class Point:
         if isinstance(self.func, MatrixFunction):
             found = self._of_matrix(self.func, flat)
         else:
-            found = self.bound.vjp(self._linearised(), self._parts(flat), states=False, keep=True)
+            found = products.vjp(self.bound, self._linearised(), self._parts(flat), states=False, keep=True)
         return self._parameter_products(found, start)
 
     def _state_product(self, found: Cotangents, flat: torch.Tensor) -> torch.Tensor:
@@ -104,10 +98,10 @@ class Point:
         )
 
     def _parameter_products(self, found: Cotangents, start: float) -> list[torch.Tensor | None]:
-        products = list(found.parameters)
+        found_products = list(found.parameters)
         if self.bound.needs_time_gradient:
-            products += step_cotangents(found, self.time - start)
-        return products
+            found_products += step_cotangents(found, self.time - start)
+        return found_products
 
     def _of_matrix(self, func: MatrixFunction, flat: torch.Tensor) -> Cotangents:
         none = (None,) * len(self.bound.parameters.tensors)

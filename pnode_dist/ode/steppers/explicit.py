@@ -19,9 +19,10 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import Method, by_petsc_name
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
-from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState, step_cotangents
+from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
+from pnode_dist.ode.rhs.products import pull_back, step_cotangents, vjp
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.current_state import TensorState
 from pnode_dist.ode.steppers.pruning import prune
@@ -354,17 +355,17 @@ class ExplicitStepper(Stepper):
                 if isinstance(graph, StageState):
                     graph = bound.recomputed_graph(graph, bound.func, layout)
                     graph = graph if bound.needs_time_gradient else _without_values(graph)
-                found = bound.vjp(graph, cotangents, sums=self._gradient if self._autograd_sums else ())
+                found = vjp(bound, graph, cotangents, sums=self._gradient if self._autograd_sums else ())
                 if layout.converts:
                     found = found._replace(states=[None if w is None else layout.scalar(w) for w in found.states])
                 products[stage] = found.states
-                needs_time_gradient = step_cotangents(found, graph.when - time) if bound.needs_time_gradient else []
+                time_products = step_cotangents(found, graph.when - time) if bound.needs_time_gradient else []
                 if self._autograd_sums:
                     self._gradient = list(found.parameters)
                 else:
-                    self._add_to_gradient([*found.parameters, *needs_time_gradient])
+                    self._add_to_gradient([*found.parameters, *time_products])
                 # Not to be held while the next stage's are made.
-                del graph, cotangents, found, needs_time_gradient
+                del graph, cotangents, found, time_products
         finally:
             self.stepping = False
         self._add_products(products)
@@ -397,7 +398,7 @@ class ExplicitStepper(Stepper):
         self.stepping = True
         try:
             wanted: tuple[torch.Tensor | GradientEdge, ...] = (*segment.start, *bound.parameters.tensors)
-            found = bound.pull_back(segment.roots, wanted, self._adjoint, sums=self._gradient)
+            found = pull_back(bound, segment.roots, wanted, self._adjoint, sums=self._gradient)
         finally:
             self.stepping = False
         parts = len(segment.start)
