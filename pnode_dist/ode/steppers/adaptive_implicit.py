@@ -13,6 +13,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.steppers.base import PetscOptions, options_database
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
+from pnode_dist.ode.steppers.implicit_ts import stop_at_failure
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
 from pnode_dist.petsc import calls
@@ -43,7 +44,7 @@ class ImplicitAttempts:
         with options_database({**stepper.defaults, **options, "ts_adapt_type": adaptor}, unread):
             self._ts.setFromOptions()
         check_read(unread)
-        stepper.finish(self._ts)
+        stop_at_failure(self._ts)
         stepper.set_up(self._ts)
 
     def begin(self, control: ErrorControl) -> None:
