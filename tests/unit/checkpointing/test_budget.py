@@ -164,7 +164,7 @@ def test_a_float32_state_is_kept_in_petsc_s_scalar_type() -> None:
 
 
 @pytest.mark.parametrize("trajectory", [Trajectory(ram=0), Trajectory(ram=CHECKPOINT - 1, disk=CHECKPOINT - 1)])
-def test_a_budget_too_small_for_one_checkpoint_is_answered_with_the_smallest_that_works(trajectory: Trajectory) -> None:
+def test_a_budget_too_small_for_a_checkpoint_names_the_smallest_that_works(trajectory: Trajectory) -> None:
     with pytest.raises(ConfigurationError, match="too small for one checkpoint") as caught:
         solved(trajectory)
     message = str(caught.value)
@@ -179,9 +179,7 @@ def test_zero_slots_are_too_few() -> None:
 
 
 @pytest.mark.parametrize(("keep", "again"), [("solution", 0), ("auto", 1)])
-def test_a_single_step_needs_no_checkpoint_and_is_run_again_where_its_graph_is_to_be_paid_for(
-    keep: str, again: int
-) -> None:
+def test_a_single_step_needs_no_checkpoint_and_is_recomputed_if_its_graph_is_charged(keep: str, again: int) -> None:
     solve = solved(Trajectory(ram=0, keep=keep), times=(0.0, 0.05)).last_solve
     assert (solve.forward_steps, solve.recomputed_steps, solve.adjoint_steps) == (1, again, 1)
     assert solve.checkpoint_bytes_peak == 0

@@ -17,7 +17,7 @@ from tests.oracles.effort import lines_executed
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 8, 13, 32])
-def test_whenever_it_ends_the_steps_in_all_are_at_most_four_thirds_of_the_optimum_and_one(slots: int) -> None:
+def test_the_steps_in_all_are_at_most_four_thirds_of_the_optimum_and_one(slots: int) -> None:
     placement = OnlinePlacement(slots)
     held: list[int] = []
     for step in range(120 if slots == 1 else 1500):

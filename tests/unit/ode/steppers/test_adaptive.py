@@ -125,7 +125,7 @@ def test_states_of_the_backward_pass_are_those_of_the_forward_pass_to_the_last_b
     assert len(compared) > 100
 
 
-def test_fsal_methods_evaluate_f_once_less_a_step_and_keep_the_last_evaluation_for_the_next() -> None:
+def test_fsal_methods_reuse_the_last_evaluation_of_a_step_in_the_next() -> None:
     node = NeuralODE(Network(), method="dopri5", rtol=1e-7, atol=1e-9, step_size=0.01)
     with torch.no_grad():
         node(random(2, 3), [0.0, 2.0])
