@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pnode_dist.system.compatibility import check_versions
 
 if TYPE_CHECKING:
+    from pnode_dist.checkpointing.budget import CheckpointBudget as CheckpointBudget
     from pnode_dist.checkpointing.budget import Trajectory as Trajectory
     from pnode_dist.config.definition import ModelTable as ModelTable
     from pnode_dist.config.definition import ProblemDefinition as ProblemDefinition
@@ -50,6 +51,7 @@ __path__.append(str(Path(__file__).with_name("deprecated")))
 _PUBLIC = {
     "BatchPartition": "pnode_dist.partition.batch",
     "Callback": "pnode_dist.train.callbacks",
+    "CheckpointBudget": "pnode_dist.checkpointing.budget",
     "ConfigurationError": "pnode_dist.errors",
     "ConvergenceError": "pnode_dist.errors",
     "DensePartition": "pnode_dist.partition.dense",

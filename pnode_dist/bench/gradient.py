@@ -16,7 +16,7 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist.bench.report import Check, Report, Row, interleaved
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.odeint import NeuralODE
 
@@ -113,7 +113,7 @@ def measure(case: Case, odeint: Callable[..., torch.Tensor], odeint_adjoint: Cal
     u0 = torch.randn(case.batch, case.dimension, dtype=torch.float64, requires_grad=True)
     times = torch.tensor([0.0, _END], dtype=torch.float64)
     step = _END / case.steps
-    node = NeuralODE(func, method="rk4", step_size=step, trajectory=Trajectory(ram="1GiB"))
+    node = NeuralODE(func, method="rk4", step_size=step, trajectory=CheckpointBudget(ram="1GiB"))
     options = {"step_size": step}
     ways: dict[str, Callable[[], torch.Tensor]] = {
         "pnode_dist": lambda: node(u0, times)[-1],

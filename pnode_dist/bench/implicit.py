@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.bench.report import Check, Report, Row
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.steppers.preconditioner import AssembledJacobian, Preconditioner
@@ -148,7 +148,7 @@ def _grid_solve(grid: GridPartition, preconditioner: Preconditioner | None, opti
         partition=grid,
         preconditioner=preconditioner,
         options={**_TOLERANCE, **options},
-        trajectory=Trajectory(ram="4GiB", keep="graph"),
+        trajectory=CheckpointBudget(ram="4GiB", keep="graph"),
     )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from pnode_dist.bench.gradient import Case, RightHandSide
 from pnode_dist.bench.report import Check, Report, Row
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.odeint import NeuralODE
 
@@ -106,7 +106,7 @@ def ways(subject: Subject, odeint: Any, odeint_adjoint: Any) -> list[Way]:
     options = {"step_size": STEP_SIZE}
 
     def ours(**keywords: Any) -> Callable[[int], torch.Tensor]:
-        node = NeuralODE(func, method="rk4", step_size=STEP_SIZE, trajectory=Trajectory(ram="1GiB", **keywords))
+        node = NeuralODE(func, method="rk4", step_size=STEP_SIZE, trajectory=CheckpointBudget(ram="1GiB", **keywords))
         return lambda steps: node(state, _times(steps))[-1]
 
     def theirs(odeint: Any) -> Callable[[int], torch.Tensor]:

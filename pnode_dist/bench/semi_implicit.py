@@ -17,7 +17,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.bench.report import Check, Report, Row, interleaved
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import Method, resolve
 from pnode_dist.ode.odeint import NeuralODE
@@ -168,7 +168,7 @@ def epochs(subject: Subject, methods: Sequence[Measured]) -> dict[str, float]:
             method=measured.method.name,
             step_size=measured.step,
             partition=subject.partition,
-            trajectory=Trajectory(ram="1GiB", keep=keep),
+            trajectory=CheckpointBudget(ram="1GiB", keep=keep),
             options=_options(measured.method),
         )
 

@@ -10,7 +10,7 @@ import time
 import torch
 from mpi4py import MPI
 
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.exchange import halo
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.grid import GridPartition
@@ -48,7 +48,7 @@ class TrainingStep:
             method="rk4",
             step_size=STEP_SIZE,
             partition=self.partition,
-            trajectory=Trajectory(ram="8GiB", keep="graph"),
+            trajectory=CheckpointBudget(ram="8GiB", keep="graph"),
             compute_dtype=compute_dtype,
         )
         self.gradient = torch.empty(0)

@@ -23,7 +23,7 @@ from torch import nn
 
 from pnode_dist.bench.gradient import Case, RightHandSide, classical_rk4
 from pnode_dist.bench.report import Check, Report, Row, interleaved
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.ode.methods import resolve
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase, plan_case, seconds_of
@@ -66,7 +66,7 @@ class Subject:
     steps: int
     size: float
 
-    def case(self, trajectory: Trajectory) -> SolveCase:
+    def case(self, trajectory: CheckpointBudget) -> SolveCase:
         """The solve with a budget."""
         solve = NeuralODE(self.func, method=self.method, step_size=self.size, trajectory=trajectory)
         return SolveCase(solve, self.state, [0.0, self.steps * self.size])
@@ -156,7 +156,7 @@ def _row(what: str, subject: str, budget: str, seconds: float, reference: float,
 
 def graphs(subject: Subject) -> Section:
     """Every graph kept, against back-propagation through plain torch."""
-    case = subject.case(Trajectory(ram="4GiB", keep="graph"))
+    case = subject.case(CheckpointBudget(ram="4GiB", keep="graph"))
     inputs = [subject.state.clone().requires_grad_(), *subject.func.parameters()]
 
     def backprop() -> float:
@@ -184,7 +184,7 @@ def plain_steps(subject: Subject, state: torch.Tensor) -> torch.Tensor:
 
 def recomputation(subject: Subject, keep: str) -> Section:
     """All states or stages in memory, against the evaluations of f and its products measured alone."""
-    case = subject.case(Trajectory(ram="4GiB", keep=keep, schedule="all" if keep == "solution" else "auto"))
+    case = subject.case(CheckpointBudget(ram="4GiB", keep=keep, schedule="all" if keep == "solution" else "auto"))
     count = subject.evaluations
     parameters = list(subject.func.parameters())
     time_zero = torch.zeros((), dtype=subject.state.dtype)
@@ -250,7 +250,7 @@ def executed_steps(schedules: int) -> Section:
     for _ in range(schedules):
         steps, ram, disk = generator.randint(2, 60), generator.randint(0, 6), generator.randint(0, 4)
         ram += ram + disk == 0
-        trajectory = Trajectory(ram_slots=ram, disk_slots=disk, schedule="multistage")
+        trajectory = CheckpointBudget(ram_slots=ram, disk_slots=disk, schedule="multistage")
         solve = NeuralODE(func, method="euler", step_size=1 / steps, trajectory=trajectory)
         solve(state, [0.0, 1.0])[-1].sum().backward()
         executed = solve.last_solve.forward_steps + solve.last_solve.recomputed_steps
@@ -271,7 +271,7 @@ def spilling(subject: Subject) -> Section:
     """All but a few checkpoints on disk, against the same schedule in memory."""
     numbers = {"memory": (_SPILLED_SLOTS, 0), "disk": (_SPILLED_IN_RAM, _SPILLED_SLOTS - _SPILLED_IN_RAM)}
     cases = {
-        name: subject.case(Trajectory(ram_slots=ram, disk_slots=disk, schedule="multistage"))
+        name: subject.case(CheckpointBudget(ram_slots=ram, disk_slots=disk, schedule="multistage"))
         for name, (ram, disk) in numbers.items()
     }
     # The first solve of each makes its slots.
@@ -291,16 +291,16 @@ def planning() -> list[Section]:
         (convolutions(64, 16), ((2, 0.0, 20), (0, 0.3, 0), (0, 0.6, 0), (0, 1.1, 0))),
         (reaction(128, 120), ((3, 0.0, 200), (10, 0.0, 30))),
     ):
-        probed = plan_case(subject.case(Trajectory(ram="4GiB")))
+        probed = plan_case(subject.case(CheckpointBudget(ram="4GiB")))
         assert probed.costs is not None
         graph, checkpoint = probed.costs.levels["graph"].bytes, probed.slots.checkpoint_bytes
         for slots, share, on_disk in budgets:
             ram = slots * checkpoint + int(share * subject.steps * graph)
-            found.append(_planned(subject, Trajectory(ram=ram, disk=on_disk * checkpoint)))
+            found.append(_planned(subject, CheckpointBudget(ram=ram, disk=on_disk * checkpoint)))
     return found
 
 
-def _planned(subject: Subject, trajectory: Trajectory) -> Section:
+def _planned(subject: Subject, trajectory: CheckpointBudget) -> Section:
     case = subject.case(trajectory)
     plans = plan_case(case)
     candidates = {f"{number} {plan.name}": plan for number, plan in enumerate(plans.candidates)}
@@ -333,7 +333,7 @@ def long_trajectory(steps: int, points: int, ram: int | str, disk: int | str) ->
     """A gradient through `steps` Euler steps of the Gray-Scott equations on all ranks. Collective on the world."""
     comm = MPI.COMM_WORLD
     partition = GridPartition(comm, (points, points), 2, ("periodic", "periodic"))
-    trajectory = Trajectory(ram=ram, disk=disk)
+    trajectory = CheckpointBudget(ram=ram, disk=disk)
     func = GrayScott(partition)
     solve = NeuralODE(func, method="euler", step_size=_STEP, partition=partition, trajectory=trajectory)
     state = initial_state(partition, 0).requires_grad_()
@@ -362,7 +362,7 @@ def long_trajectory(steps: int, points: int, ram: int | str, disk: int | str) ->
         "state": f"{points}x{points}x2",
         "plan": solve.last_plan.name,
         "seconds": seconds,
-        "run again": count.recomputed_steps,
+        "recomputed": count.recomputed_steps,
         "all states": format_size(comm.allreduce(steps * size)),
         "written": format_size(comm.allreduce(count.bytes_written)),
         "read": format_size(comm.allreduce(count.bytes_read)),

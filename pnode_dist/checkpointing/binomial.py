@@ -38,7 +38,7 @@ def optimal_forward_steps(steps: int, slots: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def first_stretch(steps: int, slots: int) -> int:
+def first_advance(steps: int, slots: int) -> int:
     """How many of `steps` steps to run before the next checkpoint, with `slots` of them, the one at the start included.
 
     Optimal are all m for which the steps after the checkpoint need r repetitions with one slot less and those before
@@ -69,7 +69,7 @@ def reversal(first: int, end: int, tiers: Sequence[Tier], held: Sequence[int] = 
             # After a restoration the state at hand is the one that the last checkpoint holds.
             stored = bool(stack) and stack[-1] == start
             slots = len(tiers) - len(stack) + stored
-            last = start + first_stretch(end - start, slots)
+            last = start + first_advance(end - start, slots)
             yield Advance(start, last, None if stored else tiers[len(stack)])
             if not stored:
                 stack.append(start)
@@ -161,7 +161,7 @@ def writes_and_reads(steps: int, slots: int) -> tuple[tuple[int, ...], tuple[int
     stored = False
     while True:
         if end - start > 1:
-            last = start + first_stretch(end - start, slots - len(stack) + stored)
+            last = start + first_advance(end - start, slots - len(stack) + stored)
             if not stored:
                 writes[len(stack)] += 1
                 stack.append(start)
@@ -177,7 +177,7 @@ def writes_and_reads(steps: int, slots: int) -> tuple[tuple[int, ...], tuple[int
             stack.pop()
 
 
-def from_start(steps: int) -> Iterator[Action]:
+def without_checkpoints(steps: int) -> Iterator[Action]:
     """Reverse `steps` steps without any checkpoint: every step is reached anew from the initial state."""
     if steps > 1:
         yield Advance(0, steps - 1, None)
@@ -191,7 +191,7 @@ def from_start(steps: int) -> Iterator[Action]:
         yield Adjoint(step)
 
 
-def from_remains(remaining: int, held: Sequence[int], ram_slots: int) -> Iterator[Action]:
+def from_held_checkpoints(remaining: int, held: Sequence[int], ram_slots: int) -> Iterator[Action]:
     """Reverse steps `remaining - 1` to 0 from `held`, the steps whose checkpoints in memory are left, in order."""
     tiers = (Tier.RAM,) * ram_slots
     if held:
@@ -199,4 +199,4 @@ def from_remains(remaining: int, held: Sequence[int], ram_slots: int) -> Iterato
     start = held[0] if held else remaining
     if start:
         yield Restart()
-        yield from reversal(0, start, tiers) if ram_slots or start == 1 else from_start(start)
+        yield from reversal(0, start, tiers) if ram_slots or start == 1 else without_checkpoints(start)

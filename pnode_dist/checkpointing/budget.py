@@ -99,16 +99,16 @@ class Ledger:
         self.ram, self.disk, self.solves = self.ram + ram, self.disk + disk, self.solves + 1
         held = [(ram, disk)]
 
-        def give_back() -> None:
+        def refund() -> None:
             if held:
                 ram, disk = held.pop()
                 self.ram, self.disk, self.solves = self.ram - ram, self.disk - disk, self.solves - 1
 
-        return give_back
+        return refund
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class CheckpointBudget:
     """What may be kept of forward solves for their adjoints, in bytes per rank.
 
     `ram` and `disk` are budgets for checkpoints (one checkpoint is this rank's part of a state), saved stages and
@@ -202,7 +202,7 @@ class Trajectory:
         return self.keep != "solution"
 
     @property
-    def counts_all_recordings(self) -> bool:
+    def charges_all_tapes(self) -> bool:
         """Whether the budget pays for every recording that is kept from the forward pass, the last step's as well."""
         return self.keep == AUTO and self.keeps_steps
 
@@ -236,7 +236,10 @@ class Trajectory:
         return self.disk_slots > 0 if self.disk_slots is not None else self.disk_bytes > 0
 
 
-DEFAULT = Trajectory()
+Trajectory = CheckpointBudget
+"""The public alias of `CheckpointBudget`, after PETSc's TSTrajectory; the keyword of `odeint` is named after it."""
+
+DEFAULT = CheckpointBudget()
 """The budget of solves that are given none; they share it."""
 
 
@@ -262,8 +265,8 @@ def _is_writable(directory: Path) -> bool:
     return True
 
 
-def _left(budget: int, solves: int, used: int) -> int:
-    return max(min(budget // solves, budget - used), 0)
+def _left(size: int, solves: int, used: int) -> int:
+    return max(min(size // solves, size - used), 0)
 
 
 def _most_checkpoints(steps: int | None) -> int:
@@ -271,28 +274,28 @@ def _most_checkpoints(steps: int | None) -> int:
 
 
 def slot_bounds(
-    trajectory: Trajectory,
+    budget: CheckpointBudget,
     checkpoint_bytes: int,
     steps: int | None,
     keeps_trajectory: bool,
     disk_is_lost: bool = False,
 ) -> list[int]:
     """This rank's part in `agree_on_slots`, which needs the least of each of these numbers over the ranks."""
-    ledger = trajectory.ledger
-    has_disk = trajectory.has_disk and not disk_is_lost
+    ledger = budget.ledger
+    has_disk = budget.has_disk and not disk_is_lost
     number = -1 if steps is None else steps
     most = _most_checkpoints(steps)
-    ram = _left(trajectory.ram_bytes, trajectory.solves, ledger.ram)
-    if steps is None and trajectory.ram == AUTO:
+    ram = _left(budget.ram_bytes, budget.solves, ledger.ram)
+    if steps is None and budget.ram == AUTO:
         # It books all that it may need before it knows; solves inside f, which nobody budgeted, are to find room too.
         ram //= 2
-    disk = _left(trajectory.disk_bytes, trajectory.solves, ledger.disk) if has_disk else 0
+    disk = _left(budget.disk_bytes, budget.solves, ledger.disk) if has_disk else 0
     needs_disk = (
         keeps_trajectory
         and has_disk
-        and (trajectory.ram_slots < most if trajectory.ram_slots is not None else most * checkpoint_bytes > ram)
+        and (budget.ram_slots < most if budget.ram_slots is not None else most * checkpoint_bytes > ram)
     )
-    unwritable = needs_disk and not _is_writable(trajectory.scratch)
+    unwritable = needs_disk and not _is_writable(budget.scratch)
     return [
         ram, disk, -checkpoint_bytes, number, -number, keeps_trajectory, -keeps_trajectory, -unwritable,
         -ledger.solves,
@@ -300,7 +303,7 @@ def slot_bounds(
 
 
 def agree_on_slots(
-    trajectory: Trajectory,
+    budget: CheckpointBudget,
     checkpoint_bytes: int,
     steps: int | None,
     keeps_trajectory: bool,
@@ -321,10 +324,10 @@ def agree_on_slots(
     Raises `ConfigurationError` on all ranks when no checkpoint fits (naming the smallest budget that works) or the
     scratch directory of a rank cannot be written; `RuntimeError` on all ranks when they disagree.
     """
-    has_disk = trajectory.has_disk and not disk_is_lost
+    has_disk = budget.has_disk and not disk_is_lost
     most = _most_checkpoints(steps)
     if agreed is None:
-        agreed = slot_bounds(trajectory, checkpoint_bytes, steps, keeps_trajectory, disk_is_lost)
+        agreed = slot_bounds(budget, checkpoint_bytes, steps, keeps_trajectory, disk_is_lost)
         if comm.size > 1:
             bounds = np.array(agreed, dtype=np.int64)
             comm.Allreduce(MPI.IN_PLACE, bounds, MPI.MIN)
@@ -336,46 +339,46 @@ def agree_on_slots(
     if least_keeps != -most_keeps:
         raise RuntimeError("only some ranks need a gradient of this solve: u0 or parameters must require it on all")
     if blocked:
-        unwritable = has_disk and not _is_writable(trajectory.scratch)
-        places = comm.allgather((unwritable, str(trajectory.scratch), socket.gethostname()))
+        unwritable = has_disk and not _is_writable(budget.scratch)
+        places = comm.allgather((unwritable, str(budget.scratch), socket.gethostname()))
         rank = next((number for number, place in enumerate(places) if place[0]), 0)
         raise ScratchError(
             f"trajectory: directory = {places[rank][1]!r}: must be a directory that every rank can write; rank {rank} "
             f"({places[rank][2]}) cannot"
         )
 
-    def affordable(slots: int | None, budget: int) -> int:
+    def affordable(slots: int | None, size: int) -> int:
         if slots is not None:
             return min(slots, most)
-        return min(budget // largest, most) if largest else most
+        return min(size // largest, most) if largest else most
 
     slots = Slots(
-        affordable(trajectory.ram_slots, ram),
-        affordable(trajectory.disk_slots, disk) if has_disk else 0,
+        affordable(budget.ram_slots, ram),
+        affordable(budget.disk_slots, disk) if has_disk else 0,
         largest,
         ram,
     )
     # How much the graphs of all steps need is known, and said, only later.
-    said_later = trajectory.keep == "graph" and steps is not None and not outstanding
-    if keeps_trajectory and most > 0 and slots.ram + slots.disk < 1 and not disk_is_lost and not said_later:
-        least = most if trajectory.schedule == "all" and steps is not None else 1
-        raise ConfigurationError(_too_small(trajectory, largest, least, -outstanding))
+    checked_by_plan = budget.keep == "graph" and steps is not None and not outstanding
+    if keeps_trajectory and most > 0 and slots.ram + slots.disk < 1 and not disk_is_lost and not checked_by_plan:
+        least = most if budget.schedule == "all" and steps is not None else 1
+        raise ConfigurationError(_too_small(budget, largest, least, -outstanding))
     return slots
 
 
-def _too_small(trajectory: Trajectory, checkpoint_bytes: int, least: int, outstanding: int) -> str:
-    if trajectory.ram_slots is not None:
+def _too_small(budget: CheckpointBudget, checkpoint_bytes: int, least: int, outstanding: int) -> str:
+    if budget.ram_slots is not None:
         return (
-            f"trajectory: ram_slots = {trajectory.ram_slots}: too few checkpoints: the smallest that works is "
+            f"trajectory: ram_slots = {budget.ram_slots}: too few checkpoints: the smallest that works is "
             f"ram_slots = {least}"
         )
-    given = f"trajectory: ram = {trajectory.ram!r}, disk = {trajectory.disk!r}"
+    given = f"trajectory: ram = {budget.ram!r}, disk = {budget.disk!r}"
     if outstanding:
         return (
-            f"{given}, solves = {trajectory.solves}: {outstanding} other solve(s) that await their backward pass hold "
+            f"{given}, solves = {budget.solves}: {outstanding} other solve(s) that await their backward pass hold "
             f"all of it: set solves = {outstanding + 1}, or give this one a Trajectory of its own"
         )
     return (
         f"{given}: too small for one checkpoint of {checkpoint_bytes} bytes on the fullest rank: the smallest that "
-        f"works is ram = {least * checkpoint_bytes * trajectory.solves}"
+        f"works is ram = {least * checkpoint_bytes * budget.solves}"
     )

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import chain
 
-from pnode_dist.checkpointing.binomial import from_remains, reversal
+from pnode_dist.checkpointing.binomial import from_held_checkpoints, reversal
 from pnode_dist.checkpointing.schedule import Action, Adjoint, StartBackward, Tier
 from pnode_dist.checkpointing.store import Checkpoints, State
 
@@ -60,7 +60,7 @@ class OnlinePlacement:
         return True, last
 
 
-class OnlineTrajectory:
+class OnlineCheckpoints:
     """The checkpoints of a forward pass of unknown length, in memory and on disk.
 
     New ones go to memory; when it is full the earliest there, which the backward pass needs last, moves to disk.
@@ -102,7 +102,7 @@ class OnlineTrajectory:
             self._checkpoints.clear()
             return iter([Adjoint(step) for step in reversed(range(steps))])
         if self._placement is None:
-            return chain([StartBackward(steps)], from_remains(steps, [], 0))
+            return chain([StartBackward(steps)], from_held_checkpoints(steps, [], 0))
         held = self._checkpoints.held()
         tiers = list(held.values())
         free_disk = self._disk - tiers.count(Tier.DISK)

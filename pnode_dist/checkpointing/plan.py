@@ -13,15 +13,15 @@ from typing import Any
 
 from mpi4py import MPI
 
-from pnode_dist.checkpointing import held_start
+from pnode_dist.checkpointing import from_initial_state
 from pnode_dist.checkpointing.binomial import (
     disk_traffic,
-    from_start,
     memory_traffic,
     multistage,
     optimal_forward_steps,
+    without_checkpoints,
 )
-from pnode_dist.checkpointing.budget import Slots, Trajectory, agree_on_slots
+from pnode_dist.checkpointing.budget import CheckpointBudget, Slots, agree_on_slots
 from pnode_dist.checkpointing.costs import Costs
 from pnode_dist.checkpointing.hierarchical import HierarchicalSchedule, hierarchical, is_affordable
 from pnode_dist.checkpointing.schedule import Action, with_last_recorded
@@ -72,15 +72,15 @@ class Plan:
         """The schedule of the whole solve."""
         first_kept = self.steps - self.kept + 1
         if self.from_start:
-            head = held_start.actions(first_kept, held_start.tiers(first_kept, self.ram, self.disk))
+            head = from_initial_state.actions(first_kept, from_initial_state.tiers(first_kept, self.ram, self.disk))
         elif self.hierarchy is not None:
             head = self.hierarchy.actions()
         elif self.ram + self.disk:
             head = multistage(first_kept, self.ram, self.disk)
         else:
-            head = from_start(first_kept)
+            head = without_checkpoints(first_kept)
         if self.kept == 0:
-            return held_start.without_recording(head, self.steps)
+            return from_initial_state.without_tape(head, self.steps)
         return with_last_recorded(head, first_kept, self.steps)
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,24 +109,24 @@ class Plans:
         }
 
 
-def plan(trajectory: Trajectory, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm) -> Plans:
-    """What `trajectory` allows for a solve of `steps` steps, and the best of it. Collective on `comm`.
+def plan(budget: CheckpointBudget, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm) -> Plans:
+    """What `budget` allows for a solve of `steps` steps, and the best of it. Collective on `comm`.
 
     `checkpoint_bytes` is this rank's part of a state as it is stored, `costs` what this rank measured; all ranks get
     the same plan. Raises `ConfigurationError` if the budget is too small, naming the smallest that works.
     """
-    slots = agree_on_slots(trajectory, checkpoint_bytes, steps, True, comm)
-    return best(trajectory, slots, steps, None, costs.agreed(comm))
+    slots = agree_on_slots(budget, checkpoint_bytes, steps, True, comm)
+    return best(budget, slots, steps, None, costs.agreed(comm))
 
 
-def best(trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None) -> Plans:
+def best(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None) -> Plans:
     """The candidate that is predicted to be fastest; without costs the one with the fewest steps and disk accesses.
 
-    `recorded_bytes` is the size of a recorded step, None if no more than one may be kept; `costs` overrule it.
+    `tape_bytes` is the size of a recorded step, None if no more than one may be kept; `costs` overrule it.
     Raises `ConfigurationError` if the trajectory asks for what does not fit.
     """
     different: dict[Any, Plan] = {}
-    for candidate in _candidates(trajectory, slots, steps, recorded_bytes, costs):
+    for candidate in _candidates(budget, slots, steps, tape_bytes, costs):
         different.setdefault(candidate.work, candidate)
     candidates = tuple(different.values())
     chosen = min(
@@ -148,44 +148,44 @@ def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
         )
 
 
-def needs_costs(trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes: int | None) -> bool:
+def needs_costs(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None) -> bool:
     """Whether the choice depends on what the disk takes."""
-    if slots.disk == 0 or slots.ram >= steps - 1 or trajectory.schedule in ("all", "revolve", "multistage"):
+    if slots.disk == 0 or slots.ram >= steps - 1 or budget.schedule in ("all", "revolve", "multistage"):
         return False
-    if trajectory.schedule == "auto" and (trajectory.ram_slots, trajectory.disk_slots) != (None, None):
+    if budget.schedule == "auto" and (budget.ram_slots, budget.disk_slots) != (None, None):
         return False
-    return recorded_bytes is None or _charged(trajectory, steps) * recorded_bytes > slots.ram_bytes
+    return tape_bytes is None or _charged(budget, steps) * tape_bytes > slots.ram_bytes
 
 
-def _charged(trajectory: Trajectory, kept: int) -> int:
+def _charged(budget: CheckpointBudget, kept: int) -> int:
     """How many of the recordings that are kept from the forward pass the budget has to pay for."""
-    return kept if trajectory.counts_all_recordings else kept - 1
+    return kept if budget.charges_all_tapes else kept - 1
 
 
 def _candidates(
-    trajectory: Trajectory, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None
+    budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None
 ) -> Iterator[Plan]:
-    level, schedule = trajectory.level, trajectory.schedule
-    if trajectory.keeps_steps:
+    level, schedule = budget.level, budget.schedule
+    if budget.keeps_steps:
         if costs is not None:
-            recorded_bytes = costs.levels[level].bytes
-        assert recorded_bytes is not None
-        if _charged(trajectory, steps) * recorded_bytes <= slots.ram_bytes:
+            tape_bytes = costs.levels[level].bytes
+        assert tape_bytes is not None
+        if _charged(budget, steps) * tape_bytes <= slots.ram_bytes:
             division = (steps, 0, 0)
-            yield _plan(level, level, slots, steps, division, recorded_bytes, costs, trajectory.counts_all_recordings)
-        elif trajectory.keep == "graph":
-            needed = (steps - 1) * recorded_bytes * trajectory.solves
+            yield _plan(level, level, slots, steps, division, tape_bytes, costs, budget.charges_all_tapes)
+        elif budget.keep == "graph":
+            needed = (steps - 1) * tape_bytes * budget.solves
             raise ConfigurationError(
                 f"trajectory: keep = 'graph': the graphs of {steps} steps need ram = {needed}, "
-                f"more than {_left_of(trajectory, 'ram')}"
+                f"more than {_left_of(budget, 'ram')}"
             )
-        if trajectory.keep == "graph" or (steps == 1 and not trajectory.counts_all_recordings):
+        if budget.keep == "graph" or (steps == 1 and not budget.charges_all_tapes):
             return
-        if trajectory.counts_all_recordings:
-            yield from _from_start(level, schedule, slots, steps, recorded_bytes, costs)
+        if budget.charges_all_tapes:
+            yield from _plans_from_initial_state(level, schedule, slots, steps, tape_bytes, costs)
             if costs is not None:
                 stages = costs.levels["stages"].bytes
-                plans = _from_start("stages", schedule, slots, steps, stages, costs)
+                plans = _plans_from_initial_state("stages", schedule, slots, steps, stages, costs)
                 yield from (plan for plan in plans if plan.kept)
             return
     most = steps - 1
@@ -198,44 +198,42 @@ def _candidates(
         yield _plan("all", level, slots, steps, (1, ram, most - ram), 0, costs)
     if schedule == "all":
         if slots.ram + slots.disk < most:
-            key, needed = "ram", most * slots.checkpoint_bytes * trajectory.solves
-            if trajectory.ram_slots is not None:
+            key, needed = "ram", most * slots.checkpoint_bytes * budget.solves
+            if budget.ram_slots is not None:
                 key, needed = "ram_slots", most
             raise ConfigurationError(
                 f"trajectory: schedule = 'all': the states of {steps} steps need {key} = {needed}, more than "
-                f"{_left_of(trajectory, key)} (and disk = {trajectory.disk!r})"
+                f"{_left_of(budget, key)} (and disk = {budget.disk!r})"
             )
         return
-    yield from _checkpointed(level, schedule, slots, steps, recorded_bytes if trajectory.keeps_steps else None, costs)
+    yield from _checkpointed(level, schedule, slots, steps, tape_bytes if budget.keeps_steps else None, costs)
 
 
-def _left_of(trajectory: Trajectory, key: str) -> str:
+def _left_of(budget: CheckpointBudget, key: str) -> str:
     """What a solve has of `ram` or `ram_slots`, for people."""
-    others, given = trajectory.ledger.solves, repr(getattr(trajectory, key))
+    others, given = budget.ledger.solves, repr(getattr(budget, key))
     if key != "ram" or not others:
         return given
-    return (
-        f"the {others} other solve(s) that await their backward pass leave of {given} with solves = {trajectory.solves}"
-    )
+    return f"the {others} other solve(s) that await their backward pass leave of {given} with solves = {budget.solves}"
 
 
-def _from_start(
-    level: str, schedule: str, slots: Slots, steps: int, recorded_bytes: int, costs: Costs | None
+def _plans_from_initial_state(
+    level: str, schedule: str, slots: Slots, steps: int, tape_bytes: int, costs: Costs | None
 ) -> Iterator[Plan]:
     """The plans that use the initial state as it is, with as many recordings as are worth it, none included."""
     for disk in _disks(schedule, slots):
-        kept, ram, on_disk = division = divide_from_start(slots, steps, recorded_bytes, disk)
+        kept, ram, on_disk = division = divide_from_initial_state(slots, steps, tape_bytes, disk)
         name = "multistage" if on_disk else "revolve"
-        yield _plan(name, level, slots, steps, division, recorded_bytes, costs, True)
+        yield _plan(name, level, slots, steps, division, tape_bytes, costs, True)
         if disk and costs is not None and schedule != "multistage":
             # Weighing costs knows of no state that is at hand: it has a checkpoint for the initial one as well.
-            left = slots.ram_bytes - kept * recorded_bytes
+            left = slots.ram_bytes - kept * tape_bytes
             places = steps - max(kept, 1) + (kept == 0)
             ram = min(left // slots.checkpoint_bytes, places) if slots.checkpoint_bytes else places
             on_disk = min(disk, places - ram)
             if kept < steps and ram + on_disk and is_affordable(steps - kept + 1, disk):
                 division = (kept, ram, on_disk)
-                yield _plan("h-revolve", level, slots, steps, division, recorded_bytes, costs, True, by_costs=True)
+                yield _plan("h-revolve", level, slots, steps, division, tape_bytes, costs, True, by_costs=True)
 
 
 def _disks(schedule: str, slots: Slots) -> list[int]:
@@ -245,14 +243,14 @@ def _disks(schedule: str, slots: Slots) -> list[int]:
 
 
 def _checkpointed(
-    level: str, schedule: str, slots: Slots, steps: int, recorded_bytes: int | None, costs: Costs | None
+    level: str, schedule: str, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None
 ) -> Iterator[Plan]:
     """The plans that hold fewer checkpoints than there are steps, without and with recordings of the last ones."""
     for disk in _disks(schedule, slots):
         if slots.ram + disk == 0 and steps > 1:
             continue
-        for division in dict.fromkeys([divide(slots, steps, recorded_bytes, disk), divide(slots, steps, None, disk)]):
-            size = recorded_bytes or 0
+        for division in dict.fromkeys([divide(slots, steps, tape_bytes, disk), divide(slots, steps, None, disk)]):
+            size = tape_bytes or 0
             yield _plan("multistage" if disk else "revolve", level, slots, steps, division, size, costs)
             kept, ram, _ = division
             if disk and costs is not None and schedule != "multistage" and is_affordable(steps - kept + 1, disk):
@@ -265,7 +263,7 @@ def _plan(
     slots: Slots,
     steps: int,
     division: tuple[int, int, int],
-    recorded_bytes: int,
+    tape_bytes: int,
     costs: Costs | None,
     charges_all: bool = False,
     by_costs: bool = False,
@@ -276,7 +274,9 @@ def _plan(
     from_start = charges_all and not by_costs
     if from_start:
         forward_steps = optimal_forward_steps(first_kept, ram + disk + 1)
-        (writes, reads), copies = held_start.traffic(first_kept, held_start.tiers(first_kept, ram, disk))
+        (writes, reads), copies = from_initial_state.traffic(
+            first_kept, from_initial_state.tiers(first_kept, ram, disk)
+        )
     elif by_costs:
         assert costs is not None
         write, read = (costs.copy + costs.exposed * seconds for seconds in (costs.write, costs.read))
@@ -303,7 +303,7 @@ def _plan(
         forward_steps=forward_steps,
         disk_writes=writes,
         disk_reads=reads,
-        ram_bytes=ram * slots.checkpoint_bytes + (kept if charges_all else kept - 1) * recorded_bytes,
+        ram_bytes=ram * slots.checkpoint_bytes + (kept if charges_all else kept - 1) * tape_bytes,
         disk_bytes=disk * slots.checkpoint_bytes,
         seconds=costs.seconds(level, steps, forward_steps, copies, writes, reads) if costs else None,
         hierarchy=hierarchy,
@@ -311,7 +311,7 @@ def _plan(
     )
 
 
-def divide(slots: Slots, steps: int, recorded_bytes: int | None, disk: int) -> tuple[int, int, int]:
+def divide(slots: Slots, steps: int, tape_bytes: int | None, disk: int) -> tuple[int, int, int]:
     """How many steps at the end to keep as recordings of that size, and the checkpoints in memory and on disk.
 
     The recording of one step belongs to the working set of any adjoint and is not charged. At least one checkpoint
@@ -320,15 +320,15 @@ def divide(slots: Slots, steps: int, recorded_bytes: int | None, disk: int) -> t
     """
     most = steps - 1
     chosen = (1, min(slots.ram, most), min(disk, most - min(slots.ram, most)))
-    if recorded_bytes is None or steps == 1:
+    if tape_bytes is None or steps == 1:
         return chosen
-    if (steps - 1) * recorded_bytes <= slots.ram_bytes:
+    if (steps - 1) * tape_bytes <= slots.ram_bytes:
         return steps, 0, 0
     work = optimal_forward_steps(steps, chosen[1] + chosen[2])
-    most_kept = slots.ram_bytes // recorded_bytes + 1
+    most_kept = slots.ram_bytes // tape_bytes + 1
     for kept in range(2, most_kept + 1, -(-most_kept // _MOST_DIVISIONS)):
         rest = steps - kept
-        left = slots.ram_bytes - (kept - 1) * recorded_bytes
+        left = slots.ram_bytes - (kept - 1) * tape_bytes
         ram = min(left // slots.checkpoint_bytes, rest, slots.ram) if slots.checkpoint_bytes else rest
         on_disk = min(disk, rest - ram)
         if ram + on_disk == 0:
@@ -339,14 +339,14 @@ def divide(slots: Slots, steps: int, recorded_bytes: int | None, disk: int) -> t
     return chosen
 
 
-def divide_from_start(slots: Slots, steps: int, recorded_bytes: int, disk: int) -> tuple[int, int, int]:
+def divide_from_initial_state(slots: Slots, steps: int, tape_bytes: int, disk: int) -> tuple[int, int, int]:
     """`divide` for solves whose initial state is at hand anyway: every recording is charged, and there may be none."""
     chosen, work = (0, 0, 0), steps * (steps + 3) // 2
-    most_kept = min(slots.ram_bytes // recorded_bytes, steps) if recorded_bytes else steps
+    most_kept = min(slots.ram_bytes // tape_bytes, steps) if tape_bytes else steps
     for kept in range(0, most_kept + 1, max(-(-most_kept // _MOST_DIVISIONS), 1)):
         # The places besides the initial state's.
         places = max(steps - kept - 1, 0) if kept else steps - 1
-        left = slots.ram_bytes - kept * recorded_bytes
+        left = slots.ram_bytes - kept * tape_bytes
         ram = min(left // slots.checkpoint_bytes, places, slots.ram) if slots.checkpoint_bytes else places
         on_disk = min(disk, places - ram)
         needed = optimal_forward_steps(steps - kept + 1, ram + on_disk + 1) + kept - 1

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from pnode_dist.checkpointing.binomial import from_remains
+from pnode_dist.checkpointing.binomial import from_held_checkpoints
 from pnode_dist.checkpointing.schedule import (
     Action,
     Adjoint,
@@ -45,12 +45,12 @@ class Steps(Protocol):
         """Put the initial state of the solve back."""
         ...
 
-    def advance(self, step: int, again: bool = False) -> None:
-        """Run `step` on the current state, `again` if it is run for the backward pass."""
+    def advance(self, step: int, recompute: bool = False) -> None:
+        """Run `step` on the current state, `recompute` if it is run for the backward pass."""
         ...
 
-    def record(self, step: int, again: bool = False) -> None:
-        """Run `step` and keep what its adjoint needs: until the next step if it is run `again`, else until then."""
+    def record(self, step: int, recompute: bool = False) -> None:
+        """Run `step` and keep what its adjoint needs: until the next step if it is run `recompute`, else until then."""
         ...
 
     def adjoint(self, step: int) -> None:
@@ -105,17 +105,17 @@ def run_backward(
     """
     disk_is_lost = False
     remaining: int | None = None
-    ahead = _looking_ahead(actions, checkpoints)
+    ahead = _with_prefetch(actions, checkpoints)
     while (action := next(ahead, None)) is not None:
         match action:
             case Advance(first, last, tier):
                 if tier is not None:
                     checkpoints.store(first, tier, steps.state, steps.time(first))
                 for step in range(first, last):
-                    steps.advance(step, again=True)
+                    steps.advance(step, recompute=True)
                     statistics.recomputed_steps += 1
             case Record(step):
-                steps.record(step, again=True)
+                steps.record(step, recompute=True)
                 statistics.recomputed_steps += 1
             case StartBackward(count):
                 remaining = count
@@ -127,7 +127,7 @@ def run_backward(
                     assert remaining is not None
                     disk_is_lost = True
                     checkpoints.drop_disk()
-                    ahead = from_remains(remaining, checkpoints.in_memory(), ram_slots)
+                    ahead = from_held_checkpoints(remaining, checkpoints.in_memory(), ram_slots)
             case Adjoint(step):
                 steps.adjoint(step)
                 statistics.adjoint_steps += 1
@@ -154,7 +154,7 @@ def _restore(steps: Steps, checkpoints: Checkpoints, step: int, discard: bool) -
     return error
 
 
-def _looking_ahead(actions: Iterator[Action], checkpoints: Checkpoints) -> Iterator[Action]:
+def _with_prefetch(actions: Iterator[Action], checkpoints: Checkpoints) -> Iterator[Action]:
     """The same actions, with the next checkpoints on disk being fetched while those before them are carried out."""
     upcoming: deque[Action] = deque()
     fetched = 0

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree
 
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.distributed.sharding import shards_of
+from pnode_dist.system.torch_internals import at_end_of_backward, ignore_in_data_parallel, tree_map_only
 
 
 class _Completion:
@@ -42,7 +42,7 @@ class _Completion:
         """Called when a backward pass reaches the module's output."""
         if not self._coming_through:
             self._coming_through = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+            at_end_of_backward(self.end)
 
     def end(self) -> None:
         """Called when that backward pass is over."""
@@ -65,7 +65,7 @@ class _Completion:
         self._coming_through = False
         if torch.is_grad_enabled():
             self._synchronises = module.require_backward_grad_sync and self._mesh.data_replicas > 1
-        return _pytree.tree_map_only(torch.Tensor, lambda x: _Watched.apply(x, self), output)  # type: ignore[no-untyped-call]
+        return tree_map_only(torch.Tensor, lambda x: _Watched.apply(x, self), output)  # type: ignore[no-untyped-call]
 
 
 class _Watched(torch.autograd.Function):
@@ -137,7 +137,7 @@ def parallel(module: nn.Module, mesh: Mesh) -> DistributedDataParallel:
     broadcast_parameters(module, mesh)
     replicated = [value for name, value in trained.items() if name not in shards]
     if replicated:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(shards))  # type: ignore[no-untyped-call]
+        ignore_in_data_parallel(module, list(shards))
     with warnings.catch_warnings():
         # Its successor would synchronise the buffers once, and they may hold a rank's own part of a field.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)

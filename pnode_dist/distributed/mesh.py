@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from torch._C._distributed_c10d import HashStore, Store, TCPStore
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from pnode_dist.distributed import agreement
 from pnode_dist.distributed import mpi_backend as mpi_backend

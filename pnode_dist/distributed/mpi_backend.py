@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
 from pnode_dist.distributed import agreement
 from pnode_dist.distributed.agreement import Agreement, Description
 from pnode_dist.distributed.buffers import bytes_of
+from pnode_dist.system.torch_internals import work_of
 
 NAME = "mpi4py"
 
@@ -53,7 +53,7 @@ def _mpi_operation(operation: Any) -> MPI.Op:
 def _completed(result: Any) -> Any:
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result(result)
-    return _create_work_from_future(future)
+    return work_of(future)
 
 
 @contextmanager

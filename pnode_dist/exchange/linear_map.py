@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._functorch.utils import unwrap_dead_wrappers
+
+from pnode_dist.system.torch_internals import under_functorch, unwrap_dead_wrappers
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -20,7 +21,7 @@ class _Linear(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """As inherited, without inspecting `forward` for default arguments, which takes as long as a small halo."""
-        if torch._C._are_functorch_transforms_active():
+        if under_functorch():
             return super().apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 

@@ -15,6 +15,7 @@ from torch import nn
 from pnode_dist.exchange import global_sum
 from pnode_dist.nn.field import require_axes, require_block
 from pnode_dist.partition.grid import GridPartition
+from pnode_dist.system.torch_internals import BatchNorm
 
 
 def points(partition: GridPartition) -> int:
@@ -92,7 +93,7 @@ class LayerNorm(nn.LayerNorm):
         return ordered[tuple(slice(*owned) for owned in self.partition.owned)]
 
 
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(BatchNorm):
     """torch.nn's batch norm on a partitioned, channels-last field `[..., *local, num_features]`.
 
     In training each channel is normalised over all points of the grid and all leading axes; the running statistics,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.exchange import mesh_sum
 from pnode_dist.nn.norm import follow
+from pnode_dist.system.torch_internals import BatchNorm
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """torch.nn's batch norm of `[samples, num_features, *shape]`, each rank of the mesh with samples of its own.
 
     In training each channel is normalised over the samples of all ranks, state ranks and data replicas alike: the

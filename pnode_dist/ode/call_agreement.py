@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from mpi4py import MPI
 
 from pnode_dist.checkpointing import budget
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.checkpointing.plan import Plan
 from pnode_dist.distributed import agreement
 from pnode_dist.distributed.agreement import Agreement, Description
@@ -106,7 +106,8 @@ def _state_shape(shapes: tuple[tuple[int, ...], ...], owned: tuple[int, ...]) ->
 class Agreed:
     """The agreement of all ranks on a solve: its number on this communicator, and what describes it.
 
-    `creates`: some rank makes a new solver, so all do. `bounds` are those of `trajectory.budget`, until they are used.
+    `creates`: some rank makes a new solver, so all do. `bounds` are those of `checkpointing.budget.slot_bounds`. They
+    are used once.
     """
 
     agreement: Agreement
@@ -231,7 +232,7 @@ class Settings(Protocol):
     @property
     def adaptor(self) -> str: ...
     @property
-    def trajectory(self) -> Trajectory | None: ...
+    def trajectory(self) -> CheckpointBudget | None: ...
     @property
     def options(self) -> Mapping[str, Any] | None: ...
     @property
@@ -255,7 +256,7 @@ def facts(
     times: tuple[float, ...],
     func: Any,
     needs_gradient: bool,
-    by_times: bool,
+    needs_time_gradient: bool,
 ) -> Facts:
     """The facts of a solve that ranks compare. Bytes of memory and disk are left out: the least of all ranks counts."""
     assert settings.partition is not None
@@ -278,7 +279,7 @@ def facts(
         ("last_only", settings.last_only),
         ("on_mismatch", settings.on_mismatch),
         ("gradient", needs_gradient),
-        ("gradient with respect to t", by_times),
+        ("gradient with respect to t", needs_time_gradient),
         ("fixed_plan", None if settings.fixed_plan is None else settings.fixed_plan.work),
     ]
     trajectory = settings.trajectory or budget.DEFAULT

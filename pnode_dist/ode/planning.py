@@ -133,7 +133,7 @@ def as_table(plans: Plans, measured: Sequence[float] | None = None) -> list[dict
             "in memory": candidate.ram,
             "on disk": candidate.disk,
             "steps": candidate.forward_steps,
-            "run again": candidate.recomputed_steps,
+            "recomputed": candidate.recomputed_steps,
             "disk writes": candidate.disk_writes,
             "disk reads": candidate.disk_reads,
             "memory": format_size(candidate.ram_bytes),

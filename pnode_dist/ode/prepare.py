@@ -22,7 +22,7 @@ from pnode_dist.ode.recomputation.guard import check_policy
 from pnode_dist.ode.recomputation.surroundings import Surroundings
 from pnode_dist.ode.repeated import Repeated, split_options
 from pnode_dist.ode.rhs.compute_dtype import ComputeCopies, compute_copies
-from pnode_dist.ode.rhs.evaluation import Function, Problem
+from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
 from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
@@ -87,10 +87,10 @@ def _prepared_with(
     sizes = tuple(parameter.numel() for parameter in parameters.tensors)
     check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
-    by_times = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
+    needs_time_gradient = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
     # The times are parameters as well: of each step, its size and its start.
-    sizes = (*sizes, 1, 1) if by_times else sizes
-    tensors = (*parts, *parameters.tensors, *((t,) if by_times else ()))
+    sizes = (*sizes, 1, 1) if needs_time_gradient else sizes
+    tensors = (*parts, *parameters.tensors, *((t,) if needs_time_gradient else ()))
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
@@ -131,7 +131,7 @@ def _prepared_with(
             check_shapes(control, layout)
         steps = 0 if len(times) == 1 else None if grid is None else grid.steps
         agreed = preparing.agree(
-            facts(settings, table, layout, times, func, needs_gradient, by_times),
+            facts(settings, table, layout, times, func, needs_gradient, needs_time_gradient),
             known is None,
             slot_bounds(
                 trajectory,
@@ -150,15 +150,15 @@ def _prepared_with(
     if needs_gradient:
         surroundings = Surroundings.now(func, args, layout.device)
         carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
-    problem = Problem(
+    bound = BoundFunction(
         in_compute_type(func, copies),
         copies.args,
         replace(parameters, tensors=copies.of(parameters.tensors)) if copies.by_original else parameters,
         copies,
         {} if settings.compiler is None else settings.compiler.compiled(func, table),
         watched=torch.is_grad_enabled() and not needs_gradient,
-        by_times=by_times,
-        looks=solver.looks_again(),
+        needs_time_gradient=needs_time_gradient,
+        checks_parameters=solver.checks_parameters(),
         carried=carried,
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
@@ -167,7 +167,7 @@ def _prepared_with(
         times,
         grid,
         control,
-        problem,
+        bound,
         parameters.tensors,
         SolveStatistics(),
         needs_gradient,

@@ -20,9 +20,10 @@ from mpi4py import MPI
 from pnode_dist.checkpointing.costs import Costs, LevelCosts
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.checkpointing.store import SlotPool, SpillError
-from pnode_dist.ode.rhs.evaluation import Problem, StageGraph, StageState
+from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
 from pnode_dist.ode.steppers.base import Stepper
-from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.tape import Tape
+from pnode_dist.system.torch_internals import storage_pointer
 
 _REPEATS = 5
 _LONG_ENOUGH, _LONG = 0.15, 1.0
@@ -31,28 +32,28 @@ _NEVER = 1e9
 _MOST_STEPS_BETWEEN = 20
 
 
-def record_measured(stepper: Stepper, problem: Problem, time: float, size: float, level: str) -> tuple[Recording, int]:
+def measured_tape(stepper: Stepper, bound: BoundFunction, time: float, size: float, level: str) -> tuple[Tape, int]:
     """Run the step from the current state recorded, and measure the memory of the recording on the fullest rank.
 
     Collective on the stepper's communicator.
     """
-    recording: Recording = []
+    tape: Tape = []
     with _saved_tensors() as found:
-        stepper.step(0, time, size, recording, isolate=True, level=level)
-    known = {_storage(tensor) for tensor in problem.constants}
+        stepper.step(0, time, size, tape, isolate=True, level=level)
+    known = {_storage(tensor) for tensor in bound.constants}
     # Graphs that the recording left out are gone by now, and what they had saved.
     tensors = [held.tensor for held in (reference() for reference in found) if held is not None]
     saved = {storage: nbytes for storage, nbytes in map(_sized, tensors) if storage not in known}
-    for stage in recording:
+    for stage in tape:
         held = (*stage.inputs, *stage.values) if isinstance(stage, StageGraph) else ()
         held = stage.inputs if isinstance(stage, StageState) else held
         saved.update(map(_sized, held))
-    return recording, stepper.comm.allreduce(sum(saved.values()), MPI.MAX)
+    return tape, stepper.comm.allreduce(sum(saved.values()), MPI.MAX)
 
 
 def probe(
     stepper: Stepper,
-    problem: Problem,
+    bound: BoundFunction,
     initial: tuple[torch.Tensor, ...],
     time: float,
     size: float,
@@ -63,14 +64,14 @@ def probe(
     The slot on disk has been written before it is timed. Leaves the initial state in the stepper. Collective on the
     stepper's communicator.
     """
-    counts = problem.counts()
+    counts = bound.counts()
     held: dict[str, int] = {}
     stepper.start_adjoint()
     for level in _LEVELS:
         stepper.current.set(initial)
-        recording, held[level] = record_measured(stepper, problem, time, size, level)
+        tape, held[level] = measured_tape(stepper, bound, time, size, level)
         stepper.add_to_adjoint([torch.ones_like(part) for part in stepper.current.parts])
-        stepper.adjoint_step(0, time, size, recording)
+        stepper.adjoint_step(0, time, size, tape)
     steps: list[float] = []
     records: dict[str, list[float]] = {level: [] for level in _LEVELS}
     adjoints: dict[str, list[float]] = {level: [] for level in _LEVELS}
@@ -80,9 +81,9 @@ def probe(
         steps.append(_seconds(partial(stepper.step, 0, time, size)))
         for level in _LEVELS:
             stepper.current.set(initial)
-            recording = []
-            records[level].append(_seconds(partial(stepper.step, 0, time, size, recording, level=level)))
-            adjoints[level].append(_seconds(partial(stepper.adjoint_step, 0, time, size, recording)))
+            tape = []
+            records[level].append(_seconds(partial(stepper.step, 0, time, size, tape, level=level)))
+            adjoints[level].append(_seconds(partial(stepper.adjoint_step, 0, time, size, tape)))
     levels = {level: LevelCosts(held[level], _usual(records[level]), _usual(adjoints[level])) for level in _LEVELS}
     stepper.end_adjoint(())
     stepper.current.set(initial)
@@ -97,7 +98,7 @@ def probe(
                 stepper.step(0, time, size)
 
         write, read, overlapped = _disk(stepper, pools[Tier.DISK], _usual(steps), steps_of)
-    problem.count_from(counts)
+    bound.count_from(counts)
     stepper.current.set(initial)
     return Costs(_usual(steps), copy, write, read, overlapped, levels).agreed(stepper.comm)
 
@@ -182,4 +183,4 @@ def _sized(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _storage(tensor: torch.Tensor) -> int:
     """Which storage a tensor has, also where its address says nothing: on other devices, or for none at all."""
-    return int(tensor.untyped_storage()._cdata)
+    return storage_pointer(tensor.untyped_storage())

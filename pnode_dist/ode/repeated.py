@@ -95,7 +95,7 @@ class BuiltCopies:
         layout = self._layout
         inputs = point.inputs[: len(layout.shapes)]
         func = without_tangents(point.func, self._copies.bit_length() - 1)
-        self._built.update(Point(point.problem, func, layout, point.sign, point.time, inputs), shift)
+        self._built.update(Point(point.bound, func, layout, point.sign, point.time, inputs), shift)
         if not self._is_set:
             # A matrix has its values only now.
             with options_database(self._options):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.checkpointing.plan import Plan
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.mass import Mass
@@ -30,7 +30,7 @@ class Settings:
     atol: Tolerance | None
     adaptor: str
     partition: Partition | None
-    trajectory: Trajectory | None
+    trajectory: CheckpointBudget | None
     params: Sequence[torch.Tensor] | None
     options: PetscOptions | None
     mass: Mass | None = None

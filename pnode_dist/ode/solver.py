@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from mpi4py import MPI
 
-from pnode_dist.checkpointing.budget import Slots, Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget, Slots
 from pnode_dist.checkpointing.costs import Costs
 from pnode_dist.checkpointing.plan import Plans, best
 from pnode_dist.checkpointing.schedule import Tier
@@ -37,7 +37,7 @@ def communicator(partition: Partition | None) -> MPI.Comm:
     return MPI.COMM_SELF if partition is None else partition.comm
 
 
-_SOLVES_BETWEEN_LOOKS = 50
+_SOLVES_BETWEEN_CHECKS = 50
 _MOST_PLANS = 16
 
 
@@ -45,10 +45,10 @@ _MOST_PLANS = 16
 class Solver:
     """A stepper with the checkpoint slots that its solves share, on the ranks of `partition`.
 
-    `recorded_bytes` is the memory of one recorded step on the rank where it is largest, and `costs` are what a probe
+    `tape_bytes` is the memory of one recorded step on the rank where it is largest, and `costs` are what a probe
     measured, once they have been; `disk_is_lost` says that the disk failed some rank, and that later solves do
     without it, `has_spilt` that it worked for a solve before. `solves` counts those that were begun. `plans` are
-    choices that followed from what may be held, the number of steps and `recorded_bytes` alone. `contents` are those of
+    choices that followed from what may be held, the number of steps and `tape_bytes` alone. `contents` are those of
     the objects that it was made of, None if they have none.
 
     `kept` says that a cache keeps the solver for further solves; if not, it is closed as soon as a solve is done with
@@ -60,9 +60,9 @@ class Solver:
     memory: MemoryPool
     pools: dict[Tier, SlotPool]
     partition: Partition | None
-    trajectory: Trajectory
+    trajectory: CheckpointBudget
     make_stepper: Callable[[], Stepper]
-    recorded_bytes: int | None = None
+    tape_bytes: int | None = None
     costs: Costs | None = None
     disk_is_lost: bool = False
     has_spilt: bool = False
@@ -82,7 +82,7 @@ class Solver:
         method: Method,
         parameter_sizes: tuple[int, ...],
         options: PetscOptions,
-        trajectory: Trajectory,
+        trajectory: CheckpointBudget,
         mass: Mass | None = None,
         preconditioner: Preconditioner | None = None,
         linear: MatrixFunction | None = None,
@@ -151,19 +151,19 @@ class Solver:
         if not self.stepper.stepping:
             self.close()
 
-    def planned(self, slots: Slots, steps: int, recorded_bytes: int | None) -> Plans:
+    def planned(self, slots: Slots, steps: int, tape_bytes: int | None) -> Plans:
         """The best plan where no costs matter, see `plan.best`: a model asks for the same few again and again."""
-        key = slots, steps, recorded_bytes
+        key = slots, steps, tape_bytes
         if key not in self.plans:
             if len(self.plans) == _MOST_PLANS:
                 self.plans.clear()
-            self.plans[key] = best(self.trajectory, slots, steps, recorded_bytes, None)
+            self.plans[key] = best(self.trajectory, slots, steps, tape_bytes, None)
         return self.plans[key]
 
-    def looks_again(self) -> bool:
+    def checks_parameters(self) -> bool:
         """Begin a solve: whether to look at the graph of a module in it, for parameters that this does not name."""
         self.solves += 1
-        return self.solves % _SOLVES_BETWEEN_LOOKS == 1
+        return self.solves % _SOLVES_BETWEEN_CHECKS == 1
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -99,7 +99,7 @@ def _count(begin: float, end: float, step_size: float, rounding: float) -> int:
     return nearest + 1
 
 
-def gradient_by_times(
+def gradient_wrt_times(
     grid: TimeGrid, times: Sequence[float], by_size: Sequence[float], by_start: Sequence[float]
 ) -> list[float]:
     """The derivative by each output time, from those by the sizes and starts of the steps (given as h dL/dh, dL/dt_n).

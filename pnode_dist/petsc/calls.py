@@ -61,6 +61,11 @@ def stage_handles(ts: PETSc.TS) -> list[int]:
     return [int(vecs[number] or 0) for number in range(count.value)]
 
 
+def scalars_at(address: int, size: int) -> Any:
+    """Return the memory of `size` of PETSc's scalars at `address` as a buffer, which does not keep it alive."""
+    return (ctypes.c_char * (size * np.dtype(PETSc.ScalarType).itemsize)).from_address(address)
+
+
 def local_array(handle: int, size: int) -> np.ndarray[Any, Any]:
     """The `size` local entries of the Vec of that handle, as a view of its memory; it must live on. Not collective."""
     address = ctypes.c_void_p()
@@ -69,8 +74,7 @@ def local_array(handle: int, size: int) -> np.ndarray[Any, Any]:
     if size == 0:
         found = np.empty(0, dtype=PETSc.ScalarType)
     else:
-        buffer = (ctypes.c_char * (size * np.dtype(PETSc.ScalarType).itemsize)).from_address(address.value or 0)
-        found = np.frombuffer(buffer, dtype=PETSc.ScalarType)
+        found = np.frombuffer(scalars_at(address.value or 0, size), dtype=PETSc.ScalarType)
     _check(_library().VecRestoreArrayRead(vec, ctypes.byref(address)))
     return found
 

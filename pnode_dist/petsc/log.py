@@ -11,7 +11,7 @@ from petsc4py import PETSc
 
 FORWARD_PASS, BACKWARD_PASS = "pnode forward", "pnode backward"
 FUNCTION, PRODUCT = "pnode f", "pnode vjp"
-STEP, RERUN, ADJOINT_STEP, CHECKPOINT = "pnode step", "pnode rerun", "pnode adjoint", "pnode chkpoint"
+STEP, RECOMPUTE, ADJOINT_STEP, CHECKPOINT = "pnode step", "pnode recompute", "pnode adjoint", "pnode chkpoint"
 
 _NOTHING = nullcontext()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 from functools import cache
 
 import numpy as np
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
+
+from pnode_dist.petsc.calls import scalars_at
 
 HOST = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def view(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = HOST) ->
     size = vec.getLocalSize()
     if size == 0:
         return torch.empty(shape, dtype=scalar_dtype())
-    buffer = (ctypes.c_char * (size * np.dtype(PETSc.ScalarType).itemsize)).from_address(address)
+    buffer = scalars_at(address, size)
     # Another reference to the Vec: a view that outlives the solver, such as one that f keeps, shows memory in use.
     buffer.vec = copy.copy(vec)
     return torch.frombuffer(buffer, dtype=scalar_dtype()).view(shape)

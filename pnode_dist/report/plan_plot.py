@@ -37,7 +37,7 @@ def draw_sweep(path: Path, points: Sequence[SweepPoint], title: str) -> None:
         above.legend()
         above.grid(alpha=0.25)
         below.plot(
-            ram, [point.plan.recomputed_steps for point in points], color="#555555", marker="o", label="run again"
+            ram, [point.plan.recomputed_steps for point in points], color="#555555", marker="o", label="recomputed"
         )
         below.plot(
             ram,

@@ -105,7 +105,7 @@ def _pace(steps: Sequence[dict[str, Any]]) -> Picture:
 
 
 def _work(steps: Sequence[dict[str, Any]]) -> Picture:
-    names = {"forward": "forward_steps", "run again": "recomputed_steps", "adjoint": "adjoint_steps"}
+    names = {"forward": "forward_steps", "recomputed": "recomputed_steps", "adjoint": "adjoint_steps"}
     return _of_steps(steps, "Time steps", "time steps an optimiser step", names)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree
 
 from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.system.torch_internals import tree_leaves
 from pnode_dist.train.preemption import GivenUp
 from pnode_dist.train.problem import Batch, Problem
 
@@ -84,7 +84,7 @@ class _Lookout:
         return hook
 
     def _look_back(self, values: Any, words: str) -> None:
-        for value in _pytree.tree_leaves(values):
+        for value in tree_leaves(values):
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 value.register_hook(lambda gradient: self.look(gradient, words))  # type: ignore[no-untyped-call]
 
@@ -96,7 +96,7 @@ def _is_right_hand_side(inputs: tuple[Any, ...]) -> bool:
 
 
 def _finite(values: Any) -> bool:
-    numbers = [value for value in _pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
+    numbers = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
     return all(bool(torch.isfinite(value.detach()).all()) for value in numbers)
 
 

@@ -18,6 +18,7 @@ from pnode_dist.runs.endings import DivergenceError
 from pnode_dist.runs.metrics import StepRecord, peak_memory
 from pnode_dist.runs.rank_state import put_back, rank_state, versions_of_buffers
 from pnode_dist.runs.snapshot import Best, Snapshot
+from pnode_dist.system.torch_internals import set_step_was_taken
 from pnode_dist.train import not_finite
 from pnode_dist.train.journal import Wishes, wishes_of
 from pnode_dist.train.optimiser import (
@@ -60,7 +61,7 @@ class Optimisation:
         best = restore(snapshot, self.trained, self._mesh)
         follow_longer_run(self._schedule, self._optimiser, self._training.epochs)
         # Or the schedule would warn that there was no step before its own.
-        self._optimiser._opt_called = snapshot.position.step > 0  # type: ignore[attr-defined]
+        set_step_was_taken(self._optimiser, snapshot.position.step > 0)
         self.steps = snapshot.position.step
         self._began = time.perf_counter() - snapshot.position.seconds
         self.mark()

@@ -221,7 +221,7 @@ def test_ranks_that_disagree_on_needing_a_gradient_are_told_so_on_all(mesh: Mesh
         odeint(lambda t, u: -u, u0, TIMES, partition=partition)
 
 
-def test_a_field_computed_in_float32_has_the_double_precision_gradient_up_to_rounding(mesh: Mesh) -> None:
+def test_a_field_computed_in_float32_has_the_float64_gradient_up_to_rounding(mesh: Mesh) -> None:
     partition = GridPartition(mesh, SHAPE, channels=2, boundary=("periodic", "zero"))
     flow = Flow(partition)
     parameters = list(flow.parameters())

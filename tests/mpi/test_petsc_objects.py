@@ -133,7 +133,7 @@ def test_the_solvers_of_odeint_are_destroyed_however_a_solve_ends(
 
 
 @EVERY_METHOD
-def test_a_graph_that_is_dropped_on_one_rank_alone_can_be_reversed_on_the_others_later(
+def test_a_graph_dropped_on_one_rank_alone_can_be_reversed_on_the_others_later(
     mesh: Mesh, settings: dict[str, object]
 ) -> None:
     batch = partition(mesh)

@@ -191,7 +191,7 @@ def test_an_algebraic_equation_is_solved_out_of_the_system(name: str) -> None:
         assert distance(one, other) <= 1e-11
 
 
-def test_backward_euler_converges_on_a_system_with_an_algebraic_equation_to_what_radau_finds() -> None:
+def test_backward_euler_converges_to_radau_on_a_system_with_an_algebraic_equation() -> None:
     constrained = Constrained()
     zero, start = torch.zeros((), dtype=torch.float64), random(2)
     mass = torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
@@ -242,7 +242,7 @@ def test_a_stiff_oscillator_is_solved_as_radau_solves_it(
     assert distance(found, oscillated) <= tolerance
 
 
-def test_a_consistent_state_fulfils_the_algebraic_equations_and_keeps_the_differential_part() -> None:
+def test_a_consistent_state_solves_the_algebraic_equations_and_keeps_the_other_part() -> None:
     constrained, u0 = Constrained(), random(2, 3).requires_grad_()
     square = torch.eye(3, dtype=torch.float64) + 0.3 * random(3, 3, seed=2)
     singular = square @ torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)) @ square.T

@@ -55,7 +55,7 @@ def test_an_embedded_method_has_its_order_and_no_more(name: str) -> None:
     assert order_defect(table, table.embedded_order + 1, embedded=True) > 1e-5
 
 
-def test_the_implicit_part_of_bpr3_has_order_3_and_so_has_the_whole_with_three_quarters_in_it() -> None:
+def test_bpr3_has_order_3_as_a_whole_with_three_quarters_in_its_implicit_part() -> None:
     table = ARKIMEX["bpr3"]
     assert order_defect(replace(table, explicit=(), explicit_weights=()), 3) <= ROUNDING
     assert order_defect(table, 2) == pytest.approx(0.075)

@@ -16,7 +16,7 @@ from pnode_dist.bench.methods.counts import Counted, Tally
 from pnode_dist.bench.methods.experiments import Experiment
 from pnode_dist.bench.methods.heap import RESOLUTION, Peak, bytes_in_use, uncollected
 from pnode_dist.bench.methods.ways import Solved, Way, solved, steps_run_again
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 
 RIVALS = ("NODE-naive", "ANODE", "ACA")
 """The reverse-accurate baselines."""
@@ -207,7 +207,7 @@ def _needs(candidates: Mapping[str, Candidate]) -> list[_Need]:
 def _auto(experiment: Experiment, name: str, method: str, steps: int, budgets: Sequence[int]) -> Candidate:
     """`auto` with a budget for each block."""
     left = iter(budgets)
-    return Candidate(experiment, Way(name, solved(lambda: Trajectory(ram=next(left)))), method, steps)
+    return Candidate(experiment, Way(name, solved(lambda: CheckpointBudget(ram=next(left)))), method, steps)
 
 
 def _fitted(

@@ -20,6 +20,7 @@ from torch import nn
 from pnode_dist.bench.methods.ways import WAYS, Way, steps_run_again
 from pnode_dist.bench.report import Row
 from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.system.torch_internals import backward_pass_number, storage_pointer
 
 _WIDTH, _SAMPLES = 3, 2
 
@@ -147,7 +148,7 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        ctx.tally.reversed_by[torch._C._current_graph_task_id()] += 1
+        ctx.tally.reversed_by[backward_pass_number()] += 1
         return cotangents[0], None
 
 
@@ -182,9 +183,9 @@ def count(way: Way, method: str, sizes: Sizes) -> dict[str, int]:
     state: torch.Tensor = u
     with _kept_states(tally, state) as kept:
         for block in blocks:
-            known.add(state.untyped_storage()._cdata)
+            known.add(storage_pointer(state.untyped_storage()))
             state = block(state)
-        known.add(state.untyped_storage()._cdata)
+        known.add(storage_pointer(state.untyped_storage()))
     tally.differentiate(state.sum())
     solves = [module.last_solve for block in blocks for module in block.modules() if isinstance(module, NeuralODE)]
     size = u.numel() * u.element_size()
@@ -209,7 +210,7 @@ def _kept_states(tally: Tally, like: torch.Tensor) -> Iterator[dict[int, int]]:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if not tally.is_in_f and tensor.shape[-like.dim() :] == like.shape:
-            kept[tensor.untyped_storage()._cdata] = tensor.numel()
+            kept[storage_pointer(tensor.untyped_storage())] = tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

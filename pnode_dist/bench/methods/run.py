@@ -140,7 +140,7 @@ def cell_rows(cell: Cell) -> list[Row]:
             "of naive's": result.bytes / reference.bytes,
             "f forward": result.forward,
             "f backward": result.backward,
-            "run again": result.again,
+            "recomputed": result.again,
             "gradient error": result.error,
         }
         for name, result in cell.results.items()
@@ -166,7 +166,7 @@ def notes() -> tuple[str, ...]:
         "Processor time of one loss and gradient, float64, 1 thread, the least of "
         f"{ROUNDS} to {MOST_TIMES * ROUNDS} interleaved rounds. MiB: the most memory in use beyond model, "
         "data and gradient, PETSc's vectors included.",
-        "f forward, f backward: evaluations of f in the forward and in the backward pass; run again: steps. gradient "
+        "f forward, f backward: evaluations of f in the forward and in the backward pass; recomputed: steps. gradient "
         f"error: relative to {REFERENCE}'s.",
         "NODE-cont: continuous adjoint (torchdiffeq). NODE-naive: back-propagation. ANODE, ACA: a checkpoint for each "
         "block, for each step. The others are this project's; spilled: all but two checkpoints of a block on disk.",

@@ -1,4 +1,7 @@
-"""The ways to a gradient that `pnode-dist bench methods` compares, by the names of their papers and of `Trajectory`."""
+"""The gradient methods that `pnode-dist bench methods` compares.
+
+They have the names of their papers, and those of `CheckpointBudget.keep`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pnode_dist.bench.methods.baselines import Aca, Anode, Continuous, Naive, State
-from pnode_dist.checkpointing.budget import Trajectory
+from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.ode.odeint import NeuralODE
 
 _AMPLE = "64GiB"
@@ -30,7 +33,7 @@ class Way:
 class Solved(nn.Module):
     """A block that this project solves."""
 
-    def __init__(self, func: nn.Module, method: str, steps: int, trajectory: Trajectory) -> None:
+    def __init__(self, func: nn.Module, method: str, steps: int, trajectory: CheckpointBudget) -> None:
         super().__init__()
         self.node = NeuralODE(func, method=method, step_size=1 / steps, trajectory=trajectory, last_only=True)
 
@@ -40,7 +43,7 @@ class Solved(nn.Module):
         return found
 
 
-def solved(trajectory: Callable[[], Trajectory]) -> MakeBlock:
+def solved(trajectory: Callable[[], CheckpointBudget]) -> MakeBlock:
     """Blocks of this project, each with a budget of its own."""
     return lambda func, method, steps: Solved(func, method, steps, trajectory())
 
@@ -52,11 +55,14 @@ WAYS = {
         Way("NODE-naive", Naive, ours=False),
         Way("ANODE", Anode, ours=False),
         Way("ACA", Aca, ours=False),
-        Way("solution", solved(lambda: Trajectory(ram=_AMPLE, keep="solution"))),
-        Way("stages", solved(lambda: Trajectory(ram=_AMPLE, keep="stages"))),
-        Way("graph", solved(lambda: Trajectory(ram=_AMPLE, keep="graph"))),
+        Way("solution", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="solution"))),
+        Way("stages", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="stages"))),
+        Way("graph", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="graph"))),
         # Two states in memory, the others on disk.
-        Way("spilled", solved(lambda: Trajectory(ram_slots=2, disk="1GiB", keep="solution", schedule="multistage"))),
+        Way(
+            "spilled",
+            solved(lambda: CheckpointBudget(ram_slots=2, disk="1GiB", keep="solution", schedule="multistage")),
+        ),
     )
 }
 """All of them, but for `auto`, whose budgets follow from what the others take."""

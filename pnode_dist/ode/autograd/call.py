@@ -24,7 +24,8 @@ import torch
 
 from pnode_dist.ode.autograd.batched import Batched
 from pnode_dist.ode.autograd.transforms import hooks_on_saved_tensors, is_wrapped
-from pnode_dist.ode.one_at_a_time import one_at_a_time
+from pnode_dist.ode.backward_pass import backward_pass
+from pnode_dist.ode.forward_pass import forward_pass
 from pnode_dist.ode.recomputation.carried import Carried
 from pnode_dist.ode.recomputation.surroundings import Surroundings, uncached_casts
 from pnode_dist.ode.rhs.evaluation import Function
@@ -32,6 +33,7 @@ from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.rhs.parameters import Parameters
 from pnode_dist.ode.rhs.tangent import with_tangent
 from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.solve_lock import solve_lock
 from pnode_dist.ode.solver_key import check_unchanged
 
 Products = tuple[torch.Tensor | None, ...]
@@ -57,10 +59,10 @@ class Prepare(Protocol):
 class Asked:
     """The solve asked for: a right-hand side with its arguments, its parameters as they were `found`, and settings.
 
-    A state has `parts` parts, and is a tuple of them for the right-hand side if `is_tuple`. `by_times`: the times are
-    an input too. `surroundings` and `carried` are what f sees besides its arguments, None and nothing where no
-    derivative will be asked for. `transformed`: torch's transforms are under way, and parameters may depend on one
-    another. `folds`: a batch of states may be solved as one state; `last_only`: so are their last states returned.
+    A state has `parts` parts; the right-hand side takes them as a tuple if `is_tuple`. `needs_time_gradient`: the times
+    are an input too. `surroundings` and `carried` hold f's inputs besides its arguments. They are None and empty if no
+    derivative can be asked for. `transformed`: a transform of torch is active, so parameters may depend on one another.
+    `folds`: a batch of states may be solved as one state. `last_only`: only the last states are returned.
     """
 
     func: Function
@@ -68,7 +70,7 @@ class Asked:
     parts: int
     is_tuple: bool
     found: Parameters
-    by_times: bool
+    needs_time_gradient: bool
     ranks: int
     prepare: Prepare
     surroundings: Surroundings | None
@@ -171,7 +173,7 @@ class Call:
 
     def run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:
         """The outputs. Collective on the partition's communicator."""
-        with one_at_a_time():
+        with solve_lock():
             return self._run(tensors)
 
     def _run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:
@@ -203,14 +205,14 @@ class Call:
         `same`: the last run is known to have been one of these values.
         """
         if self.last is not None:
-            # Before the solve is run again, which would be with what they are now.
+            # Check before the solve is recomputed with the present contents.
             check_unchanged(self.last.solve.solver.contents)
         if self.last is None or not self.last.solve.keeps_trajectory or not (same or self.last.is_of(tensors)):
             self.keeps = self.repeats = True
             self.run(tensors)
         run = self.last
         assert run is not None
-        with one_at_a_time(lambda: run.solve.solver.stepper.stepping):
+        with solve_lock(lambda: run.solve.solver.stepper.stepping):
             if run.solve.agreed is not None:
                 run.solve.agreed.begin_backward(not run.solve.has_trajectory)
             return self._reverse(run, cotangents)
@@ -220,14 +222,14 @@ class Call:
             if not run.solve.has_trajectory:
                 # The checkpoints went as they were used: lay the trajectory down again.
                 run.solve.carried.restart()
-                run.solve.forward(run.tensors[: self.parts])
-            states, found, times = run.solve.backward(cotangents)
+                forward_pass(run.solve, run.tensors[: self.parts])
+            states, found, times = backward_pass(run.solve, cotangents)
         return (*states, *(None if number is None else found[number] for number in run.numbers), *times)
 
     def _forward(self, run: Run) -> Parts:
         solve = run.solve
         with _running(solve):
-            outputs = solve.forward(run.tensors[: self.parts])
+            outputs = forward_pass(solve, run.tensors[: self.parts])
         if solve.surroundings is not None:
             solve.surroundings.end_forward()
         self.last = run
@@ -301,7 +303,7 @@ def _running(solve: Solve, backward: bool = False) -> Iterator[None]:
                 stack.enter_context(surroundings.restored())
             if surroundings is not None and surroundings.autocast.on:
                 stack.enter_context(uncached_casts())
-            stack.enter_context(solve.problem.copies.in_place(writes_back=not backward))
+            stack.enter_context(solve.bound.copies.in_place(writes_back=not backward))
             if backward:
                 stack.enter_context(solve.carried.backward_pass())
             yield

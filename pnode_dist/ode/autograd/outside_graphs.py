@@ -13,6 +13,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from pnode_dist.system.torch_internals import mark_as_not_traced
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _REASON = (
@@ -37,7 +39,6 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
             disabled.append(torch.compiler.disable(function, reason=_REASON))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
 
-    # The mark that torch.compiler.disable leaves: the call breaks the graph.
-    called._torchdynamo_disable = True  # type: ignore[attr-defined]
-    called._torchdynamo_disable_msg = _REASON  # type: ignore[attr-defined]
+    # The call breaks the graph.
+    mark_as_not_traced(called, _REASON)
     return called

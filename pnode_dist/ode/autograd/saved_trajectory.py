@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-_top_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+from pnode_dist.system.torch_internals import top_saved_tensor_hooks
 
 
 class _Ticket(ctypes.c_int64):
@@ -56,7 +56,7 @@ def hidden_from_checkpoint() -> Iterator[bool]:
 
     Yields whether it is at work. Other hooks on saved tensors, such as those that move them to the host, see them.
     """
-    hooks = None if _top_hooks is None else _top_hooks(False)
+    hooks = None if top_saved_tensor_hooks is None else top_saved_tensor_hooks(False)
     if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
         yield False
     else:

@@ -1,7 +1,7 @@
 """Whether torch differentiates or batches what is computed now, beyond its ordinary graph.
 
 `torch.func` wraps tensors, one wrapper for each transform that is under way; forward mode attaches tangents to them.
-Both are looked up here alone, by functions of torch that are private.
+Both are looked up by `pnode_dist.system.torch_internals`.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.system import torch_internals as internals
 
 Results = tuple[torch.Tensor | None, ...]
 
 
 def batching_or_tracking() -> bool:
     """Whether a transform of `torch.func`, such as `grad`, `jvp` or `vmap`, is under way."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return bool(internals.under_functorch())
 
 
 def forward_mode() -> bool:
     """Whether tensors may have tangents."""
-    return forward_ad._current_level >= 0
+    return internals.forward_mode_level() >= 0
 
 
 def transforming() -> bool:
@@ -36,15 +35,15 @@ def transforming() -> bool:
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether a transform of `torch.func` has wrapped `tensor`."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return bool(internals.is_functorch_wrapper(tensor))
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether `tensor` stands for a batch of others, under any number of transforms."""
     while is_wrapped(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
+        if internals.is_functorch_batch(tensor):
             return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+        tensor = internals.unwrapped(tensor)
     return False
 
 
@@ -65,14 +64,14 @@ def is_followed_at_any_level(tensor: torch.Tensor) -> bool:
 
     A transform wraps what is computed under it, whether that depends on its inputs or not.
     """
-    if tensor.requires_grad or has_tangent(tensor) or torch._C._functorch.is_batchedtensor(tensor):
+    if tensor.requires_grad or has_tangent(tensor) or internals.is_functorch_batch(tensor):
         return True
     if not is_wrapped(tensor):
         return False
-    interpreter = retrieve_current_functorch_interpreter()
+    interpreter = internals.current_interpreter()
     inner = tensor
-    if torch._C._functorch.maybe_get_level(tensor) == interpreter.level():
-        inner = torch._C._functorch.get_unwrapped(tensor)
+    if internals.wrapper_level(tensor) == interpreter.level():
+        inner = internals.unwrapped(tensor)
     with interpreter.lower():
         return is_followed_at_any_level(inner)
 
@@ -82,14 +81,14 @@ def requires_gradient(tensor: torch.Tensor) -> bool:
     while not tensor.requires_grad:
         if not is_wrapped(tensor):
             return False
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+        tensor = internals.unwrapped(tensor)
     return True
 
 
 def bare(tensor: torch.Tensor) -> torch.Tensor:
     """The value of `tensor` without wrappers and tangents, outside of any graph. It must not be batched."""
     while is_wrapped(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+        tensor = internals.unwrapped(tensor)
     return _unpacked(tensor).primal.detach() if has_tangent(tensor) else tensor.detach()
 
 
@@ -100,15 +99,12 @@ def _unpacked(tensor: torch.Tensor) -> forward_ad.UnpackedDualTensor:
 
 def check_not_traced() -> None:
     """Raise `ConfigurationError` while torch records operations, of which a solve is none, to run them again."""
-    key = torch._C._TorchDispatchModeKey
     tracer: str | None = None
-    if torch._C._get_dispatch_mode(key.PROXY) is not None or torch._C._get_dispatch_mode(key.FAKE) is not None:
+    if internals.is_dispatch_tracing():
         tracer = "torch.func.linearize, make_fx or torch.export"
-    elif torch._C._get_tracing_state() is not None:
+    elif internals.is_jit_tracing():
         tracer = "torch.jit.trace"
-    elif batching_or_tracking() and any(
-        interpreter.key() == TransformType.Functionalize for interpreter in torch._C._functorch.get_interpreter_stack()
-    ):
+    elif batching_or_tracking() and internals.is_functionalizing():
         tracer = "torch.func.functionalize"
     if tracer is not None:
         raise ConfigurationError(
@@ -119,27 +115,21 @@ def check_not_traced() -> None:
 
 def older_batching() -> bool:
     """Whether batches of the kind that `for_each_of_older_batch` describes may occur."""
-    return _older_level() > 0
-
-
-def _older_level() -> int:
-    level: int = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    return level
+    return internals.legacy_batch_level() > 0
 
 
 @contextmanager
 def hooks_on_saved_tensors() -> Iterator[None]:
     """Allow them within a solve, which no transform sees into: under those of `torch.func` they are forbidden."""
-    reason = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    reason = internals.saved_tensor_hooks_refusal()
     if reason is None:
         yield
         return
-    torch._C._autograd._saved_tensors_hooks_enable()
+    internals.allow_saved_tensor_hooks()
     try:
         yield
     finally:
-        torch._C._autograd._saved_tensors_hooks_disable(reason)
+        internals.refuse_saved_tensor_hooks(reason)
 
 
 def for_each_of_older_batch(
@@ -150,12 +140,12 @@ def for_each_of_older_batch(
     Meant are the batches of `torch.autograd.grad` with `is_grads_batched` and of `torch.autograd.functional` with
     `vectorize`, which are not those of `torch.func.vmap`, and which no rule of a node of the graph is asked about.
     """
-    if not any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors):
+    if not any(tensor is not None and internals.is_legacy_batch(tensor) for tensor in tensors):
         return None
-    level = _older_level()
+    level = internals.legacy_batch_level()
     batches = [
-        torch._remove_batch_dim(tensor, level, 0, 0)
-        if tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor)
+        internals.remove_batch_axis(tensor, level, 0, 0)
+        if tensor is not None and internals.is_legacy_batch(tensor)
         else None
         for tensor in tensors
     ]
@@ -167,6 +157,6 @@ def for_each_of_older_batch(
         for number in range(size)
     ]
     return tuple(
-        None if members[0] is None else torch._add_batch_dim(torch.stack(members), 0, level)
+        None if members[0] is None else internals.add_batch_axis(torch.stack(members), 0, level)
         for members in zip(*found, strict=True)
     )

@@ -12,6 +12,7 @@ from pnode_dist.exchange.linear_map import keep_out_of_compiled_code
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.split import SplitFunction
+from pnode_dist.system.torch_internals import configure_compiler, find_cpp_compiler
 
 
 class Compiler:
@@ -26,12 +27,7 @@ class Compiler:
         known = torch.compiler.list_backends(exclude_tags=())
         if backend not in known:
             raise ConfigurationError(f"compile = {backend!r}: must be True, False or one of {', '.join(known)}")
-        from torch import _dynamo, _functorch
-
-        # Piece by piece: calling all of f again would repeat exchanges that the other ranks do not wait for.
-        _dynamo.config.suppress_errors = True
-        # Graphs are used more than once where products by the state and by the parameters are asked for apart.
-        _functorch.config.donated_buffer = False
+        configure_compiler()
         keep_out_of_compiled_code()
         self._backend = backend
         self._works = backend != "inductor" or _has_cpp_compiler()
@@ -65,10 +61,8 @@ class Compiler:
 
 
 def _has_cpp_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     try:
-        get_cpp_compiler()
+        find_cpp_compiler()
     except Exception as error:
         warnings.warn(f"compile: no C++ compiler was found, f is run as it is ({error})", RuntimeWarning, stacklevel=4)
         return False

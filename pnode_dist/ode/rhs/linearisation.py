@@ -7,8 +7,10 @@ from enum import Enum
 
 import torch
 
-from pnode_dist.ode.rhs.evaluation import Cotangents, Function, Problem, StageGraph, StageState, TangentMap, by_step
+from pnode_dist.ode.rhs import products
+from pnode_dist.ode.rhs.evaluation import BoundFunction, Function, StageGraph, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.rhs.products import Cotangents, TangentMap, step_cotangents
 from pnode_dist.ode.rhs.split import MatrixFunction
 
 
@@ -31,7 +33,7 @@ class Point:
     evaluation that was made in the forward pass what it is compared with.
     """
 
-    problem: Problem
+    bound: BoundFunction
     func: Function
     layout: StateLayout
     sign: float
@@ -47,7 +49,7 @@ class Point:
         if isinstance(self.func, MatrixFunction):
             return self.sign * self.func.multiply(flat, transposed=False)
         if self._tangents is None:
-            self._tangents = self.problem.tangent_map(self._linearised())
+            self._tangents = products.tangent_map(self.bound, self._linearised())
         found = self._tangents(self.layout.parts(flat))
         return self.sign * torch.cat([part.reshape(-1).to(flat) for part in found])
 
@@ -55,36 +57,39 @@ class Point:
         """The product of the transposed Jacobian by the state with a flat vector. Collective if the function is."""
         if isinstance(self.func, MatrixFunction):
             return self.sign * self.func.multiply(flat, transposed=True)
-        return self._by_state(
-            self.problem.vjp(self._linearised(), self._parts(flat), parameters=False, keep=True), flat
+        return self._state_product(
+            products.vjp(self.bound, self._linearised(), self._parts(flat), parameters=False, keep=True), flat
         )
 
-    def vjp_and_by_parameters(self, flat: torch.Tensor, start: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """`vjp` and `by_parameters` of one vector, in one backward pass. Collective if the function is."""
+    def vjp_with_parameters(self, flat: torch.Tensor, start: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """`vjp` and `parameter_products` of one vector, in one backward pass. Collective if the function is."""
         if isinstance(self.func, MatrixFunction):
-            return self.vjp(flat), self.by_parameters(flat, start)
-        found = self.problem.vjp(self._linearised(), self._parts(flat), keep=True)
-        return self._by_state(found, flat), self._by_parameters(found, start)
+            return self.vjp(flat), self.parameter_products(flat, start)
+        found = products.vjp(self.bound, self._linearised(), self._parts(flat), keep=True)
+        return self._state_product(found, flat), self._parameter_products(found, start)
 
     def vjps(self, flats: torch.Tensor) -> torch.Tensor:
         """The products of the transposed Jacobian by the state with each row of `flats`, at once where torch can."""
         if not isinstance(self.func, MatrixFunction) and self._batches:
             try:
-                return self.sign * self.problem.batched_vjp(self._linearised(), self.layout, flats)
+                return self.sign * products.batched_vjp(self.bound, self._linearised(), self.layout, flats)
             except RuntimeError:
                 # An operation of func's has no rule for batches.
                 self._batches = False
         return torch.stack([self.vjp(flat) for flat in flats])
 
-    def by_parameters(self, flat: torch.Tensor, start: float) -> list[torch.Tensor | None]:
-        """The products of the transposed derivatives by each parameter with a flat vector; of times, see `by_step`."""
+    def parameter_products(self, flat: torch.Tensor, start: float) -> list[torch.Tensor | None]:
+        """Multiply the transposed derivative with respect to each parameter by a flat vector.
+
+        With time gradients, the products of `step_cotangents` follow.
+        """
         if isinstance(self.func, MatrixFunction):
             found = self._of_matrix(self.func, flat)
         else:
-            found = self.problem.vjp(self._linearised(), self._parts(flat), states=False, keep=True)
-        return self._by_parameters(found, start)
+            found = products.vjp(self.bound, self._linearised(), self._parts(flat), states=False, keep=True)
+        return self._parameter_products(found, start)
 
-    def _by_state(self, found: Cotangents, flat: torch.Tensor) -> torch.Tensor:
+    def _state_product(self, found: Cotangents, flat: torch.Tensor) -> torch.Tensor:
         return torch.cat(
             [
                 torch.zeros(part.numel(), dtype=flat.dtype) if value is None else value.reshape(-1).to(flat)
@@ -92,15 +97,15 @@ class Point:
             ]
         )
 
-    def _by_parameters(self, found: Cotangents, start: float) -> list[torch.Tensor | None]:
-        products = list(found.parameters)
-        if self.problem.by_times:
-            products += by_step(found, self.time - start)
-        return products
+    def _parameter_products(self, found: Cotangents, start: float) -> list[torch.Tensor | None]:
+        found_products = list(found.parameters)
+        if self.bound.needs_time_gradient:
+            found_products += step_cotangents(found, self.time - start)
+        return found_products
 
     def _of_matrix(self, func: MatrixFunction, flat: torch.Tensor) -> Cotangents:
-        none = (None,) * len(self.problem.parameters.tensors)
-        if not self.problem.by_times:
+        none = (None,) * len(self.bound.parameters.tensors)
+        if not self.bound.needs_time_gradient:
             return Cotangents((), none, None, None)
         value = func.multiply(torch.cat([part.reshape(-1) for part in self.inputs]).to(flat), False)
         return Cotangents((), none, self.sign * torch.dot(value, flat), None)
@@ -111,7 +116,7 @@ class Point:
     def _linearised(self) -> StageGraph:
         if self.graph is None:
             if self.kept is None:
-                self.graph = self.problem.graph(self.func, self.layout, self.time, self.inputs)
+                self.graph = self.bound.graph(self.func, self.layout, self.time, self.inputs)
             else:
-                self.graph = self.problem.graph_of(self.kept, self.func, self.layout)
+                self.graph = self.bound.recomputed_graph(self.kept, self.func, self.layout)
         return self.graph

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from pnode_dist.ode.rhs.layout import Parts
+from pnode_dist.system.torch_internals import storage_pointer, storage_references, tensor_references
 
-_storage_references = torch._C._storage_Use_Count
 _saved_names: dict[type, tuple[str, ...]] = {}
 
 
@@ -28,13 +28,14 @@ def owned(values: Parts) -> Parts:
     try:
         # One evaluation of a small f takes little longer than a few calls: no function for what is common.
         for value in values:
-            if getrefcount(value) > _ALONE or value._use_count() != 1:  # type: ignore[attr-defined]
+            if getrefcount(value) > _ALONE or tensor_references(value) != 1:
                 shared += 1
                 continue
             storage = value.untyped_storage()
-            references = _storage_references(storage._cdata) - _OF_ONE_TENSOR
+            pointer = storage_pointer(storage)
+            references = storage_references(pointer) - _OF_ONE_TENSOR
             # Memory that torch did not allocate itself, such as NumPy's, has owners that are not counted.
-            if not storage.resizable() or (references and not _are_of_its_graph(value, storage._cdata, references)):
+            if not storage.resizable() or (references and not _are_of_its_graph(value, pointer, references)):
                 shared += 1
     except (RuntimeError, NotImplementedError, TypeError):
         # A kind of tensor that has no storage to look at, or whose saved values cannot be had.
@@ -62,7 +63,7 @@ def _are_of_its_graph(value: torch.Tensor, storage: int, references: int) -> boo
         for name in names:
             saved = getattr(node, name)
             for tensor in saved if isinstance(saved, tuple) else (saved,):
-                references -= isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata == storage
+                references -= isinstance(tensor, torch.Tensor) and storage_pointer(tensor.untyped_storage()) == storage
             if not references:
                 break
     return not references
@@ -78,7 +79,7 @@ def _names_of(kind: type) -> tuple[str, ...]:
 
 def _base_references(value: Any) -> tuple[int, int]:
     """The references to the tensor that `value` is a view of: to the Python object, and to what is behind it."""
-    return getrefcount(value._base), value._base._use_count()
+    return getrefcount(value._base), tensor_references(value._base)
 
 
 def _references(values: Parts) -> int:
@@ -91,7 +92,7 @@ def _references(values: Parts) -> int:
 def _tensor_and_storage(value: torch.Tensor) -> int:
     """The references to the storage of a tensor, where it and a Python object of the storage are all there are."""
     storage = value.untyped_storage()
-    return int(_storage_references(storage._cdata))
+    return int(storage_references(storage_pointer(storage)))
 
 
 _ALONE = _references((torch.empty(0),))

@@ -20,6 +20,7 @@ from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import layout_of
 from pnode_dist.ode.rhs.parameters import Parameters, completeness_check
 from pnode_dist.ode.rhs.split import SplitFunction
+from pnode_dist.system.torch_internals import hooks_of, set_hooks
 
 Parts = tuple[torch.Tensor, ...]
 
@@ -225,7 +226,7 @@ def checked_direction(
     return direction or {}
 
 
-def joined(u0: Any, tangent: Any) -> tuple[Parts, bool]:
+def stacked(u0: Any, tangent: Any) -> tuple[Parts, bool]:
     """State and tangent as one tuple of parts, and whether the state is a tuple. Raises `ConfigurationError`."""
     layout, parts = layout_of(u0)
     of_tangent, tangents = layout_of(tangent)
@@ -237,11 +238,11 @@ def joined(u0: Any, tangent: Any) -> tuple[Parts, bool]:
 @contextmanager
 def hooks_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     """Keep hooks on tensors from running: they are for the gradient of the whole solve, not for that of each stage."""
-    hooked = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    hooked = [(tensor, hooks) for tensor in tensors if (hooks := hooks_of(tensor))]
     for tensor, _ in hooked:
-        tensor._backward_hooks = None
+        set_hooks(tensor, None)
     try:
         yield
     finally:
         for tensor, hooks in hooked:
-            tensor._backward_hooks = hooks
+            set_hooks(tensor, hooks)

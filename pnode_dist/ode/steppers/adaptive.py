@@ -21,7 +21,7 @@ from pnode_dist.ode.recomputation.carried import Carried
 from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, options_database
 from pnode_dist.ode.steppers.explicit import ExplicitStepper, Slopes
-from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
 from pnode_dist.petsc import vectors
 
@@ -45,14 +45,12 @@ class AdaptiveStepper(Protocol):
         """Destroy every PETSc object made for the attempts, not the stepper's. Collective on its communicator."""
         ...
 
-    def attempt(
-        self, number: int, time: float, size: float, end: float, recording: Recording | None
-    ) -> tuple[bool, float]:
+    def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """Try a step from `time` by `size`: whether it was accepted, and the size that PETSc proposes to go on with.
 
         `end` is where the next step would start, `time + size` or an output time that differs in the last bit.
         A step that is not accepted leaves the state as it was; not a number is proposed where no size can be. With
-        `recording`, the graphs of the stages that an adjoint needs go there. Collective on the communicator.
+        `tape`, the graphs of the stages that an adjoint needs go there. Collective on the communicator.
         """
         ...
 
@@ -78,7 +76,7 @@ class _Stages:
         time: float,
         size: float,
         last_time: float,
-        recording: Recording | None,
+        tape: Tape | None,
         first: tuple[Parts, Any] | None,
         asks_again: bool,
     ) -> None:
@@ -87,14 +85,14 @@ class _Stages:
         `first` is f at the first stage, and what is recorded of it, where an attempt before has evaluated it.
         `asks_again`: PETSc asks for it all the same.
         """
-        self._time, self._size, self._last_time, self._recording = time, size, last_time, recording
+        self._time, self._size, self._last_time, self._recording = time, size, last_time, tape
         self._asks_again = asks_again
         self.slopes = []
         if first is not None:
             slopes, graph = first
             self.slopes.append(slopes)
-            if recording is not None:
-                recording.append(graph)
+            if tape is not None:
+                tape.append(graph)
 
     def function(self, ts: PETSc.TS, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
         """RHSFunction."""
@@ -199,14 +197,12 @@ class ExplicitAttempts:
         self._solution.destroy()
         self._tolerances.destroy()
 
-    def attempt(
-        self, number: int, time: float, size: float, end: float, recording: Recording | None
-    ) -> tuple[bool, float]:
+    def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`."""
         stepper, ts, stages = self._stepper, self._ts, self._stages
         method = stepper.method
         direction = math.copysign(1.0, size)
-        kept: Recording | None = None if recording is None else []
+        kept: Tape | None = None if tape is None else []
         # PETSc's time of the last stage can differ from the next step's in the last bit, and so could f.
         stages.start(time, size, end, kept, self._first, self._rejected)
         vectors.fill(self._solution, stepper.current.flat, stepper.layout.vec_device)
@@ -241,10 +237,10 @@ class ExplicitAttempts:
             return False, proposed
         self._first = (slopes[-1], kept[-1] if kept else None) if method.fsal else None
         stepper.form_result(size, slopes)
-        if recording is not None:
+        if tape is not None:
             assert kept is not None
             counts = stepper.tableau.counts
-            recording += [graph if needed else None for graph, needed in zip(kept, counts, strict=True)]
+            tape += [graph if needed else None for graph, needed in zip(kept, counts, strict=True)]
         return True, proposed
 
 
@@ -256,7 +252,7 @@ class AcceptedStep:
     start: float
     size: float
     output: int | None
-    recording: Recording | None
+    tape: Tape | None
 
 
 def integrate(
@@ -279,10 +275,10 @@ def integrate(
             wanted = control.first_size or adaptive.first_size(time, times[1] - time)
         for output, target in enumerate(times[1:], start=1):
             while time != target:
-                recording: Recording | None = [] if before(number, time) else None
-                size, wanted, rejections = _accepted(adaptive, number, time, target, wanted, recording)
+                tape: Tape | None = [] if before(number, time) else None
+                size, wanted, rejections = _accepted(adaptive, number, time, target, wanted, tape)
                 lands = size == target - time
-                after(AcceptedStep(number, time, size, output if lands else None, recording))
+                after(AcceptedStep(number, time, size, output if lands else None, tape))
                 time = target if lands else time + size
                 number += 1
                 rejected += rejections
@@ -292,13 +288,13 @@ def integrate(
 
 
 def _accepted(
-    adaptive: AdaptiveStepper, number: int, time: float, target: float, wanted: float, recording: Recording | None
+    adaptive: AdaptiveStepper, number: int, time: float, target: float, wanted: float, tape: Tape | None
 ) -> tuple[float, float, int]:
     """Attempt step `number` until it is accepted: its size, the size wanted for the next, and the rejections."""
     size = _fitted(wanted, target - time)
     for rejections in range(_MOST_REJECTIONS):
         lands = size == target - time
-        accepted, proposed = adaptive.attempt(number, time, size, target if lands else time + size, recording)
+        accepted, proposed = adaptive.attempt(number, time, size, target if lands else time + size, tape)
         if accepted:
             # A step that was cut to land on an output time says little about the next.
             cut = lands and abs(proposed) >= abs(size)

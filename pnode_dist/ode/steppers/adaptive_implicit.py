@@ -13,7 +13,8 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.steppers.base import PetscOptions, options_database
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
-from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.implicit_ts import stop_at_failure
+from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
 from pnode_dist.petsc import calls
 
@@ -43,7 +44,7 @@ class ImplicitAttempts:
         with options_database({**stepper.defaults, **options, "ts_adapt_type": adaptor}, unread):
             self._ts.setFromOptions()
         check_read(unread)
-        stepper.finish(self._ts)
+        stop_at_failure(self._ts)
         stepper.set_up(self._ts)
 
     def begin(self, control: ErrorControl) -> None:
@@ -59,9 +60,7 @@ class ImplicitAttempts:
         self._ts.destroy()
         self._tolerances.destroy()
 
-    def attempt(
-        self, number: int, time: float, size: float, end: float, recording: Recording | None
-    ) -> tuple[bool, float]:
+    def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`. Collective on the communicator."""
         stepper, ts = self._stepper, self._ts
         self._before.copy_(stepper.current.flat)
@@ -72,8 +71,8 @@ class ImplicitAttempts:
             self._array()[:] = self._earlier.numpy()
         with stepper.errors_of_func():
             reason = stepper.attempt(ts, number, time, size)
-            if reason >= 0 and recording is not None:
-                recording.extend(stepper.recorded(ts, time, size, "graph"))
+            if reason >= 0 and tape is not None:
+                tape.extend(stepper.stage_tape(ts, time, size, "graph"))
         if reason < 0:
             stepper.current.set_flat(self._before)
             rejected = ts.ConvergedReason.DIVERGED_STEP_REJECTED

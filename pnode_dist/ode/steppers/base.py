@@ -23,10 +23,10 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
-from pnode_dist.ode.rhs.evaluation import Problem
+from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.current_state import CurrentState
-from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.petsc import calls
 
 PetscOptions = Mapping[str, Any]
@@ -66,7 +66,7 @@ def options_database(options: PetscOptions, unread: set[str] | None = None) -> I
 class Callbacks(Protocol):
     """What PETSc calls during a step. `error` is what the right-hand side raised in it."""
 
-    problem: Problem | None
+    bound: BoundFunction | None
     error: BaseException | None
 
     def end_step(self) -> None:
@@ -105,20 +105,21 @@ class Stepper(ABC):
         number: int,
         time: float,
         size: float,
-        recording: Recording | None = None,
+        tape: Tape | None = None,
         isolate: bool = False,
         level: str = "graph",
     ) -> None:
-        """Advance the current state from `time` by `size`; into `recording`, if given, goes its graph.
+        """Advance the current state from `time` by `size`. Collective on `comm`.
 
-        With the `level` "stage graphs" it is in pieces, one for each stage, and with "stages" the states of the stages
-        go there instead. With `isolate` the recording survives further steps of this stepper, and a graph may be one
-        with that of the steps before, until `settle` is called. A negative `size` goes backward in time; PETSc, which
-        steps forward only, then sees du/ds = -f(-s, u), s = -t. Collective on `comm`.
+        Append to `tape`, if given, the step's data for its adjoint. At the `level` "graph" this is torch's graph of
+        the step, at "stage graphs" one graph for each stage, at "stages" the states of the stages. With `isolate` the
+        tape stays valid after further steps of this stepper. Its graph may then be one segment with the steps before,
+        until `close_segment` is called.
+        A negative `size` goes backward in time. PETSc steps forward only, and then sees du/ds = -f(-s, u), s = -t.
         """
 
     @abstractmethod
-    def settle(self) -> None:
+    def close_segment(self) -> None:
         """Know that an adjoint begins, or is added to, at the current state, or that no more is recorded."""
 
     @abstractmethod
@@ -134,22 +135,22 @@ class Stepper(ABC):
         """End it: the adjoint, and the gradient by the first parameters in their shapes, to be read alone."""
 
     @abstractmethod
-    def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
+    def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
         """Take adjoint and gradient back over step `number`, which was recorded. Collective on `comm`."""
 
     @abstractmethod
-    def take_last_two(self) -> tuple[float, float]:
+    def take_time_gradients(self) -> tuple[float, float]:
         """The gradient by the last two parameters so far, each one number, which starts from zero again."""
 
     @abstractmethod
     def derivative(self, time: float, direction: float) -> torch.Tensor:
         """f at `time` in the current state, flat, in a solve that goes in `direction` (1 or -1). Collective."""
 
-    def bind(self, problem: Problem) -> None:
+    def bind(self, bound: BoundFunction) -> None:
         """Solve this problem from now on."""
-        self.callbacks.problem = problem
+        self.callbacks.bound = bound
 
-    def _print_state(self, parts: Parts) -> None:
+    def _store_fingerprint(self, parts: Parts) -> None:
         """Leave the fingerprint of a step's result."""
         if self.fingerprints:
             self.fingerprint = fingerprint(parts)

@@ -106,7 +106,7 @@ class VecState:
 class TensorState:
     """The current state as tensors, which others may hold on to: then it goes on in memory of its own.
 
-    `lend` says that they do. The state that a solve starts from is the caller's, and is not copied. The parts lie in a
+    `share` says that they do. The state that a solve starts from is the caller's, and is not copied. The parts lie in a
     row until somebody holds on to them: one that is held would keep the others' memory as well.
     """
 
@@ -116,7 +116,7 @@ class TensorState:
         self._host = _Host(layout)
         self.parts: Parts = ()
         self._flat: torch.Tensor | None = None
-        self._lent = self._apart = False
+        self._shared = self._separate = False
 
     @property
     def flat(self) -> torch.Tensor:
@@ -130,26 +130,26 @@ class TensorState:
         """See `CurrentState.array`."""
         return self._host.read(self.flat)
 
-    def lend(self) -> None:
+    def share(self) -> None:
         """Know that somebody holds on to `parts`: they stay as they are from now on."""
-        self._lent = self._apart = True
+        self._shared = self._separate = True
 
-    def lent(self, parts: Parts) -> None:
+    def set_shared(self, parts: Parts) -> None:
         """Put another state in its place that somebody holds on to, in PETSc's scalar type."""
-        self.parts, self._lent, self._apart = parts, True, True
+        self.parts, self._shared, self._separate = parts, True, True
         self._flat = parts[0].view(-1) if len(parts) == 1 else None
 
-    def give_back(self) -> None:
+    def unshare(self) -> None:
         """Know that nobody else holds on to `parts` any more."""
-        self._lent = False
+        self._shared = False
 
     def set(self, parts: Parts) -> None:
         """See `CurrentState.set`: not copied unless they have to be converted."""
         if all(map(self._can_borrow, parts)):
-            self.parts, self._lent, self._apart = tuple(part.detach() for part in parts), True, False
+            self.parts, self._shared, self._separate = tuple(part.detach() for part in parts), True, False
             self._flat = self.parts[0].view(-1) if len(parts) == 1 else None
             return
-        self._apart = False
+        self._separate = False
         self._own(in_a_row=True)
         for target, part in zip(self.parts, parts, strict=True):
             target.copy_(part)
@@ -167,7 +167,7 @@ class TensorState:
     def add(self, terms: Sequence[tuple[Parts, float]]) -> None:
         """Add multiples of slopes, one after the other, at least one."""
         before = self.parts
-        self._own(in_a_row=not self._apart)
+        self._own(in_a_row=not self._separate)
         for number, (start, part) in enumerate(zip(before, self.parts, strict=True)):
             for slopes, weight in terms:
                 torch.add(start, slopes[number], alpha=weight, out=part)
@@ -177,14 +177,14 @@ class TensorState:
         """See `CurrentState.take`."""
         layout, parts = self._layout, self.parts
         # Views of one tensor are not what a caller could write into.
-        copied = self._lent or (len(parts) > 1 and self._flat is not None)
+        copied = self._shared or (len(parts) > 1 and self._flat is not None)
         taken = tuple(part.to(layout.device, layout.dtype, copy=copied) for part in parts)
         self.release()
         return taken
 
     def release(self) -> None:
         """See `CurrentState.release`."""
-        self.parts, self._flat, self._lent, self._apart = (), None, False, False
+        self.parts, self._flat, self._shared, self._separate = (), None, False, False
 
     def _can_borrow(self, part: torch.Tensor) -> bool:
         # Without a version there is no telling whether f writes into it.
@@ -197,7 +197,7 @@ class TensorState:
 
     def _own(self, in_a_row: bool) -> None:
         """Have memory that nobody else knows of, with any contents if there was none."""
-        if self.parts and not self._lent and (self._flat is not None or not in_a_row):
+        if self.parts and not self._shared and (self._flat is not None or not in_a_row):
             return
         layout = self._layout
         empty = partial(torch.empty, dtype=self._dtype, device=layout.vec_device)
@@ -207,7 +207,7 @@ class TensorState:
         else:
             self.parts = tuple(map(empty, layout.shapes))
             self._flat = self.parts[0].view(-1) if len(layout.shapes) == 1 else None
-        self._lent = False
+        self._shared = False
 
 
 class _Host:

@@ -1,8 +1,11 @@
 """Explicit Runge-Kutta steps and their discrete adjoints.
 
-The tables are PETSc's (TSRK), and so are its options, monitors and step-size control. The steps are taken here, on
-tensors: what f returns goes into the next stage as it is, where TSStep has f copy it into a vector of its own, and
-keeps three vectors for each stage, and one of all parameters, as long as it lives. Here nothing is held between solves.
+The section "One step and its adjoint" of `ExplicitStepper` holds the formulas.
+
+The coefficients are those of PETSc's TSRK, and PETSc's options, monitors and step-size control apply. The steps
+themselves are taken here, on tensors. TSStep copies each value of f into a Vec, and holds three Vecs for each stage and
+one for the parameters during its whole life. Here a value of f enters the next stage as it is, and nothing is held
+between solves.
 """
 
 from __future__ import annotations
@@ -19,20 +22,22 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import Method, by_petsc_name
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
-from pnode_dist.ode.rhs.evaluation import Problem, StageGraph, StageState, by_step
+from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
+from pnode_dist.ode.rhs.products import pull_back, step_cotangents, vjp
+from pnode_dist.ode.steppers.adjoint_sums import AdjointSums, Products
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.current_state import TensorState
-from pnode_dist.ode.steppers.pruning import leave_out
-from pnode_dist.ode.steppers.recording import Recording, stages_of
+from pnode_dist.ode.steppers.pruning import prune
 from pnode_dist.ode.steppers.tableau import tableau_of
-from pnode_dist.ode.steppers.tape import JoinedSteps, combined
+from pnode_dist.ode.steppers.tape import Tape, stages_of
+from pnode_dist.ode.steppers.tape_segment import TapeSegment, combined
 from pnode_dist.petsc import vectors
+from pnode_dist.system.torch_internals import set_grad_enabled
 
-Products = Sequence[torch.Tensor | None]
 Slopes = list[Parts]
-"""f at the stages of a step so far, in PETSc's scalar type; nothing for a stage on which the result does not depend."""
+"""f at the stages of a step so far, in PETSc's scalar type; empty for a stage on which the result does not depend."""
 
 
 class ExplicitStepper(Stepper):
@@ -62,56 +67,16 @@ class ExplicitStepper(Stepper):
         if self.monitored:
             self._ts, self._vec = ts, vectors.create_vec(comm, layout.size, layout.vec_device)
         else:
-            # All that it says is known now, and a model may have many solvers.
+            # The TS has served its purpose, and a model may have many solvers.
             ts.destroy()
-        self.problem: Problem | None = None
+        self.bound: BoundFunction | None = None
         self.error: BaseException | None = None
-        self._adjoint: list[torch.Tensor] = []
-        self._adjoint_is_ours: list[bool] = []
-        self._gradient: list[torch.Tensor | None] = []
-        self._joined: weakref.ref[JoinedSteps] | None = None
-        self._sums_up = self._joins = False
-        self._may_join = True
-        self._gradient_is_ours = False
-        # Whether another rank finds the same is not known where f communicates.
-        self._leaves_out = comm.size == 1 and len(layout.shapes) > 1
-        self._parameters = len(parameter_sizes)
-
-    @property
-    def callbacks(self) -> ExplicitStepper:
-        """Itself: PETSc calls nothing but attempts of steps, which tell it their errors."""
-        return self
-
-    def end_step(self) -> None:
-        """See `Callbacks.end_step`: nothing is held between steps."""
-
-    def bind(self, problem: Problem) -> None:
-        """Solve this problem from now on."""
-        if problem is not self.problem:
-            # Autograd sums up in the types of the parameters.
-            self._sums_up = not (self.layout.converts or problem.by_times) and all(
-                parameter.dtype is vectors.scalar_dtype() and parameter.device == self.layout.vec_device
-                for parameter in problem.parameters.tensors
-            )
-            # Whether other ranks' graphs lead to the same exchanges is not known.
-            self._joins = self._sums_up and self._may_join and self.comm.size == 1
-        self.problem = problem
-
-    def destroy(self) -> None:
-        """See `Stepper.destroy`: there is something to destroy only where PETSc's monitors are asked for."""
-        for thing in (self._ts, self._vec):
-            if thing is not None:
-                thing.destroy()
-
-    @property
-    def _petsc(self) -> PETSc.TS:
-        assert self._ts is not None
-        return self._ts
-
-    def _solution(self) -> PETSc.Vec:
-        assert self._vec is not None
-        vectors.fill(self._vec, self.current.flat, self.layout.vec_device)
-        return self._vec
+        self._sums = AdjointSums(layout, len(parameter_sizes))
+        self._segment: weakref.ref[TapeSegment] | None = None
+        self._autograd_sums = self._uses_segments = False
+        self._may_use_segments = True
+        # Pruning could differ between ranks, and then an f that communicates would deadlock.
+        self._prunes = comm.size == 1 and len(layout.shapes) > 1
 
     def _create_ts(self, method: Method, options: PetscOptions) -> PETSc.TS:
         ts = PETSc.TS().create(comm=self.comm)
@@ -127,216 +92,137 @@ class ExplicitStepper(Stepper):
             )
         return ts
 
+    def bind(self, bound: BoundFunction) -> None:
+        """See `Stepper.bind`."""
+        if bound is not self.bound:
+            # Autograd sums in the types of the parameters, which must be PETSc's scalar type.
+            self._autograd_sums = not (self.layout.converts or bound.needs_time_gradient) and all(
+                parameter.dtype is vectors.scalar_dtype() and parameter.device == self.layout.vec_device
+                for parameter in bound.parameters.tensors
+            )
+            # On several ranks the graphs of a segment could lead to different exchanges.
+            self._uses_segments = self._autograd_sums and self._may_use_segments and self.comm.size == 1
+        self.bound = bound
+
+    # One step and its adjoint
+
     def step(
         self,
         number: int,
         time: float,
         size: float,
-        recording: Recording | None = None,
+        tape: Tape | None = None,
         isolate: bool = False,
         level: str = "graph",
     ) -> None:
         """See `Stepper.step`. Collective on `comm`.
 
-        A recording that is not to survive is that of a step which is run again for its adjoint: its result is known,
-        and is not formed.
+        Stage i evaluates k_i = f(t + c_i h, u + h sum_j a_ij k_j). The result is u + h sum_i b_i k_i.
+        A step with a tape but without `isolate` is recomputed for its adjoint. Its result is known, and is not formed.
         """
-        if recording is not None and level == "graph" and self._joins:
-            joined = self._record(number, time, size, isolate)
-            if joined is not None:
-                recording.append(joined)
+        if tape is not None and level == "graph" and self._uses_segments:
+            segment = self._record_on_segment(number, time, size, isolate)
+            if segment is not None:
+                tape.append(segment)
                 return
-        if self.fingerprints and recording is not None and not isolate:
-            self._print_state(self.current.parts)
+        if self.fingerprints and tape is not None and not isolate:
+            self._store_fingerprint(self.current.parts)
         before = torch.is_grad_enabled()
-        # As a context this takes as long as a small stage.
-        torch._C._set_grad_enabled(False)
+        # The context manager torch.no_grad() takes as long as a small stage.
+        set_grad_enabled(False)
         self.stepping = True
         try:
             slopes: Slopes = []
             for stage, node in enumerate(self.tableau.c):
                 if self.tableau.counts[stage]:
                     state = self.stage_state(stage, size, slopes, isolate)
-                    slopes.append(self.slope(time + node * size, state, recording, level))
+                    slopes.append(self.slope(time + node * size, state, tape, level))
                 else:
                     slopes.append(())
-                    if recording is not None:
-                        recording.append(None)
-            if recording is None or isolate:
+                    if tape is not None:
+                        tape.append(None)
+            if tape is None or isolate:
                 self.form_result(size, slopes)
-                self._print_state(self.current.parts)
+                self._store_fingerprint(self.current.parts)
             elif self.fingerprints:
                 assert self.fingerprint is not None
                 for stage, weight in self.tableau.result_terms:
                     self.fingerprint += size * weight * fingerprint(slopes[stage])
-            if recording is not None and self._leaves_out and level != "stages":
+            if tape is not None and self._prunes and level != "stages":
                 del slopes
-                leave_out(recording, self.tableau)
+                prune(tape, self.tableau)
         finally:
             self.stepping = False
-            torch._C._set_grad_enabled(before)
-
-    def _record(self, number: int, time: float, size: float, isolate: bool) -> JoinedSteps | None:
-        """The graph of the step from the current state, or that of the steps before it, which it is joined to.
-
-        None where f's value would depend on that, now and from now on.
-        """
-        problem, joined = self.problem, None if self._joined is None else self._joined()
-        assert problem is not None
-        if joined is None or not (isolate and joined.may_grow(number, self.current.parts)):
-            self.settle()
-            joined = JoinedSteps(number, self.current.parts)
-        if isolate:
-            self.current.lend()
-        evaluations, mark = problem.evaluations, problem.carried.mark()
-        self.stepping = True
-        try:
-            after = joined.take_step(problem, self.layout, self.tableau, time, size)
-        finally:
-            self.stepping = False
-        if after is None:
-            problem.evaluations = evaluations
-            problem.carried.restore(mark)
-            self.settle()
-            self._joins = self._may_join = False
-            return None
-        self._print_state(after)
-        if isolate:
-            self.current.lent(after)
-            self._joined = weakref.ref(joined)
-        else:
-            joined.end_here()
-        return joined
-
-    def settle(self) -> None:
-        """See `Stepper.settle`."""
-        joined, self._joined = None if self._joined is None else self._joined(), None
-        if joined is not None:
-            if joined.after is self.current.parts:
-                self.current.give_back()
-            joined.end_here()
+            set_grad_enabled(before)
 
     def stage_state(self, stage: int, size: float, slopes: Slopes, isolate: bool) -> Parts:
-        """The state at a stage of the step from the current state; with `isolate` nothing will be written into it."""
+        """Return u + h sum_j a_ij k_j for a stage. With `isolate` no later step writes into it."""
         terms = self.tableau.stage_terms[stage]
         state = self.current.parts
         if not terms:
-            # In inference mode there is no telling whether f writes into the state.
+            # In inference mode tensors have no version, so a write by f into the state could not be detected.
             if torch.is_inference_mode_enabled():
                 return tuple(part.clone() for part in state)
             if isolate:
-                self.current.lend()
+                self.current.share()
             return state
         return combined(state, size, terms, slopes)
 
-    def slope(self, time: float, state: Parts, recording: Recording | None, level: str) -> Parts:
-        """f there, in PETSc's scalar type; to `recording`, if given, goes what the adjoint needs of it.
+    def slope(self, time: float, state: Parts, tape: Tape | None, level: str) -> Parts:
+        """Return f at `time` and `state`, in PETSc's scalar type. Append the stage to `tape`, if given.
 
-        Raises `RuntimeError` if f writes into the current state, or into one that is recorded.
+        Raises `RuntimeError` if f writes into the current state, or into a state on the tape.
         """
-        problem, layout = self.problem, self.layout
-        assert problem is not None
+        bound, layout = self.bound, self.layout
+        assert bound is not None
         inputs = layout.inputs(state) if layout.converts else state
-        # These are to be used again: the current state, and what is recorded of a stage.
-        staying: Parts = state if state is self.current.parts else ()
-        if recording is not None and level == "stages":
-            staying = inputs
-        if staying and torch.is_inference_mode_enabled():
-            staying = ()
-        versions = [part._version for part in staying]
-        if recording is None:
-            values = problem.value(problem.func, layout, time, inputs)
+        # The tensors that are used again after this evaluation: the current state, and a stage's state on the tape.
+        reused: Parts = state if state is self.current.parts else ()
+        if tape is not None and level == "stages":
+            reused = inputs
+        if reused and torch.is_inference_mode_enabled():
+            reused = ()
+        versions = [part._version for part in reused]
+        if tape is None:
+            values = bound.value(bound.func, layout, time, inputs)
         elif level != "stages":
-            graph = problem.graph(problem.func, layout, time, inputs)
+            graph = bound.graph(bound.func, layout, time, inputs)
             values = graph.values
-            recording.append(graph if problem.by_times else _without_values(graph))
+            tape.append(graph if bound.needs_time_gradient else _without_values(graph))
         else:
-            mark = problem.carried.mark()
-            values = problem.value(problem.func, layout, time, inputs)
-            recording.append(problem.kept_state(time, inputs, mark, values))
-        if staying and [part._version for part in staying] != versions:
+            mark = bound.carried.mark()
+            values = bound.value(bound.func, layout, time, inputs)
+            tape.append(bound.stage_checkpoint(time, inputs, mark, values))
+        if reused and [part._version for part in reused] != versions:
             raise RuntimeError(
                 "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
             )
         if layout.converts:
             values = tuple(map(layout.scalar, values))
-        if recording is not None and level != "stages":
+        if tape is not None and level != "stages":
             return values
         return owned(values)
 
     def form_result(self, size: float, slopes: Slopes) -> None:
-        """Put the result of the step from the current state in its place."""
+        """Replace the current state by the result of the step from it."""
         self.current.add([(slopes[stage], size * weight) for stage, weight in self.tableau.result_terms])
 
-    def derivative(self, time: float, direction: float) -> torch.Tensor:
-        """See `Stepper.derivative`. Collective on `comm`."""
-        with torch.no_grad():
-            return torch.cat([part.reshape(-1) for part in self.slope(time, self.current.parts, None, "graph")])
-
-    def start_adjoint(self) -> None:
-        """See `Stepper.start_adjoint`."""
-        self._adjoint, self._adjoint_is_ours = [], []
-        self._gradient, self._gradient_is_ours = [None] * self._parameters, False
-
-    def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
-        """See `Stepper.add_to_adjoint`. The first are the adjoint from then on, and are not copied."""
-        layout = self.layout
-        given = [None if part is None else layout.scalar(part) for part in parts]
-        if self._adjoint:
-            self._add(given)
-            return
-        dtype, device = vectors.scalar_dtype(), layout.vec_device
-        self._adjoint = [
-            torch.zeros(shape, dtype=dtype, device=device) if part is None else part
-            for part, shape in zip(given, layout.shapes, strict=True)
-        ]
-        self._adjoint_is_ours = [part is None for part in given]
-
-    def _add(self, products: Products) -> None:
-        for number, product in enumerate(products):
-            if product is not None:
-                self._add_part(number, product)
-
-    def _add_part(self, number: int, product: torch.Tensor) -> None:
-        if self._adjoint_is_ours[number]:
-            self._adjoint[number].add_(product)
-        else:
-            self._adjoint[number] = self._adjoint[number] + product
-            self._adjoint_is_ours[number] = True
-
-    def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
-        """See `Stepper.end_adjoint`: nothing of them is kept."""
-        dtype, device = vectors.scalar_dtype(), self.layout.vec_device
-        adjoint = tuple(self._adjoint)
-        gradient = [
-            torch.zeros(shape, dtype=dtype, device=device) if part is None else part
-            for part, shape in zip(self._gradient, shapes, strict=False)
-        ]
-        self._adjoint, self._gradient = [], []
-        return adjoint, gradient
-
-    def take_last_two(self) -> tuple[float, float]:
-        """See `Stepper.take_last_two`."""
-        first, second = (0.0 if part is None else part.item() for part in self._gradient[-2:])
-        self._gradient[-2:], self._gradient_is_ours = (None, None), False
-        return first, second
-
-    def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> None:
+    def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
         """See `Stepper.adjoint_step`. Collective on `comm`.
 
-        With lambda the adjoint of the step's result and J_i the Jacobian of f at stage i, for i = s, ..., 1
-        v_i = h (b_i lambda + sum_{j > i} a_ji w_j) and w_i = J_i^T v_i; the adjoint of the state before the step is
-        lambda + sum_i w_i, and the gradient by the parameters grows by (df/dtheta)^T v_i: the chain rule, backward
-        through the formulas of `Tableau`.
+        Let lambda be the adjoint of the step's result and J_i the Jacobian of f at stage i. For i = s, ..., 1,
+        v_i = h (b_i lambda + sum_{j > i} a_ji w_j) and w_i = J_i^T v_i. The adjoint of the state before the step is
+        lambda + sum_i w_i, and (df/dtheta)^T v_i is added to the gradient with respect to the parameters. This is the
+        chain rule, backward through the formulas of `step`.
         """
-        problem, layout, tableau = self.problem, self.layout, self.tableau
-        assert problem is not None
-        if isinstance(recording[0], JoinedSteps):
-            self._reverse(number, recording[0])
-            recording.clear()
+        bound, layout, tableau, sums = self.bound, self.layout, self.tableau, self._sums
+        assert bound is not None
+        if isinstance(tape[0], TapeSegment):
+            self._adjoint_of_segment(number, tape[0])
+            tape.clear()
             return
-        stages = stages_of(recording)
-        recording.clear()
+        stages = stages_of(tape)
+        tape.clear()
         products: dict[int, Products] = {}
         self.stepping = True
         try:
@@ -349,96 +235,151 @@ class ExplicitStepper(Stepper):
                     for later, weight in reversed(tableau.uses[stage])
                     if later in products
                 ]
-                cotangents = self._cotangents(size * tableau.b[stage], uses)
+                cotangents = self._stage_cotangents(size * tableau.b[stage], uses)
                 if isinstance(graph, StageState):
-                    graph = problem.graph_of(graph, problem.func, layout)
-                    graph = graph if problem.by_times else _without_values(graph)
-                found = problem.vjp(graph, cotangents, sums=self._gradient if self._sums_up else ())
+                    graph = bound.recomputed_graph(graph, bound.func, layout)
+                    graph = graph if bound.needs_time_gradient else _without_values(graph)
+                found = vjp(bound, graph, cotangents, sums=sums.gradient if self._autograd_sums else ())
                 if layout.converts:
                     found = found._replace(states=[None if w is None else layout.scalar(w) for w in found.states])
                 products[stage] = found.states
-                by_times = by_step(found, graph.when - time) if problem.by_times else []
-                if self._sums_up:
-                    self._gradient = list(found.parameters)
+                time_products = step_cotangents(found, graph.when - time) if bound.needs_time_gradient else []
+                if self._autograd_sums:
+                    sums.gradient = list(found.parameters)
                 else:
-                    self._add_to_gradient([*found.parameters, *by_times])
-                # Not to be held while the next stage's are made.
-                del graph, cotangents, found, by_times
+                    sums.add_to_gradient([*found.parameters, *time_products])
+                # Free this stage's tensors before the next stage's are made.
+                del graph, cotangents, found, time_products
         finally:
             self.stepping = False
-        self._add_products(products)
+        sums.add_stages(products, tableau.result_terms[0][0])
 
-    def _add_products(self, products: dict[int, Products]) -> None:
-        """Add the stages' products to the adjoint, in the order that a pass over the step's graph has.
+    def _stage_cotangents(self, weight: float, uses: list[tuple[Products, float]]) -> list[torch.Tensor | None]:
+        """Return v_i, part by part: `weight` times the adjoint, plus the weighted products of the later stages `uses`.
 
-        There the adjoint of the result arrives once the stages after the first one with a weight are done.
+        None is a part that is known to be zero.
         """
-        first = self.tableau.result_terms[0][0]
-        for number in range(len(self._adjoint)):
-            found = [(stage, product) for stage, parts in products.items() if (product := parts[number]) is not None]
-            later = [product for stage, product in found if stage > first]
-            if later:
-                total = later[0] if len(later) == 1 else later[0] + later[1]
-                for product in later[2:]:
-                    total.add_(product)
-                self._add_part(number, total)
-            for stage, product in found:
-                if stage <= first:
-                    self._add_part(number, product)
-
-    def _reverse(self, number: int, joined: JoinedSteps) -> None:
-        """Take the adjoint back over the steps that end with this one; those before it are then done."""
-        problem = self.problem
-        assert problem is not None
-        if number != joined.last:
-            return
-        problem.vjps += joined.evaluations
-        self.stepping = True
-        try:
-            wanted: tuple[torch.Tensor | GradientEdge, ...] = (*joined.start, *problem.parameters.tensors)
-            found = problem.pulled_back(joined.roots, wanted, self._adjoint, sums=self._gradient)
-        finally:
-            self.stepping = False
-        parts = len(joined.start)
-        joined.drop()
-        self._adjoint, self._adjoint_is_ours = [part for part in found[:parts] if part is not None], [False] * parts
-        self._gradient = list(found[parts:])
-
-    def _cotangents(self, weight: float, uses: list[tuple[Products, float]]) -> list[torch.Tensor | None]:
-        """`weight` times the adjoint and what the later stages add, part by part; None where it is known to be zero."""
         cotangents: list[torch.Tensor | None] = []
-        for number, part in enumerate(self._adjoint):
+        for number, part in enumerate(self._sums.adjoint):
             terms = [(product, h) for products, h in uses if (product := products[number]) is not None]
-            if weight or not (terms or self._leaves_out):
+            if weight or not (terms or self._prunes):
                 terms.append((part, weight))
             cotangent = None
             for product, coefficient in terms:
-                # In one operation the product would not be rounded as autograd rounds it.
+                # A fused multiply-add would round differently from autograd.
                 term = torch.mul(product, coefficient)
                 cotangent = term if cotangent is None else cotangent.add_(term)
             cotangents.append(cotangent)
         return cotangents
 
-    def _add_to_gradient(self, products: Products) -> None:
-        """Add them, one for each parameter. What autograd returned may be in use elsewhere, and is not written into."""
-        if not products:
+    # Tape segments
+
+    def _record_on_segment(self, number: int, time: float, size: float, isolate: bool) -> TapeSegment | None:
+        """Take the step from the current state on a tape segment: that of the steps before it, or a new one.
+
+        Returns None if f's value would depend on being in one graph with earlier steps. No segments are used then, now
+        and later.
+        """
+        bound, segment = self.bound, None if self._segment is None else self._segment()
+        assert bound is not None
+        if segment is None or not (isolate and segment.can_extend(number, self.current.parts)):
+            self.close_segment()
+            segment = TapeSegment(number, self.current.parts)
+        if isolate:
+            self.current.share()
+        evaluations, mark = bound.evaluations, bound.carried.mark()
+        self.stepping = True
+        try:
+            after = segment.record_step(bound, self.layout, self.tableau, time, size)
+        finally:
+            self.stepping = False
+        if after is None:
+            bound.evaluations = evaluations
+            bound.carried.restore(mark)
+            self.close_segment()
+            self._uses_segments = self._may_use_segments = False
+            return None
+        self._store_fingerprint(after)
+        if isolate:
+            self.current.set_shared(after)
+            self._segment = weakref.ref(segment)
+        else:
+            segment.close()
+        return segment
+
+    def close_segment(self) -> None:
+        """See `Stepper.close_segment`."""
+        segment, self._segment = None if self._segment is None else self._segment(), None
+        if segment is not None:
+            if segment.after is self.current.parts:
+                self.current.unshare()
+            segment.close()
+
+    def _adjoint_of_segment(self, number: int, segment: TapeSegment) -> None:
+        """Take the adjoint back over all steps of a segment at once, when its last step is reversed."""
+        bound, sums = self.bound, self._sums
+        assert bound is not None
+        if number != segment.last:
             return
-        layout, gradient = self.layout, self._gradient
-        every = all(product is not None for product in products)
-        if every and self._gradient_is_ours:
-            if layout.device != layout.vec_device:
-                products = [layout.scalar(product) for product in products if product is not None]
-            torch._foreach_add_(gradient, products)  # type: ignore[arg-type]
-            return
-        # What a sum is put in is ours.
-        self._gradient_is_ours = every and all(old is not None for old in gradient)
-        for number, (old, product) in enumerate(zip(gradient, products, strict=True)):
-            if product is not None:
-                # Parameters may be of a narrower type than the state.
-                new = layout.scalar(product)
-                gradient[number] = new if old is None else old + new
+        bound.vjps += segment.evaluations
+        self.stepping = True
+        try:
+            wanted: tuple[torch.Tensor | GradientEdge, ...] = (*segment.start, *bound.parameters.tensors)
+            found = pull_back(bound, segment.roots, wanted, sums.adjoint, sums=sums.gradient)
+        finally:
+            self.stepping = False
+        parts = len(segment.start)
+        segment.free()
+        sums.replace([part for part in found[:parts] if part is not None], list(found[parts:]))
+
+    # The rest of the interface of `Stepper`
+
+    @property
+    def callbacks(self) -> ExplicitStepper:
+        """The stepper itself. PETSc calls f only in attempts of steps, which store its errors here."""
+        return self
+
+    def end_step(self) -> None:
+        """See `Callbacks.end_step`: nothing is held between steps."""
+
+    def start_adjoint(self) -> None:
+        """See `Stepper.start_adjoint`."""
+        self._sums.start()
+
+    def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
+        """See `Stepper.add_to_adjoint`. The first parts become the adjoint without a copy."""
+        self._sums.add_to_adjoint(parts)
+
+    def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
+        """See `Stepper.end_adjoint`."""
+        return self._sums.end(shapes)
+
+    def take_time_gradients(self) -> tuple[float, float]:
+        """See `Stepper.take_time_gradients`."""
+        return self._sums.take_time_gradients()
+
+    def derivative(self, time: float, direction: float) -> torch.Tensor:
+        """See `Stepper.derivative`. Collective on `comm`."""
+        with torch.no_grad():
+            return torch.cat([part.reshape(-1) for part in self.slope(time, self.current.parts, None, "graph")])
+
+    def destroy(self) -> None:
+        """See `Stepper.destroy`. PETSc objects exist only if PETSc's monitors are used."""
+        for thing in (self._ts, self._vec):
+            if thing is not None:
+                thing.destroy()
+
+    @property
+    def _petsc(self) -> PETSc.TS:
+        assert self._ts is not None
+        return self._ts
+
+    def _solution(self) -> PETSc.Vec:
+        assert self._vec is not None
+        vectors.fill(self._vec, self.current.flat, self.layout.vec_device)
+        return self._vec
 
 
 def _without_values(graph: StageGraph) -> StageGraph:
-    """What products of first order need of it."""
+    """Return the graph without its values, which first-order products do not need."""
     return StageGraph(graph.inputs, graph.roots, (), graph.when)

@@ -15,12 +15,12 @@ import torch
 from petsc4py import PETSc
 
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
-from pnode_dist.ode.rhs.evaluation import Function, Problem, StageGraph
+from pnode_dist.ode.rhs.evaluation import BoundFunction, Function, StageGraph
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.linearisation import Part, Place, Point
 from pnode_dist.ode.rhs.mass import MassMatrix
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
-from pnode_dist.ode.steppers.recording import Stage
+from pnode_dist.ode.steppers.tape import Stage
 from pnode_dist.petsc import vectors
 
 
@@ -45,7 +45,7 @@ class ImplicitFunction:
         self.layout, self.mass = layout, mass
         self._parameter_sizes = list(parameter_sizes)
         self._on_new_operator = on_new_operator
-        self.problem: Problem | None = None
+        self.bound: BoundFunction | None = None
         self.error: BaseException | None = None
         self.direction = 1.0
         self.start = 0.0
@@ -65,8 +65,8 @@ class ImplicitFunction:
 
     def part(self, part: Part) -> Function:
         """The function of a part of the problem that is bound."""
-        assert self.problem is not None
-        func = self.problem.func
+        assert self.bound is not None
+        func = self.bound.func
         if not self.splits:
             return func
         assert isinstance(func, SplitFunction)
@@ -95,8 +95,8 @@ class ImplicitFunction:
 
     def point(self, part: Part, time: float, inputs: Parts, graph: StageGraph | None = None) -> Point:
         """A part of the right-hand side at a state, `time` being the problem's own."""
-        assert self.problem is not None
-        return Point(self.problem, self.part(part), self.layout, self.direction, time, inputs, graph)
+        assert self.bound is not None
+        return Point(self.bound, self.part(part), self.layout, self.direction, time, inputs, graph)
 
     def inputs(self, u: PETSc.Vec) -> Parts:
         """The parts of the state in `u` in f's floating type: views of its memory where that is PETSc's."""
@@ -181,14 +181,14 @@ class ImplicitFunction:
         return self.direction * self.start if u.handle == self._slope_handle else t
 
     def _add(self, part: Part, t: float, u: PETSc.Vec, result: torch.Tensor, sign: float) -> None:
-        assert self.problem is not None
+        assert self.bound is not None
         func = self.part(part)
         if isinstance(func, MatrixFunction):
-            self.problem.evaluations += 1
+            self.bound.evaluations += 1
             result.add_(func.multiply(vectors.view(u, (self.layout.size,)), False), alpha=sign * self.direction)
             return
         inputs = self.inputs(u)
-        values = self.problem.value(func, self.layout, self.direction * t, inputs)
+        values = self.bound.value(func, self.layout, self.direction * t, inputs)
         if self.keeps_values:
             self._values.setdefault((part, fingerprint(inputs)), []).append((self.direction * t, fingerprint(values)))
         for target, value in zip(self.layout.parts(result), values, strict=True):
@@ -308,10 +308,10 @@ class ExplicitOperator:
             if function.splits:
                 assert function.explicit_point is not None
                 # PETSc multiplies the derivative by the parameters with the same vector next.
-                by_state, function.explicit_products = function.explicit_point.vjp_and_by_parameters(
+                state_product, function.explicit_products = function.explicit_point.vjp_with_parameters(
                     vectors.view(x, (size,)), function.start
                 )
-                vectors.view(y, (size,)).copy_(by_state)
+                vectors.view(y, (size,)).copy_(state_product)
                 y.stateIncrease()
             else:
                 y.zeroEntries()
@@ -335,7 +335,7 @@ class ParameterOperator:
                 return
             if implicit:
                 assert function.implicit_point is not None
-                products = function.implicit_point.by_parameters(
+                products = function.implicit_point.parameter_products(
                     vectors.view(x, (function.layout.size,)), function.start
                 )
             else:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import weakref
 
 from pnode_dist.ode.rhs.evaluation import StageGraph
-from pnode_dist.ode.steppers.recording import Recording
 from pnode_dist.ode.steppers.tableau import Tableau
+from pnode_dist.ode.steppers.tape import Tape
 
 
-def leave_out(recording: Recording, tableau: Tableau) -> None:
+def prune(tape: Tape, tableau: Tableau) -> None:
     """Drop the inputs of a step's stages on which f turned out not to depend, and what only they depended on.
 
     The latter is what a stage without weight in the result has computed for them. A tensor that dies with the last
     reference from Python is in no graph.
     """
     dropped = None
-    for stage in range(len(recording)):
-        graph, recording[stage] = recording[stage], None
+    for stage in range(len(tape)):
+        graph, tape[stage] = tape[stage], None
         if not isinstance(graph, StageGraph):
-            recording[stage] = graph
+            tape[stage] = graph
             continue
         if dropped is None:
             dropped = graph.inputs[0].new_empty(0).requires_grad_()
@@ -30,12 +30,12 @@ def leave_out(recording: Recording, tableau: Tableau) -> None:
             leaf = reference()
             leaves[part] = dropped if leaf is None else leaf
             del leaf
-        recording[stage] = graph._replace(inputs=tuple(leaves))
-    for stage, graph in enumerate(recording):
+        tape[stage] = graph._replace(inputs=tuple(leaves))
+    for stage, graph in enumerate(tape):
         if isinstance(graph, StageGraph) and not tableau.b[stage]:
-            later = [other for use, _ in tableau.uses[stage] if isinstance(other := recording[use], StageGraph)]
+            later = [other for use, _ in tableau.uses[stage] if isinstance(other := tape[use], StageGraph)]
             roots = [
                 root if any(other.inputs[part] is not dropped for other in later) else None
                 for part, root in enumerate(graph.roots)
             ]
-            recording[stage] = graph._replace(roots=tuple(roots))
+            tape[stage] = graph._replace(roots=tuple(roots))

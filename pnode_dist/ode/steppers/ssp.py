@@ -13,11 +13,11 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import Method
-from pnode_dist.ode.rhs.evaluation import Problem
+from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.current_state import VecState
-from pnode_dist.ode.steppers.recording import Recording
+from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.petsc import vectors
 
 
@@ -75,12 +75,12 @@ class SspStepper(Stepper):
         number: int,
         time: float,
         size: float,
-        recording: Recording | None = None,
+        tape: Tape | None = None,
         isolate: bool = False,
         level: str = "graph",
     ) -> None:
         """See `Stepper.step`; nothing can be recorded. Collective on `comm`."""
-        assert recording is None
+        assert tape is None
         direction = self._rhs.direction = math.copysign(1.0, size)
         ts = self._ts
         ts.setTime(direction * time)
@@ -97,8 +97,8 @@ class SspStepper(Stepper):
             self._rhs.function(self._ts, direction * time, self.current.vec, self._slope)
         return direction * vectors.view(self._slope, (self.layout.size,), self.layout.vec_device)
 
-    def settle(self) -> None:
-        """See `Stepper.settle`: nothing is recorded."""
+    def close_segment(self) -> None:
+        """See `Stepper.close_segment`: nothing is recorded."""
 
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> NoReturn:
         """See `adjoint_step`."""
@@ -108,7 +108,7 @@ class SspStepper(Stepper):
         """See `adjoint_step`."""
         raise NotImplementedError
 
-    def take_last_two(self) -> NoReturn:
+    def take_time_gradients(self) -> NoReturn:
         """See `adjoint_step`."""
         raise NotImplementedError
 
@@ -116,7 +116,7 @@ class SspStepper(Stepper):
         """See `adjoint_step`."""
         raise NotImplementedError
 
-    def adjoint_step(self, number: int, time: float, size: float, recording: Recording) -> NoReturn:
+    def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> NoReturn:
         """PETSc has no adjoint of these methods: `odeint` refuses gradients of them."""
         raise NotImplementedError
 
@@ -130,7 +130,7 @@ class _RightHandSide:
     def __init__(self, layout: StateLayout) -> None:
         self._layout = layout
         self.direction = 1.0
-        self.problem: Problem | None = None
+        self.bound: BoundFunction | None = None
         self.error: BaseException | None = None
 
     def end_step(self) -> None:
@@ -140,10 +140,10 @@ class _RightHandSide:
         """RHSFunction: f = func(t, u)."""
         # PETSc turns an exception into an error code; the stepper raises the one kept here instead.
         try:
-            problem, layout = self.problem, self._layout
-            assert problem is not None
+            bound, layout = self.bound, self._layout
+            assert bound is not None
             inputs = layout.inputs(self._parts(u)) if layout.converts else self._parts(u)
-            values = problem.value(problem.func, layout, self.direction * t, inputs)
+            values = bound.value(bound.func, layout, self.direction * t, inputs)
             for part, value in zip(self._parts(f), values, strict=True):
                 torch.mul(value.to(part), self.direction, out=part)
             vectors.wrote(f, layout.vec_device)

@@ -14,7 +14,7 @@ def test_a_check_holds_up_to_and_at_its_target_and_not_for_what_is_no_number():
     assert not Check("time", float("nan"), 1.0).holds
 
 
-def test_a_check_of_what_is_to_be_large_holds_at_its_target_and_above_and_not_for_what_is_no_number():
+def test_a_lower_bound_holds_at_its_target_and_above_and_never_for_nan():
     assert Check("speed-up", 1.8, 1.8, at_least=True).holds
     assert not Check("speed-up", 1.7999, 1.8, at_least=True).holds
     assert not Check("speed-up", float("nan"), 1.8, at_least=True).holds

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pnode_dist import NeuralODE, Trajectory
+from pnode_dist import CheckpointBudget, NeuralODE, Trajectory
 from pnode_dist.checkpointing.budget import parse_size
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.system.sizes import format_size
@@ -21,6 +21,11 @@ def solved(trajectory: Trajectory, times: tuple[float, ...] = (0.0, 1.0), u0: to
     node = NeuralODE(Network(dtype=u0.dtype), step_size=0.05, trajectory=trajectory)
     node(u0, times)[-1].sum().backward()
     return node
+
+
+def test_trajectory_is_the_same_class_as_the_checkpoint_budget() -> None:
+    assert Trajectory is CheckpointBudget
+    assert solved(CheckpointBudget(ram_slots=2)).last_solve == solved(Trajectory(ram_slots=2)).last_solve
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,7 @@ def test_a_float32_state_is_kept_in_petsc_s_scalar_type() -> None:
 
 
 @pytest.mark.parametrize("trajectory", [Trajectory(ram=0), Trajectory(ram=CHECKPOINT - 1, disk=CHECKPOINT - 1)])
-def test_a_budget_too_small_for_one_checkpoint_is_answered_with_the_smallest_that_works(trajectory: Trajectory) -> None:
+def test_a_budget_too_small_for_a_checkpoint_names_the_smallest_that_works(trajectory: Trajectory) -> None:
     with pytest.raises(ConfigurationError, match="too small for one checkpoint") as caught:
         solved(trajectory)
     message = str(caught.value)
@@ -175,9 +180,7 @@ def test_zero_slots_are_too_few() -> None:
 
 
 @pytest.mark.parametrize(("keep", "again"), [("solution", 0), ("auto", 1)])
-def test_a_single_step_needs_no_checkpoint_and_is_run_again_where_its_graph_is_to_be_paid_for(
-    keep: str, again: int
-) -> None:
+def test_a_single_step_needs_no_checkpoint_and_is_recomputed_if_its_graph_is_charged(keep: str, again: int) -> None:
     solve = solved(Trajectory(ram=0, keep=keep), times=(0.0, 0.05)).last_solve
     assert (solve.forward_steps, solve.recomputed_steps, solve.adjoint_steps) == (1, again, 1)
     assert solve.checkpoint_bytes_peak == 0

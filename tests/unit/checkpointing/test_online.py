@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pnode_dist.checkpointing.binomial import reversal_steps
-from pnode_dist.checkpointing.online import OnlinePlacement, OnlineTrajectory
+from pnode_dist.checkpointing.online import OnlineCheckpoints, OnlinePlacement
 from pnode_dist.checkpointing.schedule import Adjoint, Advance, Record, Restart, Restore, StartBackward, Tier
 from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.checkpointing.store import Checkpoints, MemoryPool
@@ -17,7 +17,7 @@ from tests.oracles.effort import lines_executed
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 8, 13, 32])
-def test_whenever_it_ends_the_steps_in_all_are_at_most_four_thirds_of_the_optimum_and_one(slots: int) -> None:
+def test_the_steps_in_all_are_at_most_four_thirds_of_the_optimum_and_one(slots: int) -> None:
     placement = OnlinePlacement(slots)
     held: list[int] = []
     for step in range(120 if slots == 1 else 1500):
@@ -59,7 +59,7 @@ class DiskLike(MemoryPool):
 def test_a_solve_is_reversed_in_order_from_the_states_that_were_kept(steps: int, ram: int, disk: int) -> None:
     pools = {Tier.RAM: MemoryPool(1, np.dtype(float)), Tier.DISK: DiskLike(1, np.dtype(float))}
     checkpoints = Checkpoints(pools, 8, SolveStatistics())
-    online = OnlineTrajectory(checkpoints, ram, disk)
+    online = OnlineCheckpoints(checkpoints, ram, disk)
     state = np.zeros(1)
     for step in range(steps):
         state[:] = step

@@ -164,7 +164,7 @@ def test_every_candidate_fits_does_what_it_predicts_and_the_fastest_is_chosen(
     checkpoint=st.integers(1, 60),
     recorded=st.integers(1, 400),
 )
-def test_without_costs_the_chosen_plan_has_the_fewest_steps_and_then_the_fewest_accesses(
+def test_without_costs_the_plan_has_the_fewest_steps_and_then_the_fewest_accesses(
     steps: int, ram: int, disk: int, checkpoint: int, recorded: int
 ) -> None:
     slots = slots_of(ram, disk * checkpoint, checkpoint, steps)
@@ -280,7 +280,7 @@ def test_real_solves_run_as_many_steps_as_the_published_optimum(tmp_path: Path) 
 def test_planning_a_hundred_thousand_steps_takes_few_lines_of_python_a_step(ram: int, disk: int, schedule: str) -> None:
     for cached in (
         binomial.optimal_forward_steps,
-        binomial.first_stretch,
+        binomial.first_advance,
         binomial.writes_and_reads,
         hierarchical.hierarchical,
     ):
@@ -531,7 +531,7 @@ def test_what_does_not_fit_is_refused_naming_the_memory_that_works_and_no_less_d
         assert refused_naming(node, replace(trajectory, ram=named - 1)) == named
 
 
-def test_where_all_does_not_fit_a_number_of_checkpoints_the_number_that_works_is_named(node: NeuralODE) -> None:
+def test_schedule_all_with_too_few_checkpoints_names_the_number_that_works(node: NeuralODE) -> None:
     node.trajectory = Trajectory(ram_slots=3, schedule="all")
     with pytest.raises(ConfigurationError, match=r"schedule = 'all'.*ram_slots = 19"):
         node(random(2, 3).requires_grad_(), TIMES)

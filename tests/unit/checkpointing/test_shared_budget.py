@@ -147,7 +147,7 @@ def test_what_the_line_says_helps() -> None:
     assert books(trajectory) == (0, 0, 0)
 
 
-def test_a_budget_that_no_part_of_pays_for_a_checkpoint_is_answered_with_one_that_does() -> None:
+def test_a_share_too_small_for_one_checkpoint_is_answered_with_a_budget_that_works() -> None:
     with pytest.raises(ConfigurationError, match=f"the smallest that works is ram = {3 * CHECKPOINT}$"):
         node_of(Trajectory(ram=2 * CHECKPOINT, solves=3))(start(), TIMES)
     trajectory = Trajectory(ram=3 * CHECKPOINT, solves=3)
@@ -270,9 +270,9 @@ def test_a_second_backward_pass_is_charged_again_and_gives_back_again() -> None:
 def test_giving_back_twice_gives_back_once() -> None:
     ledger = Ledger()
     ledger.charge(10, 5)
-    give_back = ledger.charge(3, 2)
-    give_back()
-    give_back()
+    refund = ledger.charge(3, 2)
+    refund()
+    refund()
     assert (ledger.ram, ledger.disk, ledger.solves) == (10, 5, 1)
 
 
@@ -359,7 +359,7 @@ def test_memory_in_use_is_not_freed() -> None:
     assert identical(torch.autograd.grad(loss, [u0]), expected)
 
 
-def test_memory_of_a_module_that_alternates_between_two_sizes_stays_within_the_budget() -> None:
+def test_memory_of_a_module_with_two_alternating_sizes_stays_within_the_budget() -> None:
     trajectory = Trajectory(ram=12 * CHECKPOINT, keep="solution")
     node = node_of(trajectory)
     for samples in (2, 4, 2, 4):
@@ -367,7 +367,7 @@ def test_memory_of_a_module_that_alternates_between_two_sizes_stays_within_the_b
         assert memory_of(node) <= 12 * CHECKPOINT
 
 
-def test_a_solve_within_f_finds_room_beside_one_with_error_control_and_no_budget_of_its_own() -> None:
+def test_a_solve_within_f_has_memory_beside_a_solve_with_error_control() -> None:
     inner = NeuralODE(Network(), step_size=0.5)
     outer = NeuralODE(lambda t, u: inner(u, [0.0, 1.0])[-1] - u, params=list(inner.parameters()), rtol=1e-5)
     u0 = random(2, 3).requires_grad_()

@@ -83,7 +83,7 @@ def test_a_file_says_what_shapes_the_parts_of_a_row_have(shapes: tuple[tuple[int
 
 
 @pytest.mark.parametrize("stage", ["write", "fetch"])
-def test_whatever_fails_in_the_background_is_told_to_the_reader_and_keeps_nobody_waiting(
+def test_an_error_in_the_background_is_raised_at_the_next_read_without_a_wait(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_memory(*_: object) -> int:
@@ -142,7 +142,7 @@ def test_another_process_can_read_the_file_meanwhile_and_learns_where_it_is_from
     solution.sum().backward()
 
 
-def test_the_files_of_one_process_carry_one_run_id_and_those_of_another_a_different_one(
+def test_the_files_of_a_process_carry_one_run_id_that_differs_between_processes(
     tmp_path: Path, spilling: Trajectory
 ) -> None:
     nodes = [NeuralODE(Network(), step_size=0.05, trajectory=spilling) for _ in range(2)]

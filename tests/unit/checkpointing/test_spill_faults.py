@@ -226,7 +226,7 @@ def test_a_file_system_that_vanishes_costs_steps_and_one_warning(
     assert node.last_solve.bytes_written == 0
 
 
-def test_a_file_system_that_vanishes_ends_the_solve_where_that_was_asked_for_and_the_next_makes_a_new_file(
+def test_a_lost_file_system_ends_the_solve_on_request_and_the_next_makes_a_new_file(
     tmp_path: Path, expected: torch.Tensor
 ) -> None:
     trajectory = Trajectory(ram_slots=0, disk_slots=4, directory=tmp_path, on_spill_error="raise")
@@ -289,7 +289,7 @@ def spilling_process(directory: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_sigterm_in_the_backward_pass_leaves_nothing_and_ends_the_process_as_it_should(tmp_path: Path) -> None:
+def test_sigterm_in_the_backward_pass_ends_the_process_and_leaves_no_file(tmp_path: Path) -> None:
     process = spilling_process(tmp_path)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=PATIENCE) == -signal.SIGTERM

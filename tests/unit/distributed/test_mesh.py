@@ -181,7 +181,7 @@ with Mesh(backend="BACKEND") as mesh:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells by /proc who listens")
 @pytest.mark.parametrize(("backend", "addresses"), [("mpi", ""), ("gloo", "0100007F")], ids=["by MPI", "by gloo"])
-def test_ranks_on_one_machine_listen_on_its_loopback_alone_and_with_the_mpi_backend_nowhere(
+def test_ranks_of_one_machine_listen_on_loopback_alone_and_nowhere_with_mpi(
     backend: str, addresses: str, tmp_path: Path
 ) -> None:
     ended = launched(LISTENING.replace("BACKEND", backend), tmp_path)

@@ -443,7 +443,7 @@ def test_a_module_can_be_used_again_after_its_func_raised() -> None:
     assert distance(found, wanted) == 0
 
 
-def test_an_error_in_the_backward_pass_comes_out_as_itself_and_leaves_the_module_usable() -> None:
+def test_an_error_in_the_backward_pass_is_raised_and_leaves_the_module_usable() -> None:
     class Sour(torch.autograd.Function):
         broken = False
 

@@ -67,7 +67,7 @@ def test_it_is_that_of_the_dense_oracle_for_implicit_steps(method: str) -> None:
     assert torch.allclose(found, wanted, rtol=1e-10)
 
 
-def test_with_error_control_it_is_that_of_the_steps_taken_as_shares_of_their_intervals() -> None:
+def test_with_error_control_steps_are_fixed_shares_of_their_intervals() -> None:
     f, u0 = Clocked(), random(2, 3)
     t = torch.tensor(TIMES, dtype=torch.float64, requires_grad=True)
     node = NeuralODE(f, rtol=1e-9, atol=1e-11)

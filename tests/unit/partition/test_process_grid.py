@@ -16,7 +16,7 @@ from pnode_dist.partition.process_grid import process_grid
     st.integers(1, 24),
     st.integers(0, 4),
 )
-def test_every_rank_gets_a_stencil_width_in_whole_multiples_with_the_smallest_inner_surface(
+def test_ranks_get_whole_multiples_of_a_stencil_with_the_smallest_inner_surface(
     axes: list[tuple[int, int]], ranks: int, width: int
 ) -> None:
     shape, steps = [n * step for n, step in axes], [step for _, step in axes]

@@ -147,7 +147,7 @@ def test_the_launcher_tells_how_many_ranks_share_the_node(environment: dict[str,
     assert ranks_on_node(environment, fallback=5) == ranks
 
 
-def test_the_default_budget_is_half_of_what_is_left_shared_by_the_ranks_and_stays_the_same(
+def test_the_default_budget_is_half_of_the_memory_left_shared_by_the_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     left = iter([8000, 6000])

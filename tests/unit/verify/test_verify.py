@@ -44,7 +44,7 @@ def test_a_right_gradient_passes_with_nine_digits_and_second_order(mesh):
     assert len(result.taylor_orders) == 5
 
 
-def test_loss_and_gradient_norm_are_those_of_torch_over_state_and_parameters_together(mesh):
+def test_loss_and_gradient_norm_over_state_and_parameters_are_those_of_torch(mesh):
     case = make_case(mesh)
     loss = case.loss(case.state)
     gradients = torch.autograd.grad(loss, [case.state, *case.parameters])

@@ -159,7 +159,7 @@ def test_a_solve_inside_func_gives_the_gradients_of_plain_torch(trajectory: Traj
     assert all(distance(f, w) <= 1e-12 for f, w in zip(found, wanted, strict=True))
 
 
-def test_a_module_whose_func_contains_another_module_gives_the_gradients_of_plain_torch() -> None:
+def test_a_module_within_the_func_of_another_has_the_gradients_of_plain_torch() -> None:
     class Outer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -183,7 +183,7 @@ def test_a_type_that_f_cannot_compute_in_is_refused(dtype: Any) -> None:
         odeint(Network(), random(2, 3), TIMES, compute_dtype=dtype)
 
 
-def test_gradients_of_float32_parameters_in_a_float64_solve_are_summed_in_double_precision() -> None:
+def test_gradients_of_float32_parameters_are_summed_in_float64_in_a_float64_solve() -> None:
     rate = torch.ones(1, requires_grad=True)
     u0 = torch.zeros(1, dtype=torch.float64)
     odeint(lambda t, u: rate.double() * torch.ones_like(u), u0, [0.0, 1.0], method="euler", step_size=1e-4)[

@@ -128,7 +128,7 @@ def test_another_error_of_torch_is_raised_as_it_is(method: str) -> None:
         odeint(wrong, random(3, 2), TIMES, **METHODS[method])
 
 
-def test_random_numbers_of_a_func_that_is_evaluated_again_with_a_graph_are_drawn_once() -> None:
+def test_random_numbers_of_a_func_that_is_recomputed_with_a_graph_are_drawn_once() -> None:
     class Noisy(Hamiltonian):
         def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
             drawn.append(torch.rand(()).item())

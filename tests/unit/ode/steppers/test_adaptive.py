@@ -14,7 +14,7 @@ import torchdiffeq
 
 from pnode_dist import ConfigurationError, NeuralODE, Trajectory, odeint
 from pnode_dist.errors import StepSizeError
-from pnode_dist.ode import solve as solve_module
+from pnode_dist.ode import adaptive_pass
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.time_grid import TimeGrid
 from tests.oracles.right_hand_sides import Network, distance, gradients, identical, random
@@ -35,7 +35,7 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> list[TimeGrid]:
         seen.append(TimeGrid(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(solve_module, "TimeGrid", remembering)
+    monkeypatch.setattr(adaptive_pass, "TimeGrid", remembering)
     return seen
 
 
@@ -125,7 +125,7 @@ def test_states_of_the_backward_pass_are_those_of_the_forward_pass_to_the_last_b
     assert len(compared) > 100
 
 
-def test_fsal_methods_evaluate_f_once_less_a_step_and_keep_the_last_evaluation_for_the_next() -> None:
+def test_fsal_methods_reuse_the_last_evaluation_of_a_step_in_the_next() -> None:
     node = NeuralODE(Network(), method="dopri5", rtol=1e-7, atol=1e-9, step_size=0.01)
     with torch.no_grad():
         node(random(2, 3), [0.0, 2.0])

@@ -43,7 +43,7 @@ def test_what_is_set_is_not_copied_and_never_written(state, parts):
 def test_what_is_lent_stays_and_the_state_goes_on_elsewhere(state, parts):
     state.set_flat(flat(parts))
     held = state.parts
-    state.lend()
+    state.share()
     state.add([(parts, 1.0)])
     assert torch.equal(flat(held), flat(parts))
     assert torch.equal(flat(state.parts), 2 * flat(parts))
@@ -54,14 +54,14 @@ def test_what_is_lent_stays_and_the_state_goes_on_elsewhere(state, parts):
 
 def test_parts_after_one_that_is_lent_have_memory_of_their_own(state, parts):
     state.set(parts)
-    state.lend()
+    state.share()
     state.add([(parts, 1.0)])
     assert len({part.untyped_storage().data_ptr() for part in state.parts}) == len(parts)
     assert torch.equal(state.flat, 2 * flat(parts))
     places = [part.data_ptr() for part in state.parts]
     assert [part.data_ptr() for part in state.take()] == places, "nothing is copied"
     state.set(parts)
-    state.lend()
+    state.share()
     state.add([(parts, 1.0)])
     state.set_flat(torch.ones_like(flat(parts)))
     assert all((part == 1).all() for part in state.parts)

@@ -14,67 +14,65 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from pnode_dist.ode import safe_points
-from pnode_dist.ode.rhs import evaluation
+from pnode_dist.system.torch_internals import ENGINE_CALLS
 
 PATIENCE = 600.0
 """Seconds that a thread waits while the one in a pass takes no step."""
 _POLL = 0.02
-_ENGINE_CALLS = [torch.autograd.graph._engine_run_backward.__code__, evaluation._gradients.__code__]
+_ENGINE_CALLS = list(ENGINE_CALLS)
 
 
-class _Turn:
+class _SolveLock:
     """Whose turn it is."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.mutex = threading.RLock()
         self.owner = 0
 
 
-_turn = _Turn()
+_lock = _SolveLock()
 
 
-def _renew() -> None:
+def _renew_after_fork() -> None:
     """Begin anew in a process that was forked: the thread whose turn it was is not there."""
-    global _turn
-    _turn = _Turn()
+    global _lock
+    _lock = _SolveLock()
 
 
-os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=_renew_after_fork)
 
 
 @contextmanager
-def one_at_a_time(is_busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def solve_lock(is_busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Run a pass once no other thread is in one.
 
     `is_busy` says that what the pass needs is in use by the pass outside. Raises `RuntimeError` where the thread in a
     pass takes no step for `PATIENCE` seconds.
     """
-    turn = _turn
-    entered = turn.lock.acquire(blocking=False) or _wait(turn, is_busy)
+    lock = _lock
+    entered = lock.mutex.acquire(blocking=False) or _wait(lock, is_busy)
     if entered:
-        turn.owner = threading.get_ident()
+        lock.owner = threading.get_ident()
     try:
         yield
     finally:
         if entered:
-            turn.lock.release()
+            lock.mutex.release()
 
 
-def _wait(turn: _Turn, is_busy: Callable[[], bool]) -> bool:
+def _wait(lock: _SolveLock, is_busy: Callable[[], bool]) -> bool:
     """Wait for the turn: whether the lock was taken, or there was no need because its owner waits for this thread."""
     of_engine = isinstance(threading.current_thread(), threading._DummyThread)
     seen, since = safe_points.steps_begun(), time.monotonic()
-    while not turn.lock.acquire(timeout=_POLL):
-        if of_engine and _waits_for_engine(turn.owner) and not is_busy():
+    while not lock.mutex.acquire(timeout=_POLL):
+        if of_engine and _waits_for_engine(lock.owner) and not is_busy():
             return False
         steps, now = safe_points.steps_begun(), time.monotonic()
         if steps != seen:
             seen, since = steps, now
         elif now - since > PATIENCE:
-            name = next((thread.name for thread in threading.enumerate() if thread.ident == turn.owner), "gone")
+            name = next((thread.name for thread in threading.enumerate() if thread.ident == lock.owner), "gone")
             raise RuntimeError(
                 f"thread {threading.current_thread().name!r} waited {PATIENCE:g} s for its turn to solve, while the "
                 f"solve of thread {name!r} took no step: one thread at a time can be in a solve, and func must not "

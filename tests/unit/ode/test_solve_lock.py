@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pnode_dist import NeuralODE, Trajectory, odeint
-from pnode_dist.ode import one_at_a_time as turns
+from pnode_dist.ode import solve_lock as locks
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
@@ -66,7 +66,7 @@ def test_a_solve_inside_of_f_goes_on_in_its_thread_while_others_wait() -> None:
 
 
 def test_f_that_waits_for_a_solve_of_another_thread_is_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "PATIENCE", 0.3)
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
     pool = ThreadPoolExecutor(1, thread_name_prefix="helper")
     start = torch.ones(2, dtype=torch.float64)
 
@@ -84,29 +84,29 @@ def test_f_that_waits_for_a_solve_of_another_thread_is_an_error_in_one_line(monk
 @pytest.mark.parametrize("steps", [True, False])
 def test_a_thread_waits_as_long_as_the_other_one_takes_steps(monkeypatch: pytest.MonkeyPatch, steps: bool) -> None:
     clock, begun = count(step=600), count()
-    looks, entered, leave = [0], threading.Event(), threading.Event()
+    checks_parameters, entered, leave = [0], threading.Event(), threading.Event()
 
     def monotonic() -> float:
-        looks[0] += 1
-        if looks[0] == 20:
+        checks_parameters[0] += 1
+        if checks_parameters[0] == 20:
             leave.set()
         return float(next(clock))
 
     def holds() -> None:
-        with turns.one_at_a_time():
+        with locks.solve_lock():
             entered.set()
             leave.wait(30)
 
-    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=monotonic))
-    monkeypatch.setattr(turns.safe_points, "steps_begun", lambda: next(begun) if steps else 0)
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(locks.safe_points, "steps_begun", lambda: next(begun) if steps else 0)
     with ThreadPoolExecutor(1) as pool:
         holding = pool.submit(holds)
         entered.wait(30)
         if steps:
-            with turns.one_at_a_time():
-                assert looks[0] >= 20
+            with locks.solve_lock():
+                assert checks_parameters[0] >= 20
         else:
-            with pytest.raises(RuntimeError, match="took no step"), turns.one_at_a_time():
+            with pytest.raises(RuntimeError, match="took no step"), locks.solve_lock():
                 pass
             leave.set()
         holding.result()
@@ -131,8 +131,8 @@ def test_a_thread_of_the_engine_goes_on_while_the_pass_outside_waits_for_it(monk
         lock.acquire()
         lock.release()
 
-    monkeypatch.setattr(turns, "_ENGINE_CALLS", [*turns._ENGINE_CALLS, engine_call.__code__])
-    with turns.one_at_a_time():
+    monkeypatch.setattr(locks, "_ENGINE_CALLS", [*locks._ENGINE_CALLS, engine_call.__code__])
+    with locks.solve_lock():
         engine_call()
     assert found == [0.0]
 
@@ -142,7 +142,7 @@ def test_a_process_that_is_forked_during_the_solve_of_another_thread_may_solve()
     entered, leave = threading.Event(), threading.Event()
 
     def holds() -> None:
-        with turns.one_at_a_time():
+        with locks.solve_lock():
             entered.set()
             leave.wait(30)
 
@@ -151,9 +151,9 @@ def test_a_process_that_is_forked_during_the_solve_of_another_thread_may_solve()
         entered.wait(30)
         child = os.fork()
         if child == 0:  # pragma: no cover
-            turns.PATIENCE = 0.2
+            locks.PATIENCE = 0.2
             try:
-                with turns.one_at_a_time():
+                with locks.solve_lock():
                     os._exit(7)
             finally:
                 os._exit(1)

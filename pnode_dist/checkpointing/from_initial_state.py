@@ -54,7 +54,7 @@ def actions(steps: int, places: tuple[Tier, ...]) -> Iterator[Action]:
                 yield action
 
 
-def without_recording(head: Iterator[Action], steps: int) -> Iterator[Action]:
+def without_tape(head: Iterator[Action], steps: int) -> Iterator[Action]:
     """`head`, which reverses one step more, as a solve of `steps` steps that records none in its forward pass."""
     for action in head:
         match action:

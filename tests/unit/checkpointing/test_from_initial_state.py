@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnode_dist.checkpointing.held_start import actions, tiers, traffic, without_recording
+from pnode_dist.checkpointing.from_initial_state import actions, tiers, traffic, without_tape
 from pnode_dist.checkpointing.schedule import Action, Adjoint, Advance, EndForward, Record, Restart, Restore, Tier
 from tests.oracles.checkpointing import fewest_steps
 
@@ -36,7 +36,7 @@ def test_it_takes_as_few_steps_as_with_one_checkpoint_more_and_moves_what_it_say
 
 @given(steps=st.integers(1, 40), slots=st.integers(0, 5))
 def test_without_recording_nothing_is_recorded_before_the_forward_pass_ends(steps: int, slots: int) -> None:
-    schedule = list(without_recording(actions(steps + 1, tiers(steps + 1, slots, 0)), steps))
+    schedule = list(without_tape(actions(steps + 1, tiers(steps + 1, slots, 0)), steps))
     forward, backward = schedule[: schedule.index(EndForward())], schedule[schedule.index(EndForward()) :]
     assert all(isinstance(action, Advance) for action in forward)
     assert steps_run(forward) == steps

@@ -1,0 +1,111 @@
+"""The forward pass of a solve with error control, whose number of steps is not known beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from pnode_dist.checkpointing.budget import Slots
+from pnode_dist.checkpointing.online import OnlineCheckpoints
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode import safe_points
+from pnode_dist.ode.probe import measured_tape
+from pnode_dist.ode.recomputation.fingerprint import fingerprint
+from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.solve_plans import slots_of
+from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
+from pnode_dist.ode.time_grid import TimeGrid
+from pnode_dist.petsc import log
+
+
+def adaptive_steps(solve: Solve, output: Callable[[int], None]) -> None:
+    """Take steps with error control, and set the solve's grid to those that were accepted. Collective.
+
+    Keep the tapes of all steps as long as they fit, and checkpoints beside them. If there are more steps than tapes
+    fit, drop the tapes. `output(number)` stores the current state as an output.
+    """
+    assert solve.control is not None
+    stepper, budget = solve.solver.stepper, solve.solver.trajectory
+    slots = slots_of(solve, None)
+    adaptive = solve.solver.adaptive_stepper(solve.control.adaptor)
+    starts: list[float] = []
+    sizes: list[float] = []
+    ends = {0: 0}
+    online: OnlineCheckpoints | None = None
+    most_tapes = 0
+    if solve.keeps_trajectory:
+        if budget.keeps_steps and budget.level == "graph":
+            most_tapes = _most_tapes(solve, adaptive, slots)
+        solve.charge(slots.ram, slots.ram_bytes, slots.disk * slots.checkpoint_bytes)
+        online = OnlineCheckpoints(solve.checkpoints, slots.ram, slots.disk)
+    keeps_tapes = most_tapes > 0
+
+    def before(step: int, time: float) -> bool:
+        nonlocal keeps_tapes
+        safe_points.between_steps(stepper.comm)
+        if keeps_tapes and step >= most_tapes:
+            if budget.keep == "graph":
+                raise ConfigurationError(
+                    f"trajectory: keep = 'graph': the graphs of the first {step} steps fill ram = "
+                    f"{budget.ram!r} and there are more: make it larger, or use keep = 'auto'"
+                )
+            keeps_tapes = False
+            solve.tapes.clear()
+        if online is not None:
+            with log.event(log.CHECKPOINT, solve.logs):
+                online.before(step, time, stepper.current.array)
+        return keeps_tapes
+
+    def after(step: AcceptedStep) -> None:
+        starts.append(step.start)
+        sizes.append(step.size)
+        solve.statistics.forward_steps += 1
+        if step.number == 0:
+            solve.first_step_taken()
+        if solve.guard is not None:
+            solve.guard.keep(step.number, fingerprint(stepper.current.parts))
+        if step.tape is not None:
+            solve.tapes[step.number] = step.tape
+        if step.output is not None:
+            ends[len(starts)] = step.output
+            output(step.output)
+        stepper.monitor(len(starts), step.start + step.size, step.size)
+
+    stepper.monitor(0, solve.times[0], solve.times[1] - solve.times[0])
+    with log.event(log.STEP, solve.logs):
+        solve.statistics.rejected_steps += integrate(adaptive, solve.times, solve.control, before, after, solve.carried)
+    solve.grid = TimeGrid(tuple(starts), tuple(sizes), ends)
+    if online is not None:
+        _charge_for_held(solve, slots)
+        solve.actions = online.reversal(len(starts), recorded=keeps_tapes)
+        solve.statistics.graph_steps = len(solve.tapes)
+        solve.statistics.graph_bytes = len(solve.tapes) * (solve.solver.tape_bytes or 0)
+
+
+def _most_tapes(solve: Solve, adaptive: AdaptiveStepper, slots: Slots) -> int:
+    """Return the number of tapes that fit into memory beside their checkpoints. Collective.
+
+    The tape of one step belongs to the working set and is not charged.
+    """
+    solver, stepper = solve.solver, solve.solver.stepper
+    if solver.tape_bytes is None:
+        assert solve.control is not None
+        counts = solve.bound.counts()
+        adaptive.begin(solve.control)
+        span = solve.times[1] - solve.times[0]
+        size = math.copysign(adaptive.first_size(solve.times[0], span), span)
+        _, solver.tape_bytes = measured_tape(stepper, solve.bound, solve.times[0], size, "stage graphs")
+        stepper.current.set(solve.initial)
+        solve.carried.restart()
+        solve.bound.count_from(counts)
+    return slots.ram_bytes // max(solver.tape_bytes + slots.checkpoint_bytes, 1) + 1
+
+
+def _charge_for_held(solve: Solve, slots: Slots) -> None:
+    """Charge the budget for the tapes and checkpoints of the steps taken, in place of the worst case."""
+    most = solve.steps.steps - 1
+    tapes = len(solve.tapes) * (solve.solver.tape_bytes or 0)
+    assert solve.refund is not None
+    solve.refund()
+    size = slots.checkpoint_bytes
+    solve.charge(min(slots.ram, most), tapes + min(slots.ram, most) * size, min(slots.disk, most) * size)

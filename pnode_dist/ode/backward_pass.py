@@ -1,0 +1,85 @@
+"""The backward pass of a solve: the discrete adjoint of its steps, from the last to the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from pnode_dist.checkpointing.replay import run_backward
+from pnode_dist.ode import safe_points
+from pnode_dist.ode.rhs.tangent import hooks_aside
+from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.time_grid import gradient_wrt_times
+from pnode_dist.petsc import log
+
+
+class Gradients(NamedTuple):
+    """This rank's gradient with respect to the parts of the initial state, the parameters and the times.
+
+    `times` is empty unless the gradient with respect to the times was asked for.
+    """
+
+    states: tuple[torch.Tensor, ...]
+    parameters: tuple[torch.Tensor, ...]
+    times: tuple[torch.Tensor, ...]
+
+
+def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gradients:
+    """Pull the cotangents of the outputs back to the inputs of the solve. Collective.
+
+    `cotangents` has one tensor for each part of the state, of the shape of that part's outputs; None is zero.
+    """
+    solve.solver.open()
+    stepper = solve.solver.stepper
+    steps = 0 if solve.grid is None else solve.grid.steps
+    outputs = {0: 0} if solve.grid is None else solve.grid.outputs
+    if solve.last_only:
+        outputs = {steps: 0}
+    solve.bind()
+    stepper.start_adjoint()
+    solve.size_gradients, solve.start_gradients = [0.0] * steps, [0.0] * steps
+
+    def reversed_to(step: int) -> None:
+        number = outputs.get(step)
+        if number is not None:
+            stepper.add_to_adjoint([part if part is None or solve.last_only else part[number] for part in cotangents])
+
+    reversed_to(steps)
+    if steps > 0:
+        with hooks_aside(solve.bound.parameters.tensors), log.stage(log.BACKWARD_PASS, solve.logs):
+            disk_is_lost = run_backward(
+                solve.actions,
+                solve,
+                solve.checkpoints,
+                solve.statistics,
+                reversed_to,
+                solve.checkpoint_was_lost,
+                solve.ram_slots,
+            )
+        solve.solver.disk_is_lost = solve.solver.disk_is_lost or disk_is_lost
+        if solve.guard is not None:
+            solve.guard.finish()
+            solve.statistics.largest_mismatch = solve.guard.worst
+    solve.update_counts()
+    solve.release()
+    stepper.current.release()
+    safe_points.after_solve(stepper.comm)
+    adjoint, gradients = stepper.end_adjoint([parameter.shape for parameter in solve.parameters])
+    solve.unbind()
+    solve.solver.done()
+    layout = stepper.layout
+    states = tuple(part.to(layout.device, layout.dtype) for part in adjoint)
+    parameters = tuple(
+        gradient
+        if parameter.dtype is gradient.dtype and parameter.device == gradient.device
+        else gradient.to(parameter.device, parameter.dtype)
+        for gradient, parameter in zip(gradients, solve.parameters, strict=True)
+    )
+    if not solve.bound.needs_time_gradient:
+        return Gradients(states, parameters, ())
+    found = [0.0] * len(solve.times)
+    if steps > 0:
+        found = gradient_wrt_times(solve.steps, solve.times, solve.size_gradients, solve.start_gradients)
+    return Gradients(states, parameters, (torch.tensor(found, dtype=solve.time_dtype),))

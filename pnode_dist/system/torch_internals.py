@@ -1,0 +1,197 @@
+"""Private functions of torch: the only module that calls them.
+
+A release of torch may change any of them. The tests compare each one with torch's public interface. Functions that are
+called at every stage are bound here without a wrapper, because a Python call takes a noticeable part of a small stage.
+The module belongs to this low layer because `distributed`, `exchange` and `ode` all import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.utils import unwrap_dead_wrappers as unwrap_dead_wrappers
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree
+
+# Modes of autograd
+
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+"""Set the grad mode. The public `torch.set_grad_enabled` takes five times as long."""
+
+
+# The engine
+
+
+def gradients(
+    roots: Sequence[torch.Tensor | GradientEdge],
+    inputs: Sequence[torch.Tensor | GradientEdge],
+    cotangents: Sequence[torch.Tensor],
+    keep_graph: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Do what `torch.autograd.grad` does with `allow_unused=True`, without its checks.
+
+    The checks take longer than a small stage.
+    """
+    found: tuple[torch.Tensor | None, ...] = torch.autograd.Variable._execution_engine.run_backward(
+        tuple(roots), tuple(cotangents), keep_graph, False, inputs, allow_unreachable=True, accumulate_grad=False
+    )
+    return found
+
+
+ENGINE_CALLS: list[CodeType] = [torch.autograd.graph._engine_run_backward.__code__, gradients.__code__]
+"""The code of the functions that wait for autograd's engine."""
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Call `callback` when the backward pass that is running has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def backward_pass_number() -> int:
+    """Return the number of the backward pass that runs in this thread; -1 outside."""
+    return int(torch._C._current_graph_task_id())
+
+
+# References to tensors and their memory
+
+tensor_references: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
+"""Return the number of references to the C++ tensor."""
+storage_pointer: Callable[[torch.UntypedStorage], int] = attrgetter("_cdata")
+"""Return a number that identifies a storage, on any device and for storages without memory."""
+storage_references: Callable[[int], int] = torch._C._storage_Use_Count
+"""Return the number of references to the storage of this pointer."""
+
+
+def add_in_place(targets: list[torch.Tensor], terms: list[torch.Tensor]) -> None:
+    """Add each of `terms` to the tensor at its place in `targets`, in one call."""
+    torch._foreach_add_(targets, terms)
+
+
+def hooks_of(tensor: torch.Tensor) -> Any:
+    """Return the hooks that `Tensor.register_hook` has added; None or empty if there are none."""
+    return tensor._backward_hooks
+
+
+def set_hooks(tensor: torch.Tensor, hooks: Any) -> None:
+    """Replace the hooks on a tensor by those that `hooks_of` returned."""
+    tensor._backward_hooks = hooks
+
+
+# Modules and optimisers
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""The base class of torch's batch norms."""
+tree_leaves = _pytree.tree_leaves
+tree_map_only = _pytree.tree_map_only
+
+
+def ignore_in_data_parallel(module: nn.Module, names: list[str]) -> None:
+    """Make DistributedDataParallel leave out the parameters of these names."""
+    ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(module, names)  # type: ignore[no-untyped-call]
+
+
+def set_step_was_taken(optimiser: torch.optim.Optimizer, taken: bool) -> None:
+    """Set the flag by which a learning-rate schedule warns if it is stepped before the optimiser."""
+    optimiser._opt_called = taken  # type: ignore[attr-defined]
+
+
+def work_of(future: torch.futures.Future[Any]) -> Any:
+    """Return a `torch.distributed.Work` that is done when `future` is."""
+    return _create_work_from_future(future)
+
+
+def mark_as_not_traced(function: Any, reason: str) -> None:
+    """Leave the mark of `torch.compiler.disable` on a function, without loading torch's compiler."""
+    function._torchdynamo_disable = True
+    function._torchdynamo_disable_msg = reason
+
+
+# Transforms of torch.func
+
+under_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Return True while a transform of `torch.func` is active."""
+is_functorch_wrapper: Callable[[torch.Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+is_functorch_batch: Callable[[torch.Tensor], bool] = torch._C._functorch.is_batchedtensor
+unwrapped: Callable[[torch.Tensor], torch.Tensor] = torch._C._functorch.get_unwrapped
+wrapper_level: Callable[[torch.Tensor], int] = torch._C._functorch.maybe_get_level
+current_interpreter: Callable[[], Any] = retrieve_current_functorch_interpreter
+
+
+def forward_mode_level() -> int:
+    """Return the innermost level of forward mode; -1 if it is not active."""
+    return forward_ad._current_level
+
+
+def is_functionalizing() -> bool:
+    """Return True under `torch.func.functionalize`."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() == TransformType.Functionalize for interpreter in stack)
+
+
+def is_dispatch_tracing() -> bool:
+    """Return True while make_fx, torch.export or torch.func.linearize record operations."""
+    key = torch._C._TorchDispatchModeKey
+    return torch._C._get_dispatch_mode(key.PROXY) is not None or torch._C._get_dispatch_mode(key.FAKE) is not None
+
+
+def is_jit_tracing() -> bool:
+    """Return True under `torch.jit.trace`."""
+    return torch._C._get_tracing_state() is not None
+
+
+# Batches of torch.autograd.grad with is_grads_batched, which are not those of torch.func.vmap
+
+is_legacy_batch: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+add_batch_axis: Callable[[torch.Tensor, int, int], torch.Tensor] = torch._add_batch_dim
+remove_batch_axis: Callable[[torch.Tensor, int, int, int], torch.Tensor] = torch._remove_batch_dim
+
+
+def legacy_batch_level() -> int:
+    """Return the number of such batches that are active."""
+    level: int = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+# Hooks on saved tensors
+
+saved_tensor_hooks_refusal: Callable[[], str | None] = (
+    torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
+)
+"""Return the reason why hooks on saved tensors are disabled, None if they are allowed."""
+allow_saved_tensor_hooks: Callable[[], None] = torch._C._autograd._saved_tensors_hooks_enable
+refuse_saved_tensor_hooks: Callable[[str], None] = torch._C._autograd._saved_tensors_hooks_disable
+top_saved_tensor_hooks: Callable[[bool], Any] | None = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)
+"""Return the innermost pair of hooks on saved tensors, None if there is none. Older releases lack this function."""
+
+
+# The compiler, whose modules take seconds to load
+
+
+def configure_compiler() -> None:
+    """Set up torch.compile for right-hand sides. Loads torch's compiler."""
+    from torch import _dynamo, _functorch
+
+    # Run a piece that cannot be compiled as it is. Calling all of f again would repeat exchanges between ranks.
+    _dynamo.config.suppress_errors = True
+    # A graph is used twice if products with respect to state and parameters are computed separately.
+    _functorch.config.donated_buffer = False
+
+
+def find_cpp_compiler() -> None:
+    """Raise an error if torch's compiler finds no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    get_cpp_compiler()
