@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import cftime
 import numpy as np
 import numpy.typing as npt
+
+from pnode_dist.errors import ConfigurationError
+
+try:
+    import cftime
+except ModuleNotFoundError:
+    raise ConfigurationError("dates of all calendars need cftime: pip install 'pnode-dist[data]'") from None
 
 Array = npt.NDArray[Any]
 

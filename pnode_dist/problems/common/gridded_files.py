@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
+import xarray
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.calendar import calendar_of, numbers_of, time_label
@@ -23,11 +24,6 @@ from pnode_dist.problems.common.cf_axes import Axes, Role, find_axes, shape_of
 from pnode_dist.problems.common.gridded import Axis, Coordinate, GriddedData, Piece, Variable
 from pnode_dist.problems.common.levels import ALL_LEVELS, LevelChoice, chosen_levels, label_of
 from pnode_dist.problems.common.paths import resolve_paths
-
-try:
-    import xarray
-except ModuleNotFoundError:
-    raise ConfigurationError("gridded data need xarray and h5netcdf: pip install 'pnode-dist[data]'") from None
 
 Array = npt.NDArray[Any]
 
