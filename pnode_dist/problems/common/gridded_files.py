@@ -163,7 +163,9 @@ def _variable(dataset: xarray.Dataset, name: str, label: str) -> xarray.DataArra
     if array.dtype.kind not in "fiu":
         raise ConfigurationError(f"[problem] variable = {name!r}: holds {array.dtype}, must hold numbers")
     if 0 in array.shape:
-        raise ConfigurationError(f"[problem] variable = {name!r}: has the dimensions {shape_of(array)}: is empty")
+        raise ConfigurationError(
+            f"[problem] variable = {name!r}: has the dimensions {shape_of(array)} in {label}: is empty"
+        )
     return array
 
 
@@ -212,7 +214,10 @@ def _axis(variable: xarray.DataArray, role: Role, axes: Axes) -> Axis:
     if name is None:
         return Axis(str(dimension), np.arange(variable.sizes[dimension]), {}, given=False)
     coordinate = variable.coords[name]
-    return Axis(str(dimension), coordinate.to_numpy(), _attributes(coordinate), given=True, coordinate=name)
+    values: Array = coordinate.to_numpy()
+    # Libraries hold text in several ways.
+    values = values.astype(str) if values.dtype.kind in "OT" else values
+    return Axis(str(dimension), values, _attributes(coordinate), given=True, coordinate=name)
 
 
 def _attributes(coordinate: xarray.DataArray) -> dict[str, Any]:

@@ -333,7 +333,11 @@ def test_descending_axes_and_levels_keep_their_values(tmp_path: Path, mesh: Mesh
     assert found.level.attrs["units"] == "hPa"
     wanted = data.sst.isel(time=TRAINING).sel(level=[200, 850])
     np.testing.assert_allclose(found.truth[0, 0], wanted.transpose("lat", "lon", "level"), rtol=1e-6)
-    (tmp_path / "one").mkdir()
+    named = data.assign_coords(level=["low", "middle", "high"])
+    for name in ("named", "one"):
+        (tmp_path / name).mkdir()
+    found = evaluated(tmp_path / "named", mesh, named, problem={"level": ["high", "low"]})
+    assert list(found.level.to_numpy()) == ["high", "low"]
     one = evaluated(tmp_path / "one", mesh, data, problem={"level": 500})
     assert one.forecast.dims == ("start", "lead", "lat", "lon")
     assert float(one.level) == 500.0
