@@ -105,6 +105,7 @@ def test_figures_and_baselines_leave_missing_months_out(tmp_path: Path, mesh: Me
     with torch.no_grad():
         table = problem.evaluate(problem.model, tmp_path)
         figures = problem.validation(problem.model)
+    assert table["missing"] == "3 of 30 times, and 0 single values at others"
     data = xarray.open_dataset(tmp_path / "forecast.h5", engine="h5netcdf")
     starts = [start for start in range(TRAINING - 1, TIMES - 3) if start != LATE]
     np.testing.assert_array_equal(
