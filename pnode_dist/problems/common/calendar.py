@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import cftime
 import numpy as np
 import numpy.typing as npt
+
+from pnode_dist.errors import ConfigurationError
+
+try:
+    import cftime
+except ModuleNotFoundError:
+    raise ConfigurationError("dates of all calendars need cftime: pip install 'pnode-dist[data]'") from None
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +57,8 @@ def numbers_of(stamps: Array) -> Array:
     if calendar is None:
         return stamps.astype(np.float64)
     if calendar == GREGORIAN and stamps.dtype.kind == "M":
-        elapsed = (stamps - _EPOCH) / np.timedelta64(1, "s")
+        # In the stamps' own resolution: in nanoseconds, dates before 1678 would overflow without a word.
+        elapsed = (stamps - _EPOCH.astype(stamps.dtype)) / np.timedelta64(1, "s")
     else:
         elapsed = np.asarray(cftime.date2num(stamps, "seconds since 2000-01-01", calendar), dtype=np.float64)
     years: Array = elapsed / (86400 * days_per_year(calendar))
@@ -65,9 +72,10 @@ def between(first: Any, last: Any, count: int) -> Array:
         inner = [first + span * number / (count + 1) for number in range(1, count + 1)]
         return np.array(inner, dtype=object)
     if isinstance(first, np.datetime64):
-        whole = span.astype("timedelta64[ns]").astype(np.int64)
+        unit = "ns" if first.dtype == np.dtype("M8[ns]") else "us"
+        whole = int(span.astype(f"m8[{unit}]").astype(np.int64))
         steps = np.array([whole * number // (count + 1) for number in range(1, count + 1)])
-        return np.asarray(first + steps.astype("timedelta64[ns]"))
+        return np.asarray(first + steps.astype(f"m8[{unit}]"))
     return np.asarray(float(first) + float(span) * np.arange(1, count + 1) / (count + 1))
 
 

@@ -11,12 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import cf_xarray  # noqa: F401  # registers the accessor `cf`
 import numpy as np
-import xarray
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.calendar import calendar_of
+
+try:
+    import cf_xarray  # noqa: F401  # registers the accessor `cf`
+    import xarray
+except ModuleNotFoundError as error:
+    raise ConfigurationError(f"gridded data need {error.name}: pip install 'pnode-dist[data]'") from None
 
 Role = Literal["time", "y", "x", "level"]
 ROLES: tuple[Role, ...] = ("time", "y", "x", "level")

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import xarray
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.cf_axes import Axes, shape_of
+
+if TYPE_CHECKING:
+    import xarray
 
 Array = npt.NDArray[Any]
 Range = tuple[int, int]

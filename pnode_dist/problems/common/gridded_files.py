@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
+import xarray
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.calendar import calendar_of, numbers_of, time_label
@@ -23,11 +24,6 @@ from pnode_dist.problems.common.cf_axes import Axes, Role, find_axes, shape_of
 from pnode_dist.problems.common.gridded import Axis, Coordinate, GriddedData, Piece, Variable
 from pnode_dist.problems.common.levels import ALL_LEVELS, LevelChoice, chosen_levels, label_of
 from pnode_dist.problems.common.paths import resolve_paths
-
-try:
-    import xarray
-except ModuleNotFoundError:
-    raise ConfigurationError("gridded data need xarray and h5netcdf: pip install 'pnode-dist[data]'") from None
 
 Array = npt.NDArray[Any]
 
@@ -167,7 +163,9 @@ def _variable(dataset: xarray.Dataset, name: str, label: str) -> xarray.DataArra
     if array.dtype.kind not in "fiu":
         raise ConfigurationError(f"[problem] variable = {name!r}: holds {array.dtype}, must hold numbers")
     if 0 in array.shape:
-        raise ConfigurationError(f"[problem] variable = {name!r}: has the dimensions {shape_of(array)}: is empty")
+        raise ConfigurationError(
+            f"[problem] variable = {name!r}: has the dimensions {shape_of(array)} in {label}: is empty"
+        )
     return array
 
 
@@ -216,7 +214,10 @@ def _axis(variable: xarray.DataArray, role: Role, axes: Axes) -> Axis:
     if name is None:
         return Axis(str(dimension), np.arange(variable.sizes[dimension]), {}, given=False)
     coordinate = variable.coords[name]
-    return Axis(str(dimension), coordinate.to_numpy(), _attributes(coordinate), given=True, coordinate=name)
+    values: Array = coordinate.to_numpy()
+    # Libraries hold text in several ways.
+    values = values.astype(str) if values.dtype.kind in "OT" else values
+    return Axis(str(dimension), values, _attributes(coordinate), given=True, coordinate=name)
 
 
 def _attributes(coordinate: xarray.DataArray) -> dict[str, Any]:

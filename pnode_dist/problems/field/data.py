@@ -125,6 +125,12 @@ class Field:
         known, complete = self.counts.sum(dim=-1) > 0, self.complete
         return [start for start in candidates if complete[start] and known[start + 1 : start + 1 + steps].any()]
 
+    def missing(self) -> str:
+        """How much is missing inside, for people."""
+        whole = int((self.counts.sum(dim=-1) == 0).sum())
+        single = int((self.cells - self.counts[self.counts.sum(dim=-1) > 0]).sum())
+        return f"{whole} of {len(self.time)} times, and {single} single values at others"
+
     def climatology(self) -> torch.Tensor:
         """For each time, the mean of the same season (calendar month) over the training part; shaped like `values`.
 

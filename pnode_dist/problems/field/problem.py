@@ -205,6 +205,8 @@ class FieldProblem:
             "forecasts": f"{len(batch.starts)} starts, {time.label(batch.starts[0])} to {time.label(batch.starts[-1])}",
             "rmse": rows,
         }
+        if self.field.present is not None:
+            result["missing"] = self.field.missing()
         if self.field.channels > 1:
             result["channels"] = self._by_channel(squares, terms)
         self._write(forecast, batch, run_directory)

@@ -116,6 +116,7 @@ def test_figures_and_baselines_leave_missing_months_out(tmp_path: Path, mesh: Me
     with torch.no_grad():
         table = problem.evaluate(problem.model, tmp_path)
         figures = problem.validation(problem.model)
+    assert table["missing"] == "3 of 30 times, and 0 single values at others"
     data = xarray.open_dataset(tmp_path / "forecast.h5", engine="h5netcdf")
     starts = [start for start in range(TRAINING - 1, TIMES - 3) if start != LATE]
     np.testing.assert_array_equal(
@@ -344,7 +345,11 @@ def test_descending_axes_and_levels_keep_their_values(tmp_path: Path, mesh: Mesh
     assert found.level.attrs["units"] == "hPa"
     wanted = data.sst.isel(time=TRAINING).sel(level=[200, 850])
     np.testing.assert_allclose(found.truth[0, 0], wanted.transpose("lat", "lon", "level"), rtol=1e-6)
-    (tmp_path / "one").mkdir()
+    named = data.assign_coords(level=["low", "middle", "high"])
+    for name in ("named", "one"):
+        (tmp_path / name).mkdir()
+    found = evaluated(tmp_path / "named", mesh, named, problem={"level": ["high", "low"]})
+    assert list(found.level.to_numpy()) == ["high", "low"]
     one = evaluated(tmp_path / "one", mesh, data, problem={"level": 500})
     assert one.forecast.dims == ("start", "lead", "lat", "lon")
     assert float(one.level) == 500.0

@@ -64,6 +64,13 @@ def test_times_between_others_divide_the_span_evenly() -> None:
     np.testing.assert_array_equal(between(1, 4, 2), [2.0, 3.0])
 
 
+@pytest.mark.parametrize("resolution", ["s", "ms", "us"])
+def test_dates_that_nanoseconds_cannot_hold_are_right(resolution: str) -> None:
+    stamps = np.array(["0001-01-16", "0001-02-16", "0001-03-16"], dtype=f"M8[{resolution}]")
+    np.testing.assert_allclose(numbers_of(stamps), [-1998.958, -1998.873, -1998.796], atol=2e-3)
+    np.testing.assert_array_equal(between(stamps[0], stamps[2], 1), stamps[0] + (stamps[2] - stamps[0]) // 2)
+
+
 @pytest.mark.parametrize("stamp", [months()[1], dates("noleap")[1], np.asarray(dates("noleap")[1])])
 def test_labels_show_as_much_of_a_date_as_steps_tell_apart(stamp: object) -> None:
     shown = [time_label(stamp, name) for name in ("years", "months", "days", "steps")]

@@ -1,11 +1,14 @@
 """What the tables [problem] and [model] of a field problem refuse before any file is opened."""
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from pnode_dist.config.load import load
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.problems.field.config import FieldConfig
 
 BASE = """
 [problem]
@@ -55,3 +58,11 @@ def test_the_shipped_configuration_is_valid() -> None:
     shipped = load(Path(__file__).parents[4] / "launch" / "configs" / "sea_surface.toml")
     assert shipped.problem.validation == 12
     assert shipped.evaluation.leads == (1, 2, 3, 4, 5, 6)
+
+
+def test_the_table_in_the_readme_is_valid() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    block = next(text for text in re.findall(r"```toml\n(.*?)```", readme, re.DOTALL) if "tas_*.nc" in text)
+    table = FieldConfig.model_validate(tomllib.loads(block)["problem"])
+    assert table.variables == ("tas", "ps")
+    assert table.level == 500
