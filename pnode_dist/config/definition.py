@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from pnode_dist.config.tables import Config, Table
 from pnode_dist.errors import ConfigurationError
 
+_BASES = {"problem": "ProblemTable", "model": "ModelTable"}
 Build = Callable[..., Any]
 """`build(config, mesh, dtype)` returns the problem, as `pnode_dist.train.problem.Problem`. Collective on the world."""
 
@@ -66,8 +67,8 @@ def _strict(name: str, table: str, given: Any) -> type[BaseModel]:
     """The class, refusing unknown keys and changes; `[problem]` also has the key `type`."""
     if not (isinstance(given, type) and issubclass(given, BaseModel)):
         raise ConfigurationError(
-            f"{name}: the class for [{table}] is {given!r}: must be a pydantic model, such as a subclass of "
-            "pnode_dist.ProblemTable"
+            f"{name}: the class for [{table}] is {getattr(given, '__qualname__', repr(given))}: must be a pydantic "
+            f"model, such as a subclass of pnode_dist.{_BASES.get(table, 'config.tables.Table')}"
         )
     config = given.model_config
     if config.get("extra") != "forbid" or not config.get("frozen"):

@@ -55,7 +55,8 @@ def _sentence(details: ErrorDetails, schema: Schema) -> str:
             tables = [f"[{name}]" for name in schema["properties"]]
             return f"unknown table [{names[0]}]{_near(f'[{names[0]}]', tables)}: must be one of {', '.join(tables)}"
         keys = list(table["properties"])
-        return f"[{names[0]}] unknown key {names[1]}{_near(names[1], keys)}: must be one of {', '.join(keys)}"
+        hint = _near(names[1], keys) or _elsewhere(names[1], schema)
+        return f"[{names[0]}] unknown key {names[1]}{hint}: must be one of {', '.join(keys)}"
     if len(names) == 1:
         state = "is missing" if kind == "missing" else f"= {_shown(value)}: must be a table"
         return f"[{names[0]}] {state}"
@@ -85,6 +86,12 @@ def _rule(details: ErrorDetails, allowed: str) -> str:
 def _near(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _elsewhere(key: str, schema: Schema) -> str:
+    """A hint at the table that has a key."""
+    tables = [name for name in schema["properties"] if key in _table(schema, name).get("properties", {})]
+    return f" (it is a key of {' and '.join(f'[{name}]' for name in tables)})" if tables else ""
 
 
 def _shown(value: Any) -> str:

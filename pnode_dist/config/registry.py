@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -56,6 +57,8 @@ def resolve(kind: str, directory: Path) -> Registered:
     problem.
     """
     if ":" not in kind:
+        if kind.endswith(".py") or "/" in kind:
+            raise ConfigurationError(f"{kind} must be followed by a colon and a class, such as ./mine.py:MyProblem")
         return _registered(kind)
     place, _, name = kind.rpartition(":")
     if not name.isidentifier():
@@ -74,17 +77,21 @@ def resolve(kind: str, directory: Path) -> Registered:
 def _registered(name: str) -> Registered:
     entries = installed()
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        known = ", ".join(entries) or "none, as the package is not installed"
         raise ConfigurationError(
-            f"unknown problem{hint}: must be one of {', '.join(entries) or 'none, as the package is not installed'}, "
-            "or a class such as ./mine.py:MyProblem or my_package.my_module:MyProblem"
+            f"unknown problem{_near(name, entries)}: must be one of {known}, or a class such as ./mine.py:MyProblem or "
+            "my_package.my_module:MyProblem"
         )
     entry = entries[name]
     module = _module(entry.module)
     found = _attribute(module, entry.attr, entry.module)
     path = Path(module.__file__) if module.__file__ and not _is_own(module) else None
     return Registered(name, definition_of(found, name), path)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _is_own(module: ModuleType) -> bool:
@@ -107,7 +114,8 @@ def _module(name: str) -> ModuleType:
 def _module_of_file(path: Path) -> ModuleType:
     """Import a file under a name of its own, once; modules beside it can be imported from it."""
     if not path.is_file():
-        raise ConfigurationError(f"there is no file {path}")
+        beside = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise ConfigurationError(f"there is no file {path}{_near(path.name, beside)}")
     name = f"pnode_dist_problem_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -132,9 +140,7 @@ def _attribute(module: ModuleType, name: str, place: str) -> Any:
     found = getattr(module, name, None)
     if found is None:
         classes = [key for key, value in vars(module).items() if hasattr(value, "problem_definition")]
-        near = difflib.get_close_matches(name, classes, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigurationError(f"{place} has no {name}{hint}")
+        raise ConfigurationError(f"{place} has no {name}{_near(name, classes)}")
     return found
 
 

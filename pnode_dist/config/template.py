@@ -23,7 +23,7 @@ def template(kind: str, run: type[Config]) -> str:
     """A commented configuration of the problem, in TOML.
 
     A registered problem has the values of the file `configs/NAME.toml` in its package. Other required keys have the
-    least value that is allowed, and all other keys their defaults, as comments.
+    least allowed value, and all other keys their defaults, as comments.
     """
     text = example(kind) or ""
     given = tomllib.loads(text)
@@ -34,7 +34,7 @@ def template(kind: str, run: type[Config]) -> str:
         properties = resolved(schema["properties"][table.name], schema)["properties"]
         lines += ["", f"[{table.name}]"]
         for key in table.keys:
-            lines += ["", *_comment(_described(key))] if key.description else [""]
+            lines += ["", *_comment(_described(key))]
             lines.append(_line(table.name, key, kind, given.get(table.name, {}), properties[key.name], schema))
     return "\n".join(lines) + "\n"
 
@@ -50,7 +50,7 @@ def example(kind: str) -> str | None:
 
 def _described(key: Key) -> str:
     state = " Required." if key.required else ""
-    return f"{key.description} ({key.allowed}){state}"
+    return f"{key.description} ({key.allowed}){state}".strip()
 
 
 def _comment(text: str) -> list[str]:
@@ -78,7 +78,7 @@ def _line(
 
 
 def _least(part: Mapping[str, Any], schema: Mapping[str, Any]) -> Any:
-    """The least value that a JSON schema allows; for strings without examples the empty one."""
+    """The least value that a JSON schema allows, or its first choice; 1 for numbers without a bound."""
     part = resolved(part, schema)
     if "anyOf" in part:
         part = resolved(part["anyOf"][0], schema)
