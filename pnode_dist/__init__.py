@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pnode_dist.problems.common.forecast_data import SplitData as SplitData
     from pnode_dist.problems.common.forecast_data import TrajectoryData as TrajectoryData
     from pnode_dist.problems.common.forecast_problem import ForecastProblem as ForecastProblem
-    from pnode_dist.problems.common.forecast_problem import ForecastTable as ForecastTable
+    from pnode_dist.problems.common.tables import ForecastTable as ForecastTable
     from pnode_dist.problems.common.trainable import TrainableProblem as TrainableProblem
     from pnode_dist.system.allocator import keep_freed_memory as keep_freed_memory
     from pnode_dist.train.callbacks import Callback as Callback
@@ -53,7 +53,7 @@ _PUBLIC = {
     "DensePartition": "pnode_dist.partition.dense",
     "DisagreementError": "pnode_dist.errors",
     "ForecastProblem": "pnode_dist.problems.common.forecast_problem",
-    "ForecastTable": "pnode_dist.problems.common.forecast_problem",
+    "ForecastTable": "pnode_dist.problems.common.tables",
     "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",
     "Mesh": "pnode_dist.distributed.mesh",

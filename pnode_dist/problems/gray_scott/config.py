@@ -8,16 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive
+from pnode_dist.problems.common.tables import ComputedTable, Layers
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Points = Annotated[int, Field(ge=3, strict=True)]
-Layers = Annotated[int, Field(ge=2, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,12 @@ class GrayScottParameters:
     domain: tuple[float, float] = (2.5, 2.5)
 
 
-class GrayScottConfig(BaseModel):
+class GrayScottConfig(ComputedTable):
     """The table `[problem]` with `type = "gray_scott"`: trajectories computed from the equations, to learn them from.
 
     Times are in the units of the equations, see `GrayScottParameters`. A sample is the state at one time, and samples
     of a trajectory are `interval` apart, the first at time 0.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["gray_scott"]
     shape: tuple[Points, Points]
@@ -54,28 +49,10 @@ class GrayScottConfig(BaseModel):
     """Diffusion coefficients of u and of v."""
     feed: NotNegative = GrayScottParameters.feed
     kill: NotNegative = GrayScottParameters.kill
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds the initial states, and nothing else."""
-    trajectories: Count
-    """Trajectories to learn from."""
-    validation: Count
-    """Further trajectories, from other initial states, that nothing is learnt from."""
-    times: Times
-    """Samples of each trajectory, with the initial state."""
     interval: Positive
     """Time between samples."""
-    window: Count
-    """How many samples ahead of its start a training window reaches."""
     processes: tuple[Count, Count] | None = None
     """Ranks along y and along x; by default the split with the shortest inner edges."""
-
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
 
     @property
     def parameters(self) -> GrayScottParameters:
@@ -83,10 +60,8 @@ class GrayScottConfig(BaseModel):
         return GrayScottParameters(self.diffusion, self.feed, self.kill, self.domain)
 
 
-class GrayScottModelConfig(BaseModel):
+class GrayScottModelConfig(ModelTable):
     """The table `[model]` of a Gray-Scott problem: the convolutional right-hand side."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     channels: Count = 16
     """Channels between the layers."""
