@@ -24,8 +24,10 @@ class ComputedProblem(ForecastProblem):
     the dimensions trajectory, time and those of the data; a channel that they do not name is left out.
     """
 
-    stored_as: ClassVar[Mapping[str, str]] = {"model": "forecast"}
-    """The forecasts that the file holds, and their names in it."""
+    model_variable: ClassVar[str] = "forecast"
+    """The name of the model's forecasts in the file."""
+    stores_baselines: ClassVar[bool] = True
+    """Whether the file also holds the forecasts that the model is compared with."""
     file_dtype: ClassVar[type[np.floating[Any]]] = np.float32
 
     def sample_times(self) -> Sequence[float]:
@@ -87,7 +89,11 @@ class ComputedProblem(ForecastProblem):
         data = self.description
         axis = data.dimensions[-1]
         named = {axis: Variable((axis,), np.array(list(data.names)))} if data.names else {}
-        stored = {name: self.stored(forecasts[key], batch) for key, name in self.stored_as.items()}
+        kept = forecasts if self.stores_baselines else {"model": forecasts["model"]}
+        stored = {
+            self.model_variable if name == "model" else name: self.stored(values, batch)
+            for name, values in kept.items()
+        }
         own = {"time": Variable(("time",), np.asarray(data.times)), "truth": self.stored(batch.targets, batch)}
         write_dataset(path, {**named, **coordinates(data), **own, **stored, **variables}, self.mesh)
 
@@ -125,6 +131,18 @@ class EnsembleProblem(ComputedProblem):
         partition = self.held_out.partition
         part: torch.Tensor = torch.as_tensor(whole)[1:, None][(..., *partition.owned_slices(partition.comm.rank))]
         return part
+
+    def write(
+        self,
+        path: Path,
+        forecasts: Mapping[str, torch.Tensor],
+        batch: Windows,
+        variables: Mapping[str, Variable],
+    ) -> None:
+        """Write `forecast.h5`, with the units of the errors and further `variables`. Collective on the world."""
+        scaling = self._parts.scaling
+        scale = Variable(("component",), self.moments[1] if scaling is None else scaling.scale)
+        super().write(path, forecasts, batch, {"scale": scale, **variables})
 
     def gradcheck_starts(self) -> list[Start]:
         """The first and the last window."""

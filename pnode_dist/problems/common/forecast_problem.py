@@ -290,19 +290,24 @@ class ForecastProblem(TrainableProblem):
 
     # Forecasts
 
-    def rollouts(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
-        """Forecasts `[lead, start, *local_shape]` of what is held out, and what they are to be, both in float64."""
+    def held_out_windows(self, dtype: torch.dtype) -> Windows:
+        """The windows that are forecast: whole trajectories, or of a single one all that reach the longest lead."""
         held_out = self.held_out
         steps = max(self.leads) if self.is_split_in_time else held_out.length - 1
         starts: list[Start] = [start for start in held_out.starts(steps) if self.is_split_in_time or start[1] == 0]
         if not starts:
             raise ConfigurationError(f"{self._of('load_data')}: no state that is held out is complete at its start")
-        size = self.config.training.batch_size
+        return windows(held_out, starts, steps, dtype)
+
+    def rollouts(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
+        """Forecasts `[lead, start, *local_shape]` of what is held out, and what they are to be, both in float64."""
+        batch, size = self.held_out_windows(torch.float64), self.config.training.batch_size
+        steps = len(batch.targets)
         parts = [
-            model(windows(held_out, starts[first : first + size], steps, self.dtype)).detach().double()
-            for first in range(0, len(starts), size)
+            model(windows(batch.samples, batch.starts[first : first + size], steps, self.dtype)).detach().double()
+            for first in range(0, len(batch.starts), size)
         ]
-        return torch.cat(parts, dim=1), windows(held_out, starts, steps, torch.float64)
+        return torch.cat(parts, dim=1), batch
 
     def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
         """Forecasts that the model is to beat, shaped like the targets of `batch`."""
@@ -416,11 +421,15 @@ class ForecastProblem(TrainableProblem):
         batch = windows(self.samples, self.gradcheck_starts(), self.settings.window, self.dtype)
 
         def loss(state: torch.Tensor) -> torch.Tensor:
-            return self.loss(self.model, dataclasses.replace(batch, initial=state))
+            return self.gradcheck_loss(dataclasses.replace(batch, initial=state))
 
         return GradcheckCase(
             batch.initial.clone().requires_grad_(), loss, tuple(self.model.parameters()), self.partition
         )
+
+    def gradcheck_loss(self, batch: Windows) -> torch.Tensor:
+        """This rank's share of the loss that the gradient check differentiates. Collective on the world."""
+        return self.loss(self.model, batch)
 
     def gradcheck_starts(self) -> list[Start]:
         """The starts of the windows of `gradcheck_case`: the first one."""

@@ -30,6 +30,7 @@ class GrayScottProblem(ComputedProblem):
     config: GrayScottRun
     partition: GridPartition
     normalised = True
+    stores_baselines = False
 
     def build_partition(self) -> GridPartition:
         """Blocks of the grid. Collective on the state ranks."""

@@ -8,15 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive
+from pnode_dist.problems.common.tables import ComputedTable
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,12 @@ class PendulumParameters:
     wind: float = 2.0
 
 
-class PendulumConfig(BaseModel):
+class PendulumConfig(ComputedTable):
     """The table `[problem]` with `type = "pendulum"`: trajectories computed from the forces, to learn the forces from.
 
     See `PendulumParameters`. A sample is the state at one time, and samples of a trajectory are `interval` seconds
     apart, the first at time 0.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["pendulum"]
     length: Positive = PendulumParameters.length
@@ -51,26 +47,8 @@ class PendulumConfig(BaseModel):
     """Initial angles from the downward rest are drawn uniformly up to this one on either side, in radians."""
     largest_speed: NotNegative = 2.0
     """Initial speeds are drawn uniformly up to this one in either direction, in m/s."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds the initial states, and nothing else."""
-    trajectories: Count
-    """Trajectories to learn from."""
-    validation: Count
-    """Further trajectories, from other initial states, that nothing is learnt from."""
-    times: Times
-    """Samples of each trajectory, with the initial state."""
     interval: Positive
     """Seconds between samples."""
-    window: Count
-    """How many samples ahead of its start a training window reaches."""
-
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
 
     @property
     def parameters(self) -> PendulumParameters:
@@ -78,10 +56,8 @@ class PendulumConfig(BaseModel):
         return PendulumParameters(self.length, self.gravity, self.drag, self.wind)
 
 
-class PendulumModelConfig(BaseModel):
+class PendulumModelConfig(ModelTable):
     """The table `[model]` of a pendulum problem: the perceptron in place of the forces."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (24, 24)
     """Units of each hidden layer."""

@@ -7,28 +7,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive, Table
 from pnode_dist.ode import methods
+from pnode_dist.problems.common.tables import ComputedTable, Times
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Concentrations = tuple[NotNegative, NotNegative, NotNegative]
 RATES = (0.04, 3.0e7, 1.0e4)
 
 
-class RobertsonConfig(BaseModel):
+class RobertsonConfig(ComputedTable):
     """The table `[problem]` with `type = "robertson"`: trajectories computed from the reactions, to learn them from.
 
     dy1/dt = -k1 y1 + k3 y2 y3, dy2/dt = k1 y1 - k2 y2^2 - k3 y2 y3, dy3/dt = k2 y2^2 (H. H. Robertson 1966; E. Hairer,
     G. Wanner: Solving Ordinary Differential Equations II, section IV.1). All is dimensionless. The samples of a
     trajectory are spaced evenly in the logarithm of time.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["robertson"]
     rates: tuple[Positive, Positive, Positive] = RATES
@@ -42,15 +38,9 @@ class RobertsonConfig(BaseModel):
     lowest: Concentrations = (0.5, 0.0, 0.0)
     """Initial concentrations at time 0 are drawn uniformly between these and those of `highest`."""
     highest: Concentrations = (1.0, 5.0e-5, 0.5)
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds the initial concentrations, and nothing else."""
-    trajectories: Count
-    """Trajectories to learn from."""
     validation: Count
     """Further trajectories that nothing is learnt from: the first from (1, 0, 0), as Robertson's problem is posed, the
     others from initial concentrations drawn like those of the training trajectories."""
-    window: Count
-    """How many samples ahead of its start a training window reaches."""
 
     @field_validator("last")
     @classmethod
@@ -68,19 +58,9 @@ class RobertsonConfig(BaseModel):
             raise ValueError(f"must be at least {list(lowest)}, the lowest")
         return value
 
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
 
-
-class RobertsonModelConfig(BaseModel):
+class RobertsonModelConfig(ModelTable):
     """The table `[model]` of a Robertson problem: the perceptron in the right-hand side."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (6, 6, 6, 6, 6)
     """Units of each hidden layer."""
@@ -95,10 +75,8 @@ def _adaptive(name: str) -> str:
     return name
 
 
-class RivalConfig(BaseModel):
+class RivalConfig(Table):
     """The table `[rival]`: the explicit method with error control by which `evaluate` solves the trained model too."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: Annotated[StrictStr, AfterValidator(_adaptive)] = "dopri5"
     rtol: Positive = 1e-6
