@@ -9,16 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive
+from pnode_dist.problems.common.tables import ComputedTable, Layers
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Points = Annotated[int, Field(ge=8, strict=True)]
-Layers = Annotated[int, Field(ge=2, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -35,38 +32,18 @@ class LineEquation:
     waves: int
 
 
-class LineConfig(BaseModel):
+class LineConfig(ComputedTable):
     """What the tables `[problem]` of both equations hold: trajectories that are computed, to learn them from.
 
     A sample is the state at one time, and samples of a trajectory are `interval` apart.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     points: Points
     """Points of the grid."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seeds the initial states, and nothing else."""
-    trajectories: Count
-    """Trajectories to learn from."""
-    validation: Count
-    """Further trajectories, from other initial states, that nothing is learnt from."""
-    times: Times
-    """Samples of each trajectory, with the first."""
     interval: Positive
     """Time between samples."""
-    window: Count
-    """How many samples ahead of its start a training window reaches."""
     spin_up: NotNegative
     """Time from the initial state to the first sample."""
-
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
 
     @property
     def equation(self) -> LineEquation:
@@ -114,10 +91,8 @@ class BurgersConfig(LineConfig):
         return LineEquation("viscous Burgers", self.length, self.viscosity, 0.0, 4)
 
 
-class SemilinearModelConfig(BaseModel):
+class SemilinearModelConfig(ModelTable):
     """The table `[model]` of both problems: the convolutional part of the right-hand side."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     channels: Count = 16
     """Channels between the layers."""
