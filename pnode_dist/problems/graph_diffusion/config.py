@@ -8,16 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationInfo, field_validator
+from pydantic import Field, StrictStr, field_validator
 
-from pnode_dist.config.tables import ForecastRun
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive
+from pnode_dist.problems.common.tables import ComputedTable, Seed
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Nodes = Annotated[int, Field(ge=4, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,12 @@ class DiffusionParameters:
     conductivity: tuple[float, float] = (0.005, 0.04)
 
 
-class GraphDiffusionConfig(BaseModel):
+class GraphDiffusionConfig(ComputedTable):
     """The table `[problem]` with `type = "graph_diffusion"`: trajectories computed from the equations, to learn from.
 
     See `DiffusionParameters`. A sample is the state at one time, and samples of a trajectory are `interval` apart, the
     first at time 0.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["graph_diffusion"]
     nodes: Nodes
@@ -48,18 +43,8 @@ class GraphDiffusionConfig(BaseModel):
     ownership: StrictStr = "bisection"
     """How the nodes are split over the state ranks: `bisection`, `contiguous`, or a partitioner of PETSc's."""
     conductivity: tuple[NotNegative, NotNegative] = DiffusionParameters.conductivity
-    seed: Seed = 0
-    """Seeds the initial states, and nothing else."""
-    trajectories: Count
-    """Trajectories to learn from."""
-    validation: Count
-    """Further trajectories, from other initial states, that nothing is learnt from."""
-    times: Times
-    """Samples of each trajectory, with the initial state."""
     interval: Positive
     """Time between samples."""
-    window: Count
-    """How many samples ahead of its start a training window reaches."""
 
     @field_validator("conductivity")
     @classmethod
@@ -68,24 +53,14 @@ class GraphDiffusionConfig(BaseModel):
             raise ValueError("must not be zero altogether, or nothing changes")
         return value
 
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
-
     @property
     def parameters(self) -> DiffusionParameters:
         """The equations' own."""
         return DiffusionParameters(self.conductivity)
 
 
-class GraphDiffusionModelConfig(BaseModel):
+class GraphDiffusionModelConfig(ModelTable):
     """The table `[model]` of a graph diffusion problem: the perceptron in place of the conductivity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (16, 16)
     """Widths of the hidden layers."""
