@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from pnode_dist.problems.common.forecast_data import SplitData as SplitData
     from pnode_dist.problems.common.forecast_data import TrajectoryData as TrajectoryData
     from pnode_dist.problems.common.forecast_problem import ForecastProblem as ForecastProblem
-    from pnode_dist.problems.common.forecast_problem import ForecastTable as ForecastTable
     from pnode_dist.problems.common.gridded_files import GriddedChoice as GriddedChoice
     from pnode_dist.problems.common.gridded_files import open_gridded as open_gridded
+    from pnode_dist.problems.common.tables import ForecastTable as ForecastTable
     from pnode_dist.problems.common.trainable import TrainableProblem as TrainableProblem
     from pnode_dist.system.allocator import keep_freed_memory as keep_freed_memory
     from pnode_dist.train.callbacks import Callback as Callback
@@ -57,7 +57,7 @@ _PUBLIC = {
     "DensePartition": "pnode_dist.partition.dense",
     "DisagreementError": "pnode_dist.errors",
     "ForecastProblem": "pnode_dist.problems.common.forecast_problem",
-    "ForecastTable": "pnode_dist.problems.common.forecast_problem",
+    "ForecastTable": "pnode_dist.problems.common.tables",
     "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",
     "GriddedChoice": "pnode_dist.problems.common.gridded_files",

@@ -23,7 +23,7 @@ from pnode_dist.ode.methods import Method, resolve
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.rhs.split import SplitFunction
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.common.trajectories import Trajectories, Windows, windows
+from pnode_dist.problems.common.forecast_data import Samples, Windows, windows
 from pnode_dist.problems.semilinear.config import LineEquation, SemilinearModelConfig
 from pnode_dist.problems.semilinear.data import reference
 from pnode_dist.problems.semilinear.equation import Convection, initial_state, linear_stencil
@@ -46,11 +46,13 @@ _OPTIONS = {"snes_type": "ksponly", "ksp_type": "preonly", "pc_type": "lu"}
 
 @dataclass(frozen=True)
 class Subject:
-    """The equation on a line, samples of a trajectory one time unit apart, and a network for its convection."""
+    """The equation on a line, samples of a trajectory one time unit apart in units of `scale`, and a network for its
+    convection."""
 
     equation: LineEquation
     partition: GridPartition
-    data: Trajectories
+    data: Samples
+    scale: float
     network: torch.nn.Module
 
     def function(self, term: torch.nn.Module, samples: int) -> SplitFunction:
@@ -61,7 +63,7 @@ class Subject:
     @property
     def convection(self) -> torch.nn.Module:
         """The equation's own term."""
-        return Convection(self.partition, self.equation.length, self.data.scale)
+        return Convection(self.partition, self.equation.length, self.scale)
 
     def batches(self, dtype: torch.dtype) -> list[Windows]:
         """All windows of one time unit, in batches."""
@@ -86,9 +88,9 @@ def subject(equation: LineEquation = KURAMOTO_SIVASHINSKY, points: int = _POINTS
     initial = torch.from_numpy(initial_state(equation, points, 0))
     samples = reference(equation, initial, _BATCH * _BATCHES + 1, 1.0, spin_up)
     scale = float(samples.square().mean().sqrt())
-    data = Trajectories(samples[None, :, :, None] / scale, scale, 1, 1.0)
+    data = Samples(partition, samples[None, :, :, None] / scale, torch.arange(len(samples), dtype=torch.float64))
     network = learnt_convection(partition, equation.length, scale, SemilinearModelConfig())
-    return Subject(equation, partition, data, network)
+    return Subject(equation, partition, data, scale, network)
 
 
 def run() -> Report:
@@ -130,7 +132,7 @@ def measure(subject: Subject, name: str, step: float | None = None) -> Measured:
     func = subject.function(subject.convection, len(batch.starts))
     solve = NeuralODE(func, method=name, step_size=step, partition=subject.partition, options=_options(method))
     with torch.no_grad():
-        difference = solve(batch.initial, batch.times)[1:] - batch.targets
+        difference = solve(batch.initial, [0.0, 1.0])[1:] - batch.targets
     error = float(difference.norm() / batch.targets.norm())
     per_step = method.stages if method.implicit else method.evaluations_per_step
     return Measured(method, step, per_step / step, error)
@@ -158,7 +160,7 @@ def epochs(subject: Subject, methods: Sequence[Measured]) -> dict[str, float]:
     def epoch(solve: NeuralODE) -> float:
         began = time.perf_counter()
         for batch in batches:
-            loss = (solve(batch.initial, batch.times)[1:] - batch.targets).square().mean()
+            loss = (solve(batch.initial, [0.0, 1.0])[1:] - batch.targets).square().mean()
             torch.autograd.grad(loss, parameters)
         return time.perf_counter() - began
 

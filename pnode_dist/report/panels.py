@@ -1,18 +1,31 @@
-"""What the pictures of all problems share: their style, how the model was learnt, and how they become a file."""
+"""Panels that the pictures of several problems share, their style, and how a picture becomes a file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h5py
+import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pnode_dist.runs import metrics
 
-MODEL_COLOUR = "#c1272d"
+Array = npt.NDArray[Any]
+
+MODEL_COLOUR, TRUTH_COLOUR, OTHER_COLOUR = "#c1272d", "#5b6770", "#1f78b4"
+CURVE: dict[str, Any] = {"color": MODEL_COLOUR, "linewidth": 2.4, "zorder": 3}
+"""The style of the model's errors."""
+PERSISTENCE: dict[str, Any] = {"label": "persistence", "color": TRUTH_COLOUR, "linestyle": "--"}
+TRAINING_MEAN: dict[str, Any] = {"label": "training mean", "color": "#33a02c", "linestyle": "-."}
 _INK = "#2b2b2b"
 STYLE: Any = {
     "font.size": 10,
@@ -29,6 +42,93 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 _LOGARITHMIC = 20
+_DPI = 120
+
+
+@contextmanager
+def report_figure(
+    path: Path, forecast: Path, size: tuple[float, float], pad: float = 0.06, dpi: int = _DPI
+) -> Iterator[tuple[Figure, h5py.File]]:
+    """An empty figure of `size` inches and the open forecast file; then the figure is written to `path`.
+
+    For one rank.
+    """
+    # The style is that of this picture alone, and no display is needed.
+    with matplotlib.rc_context(STYLE), h5py.File(forecast, "r") as file:
+        layout = ConstrainedLayoutEngine(w_pad=pad, h_pad=pad, hspace=0.03, wspace=0.03)
+        figure = Figure(figsize=size, dpi=dpi, layout=layout)
+        yield figure, file
+        save(figure, path)
+
+
+def draw_comparison(
+    figure: Any,
+    draw_one: Callable[..., Any],
+    truth: Array,
+    forecast: Array,
+    titles: Sequence[str],
+    label: str,
+    **colours: Any,
+) -> None:
+    """Truth, rollout and their difference, a row each, with a column for each of some samples.
+
+    `draw_one(axis, values, **colours)` draws the values of one sample and returns what a colour bar can be made of.
+    `label` names the quantity, `colours` are those of truth and rollout.
+    """
+    error = forecast - truth
+    # A few extreme values must not wash out the rest.
+    largest = max(float(np.nanpercentile(np.abs(error), 99.5)), 1e-12)
+    difference = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
+    rows = (("Truth", truth, colours), ("Rollout", forecast, colours), ("Difference", error, difference))
+    grid = GridSpec(len(rows), len(titles), figure=figure)
+    axes = [[figure.add_subplot(grid[row, column]) for column in range(len(titles))] for row in range(len(rows))]
+    for row, (name, values, chosen) in enumerate(rows):
+        images = [draw_one(axis, shown, **chosen) for axis, shown in zip(axes[row], values, strict=True)]
+        axes[row][0].set_ylabel(name, fontsize=11, fontweight="bold")
+        if row == 0:
+            for axis, title in zip(axes[row], titles, strict=True):
+                axis.set_title(title, fontsize=10, fontweight="normal", loc="center")
+        else:
+            beside = [*axes[0], *axes[1]] if row == 1 else axes[row]
+            named, aspect = (label, 28) if row == 1 else ("rollout less truth", 13)
+            figure.colorbar(images[-1], ax=beside, extend="both", label=named, aspect=aspect, pad=0.01)
+
+
+def draw_errors(
+    axis: Axes,
+    times: Array,
+    errors: Mapping[str, Array],
+    curves: Mapping[str, Mapping[str, Any]],
+    error: str = "root mean square error",
+    time: str = "time since the initial state",
+) -> None:
+    """The errors of some forecasts at each time, each in the style of its curve. `error` and `time` name the axes."""
+    for name, style in curves.items():
+        axis.plot(times, errors[name], **style)
+    axis.set_title("Error on all held-out trajectories")
+    axis.set_xlabel(time)
+    axis.set_ylabel(error)
+    axis.set_xlim(0, times[-1])
+    axis.grid(alpha=0.25)
+
+
+def draw_trajectories(
+    axis: Axes, times: Array, truth: Array, points: Sequence[tuple[Array, Mapping[str, Any]]]
+) -> None:
+    """Some trajectories `[time, trajectory]`, the truth as lines and forecasts as points of their styles."""
+    for trajectory in range(truth.shape[1]):
+        label = "truth" if trajectory == 0 else None
+        axis.plot(times, truth[:, trajectory], color=TRUTH_COLOUR, linewidth=1.6, label=label)
+        for values, style in points:
+            named = style if trajectory == 0 else {**style, "label": None}
+            axis.plot(times, values[:, trajectory], linestyle="none", **named)
+    axis.grid(alpha=0.25)
+
+
+def root_mean_squares(errors: Array, axes: tuple[int, ...]) -> Array:
+    """The root mean squares of errors over some axes, in float64."""
+    found: Array = np.sqrt((errors.astype(np.float64) ** 2).mean(axis=axes))
+    return found
 
 
 def draw_training(

@@ -16,15 +16,16 @@ def draw(path: Path, drawing: Callable[[Path], None], mesh: Mesh) -> str:
 
     Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
-
-    def drawn() -> str:
-        if importlib.util.find_spec("matplotlib") is None:
-            return "not drawn, as matplotlib is missing: pip install 'pnode-dist[plot]'"
-        try:
-            drawing(path)
-        except OSError as error:
-            raise write_failure(path, error) from None
-        return str(path)
-
-    said: str = mesh.broadcast_object(agreed(mesh, lambda: drawn() if mesh.is_root else None))
+    said: str = mesh.broadcast_object(agreed(mesh, lambda: render(path, drawing) if mesh.is_root else None))
     return said
+
+
+def render(path: Path, drawing: Callable[[Path], None]) -> str:
+    """Do `drawing(path)` where there is matplotlib; returns the path, or that it is missing. For one rank."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "not drawn, as matplotlib is missing: pip install 'pnode-dist[plot]'"
+    try:
+        drawing(path)
+    except OSError as error:
+        raise write_failure(path, error) from None
+    return str(path)

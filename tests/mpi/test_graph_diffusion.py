@@ -13,8 +13,8 @@ from mpi4py import MPI
 from pnode_dist import Mesh
 from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.common.trajectories import windows
-from pnode_dist.problems.graph_diffusion.problem import GraphDiffusionProblem, build_graph_diffusion
+from pnode_dist.problems.common.forecast_data import windows
+from pnode_dist.problems.graph_diffusion.problem import GraphDiffusionProblem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.graph_diffusion.plain_graph_diffusion import (
@@ -38,15 +38,15 @@ FLUX = "solve.func.flux.message.network."
 @pytest.fixture(scope="module", params=["bisection", "contiguous"])
 def problem(mesh: Mesh, request: pytest.FixtureRequest) -> GraphDiffusionProblem:
     """The small problem, split in two ways."""
-    return build_graph_diffusion(config(problem={"ownership": request.param}), mesh, torch.float64)
+    return GraphDiffusionProblem(config(problem={"ownership": request.param}), mesh, torch.float64)
 
 
 def whole_states(problem: GraphDiffusionProblem) -> torch.Tensor:
     """All trajectories `[trajectory, time, node]` in units of the scale, by scipy from the initial states."""
-    gathered = problem.partition.gather(problem.data.trajectories.values[:, 0])
+    gathered = problem.partition.gather(torch.cat([problem.samples.values, problem.held_out.values])[:, 0])
     initial: torch.Tensor = problem.partition.comm.bcast(gathered)
-    scale = problem.data.trajectories.scale
-    found = [trajectory(problem.data.mesh, scale * state[:, 0].numpy()) / scale for state in initial]
+    scale = problem.physical(torch.ones(())).item()
+    found = [trajectory(problem.nodes, scale * state[:, 0].numpy()) / scale for state in initial]
     return torch.from_numpy(np.stack(found))
 
 
@@ -60,26 +60,26 @@ def leaves(problem: GraphDiffusionProblem) -> dict[str, torch.Tensor]:
 def test_data_and_parameters_are_those_of_the_whole_mesh(problem: GraphDiffusionProblem) -> None:
     states = whole_states(problem)
     assert states.shape == (TRAINING + VALIDATION, TIMES, NODES)
-    own = problem.data.trajectories.values[..., 0]
+    own = torch.cat([problem.samples.values, problem.held_out.values])[..., 0]
     torch.testing.assert_close(own, states[..., problem.partition.owned], rtol=0, atol=1e-8)
     assert states[:TRAINING].square().mean().item() == pytest.approx(1.0, rel=1e-7)
     assert_same_on_all_ranks(problem.model.parameters())
-    assert len(set(MPI.COMM_WORLD.allgather(problem.data.conductivity))) == 1
+    assert len(set(MPI.COMM_WORLD.allgather(problem.conductivity))) == 1
 
 
 def test_loss_and_gradient_are_those_of_the_whole_mesh(problem: GraphDiffusionProblem, mesh: Mesh) -> None:
     model = parallel(problem.model, mesh)
-    share = problem.loss(model, windows(problem.data.trajectories, STARTS, WINDOW, torch.float64))
+    share = problem.loss(model, windows(problem.samples, STARTS, WINDOW, torch.float64))
     share.backward()  # type: ignore[no-untyped-call]
-    gathered = problem.partition.gather(problem.data.trajectories.values)
+    gathered = problem.partition.gather(problem.samples.values)
     states: torch.Tensor = problem.partition.comm.bcast(gathered)[..., 0]
     initial = torch.stack([states[start] for start in STARTS])
     targets = torch.stack(
         [torch.stack([states[number, first + lead] for number, first in STARTS]) for lead in range(1, WINDOW + 1)]
     )
     expected = leaves(problem)
-    conductance = learnt_conductance(expected, problem.data.mesh, problem.data.conductivity)
-    loss = (rollout(problem.data.mesh, initial, WINDOW, conductance) - targets).square().mean()
+    conductance = learnt_conductance(expected, problem.nodes, problem.conductivity)
+    loss = (rollout(problem.nodes, initial, WINDOW, conductance) - targets).square().mean()
     loss.backward()  # type: ignore[no-untyped-call]
     assert mesh.sum(share).item() == pytest.approx(loss.item(), rel=1e-9)
     for name, value in problem.model.named_parameters():
@@ -91,7 +91,7 @@ def test_the_gradient_check_passes_with_the_derivative_of_one_rank(problem: Grap
     result = gradcheck(problem.gradcheck_case(), mesh)
     assert result.failures() == []
     with Mesh(state=1, data=mesh.size) as replicas:
-        one = build_graph_diffusion(config(training={"batch_size": mesh.size}), replicas, torch.float64)
+        one = GraphDiffusionProblem(config(training={"batch_size": mesh.size}), replicas, torch.float64)
         alone = gradcheck(one.gradcheck_case(), replicas)
     assert result.adjoint_derivative == pytest.approx(alone.adjoint_derivative, rel=1e-7)
 
@@ -99,9 +99,9 @@ def test_the_gradient_check_passes_with_the_derivative_of_one_rank(problem: Grap
 def test_the_evaluation_is_that_of_the_whole_mesh(problem: GraphDiffusionProblem, directory: Path) -> None:
     with torch.no_grad():
         table = problem.evaluate(problem.model, directory)
-        states, scale = whole_states(problem)[TRAINING:], problem.data.trajectories.scale
-        conductance = learnt_conductance(leaves(problem), problem.data.mesh, problem.data.conductivity)
-        found = rollout(problem.data.mesh, states[:, 0], TIMES - 1, conductance)
+        states, scale = whole_states(problem)[TRAINING:], problem.physical(torch.ones(())).item()
+        conductance = learnt_conductance(leaves(problem), problem.nodes, problem.conductivity)
+        found = rollout(problem.nodes, states[:, 0], TIMES - 1, conductance)
     for row in table["rmse"]:
         lead = row["lead"]
         for name, candidate in (("model", found[lead - 1]), ("persistence", states[:, 0])):
@@ -117,4 +117,4 @@ def test_the_evaluation_is_that_of_the_whole_mesh(problem: GraphDiffusionProblem
 
 def test_an_unknown_partitioner_is_refused_on_all_ranks(mesh: Mesh) -> None:
     with pytest.raises(ConfigurationError, match=r"^\[problem\] ownership = 'best': must be the owner"):
-        build_graph_diffusion(config(problem={"ownership": "best"}), mesh, torch.float64)
+        GraphDiffusionProblem(config(problem={"ownership": "best"}), mesh, torch.float64)

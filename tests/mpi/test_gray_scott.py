@@ -13,11 +13,11 @@ from mpi4py import MPI
 from pnode_dist import GridPartition, Mesh
 from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.problems.common.forecast_data import windows
 from pnode_dist.problems.gray_scott.config import GrayScottParameters
 from pnode_dist.problems.gray_scott.data import reference
-from pnode_dist.problems.gray_scott.model import windows
 from pnode_dist.problems.gray_scott.physics import GrayScott, initial_state
-from pnode_dist.problems.gray_scott.problem import GrayScottProblem, build_gray_scott
+from pnode_dist.problems.gray_scott.problem import GrayScottProblem
 from pnode_dist.train import loop
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.mpi.agreement import assert_same_on_all_ranks
@@ -44,7 +44,7 @@ STARTS, STEP = [(0, 0), (1, 1), (0, 2)], 2.0
 
 @pytest.fixture(scope="module")
 def problem(mesh: Mesh) -> GrayScottProblem:
-    return build_gray_scott(config(), mesh, torch.float64)
+    return GrayScottProblem(config(), mesh, torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_initial_states_have_the_same_bits_at_every_number_of_ranks(mesh: Mesh) 
 def test_trajectories_are_those_of_one_rank_to_rounding_and_of_scipy(
     problem: GrayScottProblem, states: torch.Tensor
 ) -> None:
-    found = problem.data.physical(problem.data.values)
+    found = problem.physical(torch.cat([problem.samples.values, problem.held_out.values]))
     torch.testing.assert_close(found, own(problem.partition, states), rtol=0, atol=1e-12)
     by_scipy = torch.from_numpy(trajectory(states[0, 0].numpy()))
     torch.testing.assert_close(found[0], own(problem.partition, by_scipy), rtol=0, atol=1e-8)
@@ -109,7 +109,7 @@ def test_loss_and_gradient_are_those_of_the_whole_grid(
     problem: GrayScottProblem, mesh: Mesh, states: torch.Tensor
 ) -> None:
     model = parallel(problem.model, mesh)
-    share = problem.loss(model, windows(problem.data, STARTS, WINDOW, torch.float64))
+    share = problem.loss(model, windows(problem.samples, STARTS, WINDOW, torch.float64))
     share.backward()  # type: ignore[no-untyped-call]
     scaled, rate = normalised(states)
     expected = leaves(problem)
@@ -162,8 +162,8 @@ def test_the_evaluation_is_that_of_the_whole_grid(
 
 
 def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(mesh: Mesh, directory: Path) -> None:
-    problem = build_gray_scott(config(training={"epochs": 3, "learning_rate": 0.01}), mesh, torch.float64)
-    batch = windows(problem.data, STARTS, WINDOW, torch.float64)
+    problem = GrayScottProblem(config(training={"epochs": 3, "learning_rate": 0.01}), mesh, torch.float64)
+    batch = windows(problem.samples, STARTS, WINDOW, torch.float64)
 
     def loss() -> float:
         with torch.no_grad():
@@ -184,4 +184,4 @@ def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(me
 )
 def test_what_cannot_be_done_is_said_on_all_ranks(mesh: Mesh, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        build_gray_scott(config(problem=changes), mesh, torch.float64)
+        GrayScottProblem(config(problem=changes), mesh, torch.float64)

@@ -11,9 +11,9 @@ from mpi4py import MPI
 
 from pnode_dist import Mesh
 from pnode_dist.distributed.gradients import parallel
-from pnode_dist.problems.common.ensemble import Windows, windows
+from pnode_dist.problems.common.forecast_data import Windows, windows
 from pnode_dist.problems.pendulum.physics import initial_motion
-from pnode_dist.problems.pendulum.problem import PendulumProblem, build_pendulum
+from pnode_dist.problems.pendulum.problem import PendulumProblem
 from pnode_dist.train import loop
 from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.pendulum.plain_pendulum import (
@@ -37,7 +37,7 @@ STARTS = (2, 0)
 @pytest.fixture(scope="module")
 def problem(mesh: Mesh) -> PendulumProblem:
     """The problem of a small configuration, its equations solved tightly."""
-    return build_pendulum(config(solver={"petsc_options": {"snes_rtol": 1e-12}}), mesh, torch.float64)
+    return PendulumProblem(config(solver={"petsc_options": {"snes_rtol": 1e-12}}), mesh, torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +60,17 @@ def leaves(problem: PendulumProblem) -> dict[str, torch.Tensor]:
 
 
 def training_windows(problem: PendulumProblem) -> Windows:
-    return windows(problem.data.training, STARTS, WINDOW, torch.float64)
+    return windows(problem.samples, [(0, start) for start in STARTS], WINDOW, torch.float64)
 
 
 def test_a_rank_has_its_part_of_the_same_trajectories(
     problem: PendulumProblem, trajectories: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    for ensemble, whole in zip((problem.data.training, problem.data.validation), trajectories, strict=True):
+    for ensemble, whole in zip((problem.samples, problem.held_out), trajectories, strict=True):
         begin, end = ensemble.partition.owned
-        torch.testing.assert_close(ensemble.values, whole[:, begin:end], rtol=0, atol=1e-9)
+        torch.testing.assert_close(ensemble.values[0], whole[:, begin:end], rtol=0, atol=1e-9)
     mean = trajectories[0].mean(dim=(0, 1))
-    torch.testing.assert_close(problem.data.mean, mean, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(problem.motions.mean, mean, rtol=1e-8, atol=1e-9)
 
 
 def test_loss_and_gradient_are_those_of_the_motion_without_the_tension(
@@ -81,10 +81,11 @@ def test_loss_and_gradient_are_those_of_the_motion_without_the_tension(
     share.backward()  # type: ignore[no-untyped-call]
     expected, values = leaves(problem), trajectories[0]
     errors = [
-        trapezoidal_rollout(expected, problem.data, values[start], WINDOW, 2) - values[start + 1 : start + 1 + WINDOW]
+        trapezoidal_rollout(expected, problem.motions, values[start], WINDOW, 2)
+        - values[start + 1 : start + 1 + WINDOW]
         for start in STARTS
     ]
-    whole = (torch.stack(errors) / problem.data.deviation).square().mean()
+    whole = (torch.stack(errors) / problem.motions.deviation).square().mean()
     whole.backward()  # type: ignore[no-untyped-call]
     assert mesh.sum(share).item() == pytest.approx(whole.item(), rel=1e-8)
     for name, value in problem.model.named_parameters():
@@ -100,10 +101,10 @@ def test_the_evaluation_is_that_of_all_trajectories(
         table = problem.evaluate(problem.model, directory)
     validation = trajectories[1]
     with torch.no_grad():
-        rollout = trapezoidal_rollout(leaves(problem), problem.data, validation[0], TIMES - 1, 2)
-    candidates = {"model": rollout, "persistence": validation[:1], "training_mean": problem.data.mean}
+        rollout = trapezoidal_rollout(leaves(problem), problem.motions, validation[0], TIMES - 1, 2)
+    candidates = {"model": rollout, "persistence": validation[:1], "training_mean": problem.motions.mean}
     for name, values in candidates.items():
-        squares = ((values - validation[1:]) / problem.data.deviation).square()
+        squares = ((values - validation[1:]) / problem.motions.deviation).square()
         assert table["all_leads"][name] == pytest.approx(math.sqrt(squares.mean().item()), rel=1e-6)
         for row in table["rmse"]:
             assert row[name] == pytest.approx(math.sqrt(squares[row["lead"] - 1].mean().item()), rel=1e-6)
@@ -116,7 +117,7 @@ def test_the_evaluation_is_that_of_all_trajectories(
 
 
 def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(mesh: Mesh, directory: Path) -> None:
-    problem = build_pendulum(config(training={"epochs": 2, "learning_rate": 0.02}), mesh, torch.float64)
+    problem = PendulumProblem(config(training={"epochs": 2, "learning_rate": 0.02}), mesh, torch.float64)
 
     def loss() -> float:
         with torch.no_grad():
@@ -129,7 +130,7 @@ def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(me
 
 
 def test_more_ranks_than_trajectories_leave_some_without_any(mesh: Mesh) -> None:
-    problem = build_pendulum(config(problem={"trajectories": 1, "validation": 1}), mesh, torch.float64)
+    problem = PendulumProblem(config(problem={"trajectories": 1, "validation": 1}), mesh, torch.float64)
     model = parallel(problem.model, mesh)
     share = problem.loss(model, training_windows(problem))
     share.backward()  # type: ignore[no-untyped-call]

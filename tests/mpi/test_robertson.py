@@ -10,9 +10,9 @@ from mpi4py import MPI
 
 from pnode_dist import BatchPartition, Mesh
 from pnode_dist.distributed.gradients import parallel
-from pnode_dist.problems.common.ensemble import Windows, windows
+from pnode_dist.problems.common.forecast_data import Windows, windows
 from pnode_dist.problems.robertson.physics import AS_PUBLISHED, initial_concentrations, reference
-from pnode_dist.problems.robertson.problem import RobertsonProblem, build_robertson
+from pnode_dist.problems.robertson.problem import RobertsonProblem
 from pnode_dist.train import loop
 from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.robertson.plain_robertson import (
@@ -37,7 +37,7 @@ STARTS = (4, 11)
 def problem(mesh: Mesh) -> RobertsonProblem:
     """The problem of a small configuration, its equations solved tightly."""
     options = {"snes_rtol": 1e-12, "snes_linesearch_type": "basic", "snes_divergence_tolerance": 1e30}
-    return build_robertson(config(solver={"petsc_options": options}), mesh, torch.float64)
+    return RobertsonProblem(config(solver={"petsc_options": options}), mesh, torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +62,15 @@ def leaves(problem: RobertsonProblem) -> dict[str, torch.Tensor]:
 
 
 def training_windows(problem: RobertsonProblem) -> Windows:
-    return windows(problem.data.training, STARTS, WINDOW, torch.float64)
+    return windows(problem.samples, [(0, start) for start in STARTS], WINDOW, torch.float64)
 
 
 def test_a_rank_has_its_part_of_the_same_trajectories(
     problem: RobertsonProblem, scaled: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    for ensemble, whole in zip((problem.data.training, problem.data.validation), scaled, strict=True):
+    for ensemble, whole in zip((problem.samples, problem.held_out), scaled, strict=True):
         begin, end = ensemble.partition.owned
-        torch.testing.assert_close(ensemble.values, whole[:, begin:end], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(ensemble.values[0], whole[:, begin:end], rtol=1e-12, atol=1e-13)
 
 
 def test_loss_and_gradient_are_those_of_a_naive_trapezoidal_rule_over_all_trajectories(
@@ -81,7 +81,7 @@ def test_loss_and_gradient_are_those_of_a_naive_trapezoidal_rule_over_all_trajec
     share.backward()  # type: ignore[no-untyped-call]
     expected, values = leaves(problem), scaled[0]
     errors = [
-        trapezoidal_rollout(expected, problem.data.rate, values[start], 10.0 ** LOG_TIMES[start], WINDOW)
+        trapezoidal_rollout(expected, problem.model.solve.func.rate, values[start], 10.0 ** LOG_TIMES[start], WINDOW)
         - values[start + 1 : start + 1 + WINDOW]
         for start in STARTS
     ]
@@ -101,7 +101,7 @@ def test_the_evaluation_is_that_of_all_trajectories(
         table = problem.evaluate(problem.model, directory)
     training, validation = scaled
     with torch.no_grad():
-        rollout = trapezoidal_rollout(leaves(problem), problem.data.rate, validation[0], 1e-5, TIMES - 1)
+        rollout = trapezoidal_rollout(leaves(problem), problem.model.solve.func.rate, validation[0], 1e-5, TIMES - 1)
     candidates = {
         "model": rollout,
         "persistence": validation[:1],
@@ -115,13 +115,14 @@ def test_the_evaluation_is_that_of_all_trajectories(
             assert row[name] == pytest.approx(errors[row["lead"] - 1].mean().item(), rel=1e-6)
     assert all(other == table for other in MPI.COMM_WORLD.allgather(table))
     with h5py.File(directory / "forecast.h5") as file:
-        width, lowest = problem.data.width.numpy(), problem.data.lowest.numpy()
+        lowest, width = problem.physical(torch.tensor([[0.0], [1.0]])).numpy()
+        width = width - lowest
         np.testing.assert_allclose(file["truth"][:], validation.numpy() * width + lowest, rtol=1e-9, atol=1e-14)
         np.testing.assert_allclose(file["forecast"][1:], rollout.numpy() * width + lowest, rtol=1e-5, atol=1e-9)
 
 
 def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(mesh: Mesh, directory: Path) -> None:
-    problem = build_robertson(config(training={"epochs": 3, "learning_rate": 0.02}), mesh, torch.float64)
+    problem = RobertsonProblem(config(training={"epochs": 3, "learning_rate": 0.02}), mesh, torch.float64)
 
     def loss() -> float:
         with torch.no_grad():
@@ -134,7 +135,7 @@ def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(me
 
 
 def test_more_ranks_than_trajectories_leave_some_without_any(mesh: Mesh) -> None:
-    problem = build_robertson(config(problem={"trajectories": 1, "validation": 1}), mesh, torch.float64)
+    problem = RobertsonProblem(config(problem={"trajectories": 1, "validation": 1}), mesh, torch.float64)
     assert isinstance(problem.partition, BatchPartition)
     model = parallel(problem.model, mesh)
     share = problem.loss(model, training_windows(problem))

@@ -12,11 +12,11 @@ from mpi4py import MPI
 from pnode_dist import GridPartition, Mesh
 from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.common.trajectories import windows
+from pnode_dist.problems.common.forecast_data import windows
 from pnode_dist.problems.semilinear.data import reference
 from pnode_dist.problems.semilinear.equation import Convection, initial_state, linear_stencil
 from pnode_dist.problems.semilinear.periodic_line import line, operator
-from pnode_dist.problems.semilinear.problem import SemilinearProblem, build_semilinear
+from pnode_dist.problems.semilinear.problem import SemilinearProblem
 from pnode_dist.train import loop
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.mpi.agreement import assert_same_on_all_ranks
@@ -42,7 +42,7 @@ STARTS = [(0, 0), (1, 1), (0, 2)]
 
 @pytest.fixture(scope="module", params=CASES)
 def problem(mesh: Mesh, request: pytest.FixtureRequest) -> SemilinearProblem:
-    return build_semilinear(config(request.param), mesh, torch.float64)
+    return SemilinearProblem(config(request.param), mesh, torch.float64)
 
 
 @pytest.fixture
@@ -101,8 +101,9 @@ def test_the_matrix_and_the_convection_are_those_of_the_whole_line(mesh: Mesh) -
 def test_trajectories_have_the_same_bits_at_every_number_of_ranks(
     problem: SemilinearProblem, states: torch.Tensor
 ) -> None:
-    assert problem.data.scale == states[:TRAINING].square().mean().sqrt().item()
-    assert torch.equal(problem.data.values, own(problem.partition, states) / problem.data.scale)
+    assert problem.scale == states[:TRAINING].square().mean().sqrt().item()
+    found = torch.cat([problem.samples.values, problem.held_out.values])
+    assert torch.equal(found, own(problem.partition, states) / problem.scale)
 
 
 def test_parameters_are_the_same_on_all_ranks(problem: SemilinearProblem) -> None:
@@ -113,15 +114,15 @@ def test_loss_and_gradient_are_those_of_the_whole_line(
     problem: SemilinearProblem, mesh: Mesh, states: torch.Tensor
 ) -> None:
     model = parallel(problem.model, mesh)
-    share = problem.loss(model, windows(problem.data, STARTS, WINDOW, torch.float64))
+    share = problem.loss(model, windows(problem.samples, STARTS, WINDOW, torch.float64))
     share.backward()  # type: ignore[no-untyped-call]
-    scaled = states / problem.data.scale
+    scaled = states / problem.scale
     expected = leaves(problem)
     initial = torch.stack([scaled[start] for start in STARTS])
     targets = torch.stack(
         [torch.stack([scaled[number, first + lead] for number, first in STARTS]) for lead in range(1, WINDOW + 1)]
     )
-    found = rollout(problem.name, lambda u: term(problem.name, expected, problem.data.scale, u), initial, WINDOW)
+    found = rollout(problem.name, lambda u: term(problem.name, expected, problem.scale, u), initial, WINDOW)
     whole_loss = (found - targets).square().mean()
     whole_loss.backward()  # type: ignore[no-untyped-call]
     assert mesh.sum(share).item() == pytest.approx(whole_loss.item(), rel=1e-9)
@@ -140,7 +141,7 @@ def test_the_evaluation_is_that_of_the_whole_line(
 ) -> None:
     with torch.no_grad():
         table = problem.evaluate(problem.model, directory)
-    scale = problem.data.scale
+    scale = problem.scale
     states = states[TRAINING:]
     with torch.no_grad():
         expected = leaves(problem)
@@ -159,8 +160,8 @@ def test_the_evaluation_is_that_of_the_whole_line(
 
 
 def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(mesh: Mesh, directory: Path) -> None:
-    problem = build_semilinear(config("burgers", training={"epochs": 4, "learning_rate": 0.02}), mesh, torch.float64)
-    batch = windows(problem.data, STARTS, WINDOW, torch.float64)
+    problem = SemilinearProblem(config("burgers", training={"epochs": 4, "learning_rate": 0.02}), mesh, torch.float64)
+    batch = windows(problem.samples, STARTS, WINDOW, torch.float64)
 
     def loss() -> float:
         with torch.no_grad():
@@ -176,7 +177,7 @@ def test_what_cannot_be_integrated_is_said_on_all_ranks(mesh: Mesh, monkeypatch:
     monkeypatch.setattr("pnode_dist.problems.semilinear.data._MOST_STEPS", 300)
     changes = {"viscosity": 1e-7, "interval": 10.0}
     with pytest.raises(ConfigurationError, match=r"^\[problem\]: the viscous Burgers equation on 36 points cannot"):
-        build_semilinear(config("burgers", problem=changes), mesh, torch.float64)
+        SemilinearProblem(config("burgers", problem=changes), mesh, torch.float64)
 
 
 def test_too_many_ranks_for_the_halo_are_refused_on_all(mesh: Mesh) -> None:
@@ -185,4 +186,4 @@ def test_too_many_ranks_for_the_halo_are_refused_on_all(mesh: Mesh) -> None:
     with pytest.raises(
         ConfigurationError, match=rf"^\[mesh\] state = {ranks}: a line of 36 points cannot be split over"
     ):
-        build_semilinear(config("burgers", model={"kernel_size": kernel}), mesh, torch.float64)
+        SemilinearProblem(config("burgers", model={"kernel_size": kernel}), mesh, torch.float64)

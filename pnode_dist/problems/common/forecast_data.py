@@ -106,6 +106,11 @@ class Samples:
         lacking = (ever & ~self.present).flatten(2).any(dim=2)
         return torch.from_numpy(self.partition.comm.allreduce(lacking.numpy().astype(np.int64)) == 0)
 
+    def trajectories(self, begin: int, end: int) -> Samples:
+        """The trajectories `begin` to `end`."""
+        present = None if self.present is None else self.present[begin:end]
+        return replace(self, values=self.values[begin:end], present=present)
+
     def part(self, begin: int, end: int) -> Samples:
         """The samples `begin` to `end` of each trajectory."""
         present = None if self.present is None else self.present[:, begin:end]
@@ -201,21 +206,6 @@ def joined(data: Iterator[TrajectoryData], source: str) -> TrajectoryData:
                 "the times of trajectory 0"
             )
     return replace(every[0], values=np.stack(arrays))
-
-
-def moments(samples: Samples, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each entry along the last axis, over all else; of all entries of a vector.
-
-    A deviation of zero is given as 1. Collective on the state ranks.
-    """
-    by_channel = len(samples.partition.global_shape) > 1
-    axes = tuple(range(samples.values.dim() - 1 if by_channel else samples.values.dim()))
-    present = torch.ones_like(samples.values) if samples.present is None else samples.present.double()
-    count = mesh.sum(present.sum(dim=axes), over="state").clamp(min=1)
-    mean = mesh.sum((samples.values * present).sum(dim=axes), over="state") / count
-    squares = mesh.sum((((samples.values - mean) * present).square()).sum(dim=axes), over="state") / count
-    deviation = squares.sqrt()
-    return mean, torch.where(deviation > 0, deviation, torch.ones_like(deviation))
 
 
 def _array(values: Any, source: str) -> npt.NDArray[Any]:

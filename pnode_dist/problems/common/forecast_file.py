@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,15 @@ _OWN = ("start", "lead", "forecast", "truth", "trajectory", "start_time", "time"
 
 
 def write_forecast(
-    path: Path, forecast: torch.Tensor, batch: Windows, data: TrajectoryData, units: str, mesh: Mesh
+    path: Path,
+    forecast: torch.Tensor,
+    batch: Windows,
+    data: TrajectoryData,
+    units: str,
+    mesh: Mesh,
+    others: Mapping[str, Variable],
 ) -> None:
-    """Write forecasts `[lead, start, *local_shape]` and what they were to be. Collective on the world.
+    """Write forecasts `[lead, start, *local_shape]`, what they were to be, and `others`. Collective on the world.
 
     The variables `forecast` and `truth`, float32, have the dimensions start, lead and those of the state; the first
     lead, 0, is the state that was started from. `time(start, lead)` are the data's times, and `lead_time(lead)` those
@@ -51,10 +58,15 @@ def write_forecast(
         variables["start_label"] = Variable(("start",), np.array([data.labels[number] for number in numbers]))
     if len(data.names):
         variables[names[-1]] = Variable((names[-1],), np.array(list(data.names)))
-    for name, values in data.coordinates.items():
-        if name not in variables:
-            variables[name] = values if isinstance(values, Variable) else Variable((name,), np.asarray(values))
-    write_dataset(path, variables, mesh, {"title": "Forecasts"})
+    write_dataset(path, {**coordinates(data), **variables, **others}, mesh, {"title": "Forecasts"})
+
+
+def coordinates(data: TrajectoryData) -> dict[str, Variable]:
+    """The coordinates of the data's dimensions, as variables of a file."""
+    return {
+        name: values if isinstance(values, Variable) else Variable((name,), np.asarray(values))
+        for name, values in data.coordinates.items()
+    }
 
 
 def _times(data: TrajectoryData, batch: Windows, numbers: npt.NDArray[np.int64]) -> Variable:

@@ -4,57 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.ode.planning import SolveCase
 from pnode_dist.problems.common.forecast_data import Windows
 
 
 @dataclass(frozen=True)
 class Group:
-    """Windows of a batch, by number, that are solved together at the same times."""
+    """Windows of a batch, by number, that are solved together at the same times; f is given `args` too."""
 
     windows: tuple[int, ...]
     times: tuple[float, ...]
+    args: tuple[Any, ...] = ()
 
 
-class ForecastModel(nn.Module):
+class Rollouts(nn.Module):
     """Rollouts of windows: `model(windows)` is `[lead, window, *local_shape]`. Collective on the partition's ranks.
 
-    `solve` is the NeuralODE. A `time_dependent` right-hand side is given the windows' own times, another one times that
-    begin at 0. With `mean` and `deviation` the solve is of states that are normalised by them.
+    A `time_dependent` right-hand side is given the windows' own times, another one times that begin at 0.
     """
 
-    mean: torch.Tensor | None
-    deviation: torch.Tensor | None
+    time_dependent = False
 
-    def __init__(
-        self,
-        solve: NeuralODE,
-        time_dependent: bool = False,
-        mean: torch.Tensor | None = None,
-        deviation: torch.Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.solve = solve
-        self.time_dependent = time_dependent
-        # Made from the data, so they are not parameters of the run.
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("deviation", deviation, persistent=False)
+    def solve_of(self, count: int) -> NeuralODE:
+        """The solve of so many windows."""
+        raise NotImplementedError
+
+    def initial(self, batch: Windows) -> torch.Tensor:
+        """The states that the solves of the windows start from."""
+        return batch.initial
+
+    def case(self, batch: Windows, initial: torch.Tensor, group: Group) -> SolveCase:
+        """The solve of one group of windows, from their part of the `initial` states of the batch."""
+        state = initial if len(group.windows) == len(initial) else initial[list(group.windows)]
+        return SolveCase(self.solve_of(len(group.windows)), state, group.times, group.args)
+
+    def first_case(self, batch: Windows) -> SolveCase:
+        """The first solve of a batch."""
+        return self.case(batch, self.initial(batch), next(self.groups(batch)))
 
     def forward(self, batch: Windows) -> torch.Tensor:
         """The states at the leads 1, 2, ... of the windows' targets."""
-        # Windows for training and for validation may be spread differently.
-        self.solve.partition = batch.samples.partition
-        initial = self.encoded(batch.initial)
-        groups = list(self.groups(batch))
-        rollouts = [self.solve(initial[list(group.windows)], group.times)[1:] for group in groups]
+        initial, groups = self.initial(batch), list(self.groups(batch))
+        rollouts: list[torch.Tensor] = []
+        for group in groups:
+            case = self.case(batch, initial, group)
+            rollouts.append(case.solve(case.state, case.times, *case.args)[1:])
         if len(rollouts) == 1:
-            return self.decoded(rollouts[0])
+            return rollouts[0]
         order = torch.tensor([number for group in groups for number in group.windows]).argsort()
-        return self.decoded(torch.cat(rollouts, dim=1)[:, order])
+        return torch.cat(rollouts, dim=1)[:, order]
 
     def groups(self, batch: Windows) -> Iterator[Group]:
         """The windows that can be solved together; one group without windows for an empty batch."""
@@ -77,14 +81,21 @@ class ForecastModel(nn.Module):
         times = batch.samples.times[: len(batch.targets) + 1]
         return tuple((times - times[0]).tolist())
 
-    def encoded(self, states: torch.Tensor) -> torch.Tensor:
-        """States as they are solved for."""
-        if self.mean is None or self.deviation is None:
-            return states
-        return (states - self.mean.to(states)) / self.deviation.to(states)
 
-    def decoded(self, states: torch.Tensor) -> torch.Tensor:
-        """States in the data's units."""
-        if self.mean is None or self.deviation is None:
-            return states
-        return states * self.deviation.to(states) + self.mean.to(states)
+class ForecastModel(Rollouts):
+    """Rollouts by one `solve`, however many windows there are."""
+
+    def __init__(self, solve: NeuralODE, time_dependent: bool = False) -> None:
+        super().__init__()
+        self.solve = solve
+        self.time_dependent = time_dependent
+
+    def case(self, batch: Windows, initial: torch.Tensor, group: Group) -> SolveCase:
+        """The solve of one group of windows, on the partition of the windows."""
+        # Windows for training and for validation may be spread differently.
+        self.solve.partition = batch.samples.partition
+        return super().case(batch, initial, group)
+
+    def solve_of(self, count: int) -> NeuralODE:
+        """The solve, of any number of windows."""
+        return self.solve

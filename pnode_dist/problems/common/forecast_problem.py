@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from torch import nn
 
-from pnode_dist.config.definition import ProblemTable
-from pnode_dist.config.tables import Config, Count, EvaluationConfig
-from pnode_dist.distributed.gradients import share_of_mean
+from pnode_dist.config.tables import Config, EvaluationConfig
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition import protocol
 from pnode_dist.partition.protocol import Partition
@@ -29,29 +28,21 @@ from pnode_dist.problems.common.forecast_data import (
     TrajectoryData,
     Windows,
     joined,
-    moments,
     samples_of,
     windows,
 )
+from pnode_dist.problems.common.forecast_errors import mean_share, means_by_lead
 from pnode_dist.problems.common.forecast_file import FORECAST, write_forecast
-from pnode_dist.problems.common.forecast_model import ForecastModel
+from pnode_dist.problems.common.forecast_model import ForecastModel, Rollouts
+from pnode_dist.problems.common.forecast_parts import Parts, Scaling, moments, split
 from pnode_dist.problems.common.solver import check_checkpoint
+from pnode_dist.problems.common.tables import ForecastTable
 from pnode_dist.problems.common.trainable import TrainableProblem
+from pnode_dist.report.dataset_file import Variable
 from pnode_dist.report.picture import draw
 from pnode_dist.verify.gradcheck import GradcheckCase
 
 REPORT = "report.png"
-
-
-class ForecastTable(ProblemTable):
-    """Base class of the table `[problem]` of a forecast."""
-
-    window: Count = 1
-    """Samples ahead of its start that a training window reaches."""
-    validation: Annotated[int, Field(ge=1, strict=True)] | None = None
-    """Trajectories held out for validation, the last ones; of a single trajectory its last times. Default: a fifth."""
-    missing: Literal["refuse", "mask"] = "refuse"
-    """Whether values that are not a number are refused, or left out of the loss and of all errors."""
 
 
 class ForecastProblem(TrainableProblem):
@@ -66,14 +57,17 @@ class ForecastProblem(TrainableProblem):
     not a circle. Everything else has a default: loss (mean square error in standard deviations), batches, validation,
     baselines, rollouts, table of leads, `forecast.h5`, picture, and the cases of `plan` and `gradcheck`.
 
-    `normalised`: f is given states with mean 0 and deviation 1. `time_dependent`: f is given the data's times, and each
-    window is solved by itself; otherwise the start of a window is at time 0.
+    `normalised`: samples, batches and rollouts are states with mean 0 and deviation 1, of which `physical` makes values
+    in the data's units; `build_scaling` chooses other units. `time_dependent`: f is given the data's times, and each
+    window is solved by itself; otherwise the start of a window is at time 0. `error`: the mean that is the loss and
+    that is reported, root mean square (`rmse`) or mean absolute (`mae`).
     """
 
     ProblemConfig: ClassVar[type[Any]] = ForecastTable
     EvaluationConfig: ClassVar[type[Any]] = EvaluationConfig
     normalised: ClassVar[bool] = False
     time_dependent: ClassVar[bool] = False
+    error: ClassVar[Literal["rmse", "mae"]] = "rmse"
     _must_define: ClassVar[tuple[str, ...]] = ("build_partition", "load_data", "build_right_hand_side")
 
     def build_partition(self) -> Partition:
@@ -152,72 +146,73 @@ class ForecastProblem(TrainableProblem):
         """The distribution of the trajectories that are held out, where `load_data` splits them. Default: the same."""
         return self.partition
 
+    @property
+    def missing(self) -> str:
+        """`[problem] missing`, where the table has that key."""
+        return getattr(self.settings, "missing", "refuse")
+
     @cached_property
-    def _parts(self) -> tuple[Samples, Samples, bool]:
-        """Training and validation samples, and whether they are split in time."""
-        source, missing = self._of("load_data"), self.settings.missing
+    def _parts(self) -> Parts:
+        source = self._of("load_data")
+
+        def found(data: TrajectoryData, partition: Partition) -> Samples:
+            return samples_of(data, partition, self.mesh, source, self.missing)
+
         if isinstance(self.data, SplitData):
-            return (
-                samples_of(self.data.training, self.partition, self.mesh, source, missing),
-                samples_of(self.data.validation, self.validation_partition(), self.mesh, source, missing),
-                False,
-            )
-        whole = samples_of(self.data, self.partition, self.mesh, source, missing)
-        in_time = whole.count == 1
-        total = whole.length if in_time else whole.count
-        held_out = self.settings.validation
-        held_out = max(total // 5, 1) if held_out is None else held_out
-        least = self.settings.window + 1 if in_time else 1
-        if held_out > total - least:
-            what = "times" if in_time else "trajectories"
-            raise ConfigurationError(
-                f"[problem] validation = {held_out}: must be at most {total - least}, which leaves {least} of the "
-                f"{total} {what} to learn from"
-            )
-        learnt = total - held_out
-        if in_time:
-            # The last training time is the first start of a forecast.
-            return whole.part(0, learnt), whole.part(learnt - 1, total), True
-        return (
-            dataclasses.replace(whole, values=whole.values[:learnt], present=_first(whole.present, learnt)),
-            dataclasses.replace(whole, values=whole.values[learnt:], present=_rest(whole.present, learnt)),
-            False,
-        )
+            training = found(self.data.training, self.partition)
+            parts = Parts(training, found(self.data.validation, self.validation_partition()), in_time=False)
+        else:
+            parts = split(found(self.data, self.partition), self.settings.validation, self.settings.window)
+        return parts.scaled(self.build_scaling(parts.training))
+
+    def build_scaling(self, learnt: Samples) -> Scaling | None:
+        """The units of the states that are solved for; None: those of the data. Collective on the world.
+
+        `learnt` are the training samples in the data's units. Default: mean and standard deviation if `normalised`.
+        """
+        return Scaling(*moments(learnt, self.mesh)) if self.normalised else None
 
     @property
     def samples(self) -> Samples:
-        """This rank's part of the training samples."""
-        return self._parts[0]
+        """This rank's part of the training samples, in the units that are solved for."""
+        return self._parts.training
 
     @property
     def held_out(self) -> Samples:
-        """This rank's part of the samples for validation."""
-        return self._parts[1]
+        """This rank's part of the samples for validation, in the units that are solved for."""
+        return self._parts.held_out
 
     @property
     def is_split_in_time(self) -> bool:
         """Whether the validation samples are the last times of the only trajectory."""
-        return self._parts[2]
+        return self._parts.in_time
+
+    def physical(self, states: torch.Tensor) -> torch.Tensor:
+        """States in the data's units, in float64."""
+        scaling = self._parts.scaling
+        return states.double() if scaling is None else scaling.physical(states)
 
     @cached_property
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel over the training samples, float64."""
+        """Mean and standard deviation of each channel over `samples`, float64."""
         return moments(self.samples, self.mesh)
 
     @cached_property
     def leads(self) -> tuple[int, ...]:
         """The evaluated leads in samples: those of `[evaluation] leads`, of its default those that fit."""
-        most = self.held_out.length - 1
+        most, reason = self._longest_lead
         evaluation: Any = self.config.evaluation
         leads: tuple[int, ...] = evaluation.leads
         if max(leads) > most and "leads" not in evaluation.model_fields_set:
             return tuple(lead for lead in leads if lead <= most) or (most,)
         if max(leads) > most:
-            raise ConfigurationError(
-                f"[evaluation] leads = {list(leads)}: must be at most {most}, the samples that are held out after the "
-                "first start"
-            )
+            raise ConfigurationError(f"[evaluation] leads = {list(leads)}: must be at most {most}, {reason}")
         return leads
+
+    @property
+    def _longest_lead(self) -> tuple[int, str]:
+        """The longest lead that can be evaluated, and why."""
+        return self.held_out.length - 1, "the samples that are held out after the first start"
 
     def _check_data(self) -> None:
         window: int = self.settings.window
@@ -227,12 +222,15 @@ class ForecastProblem(TrainableProblem):
                 f"[problem] window = {window}: must be at most {samples.length - 1}, one less than the samples of a "
                 "trajectory to learn from"
             )
+        self._check_sizes(len(samples.starts(window)), (samples.times - samples.times[0])[: window + 1].tolist())
+
+    def _check_sizes(self, windows: int, times: Sequence[float]) -> None:
+        """Check leads, replicas and budget against so many training windows, each solved for `times`."""
         _ = self.leads
-        check_replicas(self.config, self.mesh, len(samples.starts(window)))
+        check_replicas(self.config, self.mesh, windows)
         share = math.ceil(self.config.training.batch_size / self.mesh.data_replicas)
         values = (1 if self._solves_one_by_one else share) * protocol.count(self.partition.local_shape)
-        times = samples.times[: window + 1] - samples.times[0]
-        check_checkpoint(self.config, values, times.tolist(), self.partition.comm, self._solves)
+        check_checkpoint(self.config, values, times, self.partition.comm, self._solves)
 
     @property
     def _solves_one_by_one(self) -> bool:
@@ -246,7 +244,7 @@ class ForecastProblem(TrainableProblem):
     # Model
 
     @cached_property
-    def model(self) -> nn.Module:
+    def model(self) -> Rollouts:
         """The rollouts of windows, `[lead, window, *local_shape]`, by the solve of the right-hand side."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.run.seed)
@@ -263,11 +261,15 @@ class ForecastProblem(TrainableProblem):
                 f"{self._of('build_right_hand_side')}: there is no parameter to learn: must be a torch.nn.Module with "
                 "parameters that require a gradient"
             )
-        trajectory = self.config.trajectory.build(self._solves)
-        mean, deviation = self.moments if self.normalised else (None, None)
-        return ForecastModel(
-            self.neural_ode(func, self.partition, trajectory=trajectory), self.time_dependent, mean, deviation
-        )
+        return self.build_model(func)
+
+    def build_model(self, func: Any) -> Rollouts:
+        """The rollouts of windows with the right-hand side `func`: the model, or what it is compared with."""
+        return ForecastModel(self.build_solve(func), self.time_dependent)
+
+    def build_solve(self, func: Any) -> NeuralODE:
+        """The configured solve of `func`."""
+        return self.neural_ode(func, self.partition, trajectory=self.config.trajectory.build(self._solves))
 
     # Training
 
@@ -278,29 +280,36 @@ class ForecastProblem(TrainableProblem):
             yield windows(self.samples, share, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
-        """This rank's share of the mean square error, in standard deviations, over all that is not missing."""
-        error: torch.Tensor = (model(batch) - batch.targets) / self.moments[1].to(batch.targets.dtype)
-        if batch.weights is None:
-            count = math.prod(batch.targets.shape[:2]) * math.prod(batch.samples.partition.global_shape)
-            return share_of_mean(error.square().sum(), count, self.mesh)
-        total = self.mesh.sum(batch.weights.double().sum(), over="state")
-        return share_of_mean((error.square() * batch.weights).sum(), int(total.item()), self.mesh)
+        """This rank's share of the mean error over all that is not missing, in standard deviations or as scaled."""
+        return mean_share(self.penalty(self._in_loss(model(batch) - batch.targets)), batch, self.mesh)
+
+    def penalty(self, error: torch.Tensor) -> torch.Tensor:
+        """The function of each error whose mean is the loss: squares or absolute values, as `error` says."""
+        return error.square() if self.error == "rmse" else error.abs()
+
+    def _in_loss(self, error: torch.Tensor) -> torch.Tensor:
+        return error if self._parts.scaling is not None else error / self.moments[1].to(error.dtype)
 
     # Forecasts
 
-    def rollouts(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
-        """Forecasts `[lead, start, *local_shape]` of what is held out, and what they are to be, both in float64."""
+    def held_out_windows(self, dtype: torch.dtype) -> Windows:
+        """The windows that are forecast: whole trajectories, or of a single one all that reach the longest lead."""
         held_out = self.held_out
         steps = max(self.leads) if self.is_split_in_time else held_out.length - 1
         starts: list[Start] = [start for start in held_out.starts(steps) if self.is_split_in_time or start[1] == 0]
         if not starts:
             raise ConfigurationError(f"{self._of('load_data')}: no state that is held out is complete at its start")
-        size = self.config.training.batch_size
+        return windows(held_out, starts, steps, dtype)
+
+    def rollouts(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
+        """Forecasts `[lead, start, *local_shape]` of what is held out, and what they are to be, both in float64."""
+        batch, size = self.held_out_windows(torch.float64), self.config.training.batch_size
+        steps = len(batch.targets)
         parts = [
-            model(windows(held_out, starts[first : first + size], steps, self.dtype)).detach().double()
-            for first in range(0, len(starts), size)
+            model(windows(batch.samples, batch.starts[first : first + size], steps, self.dtype)).detach().double()
+            for first in range(0, len(batch.starts), size)
         ]
-        return torch.cat(parts, dim=1), windows(held_out, starts, steps, torch.float64)
+        return torch.cat(parts, dim=1), batch
 
     def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
         """Forecasts that the model is to beat, shaped like the targets of `batch`."""
@@ -309,62 +318,93 @@ class ForecastProblem(TrainableProblem):
             "training_mean": self.moments[0].expand_as(batch.targets),
         }
 
-    @property
-    def _error_scale(self) -> torch.Tensor:
-        """In what errors are reported: in the data's units, or in standard deviations where those differ."""
+    def reported(self, error: torch.Tensor) -> torch.Tensor:
+        """Errors of states in `units`: those of the data, or standard deviations where the entries' units differ."""
         units = self.description.units
-        different = not isinstance(units, str) and len(set(units)) > 1
-        return self.moments[1] if different else torch.ones(())
+        if not isinstance(units, str) and len(set(units)) > 1:
+            return error / self.moments[1]
+        scaling = self._parts.scaling
+        return error if scaling is None else error * scaling.scale
 
-    def mean_squares(self, forecast: torch.Tensor, batch: Windows) -> torch.Tensor:
-        """The mean square error of each lead `[lead]`, in `units`. Collective on the state ranks."""
-        error = ((forecast - batch.targets) / self._error_scale).flatten(1)
-        if batch.weights is None:
-            count = batch.targets.shape[1] * math.prod(batch.samples.partition.global_shape)
-            total: torch.Tensor = self.mesh.sum(error.square().sum(dim=1), over="state")
-            return total / count
-        weights = batch.weights.flatten(1)
-        sums = torch.stack([(error.square() * weights).sum(dim=1), weights.sum(dim=1)])
-        squares, counts = self.mesh.sum(sums, over="state").unbind()
-        return torch.as_tensor(squares / counts.clamp(min=1))
+    def mean_penalties(self, forecast: torch.Tensor, batch: Windows) -> torch.Tensor:
+        """The mean square or absolute error of each lead `[lead]`, in `units`. Collective on the state ranks."""
+        penalties = self.penalty(self.reported(forecast - batch.targets[: len(forecast)]))
+        return means_by_lead(penalties, batch, self.mesh)
+
+    def figure(self, mean: torch.Tensor) -> float:
+        """The reported error of a mean square or absolute error."""
+        return math.sqrt(mean.item()) if self.error == "rmse" else mean.item()
 
     def validation(self, model: nn.Module) -> dict[str, float]:
-        """Root mean square errors of forecasts of what is held out: over all leads, and at each evaluated lead."""
+        """The errors of forecasts of what is held out: over all leads, and at each evaluated lead."""
         forecast, batch = self.rollouts(model)
-        squares = self.mean_squares(forecast, batch)
+        means = self.mean_penalties(forecast, batch)
         return {
-            "validation_rmse": math.sqrt(squares.mean().item()),
-            **{f"lead_{lead}": math.sqrt(squares[lead - 1].item()) for lead in self.leads},
+            f"validation_{self.error}": self.figure(means.mean()),
+            **{f"lead_{lead}": self.figure(means[lead - 1]) for lead in self.leads},
         }
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """The errors of the model and of the baselines at each lead; writes `forecast.h5` and `report.png`."""
         forecast, batch = self.rollouts(model)
         forecasts = {"model": forecast, **self.baselines(batch)}
-        errors = {name: self.mean_squares(value, batch).sqrt() for name, value in forecasts.items()}
+        return self.report(forecasts, batch, run_directory, self.figures(forecast, batch))
+
+    def report(
+        self,
+        forecasts: Mapping[str, torch.Tensor],
+        batch: Windows,
+        run_directory: Path,
+        figures: Mapping[str, Any],
+        variables: Mapping[str, Variable] | None = None,
+    ) -> dict[str, Any]:
+        """The table of an evaluation, with its files written: further `figures`, and `variables` of the file.
+
+        Collective on the world.
+        """
+        means = {name: self.mean_penalties(value, batch) for name, value in forecasts.items()}
         rows = [
             {
                 "lead": lead,
-                "time": batch.times[0][lead] - batch.times[0][0],
-                **{name: error[lead - 1].item() for name, error in errors.items()},
+                **self.lead_time(batch, lead),
+                **{name: self.figure(mean[lead - 1]) for name, mean in means.items()},
             }
             for lead in self.leads
         ]
         result = {
             "problem": self.name,
             "units": self.units,
-            **self.figures(forecast, batch),
+            **figures,
             "training": _described(self.samples),
             "validation": f"{len(batch.starts)} forecasts of {len(batch.targets)} samples",
-            "rmse": rows,
+            self.error: rows,
+            "all_leads": {name: self.figure(mean.mean()) for name, mean in means.items()},
         }
-        write_forecast(run_directory / FORECAST, forecast, batch, self.description, self.units, self.mesh)
+        self.write(run_directory / FORECAST, forecasts, batch, variables or {})
         result["forecast"] = str(run_directory / FORECAST)
         return {**result, "report": draw(run_directory / REPORT, lambda path: self.draw(path, result), self.mesh)}
 
     def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
         """Further figures of an evaluation, by name. Collective on the world."""
         return {}
+
+    def lead_time(self, batch: Windows, lead: int) -> dict[str, float]:
+        """The column of the table that gives a lead as a time."""
+        return {"time": batch.times[0][lead] - batch.times[0][0]}
+
+    def write(
+        self,
+        path: Path,
+        forecasts: Mapping[str, torch.Tensor],
+        batch: Windows,
+        variables: Mapping[str, Variable],
+    ) -> None:
+        """Write `forecast.h5`, with further `variables`. Collective on the world."""
+        physical = dataclasses.replace(
+            batch, initial=self.physical(batch.initial), targets=self.physical(batch.targets)
+        )
+        forecast = self.physical(forecasts["model"])
+        write_forecast(path, forecast, physical, self.description, self.units, self.mesh, variables)
 
     def draw(self, path: Path, result: Mapping[str, Any]) -> None:
         """Draw the picture of an evaluation, from `forecast.h5` and `metrics.jsonl` beside it. Rank 0 alone."""
@@ -376,34 +416,29 @@ class ForecastProblem(TrainableProblem):
 
     def solve_case(self) -> SolveCase:
         """The first solve of the first training batch."""
-        batch = next(self.batches(1))
-        model = self.model
-        assert isinstance(model, ForecastModel)
-        group = next(model.groups(batch))
-        return SolveCase(model.solve, model.encoded(batch.initial[list(group.windows)]), group.times)
+        return self.model.first_case(next(self.batches(1)))
 
     def gradcheck_case(self) -> GradcheckCase:
-        """The training loss of the first window, as a function of its initial state."""
-        window: int = self.settings.window
-        batch = windows(self.samples, self.samples.starts(window)[:1], window, self.dtype)
+        """The training loss of some windows, as a function of their initial states."""
+        batch = windows(self.samples, self.gradcheck_starts(), self.settings.window, self.dtype)
 
         def loss(state: torch.Tensor) -> torch.Tensor:
-            return self.loss(self.model, dataclasses.replace(batch, initial=state))
+            return self.gradcheck_loss(dataclasses.replace(batch, initial=state))
 
         return GradcheckCase(
             batch.initial.clone().requires_grad_(), loss, tuple(self.model.parameters()), self.partition
         )
 
+    def gradcheck_loss(self, batch: Windows) -> torch.Tensor:
+        """This rank's share of the loss that the gradient check differentiates. Collective on the world."""
+        return self.loss(self.model, batch)
+
+    def gradcheck_starts(self) -> list[Start]:
+        """The starts of the windows of `gradcheck_case`: the first one."""
+        return self.samples.starts(self.settings.window)[:1]
+
     def _of(self, method: str) -> str:
         return f"{type(self).__name__}.{method}"
-
-
-def _first(present: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    return None if present is None else present[:count]
-
-
-def _rest(present: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    return None if present is None else present[count:]
 
 
 def _described(samples: Samples) -> str:

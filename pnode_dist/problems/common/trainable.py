@@ -71,7 +71,9 @@ class TrainableProblem:
 
     @property
     def name(self) -> str:
-        """A short name of what is modelled: by default the class's, in lower case."""
+        """A short name of what is modelled: by default that of the configuration, or the class's in lower case."""
+        if ":" not in self.config.kind:
+            return self.config.kind
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property

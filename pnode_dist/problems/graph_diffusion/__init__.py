@@ -7,6 +7,6 @@ from pnode_dist.problems.graph_diffusion.config import GraphDiffusionRun
 
 PROBLEM = ProblemDefinition(
     GraphDiffusionRun,
-    "pnode_dist.problems.graph_diffusion.problem:build_graph_diffusion",
+    "pnode_dist.problems.graph_diffusion.problem:GraphDiffusionProblem",
     "Learn diffusion on an irregular mesh by message passing.",
 )

@@ -8,16 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictStr, ValidationInfo, field_validator
+from pydantic import Field, StrictStr, field_validator
 
-from pnode_dist.config.tables import ForecastRun, Table
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive
+from pnode_dist.problems.common.tables import ComputedTable, Seed
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Nodes = Annotated[int, Field(ge=4, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class DiffusionParameters:
     conductivity: tuple[float, float] = (0.005, 0.04)
 
 
-class GraphDiffusionConfig(Table):
+class GraphDiffusionConfig(ComputedTable):
     """The table `[problem]` with `type = "graph_diffusion"`: trajectories computed from the equations, to learn from.
 
     See `DiffusionParameters`. A sample is the state at one time, and samples of a trajectory are `interval` apart, the
@@ -48,18 +45,8 @@ class GraphDiffusionConfig(Table):
     """How to split the nodes over the state ranks: `bisection`, `contiguous`, or the name of a partitioner of PETSc."""
     conductivity: tuple[NotNegative, NotNegative] = DiffusionParameters.conductivity
     """The coefficients (k0, k2) of the conductivity k0 + k2 u^2 of an edge, dimensionless."""
-    seed: Seed = 0
-    """Seed of the initial states."""
-    trajectories: Count
-    """The number of training trajectories."""
-    validation: Count
-    """The number of held-out trajectories, from other initial states."""
-    times: Times
-    """Samples per trajectory, including the initial state."""
     interval: Positive
     """Time between samples, dimensionless."""
-    window: Count
-    """Length of a training window, in samples after its start."""
 
     @field_validator("conductivity")
     @classmethod
@@ -68,21 +55,13 @@ class GraphDiffusionConfig(Table):
             raise ValueError("must not be zero altogether, or nothing changes")
         return value
 
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
-
     @property
     def parameters(self) -> DiffusionParameters:
         """The equations' own."""
         return DiffusionParameters(self.conductivity)
 
 
-class GraphDiffusionModelConfig(Table):
+class GraphDiffusionModelConfig(ModelTable):
     """The table `[model]` of a graph diffusion problem: the perceptron in place of the conductivity."""
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (16, 16)

@@ -1,4 +1,4 @@
-"""The model of the graph diffusion problem: heat that flows along the edges as a network says, and its solve."""
+"""The model of the graph diffusion problem: heat that flows along the edges as a network says."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from pnode_dist.nn.perceptron import Perceptron
-from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.problems.common.trajectories import Windows
 from pnode_dist.problems.graph_diffusion.config import GraphDiffusionModelConfig
-from pnode_dist.problems.graph_diffusion.data import MeshData
-from pnode_dist.problems.graph_diffusion.physics import Diffusion
 
 _FEATURES = 3
 _FIRST_OUTPUT = 0.1
@@ -42,29 +38,3 @@ class LearntFlux(nn.Module):
     def forward(self, target: torch.Tensor, source: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """`[..., edges, 1]` for both ends of each edge and its length."""
         return self.conductances(target, source, lengths) * (source - target)
-
-
-def right_hand_side(config: GraphDiffusionModelConfig, data: MeshData, seed: int, dtype: torch.dtype) -> Diffusion:
-    """The learnt diffusion, computing in `dtype`, with the parameters that `seed` fixes. Not collective.
-
-    Its conductances start near those of the constant conductivity that fits the data best.
-    """
-    length = float(data.mesh.lengths.mean())
-    flux = LearntFlux(config, data.conductivity / length**2, length, seed)
-    return Diffusion(data.partition, flux, data.lengths).to(dtype)
-
-
-class GraphDiffusionModel(nn.Module):
-    """Rollouts of windows: `model(windows)` is `[lead, window, local_nodes, 1]`, in units of the data's scale.
-
-    `solve` is the NeuralODE over the windows. Collective on the partition's communicator.
-    """
-
-    def __init__(self, solve: NeuralODE) -> None:
-        super().__init__()
-        self.solve = solve
-
-    def forward(self, batch: Windows) -> torch.Tensor:
-        """The states at the leads 1, 2, ... of the windows' targets."""
-        states: torch.Tensor = self.solve(batch.initial, batch.times)
-        return states[1:]

@@ -6,28 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
-
-Array = npt.NDArray[Any]
+from pnode_dist.report.panels import (
+    CURVE,
+    MODEL_COLOUR,
+    OTHER_COLOUR,
+    PERSISTENCE,
+    draw_comparison,
+    draw_errors,
+    draw_training,
+    report_figure,
+    root_mean_squares,
+)
 
 _SIZE = (13.5, 11.0)
-_DPI = 120
 _COLUMNS = 5
-_LINEAR_COLOUR = "#1f78b4"
 _SUPPORT_COLOUR = "#dedede"
-_CURVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "model": ("neural ODE", {"color": MODEL_COLOUR, "linewidth": 2.4, "zorder": 3}),
-    "linear": ("linear diffusion, fitted", {"color": _LINEAR_COLOUR, "linestyle": "-."}),
-    "persistence": ("persistence", {"color": "#5b6770", "linestyle": "--"}),
+_CURVES: dict[str, dict[str, Any]] = {
+    "model": {"label": "neural ODE", **CURVE},
+    "linear": {"label": "linear diffusion, fitted", "color": OTHER_COLOUR, "linestyle": "-."},
+    "persistence": PERSISTENCE,
 }
 
 
@@ -36,44 +37,27 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path) -> None:
 
     Maps show the first validation trajectory at up to five samples from the first to the last, closer at the beginning.
     """
-    # Only this picture is to look like this, and no display is to be needed.
-    with matplotlib.rc_context(STYLE), h5py.File(forecast, "r") as file:
-        layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05, hspace=0.02, wspace=0.02)
-        figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
+    with report_figure(path, forecast, _SIZE, pad=0.04) as (figure, file):
         (maps,), (curves,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.3, 1))
         _draw_maps(maps, file)
         left, middle, right = curves.subplots(1, 3, width_ratios=(1.65, 1, 1))
         draw_training(left, metrics_file, "")
         _draw_errors(middle, file)
         _draw_conductivities(right, file)
-        save(figure, path)
 
 
 def _draw_maps(figure: Any, file: h5py.File) -> None:
-    """Truth, rollout and their difference, one below the other, a column for each of some samples."""
     times = file["time"][:]
-    last = len(times) - 1
     # Heat spreads ever more slowly.
-    shown = np.unique((last * np.linspace(0, 1, _COLUMNS) ** 2).round().astype(int))
+    shown = np.unique(((len(times) - 1) * np.linspace(0, 1, _COLUMNS) ** 2).round().astype(int))
     truth, forecast = (file[name][0][shown].astype(np.float64) for name in ("truth", "model"))
-    error = forecast - truth
-    largest = max(float(np.percentile(np.abs(error), 99.5)), 1e-12)
-    temperature = {"vmin": 0.0, "vmax": float(np.percentile(truth, 99.5)), "cmap": "inferno"}
-    difference = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
-    rows = (("Truth", truth, temperature), ("Rollout", forecast, temperature), ("Difference", error, difference))
-    grid = GridSpec(len(rows), len(shown), figure=figure)
-    axes: list[list[Axes]] = []
-    for row, (name, values, colours) in enumerate(rows):
-        axes.append([figure.add_subplot(grid[row, column]) for column in range(len(shown))])
-        for column, axis in enumerate(axes[-1]):
-            image = _draw_mesh(axis, file, values[column], **colours)
-            if row == 0:
-                axis.set_title(f"t = {times[shown[column]]:g}", fontsize=10, fontweight="normal", loc="center")
-        axes[-1][0].set_ylabel(name, fontsize=11, fontweight="bold")
-        if row > 0:
-            above = [axis for drawn in axes[:2] for axis in drawn] if row == 1 else axes[row]
-            label = "temperature" if row == 1 else "rollout less truth"
-            figure.colorbar(image, ax=above, extend="both", label=label, aspect=28 if row == 1 else 13, pad=0.01)
+    highest = float(np.percentile(truth, 99.5))
+    titles = [f"t = {times[number]:g}" for number in shown]
+
+    def draw_one(axis: Axes, values: Any, **colours: Any) -> Any:
+        return _draw_mesh(axis, file, values, **colours)
+
+    draw_comparison(figure, draw_one, truth, forecast, titles, "temperature", vmin=0.0, vmax=highest, cmap="inferno")
     trajectories, _, nodes = file["truth"].shape
     edges = file["edge_index"].shape[1] // 2
     figure.suptitle(
@@ -82,7 +66,7 @@ def _draw_maps(figure: Any, file: h5py.File) -> None:
     )
 
 
-def _draw_mesh(axis: Axes, file: h5py.File, values: Array, **colours: Any) -> Any:
+def _draw_mesh(axis: Axes, file: h5py.File, values: Any, **colours: Any) -> Any:
     """The edges as lines, the nodes as dots of the colour of their values."""
     points = np.stack([file["x"][:], file["y"][:]], axis=1)
     source, target = file["edge_index"][:]
@@ -98,19 +82,12 @@ def _draw_mesh(axis: Axes, file: h5py.File, values: Array, **colours: Any) -> An
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
     """The root mean square errors of all rollouts at each time."""
-    times = file["time"][1:]
-    truth = file["truth"][:].astype(np.float64)
-    for name, (label, style) in _CURVES.items():
-        error = file[name][:, 1:].astype(np.float64) - truth[:, 1:]
-        axis.plot(times, np.sqrt((error**2).mean(axis=(0, 2))), label=label, **style)
-    axis.set_title("Error on held-out trajectories")
-    axis.set_xlabel("time since the initial state")
-    axis.set_ylabel("root mean square error")
-    axis.set_xlim(0, times[-1])
+    truth = file["truth"][:, 1:].astype(np.float64)
+    errors = {name: root_mean_squares(file[name][:, 1:] - truth, (0, 2)) for name in _CURVES}
+    draw_errors(axis, file["time"][1:], errors, _CURVES)
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     axis.set_ylim(low, high * (high / low) ** 0.3)
-    axis.grid(alpha=0.25)
     axis.legend(loc="upper right", fontsize=9)
 
 
@@ -119,7 +96,7 @@ def _draw_conductivities(axis: Axes, file: h5py.File) -> None:
     temperature = file["temperature"][:]
     axis.plot(temperature, file["conductivity_true"][:], color="#2b2b2b", linewidth=1.2, label="truth")
     axis.plot(temperature, file["conductivity_learnt"][:], color=MODEL_COLOUR, linewidth=2.4, label="learnt")
-    axis.axhline(file["conductivity_constant"][()], color=_LINEAR_COLOUR, linestyle="-.", label="linear, fitted")
+    axis.axhline(file["conductivity_constant"][()], color=OTHER_COLOUR, linestyle="-.", label="linear, fitted")
     # Where nothing is known of it, it is not learnt.
     occurring = axis.twinx()
     counts, _, _ = occurring.hist(file["truth"][:].ravel(), bins=temperature, color=_SUPPORT_COLOUR)

@@ -7,6 +7,6 @@ from pnode_dist.problems.gray_scott.config import GrayScottRun
 
 PROBLEM = ProblemDefinition(
     GrayScottRun,
-    "pnode_dist.problems.gray_scott.problem:build_gray_scott",
+    "pnode_dist.problems.gray_scott.problem:GrayScottProblem",
     "Learn how two species react and diffuse on a periodic plane.",
 )

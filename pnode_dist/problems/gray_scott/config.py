@@ -8,16 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from pnode_dist.config.tables import ForecastRun, Table
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive
+from pnode_dist.problems.common.tables import ComputedTable, Layers
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Points = Annotated[int, Field(ge=3, strict=True)]
-Layers = Annotated[int, Field(ge=2, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class GrayScottParameters:
     domain: tuple[float, float] = (2.5, 2.5)
 
 
-class GrayScottConfig(Table):
+class GrayScottConfig(ComputedTable):
     """The table `[problem]` with `type = "gray_scott"`: trajectories computed from the equations, to learn them from.
 
     Times are in the units of the equations, see `GrayScottParameters`. A sample is the state at one time, and samples
@@ -55,28 +52,10 @@ class GrayScottConfig(Table):
     """The feed rate F, dimensionless."""
     kill: NotNegative = GrayScottParameters.kill
     """The kill rate k, dimensionless."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seed of the initial states."""
-    trajectories: Count
-    """The number of training trajectories."""
-    validation: Count
-    """The number of held-out trajectories, from other initial states."""
-    times: Times
-    """Samples per trajectory, including the initial state."""
     interval: Positive
     """Time between samples, dimensionless."""
-    window: Count
-    """Length of a training window, in samples after its start."""
     processes: tuple[Count, Count] | None = None
     """Ranks along y and along x. Default: the split with the shortest inner edges."""
-
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
 
     @property
     def parameters(self) -> GrayScottParameters:
@@ -84,7 +63,7 @@ class GrayScottConfig(Table):
         return GrayScottParameters(self.diffusion, self.feed, self.kill, self.domain)
 
 
-class GrayScottModelConfig(Table):
+class GrayScottModelConfig(ModelTable):
     """The table `[model]` of a Gray-Scott problem: the convolutional right-hand side."""
 
     channels: Count = 16

@@ -1,18 +1,13 @@
-"""The model of the Gray-Scott problem: a learnt tendency that knows neither diffusion nor reaction, and its solve."""
+"""The model of the Gray-Scott problem: a learnt tendency without built-in knowledge of diffusion and reaction."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from pnode_dist.nn import Conv2d
 from pnode_dist.nn.activation import ACTIVATIONS
-from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.gray_scott.data import Trajectories
 
 _KERNEL = 3
 _FIRST_OUTPUT = 0.1
@@ -77,42 +72,3 @@ def right_hand_side(
         torch.manual_seed(seed)
         tendency = ConvolutionalTendency(partition, channels, layers, activation, rate)
     return tendency.to(dtype)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Stretches of trajectories that are solved together.
-
-    `initial` `[window, ny_local, nx_local, species]` are the states at `starts`, pairs of a trajectory and a sample,
-    and `targets` `[lead, window, ny_local, nx_local, species]` those 1, 2, ... samples later, all normalised.
-    """
-
-    starts: tuple[tuple[int, int], ...]
-    initial: torch.Tensor
-    targets: torch.Tensor
-
-
-def windows(data: Trajectories, starts: Sequence[tuple[int, int]], steps: int, dtype: torch.dtype) -> Windows:
-    """The windows of `steps` samples that begin at `starts`, in `dtype`."""
-    trajectory, first = torch.tensor(tuple(starts), dtype=torch.int64).reshape(-1, 2).unbind(1)
-    targets = torch.stack([data.values[trajectory, first + lead] for lead in range(1, steps + 1)])
-    return Windows(tuple(starts), data.values[trajectory, first].to(dtype), targets.to(dtype))
-
-
-class GrayScottModel(nn.Module):
-    """Rollouts of windows: `model(windows)` is `[lead, window, ny_local, nx_local, species]`, normalised.
-
-    `solve` is the NeuralODE over the windows, `interval` the time between two leads. Collective on the partition's
-    communicator.
-    """
-
-    def __init__(self, solve: NeuralODE, interval: float) -> None:
-        super().__init__()
-        self.solve = solve
-        self.interval = interval
-
-    def forward(self, batch: Windows) -> torch.Tensor:
-        """The states at the leads 1, 2, ... of the windows' targets."""
-        states = self.solve(batch.initial, [number * self.interval for number in range(len(batch.targets) + 1)])
-        rollout: torch.Tensor = states[1:]
-        return rollout

@@ -7,6 +7,6 @@ from pnode_dist.problems.pendulum.config import PendulumRun
 
 PROBLEM = ProblemDefinition(
     PendulumRun,
-    "pnode_dist.problems.pendulum.problem:build_pendulum",
+    "pnode_dist.problems.pendulum.problem:PendulumProblem",
     "Learn the force on a pendulum, a differential-algebraic equation.",
 )

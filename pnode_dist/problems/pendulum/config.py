@@ -8,15 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from pnode_dist.config.tables import ForecastRun, Table
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive
+from pnode_dist.problems.common.tables import ComputedTable
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class PendulumParameters:
     wind: float = 2.0
 
 
-class PendulumConfig(Table):
+class PendulumConfig(ComputedTable):
     """The table `[problem]` with `type = "pendulum"`: trajectories computed from the forces, to learn the forces from.
 
     See `PendulumParameters`. A sample is the state at one time, and samples of a trajectory are `interval` seconds
@@ -54,26 +52,8 @@ class PendulumConfig(Table):
     """Largest initial angle from the downward position to either side, in radians. Angles are drawn uniformly."""
     largest_speed: NotNegative = 2.0
     """Largest initial speed in either direction, in m/s. Speeds are drawn uniformly."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seed of the initial states."""
-    trajectories: Count
-    """The number of training trajectories."""
-    validation: Count
-    """The number of held-out trajectories, from other initial states."""
-    times: Times
-    """Samples per trajectory, including the initial state."""
     interval: Positive
     """Time between samples, in s."""
-    window: Count
-    """Length of a training window, in samples after its start."""
-
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
 
     @property
     def parameters(self) -> PendulumParameters:
@@ -81,7 +61,7 @@ class PendulumConfig(Table):
         return PendulumParameters(self.length, self.gravity, self.drag, self.wind)
 
 
-class PendulumModelConfig(Table):
+class PendulumModelConfig(ModelTable):
     """The table `[model]` of a pendulum problem: the perceptron in place of the forces."""
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (24, 24)

@@ -12,10 +12,10 @@ from torch import nn
 
 from pnode_dist.nn.perceptron import Perceptron
 from pnode_dist.ode.consistent import consistent
-from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.problems.common.ensemble import Windows
-from pnode_dist.problems.pendulum.config import PendulumParameters
-from pnode_dist.problems.pendulum.data import PendulumData
+from pnode_dist.problems.common.forecast_data import Windows
+from pnode_dist.problems.common.forecast_model import ForecastModel
+from pnode_dist.problems.pendulum.config import PendulumModelConfig, PendulumParameters
+from pnode_dist.problems.pendulum.data import Motions
 
 _DIFFERENTIAL = 4
 
@@ -36,7 +36,7 @@ class LearntForce(nn.Module):
     force_mean: torch.Tensor
     force_deviation: torch.Tensor
 
-    def __init__(self, network: Perceptron, data: PendulumData) -> None:
+    def __init__(self, network: Perceptron, data: Motions) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("mean", data.mean[:_DIFFERENTIAL], persistent=False)
@@ -86,45 +86,23 @@ class ConstrainedMotion(nn.Module):
         return torch.cat([velocity, acceleration, radial], dim=-1)
 
 
-def right_hand_side(
-    hidden: tuple[int, ...], activation: str, data: PendulumData, seed: int, dtype: torch.dtype
-) -> ConstrainedMotion:
-    """The model's right-hand side, computing in `dtype`, with the parameters that `seed` fixes. Not collective."""
-    network = Perceptron((_DIFFERENTIAL, *hidden, 2), activation, True, seed)
-    return ConstrainedMotion(LearntForce(network, data)).to(dtype)
+def right_hand_side(config: PendulumModelConfig, data: Motions, seed: int) -> ConstrainedMotion:
+    """The model's right-hand side, with the parameters that `seed` fixes. Not collective."""
+    network = Perceptron((_DIFFERENTIAL, *config.hidden, 2), config.activation, True, seed)
+    return ConstrainedMotion(LearntForce(network, data))
 
 
-class PendulumModel(nn.Module):
-    """Rollouts of windows: `model(windows)` is `[lead, start, trajectory_local, 5]`.
+class PendulumModel(ForecastModel):
+    """Rollouts of windows that make the tensions of the initial states consistent with the learnt force."""
 
-    `solve` is the NeuralODE over the windows; it is set to the partition of each. `times` are those of the samples.
-    The tensions of the windows' initial states are not used: they are made consistent with the learnt force.
-    Collective on the partition's communicator.
-    """
-
-    def __init__(self, solve: NeuralODE, times: tuple[float, ...]) -> None:
-        super().__init__()
-        self.solve = solve
-        self.times = times
-
-    def clock(self, leads: int) -> list[float]:
-        """The times since their start at which windows of `leads` samples are solved for."""
-        return [time - self.times[0] for time in self.times[: leads + 1]]
-
-    def consistent(self, batch: Windows) -> torch.Tensor:
+    def initial(self, batch: Windows) -> torch.Tensor:
         """The initial states of the windows, with the tensions that the learnt force asks for."""
         found: torch.Tensor = consistent(
             self.solve.func,
             batch.initial,
             0.0,
             self.solve.mass,
-            partition=batch.partition,
+            partition=batch.samples.partition,
             preconditioner=self.solve.preconditioner,
         )
         return found
-
-    def forward(self, batch: Windows) -> torch.Tensor:
-        """The states at the leads 1, 2, ... of the windows' targets."""
-        self.solve.partition = batch.partition
-        rollout: torch.Tensor = self.solve(self.consistent(batch), self.clock(len(batch.targets)))[1:]
-        return rollout

@@ -7,6 +7,6 @@ from pnode_dist.problems.robertson.config import RobertsonRun
 
 PROBLEM = ProblemDefinition(
     RobertsonRun,
-    "pnode_dist.problems.robertson.problem:build_robertson",
+    "pnode_dist.problems.robertson.problem:RobertsonProblem",
     "Learn a stiff reaction of three species by implicit steps.",
 )

@@ -13,7 +13,7 @@ import torch
 from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.errors import StepSizeError
 from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.problems.common.ensemble import Windows
+from pnode_dist.problems.common.forecast_data import Windows
 from pnode_dist.problems.common.solver import neural_ode
 from pnode_dist.problems.robertson.model import RobertsonModel
 
@@ -74,6 +74,7 @@ def pursuits_of(config: RobertsonRun, model: RobertsonModel, batch: Windows, dty
     Collective on the batch's partition.
     """
     solver, rival = config.solver, config.rival
+    group = next(model.groups(batch))
     finely = {"step_size": model.decades / _REFINEMENT, "rtol": None, "atol": None}
     explicitly: dict[str, Any] = {
         "method": rival.method,
@@ -91,7 +92,6 @@ def pursuits_of(config: RobertsonRun, model: RobertsonModel, batch: Windows, dty
     found = {}
     for name, (changes, most_steps) in ways.items():
         way = config.model_copy(update={"solver": solver.model_copy(update=changes)})
-        solve = neural_ode(way, model.solve.func, batch.partition)
-        initial = batch.initial.to(dtype)
-        found[name] = pursue(solve, initial, model.clock(len(batch.targets)), (model.begin(batch),), most_steps)
+        solve = neural_ode(way, model.solve.func, batch.samples.partition)
+        found[name] = pursue(solve, batch.initial.to(dtype), group.times, group.args, most_steps)
     return found

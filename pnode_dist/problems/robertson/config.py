@@ -9,18 +9,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun, Table
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive, Table
 from pnode_dist.ode import methods
+from pnode_dist.problems.common.tables import ComputedTable, Times
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Concentrations = tuple[NotNegative, NotNegative, NotNegative]
 RATES = (0.04, 3.0e7, 1.0e4)
 
 
-class RobertsonConfig(Table):
+class RobertsonConfig(ComputedTable):
     """The table `[problem]` with `type = "robertson"`: trajectories computed from the reactions, to learn them from.
 
     dy1/dt = -k1 y1 + k3 y2 y3, dy2/dt = k1 y1 - k2 y2^2 - k3 y2 y3, dy3/dt = k2 y2^2 (H. H. Robertson 1966; E. Hairer,
@@ -42,15 +40,9 @@ class RobertsonConfig(Table):
     """Lower bounds of the initial concentrations at time 0, which are drawn uniformly."""
     highest: Concentrations = (1.0, 5.0e-5, 0.5)
     """Upper bounds of the initial concentrations at time 0."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seed of the initial concentrations."""
-    trajectories: Count
-    """The number of training trajectories."""
     validation: Count
     """The number of held-out trajectories. The first starts from (1, 0, 0), the initial value of Robertson's problem;
     the others from drawn concentrations."""
-    window: Count
-    """Length of a training window, in samples after its start."""
 
     @field_validator("last")
     @classmethod
@@ -68,16 +60,8 @@ class RobertsonConfig(Table):
             raise ValueError(f"must be at least {list(lowest)}, the lowest")
         return value
 
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
 
-
-class RobertsonModelConfig(Table):
+class RobertsonModelConfig(ModelTable):
     """The table `[model]` of a Robertson problem: the perceptron in the right-hand side."""
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (6, 6, 6, 6, 6)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from pnode_dist.nn.perceptron import Perceptron
 from pnode_dist.ode.odeint import NeuralODE
-from pnode_dist.problems.common.ensemble import Windows
-from pnode_dist.problems.robertson.data import RobertsonData
+from pnode_dist.problems.common.forecast_data import Windows
+from pnode_dist.problems.common.forecast_model import ForecastModel, Group
+from pnode_dist.problems.robertson.config import RobertsonModelConfig
 
 _FIRST_OUTPUT = 0.1
 _FAST = 100.0
@@ -43,41 +45,25 @@ class LogTimeRate(nn.Module):
         return slope
 
 
-def right_hand_side(
-    hidden: tuple[int, ...], activation: str, bias: bool, data: RobertsonData, seed: int, dtype: torch.dtype
-) -> LogTimeRate:
-    """The model's right-hand side, computing in `dtype`, with the parameters that `seed` fixes. Not collective."""
-    species = len(data.rate)
-    network = Perceptron((species, *hidden, species), activation, bias, seed, _FIRST_OUTPUT)
-    fast = data.rate * (data.times[-1] - data.times[-2]) > _FAST
-    return LogTimeRate(network, data.rate, fast).to(dtype)
+def right_hand_side(config: RobertsonModelConfig, rate: torch.Tensor, times: Sequence[float], seed: int) -> LogTimeRate:
+    """The model's right-hand side, with the parameters that `seed` fixes. Not collective.
 
-
-class RobertsonModel(nn.Module):
-    """Rollouts of windows: `model(windows)` is `[lead, start, trajectory_local, species]`, scaled.
-
-    `solve` is the NeuralODE over the windows; it is set to the partition of each. `times` are those of the samples,
-    `decades` their spacing in log10. Collective on the partition's communicator.
+    `rate` `[species]` are the fastest changes of the training trajectories, `times` those of their samples.
     """
+    species = len(rate)
+    network = Perceptron((species, *config.hidden, species), config.activation, config.bias, seed, _FIRST_OUTPUT)
+    return LogTimeRate(network, rate, rate * (times[-1] - times[-2]) > _FAST)
 
-    def __init__(self, solve: NeuralODE, times: tuple[float, ...], decades: float) -> None:
-        super().__init__()
-        self.solve = solve
-        self.times = times
+
+class RobertsonModel(ForecastModel):
+    """Rollouts of windows in the logarithm of time, of samples that are `decades` apart."""
+
+    def __init__(self, solve: NeuralODE, decades: float) -> None:
+        super().__init__(solve)
         self.decades = decades
 
-    def clock(self, leads: int) -> list[float]:
-        """The decades since their start at which windows of `leads` samples are solved for."""
-        return [number * self.decades for number in range(leads + 1)]
-
-    def begin(self, batch: Windows) -> torch.Tensor:
-        """The times `[start, 1, 1]` at which the windows start."""
-        times = torch.tensor([self.times[start] for start in batch.starts], dtype=batch.initial.dtype)
-        return times[:, None, None]
-
-    def forward(self, batch: Windows) -> torch.Tensor:
-        """The states at the leads 1, 2, ... of the windows' targets."""
-        self.solve.partition = batch.partition
-        states = self.solve(batch.initial, self.clock(len(batch.targets)), self.begin(batch))
-        rollout: torch.Tensor = states[1:]
-        return rollout
+    def groups(self, batch: Windows) -> Iterator[Group]:
+        """All windows at once, solved for the decades since their starts; f is given the times of their starts."""
+        begin = torch.tensor([times[0] for times in batch.times], dtype=batch.initial.dtype)
+        clock = tuple(number * self.decades for number in range(len(batch.targets) + 1))
+        yield Group(tuple(range(len(batch.starts))), clock, (begin[:, None, None],))

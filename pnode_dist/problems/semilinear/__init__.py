@@ -7,11 +7,11 @@ from pnode_dist.problems.semilinear.config import BurgersRun, KuramotoSivashinsk
 
 KURAMOTO_SIVASHINSKY = ProblemDefinition(
     KuramotoSivashinskyRun,
-    "pnode_dist.problems.semilinear.problem:build_semilinear",
+    "pnode_dist.problems.semilinear.problem:SemilinearProblem",
     "Learn the nonlinear part of the Kuramoto-Sivashinsky equation.",
 )
 BURGERS = ProblemDefinition(
     BurgersRun,
-    "pnode_dist.problems.semilinear.problem:build_semilinear",
+    "pnode_dist.problems.semilinear.problem:SemilinearProblem",
     "Learn the nonlinear part of the viscous Burgers equation.",
 )

@@ -11,14 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun, Table
+from pnode_dist.config.definition import ModelTable
+from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive
+from pnode_dist.problems.common.tables import ComputedTable, Layers
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Points = Annotated[int, Field(ge=8, strict=True)]
-Layers = Annotated[int, Field(ge=2, strict=True)]
-Times = Annotated[int, Field(ge=2, strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class LineEquation:
     waves: int
 
 
-class LineConfig(Table):
+class LineConfig(ComputedTable):
     """What the tables `[problem]` of both equations hold: trajectories that are computed, to learn them from.
 
     A sample is the state at one time, and samples of a trajectory are `interval` apart.
@@ -43,28 +40,10 @@ class LineConfig(Table):
 
     points: Points
     """The number of grid points."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
-    """Seed of the initial states."""
-    trajectories: Count
-    """The number of training trajectories."""
-    validation: Count
-    """The number of held-out trajectories, from other initial states."""
-    times: Times
-    """Samples per trajectory, including the first."""
     interval: Positive
     """Time between samples, dimensionless."""
-    window: Count
-    """Length of a training window, in samples after its start."""
     spin_up: NotNegative
     """Time from the initial state to the first sample, dimensionless."""
-
-    @field_validator("window")
-    @classmethod
-    def _inside_a_trajectory(cls, value: int, others: ValidationInfo) -> int:
-        times = others.data.get("times")
-        if times is not None and value >= times:
-            raise ValueError(f"must be at most {times - 1}, one less than times")
-        return value
 
     @property
     def equation(self) -> LineEquation:
@@ -117,7 +96,7 @@ class BurgersConfig(LineConfig):
         return LineEquation("viscous Burgers", self.length, self.viscosity, 0.0, 4)
 
 
-class SemilinearModelConfig(Table):
+class SemilinearModelConfig(ModelTable):
     """The table `[model]` of both problems: the convolutional part of the right-hand side."""
 
     channels: Count = 16

@@ -11,8 +11,6 @@ from petsc4py import PETSc
 from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.common.trajectories import Trajectories
 from pnode_dist.problems.semilinear.config import LineConfig, LineEquation
 from pnode_dist.problems.semilinear.equation import convection_stencil, initial_state, linear_stencil
 from pnode_dist.problems.semilinear.periodic_line import line, operator
@@ -24,21 +22,16 @@ _MOST_STEPS = 100_000
 _PREFIX = "semilinear_data_"
 
 
-def generate(config: LineConfig, partition: GridPartition, mesh: Mesh) -> Trajectories:
-    """Compute all trajectories on the grid of the partition. Collective on the world.
+def generate(config: LineConfig, mesh: Mesh) -> torch.Tensor:
+    """All trajectories `[trajectory, time, points]` on the whole line, those to learn from first. Collective on the
+    world.
 
     A trajectory is computed by one rank alone, so that it has the same bits at every number of ranks, and the ranks
-    share the trajectories out among them. Their scale is the root mean square of those to learn from. Raises
-    `ConfigurationError` on all ranks where one cannot be followed.
+    share the trajectories out among them. Raises `ConfigurationError` on all ranks where one cannot be followed.
     """
     count = config.trajectories + config.validation
     own = agreed(mesh, lambda: {number: _trajectory(config, number) for number in range(mesh.rank, count, mesh.size)})
-    # Every rank sees the whole of what the scale is computed from, so that it too has the same bits everywhere.
-    states = torch.stack([mesh.broadcast_object(own.get(number), source=number % mesh.size) for number in range(count)])
-    scale = float(states[: config.trajectories].square().mean().sqrt())
-    ((start, stop),) = partition.owned
-    values = states[..., start:stop, None] / scale
-    return Trajectories(values, scale, config.trajectories, config.interval)
+    return torch.stack([mesh.broadcast_object(own.get(number), source=number % mesh.size) for number in range(count)])
 
 
 def _trajectory(config: LineConfig, number: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from pnode_dist.nn import Conv1d
 from pnode_dist.nn.activation import ACTIVATIONS
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.problems.common.trajectories import Windows
+from pnode_dist.problems.common.forecast_model import Rollouts
 from pnode_dist.problems.semilinear.config import SemilinearModelConfig
 
 _FIRST_OUTPUT = 0.1
@@ -74,30 +74,28 @@ def learnt_convection(
     return term.to(dtype)
 
 
-class SemilinearModel(nn.Module):
-    """Rollouts of windows: `model(windows)` is `[lead, window, points_local, 1]`, in units of the data's scale.
+class SemilinearModel(Rollouts):
+    """Rollouts of windows by a solve for each number of windows, whose linear part is a matrix of that size.
 
-    `term` is what is learnt, and `solve_of(samples)` makes the solve of so many windows at once, whose linear part is a
-    matrix of that size. `last_solve` holds the counts of the last call. Collective on the partition's communicator.
+    `term` is what is learnt, and `solve_of_size(count)` makes the solve of so many windows at once.
     """
 
-    def __init__(self, term: nn.Module, solve_of: Callable[[int], NeuralODE]) -> None:
+    def __init__(self, term: nn.Module, solve_of_size: Callable[[int], NeuralODE]) -> None:
         super().__init__()
         self.term = term
-        self._solve_of = solve_of
+        self._solve_of_size = solve_of_size
         # Not modules of this one: they all hold the same term, whose parameters count once.
         self._solves: dict[int, NeuralODE] = {}
-        self.last_solve = SolveStatistics()
+        self._last_count: int | None = None
 
-    def solve(self, samples: int) -> NeuralODE:
+    @property
+    def last_solve(self) -> SolveStatistics:
+        """The counts of the last call."""
+        return SolveStatistics() if self._last_count is None else self._solves[self._last_count].last_solve
+
+    def solve_of(self, count: int) -> NeuralODE:
         """The solve of so many windows, made when it is first asked for."""
-        if samples not in self._solves:
-            self._solves[samples] = self._solve_of(samples)
-        return self._solves[samples]
-
-    def forward(self, batch: Windows) -> torch.Tensor:
-        """The states at the leads 1, 2, ... of the windows' targets."""
-        solve = self.solve(len(batch.starts))
-        states: torch.Tensor = solve(batch.initial, batch.times)
-        self.last_solve = solve.last_solve
-        return states[1:]
+        if count not in self._solves:
+            self._solves[count] = self._solve_of_size(count)
+        self._last_count = count
+        return self._solves[count]

@@ -6,24 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
-
-Array = npt.NDArray[Any]
+from pnode_dist.report.panels import (
+    CURVE,
+    OTHER_COLOUR,
+    PERSISTENCE,
+    draw_errors,
+    draw_training,
+    report_figure,
+    root_mean_squares,
+)
 
 _SIZE = (12.0, 9.4)
-_DPI = 120
-_CURVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "model": ("neural ODE", {"color": MODEL_COLOUR, "linewidth": 2.4, "zorder": 3}),
-    "explicit": ("the same, explicit", {"color": "#e6a11a", "linestyle": ":", "linewidth": 2.4, "zorder": 4}),
-    "equation": ("true equation, same steps", {"color": "#1f78b4", "linestyle": "-."}),
-    "persistence": ("persistence", {"color": "#5b6770", "linestyle": "--"}),
+_CURVES: dict[str, dict[str, Any]] = {
+    "model": {"label": "neural ODE", **CURVE},
+    "explicit": {"label": "the same, explicit", "color": "#e6a11a", "linestyle": ":", "linewidth": 2.4, "zorder": 4},
+    "equation": {"label": "true equation, same steps", "color": OTHER_COLOUR, "linestyle": "-."},
+    "persistence": PERSISTENCE,
 }
 
 
@@ -32,9 +33,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, title: str) -> N
 
     Maps over x and time show the first validation trajectory; `title` names the equation.
     """
-    # Only this picture is to look like this, and no display is to be needed.
-    with matplotlib.rc_context(STYLE), h5py.File(forecast, "r") as file:
-        figure = Figure(figsize=_SIZE, dpi=_DPI, layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
+    with report_figure(path, forecast, _SIZE) as (figure, file):
         (maps,), (curves,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.5, 1))
         trajectories, _, points = file["truth"].shape
         maps.suptitle(f"{title}, {points} points: the first of {trajectories} held-out trajectories", fontsize=12)
@@ -42,7 +41,6 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, title: str) -> N
         left, right = curves.subplots(1, 2)
         draw_training(left, metrics_file, "")
         _draw_errors(right, file)
-        save(figure, path)
 
 
 def _draw_maps(figure: Any, file: h5py.File) -> None:
@@ -75,22 +73,12 @@ def _draw_maps(figure: Any, file: h5py.File) -> None:
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
     """The root mean square errors of all rollouts at each time."""
-    times = file["time"][1:]
-    truth = file["truth"][:].astype(np.float64)
-    curves = {}
-    for name, (label, style) in _CURVES.items():
-        error = file[name][:, 1:].astype(np.float64) - truth[:, 1:]
-        curves[name] = np.sqrt((error**2).mean(axis=(0, 2)))
-        axis.plot(times, curves[name], label=label, **style)
-    axis.set_title("Error on held-out trajectories")
-    axis.set_xlabel("time since the first sample")
-    axis.set_ylabel("root mean square error")
-    axis.set_xlim(0, times[-1])
+    truth = file["truth"][:, 1:].astype(np.float64)
+    errors = {name: root_mean_squares(file[name][:, 1:] - truth, (0, 2)) for name in _CURVES}
+    draw_errors(axis, file["time"][1:], errors, _CURVES, time="time since the first sample")
     axis.set_yscale("log")
     # A rollout that blew up, or one without any error, must not flatten the other curves.
-    highest = 3 * float(curves["persistence"].max())
-    errors = np.concatenate(list(curves.values()))
-    lowest = float(errors[np.isfinite(errors)].min())
-    axis.set_ylim(max(lowest / 2, 1e-7 * highest), highest)
-    axis.grid(alpha=0.25)
+    highest = 3 * float(errors["persistence"].max())
+    every = np.concatenate(list(errors.values()))
+    axis.set_ylim(max(float(every[np.isfinite(every)].min()) / 2, 1e-7 * highest), highest)
     axis.legend(loc="lower right", fontsize=9)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from matplotlib import image
 
-from pnode_dist import GraphPartition, Mesh
-from pnode_dist.problems.graph_diffusion.forecast_file import Conductivities, Rollouts, write_rollouts
+from pnode_dist import Mesh
 from pnode_dist.problems.graph_diffusion.mesh import irregular_mesh
 from pnode_dist.problems.graph_diffusion.plots import draw_report
+from pnode_dist.report.dataset_file import Variable, write_dataset
 
 HEIGHT, WIDTH = 1320, 1620
 BOTTOM = slice(HEIGHT * 7 // 10, None)
@@ -33,9 +33,18 @@ def draw(
     trajectories = {"truth": truth, "model": truth + error, "linear": truth - 2 * error}
     trajectories["persistence"] = truth[:, :1].expand_as(truth)
     temperature = torch.linspace(0, 1, 6, dtype=torch.float64)
-    found = Conductivities(temperature, temperature**2, learnt * temperature, 0.3)
-    partition = GraphPartition(mesh, nodes.edge_index, NODES)
-    write_rollouts(directory / "f.h5", Rollouts(trajectories, 0.5, nodes, found), partition, mesh)
+    variables = {name: Variable(("trajectory", "time", "node"), values) for name, values in trajectories.items()}
+    variables |= {
+        "time": Variable(("time",), 0.5 * np.arange(times)),
+        "x": Variable(("node",), nodes.points[:, 0]),
+        "y": Variable(("node",), nodes.points[:, 1]),
+        "edge_index": Variable(("end", "edge"), nodes.edge_index),
+        "temperature": Variable(("temperature",), temperature),
+        "conductivity_true": Variable(("temperature",), temperature**2),
+        "conductivity_learnt": Variable(("temperature",), learnt * temperature),
+        "conductivity_constant": Variable((), 0.3),
+    }
+    write_dataset(directory / "f.h5", variables, mesh)
     draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl")
     picture = np.asarray(image.imread(directory / "r.png"))
     assert picture.shape[:2] == (HEIGHT, WIDTH)

@@ -15,8 +15,8 @@ import xarray
 from pnode_dist import Mesh
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.common.trajectories import windows
-from pnode_dist.problems.graph_diffusion.problem import GraphDiffusionProblem, build_graph_diffusion
+from pnode_dist.problems.common.forecast_data import windows
+from pnode_dist.problems.graph_diffusion.problem import GraphDiffusionProblem
 from pnode_dist.train import loop
 from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
@@ -40,7 +40,7 @@ FLUX = "solve.func.flux.message.network."
 
 
 def built(mesh: Mesh, **tables: Any) -> GraphDiffusionProblem:
-    return build_graph_diffusion(config(**tables), mesh, torch.float64)
+    return GraphDiffusionProblem(config(**tables), mesh, torch.float64)
 
 
 @pytest.fixture
@@ -51,7 +51,11 @@ def problem(mesh: Mesh) -> GraphDiffusionProblem:
 
 def states_of(problem: GraphDiffusionProblem) -> torch.Tensor:
     """All trajectories `[trajectory, time, node]` in units of the scale."""
-    return problem.data.trajectories.values[..., 0]
+    return torch.cat([problem.samples.values, problem.held_out.values])[..., 0]
+
+
+def scale_of(problem: GraphDiffusionProblem) -> float:
+    return problem.physical(torch.ones(())).item()
 
 
 def leaves(problem: GraphDiffusionProblem) -> dict[str, torch.Tensor]:
@@ -65,22 +69,22 @@ def leaves(problem: GraphDiffusionProblem) -> dict[str, torch.Tensor]:
 
 
 def test_the_trajectories_are_those_that_scipy_computes(problem: GraphDiffusionProblem) -> None:
-    states = (states_of(problem) * problem.data.trajectories.scale).numpy()
+    states = (states_of(problem) * scale_of(problem)).numpy()
     assert states.shape == (TRAINING + VALIDATION, TIMES, NODES)
     for found in states:
         assert np.abs(found[-1] - found[0]).max() > 0.1
-        np.testing.assert_allclose(found, trajectory(problem.data.mesh, found[0]), rtol=0, atol=1e-8)
-    assert problem.data.trajectories.scale == pytest.approx(np.sqrt((states[:TRAINING] ** 2).mean()), rel=1e-12)
+        np.testing.assert_allclose(found, trajectory(problem.nodes, found[0]), rtol=0, atol=1e-8)
+    assert scale_of(problem) == pytest.approx(np.sqrt((states[:TRAINING] ** 2).mean()), rel=1e-12)
 
 
 def test_the_constant_conductivity_is_the_least_squares_fit(problem: GraphDiffusionProblem) -> None:
     states = states_of(problem)[:TRAINING].numpy()
-    lengths = dense(problem.data.mesh)
+    lengths = dense(problem.nodes)
     unit = rate(states, lengths, lambda mean, difference, length: 1 / length**2)
     changes = (np.diff(states, axis=1) / INTERVAL).reshape(-1, 1)
     means = ((unit[:, 1:] + unit[:, :-1]) / 2).reshape(-1, 1)
     ((fitted,),) = np.linalg.lstsq(means, changes, rcond=None)[0]
-    assert problem.data.conductivity == pytest.approx(fitted, rel=1e-10)
+    assert problem.conductivity == pytest.approx(fitted, rel=1e-10)
 
 
 def test_the_seed_chooses_the_initial_states_and_another_seed_the_mesh(
@@ -88,8 +92,8 @@ def test_the_seed_chooses_the_initial_states_and_another_seed_the_mesh(
 ) -> None:
     other, elsewhere = built(mesh, problem={"seed": 1}), built(mesh, problem={"mesh_seed": 1})
     assert not torch.equal(states_of(other), states_of(problem))
-    assert np.array_equal(other.data.mesh.points, problem.data.mesh.points)
-    assert not np.array_equal(elsewhere.data.mesh.points, problem.data.mesh.points)
+    assert np.array_equal(other.nodes.points, problem.nodes.points)
+    assert not np.array_equal(elsewhere.nodes.points, problem.nodes.points)
 
 
 def test_equations_that_cannot_be_integrated_are_refused(mesh: Mesh) -> None:
@@ -101,12 +105,12 @@ def test_equations_that_cannot_be_integrated_are_refused(mesh: Mesh) -> None:
 
 
 def test_loss_and_gradient_are_those_of_dense_matrices(problem: GraphDiffusionProblem) -> None:
-    batch = windows(problem.data.trajectories, STARTS, WINDOW, torch.float64)
+    batch = windows(problem.samples, STARTS, WINDOW, torch.float64)
     found = problem.loss(problem.model, batch)
     found.backward()  # type: ignore[no-untyped-call]
     expected = leaves(problem)
-    conductance = learnt_conductance(expected, problem.data.mesh, problem.data.conductivity)
-    whole = rollout(problem.data.mesh, batch.initial[..., 0], WINDOW, conductance)
+    conductance = learnt_conductance(expected, problem.nodes, problem.conductivity)
+    whole = rollout(problem.nodes, batch.initial[..., 0], WINDOW, conductance)
     loss = (whole - batch.targets[..., 0]).square().mean()
     loss.backward()  # type: ignore[no-untyped-call]
     assert found.item() == pytest.approx(loss.item(), rel=1e-10)
@@ -135,22 +139,20 @@ def test_the_gradient_check_passes(mesh: Mesh, problem: GraphDiffusionProblem) -
 
 
 def test_evaluate_gives_the_errors_of_a_naive_computation(problem: GraphDiffusionProblem, tmp_path: Path) -> None:
-    data, nodes = problem.data.trajectories, problem.data.mesh
+    nodes = problem.nodes
     with torch.no_grad():
         table = problem.evaluate(problem.model, tmp_path)
         figures = problem.validation(problem.model)
         states = states_of(problem)[TRAINING:]
-        conductance = learnt_conductance(leaves(problem), nodes, problem.data.conductivity)
+        conductance = learnt_conductance(leaves(problem), nodes, problem.conductivity)
         candidates = {
             "model": rollout(nodes, states[:, 0], TIMES - 1, conductance),
-            "linear": rollout(
-                nodes, states[:, 0], TIMES - 1, lambda m, d, length: problem.data.conductivity / length**2
-            ),
+            "linear": rollout(nodes, states[:, 0], TIMES - 1, lambda m, d, length: problem.conductivity / length**2),
             "persistence": states[:, 0].expand(TIMES - 1, *states[:, 0].shape),
         }
 
     def error(name: str, lead: int) -> float:
-        return float(data.scale * (candidates[name][lead - 1] - states[:, lead]).square().mean().sqrt())
+        return float(scale_of(problem) * (candidates[name][lead - 1] - states[:, lead]).square().mean().sqrt())
 
     assert [row["lead"] for row in table["rmse"]] == [1, 2, 4]
     for row in table["rmse"]:
@@ -173,25 +175,25 @@ def test_the_file_holds_truth_rollouts_mesh_and_conductivities(problem: GraphDif
     with torch.no_grad():
         problem.evaluate(problem.model, tmp_path)
     data = xarray.open_dataset(tmp_path / "forecast.h5", engine="h5netcdf")
-    scale = problem.data.trajectories.scale
+    scale = scale_of(problem)
     for name in ("truth", "model", "linear", "persistence"):
         assert data[name].dims == ("trajectory", "time", "node")
         assert data[name].shape == (VALIDATION, TIMES, NODES)
         np.testing.assert_array_equal(data[name][:, 0], data.truth[:, 0])
     np.testing.assert_allclose(data.truth, states_of(problem)[TRAINING:] * scale, atol=1e-6)
     np.testing.assert_allclose(data.time, np.arange(TIMES) * INTERVAL)
-    np.testing.assert_array_equal(np.stack([data.x, data.y], axis=1), problem.data.mesh.points)
-    np.testing.assert_array_equal(data.edge_index, problem.data.mesh.edge_index)
+    np.testing.assert_array_equal(np.stack([data.x, data.y], axis=1), problem.nodes.points)
+    np.testing.assert_array_equal(data.edge_index, problem.nodes.edge_index)
     warm = data.temperature.to_numpy()
-    assert warm[-1] == pytest.approx(problem.data.trajectories.values.max().item() * scale)
+    assert warm[-1] == pytest.approx(states_of(problem).max().item() * scale)
     np.testing.assert_allclose(data.conductivity_true, 0.01 + 0.08 * warm**2)
-    conductance = learnt_conductance(leaves(problem), problem.data.mesh, problem.data.conductivity)
-    mean_length = torch.tensor(problem.data.mesh.lengths.mean())
+    conductance = learnt_conductance(leaves(problem), problem.nodes, problem.conductivity)
+    mean_length = torch.tensor(problem.nodes.lengths.mean())
     ends = torch.from_numpy(warm / scale)
     with torch.no_grad():
         expected = conductance(ends, 0 * ends, mean_length) * mean_length**2
     np.testing.assert_allclose(data.conductivity_learnt, expected, rtol=1e-10)
-    assert data.conductivity_constant == problem.data.conductivity
+    assert data.conductivity_constant == problem.conductivity
 
 
 def test_the_report_is_drawn(problem: GraphDiffusionProblem, tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(problem: GraphDiffusion
 def test_what_cannot_be_done_is_said_before_anything_is_computed(
     mesh: Mesh, tables: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pnode_dist.problems.graph_diffusion.problem.generate", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("pnode_dist.problems.graph_diffusion.problem.trajectories", lambda *_: pytest.fail("computed"))
     with pytest.raises(ConfigurationError, match=message):
         built(mesh, **tables)
 

@@ -49,7 +49,7 @@ WRONG = {
     "problem.window=5": "[problem] window = 5: must be at most 4, one less than times",
     "problem.validation=0": "[problem] validation = 0: must be an integer of at least 1",
     "problem.trajectores=2": "[problem] unknown key trajectores (did you mean trajectories?): must be one of type,",
-    "problem.path=sst.nc": "[problem] unknown key path: must be one of type, shape",
+    "problem.path=sst.nc": "[problem] unknown key path: must be one of type, seed, trajectories",
     "model.layers=1": "[model] layers = 1: must be an integer of at least 2",
     "model.activation=relu": '[model] activation = "relu": must be one of gelu, silu, tanh',
     "model.harmonics=2": "[model] unknown key harmonics: must be one of channels, layers, activation",
@@ -71,9 +71,7 @@ def test_what_is_missing_is_named(path: Path) -> None:
     path.write_text(SHORTEST.replace("shape = [8, 8]\n", "").replace("times = 5\n", ""))
     with pytest.raises(ConfigurationError) as caught:
         load(path)
-    assert str(caught.value) == (
-        f"{path}: [problem] shape is missing: must be a list of 2 entries, each an integer of at least 3 (and 1 more)"
-    )
+    assert str(caught.value) == (f"{path}: [problem] times is missing: must be an integer of at least 2 (and 1 more)")
 
 
 def test_a_wrong_type_in_the_file_is_reported_with_the_file(path: Path) -> None:

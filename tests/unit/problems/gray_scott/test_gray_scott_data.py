@@ -6,26 +6,32 @@ import torch
 
 from pnode_dist import GridPartition, Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.gray_scott.data import Trajectories, generate
+from pnode_dist.problems.gray_scott.data import rate_of_change, trajectories
+from pnode_dist.problems.gray_scott.problem import GrayScottProblem
 from tests.unit.problems.gray_scott.plain_gray_scott import (
     NX,
     NY,
     TIMES,
     TRAINING,
     VALIDATION,
+    config,
     normalisation,
     problem_config,
 )
 from tests.unit.problems.gray_scott.plain_gray_scott import trajectory as by_scipy
 
 
-def computed(mesh: Mesh, **changes: object) -> Trajectories:
-    return generate(problem_config(**changes), GridPartition(mesh, (NY, NX), 2, ("periodic", "periodic")), mesh)
+def computed(mesh: Mesh, **changes: object) -> torch.Tensor:
+    """All trajectories `[trajectory, time, y, x, species]`."""
+    return trajectories(problem_config(**changes), GridPartition(mesh, (NY, NX), 2, ("periodic", "periodic")))
+
+
+def built(mesh: Mesh, **changes: object) -> GrayScottProblem:
+    return GrayScottProblem(config(problem=changes), mesh, torch.float64)
 
 
 def test_the_trajectories_are_those_that_scipy_computes(mesh: Mesh) -> None:
-    data = computed(mesh)
-    states = data.physical(data.values).numpy()
+    states = computed(mesh).numpy()
     assert states.shape == (TRAINING + VALIDATION, TIMES, NY, NX, 2)
     for found in states:
         # Along the trajectory the state changes by some tenths.
@@ -34,26 +40,28 @@ def test_the_trajectories_are_those_that_scipy_computes(mesh: Mesh) -> None:
 
 
 def test_the_trajectories_to_learn_from_alone_set_the_normalisation(mesh: Mesh) -> None:
-    data, more = computed(mesh), computed(mesh, validation=3)
-    mean, deviation, rate = normalisation(data.physical(data.values).numpy()[:TRAINING])
-    for found, expected in ((data.mean, mean), (data.deviation, deviation), (data.rate, rate)):
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
-    assert torch.equal(more.values[: TRAINING + VALIDATION], data.values)
+    problem, states = built(mesh, validation=3), computed(mesh, validation=3)
+    mean, deviation, rate = normalisation(states[:TRAINING].numpy())
+    for found, part in ((problem.samples, states[:TRAINING]), (problem.held_out, states[TRAINING:])):
+        np.testing.assert_allclose(found.values, (part.numpy() - mean) / deviation, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(problem.physical(found.values), part, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(rate_of_change(problem.samples, mesh), rate, rtol=1e-12)
+    assert torch.equal(states[: TRAINING + VALIDATION], computed(mesh))
 
 
 def test_the_seed_chooses_the_trajectories(mesh: Mesh) -> None:
-    assert torch.equal(computed(mesh).values, computed(mesh).values)
-    assert not torch.equal(computed(mesh, seed=1).values, computed(mesh).values)
+    assert torch.equal(computed(mesh), computed(mesh))
+    assert not torch.equal(computed(mesh, seed=1), computed(mesh))
 
 
 def test_solver_options_do_not_change_the_data(mesh: Mesh) -> None:
     from petsc4py import PETSc
 
-    expected = computed(mesh).values
+    expected = computed(mesh)
     options = PETSc.Options()
     options["ts_adapt_type"], options["ts_rk_type"] = "none", "1fe"
     try:
-        assert torch.equal(computed(mesh).values, expected)
+        assert torch.equal(computed(mesh), expected)
     finally:
         del options["ts_adapt_type"], options["ts_rk_type"]
 
@@ -71,4 +79,4 @@ def test_a_grid_too_coarse_for_the_initial_states_is_refused(mesh: Mesh, monkeyp
 
     monkeypatch.setattr("pnode_dist.problems.gray_scott.data.initial_state", resting)
     with pytest.raises(ConfigurationError, match=r"^\[problem\] shape = \[10, 13\]: too coarse: .*$"):
-        computed(mesh)
+        built(mesh)

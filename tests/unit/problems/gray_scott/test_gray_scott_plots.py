@@ -10,9 +10,9 @@ import pytest
 import torch
 from matplotlib import image
 
-from pnode_dist import GridPartition, Mesh
-from pnode_dist.problems.gray_scott.forecast_file import Rollouts, write_rollouts
+from pnode_dist import Mesh
 from pnode_dist.problems.gray_scott.plots import draw_report
+from pnode_dist.report.dataset_file import Variable, write_dataset
 
 HEIGHT, WIDTH = 1128, 1440
 NY, NX = 12, 9
@@ -24,9 +24,16 @@ def draw(directory: Path, mesh: Mesh, times: int = 8, largest_error: float = 0.1
     truth = torch.from_numpy(generator.uniform(0, 1, (2, times, NY, NX, 2)))
     error = largest_error * torch.from_numpy(generator.uniform(-1, 1, truth.shape))
     error[:, 0] = 0
-    mean = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    contents = Rollouts(truth + error, truth, mean, 2.0, (1.0, 2.0), ("u", "v"))
-    write_rollouts(directory / "f.h5", contents, GridPartition(mesh, (NY, NX), 2), mesh)
+    dimensions = ("trajectory", "time", "y", "x", "species")
+    variables = {
+        "time": Variable(("time",), 2.0 * np.arange(times)),
+        "y": Variable(("y",), np.arange(NY) / NY),
+        "x": Variable(("x",), 2.0 * np.arange(NX) / NX),
+        "truth": Variable(dimensions, truth),
+        "forecast": Variable(dimensions, truth + error),
+        "training_mean": Variable(("species",), np.array([0.5, 0.5])),
+    }
+    write_dataset(directory / "f.h5", variables, mesh)
     draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl")
     return np.asarray(image.imread(directory / "r.png"))
 

@@ -13,7 +13,7 @@ import xarray
 from pnode_dist import Mesh, Trajectory
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.gray_scott.problem import GrayScottProblem, build_gray_scott
+from pnode_dist.problems.gray_scott.problem import GrayScottProblem
 from pnode_dist.train import loop
 from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
@@ -33,7 +33,7 @@ from tests.unit.problems.gray_scott.plain_gray_scott import (
 
 
 def built(mesh: Mesh, **tables: Any) -> GrayScottProblem:
-    return build_gray_scott(config(**tables), mesh, torch.float64)
+    return GrayScottProblem(config(**tables), mesh, torch.float64)
 
 
 # Batches
@@ -51,7 +51,7 @@ def test_a_window_holds_the_samples_from_its_start_on(mesh: Mesh) -> None:
     problem = built(mesh)
     for batch in problem.batches(1):
         for number, (which, first) in enumerate(batch.starts):
-            values = problem.data.values[which]
+            values = problem.samples.values[which]
             assert torch.equal(batch.initial[number], values[first])
             assert torch.equal(batch.targets[:, number], values[first + 1 : first + 1 + WINDOW])
 
@@ -113,9 +113,8 @@ def test_evaluate_gives_the_errors_of_a_naive_computation(mesh: Mesh, tmp_path: 
     with torch.no_grad():
         table = problem.evaluate(problem.model, tmp_path)
         figures = problem.validation(problem.model)
-    states = problem.data.physical(problem.data.values).numpy()
-    held_out = states[TRAINING:]
-    mean = states[:TRAINING].reshape(-1, 2).mean(axis=0)
+    held_out = problem.physical(problem.held_out.values).numpy()
+    mean = problem.physical(problem.samples.values).numpy().reshape(-1, 2).mean(axis=0)
     with h5py.File(tmp_path / "forecast.h5") as file:
         # The file rounds to float32.
         forecast = file["forecast"][:].astype(float)
@@ -188,7 +187,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(mesh: Mesh, tmp_path: P
 def test_what_cannot_be_done_is_said_before_anything_is_computed(
     mesh: Mesh, tables: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pnode_dist.problems.gray_scott.problem.generate", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr("pnode_dist.problems.gray_scott.problem.trajectories", lambda *_: pytest.fail("computed"))
     with pytest.raises(ConfigurationError, match=message):
         built(mesh, **tables)
 

@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import solve_ivp
 
 from pnode_dist.problems.pendulum.config import PendulumConfig, PendulumParameters, PendulumRun
-from pnode_dist.problems.pendulum.data import PendulumData
+from pnode_dist.problems.pendulum.data import Motions
 
 Array = npt.NDArray[Any]
 
@@ -85,7 +85,7 @@ def motion(angle: float, angular_velocity: float, times: Array) -> Array:
     return np.array(found)
 
 
-def learnt_force(parameters: dict[str, torch.Tensor], data: PendulumData, state: torch.Tensor) -> torch.Tensor:
+def learnt_force(parameters: dict[str, torch.Tensor], data: Motions, state: torch.Tensor) -> torch.Tensor:
     """The model's force, with activation tanh, at states `[..., 4 or more]`."""
     x = (state[..., :4] - data.mean[:4]) / data.deviation[:4]
     layers = sum(name.endswith("weight") for name in parameters)
@@ -95,7 +95,7 @@ def learnt_force(parameters: dict[str, torch.Tensor], data: PendulumData, state:
     return data.force_mean + data.force_deviation * x
 
 
-def eliminated(parameters: dict[str, torch.Tensor], data: PendulumData, state: torch.Tensor) -> torch.Tensor:
+def eliminated(parameters: dict[str, torch.Tensor], data: Motions, state: torch.Tensor) -> torch.Tensor:
     """d(x, y, vx, vy)/dt `[..., 4]` with the tension eliminated, and the tension behind them `[..., 5]`."""
     position, velocity = state[..., 0:2], state[..., 2:4]
     force = learnt_force(parameters, data, state)
@@ -105,7 +105,7 @@ def eliminated(parameters: dict[str, torch.Tensor], data: PendulumData, state: t
 
 
 def trapezoidal_rollout(
-    parameters: dict[str, torch.Tensor], data: PendulumData, initial: torch.Tensor, leads: int, steps: int
+    parameters: dict[str, torch.Tensor], data: Motions, initial: torch.Tensor, leads: int, steps: int
 ) -> torch.Tensor:
     """`[lead, trajectory, 5]` by the trapezoidal rule on the ODE without the tension, `steps` of them to a sample.
 

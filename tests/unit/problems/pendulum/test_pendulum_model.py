@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pnode_dist.problems.pendulum.config import PendulumModelConfig
 from pnode_dist.problems.pendulum.model import ConstrainedMotion, TrueForce, mass_matrix, right_hand_side
 from tests.unit.problems.pendulum.plain_pendulum import PARAMETERS, applied_force, eliminated, learnt_force
 
@@ -22,7 +23,7 @@ NOW = torch.zeros((), dtype=torch.float64)
 
 def built(seed: int = 0) -> ConstrainedMotion:
     scales: Any = SCALES
-    return right_hand_side((6, 5), "tanh", scales, seed, torch.float64)
+    return right_hand_side(PendulumModelConfig(hidden=(6, 5), activation="tanh"), scales, seed)
 
 
 def parameters() -> dict[str, torch.Tensor]:

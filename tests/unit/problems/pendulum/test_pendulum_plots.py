@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from matplotlib import image
 
-from pnode_dist import BatchPartition, Mesh
-from pnode_dist.problems.common.ensemble_file import EnsembleRollouts, write_ensemble
+from pnode_dist import Mesh
 from pnode_dist.problems.pendulum.config import PendulumParameters
 from pnode_dist.problems.pendulum.physics import states
 from pnode_dist.problems.pendulum.plots import draw_report
+from pnode_dist.report.dataset_file import Variable, write_dataset
 
 HEIGHT, WIDTH = 984, 1560
 TIMES, TRAJECTORIES = 9, 4
@@ -37,9 +37,15 @@ def draw(
     forecast[0] = truth[0]
     still = truth[:1].expand_as(truth)
     others = {"persistence": still, "training_mean": torch.zeros_like(truth), "vacuum": still, "true_force": forecast}
-    components = ("x", "y", "vx", "vy", "tension")
-    contents = EnsembleRollouts(forecast, truth, times, components, np.ones(5), others)
-    write_ensemble(directory / "f.h5", contents, BatchPartition(mesh, trajectories, (5,)), mesh)
+    dimensions = ("time", "trajectory", "component")
+    variables = {name: Variable(dimensions, value) for name, value in others.items()}
+    variables |= {
+        "time": Variable(("time",), times),
+        "truth": Variable(dimensions, truth),
+        "forecast": Variable(dimensions, forecast),
+        "scale": Variable(("component",), np.ones(5)),
+    }
+    write_dataset(directory / "f.h5", variables, mesh)
     draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl")
     return np.asarray(image.imread(directory / "r.png"))
 

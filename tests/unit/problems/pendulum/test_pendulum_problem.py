@@ -14,8 +14,8 @@ import xarray
 from pnode_dist import Mesh
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.common.ensemble import windows
-from pnode_dist.problems.pendulum.problem import PendulumProblem, build_pendulum
+from pnode_dist.problems.common.forecast_data import windows
+from pnode_dist.problems.pendulum.problem import PendulumProblem
 from pnode_dist.train import loop
 from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
@@ -44,7 +44,7 @@ def mesh() -> Iterator[Mesh]:
 
 
 def built(mesh: Mesh, **tables: Any) -> PendulumProblem:
-    return build_pendulum(config(**tables), mesh, torch.float64)
+    return PendulumProblem(config(**tables), mesh, torch.float64)
 
 
 def leaves(problem: PendulumProblem) -> dict[str, torch.Tensor]:
@@ -60,21 +60,26 @@ def leaves(problem: PendulumProblem) -> dict[str, torch.Tensor]:
 
 def test_an_epoch_has_every_window_of_the_training_trajectories_once(mesh: Mesh) -> None:
     batches = list(built(mesh).batches(1))
-    assert sorted(start for batch in batches for start in batch.starts) == list(range(TIMES - WINDOW))
+    assert sorted(start for batch in batches for start in batch.starts) == [
+        (0, first) for first in range(TIMES - WINDOW)
+    ]
     assert all(batch.initial.shape == (len(batch.starts), TRAINING, 5) for batch in batches)
 
 
 def test_loss_and_gradient_are_those_of_the_motion_without_the_tension(mesh: Mesh) -> None:
     problem = built(mesh, solver={"petsc_options": {"snes_rtol": 1e-12}})
     starts = (2, 0)
-    loss = problem.loss(problem.model, windows(problem.data.training, starts, WINDOW, torch.float64))
+    loss = problem.loss(
+        problem.model, windows(problem.samples, [(0, start) for start in starts], WINDOW, torch.float64)
+    )
     loss.backward()
-    expected, values = leaves(problem), problem.data.training.values
+    expected, values = leaves(problem), problem.samples.values[0]
     errors = [
-        trapezoidal_rollout(expected, problem.data, values[start], WINDOW, 2) - values[start + 1 : start + 1 + WINDOW]
+        trapezoidal_rollout(expected, problem.motions, values[start], WINDOW, 2)
+        - values[start + 1 : start + 1 + WINDOW]
         for start in starts
     ]
-    whole = (torch.stack(errors) / problem.data.deviation).square().mean()
+    whole = (torch.stack(errors) / problem.motions.deviation).square().mean()
     whole.backward()
     assert loss.item() == pytest.approx(whole.item(), rel=1e-9)
     for name, value in problem.model.named_parameters():
@@ -84,10 +89,10 @@ def test_loss_and_gradient_are_those_of_the_motion_without_the_tension(mesh: Mes
 
 def test_windows_start_with_the_tension_that_the_learnt_force_asks_for(mesh: Mesh) -> None:
     problem = built(mesh)
-    batch = windows(problem.data.training, (1, 3), WINDOW, torch.float64)
-    found = problem.model.consistent(batch)
+    batch = windows(problem.samples, [(0, 1), (0, 3)], WINDOW, torch.float64)
+    found = problem.model.initial(batch)
     assert torch.equal(found[..., :4], batch.initial[..., :4])
-    expected = eliminated(leaves(problem), problem.data, batch.initial)[..., 4]
+    expected = eliminated(leaves(problem), problem.motions, batch.initial)[..., 4]
     torch.testing.assert_close(found[..., 4], expected.detach(), rtol=1e-9, atol=1e-9)
     assert (found[..., 4] - batch.initial[..., 4]).abs().max() > 0.1
 
@@ -127,8 +132,8 @@ def test_evaluate_gives_the_errors_of_a_naive_computation(mesh: Mesh, tmp_path: 
     with torch.no_grad():
         table = problem.evaluate(problem.model, tmp_path)
         figures = problem.validation(problem.model)
-    data = problem.data
-    truth, vacuum = data.validation.values.numpy(), data.vacuum.values.numpy()
+    data = problem.motions
+    truth, vacuum = data.validation, data.vacuum
     mean, deviation = data.mean.numpy(), data.deviation.numpy()
     with h5py.File(tmp_path / "forecast.h5") as file:
         forecast, true_force = file["forecast"][:], file["true_force"][:]
@@ -175,8 +180,8 @@ def test_the_error_of_the_force_and_the_drift_are_those_of_a_naive_computation(m
     problem = built(mesh)
     with torch.no_grad():
         table = problem.evaluate(problem.model, tmp_path)
-    states = problem.data.validation.values[1:].flatten(0, 1)
-    learnt = learnt_force(leaves(problem), problem.data, states).detach().numpy()
+    states = torch.from_numpy(problem.motions.validation[1:]).flatten(0, 1)
+    learnt = learnt_force(leaves(problem), problem.motions, states).detach().numpy()
     true = np.array([applied_force(state[2:4].numpy()) for state in states])
     drag = true - [0.0, -GRAVITY]
     assert table["force"]["error"] == pytest.approx(np.sqrt(((learnt - true) ** 2).sum(axis=-1).mean()), rel=1e-9)

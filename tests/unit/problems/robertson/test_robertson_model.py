@@ -1,14 +1,13 @@
 """The learnt rates of the Robertson problem: those of plain torch in physical time, gentle at first."""
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from pnode_dist import BatchPartition, Mesh, NeuralODE
-from pnode_dist.problems.common.ensemble import Windows
+from pnode_dist.problems.common.forecast_data import Samples, windows
+from pnode_dist.problems.robertson.config import RobertsonModelConfig
 from pnode_dist.problems.robertson.model import LogTimeRate, RobertsonModel, right_hand_side
 from tests.unit.problems.robertson.plain_robertson import slope
 
@@ -16,8 +15,8 @@ RATE = torch.tensor([0.5, 3e3, 0.2], dtype=torch.float64)
 
 
 def built(seed: int = 0, activation: str = "tanh", rate: torch.Tensor = RATE) -> LogTimeRate:
-    data: Any = SimpleNamespace(rate=rate, times=(1.0, 60.0, 100.0))
-    return right_hand_side((6, 5), activation, True, data, seed, torch.float64)
+    model = RobertsonModelConfig.model_validate({"hidden": (6, 5), "activation": activation, "bias": True})
+    return right_hand_side(model, rate, (1.0, 60.0, 100.0), seed)
 
 
 def test_only_what_changes_in_much_less_than_the_longest_interval_relaxes() -> None:
@@ -37,18 +36,17 @@ def test_the_slope_is_that_of_physical_time_times_the_change_of_time() -> None:
 
 
 def test_windows_that_begin_at_different_times_are_solved_as_by_themselves(mesh: Mesh) -> None:
-    times = (1e-2, 1e-1, 1.0)
+    times = torch.tensor([1e-2, 1e-1, 1.0], dtype=torch.float64)
     partition = BatchPartition(mesh, 4, (3,))
-    initial = torch.rand(2, 4, 3, dtype=torch.float64)
-    targets = torch.empty(1, 2, 4, 3, dtype=torch.float64)
+    samples = Samples(partition, torch.rand(1, 3, 4, 3, dtype=torch.float64), times)
     node = NeuralODE(built(), method="cn", partition=partition, preconditioner="block")
-    model = RobertsonModel(node, times, 1.0)
+    model = RobertsonModel(node, 1.0)
+    starts = [(0, 1), (0, 0)]
     with torch.no_grad():
-        together = model(Windows((1, 0), initial, targets, partition))
-        for number, start in enumerate((1, 0)):
-            window = slice(number, number + 1)
-            alone = model(Windows((start,), initial[window], targets[:, window], partition))
-            torch.testing.assert_close(together[:, window], alone, rtol=1e-7, atol=1e-9)
+        together = model(windows(samples, starts, 1, torch.float64))
+        for number, start in enumerate(starts):
+            alone = model(windows(samples, [start], 1, torch.float64))
+            torch.testing.assert_close(together[:, number : number + 1], alone, rtol=1e-7, atol=1e-9)
 
 
 def test_the_solution_in_log_time_is_that_in_physical_time(mesh: Mesh) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from matplotlib import image
 
-from pnode_dist import BatchPartition, Mesh
-from pnode_dist.problems.common.ensemble_file import EnsembleRollouts, write_ensemble
+from pnode_dist import Mesh
 from pnode_dist.problems.robertson.plots import draw_report
+from pnode_dist.report.dataset_file import Variable, write_dataset
 
 HEIGHT, WIDTH = 984, 1560
 TIMES, TRAJECTORIES = 9, 5
@@ -35,20 +35,24 @@ def draw(
     rival = forecast.clone()
     rival[reached + 1 :] = math.nan
     steps = np.arange(TIMES, dtype=float)
-    contents = EnsembleRollouts(
-        forecast,
-        truth,
-        np.logspace(-5, 2, TIMES),
-        ("A", "B", "C"),
-        np.ones(3),
-        {"persistence": truth[:1].expand_as(truth), "training_mean": torch.full_like(truth, 0.5), "rival": rival},
-        {
-            "steps_as_trained": steps,
-            "steps_fine_steps": 16 * steps,
-            "steps_rival": np.where(steps <= reached, 50 * steps**2, math.nan),
-        },
-    )
-    write_ensemble(directory / "f.h5", contents, BatchPartition(mesh, trajectories, (3,)), mesh)
+    rollouts = {
+        "truth": truth,
+        "forecast": forecast,
+        "persistence": truth[:1].expand_as(truth),
+        "training_mean": torch.full_like(truth, 0.5),
+        "rival": rival,
+    }
+    series = {
+        "time": np.logspace(-5, 2, TIMES),
+        "steps_as_trained": steps,
+        "steps_fine_steps": 16 * steps,
+        "steps_rival": np.where(steps <= reached, 50 * steps**2, math.nan),
+    }
+    variables = {name: Variable(("time", "trajectory", "component"), values) for name, values in rollouts.items()}
+    variables |= {name: Variable(("time",), values) for name, values in series.items()}
+    variables["component"] = Variable(("component",), np.array(["A", "B", "C"]))
+    variables["scale"] = Variable(("component",), np.ones(3))
+    write_dataset(directory / "f.h5", variables, mesh)
     draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl")
     return np.asarray(image.imread(directory / "r.png"))
 

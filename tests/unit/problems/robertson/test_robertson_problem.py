@@ -14,9 +14,10 @@ import xarray
 from pnode_dist import Mesh, Trajectory
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.common.ensemble import windows
-from pnode_dist.problems.robertson.data import RobertsonData, generate, partitions
-from pnode_dist.problems.robertson.problem import RobertsonProblem, build_robertson
+from pnode_dist.problems.common.forecast_data import windows
+from pnode_dist.problems.robertson.data import generate
+from pnode_dist.problems.robertson.physics import Array
+from pnode_dist.problems.robertson.problem import RobertsonProblem
 from pnode_dist.train import loop
 from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
@@ -40,18 +41,18 @@ def mesh() -> Iterator[Mesh]:
 
 
 @pytest.fixture(scope="module")
-def data(mesh: Mesh) -> RobertsonData:
-    """The data, which all tests share."""
-    return generate(problem_config(), *partitions(problem_config(), mesh), mesh)
+def data() -> tuple[Array, Array]:
+    """The trajectories, which all tests share."""
+    return generate(problem_config())
 
 
 @pytest.fixture
-def built(mesh: Mesh, data: RobertsonData, monkeypatch: pytest.MonkeyPatch) -> Any:
+def built(mesh: Mesh, data: tuple[Array, Array], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The problem of a small configuration, from data that were computed once."""
     monkeypatch.setattr("pnode_dist.problems.robertson.problem.generate", lambda *_: data)
 
     def build_problem(**tables: Any) -> RobertsonProblem:
-        return build_robertson(config(**tables), mesh, torch.float64)
+        return RobertsonProblem(config(**tables), mesh, torch.float64)
 
     return build_problem
 
@@ -69,7 +70,9 @@ def leaves(problem: RobertsonProblem) -> dict[str, torch.Tensor]:
 
 def test_an_epoch_has_every_window_of_the_training_trajectories_once(built: Any) -> None:
     batches = list(built().batches(1))
-    assert sorted(start for batch in batches for start in batch.starts) == list(range(TIMES - WINDOW))
+    assert sorted(start for batch in batches for start in batch.starts) == [
+        (0, first) for first in range(TIMES - WINDOW)
+    ]
     assert all(batch.initial.shape == (len(batch.starts), TRAINING, 3) for batch in batches)
 
 
@@ -77,11 +80,13 @@ def test_loss_and_gradient_are_those_of_a_naive_trapezoidal_rule(built: Any) -> 
     problem = built(solver={"petsc_options": {"snes_rtol": 1e-12, "snes_linesearch_type": "basic"}})
     # One start before the fast reaction is over, and one where it is a million times faster than the step.
     starts = (4, 11)
-    loss = problem.loss(problem.model, windows(problem.data.training, starts, WINDOW, torch.float64))
+    loss = problem.loss(
+        problem.model, windows(problem.samples, [(0, start) for start in starts], WINDOW, torch.float64)
+    )
     loss.backward()
-    expected, values = leaves(problem), problem.data.training.values
+    expected, values = leaves(problem), problem.samples.values[0]
     errors = [
-        trapezoidal_rollout(expected, problem.data.rate, values[start], 10.0 ** LOG_TIMES[start], WINDOW)
+        trapezoidal_rollout(expected, problem.model.solve.func.rate, values[start], 10.0 ** LOG_TIMES[start], WINDOW)
         - values[start + 1 : start + 1 + WINDOW]
         for start in starts
     ]
@@ -139,12 +144,12 @@ def test_evaluate_gives_the_errors_of_a_naive_computation(built: Any, tmp_path: 
     with torch.no_grad():
         table = problem.evaluate(problem.model, tmp_path)
         figures = problem.validation(problem.model)
-    truth = problem.data.validation.values.numpy()
-    training = problem.data.training.values.numpy()
-    width = problem.data.width.numpy()
+    truth, training = problem.held_out.values[0].numpy(), problem.samples.values[0].numpy()
+    lowest, width = problem.physical(torch.tensor([[0.0], [1.0]])).numpy()
+    width = width - lowest
     with h5py.File(tmp_path / "forecast.h5") as file:
-        forecast = (file["forecast"][:] - problem.data.lowest.numpy()) / width
-        np.testing.assert_allclose(file["truth"][:], truth * width + problem.data.lowest.numpy(), rtol=1e-12)
+        forecast = (file["forecast"][:] - lowest) / width
+        np.testing.assert_allclose(file["truth"][:], truth * width + lowest, rtol=1e-12)
     candidates = {
         "model": np.abs(forecast - truth)[1:],
         "persistence": np.abs(truth[:1] - truth)[1:],
@@ -247,7 +252,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(
 ) -> None:
     monkeypatch.setattr("pnode_dist.problems.robertson.problem.generate", lambda *_: pytest.fail("computed"))
     with pytest.raises(ConfigurationError, match=message):
-        build_robertson(config(**tables), mesh, torch.float64)
+        RobertsonProblem(config(**tables), mesh, torch.float64)
 
 
 def test_the_configuration_chooses_the_problem(built: Any, mesh: Mesh) -> None:

@@ -9,28 +9,34 @@ from petsc4py import PETSc
 
 from pnode_dist import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.common.trajectories import Trajectories
 from pnode_dist.problems.semilinear.data import generate
 from pnode_dist.problems.semilinear.equation import initial_state
-from pnode_dist.problems.semilinear.periodic_line import line
-from tests.unit.problems.semilinear.plain_semilinear import CASES, POINTS, TIMES, TRAINING, VALIDATION, problem_config
+from pnode_dist.problems.semilinear.problem import SemilinearProblem
+from tests.unit.problems.semilinear.plain_semilinear import (
+    CASES,
+    POINTS,
+    TIMES,
+    TRAINING,
+    VALIDATION,
+    config,
+    problem_config,
+)
 from tests.unit.problems.semilinear.plain_semilinear import trajectory as by_scipy
 
 
-def computed(mesh: Mesh, name: str, **changes: Any) -> Trajectories:
-    config = problem_config(name, **changes)
-    return generate(config, line(mesh, config.points), mesh)
+def computed(mesh: Mesh, name: str, **changes: Any) -> torch.Tensor:
+    """All trajectories `[trajectory, time, point]`."""
+    return generate(problem_config(name, **changes), mesh)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_trajectories_are_those_that_scipy_computes(mesh: Mesh, name: str) -> None:
-    data = computed(mesh, name)
-    states = (data.values * data.scale)[..., 0].numpy()
+    states = computed(mesh, name).numpy()
     assert states.shape == (TRAINING + VALIDATION, TIMES, POINTS)
-    case, config = CASES[name], problem_config(name)
+    case, table = CASES[name], problem_config(name)
     times = np.append(0.0, case["spin_up"] + np.arange(TIMES) * case["interval"])
     for number, found in enumerate(states):
-        initial = initial_state(config.equation, POINTS, 0, number)
+        initial = initial_state(table.equation, POINTS, 0, number)
         # The state changes by some tenths from sample to sample.
         assert np.abs(np.diff(found, axis=0)).max() > 0.1
         # At time 0 there are both the initial state and, without spin-up, the first sample.
@@ -39,32 +45,35 @@ def test_the_trajectories_are_those_that_scipy_computes(mesh: Mesh, name: str) -
 
 
 def test_the_trajectories_to_learn_from_alone_set_the_scale(mesh: Mesh) -> None:
-    data, more = computed(mesh, "burgers"), computed(mesh, "burgers", validation=3)
-    learnt = (data.values * data.scale)[:TRAINING].numpy()
-    assert data.scale == pytest.approx(np.sqrt((learnt**2).mean()), rel=1e-12)
-    assert more.scale == data.scale
-    assert torch.equal(more.values[: TRAINING + VALIDATION], data.values)
+    few, more = (
+        SemilinearProblem(config("burgers", problem={"validation": count}), mesh, torch.float64)
+        for count in (VALIDATION, 3)
+    )
+    learnt = computed(mesh, "burgers")[:TRAINING]
+    assert few.scale == more.scale == pytest.approx(np.sqrt((learnt.numpy() ** 2).mean()), rel=1e-12)
+    torch.testing.assert_close(few.samples.values[..., 0] * few.scale, learnt, rtol=1e-14, atol=0)
+    assert torch.equal(more.held_out.values[:VALIDATION], few.held_out.values)
 
 
 def test_the_seed_chooses_the_trajectories(mesh: Mesh) -> None:
-    assert torch.equal(computed(mesh, "burgers").values, computed(mesh, "burgers").values)
-    assert not torch.equal(computed(mesh, "burgers", seed=1).values, computed(mesh, "burgers").values)
+    assert torch.equal(computed(mesh, "burgers"), computed(mesh, "burgers"))
+    assert not torch.equal(computed(mesh, "burgers", seed=1), computed(mesh, "burgers"))
 
 
 def test_a_finer_grid_has_nearly_the_same_trajectories(mesh: Mesh) -> None:
     def error(points: int) -> float:
         coarse, fine = (computed(mesh, "kuramoto_sivashinsky", points=n) for n in (points, 2 * points))
-        return float((fine.values[:, :, ::2] * fine.scale - coarse.values * coarse.scale).abs().max())
+        return float((fine[:, :, ::2] - coarse).abs().max())
 
     assert error(96) < 0.3 * error(48)
 
 
 def test_solver_options_do_not_change_the_data(mesh: Mesh) -> None:
-    expected = computed(mesh, "burgers").values
+    expected = computed(mesh, "burgers")
     options = PETSc.Options()
     options["ts_adapt_type"], options["ts_arkimex_type"] = "none", "2c"
     try:
-        assert torch.equal(computed(mesh, "burgers").values, expected)
+        assert torch.equal(computed(mesh, "burgers"), expected)
     finally:
         del options["ts_adapt_type"], options["ts_arkimex_type"]
 

@@ -10,9 +10,8 @@ import torch
 from matplotlib import image
 
 from pnode_dist import Mesh
-from pnode_dist.problems.semilinear.forecast_file import Rollouts, write_rollouts
-from pnode_dist.problems.semilinear.periodic_line import line
 from pnode_dist.problems.semilinear.plots import draw_report
+from pnode_dist.report.dataset_file import Variable, write_dataset
 
 HEIGHT, WIDTH = 1128, 1440
 POINTS = 24
@@ -26,7 +25,10 @@ def draw(directory: Path, mesh: Mesh, times: int = 8, largest_error: float = 0.1
     error[:, 0] = 0
     trajectories = {"truth": truth, "model": truth + error, "explicit": truth - error, "equation": truth + error / 10}
     trajectories["persistence"] = truth[:, :1].expand_as(truth)
-    write_rollouts(directory / "f.h5", Rollouts(trajectories, 2.0, 6.0), line(mesh, POINTS), mesh)
+    variables = {name: Variable(("trajectory", "time", "x"), values) for name, values in trajectories.items()}
+    variables["time"] = Variable(("time",), 2.0 * np.arange(times))
+    variables["x"] = Variable(("x",), 6.0 * np.arange(POINTS) / POINTS)
+    write_dataset(directory / "f.h5", variables, mesh)
     draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", "waves")
     return np.asarray(image.imread(directory / "r.png"))
 

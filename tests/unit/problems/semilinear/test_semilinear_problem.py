@@ -15,8 +15,8 @@ import xarray
 from pnode_dist import Mesh, Trajectory
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.common.trajectories import windows
-from pnode_dist.problems.semilinear.problem import SemilinearProblem, build_semilinear
+from pnode_dist.problems.common.forecast_data import windows
+from pnode_dist.problems.semilinear.problem import SemilinearProblem
 from pnode_dist.train import loop
 from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
@@ -24,7 +24,6 @@ from tests.unit.problems.semilinear.plain_semilinear import (
     CASES,
     POINTS,
     TIMES,
-    TRAINING,
     VALIDATION,
     WINDOW,
     config,
@@ -44,12 +43,12 @@ def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def built(mesh: Mesh, name: str, **tables: Any) -> SemilinearProblem:
-    return build_semilinear(config(name, **tables), mesh, torch.float64)
+    return SemilinearProblem(config(name, **tables), mesh, torch.float64)
 
 
 def states_of(problem: SemilinearProblem) -> torch.Tensor:
-    """All trajectories `[trajectory, time, point]` in units of the scale."""
-    return problem.data.values[..., 0]
+    """The validation trajectories `[trajectory, time, point]` in units of the scale."""
+    return problem.held_out.values[..., 0]
 
 
 def euler(
@@ -72,14 +71,14 @@ def euler(
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_is_that_of_dense_semi_implicit_steps(mesh: Mesh, name: str) -> None:
     problem = built(mesh, name)
-    batch = windows(problem.data, STARTS, WINDOW, torch.float64)
+    batch = windows(problem.samples, STARTS, WINDOW, torch.float64)
     found = problem.loss(problem.model, batch)
     found.backward()  # type: ignore[no-untyped-call]
     leaves = {
         key.removeprefix("term."): value.detach().clone().requires_grad_()
         for key, value in problem.model.named_parameters()
     }
-    whole = rollout(name, lambda u: term(name, leaves, problem.data.scale, u), batch.initial[..., 0], WINDOW)
+    whole = rollout(name, lambda u: term(name, leaves, problem.scale, u), batch.initial[..., 0], WINDOW)
     expected = (whole - batch.targets[..., 0]).square().mean()
     expected.backward()  # type: ignore[no-untyped-call]
     assert found.item() == pytest.approx(expected.item(), rel=1e-10)
@@ -101,7 +100,7 @@ def test_a_short_training_lowers_loss_and_validation_error(mesh: Mesh, tmp_path:
 def test_the_configured_solver_is_the_one_that_solves(mesh: Mesh) -> None:
     chosen = {"method": "arkimex_4", "step_size": 0.25}
     problem = built(mesh, "kuramoto_sivashinsky", solver=chosen, trajectory={"ram": "1MiB"})
-    solve = problem.model.solve(2)
+    solve = problem.model.solve_of(2)
     assert {name: getattr(solve, name) for name in chosen} == chosen
     assert solve.trajectory == Trajectory(ram="1MiB")
     assert solve.options == {"snes_type": "ksponly", "ksp_type": "preonly", "pc_type": "redundant"}
@@ -112,9 +111,9 @@ def test_the_configured_solver_is_the_one_that_solves(mesh: Mesh) -> None:
 def test_every_number_of_windows_is_solved_with_the_same_parameters(mesh: Mesh) -> None:
     problem = built(mesh, "burgers")
     with torch.no_grad():
-        together = problem.model(windows(problem.data, STARTS, WINDOW, torch.float64))
+        together = problem.model(windows(problem.samples, STARTS, WINDOW, torch.float64))
         for number, start in enumerate(STARTS):
-            alone = problem.model(windows(problem.data, [start], WINDOW, torch.float64))
+            alone = problem.model(windows(problem.samples, [start], WINDOW, torch.float64))
             torch.testing.assert_close(alone[:, 0], together[:, number], rtol=1e-12, atol=1e-13)
     assert len({id(value) for value in problem.model.parameters()}) == len(list(problem.model.term.parameters()))
 
@@ -137,9 +136,9 @@ def test_evaluate_gives_the_errors_of_a_naive_computation(mesh: Mesh, tmp_path: 
     with torch.no_grad():
         table = problem.evaluate(problem.model, tmp_path)
         figures = problem.validation(problem.model)
-        states, scale = states_of(problem)[TRAINING:], problem.data.scale
+        states, scale = states_of(problem), problem.scale
         leaves = {key.removeprefix("term."): value for key, value in problem.model.named_parameters()}
-        model = rollout(name, lambda u: term(name, leaves, problem.data.scale, u), states[:, 0], TIMES - 1)
+        model = rollout(name, lambda u: term(name, leaves, problem.scale, u), states[:, 0], TIMES - 1)
         equation = rollout(name, lambda u: convection(name, u, scale), states[:, 0], TIMES - 1)
         (step,) = (row["largest_step"] for row in table["costs"] if row["rollout"] == "explicit")
         explicit = euler(name, lambda u: term(name, leaves, scale, u), states[:, 0], TIMES - 1, step)
@@ -190,7 +189,7 @@ def test_the_file_holds_truth_and_rollouts_with_their_coordinates(mesh: Mesh, tm
         np.testing.assert_array_equal(values[:, 0], data.truth[:, 0])
     np.testing.assert_allclose(data.time, np.arange(TIMES) * CASES["burgers"]["interval"])
     np.testing.assert_allclose(data.x, np.arange(POINTS) / POINTS)
-    np.testing.assert_allclose(data.truth, states_of(problem)[TRAINING:] * problem.data.scale, atol=1e-6)
+    np.testing.assert_allclose(data.truth, states_of(problem) * problem.scale, atol=1e-6)
 
 
 @pytest.mark.usefixtures("few_trials")

@@ -1,0 +1,163 @@
+"""The base of forecasts whose trajectories are computed from known equations, and of those of ensembles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from pnode_dist.partition.batch import BatchPartition
+from pnode_dist.partition.protocol import Index, Partition
+from pnode_dist.problems.common.forecast_data import SplitData, Start, TrajectoryData, Windows
+from pnode_dist.problems.common.forecast_file import coordinates
+from pnode_dist.problems.common.forecast_problem import ForecastProblem
+from pnode_dist.report.dataset_file import Variable, write_dataset
+
+
+class ComputedProblem(ForecastProblem):
+    """A forecast of trajectories that are computed, some to learn from and others to follow from their first samples.
+
+    `[problem]` is a `ComputedTable`. Leads, replicas and budget are checked before anything is computed. The file has
+    the dimensions trajectory, time and those of the data; a channel that they do not name is left out.
+    """
+
+    model_variable: ClassVar[str] = "forecast"
+    """The name of the model's forecasts in the file."""
+    stores_baselines: ClassVar[bool] = True
+    """Whether the file also holds the forecasts that the model is compared with."""
+    file_dtype: ClassVar[type[np.floating[Any]]] = np.float32
+
+    def sample_times(self) -> Sequence[float]:
+        """The times of the samples, by default `[problem] interval` apart."""
+        return [number * self.settings.interval for number in range(self.settings.times)]
+
+    def clock(self, leads: int) -> Sequence[float]:
+        """The times since their start at which windows of so many leads are solved for."""
+        times = self.sample_times()
+        return [time - times[0] for time in times[: leads + 1]]
+
+    def split_data(self, training: Any, validation: Any, **described: Any) -> SplitData:
+        """Values `[trajectory, time, *shape]` as trajectories to learn from and to follow, with their description."""
+        times = np.array(self.sample_times())
+        return SplitData(*(TrajectoryData(values, times, **described) for values in (training, validation)))
+
+    def _check_data(self) -> None:
+        self._check_sizes(self.training_windows(), self.clock(self.settings.window))
+
+    def training_windows(self) -> int:
+        """The number of training windows."""
+        windows: int = self.settings.trajectories * (self.settings.times - self.settings.window)
+        return windows
+
+    @property
+    def _longest_lead(self) -> tuple[int, str]:
+        return (
+            self.settings.times - 1,
+            "one less than [problem] times, so that they lie in the validation trajectories",
+        )
+
+    @property
+    def _solves_one_by_one(self) -> bool:
+        return False
+
+    def stored(self, values: torch.Tensor, batch: Windows) -> Variable:
+        """Forecasts `[lead, window, *local_shape]` with the states that they start from, as a variable of the file.
+
+        Leads after the last one of `values` are missing.
+        """
+        missing = torch.full_like(batch.targets[len(values) :], torch.nan)
+        whole = self.physical(torch.cat([batch.initial[None], values.double(), missing])).transpose(0, 1)
+        names, partition = tuple(self.description.dimensions), batch.samples.partition
+        if len(names) < len(partition.global_shape):
+            whole, partition = whole[..., 0], WithoutChannel(partition)
+        leading: tuple[str, ...] = ("trajectory", "time")
+        if "trajectory" in names:
+            whole, leading = whole[0], ("time",)
+        return Variable((*leading, *names), whole, {}, self.file_dtype, partition)
+
+    def write(
+        self,
+        path: Path,
+        forecasts: Mapping[str, torch.Tensor],
+        batch: Windows,
+        variables: Mapping[str, Variable],
+    ) -> None:
+        """Write `forecast.h5`, with further `variables`. Collective on the world."""
+        data = self.description
+        axis = data.dimensions[-1]
+        named = {axis: Variable((axis,), np.array(list(data.names)))} if data.names else {}
+        kept = forecasts if self.stores_baselines else {"model": forecasts["model"]}
+        stored = {
+            self.model_variable if name == "model" else name: self.stored(values, batch)
+            for name, values in kept.items()
+        }
+        own = {"time": Variable(("time",), np.asarray(data.times)), "truth": self.stored(batch.targets, batch)}
+        write_dataset(path, {**named, **coordinates(data), **own, **stored, **variables}, self.mesh)
+
+
+class EnsembleProblem(ComputedProblem):
+    """Trajectories of a small system from many initial states, whole ones on each rank, all solved together.
+
+    A state holds all trajectories: `[trajectory, component]`. A window is a stretch of all of them.
+    """
+
+    components: ClassVar[tuple[str, ...]] = ()
+    """The names of the components of one trajectory's state."""
+    file_dtype: ClassVar[type[np.floating[Any]]] = np.float64
+
+    def build_partition(self) -> BatchPartition:
+        """The training trajectories, consecutive ones on each rank."""
+        return BatchPartition(self.mesh, self.settings.trajectories, (len(self.components),))
+
+    def validation_partition(self) -> BatchPartition:
+        """The validation trajectories, consecutive ones on each rank."""
+        return BatchPartition(self.mesh, self.settings.validation, (len(self.components),))
+
+    def split_data(self, training: Any, validation: Any, **described: Any) -> SplitData:
+        """Values `[time, trajectory, component]`, whole on every rank, with their description."""
+        dimensions = ("trajectory", "component")
+        return super().split_data(training, validation, names=self.components, dimensions=dimensions, **described)
+
+    def training_windows(self) -> int:
+        """The number of training windows."""
+        windows: int = self.settings.times - self.settings.window
+        return windows
+
+    def held_out_part(self, whole: Any) -> torch.Tensor:
+        """This rank's part `[lead, 1, trajectory_local, component]` of whole trajectories like the validation's."""
+        partition = self.held_out.partition
+        part: torch.Tensor = torch.as_tensor(whole)[1:, None][(..., *partition.owned_slices(partition.comm.rank))]
+        return part
+
+    def write(
+        self,
+        path: Path,
+        forecasts: Mapping[str, torch.Tensor],
+        batch: Windows,
+        variables: Mapping[str, Variable],
+    ) -> None:
+        """Write `forecast.h5`, with the units of the errors and further `variables`. Collective on the world."""
+        scaling = self._parts.scaling
+        scale = Variable(("component",), self.moments[1] if scaling is None else scaling.scale)
+        super().write(path, forecasts, batch, {"scale": scale, **variables})
+
+    def gradcheck_starts(self) -> list[Start]:
+        """The first and the last window."""
+        starts = self.samples.starts(self.settings.window)
+        return [starts[0], starts[-1]]
+
+
+class WithoutChannel:
+    """A partition without the last axis of its arrays, which has one entry."""
+
+    def __init__(self, partition: Partition) -> None:
+        self.comm = partition.comm
+        self.global_shape, self.local_shape = partition.global_shape[:-1], partition.local_shape[:-1]
+        self._partition = partition
+
+    def owned_slices(self, rank: int) -> Index:
+        """The part that `rank` owns."""
+        return self._partition.owned_slices(rank)[:-1]
