@@ -23,7 +23,7 @@ class ForecastTable(ProblemTable):
     window: Count = 1
     """Length of a training window, in samples after its start."""
     validation: Annotated[int, Field(ge=1, strict=True)] | None = None
-    """The number of held-out trajectories, the last ones; of a single trajectory the number of held-out times. Default: a
+    """The number of held-out trajectories, the last ones; of a single trajectory, of held-out times. Default: a
     fifth."""
     missing: Literal["refuse", "mask"] = "refuse"
     """`refuse` raises for values that are not a number. `mask` leaves them out of the loss and of all errors."""
