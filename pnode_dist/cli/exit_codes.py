@@ -16,7 +16,7 @@ MEANINGS = {
     HUNG: "the job hung",
     PREEMPTED: "stopped, with a snapshot: start it again with `--resume auto`",
     INTERRUPTED: "interrupted",
-    CLOSED_PIPE: "the reader of the output closed it, as `| head` does",
+    CLOSED_PIPE: "the reader of the output closed it, as `head` does",
 }
 """The README shows the same table."""
 

@@ -22,7 +22,14 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
 # Run here; the others are run by .ci/run or the demonstration itself.
-QUICK = ["pnode-dist methods", "pnode-dist doctor"]
+QUICK = [
+    "pnode-dist methods",
+    "pnode-dist doctor",
+    "pnode-dist config init burgers",
+    "pnode-dist config reference burgers",
+    "pnode-dist config schema burgers",
+    "pnode-dist completion bash",
+]
 
 
 def test_there_are_examples_to_run() -> None:

@@ -13,7 +13,7 @@ from pnode_dist.runs import directory as run_directory
 from pnode_dist.runs import heartbeat
 from pnode_dist.runs.endings import Preempted
 from pnode_dist.runs.lock import RunLock
-from pnode_dist.runs.status import follow, in_words, status_of
+from pnode_dist.runs.status import follow, in_words, status_of, with_units
 
 CONFIG = '[run]\nname = "test"\n[trajectory]\nram = "1MiB"\ndisk = "2MiB"\n'
 
@@ -51,6 +51,29 @@ def test_a_run_under_way_tells_its_rate_and_the_time_left(run, mesh):
         assert in_words(status) == "running  step 30, epoch 4/10, 30.0 %  loss 0.5  2 steps/s  35 s left"
     lock.release()
     assert status_of(run).state == "finished"
+
+
+def test_people_are_told_units(run, mesh, capfd):
+    (run / "snapshots").mkdir()
+    label = {"step": 20, "saved": "2026-01-01", "bytes": 3 * 2**19}
+    (run / "snapshots" / "step-20.json").write_text(json.dumps(label))
+    with heartbeat.of_run(run, RunLock(run), mesh, epochs=10) as beating:
+        beating.update(
+            step=30, epoch=4, epoch_steps=1000, steps_per_second=2.0, stepped=time.time(), loss=0.123456789,
+            bytes_spilt=2**30, peak_memory=3 * 2**20,
+        )  # fmt: skip
+        beating._write()
+        shown = with_units(status_of(run))
+        assert main(["status", str(run), "--json"]) == 0
+        plain = json.loads(capfd.readouterr().out)
+
+    assert (shown["progress"], shown["loss"], shown["rate"]) == ("0.3 %", "0.123457", "2 steps/s")
+    assert shown["time left"] == "1 h 23 min"
+    assert shown["since last step"].endswith(" s")
+    assert shown["last_snapshot"] == "step 20, 2026-01-01, 1.5 MiB"
+    assert (shown["spilt"], shown["peak_memory"]) == ("1.0 GiB of all ranks", "3.0 MiB of all ranks")
+    assert (plain["progress"], plain["seconds_left"], plain["spilt"]) == (0.003, 4985.0, 2**30)
+    assert plain["last_snapshot"] == "step 20, 2026-01-01, 1572864 bytes"
 
 
 def test_a_run_whose_process_is_gone_is_dead(run, mesh):
