@@ -341,7 +341,10 @@ def divide(slots: Slots, steps: int, tape_bytes: int | None, disk: int) -> tuple
 
 
 def divide_from_initial_state(slots: Slots, steps: int, tape_bytes: int, disk: int) -> tuple[int, int, int]:
-    """Divide the budget of a solve that can restart from its initial state. Every tape is charged; none is valid too."""
+    """Divide the budget of a solve that can restart from its initial state.
+
+    See `divide`. Every tape is charged, and there may be none.
+    """
     chosen, work = (0, 0, 0), steps * (steps + 3) // 2
     most_kept = min(slots.ram_bytes // tape_bytes, steps) if tape_bytes else steps
     for kept in range(0, most_kept + 1, max(-(-most_kept // _MOST_DIVISIONS), 1)):
