@@ -1,1 +1,1 @@
-"""What the adjoint needs of the forward trajectory: how much may be kept, when, where, and how it is run again."""
+"""Checkpoints of the forward pass for its adjoint: budgets, schedules, plans, storage and replay."""

@@ -1,4 +1,4 @@
-"""Binomial checkpointing: the schedules that run the fewest forward steps.
+"""Binomial checkpointing: the schedules with the fewest forward steps.
 
 A. Griewank, A. Walther: Algorithm 799: revolve, ACM Trans. Math. Softw. 26 (2000) (GW2000).
 P. Stumm, A. Walther: MultiStage approaches for optimal offline checkpointing, SIAM J. Sci. Comput. 31 (2009).
@@ -14,7 +14,7 @@ from pnode_dist.checkpointing.schedule import Action, Adjoint, Advance, Record, 
 
 
 def repetitions(steps: int, slots: int) -> int:
-    """The least r with C(slots + r, slots) >= steps: how often a step is run before it is recorded, at most."""
+    """Return the least r with C(slots + r, slots) >= steps: the most runs of a step before it is recorded."""
     r = 0
     while comb(slots + r, slots) < steps:
         r += 1
@@ -23,7 +23,7 @@ def repetitions(steps: int, slots: int) -> int:
 
 @lru_cache(maxsize=4096)
 def optimal_forward_steps(steps: int, slots: int) -> int:
-    """The fewest forward steps, first runs included, with which `steps` steps can be reversed from `slots` checkpoints.
+    """Return the fewest forward steps, first runs included, that reverse `steps` steps from `slots` checkpoints.
 
     (r + 1) n - C(s + r, r - 1) with r the least integer for which C(s + r, s) >= n (GW2000, eq. (2)).
     Raises `ValueError` if there are several steps and no slot.
@@ -39,11 +39,11 @@ def optimal_forward_steps(steps: int, slots: int) -> int:
 
 @lru_cache(maxsize=4096)
 def first_advance(steps: int, slots: int) -> int:
-    """How many of `steps` steps to run before the next checkpoint, with `slots` of them, the one at the start included.
+    """Return the number of steps to run before the next checkpoint, with `slots` of them, that at the start included.
 
-    Optimal are all m for which the steps after the checkpoint need r repetitions with one slot less and those before
-    it r - 1 with all slots (GW2000, fig. 4). The least of them is taken: with it the checkpoints on disk, which are low
-    on the stack, are touched the least (for 100 steps from 5 + 5 checkpoints 35 times, with the largest 59 times).
+    Every m is optimal for which the steps after the checkpoint need r repetitions with one slot less, and those before
+    it r - 1 with all slots (GW2000, fig. 4). This is the least such m. It uses the checkpoints on disk, which are low
+    on the stack, the least (for 100 steps from 5 + 5 checkpoints 35 times; the largest m uses them 59 times).
     """
     if slots == 1:
         return steps - 1
@@ -55,9 +55,9 @@ def first_advance(steps: int, slots: int) -> int:
 def reversal(first: int, end: int, tiers: Sequence[Tier], held: Sequence[int] = ()) -> Iterator[Action]:
     """Reverse steps `first` to `end - 1` from the state before `first`, with one checkpoint in each of `tiers`.
 
-    With `held`, these checkpoints exist already, in order and in the first of `tiers`, and instead of the state before
-    `first` only they are at hand: the steps from the first of them on are reversed, with the fewest forward steps that
-    this leaves.
+    `held` lists checkpoints that exist already, in order and in the first of `tiers`. With them the state before
+    `first` is not needed. The steps from the first of them on are reversed, with the fewest forward steps that they
+    allow.
     """
     stack = list(held)
     start = first
@@ -66,7 +66,7 @@ def reversal(first: int, end: int, tiers: Sequence[Tier], held: Sequence[int] = 
         yield from _restored(stack, end, tiers)
     while True:
         if end - start > 1:
-            # After a restoration the state at hand is the one that the last checkpoint holds.
+            # After a restoration the current state is that of the last checkpoint.
             stored = bool(stack) and stack[-1] == start
             slots = len(tiers) - len(stack) + stored
             last = start + first_advance(end - start, slots)
@@ -85,7 +85,7 @@ def reversal(first: int, end: int, tiers: Sequence[Tier], held: Sequence[int] = 
 
 
 def _restored(stack: list[int], end: int, tiers: Sequence[Tier]) -> Iterator[Action]:
-    """Restore the last checkpoint of `stack`; it is given up where only one step is left after it."""
+    """Restore the last checkpoint of `stack`, and discard it if only one step is left after it."""
     start, discard = stack[-1], end - stack[-1] == 1
     yield Restore(start, tiers[len(stack) - 1], discard)
     if discard:
@@ -93,7 +93,7 @@ def _restored(stack: list[int], end: int, tiers: Sequence[Tier]) -> Iterator[Act
 
 
 def reversal_steps(held: Sequence[int], end: int, slots: int) -> int:
-    """The forward steps of `reversal` from checkpoints that exist, with `slots` in all."""
+    """Return the number of forward steps of `reversal` from existing checkpoints, with `slots` in all."""
     ends = [*held[1:], end]
     return sum(
         optimal_forward_steps(last - first, slots - number)
@@ -102,10 +102,10 @@ def reversal_steps(held: Sequence[int], end: int, slots: int) -> int:
 
 
 def multistage(steps: int, ram_slots: int, disk_slots: int) -> Iterator[Action]:
-    """Reverse `steps` steps with so many checkpoints in memory and on disk, by the fewest forward steps possible.
+    """Reverse `steps` steps with checkpoints in memory and on disk, by the fewest forward steps possible.
 
-    Of the places on the stack of checkpoints those that are written and read most often lie in memory (Stumm & Walther
-    2009). Raises `ValueError` if there are several steps and no slot.
+    The places on the stack of checkpoints that are written and read most often are in memory (Stumm & Walther 2009).
+    Raises `ValueError` if there are several steps and no slot.
     """
     if steps < 1 or (steps > 1 and ram_slots + disk_slots < 1):
         raise ValueError(f"no schedule for {steps} steps with {ram_slots} + {disk_slots} checkpoints")
@@ -113,7 +113,7 @@ def multistage(steps: int, ram_slots: int, disk_slots: int) -> Iterator[Action]:
 
 
 def placement(steps: int, ram_slots: int, disk_slots: int) -> tuple[Tier, ...]:
-    """The tier of each place on the stack of checkpoints. Memory is used before disk."""
+    """Return the tier of each place on the stack of checkpoints. Memory is used before disk."""
     most = max(steps - 1, 0)
     ram = min(ram_slots, most)
     places = min(ram + disk_slots, most)
@@ -123,13 +123,13 @@ def placement(steps: int, ram_slots: int, disk_slots: int) -> tuple[Tier, ...]:
 
 
 def most_used_in_memory(accesses: Sequence[int], ram_slots: int) -> tuple[Tier, ...]:
-    """A tier for each place that is used so often: memory for the `ram_slots` that are used most."""
+    """Return a tier for each place, given its number of accesses: memory for the `ram_slots` that are used most."""
     in_ram = set(sorted(range(len(accesses)), key=accesses.__getitem__, reverse=True)[:ram_slots])
     return tuple(Tier.RAM if place in in_ram else Tier.DISK for place in range(len(accesses)))
 
 
 def disk_traffic(steps: int, ram_slots: int, disk_slots: int) -> tuple[int, int]:
-    """How many checkpoints `multistage` writes to disk and reads from it."""
+    """Return the numbers of checkpoints that `multistage` writes to disk and reads from it."""
     tiers = placement(steps, ram_slots, disk_slots)
     if Tier.DISK not in tiers:
         return 0, 0
@@ -139,21 +139,21 @@ def disk_traffic(steps: int, ram_slots: int, disk_slots: int) -> tuple[int, int]
 
 
 def memory_traffic(steps: int, ram_slots: int, disk_slots: int) -> int:
-    """How many checkpoints `multistage` copies to memory and from it."""
+    """Return the number of checkpoints that `multistage` copies to memory and from it."""
     tiers = placement(steps, ram_slots, disk_slots)
     accesses = stack_accesses(steps, len(tiers))
     return sum(accesses[place] for place, tier in enumerate(tiers) if tier is Tier.RAM)
 
 
 def stack_accesses(steps: int, slots: int) -> tuple[int, ...]:
-    """How often each place on the stack of checkpoints is written and read, in all."""
+    """Return the number of accesses, written and read, of each place on the stack of checkpoints."""
     writes, reads = writes_and_reads(steps, slots)
     return tuple(written + read for written, read in zip(writes, reads, strict=True))
 
 
 @lru_cache(maxsize=64)
 def writes_and_reads(steps: int, slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How often each place on the stack of checkpoints is written, and read."""
+    """Return the numbers of writes and of reads of each place on the stack of checkpoints."""
     # The loop of `reversal` without its actions: 100,000 steps take a fraction of a second.
     writes, reads = [0] * slots, [0] * slots
     stack: list[int] = []
@@ -178,7 +178,7 @@ def writes_and_reads(steps: int, slots: int) -> tuple[tuple[int, ...], tuple[int
 
 
 def without_checkpoints(steps: int) -> Iterator[Action]:
-    """Reverse `steps` steps without any checkpoint: every step is reached anew from the initial state."""
+    """Reverse `steps` steps without any checkpoint: recompute every step from the initial state."""
     if steps > 1:
         yield Advance(0, steps - 1, None)
     yield Record(steps - 1)
@@ -192,7 +192,7 @@ def without_checkpoints(steps: int) -> Iterator[Action]:
 
 
 def from_held_checkpoints(remaining: int, held: Sequence[int], ram_slots: int) -> Iterator[Action]:
-    """Reverse steps `remaining - 1` to 0 from `held`, the steps whose checkpoints in memory are left, in order."""
+    """Reverse steps `remaining - 1` to 0 from `held`, the steps that still have a checkpoint in memory, in order."""
     tiers = (Tier.RAM,) * ram_slots
     if held:
         yield from reversal(held[0], remaining, tiers, held)

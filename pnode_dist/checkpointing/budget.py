@@ -1,4 +1,4 @@
-"""Memory and disk budgets for a trajectory, and how all ranks agree on the checkpoints they pay for."""
+"""Memory and disk budgets for checkpoints, and the agreement of all ranks on the number of checkpoints."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPILL_ERROR_POLICIES = ("recompute", "raise")
 
 
 def parse_size(size: int | str) -> int:
-    """A number of bytes from `4096`, `"64MiB"`, `"1.5 GB"`.
+    """Parse a number of bytes, such as `4096`, `"64MiB"` or `"1.5 GB"`.
 
     Raises `ConfigurationError` for anything else, and for negative numbers.
     """
@@ -66,18 +66,19 @@ class ScratchError(ConfigurationError):
 
 
 class Pool(Protocol):
-    """Slots in memory that stay when they are given back, to be used again."""
+    """A pool of slots in memory, which keeps released slots for later use."""
 
     def trim(self, slots: int) -> None:
-        """Free the memory of slots that are not in use, beyond so many in all."""
+        """Free unused slots, until at most `slots` are left in all."""
         ...
 
 
 @dataclass
 class Ledger:
-    """What the solves that await their backward pass hold of one budget on this rank, in bytes and in number.
+    """The memory and disk in use by solves that await their backward pass, for one budget on this rank.
 
-    `pools` are those whose memory the budget pays for.
+    `ram` and `disk` are in bytes, and `solves` is the number of these solves. `pools` are the memory pools that the
+    budget is charged for.
     """
 
     ram: int = 0
@@ -86,16 +87,16 @@ class Ledger:
     pools: WeakSet[Pool] = field(default_factory=WeakSet)
 
     def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
-        # Copies and pickles of a budget have solves of their own.
+        # Copies and pickles of a budget begin with an empty ledger.
         return Ledger, ()
 
     def make_room(self, pool: Pool, slots: int) -> None:
-        """Before `pool` is used for so many slots: what lies idle in all pools beyond that is given back."""
+        """Free the unused slots of all pools, except the `slots` that `pool` is about to use."""
         for other in self.pools:
             other.trim(slots if other is pool else 0)
 
     def charge(self, ram: int, disk: int) -> Callable[[], None]:
-        """Book what one more solve will hold; returns what gives it back, once however often it is called."""
+        """Charge the budget for one more solve. Returns a function that refunds it, at its first call only."""
         self.ram, self.disk, self.solves = self.ram + ram, self.disk + disk, self.solves + 1
         held = [(ram, disk)]
 
@@ -109,42 +110,50 @@ class Ledger:
 
 @dataclass(frozen=True)
 class CheckpointBudget:
-    """What may be kept of forward solves for their adjoints, in bytes per rank.
+    """The memory and disk that forward solves may use for their adjoints, per rank.
 
-    `ram` and `disk` are budgets for checkpoints (one checkpoint is this rank's part of a state), saved stages and
-    graphs. They are shared by all solves that use this object and await their backward pass: each gets the `solves`-th
-    part, as long as that is left. `ram = "auto"` is half of the memory that the machine, its control groups and Slurm
-    leave, divided by the ranks on the node. `directory` is where the disk checkpoints go, by default SLURM_TMPDIR,
-    TMPDIR or the system's temporary directory; it should be local to the node. `ram_slots` and `disk_slots` give
-    numbers of checkpoints of each solve instead of bytes.
+    Sizes
+        `ram` and `disk` are budgets in bytes for checkpoints, saved stages and graphs. One checkpoint is this rank's
+        part of a state. All solves that use this object and await their backward pass share the budget: each gets the
+        `solves`-th part, as long as that is left. `ram = "auto"` is half of the memory that the machine, its control
+        groups and Slurm leave, divided by the ranks on the node. `directory` holds the checkpoints on disk. It should
+        be local to the node; the default is SLURM_TMPDIR, TMPDIR or the system's temporary directory. `ram_slots` and
+        `disk_slots` set the number of checkpoints of each solve, instead of bytes.
 
-    `keep` is what may be kept of a step besides the state before it: `solution` nothing, every step but the last is
-    run again; `stages` the states of its stages, on which f is evaluated again; `graph` the autograd graph of every
-    step, as back-propagation does, or an error where `ram` is too small for them; `auto` graphs for the last steps and
-    checkpoints for the rest, whatever is fastest within the budget. With `ram_slots` given, `auto` is `solution`.
-    Steps that are run again are recorded as graphs, with `stages` as stages: one step's recording, the working set,
-    comes on top of the budget, and is smallest with `stages`. For that of the last step, which otherwise every solve
-    holds from its forward pass on, `auto` pays out of the budget, or does without it; and it takes no checkpoint of the
-    initial state, which is at hand. So a network of many blocks holds no more than their budgets between the passes.
+    `keep`: the data of a step to keep besides the state before it
+        - `solution`: checkpoint states only; recompute each step but the last.
+        - `stages`: keep the states of the stages; evaluate f on them again.
+        - `graph`: keep the autograd graph of every step, like back-propagation. An error if `ram` is too small.
+        - `auto`: keep graphs of the last steps and checkpoints for the others, in the fastest way within the budget.
+          With `ram_slots` set, `auto` is `solution`.
 
-    `schedule` says which checkpoints to hold: `all`, the state before every step, or an error where they do not fit;
-    `revolve`, binomially in memory alone; `multistage`, binomially in memory and on disk, for the fewest steps;
-    `h-revolve`, the same with the costs of the disk weighed in, as measured on the problem at hand, for the least time
-    (for more than some thousand steps, where its plan would take seconds, it is `multistage`); `auto`, the one that is
-    predicted to be fastest, or with `ram_slots` or `disk_slots` given the one with the fewest steps.
+        A recomputed step is recorded as graphs, or with `stages` as stages. The tape of one step is the working set. It
+        comes on top of the budget, and is smallest with `stages`. Every solve holds the tape of its last step from its
+        forward pass on. `auto` charges the budget for that tape too, or does not keep it, and needs no checkpoint of
+        the initial state. So a network of many blocks holds no more than their budgets between the passes.
 
-    Where error control chooses the steps, and their number is not known beforehand, `schedule` has no say: graphs are
-    kept as long as they fit, and else checkpoints are placed as the steps go by; stages are not kept. Such a solve
-    books its whole part of the budget until its steps are known, and half of what is left with `ram = "auto"`.
+    `schedule`: the checkpoints to hold
+        - `all`: the state before every step. An error if they do not fit.
+        - `revolve`: binomial, in memory only.
+        - `multistage`: binomial, in memory and on disk, with the fewest steps.
+        - `h-revolve`: in memory and on disk, with the least time, from measured costs of the disk. For more than some
+          thousand steps its plan would take seconds, and it becomes `multistage`.
+        - `auto`: the schedule with the least predicted time; with `ram_slots` or `disk_slots` set, with the fewest
+          steps.
 
-    `checkpoint_dtype = "float32"` halves the checkpoints: each entry of a state that is run again from one then
-    carries a relative error of up to 2^-24, which reaches the gradient, and the gradient's bits depend on the budget
-    (`last_solve.largest_rounding` says how much was lost). It is never chosen by itself.
+        With error control the number of steps is not known beforehand, and `schedule` does not apply. Graphs are kept
+        as long as they fit, otherwise checkpoints are placed online. Stages are not kept. Such a solve reserves its
+        whole part of the budget, or half of it with `ram = "auto"`, until its steps are known.
 
-    `on_spill_error` says what follows when a disk checkpoint cannot be written or read (a full disk, an I/O error, a
-    wrong checksum): `recompute` warns once and goes on without the disk, to the same gradient; `raise` ends the solve
-    with `SpillError` on all ranks.
-    Raises `ConfigurationError` for a size that cannot be read, a negative number or an unknown name.
+    `checkpoint_dtype = "float32"` halves the checkpoints. Each entry of a restored state then has a relative error of
+    up to 2^-24, which affects the gradient, and the bits of the gradient depend on the budget.
+    `last_solve.largest_rounding` is the error made. `auto` settings never choose it.
+
+    `on_spill_error` is the action after a disk checkpoint cannot be written or read (a full disk, an I/O error, a wrong
+    checksum). `recompute` warns once and continues without the disk, to the same gradient. `raise` ends the solve with
+    `SpillError` on all ranks.
+
+    Raises `ConfigurationError` for a size that cannot be parsed, a negative number or an unknown name.
     """
 
     ram: int | str = AUTO
@@ -191,24 +200,24 @@ class CheckpointBudget:
 
     @property
     def level(self) -> str:
-        """What a recorded step consists of: `graph` or `stages`."""
+        """The data on the tape of a step: `graph` or `stages`."""
         return "stages" if self.keep == "stages" else "graph"
 
     @property
     def keeps_steps(self) -> bool:
-        """Whether graphs or stages of several steps may be kept."""
+        """True if graphs or stages of several steps may be kept."""
         if self.keep == AUTO:
             return self.ram_slots is None and self.schedule != "all"
         return self.keep != "solution"
 
     @property
     def charges_all_tapes(self) -> bool:
-        """Whether the budget pays for every recording that is kept from the forward pass, the last step's as well."""
+        """True if the budget is charged for every tape that is kept from the forward pass, the last step's included."""
         return self.keep == AUTO and self.keeps_steps
 
     @property
     def checkpoint_itemsize(self) -> int:
-        """The bytes of one entry of a checkpoint."""
+        """The size of one entry of a checkpoint, in bytes."""
         return np.dtype(self.checkpoint_dtype).itemsize
 
     @property
@@ -218,19 +227,19 @@ class CheckpointBudget:
 
     @property
     def ram_bytes(self) -> int:
-        """The budget in memory of this rank."""
+        """This rank's budget in memory."""
         if self.ram == AUTO:
             return default_ram(MPI.COMM_WORLD.size)
         return parse_size(self.ram)
 
     @property
     def disk_bytes(self) -> int:
-        """The budget on disk of this rank."""
+        """This rank's budget on disk."""
         return parse_size(self.disk)
 
     @property
     def has_disk(self) -> bool:
-        """Whether there may be checkpoints on disk at all."""
+        """True if checkpoints on disk are allowed."""
         if self.schedule == "revolve":
             return False
         return self.disk_slots > 0 if self.disk_slots is not None else self.disk_bytes > 0
@@ -240,14 +249,15 @@ Trajectory = CheckpointBudget
 """The public alias of `CheckpointBudget`, after PETSc's TSTrajectory; the keyword of `odeint` is named after it."""
 
 DEFAULT = CheckpointBudget()
-"""The budget of solves that are given none; they share it."""
+"""The budget that all solves without one share."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """What every rank may hold of a solve: so many checkpoints in memory or on disk, or as much else in their place.
+    """The number of checkpoints in memory and on disk that every rank may hold for a solve.
 
-    `ram_bytes` and `checkpoint_bytes` are the least budget and the largest checkpoint of all ranks.
+    Tapes may take the place of checkpoints in memory. `ram_bytes` is the smallest budget of all ranks, and
+    `checkpoint_bytes` the largest checkpoint.
     """
 
     ram: int
@@ -257,7 +267,7 @@ class Slots:
 
 
 def _is_writable(directory: Path) -> bool:
-    """Whether a directory can be made in `directory`: permissions alone do not tell, for root they are always there."""
+    """Return True if a directory can be made in `directory`. Permissions are not enough: root has them always."""
     try:
         os.rmdir(tempfile.mkdtemp(prefix=scratch.prefix(), dir=directory))
     except OSError:
@@ -280,14 +290,14 @@ def slot_bounds(
     keeps_trajectory: bool,
     disk_is_lost: bool = False,
 ) -> list[int]:
-    """This rank's part in `agree_on_slots`, which needs the least of each of these numbers over the ranks."""
+    """Return this rank's numbers for `agree_on_slots`, which takes the minimum of each over all ranks."""
     ledger = budget.ledger
     has_disk = budget.has_disk and not disk_is_lost
     number = -1 if steps is None else steps
     most = _most_checkpoints(steps)
     ram = _left(budget.ram_bytes, budget.solves, ledger.ram)
     if steps is None and budget.ram == AUTO:
-        # It books all that it may need before it knows; solves inside f, which nobody budgeted, are to find room too.
+        # The step count is unknown, so reserve the worst case, but leave half for solves inside f without a budget.
         ram //= 2
     disk = _left(budget.disk_bytes, budget.solves, ledger.disk) if has_disk else 0
     needs_disk = (
@@ -311,18 +321,18 @@ def agree_on_slots(
     disk_is_lost: bool = False,
     agreed: list[int] | None = None,
 ) -> Slots:
-    """The number of checkpoints that every rank can afford. Collective on `comm`.
+    """Return the number of checkpoints that every rank can afford. Collective on `comm`.
 
-    All ranks must follow the same schedule, because a step communicates, while their shares of the state and so
-    their bytes per checkpoint, their budgets and what other solves hold of these differ. The schedule depends on
-    nothing but the number of steps and what is agreed on here: the least budget and the largest checkpoint of all
-    ranks. A number of steps that differs between ranks is an error, as is a solve whose gradient only some ranks ask
-    for. A rank that owns nothing sets no limit. `steps` is None where their number is not known beforehand. With
-    `disk_is_lost` there is no disk, and having no slot at all is no error. `agreed` are the least of all ranks'
-    `slot_bounds` where they have been found already.
+    A step communicates, so all ranks must follow the same schedule. Their checkpoint sizes, their budgets and the parts
+    of these in use differ. The schedule therefore depends only on the number of steps, the smallest budget and the
+    largest checkpoint of all ranks. A rank that owns nothing sets no limit. It is an error if the ranks have different
+    numbers of steps, or if only some of them need a gradient.
 
-    Raises `ConfigurationError` on all ranks when no checkpoint fits (naming the smallest budget that works) or the
-    scratch directory of a rank cannot be written; `RuntimeError` on all ranks when they disagree.
+    `steps` is None if their number is not known beforehand. With `disk_is_lost` the disk is not used, and no slot at
+    all is valid. `agreed` is the minimum of all ranks' `slot_bounds`, if it is known already.
+
+    Raises `ConfigurationError` on all ranks if no checkpoint fits (with the smallest budget that works) or if a rank
+    cannot write its scratch directory; `RuntimeError` on all ranks if they disagree.
     """
     has_disk = budget.has_disk and not disk_is_lost
     most = _most_checkpoints(steps)
@@ -358,7 +368,7 @@ def agree_on_slots(
         largest,
         ram,
     )
-    # How much the graphs of all steps need is known, and said, only later.
+    # For keep = "graph" the plan compares the budget with the size of the graphs, and reports it.
     checked_by_plan = budget.keep == "graph" and steps is not None and not outstanding
     if keeps_trajectory and most > 0 and slots.ram + slots.disk < 1 and not disk_is_lost and not checked_by_plan:
         least = most if budget.schedule == "all" and steps is not None else 1

@@ -1,4 +1,4 @@
-"""What the parts of a solve and its adjoint take on the problem at hand, as measured by a short probe."""
+"""The costs of the parts of a solve and its adjoint, as measured by a short probe."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mpi4py import MPI
 
 @dataclass(frozen=True)
 class LevelCosts:
-    """A recorded step, of which graphs or stages are kept: its bytes, and the seconds of its run and of its adjoint.
+    """The costs of a step with a tape: the bytes of the tape, and the seconds of the step and of its adjoint.
 
-    The seconds of an adjoint include the evaluation of f where only the stages were kept.
+    The adjoint includes the evaluation of f if the tape holds only stages.
     """
 
     bytes: int
@@ -24,11 +24,11 @@ class LevelCosts:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds on the slowest rank, bytes on the fullest.
+    """The costs of a solve: seconds on the slowest rank, bytes on the fullest.
 
-    `step`: a step that is not recorded. `copy`: a checkpoint copied in memory; `write` and `read`: to and from a slot
-    on disk that was used before, if one waits for it. `overlapped` is the share of that, 0 to 1, that passes beside
-    steps and does not hold them up. `levels` has the costs of each level of recording.
+    `step` is a step without a tape. `copy` is a checkpoint copied in memory. `write` and `read` are a checkpoint
+    written to and read from a slot on disk that was used before. `overlapped` is the share of these, 0 to 1, that
+    overlaps with steps. `levels` has the costs of a step with a tape, by the level of the tape.
     """
 
     step: float
@@ -39,7 +39,7 @@ class Costs:
     levels: Mapping[str, LevelCosts]
 
     def agreed(self, comm: MPI.Comm) -> Costs:
-        """The costs that all ranks plan with: those of the slowest and fullest. Collective on `comm`."""
+        """Return the costs that all ranks plan with: those of the slowest and fullest ranks. Collective on `comm`."""
         figures = [self.step, self.copy, self.write, self.read, 1 - self.overlapped]
         for level in self.levels.values():
             figures += [level.bytes, level.record, level.adjoint]
@@ -55,9 +55,9 @@ class Costs:
     def seconds(
         self, level: str, steps: int, forward_steps: int, copies: int, disk_writes: int, disk_reads: int
     ) -> float:
-        """A solve of `steps` steps with its adjoint, running `forward_steps` and moving checkpoints so often.
+        """Predict the seconds of a solve of `steps` steps and its adjoint, from its counts.
 
-        Every step is recorded once. The disk cannot take less time than all of its accesses in turn.
+        Every step is recorded once. The disk takes at least the time of all its accesses one after the other.
         """
         recorded = self.levels[level]
         computing = (forward_steps - steps) * self.step + steps * (recorded.record + recorded.adjoint)
@@ -67,9 +67,9 @@ class Costs:
 
     @property
     def exposed(self) -> float:
-        """The share of the disk's time that holds steps up."""
+        """The share of the disk's time that delays steps."""
         return 1 - self.overlapped
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures as JSON has them."""
+        """Return the costs for JSON."""
         return asdict(self)

@@ -1,7 +1,7 @@
-"""Binomial schedules of solves whose initial state is at hand anyway: autograd keeps it, as it was given.
+"""Binomial schedules that restart from the initial state, which autograd keeps alive and which needs no checkpoint.
 
-It needs no checkpoint then, and a solve whose budget is too small for even one recording ends its forward pass without
-any: it is a solve of one step more, the last of which is nothing to run and nothing to reverse.
+If the budget does not suffice for one tape, the forward pass ends without any. Such a solve has the schedule of a solve
+with one more step, an empty one at the end.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pnode_dist.checkpointing.schedule import (
 
 
 def tiers(steps: int, ram_slots: int, disk_slots: int) -> tuple[Tier, ...]:
-    """The tier of each place on the stack of checkpoints after the first, which is the initial state's.
+    """Return the tier of each place on the stack of checkpoints, without the first, which is the initial state's.
 
-    `steps` are those that are reversed by the schedule. Those places lie in memory that are used most.
+    `steps` is the number of steps that the schedule reverses. The places that are used most are in memory.
     """
     places = min(ram_slots + disk_slots, max(steps - 2, 0))
     return most_used_in_memory(stack_accesses(steps, places + 1)[1:], ram_slots) if places else ()
 
 
 def traffic(steps: int, places: tuple[Tier, ...]) -> tuple[tuple[int, int], int]:
-    """How many checkpoints are written to disk and read from it, and how many are copied to memory and from it."""
+    """Return the numbers of checkpoints written to disk and read from it, and the number of copies in memory."""
     if not places:
         return (0, 0), 0
     writes, reads = (counts[1:] for counts in writes_and_reads(steps, len(places) + 1))
@@ -43,7 +43,7 @@ def traffic(steps: int, places: tuple[Tier, ...]) -> tuple[tuple[int, int], int]
 
 
 def actions(steps: int, places: tuple[Tier, ...]) -> Iterator[Action]:
-    """Reverse `steps` steps, the last of which is recorded as soon as it is reached."""
+    """Reverse `steps` steps. The last one is recorded as soon as it is reached."""
     for action in reversal(0, steps, (Tier.RAM, *places)):
         match action:
             case Advance(0, last, _):
@@ -55,7 +55,7 @@ def actions(steps: int, places: tuple[Tier, ...]) -> Iterator[Action]:
 
 
 def without_tape(head: Iterator[Action], steps: int) -> Iterator[Action]:
-    """`head`, which reverses one step more, as a solve of `steps` steps that records none in its forward pass."""
+    """Turn `head`, which reverses one more step, into a solve of `steps` steps whose forward pass keeps no tape."""
     for action in head:
         match action:
             case Record(step) if step == steps:

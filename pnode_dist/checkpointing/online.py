@@ -1,4 +1,4 @@
-"""Choosing checkpoints while it is not known how many steps there will be.
+"""Online checkpointing, for a number of steps that is not known beforehand.
 
 Q. Wang, P. Moin, G. Iaccarino: Minimal repetition dynamic checkpointing algorithm for unsteady adjoint calculation,
 SIAM J. Sci. Comput. 31 (2009), algorithm 1.
@@ -17,12 +17,13 @@ from pnode_dist.checkpointing.store import Checkpoints, State
 
 
 class OnlinePlacement:
-    """Which checkpoints to hold as steps go by, at most `slots` of them.
+    """The choice of at most `slots` checkpoints during the forward pass.
 
-    Every checkpoint has a level. One is dispensable if a later one has a higher level; a new one takes the place of a
-    dispensable one, and where there is none that of the one before it, a level higher. From what is held at the end,
-    whenever that is, no step needs to be run more often than in the best schedule for that number of steps (counting
-    the most frequent step; Wang, Moin & Iaccarino 2009, theorem 1). The one before step 0 is never given up.
+    Every checkpoint has a level. A checkpoint is dispensable if a later one has a higher level. A new checkpoint
+    replaces a dispensable one. If there is none, it replaces the last checkpoint and has the next higher level. After
+    any number of steps, the checkpoints held allow a reversal whose most frequent step runs no more often than in the
+    best schedule for that number of steps (Wang, Moin & Iaccarino 2009, theorem 1). The checkpoint of step 0 is never
+    replaced.
     """
 
     def __init__(self, slots: int) -> None:
@@ -30,12 +31,12 @@ class OnlinePlacement:
             raise ValueError("several steps cannot be reversed without a checkpoint")
         self._slots = slots
         self._held = 0
-        # What is not dispensable: levels never increase from the first to the last.
+        # The checkpoints that are not dispensable, with levels that never increase.
         self._lasting: list[tuple[int, float]] = []
         self._dispensable: list[int] = []
 
     def before(self, step: int) -> tuple[bool, int | None]:
-        """Whether to keep the state before `step`, and which step's checkpoint to give up for it.
+        """Return True to store the state before `step`, and the step whose checkpoint it replaces.
 
         Call it for the steps 0, 1, 2, ... in turn.
         """
@@ -63,10 +64,10 @@ class OnlinePlacement:
 class OnlineCheckpoints:
     """The checkpoints of a forward pass of unknown length, in memory and on disk.
 
-    New ones go to memory; when it is full the earliest there, which the backward pass needs last, moves to disk.
-    From what is held at the end the steps are reversed by the fewest forward steps that it allows. In all they are at
-    most 4/3 of the offline optimum and one (measured for up to 4000 steps and 64 slots; 1.2 is usual for 2 to 8).
-    Without any slot, which is what a lost disk may leave, every step is reached anew from the initial state.
+    New checkpoints go to memory. If memory is full, its earliest checkpoint, which the backward pass needs last, moves
+    to disk. The backward pass takes the fewest forward steps that the checkpoints at the end allow. In all, these are
+    at most 4/3 of the offline optimum plus one (measured for up to 4000 steps and 64 slots; 1.2 is usual for 2 to 8).
+    Without any slot, as after the loss of the disk, every step is recomputed from the initial state.
     """
 
     def __init__(self, checkpoints: Checkpoints, ram_slots: int, disk_slots: int) -> None:
@@ -76,7 +77,7 @@ class OnlineCheckpoints:
         self._in_memory: list[int] = []
 
     def before(self, step: int, time: float, state: State) -> None:
-        """Keep `state`, the one before `step` at `time`, if it is worth a slot. Call it for every step in turn."""
+        """Store `state`, the one before `step` at `time`, if the placement asks for it. Call it for every step."""
         if self._placement is None:
             return
         keep, given_up = self._placement.before(step)
@@ -97,7 +98,7 @@ class OnlineCheckpoints:
             del self._in_memory[at]
 
     def reversal(self, steps: int, recorded: bool) -> Iterator[Action]:
-        """The backward pass after so many steps. With `recorded` all are at hand, and no checkpoint is needed."""
+        """Return the schedule of the backward pass. With `recorded` all steps have tapes, and need no checkpoint."""
         if recorded:
             self._checkpoints.clear()
             return iter([Adjoint(step) for step in reversed(range(steps))])

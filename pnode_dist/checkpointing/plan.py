@@ -1,8 +1,8 @@
-"""The plan of a solve: what is kept of which steps, chosen among candidates by predicted time.
+"""The plan of a solve: which tapes and checkpoints it keeps, chosen among candidates by predicted time.
 
-A step whose graph is kept from the forward pass needs no second run, but a graph is many times larger than a
-checkpoint, which saves more than one. A step that is run again serves its own adjoint, so the work of a plan is
-counted in forward steps.
+A step whose graph is kept from the forward pass is not recomputed. But a graph is many times larger than a checkpoint,
+and a checkpoint saves the recomputation of several steps. The work of a plan is counted in forward steps, because each
+adjoint step is run once in every plan.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _MOST_DIVISIONS = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to solve `steps` steps and reverse them.
+    """A plan to solve `steps` steps and reverse them.
 
-    The last `kept` steps are recorded in the forward pass, as `level` says; the steps before them are reversed by
-    `schedule` from `ram` and `disk` checkpoints, and from the initial state itself where it is `from_start`.
-    `forward_steps` counts all runs of a step, `disk_writes` and `disk_reads` checkpoints. `ram_bytes` and `disk_bytes`
-    are what it occupies on the fullest rank between its passes; `from_start` counts all recordings there, and other
-    plans, which record the last step at least, leave that one out. `seconds` is the predicted time on the slowest rank,
-    None where nothing was measured.
+    The tapes of the last `kept` steps are kept from the forward pass, at the given `level`. The steps before them are
+    reversed by `schedule` from `ram` and `disk` checkpoints, and with `from_start` from the initial state too.
+    `forward_steps` counts all runs of a step, the first one included. `disk_writes` and `disk_reads` count checkpoints.
+    `ram_bytes` and `disk_bytes` are the memory that the plan occupies between its passes on the fullest rank. With
+    `from_start` they include all tapes. Other plans keep at least the last step's tape, and do not include that one.
+    `seconds` is the predicted time on the slowest rank, None if nothing was measured.
     """
 
     name: str
@@ -60,16 +60,16 @@ class Plan:
 
     @property
     def recomputed_steps(self) -> int:
-        """The runs of steps beyond the first of each."""
+        """The number of recomputed steps."""
         return self.forward_steps - self.steps
 
     @property
     def work(self) -> tuple[str, int, int, int, int]:
-        """What it does: plans of the same work are the same plan under two names."""
+        """The work of the plan. Plans of equal work are the same plan under different names."""
         return self.level, self.kept, self.forward_steps, self.disk_writes, self.disk_reads
 
     def actions(self) -> Iterator[Action]:
-        """The schedule of the whole solve."""
+        """Return the schedule of the whole solve."""
         first_kept = self.steps - self.kept + 1
         if self.from_start:
             head = from_initial_state.actions(first_kept, from_initial_state.tiers(first_kept, self.ram, self.disk))
@@ -84,7 +84,7 @@ class Plan:
         return with_last_recorded(head, first_kept, self.steps)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON has it."""
+        """Return the plan for JSON."""
         figures = {**self.__dict__, "recomputed_steps": self.recomputed_steps}
         del figures["hierarchy"]
         return figures
@@ -92,7 +92,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Plans:
-    """All candidates, the one that was chosen, and what they were predicted from."""
+    """All candidate plans, the chosen one, and the slots and costs that the predictions are based on."""
 
     candidates: tuple[Plan, ...]
     chosen: Plan
@@ -100,7 +100,7 @@ class Plans:
     costs: Costs | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The plans as JSON has them."""
+        """Return the plans for JSON."""
         return {
             "chosen": self.chosen.name,
             "candidates": [candidate.as_dict() for candidate in self.candidates],
@@ -110,20 +110,20 @@ class Plans:
 
 
 def plan(budget: CheckpointBudget, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm) -> Plans:
-    """What `budget` allows for a solve of `steps` steps, and the best of it. Collective on `comm`.
+    """Return the candidate plans for a solve of `steps` steps within `budget`, and the best one. Collective on `comm`.
 
-    `checkpoint_bytes` is this rank's part of a state as it is stored, `costs` what this rank measured; all ranks get
-    the same plan. Raises `ConfigurationError` if the budget is too small, naming the smallest that works.
+    `checkpoint_bytes` is the size of this rank's part of a checkpoint. `costs` are this rank's measurements. All ranks
+    get the same plan. Raises `ConfigurationError` if the budget is too small, with the smallest that works.
     """
     slots = agree_on_slots(budget, checkpoint_bytes, steps, True, comm)
     return best(budget, slots, steps, None, costs.agreed(comm))
 
 
 def best(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None) -> Plans:
-    """The candidate that is predicted to be fastest; without costs the one with the fewest steps and disk accesses.
+    """Choose the plan with the least predicted time; without costs that with the fewest steps and disk accesses.
 
-    `tape_bytes` is the size of a recorded step, None if no more than one may be kept; `costs` overrule it.
-    Raises `ConfigurationError` if the trajectory asks for what does not fit.
+    `tape_bytes` is the size of a step's tape, None if at most one tape may be kept. `costs` override it. Raises
+    `ConfigurationError` if a setting of the budget asks for more than fits.
     """
     different: dict[Any, Plan] = {}
     for candidate in _candidates(budget, slots, steps, tape_bytes, costs):
@@ -137,10 +137,10 @@ def best(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | N
 
 
 def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
-    """Raise `ConfigurationError` if `plan` is for another number of steps or does not fit what may be held."""
+    """Raise `ConfigurationError` if `plan` is for another number of steps, or needs more than the slots."""
     if plan.steps != steps:
         raise ConfigurationError(f"plan {plan.name!r} is for {plan.steps} steps, not for {steps}")
-    # A number of checkpoints that was given stands instead of bytes.
+    # Checkpoints are limited by their number, which may be given instead of bytes.
     too_many = plan.ram > slots.ram or plan.disk > slots.disk
     if too_many or (plan.kept > (not plan.from_start) and plan.ram_bytes > slots.ram_bytes):
         raise ConfigurationError(
@@ -149,7 +149,7 @@ def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
 
 
 def needs_costs(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None) -> bool:
-    """Whether the choice depends on what the disk takes."""
+    """Return True if the choice depends on the costs of the disk."""
     if slots.disk == 0 or slots.ram >= steps - 1 or budget.schedule in ("all", "revolve", "multistage"):
         return False
     if budget.schedule == "auto" and (budget.ram_slots, budget.disk_slots) != (None, None):
@@ -158,7 +158,7 @@ def needs_costs(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: 
 
 
 def _charged(budget: CheckpointBudget, kept: int) -> int:
-    """How many of the recordings that are kept from the forward pass the budget has to pay for."""
+    """Return the number of tapes, of `kept` from the forward pass, that the budget is charged for."""
     return kept if budget.charges_all_tapes else kept - 1
 
 
@@ -190,7 +190,7 @@ def _candidates(
             return
     most = steps - 1
     if most and slots.ram + slots.disk == 0:
-        # What is left when the disk is lost and there was nothing else.
+        # The disk was lost, and there are no other slots.
         yield _plan("restart", level, slots, steps, (1, 0, 0), 0, costs)
         return
     if slots.ram + slots.disk >= most and schedule in ("auto", "all"):
@@ -210,7 +210,7 @@ def _candidates(
 
 
 def _left_of(budget: CheckpointBudget, key: str) -> str:
-    """What a solve has of `ram` or `ram_slots`, for people."""
+    """Describe the part of `ram` or `ram_slots` that a solve gets, for an error message."""
     others, given = budget.ledger.solves, repr(getattr(budget, key))
     if key != "ram" or not others:
         return given
@@ -220,13 +220,13 @@ def _left_of(budget: CheckpointBudget, key: str) -> str:
 def _plans_from_initial_state(
     level: str, schedule: str, slots: Slots, steps: int, tape_bytes: int, costs: Costs | None
 ) -> Iterator[Plan]:
-    """The plans that use the initial state as it is, with as many recordings as are worth it, none included."""
+    """Yield the plans that restart from the initial state, with the best number of tapes, which may be none."""
     for disk in _disks(schedule, slots):
         kept, ram, on_disk = division = divide_from_initial_state(slots, steps, tape_bytes, disk)
         name = "multistage" if on_disk else "revolve"
         yield _plan(name, level, slots, steps, division, tape_bytes, costs, True)
         if disk and costs is not None and schedule != "multistage":
-            # Weighing costs knows of no state that is at hand: it has a checkpoint for the initial one as well.
+            # `hierarchical` needs a checkpoint of the initial state too.
             left = slots.ram_bytes - kept * tape_bytes
             places = steps - max(kept, 1) + (kept == 0)
             ram = min(left // slots.checkpoint_bytes, places) if slots.checkpoint_bytes else places
@@ -237,7 +237,7 @@ def _plans_from_initial_state(
 
 
 def _disks(schedule: str, slots: Slots) -> list[int]:
-    """The numbers of checkpoints on disk to look at."""
+    """Return the numbers of checkpoints on disk to consider."""
     on_disk = [0, slots.disk] if slots.disk else [0]
     return on_disk[-1:] if schedule in ("multistage", "h-revolve") else on_disk
 
@@ -245,7 +245,7 @@ def _disks(schedule: str, slots: Slots) -> list[int]:
 def _checkpointed(
     level: str, schedule: str, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None
 ) -> Iterator[Plan]:
-    """The plans that hold fewer checkpoints than there are steps, without and with recordings of the last ones."""
+    """Yield the plans with fewer checkpoints than steps, without and with tapes of the last steps."""
     for disk in _disks(schedule, slots):
         if slots.ram + disk == 0 and steps > 1:
             continue
@@ -312,11 +312,12 @@ def _plan(
 
 
 def divide(slots: Slots, steps: int, tape_bytes: int | None, disk: int) -> tuple[int, int, int]:
-    """How many steps at the end to keep as recordings of that size, and the checkpoints in memory and on disk.
+    """Divide the budget: return the number of tapes of the last steps, and of checkpoints in memory and on disk.
 
-    The recording of one step belongs to the working set of any adjoint and is not charged. At least one checkpoint
-    remains unless every step is recorded. Of equal divisions the one with more recordings is taken, whose backward
-    pass starts at once. Looks at every number of recordings up to 256 and at as many evenly spaced ones beyond.
+    `tape_bytes` is the size of a step's tape. One tape belongs to the working set of every adjoint and is not charged.
+    At least one checkpoint remains unless every step has a tape. Of equal divisions the one with more tapes is chosen,
+    because its backward pass starts at once. Considers every number of tapes up to 256, and as many evenly spaced ones
+    beyond that.
     """
     most = steps - 1
     chosen = (1, min(slots.ram, most), min(disk, most - min(slots.ram, most)))
@@ -340,11 +341,14 @@ def divide(slots: Slots, steps: int, tape_bytes: int | None, disk: int) -> tuple
 
 
 def divide_from_initial_state(slots: Slots, steps: int, tape_bytes: int, disk: int) -> tuple[int, int, int]:
-    """`divide` for solves whose initial state is at hand anyway: every recording is charged, and there may be none."""
+    """Divide the budget of a solve that can restart from its initial state.
+
+    See `divide`. Every tape is charged, and there may be none.
+    """
     chosen, work = (0, 0, 0), steps * (steps + 3) // 2
     most_kept = min(slots.ram_bytes // tape_bytes, steps) if tape_bytes else steps
     for kept in range(0, most_kept + 1, max(-(-most_kept // _MOST_DIVISIONS), 1)):
-        # The places besides the initial state's.
+        # The checkpoints besides the initial state.
         places = max(steps - kept - 1, 0) if kept else steps - 1
         left = slots.ram_bytes - kept * tape_bytes
         ram = min(left // slots.checkpoint_bytes, places, slots.ram) if slots.checkpoint_bytes else places

@@ -1,4 +1,4 @@
-"""Executing a schedule: the forward pass up to `EndForward`, the backward pass from there."""
+"""Execute a schedule: the forward pass up to `EndForward`, and the backward pass from there."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ _LOOK_AHEAD = 4096
 
 
 class Steps(Protocol):
-    """The steps of one solve, run one at a time on a current state."""
+    """The steps of one solve, which act on a current state."""
 
     @property
     def state(self) -> State:
-        """The current state of this rank, for reading."""
+        """This rank's part of the current state, read-only."""
         ...
 
     def time(self, step: int) -> float:
-        """The time at which `step` begins."""
+        """Return the time at which `step` begins."""
         ...
 
     def overwrite(self, write: Callable[[State], None]) -> None:
-        """Let `write` fill the current state."""
+        """Replace the current state by calling `write` with an array to fill."""
         ...
 
     def restart(self) -> None:
-        """Put the initial state of the solve back."""
+        """Restore the initial state of the solve."""
         ...
 
     def advance(self, step: int, recompute: bool = False) -> None:
-        """Run `step` on the current state, `recompute` if it is run for the backward pass."""
+        """Run `step` on the current state. `recompute`: for the backward pass."""
         ...
 
     def record(self, step: int, recompute: bool = False) -> None:
-        """Run `step` and keep what its adjoint needs: until the next step if it is run `recompute`, else until then."""
+        """Run `step` and keep its tape until `adjoint`. With `recompute` the tape need not survive another step."""
         ...
 
     def adjoint(self, step: int) -> None:
-        """Reverse a step that was recorded, and forget its recording."""
+        """Reverse a step that has a tape, and free the tape."""
         ...
 
 
@@ -65,9 +65,9 @@ def run_forward(
     statistics: SolveStatistics,
     reached: Callable[[int], None],
 ) -> None:
-    """Run the forward pass; `reached(n)` is called when the current state is the one before step n (after step n - 1).
+    """Run the forward pass. Collective on the solver's communicator.
 
-    Collective on the solver's communicator.
+    Calls `reached(n)` when the current state is the one before step n (after step n - 1).
     """
     for action in actions:
         match action:
@@ -97,11 +97,12 @@ def run_backward(
     lost: Callable[[str | None], bool],
     ram_slots: int,
 ) -> bool:
-    """Run the rest of the schedule; `reversed_to(n)` is called when the adjoint has reached the state before step n.
+    """Run the backward pass: the rest of the schedule. Collective on the solver's communicator.
 
-    After every checkpoint read from disk, `lost(error)` tells the other ranks how it went here (None: well) and says
-    whether any of them lost it. If so the rest is planned anew, with `ram_slots` checkpoints in memory and none on
-    disk. Returns whether that happened. Collective on the solver's communicator.
+    Calls `reversed_to(n)` when the adjoint has reached the state before step n. After each checkpoint read from disk,
+    `lost(error)` reports this rank's error, or None, to the other ranks, and returns True if any rank lost the
+    checkpoint. The rest of the schedule is then replaced by one with `ram_slots` checkpoints in memory and none on
+    disk. Returns True if that happened.
     """
     disk_is_lost = False
     remaining: int | None = None
@@ -140,7 +141,7 @@ def run_backward(
 
 
 def _restore(steps: Steps, checkpoints: Checkpoints, step: int, discard: bool) -> str | None:
-    """Put a checkpoint back; what went wrong, None if nothing did."""
+    """Restore a checkpoint. Returns the error as text, None for success."""
     error: str | None = None
 
     def write(state: State) -> None:
@@ -155,7 +156,7 @@ def _restore(steps: Steps, checkpoints: Checkpoints, step: int, discard: bool) -
 
 
 def _with_prefetch(actions: Iterator[Action], checkpoints: Checkpoints) -> Iterator[Action]:
-    """The same actions, with the next checkpoints on disk being fetched while those before them are carried out."""
+    """Yield the same actions, and fetch the next checkpoints from disk while the actions before them run."""
     upcoming: deque[Action] = deque()
     fetched = 0
     while True:

@@ -1,6 +1,6 @@
-"""The language of checkpoint schedules: what to run, keep, restore and reverse, as a stream of small immutable actions.
+"""Checkpoint schedules: a stream of small immutable actions that run, store, restore and reverse steps.
 
-A schedule knows nothing of who executes it, and the replay nothing of how it was found.
+Schedules are independent of `replay`, which executes them, and `replay` is independent of the way they are computed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Tier(Enum):
-    """Where a checkpoint lies."""
+    """The storage of a checkpoint."""
 
     RAM = "ram"
     DISK = "disk"
@@ -28,26 +28,26 @@ class Advance:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Run `step` forward and keep what its adjoint needs."""
+    """Run `step` forward, and keep its tape."""
 
     step: int
 
 
 @dataclass(frozen=True, slots=True)
 class EndForward:
-    """The forward pass is complete; what follows belongs to the backward pass."""
+    """End the forward pass: the actions that follow belong to the backward pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartBackward:
-    """The backward pass over so many steps begins, none of which is recorded."""
+    """Begin the backward pass over `steps` steps, none of which has a tape."""
 
     steps: int
 
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Put the stored state before `step` back, and free its slot if `discard`."""
+    """Restore the checkpoint of the state before `step`, and free its slot if `discard`."""
 
     step: int
     tier: Tier
@@ -56,12 +56,12 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Put the initial state of the solve back."""
+    """Restore the initial state of the solve."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adjoint:
-    """Reverse `step`, which was recorded."""
+    """Reverse `step`, which has a tape."""
 
     step: int
 
@@ -70,9 +70,9 @@ Action = Advance | Record | EndForward | StartBackward | Restore | Restart | Adj
 
 
 def with_last_recorded(head: Iterator[Action], first: int, steps: int) -> Iterator[Action]:
-    """`head`, which reverses steps 0 to `first - 1`, as a whole solve of `steps` steps.
+    """Extend `head`, which reverses steps 0 to `first - 1`, to a whole solve of `steps` steps.
 
-    The forward pass ends after `head`'s first recording, with which it also records the steps from `first` on.
+    The forward pass ends after the first `Record` of `head`. The steps from `first` on are recorded with it.
     """
     forward = True
     for action in head:

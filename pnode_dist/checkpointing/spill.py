@@ -1,10 +1,10 @@
-"""Checkpoints on disk: one HDF5 file per rank, written and read by a thread in the background.
+"""Checkpoints on disk: one HDF5 file per rank, written and read by a background thread.
 
-A state to be written is copied into one of a fixed number of staging buffers; when none is free, the solver waits,
-so memory never grows. A state that still is in its staging buffer is read from there. The schedule is known ahead, so
-states are fetched before they are needed. Every slot's checksum is compared when it is read.
+A state to be written is copied into one of a fixed number of staging buffers. If none is free, the solver waits, so the
+memory is bounded. A state that is still in its staging buffer is read from there. The schedule is known, so states are
+fetched before they are needed. The checksum of a slot is verified when it is read.
 
-The file is flushed after every slot, so that other processes can read it meanwhile, and after a crash.
+The file is flushed after every slot, so that other processes can read it, also after a crash.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Phase(Enum):
 
 @dataclass
 class _Slot:
-    """One slot. The staging buffer `buffer` holds its contents while it is being written or has been fetched."""
+    """One slot. `buffer` is its staging buffer while it is being written, being fetched, or fetched."""
 
     number: int
     phase: _Phase = _Phase.EMPTY
@@ -68,7 +68,7 @@ class _Slot:
 
 
 class _SlotFile:
-    """The file, the staging buffers and the thread: what `SpillPool` must not be kept alive by."""
+    """The file, the staging buffers and the thread of a `SpillPool`. The thread refers to this, and not to the pool."""
 
     def __init__(self, size: int, dtype: np.dtype[Any], parent: Path, rank: int, shapes: Shapes | None) -> None:
         self.size, self.dtype = size, dtype
@@ -88,7 +88,7 @@ class _SlotFile:
         self._failed = False
 
     def start(self) -> None:
-        """Make the buffers and start the thread, the first time."""
+        """Make the buffers and start the thread, at the first call."""
         if self._thread is None:
             self.buffers = [np.empty(self.size, dtype=self.dtype) for _ in range(STAGING_BUFFERS)]
             self.free_buffers = list(range(STAGING_BUFFERS))
@@ -97,11 +97,11 @@ class _SlotFile:
             _started.add(self)
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Let the thread do `job` after those submitted before."""
+        """Queue `job` for the thread."""
         self._jobs.put(job)
 
     def finish(self) -> None:
-        """Wait until the thread has done all that was submitted, or has ended, as it has in a fork."""
+        """Wait until the thread has run all jobs. Returns at once if there is no thread, as in a forked process."""
         done = threading.Event()
         self.submit(done.set)
         while self._thread is not None and self._thread.is_alive() and not done.wait(0.1):
@@ -112,14 +112,14 @@ class _SlotFile:
             job()
 
     def open(self) -> h5py.File:
-        """The file, made if it is not there. Raises `OSError` if it cannot be."""
-        # After a failure the solver and the thread may both try again.
+        """Return the file, and create it if needed. Raises `OSError` if that fails."""
+        # After a failure the solver and the thread may both try again: hence the lock.
         with self._opening:
             if self._file is None:
                 self._directory = PrivateDirectory(self._parent)
                 path = self._directory.path / f"trajectory-rank{self._rank}.h5"
-                # The file belongs to this process alone: locks would only trouble network file systems. Formats newer
-                # than 1.8 mark the file as being written, and no other process could open it.
+                # Only this process writes the file, and locks fail on some network file systems. Formats newer than
+                # 1.8 mark the file as being written, and no other process could open it.
                 file = h5py.File(path, "w", libver="v108", locking=False, rdcc_nbytes=0)
                 path.chmod(0o600)
                 for name, value in _provenance(self._rank).items():
@@ -128,11 +128,11 @@ class _SlotFile:
             return self._file
 
     def _room_for(self, slot: int) -> tuple[h5py.Dataset, h5py.Dataset]:
-        """The datasets of states and labels, with a row for `slot`."""
+        """Return the datasets of states and labels, and extend them to have a row for `slot`."""
         file = self.open()
         if self._datasets is None:
             width = max(self.size, 1)
-            # Single rows go past HDF5's cache, and take place in the file when they are first written.
+            # Chunks of one row bypass HDF5's cache, and are allocated in the file at their first write.
             states = file.create_dataset(
                 "state", (0, width), self.dtype, chunks=(1, min(width, _WIDEST_CHUNK)), maxshape=(None, width)
             )
@@ -148,7 +148,7 @@ class _SlotFile:
         return states, labels
 
     def write(self, slot: _Slot, step: int, time: float) -> None:
-        """Put a slot's staging buffer into the file. Runs in the thread."""
+        """Write a slot's staging buffer to the file. Runs in the thread."""
         assert slot.buffer is not None
         state = self.buffers[slot.buffer]
         phase, error = _Phase.ON_DISK, ""
@@ -165,7 +165,7 @@ class _SlotFile:
         self._finish(slot, phase, error)
 
     def fetch(self, slot: _Slot) -> None:
-        """Get a slot's contents into its staging buffer. Runs in the thread."""
+        """Read a slot from the file into its staging buffer. Runs in the thread."""
         assert slot.buffer is not None
         state = self.buffers[slot.buffer]
         phase, error = _Phase.FETCHED, ""
@@ -188,7 +188,7 @@ class _SlotFile:
             self.changed.notify_all()
 
     def drop_buffer(self, slot: _Slot) -> None:
-        """Free a slot's staging buffer, if it has one. Call it holding `changed`."""
+        """Free a slot's staging buffer, if it has one. The caller holds `changed`."""
         if slot.buffer is not None:
             self.free_buffers.append(slot.buffer)
             slot.buffer = None
@@ -199,13 +199,13 @@ class _SlotFile:
         if self._thread is not None:
             self._jobs.put(None)
             if self._thread is threading.current_thread():
-                # Garbage was collected between two lines of a job. What is left ends with the thread, and the file too.
+                # Garbage collection called this inside a job. The thread and the file go when the job has ended.
                 return
             self._thread.join()
         self._remove()
 
     def give_up_failed(self) -> None:
-        """Remove a file that failed, once nothing in it is needed, so that the next slot is in a new one."""
+        """Remove a file that failed, if no slot in it is needed. The next slot is then in a new file."""
         with self.changed:
             if self._failed and all(slot.given_back for slot in self.slots):
                 self.changed.wait_for(lambda: not any(slot.busy for slot in self.slots))
@@ -215,7 +215,7 @@ class _SlotFile:
     def _remove(self) -> None:
         file, self._file = self._file, None
         self._datasets = None
-        # A full disk fails here again; the file goes anyway.
+        # A full disk fails here again. The file is removed anyway.
         with suppress(OSError, RuntimeError):
             if file is not None:
                 file.close()
@@ -228,20 +228,20 @@ _started: weakref.WeakSet[_SlotFile] = weakref.WeakSet()
 
 @atexit.register
 def _finish_all() -> None:
-    """Leave no thread in HDF5 when the interpreter ends."""
-    # h5py unregisters its converters then, without the lock that its other calls take, and HDF5 crashes if two threads
-    # are in it. It was loaded before this was registered, so its turn comes later; `close` may come later still.
+    """Wait for all threads when the interpreter ends."""
+    # At exit h5py unregisters its converters without its lock, and HDF5 crashes if another thread is inside. Exit
+    # functions run in reverse order: h5py's was registered before this one, so it runs after it.
     for file in list(_started):
         file.finish()
 
 
 class SpillPool:
-    """Slots in an HDF5 file of this rank's own, made on the first write and removed with the pool.
+    """A pool of slots in an HDF5 file of this rank, created at the first write and removed with the pool.
 
-    Slot k is row k of the dataset `/state`, `size` scalars of `dtype`, and row k of `/label` says which state it holds:
+    Slot k is row k of the dataset `/state`, with `size` scalars of `dtype`. Row k of `/label` describes its state:
     `step` (-1: none), `time` and `crc32`. The attributes `shape0`, `shape1`, ... of `/state` are the `shapes` of the
-    parts that follow each other in a row. Slots are rewritten in place. `waited` is the time in seconds that the solver
-    waited for the disk. Whatever goes wrong with a slot comes out as `SpillError` when it is read.
+    parts, which follow each other in a row. Slots are rewritten in place. `waited` is the time in seconds that the
+    solver waited for the disk. Any error of a slot is raised as `SpillError` when the slot is read.
     """
 
     on_disk = True
@@ -257,10 +257,10 @@ class SpillPool:
         slots = self._file.slots
         self._file.give_up_failed()
         with suppress(OSError):
-            # If it fails it fails again when the slot is written, and is told to whoever reads it.
+            # An error occurs again when the slot is written, and is raised when it is read.
             self._file.open()
         with self._file.changed:
-            # A slot that was given back while it was being written is free a little later.
+            # A slot that was released while it was being written becomes free a little later.
             self._wait(lambda: not any(s.given_back and s.busy for s in slots) or self._idle() is not None)
             slot = self._idle()
             if slot is None:
@@ -282,15 +282,15 @@ class SpillPool:
     def write(self, slot: int, state: State, step: int, time: float) -> float:
         place = self._file.slots[slot]
         rounding = self._take_buffer(place, _Phase.WRITING, lambda buffer: copy_rounded(state, buffer))
-        file = self._file  # The thread must not hold this pool: it ends with it.
+        file = self._file  # The job must not refer to the pool, whose end is the end of the thread.
         file.submit(lambda: file.write(place, step, time))
         return rounding
 
     def prefetch(self, slot: int) -> None:
-        """Begin to fetch a slot that will be read soon, if a staging buffer can be spared."""
+        """Begin to fetch a slot that will be read soon, if two staging buffers are free."""
         place = self._file.slots[slot]
         with self._file.changed:
-            # The last buffer is for writing: no write has to wait for a read that is due after it.
+            # The last free buffer is left for writing: a write must not wait for a read that is due later.
             if place.phase is not _Phase.ON_DISK or len(self._file.free_buffers) < 2:
                 return
         self._fetch(place)
@@ -326,7 +326,7 @@ class SpillPool:
             self.release(slot)
 
     def _write_through(self, slot: int, state: State) -> float:
-        """Write a slot and wait until it is on disk; the seconds it took."""
+        """Write a slot and wait until it is on disk. Returns the seconds it took."""
         began = clock.perf_counter()
         self.write(slot, state, 0, 0.0)
         place = self._file.slots[slot]
@@ -340,10 +340,10 @@ class SpillPool:
         file.submit(lambda: file.fetch(place))
 
     def _take_buffer(self, place: _Slot, phase: _Phase, fill: Callable[[State], float]) -> float:
-        """Give a slot a staging buffer, and what it returns of `fill`, which may fail: then the slot has none."""
+        """Assign a staging buffer to a slot and fill it. Returns the result of `fill`; frees the buffer if it fails."""
         self._file.start()
         with self._file.changed:
-            # A slot that is used anew may still be on its way to the disk, or have been fetched for nothing.
+            # A reused slot may still be being written, or have been fetched without a read.
             self._wait(lambda: not place.busy)
             self._file.drop_buffer(place)
             self._wait(lambda: bool(self._file.free_buffers))
@@ -358,7 +358,7 @@ class SpillPool:
             return rounding
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait until the thread has made `ready` true. Call it holding `changed`."""
+        """Wait until `ready` is true, and count the time. The caller holds `changed`."""
         if not ready():
             began = clock.perf_counter()
             self._file.changed.wait_for(ready)
@@ -367,12 +367,12 @@ class SpillPool:
 
 @cache
 def _run_id(pid: int) -> str:
-    """An unguessable name of a process, which has it for all its files; a fork has one of its own."""
+    """Return a random identifier of a process, the same for all its files. A forked process has another one."""
     return str(uuid.uuid4())
 
 
 def _provenance(rank: int) -> dict[str, str | int]:
-    """Where a file comes from, for whoever finds it."""
+    """Return the attributes that describe the origin of a file."""
     return {
         "rank": rank,
         "run_id": _run_id(os.getpid()),
@@ -384,14 +384,14 @@ def _provenance(rank: int) -> dict[str, str | int]:
 
 
 def _row_of(dataset: h5py.Dataset, row: int, width: int | None = None) -> h5py.h5s.SpaceID:
-    """The part of a dataset that is one slot's."""
+    """Select the row of one slot in a dataset."""
     space = dataset.id.get_space()
     space.select_hyperslab(*(((row,), (1,)) if width is None else ((row, 0), (1, width))))
     return space
 
 
 def _said(error: Exception) -> str:
-    """The system's words for an error of HDF5, which wraps them in its own."""
+    """Return the system's message in an error of HDF5, without HDF5's own text."""
     text = str(error)
     if "error message = '" in text:
         return text.partition("error message = '")[2].partition("'")[0]

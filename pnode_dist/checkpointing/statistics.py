@@ -1,4 +1,4 @@
-"""What one solve and its adjoint cost, in counts."""
+"""Counters of one solve and its adjoint."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class SolveStatistics:
-    """Counters of one solve on this rank, filled by its forward pass and then by its backward pass.
+    """Counters of one solve on this rank. The forward pass fills them first, then the backward pass.
 
-    `forward_steps` are the steps of the forward pass, `recomputed_steps` those run again for the adjoint,
-    `adjoint_steps` the reversed ones. `function_evaluations` counts calls of the right-hand side (of either part of a
-    `SplitFunction`), `vjps` its vector-Jacobian products, `jvps` its Jacobian-vector products. Of implicit methods,
-    `newton_iterations` and `linear_iterations` are those of steps, run again or not, and `adjoint_linear_iterations`
-    those of the transposed systems. `bytes_written` and `bytes_read` are the traffic with disk checkpoints;
-    `checkpoint_bytes_peak` the most that checkpoints occupied at once in memory and on disk together. `graph_steps`
-    are the steps whose graphs were kept from the forward pass, `graph_bytes` the memory of these.
-    `rejected_steps` are the attempts that error control did not accept. `seconds_waiting_for_disk` is how long the
-    solver stood still for disk checkpoints. `largest_rounding` is the largest error that a narrower
-    `checkpoint_dtype` made in a checkpoint, relative to the largest entry of the state on this rank; of several solves
-    it is the largest, everything else adds up. `largest_mismatch` is likewise the largest difference, relative to the
-    state, between a recomputed step and the same step of the forward pass.
+    - `forward_steps`, `recomputed_steps`, `adjoint_steps`: steps of the forward pass, steps recomputed for the adjoint,
+      and reversed steps.
+    - `function_evaluations`, `vjps`, `jvps`: evaluations of the right-hand side (of either part of a `SplitFunction`),
+      its vector-Jacobian products and its Jacobian-vector products.
+    - `newton_iterations`, `linear_iterations`, `adjoint_linear_iterations`: iterations of implicit methods, in steps
+      (recomputed ones included), and in the transposed systems of adjoint steps.
+    - `bytes_written`, `bytes_read`: the traffic with disk checkpoints.
+    - `checkpoint_bytes_peak`: the most memory and disk that checkpoints occupied at once.
+    - `rejected_steps`: attempts that error control did not accept.
+    - `graph_steps`, `graph_bytes`: steps whose tapes were kept from the forward pass, and their memory.
+    - `seconds_waiting_for_disk`: the time that the solver waited for disk checkpoints.
+    - `largest_rounding`: the largest error of a checkpoint in a narrower `checkpoint_dtype`, relative to the largest
+      entry of the state on this rank.
+    - `largest_mismatch`: the largest difference between a recomputed step and the same step of the forward pass,
+      relative to the state.
+
+    The sum of several solves adds the counters, and takes the maximum of the last two.
     """
 
     forward_steps: int = 0

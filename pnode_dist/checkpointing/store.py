@@ -1,7 +1,7 @@
-"""Slots for checkpoints, and the checkpoints of one solve in them.
+"""Pools of checkpoint slots, and the checkpoints of one solve.
 
-A pool owns slots of one size and hands them out; it outlives the solves, so that memory and file pages are reused
-instead of touched anew. `Checkpoints` is what one solve holds in the pools.
+A pool owns slots of one size. It outlives the solves, so that they reuse its memory and file pages. `Checkpoints` are
+the slots that one solve holds.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ _BLOCK = 2**15
 
 
 class SlotPool(Protocol):
-    """Numbered slots, each for one state of this rank."""
+    """A pool of numbered slots, each for this rank's part of one state."""
 
     on_disk: bool
     waited: float
 
     def acquire(self) -> int:
-        """The number of a free slot; a new one is made if none is free."""
+        """Return the number of a free slot, and make a new slot if none is free."""
         ...
 
     def release(self, slot: int) -> None:
-        """Give a slot back."""
+        """Release a slot."""
         ...
 
     def write(self, slot: int, state: State, step: int, time: float) -> float:
-        """Copy the state before `step`, at `time`, into a slot; returns the rounding, as `copy_rounded` does.
+        """Copy the state before `step`, at `time`, into a slot. Returns the rounding error, see `copy_rounded`.
 
         Raises `PrecisionError` if a value does not fit the slot's type.
         """
         ...
 
     def prefetch(self, slot: int) -> None:
-        """Know that a slot will be read soon."""
+        """Begin to fetch a slot that will be read soon."""
         ...
 
     def read(self, slot: int, state: State) -> None:
@@ -50,7 +50,7 @@ class SlotPool(Protocol):
         ...
 
     def seconds(self, state: State) -> tuple[float, float]:
-        """How long writing `state` to a slot that was used before takes, and reading it."""
+        """Measure the seconds of writing `state` to a slot that was used before, and of reading it."""
         ...
 
 
@@ -59,23 +59,23 @@ class SpillError(RuntimeError):
 
 
 class PrecisionError(RuntimeError):
-    """A state has values that are too large for the type of its checkpoints."""
+    """A state has values too large for the type of its checkpoints."""
 
 
 def copy_rounded(state: State, slot: State) -> float:
     """Copy `state` into `slot`, which may be of a narrower type.
 
-    Returns the largest error that this makes, relative to the largest entry; 0 if the type holds every value. Entries
-    that are not finite are copied, and otherwise left out of account. Raises `PrecisionError` if a finite value does
-    not fit: the checkpoint would silently be another state.
+    Returns the largest rounding error relative to the largest entry; 0 if the type holds every value. Entries that are
+    not finite are copied and do not count. Raises `PrecisionError` if a finite value does not fit: the checkpoint would
+    silently be another state.
     """
     if np.can_cast(state.dtype, slot.dtype, "safe"):
         np.copyto(slot, state)
         return 0.0
     largest = error = 0.0
-    # The caller's way with floating-point errors is not for these: overflow is told by what arrives.
+    # Ignore the caller's floating-point error settings: overflow is detected from the result.
     with np.errstate(all="ignore"):
-        # In blocks that stay in the cache: temporaries of a whole state would not be in anybody's budget.
+        # Use blocks that fit the cache: temporaries of a whole state would exceed the budget.
         for start in range(0, state.size, _BLOCK):
             values, rounded = state[start : start + _BLOCK], slot[start : start + _BLOCK]
             np.copyto(rounded, values, casting="same_kind")
@@ -99,7 +99,7 @@ def _magnitude(values: State) -> float:
 
 
 class MemoryPool:
-    """Slots in memory, `size` scalars of `dtype` each."""
+    """A pool of slots in memory, with `size` scalars of `dtype` each."""
 
     on_disk = False
     waited = 0.0
@@ -121,12 +121,12 @@ class MemoryPool:
         self._free.append(slot)
 
     def trim(self, slots: int) -> None:
-        """Free the memory of slots that are not in use, beyond so many in all."""
+        """Free unused slots, until at most `slots` are left in all."""
         while self._free and len(self._slots) > slots:
             del self._slots[self._free.pop()]
 
     def contents(self, slot: int) -> State:
-        """What a slot holds, not a copy."""
+        """Return the contents of a slot, without a copy."""
         return self._slots[slot]
 
     def seconds(self, state: State) -> tuple[float, float]:
@@ -149,19 +149,19 @@ class MemoryPool:
 
 
 class Carried(Protocol):
-    """State beside that of the solve which belongs to a checkpoint."""
+    """State of f, besides that of the solve, that belongs to a checkpoint."""
 
     def mark(self, step: int) -> Any:
-        """The present one, before `step`."""
+        """Return a mark of the present state, before `step`."""
         ...
 
     def restore(self, mark: Any) -> None:
-        """Put it back as it was at a mark."""
+        """Restore the state of a mark."""
         ...
 
 
 class Checkpoints:
-    """The checkpoints that one solve holds, by step, in slots of `state_bytes` each, and marks of what is `carried`."""
+    """The checkpoints of one solve, by step, in slots of `state_bytes` each, with marks of the state `carried` by f."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class Checkpoints:
         self._times: dict[int, float] = {}
 
     def store(self, step: int, tier: Tier, state: State, time: float) -> None:
-        """Keep `state`, which is the one before `step`.
+        """Store `state`, the one before `step`, in a slot of `tier`.
 
         Raises `PrecisionError` if a value does not fit the type of the checkpoints.
         """
@@ -197,7 +197,7 @@ class Checkpoints:
         self._statistics.checkpoint_bytes_peak = max(self._statistics.checkpoint_bytes_peak, occupied)
 
     def prefetch(self, step: int) -> None:
-        """Know that the checkpoint of `step` will be restored soon; nothing happens if it is not held."""
+        """Begin to fetch the checkpoint of `step`, which will be restored soon, if it is held."""
         if step in self._held:
             tier, slot = self._held[step]
             self._pools[tier].prefetch(slot)
@@ -221,7 +221,7 @@ class Checkpoints:
             pool.release(slot)
 
     def discard(self, step: int) -> None:
-        """Give up the checkpoint of `step`."""
+        """Release the checkpoint of `step`."""
         tier, slot = self._held.pop(step)
         self._marks.pop(step, None)
         self._pools[tier].release(slot)
@@ -237,15 +237,15 @@ class Checkpoints:
         memory.release(slot)
 
     def held(self) -> dict[int, Tier]:
-        """Where the checkpoints are, by step, in order."""
+        """Return the tier of each checkpoint, in the order of steps."""
         return {step: self._held[step][0] for step in sorted(self._held)}
 
     def in_memory(self) -> list[int]:
-        """The steps whose checkpoints are held in memory, in order."""
+        """Return the steps whose checkpoints are in memory, in order."""
         return sorted(step for step, (tier, _) in self._held.items() if tier is Tier.RAM)
 
     def drop_disk(self) -> None:
-        """Give back the slots on disk."""
+        """Release the checkpoints on disk."""
         for step in [step for step, (tier, _) in self._held.items() if tier is Tier.DISK]:
             self.discard(step)
 
@@ -256,7 +256,7 @@ class Checkpoints:
         self._statistics.seconds_waiting_for_disk += pool.waited - before
 
     def clear(self) -> None:
-        """Give all slots back."""
+        """Release all checkpoints."""
         for tier, slot in self._held.values():
             self._pools[tier].release(slot)
         self._marks.clear()

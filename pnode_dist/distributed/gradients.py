@@ -1,13 +1,12 @@
-"""Parameter gradients over the mesh: summed over state ranks, averaged over data replicas.
+"""Parameter gradients over the mesh: the sum over state ranks, and the mean over data replicas.
 
-Every rank differentiates its own share of the loss, so a replica's gradient is the sum of its ranks' gradients, and
-the gradient of the mean loss over replicas is that sum divided by their number. torch's DistributedDataParallel does
-the bucketing and takes the mean over all ranks. What each rank contributes is therefore multiplied by the number of
-state ranks first: unlike a sum in place of the mean, that leaves alone what earlier backward passes have accumulated.
+Every rank differentiates its own share of the loss. The gradient of a replica is the sum of its ranks' gradients.
+torch's DistributedDataParallel buckets the gradients and takes the mean over all ranks, so each rank's contribution is
+first multiplied by the number of state ranks. (Replacing the mean by a sum would also scale the gradients that earlier
+backward passes have accumulated.)
 
-The gradient of a sharded parameter (`pnode_dist.distributed.sharding`) is complete on the rank that holds it, and only
-its mean over replicas is taken: by DistributedDataParallel over the replicas if all parameters are sharded, else beside
-it.
+The gradient of a sharded parameter (`pnode_dist.distributed.sharding`) is complete on its rank, and only its mean over
+replicas is taken. If all parameters are sharded, DistributedDataParallel takes that mean; otherwise `_Completion` does.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from pnode_dist.system.torch_internals import at_end_of_backward, ignore_in_data
 
 
 class _Completion:
-    """What DistributedDataParallel over all ranks leaves to be done in a backward pass through the wrapped module.
+    """The completion of a backward pass of DistributedDataParallel over all ranks.
 
-    Gradients are multiplied by `factor` as they come, and those of `sharded` parameters are averaged over the replicas
-    at the end of the pass, if DistributedDataParallel synchronises its own in it.
+    Multiplies each gradient by `factor` before it is averaged. At the end of the pass, averages the gradients of
+    `sharded` parameters over the replicas, if DistributedDataParallel synchronises in this pass.
     """
 
     def __init__(self, factor: int, sharded: list[nn.Parameter], mesh: Mesh) -> None:
@@ -39,29 +38,29 @@ class _Completion:
         self._coming_through = self._synchronises = False
 
     def begin(self) -> None:
-        """Called when a backward pass reaches the module's output."""
+        """Begin when a backward pass reaches the module's output."""
         if not self._coming_through:
             self._coming_through = True
             at_end_of_backward(self.end)
 
     def end(self) -> None:
-        """Called when that backward pass is over."""
+        """Average the gradients of sharded parameters at the end of the backward pass."""
         self._coming_through = False
         if self._synchronises:
             self._synchronises = False
             for value in self._sharded:
-                # Never skipped, or replicas might wait for each other.
+                # Every replica must take part, or the others would wait.
                 if value.grad is None:
                     value.grad = torch.zeros_like(value)
                 dist.all_reduce(value.grad, group=self._mesh.data_group)
                 value.grad.div_(self._mesh.data_replicas)
 
     def scale(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The hook of every parameter that is not sharded."""
+        """Multiply a gradient by the factor: the hook on every parameter that is not sharded."""
         return gradient * self._factor if self._coming_through else gradient
 
     def watch(self, module: DistributedDataParallel, inputs: Any, output: Any) -> Any:
-        """The forward hook of the wrapper."""
+        """Prepare for a backward pass: the forward hook of the wrapper."""
         self._coming_through = False
         if torch.is_grad_enabled():
             self._synchronises = module.require_backward_grad_sync and self._mesh.data_replicas > 1
@@ -69,7 +68,7 @@ class _Completion:
 
 
 class _Watched(torch.autograd.Function):
-    """The identity, whose backward says that it is being run."""
+    """The identity, whose backward calls `_Completion.begin`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, completion: _Completion) -> torch.Tensor:
@@ -83,25 +82,25 @@ class _Watched(torch.autograd.Function):
 
 
 def share_of_mean(total: torch.Tensor, count: int, mesh: Mesh) -> torch.Tensor:
-    """This rank's share of a mean over the samples of all replicas, of which a replica may have more than another.
+    """Return this rank's share of a mean over the samples of all replicas, which may have different numbers of them.
 
-    `total` is this rank's part of a sum that has `count` terms on its replica, which may be none. The mean over
-    replicas, which `parallel` takes, is the mean over all terms if each sum is divided by the replicas' mean count:
-    `total * replicas / (sum of the counts)`. Collective on the data replicas.
-    Raises `ValueError` on all of them if there are no terms at all.
+    `total` is this rank's part of a sum with `count` terms on its replica, possibly none. `parallel` takes the mean
+    over replicas. That is the mean over all terms if each sum is divided by the mean count of the replicas: `total *
+    replicas / (sum of the counts)`. Collective on the data replicas. Raises `ValueError` on all of them if there are no
+    terms at all.
     """
     if mesh.data_replicas > 1:
         count = int(mesh.sum(torch.tensor([count]), over="data").item())
     if count == 0:
         raise ValueError("there is no mean over no samples")
-    # In one step with a single replica, as a loss that knows nothing of replicas would be divided.
+    # A single division for a single replica has the same bits as a loss without replicas.
     return total / count if mesh.data_replicas == 1 else total * (mesh.data_replicas / count)
 
 
 def broadcast_parameters(module: nn.Module, mesh: Mesh) -> None:
-    """Give every rank rank 0's parameters, and of sharded ones the first replica's parts.
+    """Copy the parameters of rank 0 to every rank, and sharded ones from the first replica.
 
-    Buffers stay as they are: they may hold a rank's own part of a field.
+    Buffers are not copied, because they may hold a rank's own part of a field.
     Raises `ValueError` on all ranks if the ranks' parameters differ in name, shape or type. Collective on the world.
     """
     shards = shards_of(module)
@@ -122,13 +121,13 @@ def broadcast_parameters(module: nn.Module, mesh: Mesh) -> None:
 
 
 def parallel(module: nn.Module, mesh: Mesh) -> DistributedDataParallel:
-    """`module` under DistributedDataParallel, with its parameters taken from rank 0.
+    """Wrap `module` in DistributedDataParallel, with the parameters of rank 0. Collective on the world.
 
-    After `backward()` of each rank's share of the loss every parameter's `.grad` holds, bit for bit the same on all
-    ranks, the sum over state ranks and mean over data replicas; a sharded parameter's, on all ranks that hold the same
-    part, the mean over data replicas. Gradients may be accumulated over several backward passes, also under
-    `no_sync()`. Buffers are never communicated.
-    Raises `ValueError` when no parameter requires a gradient. Collective on the world.
+    After `backward()` of each rank's share of the loss, every parameter's `.grad` holds the sum over state ranks and
+    mean over data replicas, with the same bits on all ranks. The `.grad` of a sharded parameter holds the mean over
+    data replicas, with the same bits on all ranks with this part. Gradients may be accumulated over several backward
+    passes, also under `no_sync()`. Buffers are never communicated. Raises `ValueError` if no parameter requires a
+    gradient.
     """
     shards = shards_of(module)
     trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
@@ -139,7 +138,7 @@ def parallel(module: nn.Module, mesh: Mesh) -> DistributedDataParallel:
     if replicated:
         ignore_in_data_parallel(module, list(shards))
     with warnings.catch_warnings():
-        # Its successor would synchronise the buffers once, and they may hold a rank's own part of a field.
+        # The option that replaces it would copy the buffers once, and they may hold a rank's own part of a field.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         wrapped = DistributedDataParallel(
             module,
@@ -158,10 +157,10 @@ def parallel(module: nn.Module, mesh: Mesh) -> DistributedDataParallel:
 
 
 def clip_gradient_norm(module: nn.Module, limit: float, mesh: Mesh) -> torch.Tensor:
-    """Scale the gradients down to a norm of `limit` all together, if it is larger; returns the norm it was.
+    """Scale the gradients down to a total norm of at most `limit`. Returns the norm before.
 
-    As torch.nn.utils.clip_grad_norm_, with all parts of sharded parameters counted once: the norm is that of the whole
-    gradient and the same on every rank. Collective on the state ranks if there are sharded parameters.
+    Like torch.nn.utils.clip_grad_norm_, with each part of a sharded parameter counted once: the norm is that of the
+    whole gradient and the same on every rank. Collective on the state ranks if there are sharded parameters.
     """
     shards = shards_of(module)
     gradients = {name: value.grad for name, value in module.named_parameters() if value.grad is not None}

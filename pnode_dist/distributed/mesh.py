@@ -1,7 +1,7 @@
-"""The process mesh: the MPI world as state ranks x data replicas, with torch.distributed started over it.
+"""The process mesh: the MPI world as state ranks x data replicas, with torch.distributed on top.
 
-Ranks are numbered with the state ranks of one replica next to each other, so that the ranks which exchange halos in
-every stage of a step sit on the same node whenever the launcher fills nodes in order.
+The state ranks of one replica have consecutive numbers. They exchange halos in every stage of a step, and are on the
+same node if the launcher fills nodes in order.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if MPI.Is_initialized():
 
 @dataclass(frozen=True)
 class _World:
-    """How this process was started: its rank among all, and whether MPI or only torchrun connects them."""
+    """The rank of this process among all, and the launcher: MPI, or torchrun without MPI."""
 
     rank: int
     size: int
@@ -116,10 +116,10 @@ _torch_distributed = _TorchDistributed()
 
 
 def _rendezvous(world: _World, timeout: timedelta) -> Store:
-    """The store at which ranks find each other: at MASTER_ADDR if it is set, else where rank 0 says through MPI."""
+    """Return the store of torch.distributed: at MASTER_ADDR if set, else at an address of rank 0's."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # Under torchrun the agent already serves this address.
+        # Under torchrun the agent may serve this address already.
         serve = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         return TCPStore(host, port, world.size, is_master=serve, timeout=timeout)
     if world.size == 1:
@@ -132,7 +132,7 @@ def _rendezvous(world: _World, timeout: timedelta) -> Store:
     address: tuple[str, int] | str = ""
     if comm.rank == 0:
         address = host = "127.0.0.1" if local else socket.gethostname()
-        # Left to itself the store would listen on every interface of the machine.
+        # By default the store would listen on every network interface of the machine.
         with suppress(OSError):
             listener = socket.create_server((host, 0))
             address = (host, listener.getsockname()[1])
@@ -162,20 +162,20 @@ def _limit_threads(world: _World) -> None:
 class Mesh:
     """The ranks of this job as `state` x `data`. Collective on the MPI world.
 
-    Each of the `data` replicas holds one copy of the state, spread over `state` ranks. `state=None` takes all ranks
-    that `data` leaves. `backend` is how torch.distributed communicates: `mpi` (mpi4py, the default), `gloo` or
-    `nccl`. Gloo and nccl find each other through MPI, or at MASTER_ADDR and MASTER_PORT where these are set. Under
-    torchrun without MPI only data replicas are possible: `Mesh(state=1, data=WORLD_SIZE, backend="gloo")`.
+    Each of the `data` replicas holds one copy of the state, spread over `state` ranks. `state=None` is the number of
+    all ranks divided by `data`. `backend` is that of torch.distributed: `mpi` (mpi4py, the default), `gloo` or `nccl`.
+    The ranks of gloo and nccl connect through MPI, or at MASTER_ADDR and MASTER_PORT if these are set. Under torchrun
+    without MPI only data replicas are possible: `Mesh(state=1, data=WORLD_SIZE, backend="gloo")`.
 
-    While a mesh of several ranks is open, an exception that nothing catches prints its traceback with the rank's
-    number and ends all ranks with exit code 1. Use it as a context manager, or call `close()`.
+    Use the mesh as a context manager, or call `close()`. While a mesh of several ranks is open, an uncaught exception
+    prints its traceback with the rank's number, and ends all ranks with exit code 1.
 
-    A rank that waits for others for more than `timeout` seconds, at the beginning of a solve or of its backward pass or
-    in torch.distributed, ends the job, with a line that says where it stands; with the backend `mpi` the exit code is
-    70. 0 disables that; None takes PNODE_DIST_TIMEOUT from the environment, or ten minutes.
+    `timeout` limits the seconds that a rank waits for others, at the beginning of a solve or of its backward pass, and
+    in torch.distributed. After that the job ends with a line that names the place in the program, and with exit code 70
+    for the backend `mpi`. 0 disables the limit. None is PNODE_DIST_TIMEOUT in the environment, or ten minutes.
 
-    Raises `ConfigurationError` when `state * data` is not the number of ranks, the backend is unknown, or the timeout
-    is not a number of seconds.
+    Raises `ConfigurationError` if `state * data` is not the number of ranks, for an unknown backend, and for a timeout
+    that is not a number of seconds.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Mesh:
         _limit_threads(world)
         uncaught = sys.excepthook
         _torch_distributed.acquire(world, backend, mpi_backend.timedelta_of(self.timeout))
-        # After torch.distributed, whose own hook would swallow the message when the process ends inside it.
+        # Install this hook after torch.distributed, whose own hook would lose the message.
         self._remove_abort = _install_abort(world, uncaught) if world.size > 1 else _restoring(uncaught)
         source = MPI.COMM_WORLD if world.connected_by_mpi else MPI.COMM_SELF
         self.state_comm = source.Split(self.replica if world.connected_by_mpi else 0, world.rank)
@@ -228,18 +228,18 @@ class Mesh:
 
     @property
     def is_root(self) -> bool:
-        """Whether this is rank 0 of the world, the one that prints and writes common files."""
+        """True on rank 0 of the world, which prints and writes common files."""
         return self.rank == 0
 
     def _group(self, over: Extent) -> dist.ProcessGroup:
         return {"world": self.world_group, "state": self.state_group, "data": self.data_group}[over]
 
     def sum(self, value: torch.Tensor, over: Extent = "world") -> torch.Tensor:
-        """The sum of `value` over ranks, as a new tensor outside the autograd graph. Collective on `over`."""
+        """Return the sum of `value` over ranks, as a new tensor outside the autograd graph. Collective on `over`."""
         return self._reduced(value, dist.ReduceOp.SUM, over)
 
     def max(self, value: torch.Tensor, over: Extent = "world") -> torch.Tensor:
-        """The elementwise maximum over ranks, as a new tensor outside the autograd graph. Collective on `over`."""
+        """Return the elementwise maximum over ranks, as a new tensor without a graph. Collective on `over`."""
         return self._reduced(value, dist.ReduceOp.MAX, over)
 
     def _reduced(self, value: torch.Tensor, operation: Any, over: Extent) -> torch.Tensor:
@@ -248,13 +248,13 @@ class Mesh:
         return result
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
-        """A picklable Python object from rank `source` to every rank. Collective on the world."""
+        """Send a picklable Python object from rank `source` to every rank. Collective on the world."""
         box = [value if self.rank == source else None]
         dist.broadcast_object_list(box, src=source, group=self.world_group)
         return box[0]
 
     def gather_object(self, value: Any) -> list[Any] | None:
-        """Every rank's picklable Python object, by rank, on rank 0; None elsewhere. Collective on the world."""
+        """Return every rank's picklable Python object, by rank, on rank 0; None elsewhere. Collective on the world."""
         gathered: list[Any] | None = [None] * self.size if self.is_root else None
         dist.gather_object(value, gathered, dst=0, group=self.world_group)
         return gathered
@@ -264,9 +264,9 @@ class Mesh:
         dist.barrier(group=self.world_group)
 
     def close(self) -> None:
-        """Free the process groups and communicators; again is harmless. Collective on the world.
+        """Free the process groups and communicators. Collective on the world. A second call does nothing.
 
-        Other ranks that begin a solve or a backward pass instead raise `DisagreementError`.
+        Ranks that begin a solve or a backward pass instead raise `DisagreementError`.
         """
         if not self._closed:
             self._release(free=True)
@@ -274,10 +274,10 @@ class Mesh:
             self._remove_abort()
 
     def _release(self, free: bool) -> None:
-        """Leave torch.distributed; with `free` also free the groups' communicators, which takes all ranks."""
+        """Leave torch.distributed. With `free`, also free the communicators of the groups, which is collective."""
         self._closed = True
         if free:
-            # A rank that raised an error is about to end the others, with a message that theirs would be in front of.
+            # Not after an error on this rank: it ends the other ranks, and their messages would come before its own.
             agreement.of(self.state_comm).leave()
         for group in (self.data_group, self.state_group, self.world_group):
             if free and isinstance(group, mpi_backend.MPIProcessGroup):
@@ -296,10 +296,11 @@ class Mesh:
             self.close()
             return
         if not self._closed:
-            # The other ranks may not come here. What only they together can free goes with the process.
+            # The other ranks may not close the mesh. Communicators, which only all ranks can free, end with the
+            # process.
             self._release(free=False)
         if isinstance(error, SystemExit) and error.code not in (0, None):
-            # The other ranks may be waiting for this one; interpreter shutdown would wait for them in turn.
+            # The other ranks may be waiting for this one, and the interpreter's exit would wait for them: a deadlock.
             if not isinstance(error.code, int):
                 print(error.code, file=sys.stderr)
             abort(error.code if isinstance(error.code, int) else 1, MPI.COMM_WORLD)
@@ -309,7 +310,7 @@ class Mesh:
 
 
 def _restoring(previous: Callable[..., None]) -> Callable[[], None]:
-    """What puts `previous` back in place of the hook for uncaught exceptions that is there now."""
+    """Return a function that replaces the present hook for uncaught exceptions by `previous`."""
     installed = sys.excepthook
 
     def restore() -> None:
@@ -320,7 +321,7 @@ def _restoring(previous: Callable[..., None]) -> Callable[[], None]:
 
 
 def _install_abort(world: _World, previous: Callable[..., None]) -> Callable[[], None]:
-    """End all ranks on an uncaught exception in any thread of this one; returns what puts `previous` back."""
+    """End all ranks after an uncaught exception in any thread. Returns a function that restores `previous`."""
     previous_thread = threading.excepthook
 
     def end_all(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:

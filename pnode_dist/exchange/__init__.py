@@ -1,12 +1,11 @@
 """Differentiable communication between the ranks of one state.
 
-The convention throughout: every rank differentiates its own share of the loss, and the objective is the sum of the
-shares. The adjoint of an exchange is then its transpose as a linear map over all ranks, and calling `backward()` is
-as collective as the forward call was.
+Every rank differentiates its own share of the loss, and the objective is the sum of the shares. The adjoint of an
+exchange is then its transpose as a linear map over all ranks. `backward()` is collective if the forward call was.
 
-The exchanges may be differentiated in reverse and in forward mode (torch.autograd.forward_ad, torch.func.vjp and jvp)
-and in any nesting of the two. A tangent is exchanged like the value that carries it: forward mode is collective too.
-What is differentiated on one rank is to be differentiated on all of them.
+Exchanges can be differentiated in reverse and in forward mode (torch.autograd.forward_ad, torch.func.vjp and jvp), and
+in any nesting of the two. A tangent is exchanged like its value, so forward mode is collective too. All ranks must
+differentiate the same exchanges.
 """
 
 from pnode_dist.exchange.blocks import gather, scatter

@@ -1,10 +1,11 @@
-"""The halo of a block of a grid: the neighbouring points that a stencil sees.
+"""The halo of a block of a grid: the neighbouring points that a stencil needs.
 
-What surrounds a block are points of neighbouring ranks and points beyond the edges of the domain, which follow a
-boundary rule. `halo` brings both; `neighbour_halo` brings the first, and communicates; `pad_edges` the second, and does
-not. All three fill the sides of one axis after the other, the last axis first and each over what the previous ones
-brought, so that corners come along and no rank sends more than two messages an axis. What other ranks send comes first;
-what follows from points that are here by then is not sent.
+A block is surrounded by points of neighbouring ranks, and by points beyond the edges of the domain, which follow a
+boundary rule. `neighbour_halo` adds the first, with communication. `pad_edges` adds the second, without. `halo` adds
+both. All three fill the sides of one axis after the other, beginning with the last axis. Each axis includes the points
+that were added before, so that corners need no messages of their own, and a rank sends at most two messages for each
+axis. Points from other ranks are added first. Points that follow from local ones are added after that, and are never
+sent.
 """
 
 from __future__ import annotations
@@ -23,19 +24,18 @@ from pnode_dist.exchange.linear_map import linear_map
 from pnode_dist.partition.grid import GridPartition, Rule
 
 Width = int | Sequence[int | tuple[int, int]]
-"""How many points: one number, or for each axis a number or a pair of numbers, below and above."""
+"""A number of points: one for all axes, or for each axis a number or a pair of numbers, below and above."""
 
 _TO_LOWER, _TO_UPPER = 1, 2
 
 
 def halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) -> torch.Tensor:
-    """The rank's block with the neighbouring points around it. Collective on the partition's communicator.
+    """Return the rank's block with the points around it. Collective on the partition's communicator.
 
-    `x` is `[..., *local, channels]` of any floating type and any number of channels; the result is as many points
-    wider on each side as `width` says, by default the partition's stencil width, with the boundary rules of the
-    partition beyond the domain. Where the partition has a value for a boundary, it is what lies beyond; in corners the
-    rule of the first axis comes last.
-    Raises `ConfigurationError` when the width exceeds the smallest block, less one point where the field is reflected.
+    `x` is `[..., *local, channels]`, of any floating type and any number of channels. The result is wider by `width`
+    points on each side, by default by the partition's stencil width. Beyond the domain the partition's boundary rules
+    apply; in corners the rule of the first axis applies last. Raises `ConfigurationError` if the width exceeds the
+    smallest block, less one point for `reflect`.
     """
     rim = _rim("halo", partition, width)
     _check_block("halo", x, partition, larger=False)
@@ -43,12 +43,11 @@ def halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) 
 
 
 def neighbour_halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) -> torch.Tensor:
-    """`halo` towards neighbouring ranks only: nothing is put beyond the edges of the domain. Collective on the
-    partition's communicator.
+    """Return the rank's block with the points of neighbouring ranks only. Collective on the partition's communicator.
 
-    A periodic axis has no edge: a rank that is alone along it is its own neighbour. `pad_edges` adds what is missing:
-    `pad_edges(neighbour_halo(x, partition, width), partition, width)` is `halo(x, partition, width)`.
-    Raises `ConfigurationError` when the width exceeds the smallest block.
+    A periodic axis has no edge: a rank that is alone along it is its own neighbour. `pad_edges` adds the remaining
+    points: `pad_edges(neighbour_halo(x, partition, width), partition, width)` is `halo(x, partition, width)`. Raises
+    `ConfigurationError` if the width exceeds the smallest block.
     """
     rim = _rim("neighbour_halo", partition, width)
     _check_block("neighbour_halo", x, partition, larger=False)
@@ -56,11 +55,10 @@ def neighbour_halo(x: torch.Tensor, partition: GridPartition, width: Width | Non
 
 
 def pad_edges(x: torch.Tensor, partition: GridPartition, width: Width | None = None) -> torch.Tensor:
-    """The block with the boundary rules of the partition beyond the domain, and nothing towards neighbouring ranks.
-    Not collective, and neither are its derivatives.
+    """Return a block with the points beyond the domain only. Neither this nor its derivatives are collective.
 
-    `x` is `[..., *block, channels]`, the rank's own points and as many of its neighbours' around them as one likes.
-    Raises `ConfigurationError` when the width exceeds the smallest block, less one point where the field is reflected.
+    `x` is `[..., *block, channels]`: the rank's own points with any number of its neighbours' points around them.
+    Raises `ConfigurationError` if the width exceeds the smallest block, less one point for `reflect`.
     """
     rim = _rim("pad_edges", partition, width)
     _check_block("pad_edges", x, partition, larger=True)
@@ -69,12 +67,14 @@ def pad_edges(x: torch.Tensor, partition: GridPartition, width: Width | None = N
 
 @dataclass(frozen=True)
 class _Axis:
-    """What goes around a block along one axis; pairs are below and above.
+    """The rim of a block along one axis. Pairs are below and above.
 
-    `ranks` are the neighbours, MPI.PROC_NULL at an edge of the domain. `around` is how many points this rank's block
-    gets there, `local` how many of these follow from points that the rank has, beyond an edge or as its own neighbour,
-    and `exchanged` how many come from any neighbour, which is 0 where nothing is exchanged. `shared`: there is another
-    rank to exchange with.
+    - `ranks`: the neighbours, MPI.PROC_NULL at an edge of the domain.
+    - `around`: the numbers of points added to this rank's block.
+    - `local`: the numbers of these points that follow from local ones, beyond an edge or with the rank as its own
+      neighbour.
+    - `exchanged`: the numbers of points that any rank gets from a neighbour, 0 without an exchange.
+    - `shared`: this rank exchanges points with another one.
     """
 
     rule: Rule
@@ -87,7 +87,7 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Rim:
-    """What goes around a block, and what was fixed beyond edges so far, by the shape, type and device of the result."""
+    """The rim of a block. `fixed` caches fixed boundary values by shape, type and device of the result."""
 
     partition: GridPartition
     axes: tuple[_Axis, ...]
@@ -97,7 +97,7 @@ class _Rim:
 
 
 def _rim(name: str, partition: GridPartition, width: Width | None) -> _Rim:
-    """The rim of a partition that the function of this name asks for."""
+    """Return the rim for the function called `name`, from the partition's cache if possible."""
     given = partition.stencil_width if width is None else width
     each = (given,) * len(partition.shape) if isinstance(given, int) else tuple(given)
     found: _Rim | None = partition.rims.get((name, each))
@@ -110,7 +110,7 @@ def _new_rim(name: str, partition: GridPartition, each: tuple[int | tuple[int, i
     if len(each) != len(partition.shape):
         raise ConfigurationError(f"{name}: width = {each}: must have one entry for each of {', '.join(partition.axes)}")
     edges, neighbours = name != "neighbour_halo", name != "pad_edges"
-    # A mirror needs the points beside the edge as well.
+    # Reflection needs one more point: the edge itself is not repeated.
     most = tuple(
         partition.smallest_block(axis) - (edges and rule == "reflect") for axis, rule in enumerate(partition.boundary)
     )
@@ -144,7 +144,7 @@ def _check_block(name: str, x: torch.Tensor, partition: GridPartition, larger: b
 
 
 def _surrounded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
-    """The block with its rim."""
+    """Return the block with its rim, differentiable."""
     if not any(any(axis.around) or any(axis.exchanged) for axis in rim.axes):
         return x
     image = linear_map(x, partial(_padded, rim=rim), partial(_folded, rim=rim))
@@ -157,11 +157,11 @@ def _surrounded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
 def _fixed(
     rim: _Rim, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which points of a padded block of `shape` have fixed values, and these values, both `[*shape, 1]`."""
+    """Return a mask of the points of a padded block with fixed values, and these values, both `[*shape, 1]`."""
     key = (shape, dtype, device)
     if key not in rim.fixed:
         fixed, values = torch.zeros(*shape, 1, dtype=torch.bool), torch.zeros(*shape, 1, dtype=dtype)
-        # The last axis first, as they are exchanged: what lies beyond along several follows the rule of the first.
+        # The last axis first, as in the exchange: in corners the rule of the first axis applies last.
         for number, axis in reversed(list(enumerate(rim.axes))):
             value = 0.0 if axis.rule == "zero" else axis.rule
             if isinstance(value, str):
@@ -178,10 +178,10 @@ def _fixed(
 def _swap(
     comm: MPI.Comm, axis: _Axis, dim: int, to_lower: torch.Tensor, to_upper: torch.Tensor, lengths: tuple[int, int]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Exchange slabs with the other ranks along `axis`: what came (from the lower, from the upper), None at an edge.
+    """Exchange slabs with the neighbours along `axis`. Returns those from the lower and the upper one; None at an edge.
 
-    `lengths` along `dim` are those of the slabs that come: at an edge what goes may be of another one. Slabs on a
-    device go by the host's memory, and so do these alone of the field.
+    `lengths` are the lengths of the received slabs along `dim`, which can differ from those of the sent ones at an
+    edge. Slabs on a device are copied through the host's memory.
     """
     lower, upper = axis.ranks
     from_lower = from_upper = None
@@ -204,10 +204,11 @@ def _swap(
 
 
 class _Side(NamedTuple):
-    """Points along an axis that follow from others of the block: `width` of them from `start` on.
+    """`width` points along an axis, from `start` on, that follow from local points.
 
-    They are those from `opposite` on where the block is its own neighbour, and beyond an edge of the domain the one at
-    `edge` again and again, or those from `mirrored` on in reverse. `rank` is MPI.PROC_NULL there.
+    If the block is its own neighbour they are copies of the points from `opposite` on. Beyond an edge of the domain
+    `rank` is MPI.PROC_NULL; they are copies of the point at `edge`, or of the points from `mirrored` on in reverse
+    order.
     """
 
     rank: int
@@ -219,7 +220,7 @@ class _Side(NamedTuple):
 
 
 def _local_sides(axis: _Axis, n: int) -> Iterator[_Side]:
-    """The sides of a block of `n` points that need no other rank."""
+    """Yield the sides of a block of `n` points that need no other rank."""
     lower, upper = axis.around
     if axis.local[0]:
         yield _Side(axis.ranks[0], lower, 0, n, lower, lower + 1)
@@ -228,6 +229,7 @@ def _local_sides(axis: _Axis, n: int) -> Iterator[_Side]:
 
 
 def _padded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
+    """Return the block with its rim; fixed values are zero."""
     comm, first = rim.partition.comm, x.dim() - 1 - len(rim.axes)
     shape, region = list(x.shape), [slice(None)] * x.dim()
     for dim, axis in enumerate(rim.axes, first):
@@ -240,7 +242,7 @@ def _padded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
         axis, n = rim.axes[dim - first], x.shape[dim]
         if not axis.shared:
             continue
-        # All that is known so far along the other axes; along this one nothing is left out.
+        # Include the points added so far along the other axes, and all points along this axis.
         region[dim] = slice(None)
         slab = partial(padded[tuple(region)].narrow, dim)
         lower = axis.around[0]
@@ -250,7 +252,7 @@ def _padded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
             if ghosts is not None and width:
                 slab(start, width).copy_(ghosts)
         region[dim] = slice(axis.local[0], shape[dim] - axis.local[1])
-    # What follows from points that are here by now, in corners as well, comes last: it need not be sent.
+    # Add the points that follow from local ones last, corners included: they are never sent.
     for dim in dims:
         axis, n = rim.axes[dim - first], x.shape[dim]
         region[dim] = slice(None)
@@ -271,7 +273,7 @@ def _padded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
 
 
 def _folded(cotangent: torch.Tensor, rim: _Rim) -> torch.Tensor:
-    """The transpose of `_padded`: what the ghosts received goes back to where it came from, and is added there."""
+    """Apply the transpose of `_padded`: add the cotangents of the ghosts to the points that they came from."""
     comm, first = rim.partition.comm, cotangent.dim() - 1 - len(rim.axes)
     folded = cotangent.detach().clone(memory_format=torch.contiguous_format)
     region = [slice(None)] * folded.dim()

@@ -1,1 +1,1 @@
-"""Solving du/dt = f(t, u; theta) with PETSc's steppers, and the exact discrete adjoint of the solve."""
+"""Solve du/dt = f(t, u; theta) with PETSc's methods, and compute the exact discrete adjoint of the solve."""

@@ -1,4 +1,4 @@
-"""Solvers that are kept between the calls of a model, by what they were made of."""
+"""The cache of solvers between the calls of a model."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ _MOST = 8
 
 
 class KeptSolvers:
-    """The solvers that a `NeuralODE` keeps between calls, least recently used ones dropped. Collective."""
+    """A cache of solvers, of which the least recently used ones are dropped. Collective."""
 
     def __init__(self) -> None:
         self._solvers: OrderedDict[Any, Solver] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[KeptSolvers], tuple[()]]:
-        # Copies and pickles of a module make solvers of their own.
+        # Copies and pickles of a module begin with an empty cache.
         return KeptSolvers, ()
 
     def find(self, key: Any) -> Solver | None:
-        """The solver of `key`, if there is one that a solve can use now."""
+        """Return the solver of `key`; None if there is none, or if a solve cannot use it now."""
         solver = self._solvers.get(key)
         if solver is None or solver.stepper.stepping or solver.stepper.failed:
             return None
         return solver if solver.contents is None or solver.contents.are_the_same else None
 
     def get(self, key: Any, create: Callable[[], Solver], afresh: bool = False) -> Solver:
-        """The solver of `key`, made if it is not there; one of its own for a solve inside a step of that solver.
+        """Return the solver of `key`, and make it if needed. A solve inside a step of that solver gets a new one.
 
-        It is made anew where the contents of what it was made of have changed. Making one is collective: `afresh` says
-        that another rank makes one, so that this one has to as well.
+        The solver is made again if the contents of the objects it was made of have changed. Making a solver is
+        collective: with `afresh` another rank makes one, so this rank must too.
         """
         if key in self._solvers and self._solvers[key].stepper.stepping:
             return create()
         if afresh or self.find(key) is None:
             old = self._solvers.pop(key, None)
             if old is not None and old.stepper.comm.size == 1:
-                # Other ranks may have none: there PETSc's garbage collection destroys it.
+                # On several ranks others may have none: PETSc's garbage collection destroys it.
                 old.drop()
             self._solvers[key] = solver = create()
             solver.kept = True
@@ -50,8 +50,8 @@ class KeptSolvers:
 
 
 class NoSolvers(KeptSolvers):
-    """Keeps none: every solver is closed when its solve is done with it."""
+    """An empty cache: every solver is closed at the end of its solve."""
 
     def get(self, key: Any, create: Callable[[], Solver], afresh: bool = False) -> Solver:
-        """A solver of the solve's own."""
+        """Return a new solver."""
         return create()

@@ -1,4 +1,4 @@
-"""The preparation of a solve: its arguments are checked, its solver found, and all that f sees captured."""
+"""The preparation of a solve: check its arguments, find its solver, and capture the inputs of f."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def prepared(
     args: tuple[Any, ...],
     kind: str = "solve",
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
-    """The solve that is asked for, the layout of its state, and the tensors it depends on: state parts, parameters.
+    """Return the solve, the layout of its state, and its differentiable inputs: state parts, parameters, times.
 
-    Collective on the partition's communicator: what is wrong on one rank, or differs between them, all of them raise.
+    Collective on the partition's communicator. An error on one rank, or a difference between ranks, is raised on all.
     """
     with preparation(communicator(settings.partition), kind) as preparing:
         return _prepared_with(preparing, solvers, func, u0, t, settings, args)
@@ -88,7 +88,7 @@ def _prepared_with(
     check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
     needs_time_gradient = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
-    # The times are parameters as well: of each step, its size and its start.
+    # The gradient with respect to times needs two more parameters: the size and the start of a step.
     sizes = (*sizes, 1, 1) if needs_time_gradient else sizes
     tensors = (*parts, *parameters.tensors, *((t,) if needs_time_gradient else ()))
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -116,7 +116,7 @@ def _prepared_with(
 
     def create() -> Solver:
         made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
-        # What works for PETSc itself changes as it does.
+        # A preconditioner that is PETSc's context itself may change its contents while it works.
         works = getattr(made.stepper, "built", None) is preconditioner
         made.contents = contents_of(func, mass, None if works else preconditioner)
         return made
@@ -124,7 +124,7 @@ def _prepared_with(
     agreed = None
     if isinstance(preparing, Preparation):
         known = solvers.find(key)
-        # What would be found later is looked for while the other ranks still hear of it.
+        # Check these arguments before the ranks agree, so that an error here is raised on all of them.
         if isinstance(mass, torch.Tensor | tuple | list):
             mass_matrix(mass, layout)
         if control is not None:
@@ -182,7 +182,7 @@ def _prepared_with(
 
 
 def usable_outside_inference(value: Any) -> Any:
-    """A tensor of inference mode, or a tuple of such, as copies that derivatives can be taken with."""
+    """Return copies of inference tensors, or of a tuple of them, that can be differentiated."""
     if isinstance(value, tuple | list):
         return tuple(map(usable_outside_inference, value))
     return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
@@ -196,7 +196,7 @@ def _carried(
     settings: Settings,
     known: KnownTensors,
 ) -> Carried:
-    """The state that the right-hand side with these names carries, at the beginning of a solve."""
+    """Return the state that the right-hand side carries between evaluations, at the beginning of a solve."""
     inputs, buffers = set(map(id, parameters)), bindings.buffers
     tensors = [tensor for tensor in bindings.tensors if id(tensor) not in inputs]
     seen = zip(copies.of(tensors), (id(tensor) in buffers for tensor in tensors), strict=True)
@@ -204,7 +204,7 @@ def _carried(
 
 
 def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | None:
-    """The Mat that is all of what the method treats implicitly, if there is one."""
+    """Return the implicit part of the right-hand side if it is a Mat, else None."""
     if not method.implicit:
         return None
     part = func.implicit if isinstance(func, SplitFunction) and method.family == "arkimex" else func
@@ -214,13 +214,13 @@ def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | Non
 def settings_of_tangents(
     settings: Settings, func: Function, is_tuple: bool, before: Callable[[], Solve], copies: int
 ) -> Settings:
-    """The settings of a solve of so many copies of a state, one and its tangents; `before` runs the one without.
+    """Return the settings of the solve of a state with its tangents, `copies` of the state in all.
 
-    With error control the steps that were accepted there are taken again.
+    With error control the steps are those that the solve without tangents, run by `before`, has accepted.
     """
     if settings.control() is not None:
         solve = before()
-        # Without error control another method would be the default.
+        # Name the method: the default differs with and without error control.
         name = solve.solver.stepper.method.name
         options = without_adaptation(settings.options)
         settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name, options=options)
@@ -233,5 +233,5 @@ def settings_of_tangents(
         inner, outer = split_options(settings.options)
         repeated = Repeated(base, copies, is_tuple, tuple(inner.items()))
         settings = replace(settings, preconditioner=repeated, options=outer)
-    # Tangents are derivatives of vector-Jacobian products, which compiled code does not have. Their plan is another.
+    # Tangents are derivatives of vector-Jacobian products, which compiled code lacks. Their plan differs too.
     return replace(settings, compiler=None, fixed_plan=None)

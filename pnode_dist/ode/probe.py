@@ -1,6 +1,6 @@
-"""Measuring what a solve's parts take: bytes of a recorded step, seconds of steps, adjoints and checkpoints.
+"""Measure the costs of a solve: the bytes of a step's tape, and the seconds of steps, adjoints and checkpoints.
 
-The probe runs the first step of the problem at hand a few times. It counts in no statistics.
+The probe runs the first step of the solve a few times. It does not count in any statistics.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_STEPS_BETWEEN = 20
 
 
 def measured_tape(stepper: Stepper, bound: BoundFunction, time: float, size: float, level: str) -> tuple[Tape, int]:
-    """Run the step from the current state recorded, and measure the memory of the recording on the fullest rank.
+    """Take a step from the current state with a tape. Returns the tape, and its bytes on the rank with the largest one.
 
     Collective on the stepper's communicator.
     """
@@ -41,7 +41,7 @@ def measured_tape(stepper: Stepper, bound: BoundFunction, time: float, size: flo
     with _saved_tensors() as found:
         stepper.step(0, time, size, tape, isolate=True, level=level)
     known = {_storage(tensor) for tensor in bound.constants}
-    # Graphs that the recording left out are gone by now, and what they had saved.
+    # Graphs that were pruned from the tape are freed by now, with the tensors that they had saved.
     tensors = [held.tensor for held in (reference() for reference in found) if held is not None]
     saved = {storage: nbytes for storage, nbytes in map(_sized, tensors) if storage not in known}
     for stage in tape:
@@ -59,10 +59,9 @@ def probe(
     size: float,
     pools: dict[Tier, SlotPool],
 ) -> Costs:
-    """Measure the step from `initial` at `time` by `size`, and checkpoints in `pools`, on all ranks.
+    """Measure the step from `initial` at `time` by `size`, and checkpoints in `pools`. Collective.
 
-    The slot on disk has been written before it is timed. Leaves the initial state in the stepper. Collective on the
-    stepper's communicator.
+    The slot on disk is written once before it is timed. The stepper is left at the initial state.
     """
     counts = bound.counts()
     held: dict[str, int] = {}
@@ -75,7 +74,7 @@ def probe(
     steps: list[float] = []
     records: dict[str, list[float]] = {level: [] for level in _LEVELS}
     adjoints: dict[str, list[float]] = {level: [] for level in _LEVELS}
-    # In turns, so that a slow moment of the machine hits all of them alike.
+    # Interleaved, so that a slow moment of the machine affects all of them alike.
     for _ in _enough(stepper.comm):
         stepper.current.set(initial)
         steps.append(_seconds(partial(stepper.step, 0, time, size)))
@@ -104,15 +103,15 @@ def probe(
 
 
 def _disk(stepper: Stepper, pool: SlotPool, step: float, steps_of: Callable[[int], None]) -> tuple[float, float, float]:
-    """Seconds of writing and of reading a checkpoint, and the share of them that passes beside steps. Collective.
+    """Return the seconds of writing and of reading a checkpoint, and the share of them that overlaps with steps.
 
-    A disk that fails here fails again where it is used, and is told about there.
+    Collective. A failure of the disk is ignored here: it occurs again, and is reported, where the disk is used.
     """
     state = stepper.current.array
     write = read = _NEVER
     with suppress(SpillError):
         write, read = pool.seconds(state)
-    # Of the slowest rank, so that all take the same steps: f may communicate.
+    # Take the values of the slowest rank: f may communicate, so all ranks must take the same number of steps.
     agreed = np.array([max(write, read), step])
     stepper.comm.Allreduce(MPI.IN_PLACE, agreed, MPI.MAX)
     between = min(max(math.ceil(agreed[0] / agreed[1]), 1), _MOST_STEPS_BETWEEN)
@@ -134,7 +133,7 @@ def _disk(stepper: Stepper, pool: SlotPool, step: float, steps_of: Callable[[int
 
 
 def _enough(comm: MPI.Comm) -> Iterator[None]:
-    """So many rounds that they take a while, 3 to 50 of them, or 1 where that takes long; as many on every rank."""
+    """Yield for each round of a measurement: 3 to 50 rounds, or 1 if that takes long, as many on every rank."""
     began = clock.perf_counter()
     for repeat in range(50):
         yield
@@ -143,7 +142,7 @@ def _enough(comm: MPI.Comm) -> Iterator[None]:
 
 
 def _usual(seconds: list[float]) -> float:
-    """The lower quartile: what a measurement takes when nothing comes in between."""
+    """Return the lower quartile, which leaves out interruptions."""
     return sorted(seconds)[len(seconds) // 4]
 
 
@@ -154,7 +153,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 class _Saved:
-    """What an operation saved: not the tensor itself, for one that saves its result would then keep itself alive."""
+    """A detached copy of a saved tensor. The tensor itself would keep alive an operation that saves its own result."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -164,7 +163,7 @@ class _Saved:
 
 @contextmanager
 def _saved_tensors() -> Iterator[list[weakref.ref[_Saved]]]:
-    """What autograd saves meanwhile, as long as it is kept."""
+    """Collect weak references to the tensors that autograd saves within the context."""
     found: list[weakref.ref[_Saved]] = []
 
     def pack(tensor: torch.Tensor) -> _Saved:
@@ -177,10 +176,10 @@ def _saved_tensors() -> Iterator[list[weakref.ref[_Saved]]]:
 
 
 def _sized(tensor: torch.Tensor) -> tuple[int, int]:
-    """Which storage a tensor has, and its bytes."""
+    """Return an identifier of a tensor's storage, and its bytes."""
     return _storage(tensor), tensor.untyped_storage().nbytes()
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Which storage a tensor has, also where its address says nothing: on other devices, or for none at all."""
+    """Return an identifier of a tensor's storage, also for a storage on a device or without memory."""
     return storage_pointer(tensor.untyped_storage())

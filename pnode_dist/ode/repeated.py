@@ -1,8 +1,8 @@
-"""Preconditioners and mass matrices of tangents: those of the solve without tangents, for each copy of the state.
+"""The preconditioner of a solve with tangents: that of the solve without tangents, repeated for each copy of the state.
 
-The operator of a state and its tangent is [[S, 0], [-B, S]] with S = shift M - dg/du, which has the same diagonal
-blocks. Their inverses precondition it: the rest is nilpotent, so that where they are exact GMRES takes as many
-iterations as there are copies.
+The operator of a state and its tangent is [[S, 0], [-B, S]] with S = shift M - dg/du. The inverses of its equal
+diagonal blocks precondition it. The remainder is nilpotent: if the inverses are exact, GMRES takes as many iterations
+as there are copies.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DIRECTLY_SOLVED, _PREFIX = 50_000, "of_copy_"
 
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """PETSc options for what is repeated, and those for the solvers around it."""
+    """Split PETSc options into those of the repeated PC and those of the solvers around it."""
     given = dict(options or {})
     inner = {name: value for name, value in given.items() if _OF_PC.match(name)}
     return inner, {name: value for name, value in given.items() if name not in inner} | {"pc_type": "python"}
@@ -35,9 +35,10 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], di
 
 @dataclass(frozen=True)
 class Repeated:
-    """A preconditioner for each of `copies` of a state, which is a tuple for the right-hand side if `is_tuple`.
+    """A preconditioner that is repeated for each of `copies` of a state.
 
-    `base` is that of one copy, or its linear part as a Mat. `options` are PETSc options for its PC.
+    `base` is the preconditioner of one copy, or its linear part as a Mat. `options` are PETSc options for its PC. The
+    right-hand side takes one copy as a tuple if `is_tuple`.
     """
 
     base: Preconditioner | MatrixFunction
@@ -57,7 +58,7 @@ class Repeated:
 
 
 class BuiltCopies:
-    """A preconditioner that is applied to each copy. A PC context of petsc4py's as well."""
+    """A preconditioner that is applied to each copy. It is also the context of a Python PC."""
 
     matrix: PETSc.Mat | None = None
 
@@ -87,17 +88,17 @@ class BuiltCopies:
 
     @property
     def context(self) -> BuiltCopies:
-        """What PETSc's PC of type python calls."""
+        """The context of the Python PC."""
         return self
 
     def update(self, point: Point, shift: float) -> None:
-        """Make it fit the state's copy at this point. Collective."""
+        """Update the preconditioner for the state's copy at `point`. Collective."""
         layout = self._layout
         inputs = point.inputs[: len(layout.shapes)]
         func = without_tangents(point.func, self._copies.bit_length() - 1)
         self._built.update(Point(point.bound, func, layout, point.sign, point.time, inputs), shift)
         if not self._is_set:
-            # A matrix has its values only now.
+            # The matrix has its values only after the first update.
             with options_database(self._options):
                 self._pc.setFromOptions()
                 self._pc.setUp()
@@ -114,7 +115,7 @@ class BuiltCopies:
         self._each(self._pc.applyTranspose, x, y)
 
     def destroy(self) -> None:
-        """Destroy what was made for one copy. Collective."""
+        """Destroy the PETSc objects of the preconditioner. Collective."""
         destroy = getattr(self._built, "destroy", None)
         if destroy is not None:
             destroy()
@@ -133,7 +134,7 @@ class BuiltCopies:
 
 
 class _NoOperator:
-    """The context of a Mat of which only the sizes are needed."""
+    """The context of a Mat that is used for its sizes alone."""
 
     def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
         raise AssertionError("the preconditioner of a copy uses its operator")

@@ -1,4 +1,4 @@
-"""Where a solve may be given up: between its steps. Who wants to is asked there; who watches a run sees it get on."""
+"""Hooks called between the steps of all solves, for preemption and progress."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mpi4py import MPI
 
 
 class Watcher(Protocol):
-    """Asked between the steps of all solves. What it raises ends the solve, and has to be raised on all its ranks."""
+    """A hook between the steps of all solves. An exception ends the solve, and must be raised on all its ranks."""
 
     def between_steps(self, comm: MPI.Comm) -> None:
-        """Before every step, forward, again or adjoint, of a solve on `comm`. Collective on it."""
+        """Run before every step of a solve on `comm`: forward, recomputed or adjoint. Collective on `comm`."""
         ...
 
     def after_solve(self, comm: MPI.Comm) -> None:
-        """At the end of every forward and every backward pass on `comm`. Collective on it."""
+        """Run at the end of every forward and every backward pass on `comm`. Collective on `comm`."""
         ...
 
 
@@ -27,7 +27,7 @@ _steps_begun = 0
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Ask `watcher` meanwhile."""
+    """Call the hooks of `watcher` within the context."""
     _watchers.append(watcher)
     try:
         yield
@@ -36,12 +36,12 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 
 def steps_begun() -> int:
-    """How many steps all solves of this process have begun so far."""
+    """Return the number of steps that all solves of this process have begun so far."""
     return _steps_begun
 
 
 def between_steps(comm: MPI.Comm) -> None:
-    """Called by a solve before each of its steps."""
+    """Count a step that begins, and call the hooks."""
     global _steps_begun
     _steps_begun += 1
     for watcher in _watchers:
@@ -49,6 +49,6 @@ def between_steps(comm: MPI.Comm) -> None:
 
 
 def after_solve(comm: MPI.Comm) -> None:
-    """Called by a solve at the end of each of its passes."""
+    """Call the hooks at the end of a pass."""
     for watcher in _watchers:
         watcher.after_solve(comm)

@@ -1,4 +1,4 @@
-"""The settings of a solve, as `odeint` takes them by keyword and `NeuralODE` keeps them."""
+"""The settings of a solve: the keyword arguments of `odeint`, which `NeuralODE` stores as attributes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Times = torch.Tensor | Sequence[float]
 
 @dataclass(frozen=True)
 class Settings:
-    """The keyword arguments of `odeint`; see there."""
+    """The keyword arguments of `odeint`. See there."""
 
     method: str | None
     step_size: float | None
@@ -44,7 +44,7 @@ class Settings:
     grid: TimeGrid | None = None
 
     def control(self) -> ErrorControl | None:
-        """The error control, None for steps of fixed size."""
+        """Return the error control; None for steps of fixed size."""
         if self.rtol is None and self.atol is None:
             return None
         rtol = DEFAULT_RTOL if self.rtol is None else self.rtol

@@ -1,8 +1,8 @@
-"""One thread at a time in a forward or backward pass: PETSc is not thread safe, and solves share what a solver keeps.
+"""The lock of forward and backward passes: one thread at a time.
 
-A pass inside of another, where a right-hand side is itself made of solves, is of the same thread and goes on at once.
-So does one that autograd's engine runs in a thread of its own while the pass outside waits for the engine, which is
-how backward passes on accelerators go. All others wait for their turn.
+PETSc is not thread safe, and solves share a solver. A pass inside another one, of a right-hand side that itself solves,
+runs in the same thread and does not wait. Neither does a pass that autograd's engine runs in another thread while the
+outer pass waits for the engine, as in backward passes on accelerators. All other threads wait.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pnode_dist.ode import safe_points
 from pnode_dist.system.torch_internals import ENGINE_CALLS
 
 PATIENCE = 600.0
-"""Seconds that a thread waits while the one in a pass takes no step."""
+"""Seconds that a thread waits for a pass that takes no step."""
 _POLL = 0.02
 _ENGINE_CALLS = list(ENGINE_CALLS)
 
 
 class _SolveLock:
-    """Whose turn it is."""
+    """The mutex, and the thread that last entered it."""
 
     def __init__(self) -> None:
         self.mutex = threading.RLock()
@@ -35,7 +35,7 @@ _lock = _SolveLock()
 
 
 def _renew_after_fork() -> None:
-    """Begin anew in a process that was forked: the thread whose turn it was is not there."""
+    """Replace the lock in a forked process, where the thread that held it does not exist."""
     global _lock
     _lock = _SolveLock()
 
@@ -45,9 +45,9 @@ os.register_at_fork(after_in_child=_renew_after_fork)
 
 @contextmanager
 def solve_lock(is_busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Run a pass once no other thread is in one.
+    """Hold the lock during a pass.
 
-    `is_busy` says that what the pass needs is in use by the pass outside. Raises `RuntimeError` where the thread in a
+    `is_busy` returns True if the outer pass is using the stepper of this one. Raises `RuntimeError` if the thread in a
     pass takes no step for `PATIENCE` seconds.
     """
     lock = _lock
@@ -62,7 +62,7 @@ def solve_lock(is_busy: Callable[[], bool] = lambda: False) -> Iterator[None]:
 
 
 def _wait(lock: _SolveLock, is_busy: Callable[[], bool]) -> bool:
-    """Wait for the turn: whether the lock was taken, or there was no need because its owner waits for this thread."""
+    """Wait for the lock. Returns False if it is not needed, because its owner waits for this thread."""
     of_engine = isinstance(threading.current_thread(), threading._DummyThread)
     seen, since = safe_points.steps_begun(), time.monotonic()
     while not lock.mutex.acquire(timeout=_POLL):
@@ -82,6 +82,6 @@ def _wait(lock: _SolveLock, is_busy: Callable[[], bool]) -> bool:
 
 
 def _waits_for_engine(thread: int) -> bool:
-    """Whether a thread is inside of a call of autograd's engine, which nodes of other threads may run for."""
+    """Return True if a thread is inside a call of autograd's engine, which may run nodes in other threads."""
     frame = sys._current_frames().get(thread)
     return frame is not None and frame.f_code in _ENGINE_CALLS

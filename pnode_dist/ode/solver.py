@@ -33,7 +33,7 @@ from pnode_dist.petsc.objects import PetscObjects, destroy_left
 
 
 def communicator(partition: Partition | None) -> MPI.Comm:
-    """Over which ranks a state is spread: those of its partition, or none but this one."""
+    """Return the communicator of the ranks that share a state: that of its partition, or this rank alone."""
     return MPI.COMM_SELF if partition is None else partition.comm
 
 
@@ -45,14 +45,14 @@ _MOST_PLANS = 16
 class Solver:
     """A stepper with the checkpoint slots that its solves share, on the ranks of `partition`.
 
-    `tape_bytes` is the memory of one recorded step on the rank where it is largest, and `costs` are what a probe
-    measured, once they have been; `disk_is_lost` says that the disk failed some rank, and that later solves do
-    without it, `has_spilt` that it worked for a solve before. `solves` counts those that were begun. `plans` are
-    choices that followed from what may be held, the number of steps and `tape_bytes` alone. `contents` are those of
-    the objects that it was made of, None if they have none.
+    `tape_bytes` is the memory of one step's tape on the rank with the largest one, and `costs` are the measurements of
+    the probe; both are None until they are measured. `disk_is_lost`: the disk has failed on some rank, and later solves
+    do not use it. `has_spilt`: the disk worked for an earlier solve. `solves` counts the solves begun. `plans` caches
+    the plans that depend on the slots, the number of steps and `tape_bytes` alone. `contents` are those of the objects
+    that the solver was made of; None if they have no contents that can change.
 
-    `kept` says that a cache keeps the solver for further solves; if not, it is closed as soon as a solve is done with
-    it. `make_stepper` makes the stepper anew after that, for a second backward pass. Collective.
+    `kept`: a cache keeps the solver for further solves. Otherwise it is closed at the end of a solve, and
+    `make_stepper` makes the stepper again for a second backward pass. Collective.
     """
 
     stepper: Stepper
@@ -87,9 +87,9 @@ class Solver:
         preconditioner: Preconditioner | None = None,
         linear: MatrixFunction | None = None,
     ) -> Solver:
-        """A new stepper with empty pools. Collective on the partition's communicator."""
+        """Create a stepper with empty pools. Collective on the partition's communicator."""
         comm = communicator(partition)
-        # A stepper that is made anew for a backward pass has the mass matrix of the forward pass.
+        # A copy: a stepper that is made again for a backward pass needs the mass matrix of the forward pass.
         mass = copy_of_tensors(mass)
 
         def make_stepper() -> Stepper:
@@ -117,12 +117,12 @@ class Solver:
         self.objects.add(self.stepper)
 
     def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
-        """Leave the PETSc objects of a solver that a module kept until it was dropped."""
+        """Leave the PETSc objects to be destroyed together with those of the other ranks."""
         if not at_exit() and hasattr(self, "objects"):
             self.objects.leave()
 
     def open(self) -> None:
-        """Make the stepper anew if it was destroyed, or ended with an error. Collective."""
+        """Make the stepper again if it was destroyed, or ended with an error. Collective."""
         self.objects.keep()
         if self.stepper.failed:
             self.close()
@@ -132,27 +132,27 @@ class Solver:
             self.objects.add(self.stepper)
 
     def close(self) -> None:
-        """Destroy all PETSc objects; `open` makes them anew. Collective."""
+        """Destroy all PETSc objects. `open` makes them again. Collective."""
         self.objects.destroy()
 
     def done(self) -> None:
-        """End a solve's pass after which it needs nothing of this any more. Collective."""
+        """End the last pass of a solve. Closes the solver unless a cache keeps it. Collective."""
         if not self.kept:
             self.close()
 
     def abandon(self) -> None:
-        """End a solve that raised, or whose graph was dropped. Not collective: other ranks may not come here."""
+        """End a solve that raised, or whose graph was dropped. Not collective: other ranks may go on."""
         if not self.kept:
             self.objects.leave()
 
     def drop(self) -> None:
-        """Leave the cache: a solve that is not over yet closes this when it is. Collective."""
+        """Remove the solver from its cache. A solve that is still running closes it at its end. Collective."""
         self.kept = False
         if not self.stepper.stepping:
             self.close()
 
     def planned(self, slots: Slots, steps: int, tape_bytes: int | None) -> Plans:
-        """The best plan where no costs matter, see `plan.best`: a model asks for the same few again and again."""
+        """Return the best plan that needs no costs, see `plan.best`. Cached: a model repeats a few solves."""
         key = slots, steps, tape_bytes
         if key not in self.plans:
             if len(self.plans) == _MOST_PLANS:
@@ -161,17 +161,17 @@ class Solver:
         return self.plans[key]
 
     def checks_parameters(self) -> bool:
-        """Begin a solve: whether to look at the graph of a module in it, for parameters that this does not name."""
+        """Count a solve. Returns True if it should check a module's graph for unnamed parameters."""
         self.solves += 1
         return self.solves % _SOLVES_BETWEEN_CHECKS == 1
 
     @property
     def checkpoint_bytes(self) -> int:
-        """A checkpoint of this rank."""
+        """The size of a checkpoint on this rank."""
         return self.stepper.layout.size * np.dtype(self.trajectory.checkpoint_dtype).itemsize
 
     def adaptive_stepper(self, adaptor: str) -> AdaptiveStepper:
-        """The stepper with error control, made when it is first asked for. Collective."""
+        """Return the stepper with error control, which is made at the first call. Collective."""
         if adaptor not in self.adaptive:
             stepper = self.stepper
             self.adaptive[adaptor] = made = (

@@ -1,4 +1,4 @@
-"""The nodes of a graph or an irregular mesh, split over ranks with the edges that lead to them."""
+"""The partition of a graph or an irregular mesh: nodes with their incoming edges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pnode_dist.petsc import vectors
 
 @dataclass(frozen=True)
 class Sent:
-    """What a neighbour sees of this rank: its rank, and which of this rank's nodes, by local number."""
+    """The nodes of this rank, by local number, that are ghosts of the neighbour `rank`."""
 
     rank: int
     nodes: torch.Tensor
@@ -29,7 +29,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Received:
-    """What this rank sees of a neighbour: its rank, and which of the ghosts are its nodes."""
+    """The range of this rank's ghosts that the neighbour `rank` owns."""
 
     rank: int
     start: int
@@ -37,22 +37,29 @@ class Received:
 
 
 class GraphPartition:
-    """`nodes` nodes with `features` values each, joined by directed edges. Collective on the state ranks.
+    """A graph of `nodes` nodes with `features` values each, and directed edges. Collective on the state ranks.
 
-    `edge_index` `[2, edges]` holds the source and the target of each edge, as in torch_geometric: an array or tensor of
-    integers that rank 0 of the state ranks is to give; what others give is not looked at. A rank holds the edges that
-    lead to nodes it owns. Where these come from nodes of other ranks, the rank sees such nodes as its ghosts.
+    `edge_index` `[2, edges]` holds the source and the target of each edge, as in torch_geometric. It is an array or
+    tensor of integers on rank 0 of the state ranks, and ignored elsewhere. A rank holds the edges whose targets it
+    owns. The sources of these edges that other ranks own are its ghosts.
 
-    `ownership`: `bisection` (equal shares with few edges between them; given `coordinates` `[nodes, dimensions]`, also
-    compact ones), `contiguous` (equal ranges of node numbers), the owner rank of each node as an array on rank 0, or a
-    type of PETSc's MatPartitioning, as far as this PETSc was built with it. A rank may own nothing.
+    `ownership` is one of
+    - `bisection`: equal shares with few edges between them; with `coordinates` `[nodes, dimensions]` also compact;
+    - `contiguous`: equal ranges of node numbers;
+    - an array on rank 0 with the owner rank of each node;
+    - a type of PETSc's MatPartitioning that this PETSc was built with.
+    A rank may own nothing.
 
-    Local states are `[..., local_nodes, features]` with any number of leading batch axes, a rank's nodes in ascending
-    order. `owned` are their numbers and `ghosts` those of the ghosts, which are ordered by owner. `sources` and
-    `targets` are the ends of this rank's edges, in the order of `edge_index`, by local number: own nodes first, then
-    ghosts. `edges` are the edges' own numbers. `sent` and `received` say what is exchanged with whom, in the order of
-    ranks; `edge_cut` is the number of edges between ranks.
-    Raises `ConfigurationError` on all ranks for edges to nodes that are not there, and for an unknown ownership.
+    Local states are `[..., local_nodes, features]` with any number of leading batch axes, and with the nodes in
+    ascending order.
+    - `owned`: the numbers of this rank's nodes.
+    - `ghosts`: the numbers of its ghosts, ordered by owner.
+    - `edges`: the numbers of its edges in `edge_index`, in ascending order.
+    - `sources`, `targets`: the ends of its edges as local numbers, own nodes first, then ghosts.
+    - `sent`, `received`: the exchanges with each neighbour, in the order of ranks.
+    - `edge_cut`: the number of edges between ranks.
+
+    Raises `ConfigurationError` on all ranks for edges with invalid nodes, and for an unknown ownership.
     """
 
     def __init__(
@@ -70,7 +77,7 @@ class GraphPartition:
         self.features = features
         ends = _checked_edges(edge_index, nodes, self.comm)
         owner = owners(self.comm, ends, nodes, ownership, coordinates)
-        # Of all ranks: whoever scatters needs to know.
+        # The nodes of all ranks: any rank may be the root of a scatter.
         self._owned = np.split(
             np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=self.comm.size))
         )
@@ -90,29 +97,29 @@ class GraphPartition:
         )
 
     def owned_slices(self, rank: int) -> protocol.Index:
-        """The part of the global `[nodes, features]` array that `rank` owns: its nodes, all features."""
+        """Return the part of the global `[nodes, features]` array that `rank` owns: its nodes, all features."""
         return (self._owned[rank], slice(0, self.features))
 
     def create_vec(self) -> PETSc.Vec:
-        """A zero Vec laid out like the partition. Collective on the state ranks."""
+        """Create a zero Vec with the layout of the partition. Collective on the state ranks."""
         return vectors.create_vec(self.comm, protocol.count(self.local_shape))
 
     def view(self, vec: PETSc.Vec) -> torch.Tensor:
-        """This rank's part of `vec` as a tensor of `local_shape`, sharing memory."""
+        """Return this rank's part of `vec` as a tensor of `local_shape`, without a copy."""
         return vectors.view(vec, self.local_shape)
 
     def scatter(self, source: Any, root: int = 0) -> torch.Tensor:
-        """This rank's nodes of a global array held by `root`. Collective on the state ranks."""
+        """Distribute a global array from `root`. Collective on the state ranks. See `protocol.scatter`."""
         return protocol.scatter(source, self, root)
 
     def gather(self, local: torch.Tensor, root: int = 0) -> torch.Tensor | None:
-        """The global array on `root`, None elsewhere. Collective on the state ranks."""
+        """Return the global array on `root`, None elsewhere. Collective on the state ranks."""
         return protocol.gather(local, self, root)
 
     def scatter_edges(self, source: Any, root: int = 0) -> torch.Tensor:
-        """What belongs to this rank's edges of a global array held by `root`. Collective on the state ranks.
+        """Distribute edge attributes from `root`: return those of this rank's edges. Collective on the state ranks.
 
-        `source` is on `root` an array or tensor `[edges]` or `[..., edges, attributes]` in the order of `edge_index`.
+        `source` is an array or tensor `[edges]` or `[..., edges, attributes]` on `root`, in the order of `edge_index`.
         """
         shape = self.comm.bcast(tuple(source.shape) if self.comm.rank == root else None, root=root)
         attributes = shape[-1:] if len(shape) > 1 else ()
@@ -127,7 +134,7 @@ class GraphPartition:
 
 @dataclass(frozen=True)
 class _EdgeRows:
-    """The rows of a table with one row for each edge, as root knows them."""
+    """The partition of a table with one row for each edge. `owned` is complete on the root alone."""
 
     comm: MPI.Comm
     global_shape: tuple[int, ...]
@@ -135,12 +142,12 @@ class _EdgeRows:
     owned: list[Integers]
 
     def owned_slices(self, rank: int) -> protocol.Index:
-        """The rows of the edges that `rank` holds."""
+        """Return the rows of the edges that `rank` holds."""
         return (self.owned[rank], *(slice(0, extent) for extent in self.global_shape[1:]))
 
 
 def _checked_edges(edge_index: Any, nodes: int, comm: MPI.Comm) -> Integers | None:
-    """Rank 0's edges as an array; None elsewhere."""
+    """Check the edges, and return them as an array on rank 0, None elsewhere."""
     ends: Integers | None = None
     failure: str | None = None
     if comm.rank == 0:
@@ -158,7 +165,7 @@ def _checked_edges(edge_index: Any, nodes: int, comm: MPI.Comm) -> Integers | No
 
 
 def _handed_out(ends: Integers | None, owner: Integers, comm: MPI.Comm) -> tuple[Integers, Integers, Integers]:
-    """The numbers, sources and targets of the edges that lead to this rank's nodes, in the order of their numbers."""
+    """Distribute the edges to the owners of their targets: return numbers, sources and targets of this rank's."""
     counts: Any = None
     rows: list[Integers | None] = [None] * 3
     if ends is not None:
@@ -178,7 +185,7 @@ def _handed_out(ends: Integers | None, owner: Integers, comm: MPI.Comm) -> tuple
 def _neighbours(
     owned: Integers, ghosts: Integers, owner: Integers, comm: MPI.Comm
 ) -> tuple[tuple[Received, ...], tuple[Sent, ...]]:
-    """What this rank sees of others and others see of it; the ghosts are ordered by owner."""
+    """Return the ghosts received from and the nodes sent to each neighbour. `ghosts` are ordered by owner."""
     bounds = np.searchsorted(owner[ghosts], np.arange(comm.size + 1))
     received = tuple(
         Received(rank, int(bounds[rank]), int(bounds[rank + 1]))

@@ -1,7 +1,7 @@
-"""Rectangular blocks of a regular grid of one, two or three axes, laid out by a PETSc DMDA.
+"""The partition of a regular grid of one, two or three axes into rectangular blocks, with the layout of a PETSc DMDA.
 
-A DMDA stores a point's channels next to each other and the points of the last axis one after another, so this rank's
-part of its global Vec is a `[z, y, x, channel]` array: torch's channels-last order, viewed without a copy.
+A DMDA stores the channels of a point next to each other, and the points of the last axis one after another. This
+rank's part of its global Vec is therefore a `[z, y, x, channel]` array, in torch's channels-last order, without a copy.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from pnode_dist.petsc import vectors
 Boundary = Literal["periodic", "replicate", "reflect", "zero"]
 BOUNDARIES: tuple[str, ...] = get_args(Boundary)
 Rule = str | float
-"""A boundary's name, or the value that is fixed beyond it."""
+"""The name of a boundary rule, or the constant value beyond the boundary."""
 _AXES = "zyx"
 
 
 class GridPartition:
     """A grid of `shape` points with `channels` values each. Collective on the state ranks.
 
-    `shape` is `(nx,)`, `(ny, nx)` or `(nz, ny, nx)`; what is given for each axis has this order everywhere.
-    `boundary` is the rule beyond the edge of the domain, one for each axis or one for all: `periodic`, `replicate`
-    (the edge value goes on), `reflect` (the field is mirrored about its last points, which are not repeated), `zero`,
-    or a number (a Dirichlet value). `stencil_width` is the widest halo a single exchange will need; every rank owns
-    at least so many points along each axis. `processes` fixes the numbers of ranks along the axes, else those with
-    the smallest inner surface are taken. Blocks are of whole multiples of `multiple_of` points (a number, or one for
-    each axis) and may differ by one such multiple along an axis: what is going to be coarsened by a factor wants
-    blocks of multiples of it.
+    - `shape` is `(nx,)`, `(ny, nx)` or `(nz, ny, nx)`. All arguments for each axis have this order.
+    - `boundary` is the rule beyond the edge of the domain, one for each axis or one for all: `periodic`, `replicate`
+      (repeat the edge value), `reflect` (mirror the field about its last points, which are not repeated), `zero`, or a
+      number (a Dirichlet value).
+    - `stencil_width` is the widest halo of a single exchange. Every rank owns at least so many points along each axis.
+    - `processes` are the numbers of ranks along the axes, by default those with the smallest inner surface.
+    - `multiple_of` is a number, or one for each axis. Blocks have whole multiples of it, and their sizes differ by at
+      most one multiple along an axis. A grid that is to be coarsened by a factor needs blocks of multiples of it.
 
-    Local states are `[..., nz_local, ny_local, nx_local, channels]`, fewer axes accordingly, with any number of leading
-    batch axes. `owned` is this rank's range along each axis, `position` its place in the process grid; `ranges` are the
-    ranges of all places along each axis, and `axes` the axes' names. `rims` keeps what exchanges have worked out for
-    their widths.
+    Local states are `[..., nz_local, ny_local, nx_local, channels]`, or have fewer axes accordingly, with any number of
+    leading batch axes. `owned` is this rank's owned range along each axis, and `position` its position in the process
+    grid. `ranges` are the owned ranges of all positions along each axis, and `axes` the names of the axes. `rims`
+    caches the rims of exchanges by their widths.
+
     Raises `ConfigurationError` for an unknown boundary or too many ranks for the grid.
     """
 
@@ -109,9 +110,9 @@ class GridPartition:
 
     @cached_property
     def dm(self) -> PETSc.DMDA:
-        """The PETSc DMDA behind this partition, made when it is first asked for. Collective on the state ranks."""
+        """The PETSc DMDA of this partition, created at the first access. Collective on the state ranks."""
         kinds = PETSc.DM.BoundaryType
-        # PETSc's axes are x, y, z.
+        # PETSc orders the axes x, y, z.
         return PETSc.DMDA().create(
             dim=len(self.shape),
             dof=self.channels,
@@ -127,14 +128,14 @@ class GridPartition:
         )
 
     def owned_slices(self, rank: int) -> protocol.Slices:
-        """The part of the global `[*shape, channels]` array that `rank` owns, one slice an axis."""
+        """Return the owned range of `rank` in the global `[*shape, channels]` array, one slice for each axis."""
         places = zip(self.ranges, self._positions[rank], strict=True)
         return (*(slice(*ranges[place]) for ranges, place in places), slice(0, self.channels))
 
     def neighbour(self, axis: int, step: int) -> int:
-        """The rank next to this one along `axis`, lower for `step` -1 and upper for 1.
+        """Return the neighbour along `axis`: the lower one for `step` -1, the upper one for 1.
 
-        MPI.PROC_NULL beyond the edge of the domain.
+        Returns MPI.PROC_NULL at the edge of the domain.
         """
         place = self.position[axis] + step
         if not 0 <= place < self.processes[axis]:
@@ -144,16 +145,15 @@ class GridPartition:
         return self.comm.rank + (place - self.position[axis]) * math.prod(self.processes[axis + 1 :])
 
     def smallest_block(self, axis: int) -> int:
-        """The fewest points along `axis` that any rank owns."""
+        """Return the fewest points along `axis` that any rank owns."""
         step = self.multiple_of[axis]
         return self.shape[axis] // step // self.processes[axis] * step
 
     def coarsened(self, factor: int | Sequence[int], channels: int | None = None) -> GridPartition:
-        """The grid with `factor` times fewer points along each axis, split so that every rank keeps its part of the
-        domain.
+        """Return the grid with `factor` times fewer points along each axis. Every rank keeps its part of the domain.
 
-        `factor` is one number, or one for each axis. The stencil is as wide as here, or as the smaller blocks allow.
-        Raises `ConfigurationError` where a rank owns no whole multiple of `factor` points.
+        `factor` is one number, or one for each axis. The stencil has the same width, or less if the smaller blocks
+        require it. Raises `ConfigurationError` if a rank's points are no whole multiple of `factor`.
         """
         factors = self._factors(factor)
         for axis, ranges, step in zip(self.axes, self.ranges, factors, strict=True):
@@ -171,15 +171,14 @@ class GridPartition:
             self.boundary,
             min(self.stencil_width, narrowest),
             self.processes,
-            # Where the factor does not divide the multiple, all blocks are equal.
+            # If the factor does not divide the multiple, all blocks are equal.
             [m // step if m % step == 0 else 1 for m, step in zip(self.multiple_of, factors, strict=True)],
         )
 
     def refined(self, factor: int | Sequence[int], channels: int | None = None) -> GridPartition:
-        """The grid with `factor` times more points along each axis, split so that every rank keeps its part of the
-        domain.
+        """Return the grid with `factor` times more points along each axis. Every rank keeps its part of the domain.
 
-        `factor` is one number, or one for each axis. What is refined and then coarsened by the same is as before.
+        `factor` is one number, or one for each axis. `coarsened` with the same factor is the inverse.
         """
         factors = self._factors(factor)
         return GridPartition(
@@ -199,19 +198,19 @@ class GridPartition:
         return factors
 
     def create_vec(self) -> PETSc.Vec:
-        """A zero global Vec of the DMDA. Collective on the state ranks."""
+        """Create a zero global Vec of the DMDA. Collective on the state ranks."""
         return self.dm.createGlobalVec()
 
     def view(self, vec: PETSc.Vec) -> torch.Tensor:
-        """This rank's part of `vec` as a tensor of `local_shape`, sharing memory."""
+        """Return this rank's part of `vec` as a tensor of `local_shape`, without a copy."""
         return vectors.view(vec, self.local_shape)
 
     def scatter(self, source: Any, root: int = 0) -> torch.Tensor:
-        """This rank's block of a global array held by `root`. Collective on the state ranks."""
+        """Distribute a global array from `root`. Collective on the state ranks. See `protocol.scatter`."""
         return protocol.scatter(source, self, root)
 
     def gather(self, local: torch.Tensor, root: int = 0) -> torch.Tensor | None:
-        """The global array on `root`, None elsewhere. Collective on the state ranks."""
+        """Return the global array on `root`, None elsewhere. Collective on the state ranks."""
         return protocol.gather(local, self, root)
 
 

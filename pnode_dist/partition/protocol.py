@@ -1,4 +1,4 @@
-"""What every partition can say of itself, and what follows from it alone: Vecs, tensor views, scatter and gather."""
+"""The interface of a partition, and scatter and gather for any partition."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pnode_dist.distributed.mesh import Mesh
 Integers = npt.NDArray[np.int64]
 Slices = tuple[slice, ...]
 Index = tuple[slice | Integers, ...]
-"""A part of an array: one slice an axis, or the ascending indices of what is not contiguous along one of them."""
+"""A part of an array: for each axis a slice, or the ascending indices of a part that is not contiguous."""
 
 
 class Partition(Protocol):
-    """A global array of `global_shape` of which each rank of `comm` owns one part, for the most a contiguous block."""
+    """A global array of `global_shape`, of which each rank of `comm` owns one part, usually a contiguous block."""
 
     @property
     def comm(self) -> MPI.Comm: ...
@@ -33,27 +33,27 @@ class Partition(Protocol):
     def local_shape(self) -> tuple[int, ...]: ...
 
     def owned_slices(self, rank: int) -> Index:
-        """The part of the global array that `rank` owns, one slice an axis; indices where it is not contiguous."""
+        """Return the owned range of `rank`: for each axis a slice, or indices if the part is not contiguous."""
         ...
 
 
 def communicator(place: Mesh | MPI.Comm) -> MPI.Comm:
-    """The communicator over which a partition spreads: a mesh's state ranks, or the one given."""
+    """Return the communicator of a partition: that of a mesh's state ranks, or the one given."""
     return place.state_comm if isinstance(place, Mesh) else place
 
 
 def even_ranges(length: int, parts: int) -> list[tuple[int, int]]:
-    """`length` items cut into `parts` consecutive ranges whose sizes differ by at most one, larger ones first."""
+    """Split `length` items into consecutive ranges whose sizes differ by at most one, larger ones first."""
     small, larger = divmod(length, parts)
     starts = [part * small + min(part, larger) for part in range(parts + 1)]
     return list(pairwise(starts))
 
 
 def scatter(source: Any, partition: Partition, root: int = 0, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Each rank's block of a global array that only `root` holds. Collective on the partition's communicator.
+    """Distribute a global array from `root`. Collective on the partition's communicator.
 
-    `source`: on `root` an array or tensor of shape `[..., *global_shape]`, elsewhere ignored. Returns a tensor
-    `[..., *local_shape]`. Raises `ValueError` on all ranks when the shape does not fit.
+    `source` is an array or tensor of shape `[..., *global_shape]` on `root`, and ignored elsewhere. Returns this rank's
+    part, `[..., *local_shape]`. Raises `ValueError` on all ranks if the shape is wrong.
     """
     comm = partition.comm
     layout: Any = None
@@ -78,7 +78,7 @@ def scatter(source: Any, partition: Partition, root: int = 0, dtype: torch.dtype
 
 
 def gather(local: torch.Tensor, partition: Partition, root: int = 0) -> torch.Tensor | None:
-    """The global array `[..., *global_shape]` on `root`, None elsewhere. Collective on the partition's communicator."""
+    """Return the global array `[..., *global_shape]` on `root`, None elsewhere. Collective on the partition's comm."""
     comm = partition.comm
     leading = tuple(local.shape[: local.dim() - len(partition.local_shape)])
     if tuple(local.shape[len(leading) :]) != partition.local_shape:
@@ -101,7 +101,7 @@ def _block(partition: Partition, rank: int) -> tuple[Any, ...]:
 
 
 def _extents(partition: Partition, rank: int) -> list[int]:
-    """The shape of the part that `rank` owns."""
+    """Return the shape of the part that `rank` owns."""
     return [
         len(range(length)[index]) if isinstance(index, slice) else len(index)
         for index, length in zip(partition.owned_slices(rank), partition.global_shape, strict=True)
@@ -109,5 +109,5 @@ def _extents(partition: Partition, rank: int) -> list[int]:
 
 
 def count(shape: tuple[int, ...]) -> int:
-    """The number of entries of an array of `shape`."""
+    """Return the number of entries of an array of `shape`."""
     return math.prod(shape)

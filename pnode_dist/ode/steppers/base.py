@@ -1,8 +1,7 @@
-"""What the steppers have in common: a current state and its adjoint, and errors that come through PETSc.
+"""The interface of a stepper: one step forward, with or without a tape, and the adjoint of one step.
 
-A stepper takes one step forward, records one, and takes one back; which steps are taken is decided outside. Every
-step starts afresh from the state it is given, so its result depends on nothing but (t, h, u): a step that is run again
-gives the same bits, whatever ran in between.
+The caller decides which steps are taken. A step depends on (t, h, u) alone, not on earlier steps, so a recomputed step
+has the same bits as the first one.
 
 H. Zhang, E. M. Constantinescu, B. F. Smith: PETSc TSAdjoint: a discrete adjoint ODE solver for first-order and
 second-order sensitivity analysis, SIAM J. Sci. Comput. 44 (2022).
@@ -36,13 +35,13 @@ MOST_STEPS = 2**31 - 1
 
 @contextmanager
 def options_database(options: PetscOptions, unread: set[str] | None = None) -> Iterator[None]:
-    """Put `options` into PETSc's options database for a while, and remove from `unread` those that are read then."""
+    """Set `options` in PETSc's options database within the context. Remove those that PETSc reads from `unread`."""
     database = PETSc.Options()
     known = database.getAll().keys() if unread else ()
     before = {name: database.getString(name) for name in options if database.hasName(name)}
     for name, value in options.items():
         if unread and name in before:
-            # With it goes the mark that it was read before.
+            # Deleting the option also deletes the mark that it was read earlier.
             database.delValue(name)
         database.setValue(name, value)
     try:
@@ -50,7 +49,7 @@ def options_database(options: PetscOptions, unread: set[str] | None = None) -> I
     finally:
         if unread:
             unread -= {name for name in unread if database.used(name)}
-            # PETSc puts another name in the place of one that is out of date.
+            # PETSc replaces a deprecated name by the new one.
             renamed = {name for name in unread if not database.hasName(name)}
             unread -= renamed
             for name in database.getAll().keys() - known - {name.removeprefix("-") for name in options}:
@@ -64,22 +63,22 @@ def options_database(options: PetscOptions, unread: set[str] | None = None) -> I
 
 
 class Callbacks(Protocol):
-    """What PETSc calls during a step. `error` is what the right-hand side raised in it."""
+    """The callbacks that PETSc calls during a step. `error` is the exception that the right-hand side raised."""
 
     bound: BoundFunction | None
     error: BaseException | None
 
     def end_step(self) -> None:
-        """Say that a step or its adjoint is over."""
+        """Free the data of the step or adjoint step that has ended."""
         ...
 
 
 class Stepper(ABC):
-    """PETSc's TS for one layout of the state, one method and one set of parameter sizes. Collective on `comm`.
+    """A stepper for one layout of the state, one method and one set of parameter sizes. Collective on `comm`.
 
-    `current` is the state it is at. `stepping` says that a step is under way, `failed` that one ended with an error,
-    after which the stepper cannot be used again. `monitored`: the options ask for PETSc's monitors. With `fingerprints`
-    each step leaves the `fingerprint` of its result, also where that is not formed.
+    `current` is the current state. `stepping` is True during a step. `failed` is True after a step that ended with an
+    error; the stepper cannot be used again. `monitored`: the options ask for PETSc's monitors. With `fingerprints` each
+    step sets `fingerprint` to that of its result, even if the result is not formed.
     """
 
     method: Method
@@ -97,7 +96,7 @@ class Stepper(ABC):
     @property
     @abstractmethod
     def callbacks(self) -> Callbacks:
-        """What PETSc calls."""
+        """The callbacks of the stepper's TS."""
 
     @abstractmethod
     def step(
@@ -120,48 +119,57 @@ class Stepper(ABC):
 
     @abstractmethod
     def close_segment(self) -> None:
-        """Know that an adjoint begins, or is added to, at the current state, or that no more is recorded."""
+        """Close the current tape segment: later steps begin a new one.
+
+        Called where an adjoint begins or is added to, which must not happen inside a segment.
+        """
 
     @abstractmethod
     def start_adjoint(self) -> None:
-        """Begin a backward pass: adjoint and gradient by the parameters are zero."""
+        """Begin a backward pass with a zero adjoint and a zero gradient with respect to the parameters."""
 
     @abstractmethod
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
-        """Add to the adjoint of the state, part by part, None for zero. They are not written into."""
+        """Add to the adjoint of the state, part by part; None is zero. `parts` are never written to."""
 
     @abstractmethod
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
-        """End it: the adjoint, and the gradient by the first parameters in their shapes, to be read alone."""
+        """End the backward pass. Returns the adjoint, and the gradient with respect to the parameters of `shapes`.
+
+        Both are read-only.
+        """
 
     @abstractmethod
     def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
-        """Take adjoint and gradient back over step `number`, which was recorded. Collective on `comm`."""
+        """Take adjoint and gradient back over step `number`, given its tape. Collective on `comm`."""
 
     @abstractmethod
     def take_time_gradients(self) -> tuple[float, float]:
-        """The gradient by the last two parameters so far, each one number, which starts from zero again."""
+        """Return the gradient with respect to the last step's size and start, and reset it to zero.
+
+        They are the last two parameters if the gradient with respect to times is needed.
+        """
 
     @abstractmethod
     def derivative(self, time: float, direction: float) -> torch.Tensor:
-        """f at `time` in the current state, flat, in a solve that goes in `direction` (1 or -1). Collective."""
+        """Return f at `time` and the current state, flat. `direction` is the sign of the steps. Collective."""
 
     def bind(self, bound: BoundFunction) -> None:
-        """Solve this problem from now on."""
+        """Use this right-hand side from now on."""
         self.callbacks.bound = bound
 
     def _store_fingerprint(self, parts: Parts) -> None:
-        """Leave the fingerprint of a step's result."""
+        """Set `fingerprint` to that of a step's result."""
         if self.fingerprints:
             self.fingerprint = fingerprint(parts)
 
     def errors_of_func(self) -> ErrorsOfFunc:
-        """While PETSc steps: raise what func raised instead of PETSc's error code."""
+        """Return the context of PETSc's calls, which raises the exception of func instead of PETSc's error code."""
         return self._errors_of_func
 
     @abstractmethod
     def destroy(self) -> None:
-        """Destroy every PETSc object of this stepper, which cannot be used after that. Collective on `comm`."""
+        """Destroy every PETSc object of this stepper. It cannot be used again. Collective on `comm`."""
 
     @property
     @abstractmethod
@@ -170,7 +178,7 @@ class Stepper(ABC):
 
     @abstractmethod
     def _solution(self) -> PETSc.Vec:
-        """The current state as a Vec, to be read."""
+        """Return the current state as a read-only Vec."""
 
     def monitor(self, number: int, time: float, size: float) -> None:
         """Run PETSc's monitors (`-ts_monitor`, ...) on the current state, if there are any. Collective on `comm`."""
@@ -180,11 +188,10 @@ class Stepper(ABC):
 
 
 class ErrorsOfFunc:
-    """The context in which a stepper steps. It is entered for every step: one made of a generator takes five times as
-    long."""
+    """The context of PETSc's calls in a step. A class, because a generator context takes five times as long."""
 
     def __init__(self, stepper: Stepper) -> None:
-        # The stepper holds this.
+        # Weak, because the stepper holds this object.
         self._stepper = weakref.ref(stepper)
 
     def __enter__(self) -> None:
@@ -197,7 +204,7 @@ class ErrorsOfFunc:
         stepper.stepping = False
         callbacks.end_step()
         if raised is not None:
-            # PETSc does not unwind: its Vecs stay locked, so this TS is of no further use.
+            # PETSc does not unwind: its Vecs stay locked, and the TS cannot be used again.
             stepper.failed = True
             if error is not None:
                 raise error from None
@@ -209,9 +216,9 @@ class ErrorsOfFunc:
 
 
 def set_from_options(ts: PETSc.TS, options: PetscOptions, unread: set[str]) -> bool:
-    """Let PETSc's options set up `ts`, without control of its steps; whether they ask for monitors.
+    """Set up `ts` from PETSc's options, without step-size control. Returns True if they ask for monitors.
 
-    Those that are read are removed from `unread`. Raises `ConfigurationError` for what PETSc refuses.
+    Removes the options that PETSc reads from `unread`. Raises `ConfigurationError` for options that PETSc refuses.
     """
     # petsc4py has no TSAdapt object: the options database is the way to turn step control off.
     with options_database({**options, "ts_adapt_type": "none"}, unread):
@@ -224,8 +231,8 @@ def set_from_options(ts: PETSc.TS, options: PetscOptions, unread: set[str]) -> b
 
 
 def set_up_adjoint(ts: PETSc.TS) -> None:
-    """Set up the adjoint of `ts`, whose gradients have been given."""
-    # Only the adjoint's set-up insists on a TSTrajectory. Kept any longer it would make a directory on disk.
+    """Set up the adjoint of `ts`, whose cost gradients are set."""
+    # Only this set-up requires a TSTrajectory. Later it would create a directory on disk.
     ts.setSaveTrajectory()
     ts.adjointSetUp()
     ts.removeTrajectory()

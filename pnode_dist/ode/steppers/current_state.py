@@ -1,4 +1,4 @@
-"""The state that a stepper is at: in PETSc's memory where PETSc takes the steps, else in torch's."""
+"""The current state of a stepper: a PETSc Vec if PETSc takes the steps, else tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 
 class CurrentState(Protocol):
-    """This rank's part of the current state, in PETSc's scalar type; what it gives out is to be read alone."""
+    """This rank's part of the current state, in PETSc's scalar type. All views of it are read-only."""
 
     @property
     def parts(self) -> Parts:
@@ -26,32 +26,32 @@ class CurrentState(Protocol):
 
     @property
     def flat(self) -> torch.Tensor:
-        """All of its entries in a row; a copy if they do not lie in one."""
+        """All entries in one flat tensor; a copy if they are not contiguous."""
         ...
 
     @property
     def array(self) -> Array:
-        """The same for NumPy."""
+        """All entries in one flat NumPy array."""
         ...
 
     def set(self, parts: Parts) -> None:
-        """Put another state in its place. Nobody may write into `parts` until the next one is there."""
+        """Replace the state. `parts` must not be written to until the state is replaced again."""
         ...
 
     def set_flat(self, flat: torch.Tensor) -> None:
-        """Copy another state into it, given in a row."""
+        """Replace the state by a copy of a flat tensor."""
         ...
 
     def overwrite(self, write: Callable[[Array], None]) -> None:
-        """Let `write` fill an array with another state."""
+        """Replace the state by calling `write` with an array to fill."""
         ...
 
     def take(self) -> Parts:
-        """The parts in memory that is the caller's from now on, in the caller's type; there is no state after that."""
+        """Return the parts, in the caller's type and in memory that the caller owns. No state is left."""
         ...
 
     def release(self) -> None:
-        """Give up memory that can be had again: there is no state until the next is put in place."""
+        """Free memory that can be allocated again. No state is left until the next `set`."""
         ...
 
 
@@ -71,7 +71,7 @@ class VecState:
         return self._host.read(self.flat)
 
     def set(self, parts: Parts) -> None:
-        """See `CurrentState.set`: they are copied."""
+        """See `CurrentState.set`: copies the parts."""
         for target, part in zip(self.parts, parts, strict=True):
             target.copy_(part)
         self.written()
@@ -87,27 +87,28 @@ class VecState:
         self.written()
 
     def take(self) -> Parts:
-        """See `CurrentState.take`: PETSc holds on to the Vec, copies are taken."""
+        """See `CurrentState.take`: returns copies, because PETSc keeps the Vec."""
         return tuple(part.to(self._layout.device, self._layout.dtype, copy=True) for part in self.parts)
 
     def release(self) -> None:
-        """See `CurrentState.release`: PETSc holds on to the Vec."""
+        """See `CurrentState.release`: frees nothing, because PETSc keeps the Vec."""
 
     def destroy(self) -> None:
-        """Destroy the Vec: there is no state after that. Collective."""
+        """Destroy the Vec. No state is left. Collective."""
         self.flat, self.parts = torch.empty(0), ()
         self.vec.destroy()
 
     def written(self) -> None:
-        """Say that the Vec was written to through `flat` or `parts`."""
+        """Notify PETSc of a write to the Vec through `flat` or `parts`."""
         vectors.wrote(self.vec, self._layout.vec_device)
 
 
 class TensorState:
-    """The current state as tensors, which others may hold on to: then it goes on in memory of its own.
+    """The current state as tensors, which a tape or the caller may share.
 
-    `share` says that they do. The state that a solve starts from is the caller's, and is not copied. The parts lie in a
-    row until somebody holds on to them: one that is held would keep the others' memory as well.
+    Shared tensors are never written to: the next state is put into new memory. The initial state of a solve is shared
+    with the caller, and is not copied. The parts lie in one flat tensor until they are shared. After that each part has
+    memory of its own, so that a part on a tape does not keep the other parts alive.
     """
 
     def __init__(self, layout: StateLayout) -> None:
@@ -131,20 +132,20 @@ class TensorState:
         return self._host.read(self.flat)
 
     def share(self) -> None:
-        """Know that somebody holds on to `parts`: they stay as they are from now on."""
+        """Mark `parts` as shared: they are not written to from now on."""
         self._shared = self._separate = True
 
     def set_shared(self, parts: Parts) -> None:
-        """Put another state in its place that somebody holds on to, in PETSc's scalar type."""
+        """Replace the state by shared parts, in PETSc's scalar type."""
         self.parts, self._shared, self._separate = parts, True, True
         self._flat = parts[0].view(-1) if len(parts) == 1 else None
 
     def unshare(self) -> None:
-        """Know that nobody else holds on to `parts` any more."""
+        """Mark `parts` as no longer shared."""
         self._shared = False
 
     def set(self, parts: Parts) -> None:
-        """See `CurrentState.set`: not copied unless they have to be converted."""
+        """See `CurrentState.set`: shares the parts, and copies them only to convert them."""
         if all(map(self._can_borrow, parts)):
             self.parts, self._shared, self._separate = tuple(part.detach() for part in parts), True, False
             self._flat = self.parts[0].view(-1) if len(parts) == 1 else None
@@ -165,7 +166,7 @@ class TensorState:
         self._host.write(self.flat, write)
 
     def add(self, terms: Sequence[tuple[Parts, float]]) -> None:
-        """Add multiples of slopes, one after the other, at least one."""
+        """Add weighted slopes to the state, at least one, one after the other."""
         before = self.parts
         self._own(in_a_row=not self._separate)
         for number, (start, part) in enumerate(zip(before, self.parts, strict=True)):
@@ -176,7 +177,7 @@ class TensorState:
     def take(self) -> Parts:
         """See `CurrentState.take`."""
         layout, parts = self._layout, self.parts
-        # Views of one tensor are not what a caller could write into.
+        # A caller could not write into views of one tensor.
         copied = self._shared or (len(parts) > 1 and self._flat is not None)
         taken = tuple(part.to(layout.device, layout.dtype, copy=copied) for part in parts)
         self.release()
@@ -187,7 +188,7 @@ class TensorState:
         self.parts, self._flat, self._shared, self._separate = (), None, False, False
 
     def _can_borrow(self, part: torch.Tensor) -> bool:
-        # Without a version there is no telling whether f writes into it.
+        # A tensor of inference mode has no version, so a write by f could not be detected.
         return (
             part.dtype is self._dtype
             and part.device == self._layout.vec_device
@@ -196,7 +197,7 @@ class TensorState:
         )
 
     def _own(self, in_a_row: bool) -> None:
-        """Have memory that nobody else knows of, with any contents if there was none."""
+        """Allocate memory that is not shared, with undefined contents, unless the state is already in such memory."""
         if self.parts and not self._shared and (self._flat is not None or not in_a_row):
             return
         layout = self._layout
@@ -211,7 +212,7 @@ class TensorState:
 
 
 class _Host:
-    """Tensors for NumPy: their own memory, or that of the host where they are on a device."""
+    """NumPy access to a flat tensor: to its memory, or through a copy on the host if it is on a device."""
 
     def __init__(self, layout: StateLayout) -> None:
         self._size, self._device = layout.size, layout.vec_device

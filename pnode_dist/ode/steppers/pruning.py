@@ -1,4 +1,4 @@
-"""What a recording that goes stage by stage can do without."""
+"""Pruning of a step's tape: free the stages and inputs that the adjoint does not need."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pnode_dist.ode.steppers.tape import Tape
 
 
 def prune(tape: Tape, tableau: Tableau) -> None:
-    """Drop the inputs of a step's stages on which f turned out not to depend, and what only they depended on.
+    """Drop inputs of stages that f does not depend on, and results of other stages that only these inputs used.
 
-    The latter is what a stage without weight in the result has computed for them. A tensor that dies with the last
-    reference from Python is in no graph.
+    A stage without weight in the step's result can have such results. An input whose last reference from Python frees
+    it is in no graph, so f does not depend on it.
     """
     dropped = None
     for stage in range(len(tape)):

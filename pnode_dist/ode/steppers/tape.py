@@ -1,4 +1,4 @@
-"""What is kept of a step for its adjoint."""
+"""The tape of a step: the data for its adjoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pnode_dist.ode.steppers.tape_segment import TapeSegment
 
 Stage = StageGraph | StageState | None
 Tape = list[Stage | TapeSegment]
-"""Stage by stage, or the graph that the step is part of."""
+"""One entry for each stage, or the single segment that the step is part of. None is a stage that is not needed."""
 
 
 def stages_of(tape: Tape) -> list[Stage]:
-    """Stage by stage, where nothing is joined."""
+    """Return the stages on the tape of a step that is not part of a segment."""
     stages = [stage for stage in tape if not isinstance(stage, TapeSegment)]
     assert len(stages) == len(tape)
     return stages

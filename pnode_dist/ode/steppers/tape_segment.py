@@ -1,7 +1,7 @@
-"""Steps of an explicit Runge-Kutta method that follow one another, recorded as one graph of torch's.
+"""Consecutive steps of an explicit Runge-Kutta method, recorded in one graph of torch: a segment of the tape.
 
-One pass of autograd takes the adjoint back over all of them. It computes what the formulas in
-`ExplicitStepper.adjoint_step` say, in the same order and so to the last bit, and frees the graph as it goes.
+One backward pass of autograd takes the adjoint back over all of them. It evaluates the formulas of
+`ExplicitStepper.adjoint_step` in the same order, with the same bits, and frees the graph while it runs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _MOST_STEPS, _LONG = 8, 1.0
 
 
 class TapeSegment:
-    """The graph of steps up to step `last`, from the state before them.
+    """The graph of consecutive steps, the last of which is `last`.
 
-    `start` is where each part of that state comes in, and `roots` where each part of the state after them comes from.
-    `evaluations` are those of f that a gradient goes through. While a step may follow, `end` is the state after them
-    with its graph, and `after` the same without.
+    `start` has the graph's inputs, one edge for each part of the state before the steps, and `roots` its outputs.
+    `evaluations` counts the evaluations of f that have a gradient. Until the segment is closed, `end` is the state
+    after the steps with its graph, and `after` the same state without.
     """
 
     def __init__(self, number: int, before: Parts) -> None:
@@ -41,37 +41,38 @@ class TapeSegment:
         self._steps, self._began = 0, clock.thread_time()
 
     def can_extend(self, number: int, current: Parts) -> bool:
-        """Whether step `number` from the current state is to be joined to these.
+        """Return True if step `number` from the state `current` may be recorded on this segment.
 
-        There is to be time for other things between graphs, which other threads' work or waiting does not matter for.
+        A segment is limited in its steps and in this thread's processor time, so that the backward pass returns between
+        segments for preemption and progress.
         """
         if self.after is not current or number != self.last + 1 or self._steps >= _MOST_STEPS:
             return False
         return clock.thread_time() - self._began < _LONG
 
     def close(self) -> None:
-        """Know that no step follows."""
+        """Close the segment: no step follows."""
         self.end = self.after = None
 
     def free(self) -> None:
-        """Let go of the graph, which has been reversed: the steps before the last one still hold this."""
+        """Free the graph after its backward pass. The tapes of earlier steps still hold this object."""
         self.start = self.roots = ()
 
     def record_step(
         self, bound: BoundFunction, layout: StateLayout, tableau: Tableau, time: float, size: float
     ) -> Parts | None:
-        """Take the next step, from `time` by `size`; the state after it, in memory that the graph does not need.
+        """Record the next step, from `time` by `size`, in PETSc's scalar type. Collective if f is.
 
-        All types are PETSc's scalar type. In `bound` it is noted if f takes derivatives by what its state was
-        computed from, such as the parameters: they would be through the state as well. None is returned then, and the
-        steps before stay as they are.
-        Collective if f is. Raises `RuntimeError` if f writes into the state before the step.
+        Returns the state after it without its graph. Returns None if f itself differentiates with respect to tensors
+        that its state was computed from, such as the parameters: inside one graph such a derivative would include the
+        path through the state, so the joined tape is invalid. The earlier steps of the segment stay valid.
+        Raises `RuntimeError` if f writes into the state before the step.
         """
         before = self.end
         assert before is not None
         evaluations = self.evaluations
         grad_mode = torch.is_grad_enabled()
-        # As a context this takes as long as a small stage.
+        # The context manager torch.enable_grad() takes as long as a small stage.
         set_grad_enabled(True)
         try:
             versions = [part._version for part in before]
@@ -86,10 +87,10 @@ class TapeSegment:
                 for used in tableau.last_uses[stage]:
                     slopes[used] = ()
                 if bound.watches:
-                    # Each by itself: what f has no use for goes with all that led there.
+                    # One node for each part, so that a part which f does not use is freed with its graph.
                     state = tuple(_Watched.apply(bound, part) for part in state)  # type: ignore[no-untyped-call]
                 elif not terms:
-                    # A node of its own sums up what f adds to the adjoint, as the sums of other stages do.
+                    # A separate node sums f's contributions to the adjoint, like the sums of other stages do.
                     state = tuple(part.view_as(part) for part in state)
                 values = bound.evaluate_on_tape(layout, time + node * size, state)
                 if [part._version for part in before] != versions:
@@ -99,8 +100,8 @@ class TapeSegment:
                 self.evaluations += any(value.requires_grad for value in values)
                 slopes.append(values)
                 if tableau.b[stage]:
-                    # One after the other, so that on the way back each multiple of the adjoint is formed when its stage
-                    # is due, and not all of them at once.
+                    # Add one term at a time: the backward pass then forms each multiple of the adjoint at its stage,
+                    # not all of them at once.
                     result = _with_term(before, result, values, size * tableau.b[stage])
             assert result is not None
             if bound.differentiates:
@@ -118,7 +119,7 @@ class TapeSegment:
 
 
 def combined(state: Parts, size: float, terms: Terms, slopes: Sequence[Parts]) -> Parts:
-    """The state plus `size` times the terms, of which there is one at least, of the slopes; in memory of its own."""
+    """Return the state plus `size` times the weighted sum of slopes in `terms`, at least one, in new memory."""
     (first, weight), *others = terms
     parts = []
     for number, part in enumerate(state):
@@ -130,7 +131,7 @@ def combined(state: Parts, size: float, terms: Terms, slopes: Sequence[Parts]) -
 
 
 def _with_term(state: Parts, result: Parts | None, slope: Parts, weight: float) -> Parts:
-    """The result so far, None for the state itself, with a term more, which is added in place if it can be."""
+    """Add a weighted slope to the result so far; None is the state itself. Adds in place where possible."""
     if result is None:
         return tuple(torch.add(part, rate, alpha=weight) for part, rate in zip(state, slope, strict=True))
     for part, rate in zip(result, slope, strict=True):
@@ -143,7 +144,7 @@ def _edges(parts: Parts) -> tuple[GradientEdge, ...]:
 
 
 class _Start(torch.autograd.Function):
-    """The state before the first step, where the graph ends. It holds of it what f saves, and no more."""
+    """The node at the start of the segment. It does not keep the state before the first step alive."""
 
     @staticmethod
     def forward(ctx: Any, origin: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -151,15 +152,15 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        raise AssertionError("the adjoint is taken where the state comes in")
+        raise AssertionError("the backward pass ends at the inputs of this node")
 
 
 class _Watched(torch.autograd.Function):
-    """A part of the state at a stage, which sees f take derivatives by what it was computed from."""
+    """The identity on a part of a stage's state. Its backward detects derivatives that f takes through the state."""
 
     @staticmethod
     def forward(ctx: Any, bound: BoundFunction, part: torch.Tensor) -> torch.Tensor:
-        # The graph may be held by what f leads to.
+        # Weak, because f may lead to objects that hold this graph.
         ctx.bound = weakref.ref(bound)
         return part.detach()
 
