@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from pnode_dist import Mesh
 from pnode_dist.distributed.gradients import parallel
-from pnode_dist.problems.flows.problem import FlowsProblem, build_flows
+from pnode_dist.problems.flows.problem import FlowsProblem
 from pnode_dist.train import loop
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.mpi.agreement import assert_same_on_all_ranks
@@ -26,7 +26,7 @@ SIZE, ROWS, SEED = 9, 23, 3
 
 
 def built(mesh: Mesh, **tables: Any) -> FlowsProblem:
-    return build_flows(config(**tables), mesh, torch.float64)
+    return FlowsProblem(config(**tables), mesh, torch.float64)
 
 
 def noise_of(batch: int, count: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from pnode_dist import Mesh
 from pnode_dist.distributed.gradients import parallel
-from pnode_dist.problems.images.problem import build_images
+from pnode_dist.problems.images.problem import ImagesProblem
 from pnode_dist.train import loop
 from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.mpi.conftest import SPLITS
@@ -32,7 +32,7 @@ STEEPER = {"epochs": 3, "learning_rate": 0.2}
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_a_batch_is_the_whole_batch_of_plain_torch_and_so_are_loss_and_gradient(split: tuple[int, int]) -> None:
     with Mesh(*split) as mesh:
-        problem = build_images(config(training=ONE_LEFT), mesh, torch.float64)
+        problem = ImagesProblem(config(training=ONE_LEFT), mesh, torch.float64)
         model, plain = parallel(problem.model, mesh), plain_network(problem)
         for batch, (images, labels) in zip(problem.batches(1), whole_batches(problem, 1), strict=True):
             rows = torch.cat(mesh_gathered(batch.images.flatten(1)))
@@ -63,7 +63,7 @@ def flat(gradient: torch.Tensor | None) -> torch.Tensor:
 @pytest.mark.parametrize("split", MESHES, ids=str)
 def test_training_follows_the_loss_curve_of_plain_torch_on_one_process(split: tuple[int, int], directory: Path) -> None:
     with Mesh(*split) as mesh:
-        problem = build_images(config(training=STEEPER), mesh, torch.float64)
+        problem = ImagesProblem(config(training=STEEPER), mesh, torch.float64)
         training, plain = problem.config.training, plain_network(problem)
         loop.train(problem, training, mesh, directory)
         records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
@@ -96,7 +96,7 @@ def plain_losses(problem: object, plain: torch.nn.Module) -> list[float]:
 @pytest.mark.parametrize("split", MESHES, ids=str)
 def test_the_evaluation_is_that_of_all_test_images(split: tuple[int, int], directory: Path) -> None:
     with Mesh(*split) as mesh:
-        problem = build_images(config(problem={"test": 0.1}), mesh, torch.float64)
+        problem = ImagesProblem(config(problem={"test": 0.1}), mesh, torch.float64)
         plain, test = plain_network(problem).eval(), problem.data.test
         problem.model.eval()
         with torch.no_grad():

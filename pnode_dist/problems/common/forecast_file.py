@@ -15,9 +15,9 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.problems.common.forecast_data import TrajectoryData, Windows
+from pnode_dist.problems.common.trainable import FORECAST
 from pnode_dist.report.dataset_file import Variable, write_dataset
 
-FORECAST = "forecast.h5"
 _OWN = ("start", "lead", "forecast", "truth", "trajectory", "start_time", "time", "lead_time", "start_label")
 
 

@@ -32,17 +32,14 @@ from pnode_dist.problems.common.forecast_data import (
     windows,
 )
 from pnode_dist.problems.common.forecast_errors import mean_share, means_by_lead
-from pnode_dist.problems.common.forecast_file import FORECAST, write_forecast
+from pnode_dist.problems.common.forecast_file import write_forecast
 from pnode_dist.problems.common.forecast_model import ForecastModel, Rollouts
 from pnode_dist.problems.common.forecast_parts import Parts, Scaling, moments, split
 from pnode_dist.problems.common.solver import check_checkpoint
 from pnode_dist.problems.common.tables import ForecastTable
-from pnode_dist.problems.common.trainable import TrainableProblem
+from pnode_dist.problems.common.trainable import FORECAST, TrainableProblem
 from pnode_dist.report.dataset_file import Variable
-from pnode_dist.report.picture import draw
 from pnode_dist.verify.gradcheck import GradcheckCase
-
-REPORT = "report.png"
 
 
 class ForecastProblem(TrainableProblem):
@@ -66,6 +63,7 @@ class ForecastProblem(TrainableProblem):
     ProblemConfig: ClassVar[type[Any]] = ForecastTable
     EvaluationConfig: ClassVar[type[Any]] = EvaluationConfig
     normalised: ClassVar[bool] = False
+    plots = "pnode_dist.problems.common.forecast_plot"
     time_dependent: ClassVar[bool] = False
     error: ClassVar[Literal["rmse", "mae"]] = "rmse"
     _must_define: ClassVar[tuple[str, ...]] = ("build_partition", "load_data", "build_right_hand_side")
@@ -381,8 +379,7 @@ class ForecastProblem(TrainableProblem):
             "all_leads": {name: self.figure(mean.mean()) for name, mean in means.items()},
         }
         self.write(run_directory / FORECAST, forecasts, batch, variables or {})
-        result["forecast"] = str(run_directory / FORECAST)
-        return {**result, "report": draw(run_directory / REPORT, lambda path: self.draw(path, result), self.mesh)}
+        return self.illustrated(result, run_directory)
 
     def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
         """Further figures of an evaluation, by name. Collective on the world."""
@@ -405,12 +402,6 @@ class ForecastProblem(TrainableProblem):
         )
         forecast = self.physical(forecasts["model"])
         write_forecast(path, forecast, physical, self.description, self.units, self.mesh, variables)
-
-    def draw(self, path: Path, result: Mapping[str, Any]) -> None:
-        """Draw the picture of an evaluation, from `forecast.h5` and `metrics.jsonl` beside it. Rank 0 alone."""
-        from pnode_dist.problems.common.forecast_plot import draw_report
-
-        draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"), result)
 
     # Cases
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +20,12 @@ from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.problems.common.solver import neural_ode
+from pnode_dist.report.picture import draw
+from pnode_dist.runs.directory import METRICS
 from pnode_dist.train.problem import Batch
 from pnode_dist.verify.gradcheck import GradcheckCase
+
+FORECAST, REPORT = "forecast.h5", "report.png"
 
 
 class TrainableProblem:
@@ -36,6 +41,8 @@ class TrainableProblem:
     ProblemConfig: ClassVar[type[Any]] = ProblemTable
     ModelConfig: ClassVar[type[Any]] = ModelTable
     EvaluationConfig: ClassVar[type[Any]] = Table
+    plots: ClassVar[str] = ""
+    """The module whose `draw_report(path, forecast, metrics_file, result)` draws the picture of an evaluation."""
     units: str = ""
     """The units of the validation figures, such as `K`."""
     _must_define: ClassVar[tuple[str, ...]] = ("partition", "model", "batches", "loss", "validation")
@@ -121,3 +128,16 @@ class TrainableProblem:
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """The figures of the trained model, for `evaluation.json`: by default those of `validation`."""
         return {"problem": self.name, "units": self.units, "validation": self.validation(model)}
+
+    def illustrated(self, result: Mapping[str, Any], run_directory: Path) -> dict[str, Any]:
+        """The table of an evaluation with the place of the file that was written, and of the picture, drawn now.
+
+        Collective on the world.
+        """
+        told = {**result, "forecast": str(run_directory / FORECAST)}
+        return {**told, "report": draw(run_directory / REPORT, lambda path: self.draw(path, told), self.mesh)}
+
+    def draw(self, path: Path, result: Mapping[str, Any]) -> None:
+        """Draw the picture of an evaluation, from `forecast.h5` and `metrics.jsonl` beside it. Rank 0 alone."""
+        # Needs matplotlib, which may be missing.
+        import_module(self.plots).draw_report(path, path.with_name(FORECAST), path.with_name(METRICS), result)

@@ -7,6 +7,6 @@ from pnode_dist.problems.flows.config import FlowsRun
 
 PROBLEM = ProblemDefinition(
     FlowsRun,
-    "pnode_dist.problems.flows.problem:build_flows",
+    "pnode_dist.problems.flows.problem:FlowsProblem",
     "Learn a density from samples by a continuous normalising flow.",
 )

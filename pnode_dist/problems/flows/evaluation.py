@@ -20,7 +20,7 @@ from pnode_dist.partition.protocol import even_ranges
 from pnode_dist.problems.flows.data import FlowsData, Rows
 from pnode_dist.problems.flows.densities import Array
 from pnode_dist.problems.flows.model import ContinuousFlow
-from pnode_dist.problems.flows.sample_file import FlowContents, PlanarMap
+from pnode_dist.report.dataset_file import Variable
 
 _DERIVATIVES_AT_ONCE = 50_000
 _MARGIN = 0.25
@@ -57,8 +57,10 @@ class SpreadFlow:
         return tuple(np.concatenate(pieces) for pieces in zip(*found, strict=True))
 
 
-def judge(spread: SpreadFlow, data: FlowsData, base: Array, cells: int | None) -> tuple[dict[str, Any], FlowContents]:
-    """The figures of a flow, and what to store and to draw of it. Collective on the state ranks.
+def judge(
+    spread: SpreadFlow, data: FlowsData, base: Array, cells: int | None
+) -> tuple[dict[str, Any], dict[str, Variable]]:
+    """The figures of a flow, and the variables of its file. Collective on the state ranks.
 
     Log-likelihoods are means over the test rows with their standard errors, in nats: of the flow, of the normal
     distribution that fits the rows to learn from best, and of the true density where it is known; `short_of_truth` is
@@ -84,27 +86,35 @@ def judge(spread: SpreadFlow, data: FlowsData, base: Array, cells: int | None) -
     origins, found = spread.over(lambda rows: flow(rows)[:2], samples)
     figures["inversion_error"] = float(np.abs(origins - base).max())
     figures["log_density_error"] = float(np.abs(found - drawn).max())
-    planar, paths = None, None
+    variables = {
+        "samples": Variable(("sample", "dimension"), samples),
+        "sample_log_density": Variable(("sample",), drawn),
+        "test": Variable(("row", "dimension"), test),
+        **{f"test_log_density_{name}": Variable(("row",), values) for name, values in known.items()},
+    }
     if cells is not None:
-        planar = _map(spread, data, cells)
-        figures["integral"] = float(np.exp(planar.flow).sum()) * planar.cell
+        variables |= _map(spread, data, cells)
+        x, y = variables["x"].values, variables["y"].values
+        area = float((x[1] - x[0]) * (y[1] - y[0]))
+        figures["integral"] = float(np.exp(variables["log_density"].values).sum()) * area
         (ways,) = spread.over(lambda rows: (flow.paths(rows, _PIECES).transpose(0, 1),), base[:_PATHS])
-        paths = ways.swapaxes(0, 1)
-    return figures, FlowContents(samples, drawn, test, known, planar, paths)
+        variables["paths"] = Variable(("time", "path", "dimension"), ways.swapaxes(0, 1))
+    return figures, variables
 
 
-def _map(spread: SpreadFlow, data: FlowsData, cells: int) -> PlanarMap:
+def _map(spread: SpreadFlow, data: FlowsData, cells: int) -> dict[str, Variable]:
+    """Log densities `[y, x]` at the centres of cells, the true one if it is known."""
     rows = np.concatenate([data.training, data.validation, data.test]).astype(np.float64)
     low, high = rows.min(axis=0), rows.max(axis=0)
     width = (1 + 2 * _MARGIN) * float((high - low).max())
     centres = (low + high) / 2 + ((np.arange(cells) + 0.5) / cells - 0.5)[:, None] * width
     x, y = centres.T
     points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-    found = {"flow": spread.log_density(points)}
+    found = {"log_density": spread.log_density(points)}
     if data.log_density is not None:
-        found["truth"] = data.log_density(points)
-    shaped = {name: values.reshape(cells, cells) for name, values in found.items()}
-    return PlanarMap(x, y, (width / cells) ** 2, shaped["flow"], shaped.get("truth"))
+        found["true_log_density"] = data.log_density(points)
+    shaped = {name: Variable(("y", "x"), values.reshape(cells, cells)) for name, values in found.items()}
+    return {"x": Variable(("x",), x), "y": Variable(("y",), y), **shaped}
 
 
 def _moments(values: Array) -> dict[str, float]:

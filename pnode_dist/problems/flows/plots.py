@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
-import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.figure import SubFigure
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, save
+from pnode_dist.report.panels import MODEL_COLOUR, OTHER_COLOUR, TRUTH_COLOUR, report_figure
 from pnode_dist.runs import metrics
 
-Array = npt.NDArray[Any]
-
 _SIZE = (13.0, 7.6)
-_DPI = 120
-_DATA = "#1f78b4"
 _MODELS: dict[str, tuple[str, str]] = {
     "flow": ("flow", MODEL_COLOUR),
-    "fitted_normal": ("fitted normal distribution", "#5b6770"),
+    "fitted_normal": ("fitted normal distribution", TRUTH_COLOUR),
     "truth": ("true density", "#33a02c"),
 }
 _SHOWN = 2000
 _PAIRS = 4
 
 
-def draw_report(path: Path, forecast: Path, metrics_file: Path, figures: dict[str, Any]) -> None:
+def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
     """Draw `report.png` from the forecast file, evaluate's table and the metrics file if there is one. For one rank."""
-    # Only this picture is to look like this, and no display is to be needed.
-    with matplotlib.rc_context(STYLE), h5py.File(forecast, "r") as file:
-        layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, hspace=0.04, wspace=0.03)
-        figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
+    with report_figure(path, forecast, _SIZE) as (figure, file):
         (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.1, 1))
         if "log_density" in file:
             _draw_plane(above, file)
@@ -48,14 +39,13 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, figures: dict[st
             _draw_paths(spread, file)
         else:
             _draw_histograms(spread, file)
-        figure.suptitle(_title(figures), fontsize=12)
-        save(figure, path)
+        figure.suptitle(_title(result), fontsize=12)
 
 
-def _title(figures: dict[str, Any]) -> str:
-    found = ", ".join(f"{_MODELS[row['of']][0]} {row['nats']:.3f}" for row in figures["log_likelihood"])
-    name = figures["density"].replace("_", " ")
-    return f"{name} ({figures['dimension']} dimensions): mean log-likelihood of test rows in nats: {found}"
+def _title(result: Mapping[str, Any]) -> str:
+    found = ", ".join(f"{_MODELS[row['of']][0]} {row['nats']:.3f}" for row in result["log_likelihood"])
+    name = result["density"].replace("_", " ")
+    return f"{name} ({result['dimension']} dimensions): mean log-likelihood of test rows in nats: {found}"
 
 
 def _draw_plane(figure: SubFigure, file: h5py.File) -> None:
@@ -66,7 +56,7 @@ def _draw_plane(figure: SubFigure, file: h5py.File) -> None:
     present = {name: np.exp(file[name][:]) for name in maps if name in file}
     axes = figure.subplots(1, 2 + len(present))
     for axis, (name, title, colour) in zip(
-        axes[:2], (("test", "Test rows", _DATA), ("samples", "Samples of the flow", MODEL_COLOUR)), strict=True
+        axes[:2], (("test", "Test rows", OTHER_COLOUR), ("samples", "Samples of the flow", MODEL_COLOUR)), strict=True
     ):
         axis.scatter(*file[name][:_SHOWN].T, s=3, color=colour, alpha=0.5, linewidths=0)
         axis.set_title(title)
@@ -89,7 +79,7 @@ def _draw_pairs(figure: SubFigure, file: h5py.File) -> None:
     for axis, (first, second) in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
         size = 4 if len(test) > 300 else 12
         axis.scatter(samples[:, first], samples[:, second], s=5, color=MODEL_COLOUR, alpha=0.5, linewidths=0)
-        axis.scatter(test[:, first], test[:, second], s=size, color=_DATA, alpha=0.6, linewidths=0)
+        axis.scatter(test[:, first], test[:, second], s=size, color=OTHER_COLOUR, alpha=0.6, linewidths=0)
         # A few far samples must not hide the rest.
         both = np.concatenate([test[:, (first, second)], samples[:, (first, second)]])
         low, high = np.percentile(both, [0.3, 99.7], axis=0)
@@ -117,7 +107,7 @@ def _draw_training(axis: Axes, metrics_file: Path) -> None:
     axis.plot(
         [record["step"] for record in checks],
         figures,
-        color=_DATA,
+        color=OTHER_COLOUR,
         linewidth=2,
         marker="^",
         markersize=4,
@@ -153,8 +143,8 @@ def _draw_fit(axis: Axes, file: h5py.File) -> None:
 def _draw_paths(axis: Axes, file: h5py.File) -> None:
     """The ways on which samples come from noise."""
     paths = file["paths"][:]
-    axis.plot(*np.moveaxis(paths, -1, 0), color="#5b6770", linewidth=0.8, alpha=0.7)
-    for points, colour, label in ((paths[0], "#5b6770", "noise"), (paths[-1], MODEL_COLOUR, "samples")):
+    axis.plot(*np.moveaxis(paths, -1, 0), color=TRUTH_COLOUR, linewidth=0.8, alpha=0.7)
+    for points, colour, label in ((paths[0], TRUTH_COLOUR, "noise"), (paths[-1], MODEL_COLOUR, "samples")):
         axis.scatter(points[:, 0], points[:, 1], s=12, color=colour, zorder=3, label=label)
     axis.set_aspect("equal", adjustable="datalim")
     axis.set_title("From noise to samples")
@@ -166,7 +156,7 @@ def _draw_histograms(axis: Axes, file: h5py.File) -> None:
     test, samples = file["test_log_density_flow"][:], file["sample_log_density"][:]
     low, high = np.percentile(np.concatenate([test, samples]), [0.5, 100])
     bins = np.linspace(low, high + 0.02 * (high - low), 40)
-    for values, label, colour in ((test, "test rows", _DATA), (samples, "samples", MODEL_COLOUR)):
+    for values, label, colour in ((test, "test rows", OTHER_COLOUR), (samples, "samples", MODEL_COLOUR)):
         axis.hist(
             np.maximum(values, low),
             bins=list(bins),

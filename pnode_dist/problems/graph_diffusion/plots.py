@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ _CURVES: dict[str, dict[str, Any]] = {
 }
 
 
-def draw_report(path: Path, forecast: Path, metrics_file: Path) -> None:
+def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
     """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank.
 
     Maps show the first validation trajectory at up to five samples from the first to the last, closer at the beginning.

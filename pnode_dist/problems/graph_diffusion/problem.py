@@ -13,7 +13,6 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition.graph import GraphPartition
 from pnode_dist.problems.common.computed_problem import ComputedProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Windows
-from pnode_dist.problems.common.forecast_file import FORECAST
 from pnode_dist.problems.common.forecast_model import ForecastModel
 from pnode_dist.problems.common.forecast_parts import Scaling
 from pnode_dist.problems.graph_diffusion.config import DiffusionParameters
@@ -37,6 +36,7 @@ class GraphDiffusionProblem(ComputedProblem):
     """
 
     config: GraphDiffusionRun
+    plots = "pnode_dist.problems.graph_diffusion.plots"
     partition: GraphPartition
     model: ForecastModel
     model_variable = "model"
@@ -138,9 +138,3 @@ class GraphDiffusionProblem(ComputedProblem):
             "conductivity_learnt": Variable(("temperature",), learnt.double().squeeze(-1)),
             "conductivity_constant": Variable((), self.conductivity),
         }
-
-    def draw(self, path: Path, result: Mapping[str, Any]) -> None:
-        """Draw the picture of an evaluation. Rank 0 alone."""
-        from pnode_dist.problems.graph_diffusion.plots import draw_report
-
-        draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"))

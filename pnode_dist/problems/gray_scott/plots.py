@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _SHOWN_SPECIES = 1
 _CURVES = {"forecast": {"label": "neural ODE", **CURVE}, "persistence": PERSISTENCE, "training_mean": TRAINING_MEAN}
 
 
-def draw_report(path: Path, forecast: Path, metrics_file: Path) -> None:
+def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
     """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank.
 
     Maps show v of the first validation trajectory at up to six samples from the first to the last.

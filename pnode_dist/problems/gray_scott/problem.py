@@ -13,7 +13,6 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.computed_problem import ComputedProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Windows
-from pnode_dist.problems.common.forecast_file import FORECAST
 from pnode_dist.problems.common.forecast_parts import Scaling
 from pnode_dist.problems.gray_scott.data import rate_of_change, trajectories
 from pnode_dist.problems.gray_scott.model import ConvolutionalTendency, right_hand_side
@@ -28,6 +27,7 @@ class GrayScottProblem(ComputedProblem):
     """Learn how two species react and diffuse on a periodic plane. Solved for are normalised concentrations."""
 
     config: GrayScottRun
+    plots = "pnode_dist.problems.gray_scott.plots"
     partition: GridPartition
     normalised = True
     stores_baselines = False
@@ -81,9 +81,3 @@ class GrayScottProblem(ComputedProblem):
         """Write `forecast.h5`, with the means of the training trajectories."""
         mean = Variable(("species",), self.physical(self.moments[0]))
         super().write(path, forecasts, batch, {**variables, "training_mean": mean})
-
-    def draw(self, path: Path, result: Mapping[str, Any]) -> None:
-        """Draw the picture of an evaluation. Rank 0 alone."""
-        from pnode_dist.problems.gray_scott.plots import draw_report
-
-        draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"))

@@ -7,6 +7,6 @@ from pnode_dist.problems.images.config import ImagesRun
 
 PROBLEM = ProblemDefinition(
     ImagesRun,
-    "pnode_dist.problems.images.problem:build_images",
+    "pnode_dist.problems.images.problem:ImagesProblem",
     "Classify images by a network with ODE blocks.",
 )

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
-import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.figure import SubFigure
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
-
-Array = npt.NDArray[Any]
+from pnode_dist.report.panels import MODEL_COLOUR, Array, draw_training, report_figure
 
 _SIZE = (13.0, 8.6)
-_DPI = 120
 _SHOWN = 12
 _COLOURS = "Blues"
 
 
-def draw_report(path: Path, forecast: Path, metrics_file: Path, watched: str) -> None:
-    """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank.
-
-    `watched` is the part whose error the metrics hold.
-    """
-    # Only this picture is to look like this, and no display is to be needed.
-    with matplotlib.rc_context(STYLE), h5py.File(forecast, "r") as file:
+def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
+    """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank."""
+    with report_figure(path, forecast, _SIZE) as (figure, file):
         labels, probabilities, images = (file[name][:] for name in ("label", "probability", "image"))
         classes = [name.decode() for name in file["class"][:]]
-        layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, hspace=0.04, wspace=0.03)
-        figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
         (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.9, 1))
         training, confusion = above.subplots(1, 2, width_ratios=(1.15, 1))
-        draw_training(training, metrics_file, "", "cross entropy (nats)", f"{watched} error")
+        draw_training(training, metrics_file, "", "cross entropy (nats)", f"{result['watched']} error")
         taken = probabilities.argmax(axis=1)
         _draw_confusion(confusion, labels, taken, classes)
         _draw_missed(below, images, labels, probabilities, classes)
@@ -46,7 +34,6 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, watched: str) ->
             f"({100 * right / len(labels):.2f} %)",
             fontsize=12,
         )
-        save(figure, path)
 
 
 def _draw_confusion(axis: Axes, labels: Array, taken: Array, classes: list[str]) -> None:

@@ -6,8 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.distributed.gradients import share_of_mean
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
@@ -26,16 +24,15 @@ from pnode_dist.partition.batch import BatchPartition
 from pnode_dist.partition.protocol import even_ranges
 from pnode_dist.problems.common.batches import check_replicas, shared
 from pnode_dist.problems.common.solver import check_checkpoint, neural_ode
+from pnode_dist.problems.common.trainable import FORECAST, TrainableProblem
 from pnode_dist.problems.images.data import ImageData, LabelledImages, draw_moves, load_images
-from pnode_dist.problems.images.forecast_file import Classified, write_classified
 from pnode_dist.problems.images.model import OdeBlock, SqueezeNext
-from pnode_dist.report.picture import draw
+from pnode_dist.report.dataset_file import Variable, write_dataset
 from pnode_dist.verify.gradcheck import GradcheckCase
 
 if TYPE_CHECKING:
     from pnode_dist.problems.images.config import ImagesRun
 
-FORECAST, REPORT = "forecast.h5", "report.png"
 _CHECKED_IMAGES = 32
 
 
@@ -49,22 +46,6 @@ class ImageBatch:
     images: torch.Tensor
     labels: torch.Tensor
     numbers: tuple[int, ...]
-
-
-def build_images(config: ImagesRun, mesh: Mesh, dtype: torch.dtype) -> ImagesProblem:
-    """The configured problem with its data, its model computing in `dtype`. Collective on the world.
-
-    Raises `ConfigurationError` on all ranks for whatever the images or the number of ranks do not allow.
-    """
-    if config.training.keep == "best" and config.problem.validation == 0:
-        raise ConfigurationError(
-            '[training] keep = "best": needs images that it is not judged by to choose by: [problem] validation must '
-            "be greater than 0"
-        )
-    data = load_images(config.problem, mesh)
-    check_replicas(config, mesh, len(data.training), "image")
-    _check_sizes(config, data, mesh)
-    return ImagesProblem(config, mesh, data, _model(config, data, mesh, dtype), dtype)
 
 
 def _check_sizes(config: ImagesRun, data: ImageData, mesh: Mesh) -> None:
@@ -120,29 +101,32 @@ def _in_order_of_axes(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.flatten().view(gradient.shape)
 
 
-@dataclass(frozen=True)
-class ImagesProblem:
-    """Labelled images, a network that tells their classes apart, and how one is learnt and judged by the other.
+class ImagesProblem(TrainableProblem):
+    """Tell images of classes apart by a convolutional network with ODE blocks.
 
-    See `pnode_dist.train.problem.Problem`. A state is a batch of images, whose samples are spread over the state
-    ranks. Batch norms take their statistics over all ranks, so that the replicas train as one.
+    A state is a batch of images, whose samples are spread over the state ranks. Batch norms take their statistics over
+    all ranks, so that the replicas train as one.
     """
 
     config: ImagesRun
-    mesh: Mesh
-    data: ImageData
-    model: SqueezeNext
-    dtype: torch.dtype
+    plots = "pnode_dist.problems.images.plots"
+
+    def __init__(self, config: ImagesRun, mesh: Mesh, dtype: torch.dtype) -> None:
+        super().__init__(config, mesh, dtype)
+        if config.training.keep == "best" and config.problem.validation == 0:
+            raise ConfigurationError(
+                '[training] keep = "best": needs images that it is not judged by to choose by: [problem] validation '
+                "must be greater than 0"
+            )
+        self.data = load_images(config.problem, mesh)
+        check_replicas(config, mesh, len(self.data.training), "image")
+        _check_sizes(config, self.data, mesh)
+        self._model = _model(config, self.data, mesh, dtype)
 
     @property
-    def name(self) -> str:
-        """The problem's name."""
-        return "images"
-
-    @property
-    def units(self) -> str:
-        """Shares of images and entropies have no units."""
-        return ""
+    def model(self) -> SqueezeNext:
+        """The network."""
+        return self._model
 
     @property
     def partition(self) -> BatchPartition:
@@ -175,13 +159,10 @@ class ImagesProblem:
             f"{name}_loss": functional.cross_entropy(scores, labels).item(),
         }
 
-    def solve_statistics(self) -> SolveStatistics:
-        """The counts of the model's last call, of all groups together."""
-        return reduce(add, (block.solve.last_solve for block in self._blocks()))
-
     def solve_case(self) -> SolveCase:
         """The first group's solve of the first training batch."""
-        block = self._blocks()[0]
+        block = self.model.blocks[0]
+        assert isinstance(block, OdeBlock)
         with torch.no_grad():
             state = self.model.first_state(next(self.batches(1)).images)
         block.place(state)
@@ -229,6 +210,7 @@ class ImagesProblem:
         result: dict[str, Any] = {
             "problem": self.name,
             "data": self.config.problem.data,
+            "watched": self.data.watched,
             "training_images": len(self.data.training),
             "test_images": len(test),
             "parameters": sum(value.numel() for value in self.model.parameters()),
@@ -241,13 +223,14 @@ class ImagesProblem:
                 for name, row in zip(classes, counts.tolist(), strict=True)
             ],
         }
-        contents = Classified(test.images, test.labels, scores.softmax(dim=1).numpy(), classes)
-        write_classified(run_directory / FORECAST, contents, self.mesh)
-        result["forecast"] = str(run_directory / FORECAST)
-        return {**result, "report": draw(run_directory / REPORT, partial(_draw, watched=self.data.watched), self.mesh)}
-
-    def _blocks(self) -> list[OdeBlock]:
-        return [block for block in self.model.blocks if isinstance(block, OdeBlock)]
+        variables = {
+            "image": Variable(("sample", "y", "x", "channel"), test.images),
+            "label": Variable(("sample",), test.labels),
+            "probability": Variable(("sample", "class"), scores.softmax(dim=1)),
+            "class": Variable(("class",), np.array(classes)),
+        }
+        write_dataset(run_directory / FORECAST, variables, self.mesh)
+        return self.illustrated(result, run_directory)
 
     def _mine(self, numbers: Sequence[int]) -> Sequence[int]:
         """Those of a replica's images that are this rank's."""
@@ -276,9 +259,3 @@ class ImagesProblem:
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> float | None:
     return part.item() / whole.item() if whole > 0 else None
-
-
-def _draw(path: Path, watched: str) -> None:
-    from pnode_dist.problems.images.plots import draw_report
-
-    draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"), watched)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -33,7 +35,7 @@ _CURVES = {
 _POINTS = {"color": MODEL_COLOUR, "marker": "o", "markersize": 3.2, "label": "neural DAE"}
 
 
-def draw_report(path: Path, forecast: Path, metrics_file: Path) -> None:
+def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
     """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank."""
     with report_figure(path, forecast, _SIZE) as (figure, file):
         (above,), (below,) = figure.subfigures(2, 1, squeeze=False)

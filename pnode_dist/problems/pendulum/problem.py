@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,6 @@ import torch
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.problems.common.computed_problem import EnsembleProblem
 from pnode_dist.problems.common.forecast_data import SplitData, Windows
-from pnode_dist.problems.common.forecast_file import FORECAST
 from pnode_dist.problems.pendulum.data import Motions, generate
 from pnode_dist.problems.pendulum.model import ConstrainedMotion, PendulumModel, TrueForce, mass_matrix, right_hand_side
 from pnode_dist.problems.pendulum.physics import COMPONENTS
@@ -29,6 +27,7 @@ class PendulumProblem(EnsembleProblem):
     """
 
     config: PendulumRun
+    plots = "pnode_dist.problems.pendulum.plots"
     model: PendulumModel
     components = COMPONENTS
 
@@ -102,9 +101,3 @@ class PendulumProblem(EnsembleProblem):
         ]
         longest, speed = self.mesh.max(torch.stack(largest)).tolist()
         return {"length": longest, "radial_speed": speed}
-
-    def draw(self, path: Path, result: Mapping[str, Any]) -> None:
-        """Draw the picture of an evaluation. Rank 0 alone."""
-        from pnode_dist.problems.pendulum.plots import draw_report
-
-        draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ _SOLVES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def draw_report(path: Path, forecast: Path, metrics_file: Path) -> None:
+def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
     """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank."""
     with report_figure(path, forecast, _SIZE) as (figure, file):
         (above,), (below,) = figure.subfigures(2, 1, squeeze=False)

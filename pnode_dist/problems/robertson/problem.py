@@ -13,7 +13,6 @@ from torch import nn
 from pnode_dist.problems.common.computed_problem import EnsembleProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Windows
 from pnode_dist.problems.common.forecast_errors import mean_share, means_by_lead
-from pnode_dist.problems.common.forecast_file import FORECAST
 from pnode_dist.problems.common.forecast_parts import Scaling
 from pnode_dist.problems.robertson.comparison import FINELY, RIVAL, Pursuit, pursuits_of
 from pnode_dist.problems.robertson.data import decades, fastest_rate, generate, range_of, sample_times
@@ -33,6 +32,7 @@ class RobertsonProblem(EnsembleProblem):
     """
 
     config: RobertsonRun
+    plots = "pnode_dist.problems.robertson.plots"
     model: RobertsonModel
     error = "mae"
     components = SPECIES
@@ -138,9 +138,3 @@ class RobertsonProblem(EnsembleProblem):
                 }
             )
         return rows
-
-    def draw(self, path: Path, result: Mapping[str, Any]) -> None:
-        """Draw the picture of an evaluation. Rank 0 alone."""
-        from pnode_dist.problems.robertson.plots import draw_report
-
-        draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"))

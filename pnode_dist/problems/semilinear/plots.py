@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,16 @@ _CURVES: dict[str, dict[str, Any]] = {
 }
 
 
-def draw_report(path: Path, forecast: Path, metrics_file: Path, title: str) -> None:
+def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
     """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank.
 
-    Maps over x and time show the first validation trajectory; `title` names the equation.
+    Maps over x and time show the first validation trajectory.
     """
     with report_figure(path, forecast, _SIZE) as (figure, file):
         (maps,), (curves,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.5, 1))
         trajectories, _, points = file["truth"].shape
-        maps.suptitle(f"{title}, {points} points: the first of {trajectories} held-out trajectories", fontsize=12)
+        title = f"{result['equation']}, {points} points: the first of {trajectories} held-out trajectories"
+        maps.suptitle(title, fontsize=12)
         _draw_maps(maps, file)
         left, right = curves.subplots(1, 2)
         draw_training(left, metrics_file, "")

@@ -7,7 +7,6 @@ Liu, R. Maulik: Semi-implicit neural ODEs, AAAI 2025. Which equation it is, `[pr
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from pnode_dist.ode.rhs.split import SplitFunction
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.computed_problem import ComputedProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Windows
-from pnode_dist.problems.common.forecast_file import FORECAST
 from pnode_dist.problems.common.forecast_parts import Scaling
 from pnode_dist.problems.semilinear.data import generate
 from pnode_dist.problems.semilinear.equation import Convection, linear_stencil
@@ -41,6 +39,7 @@ class SemilinearProblem(ComputedProblem):
     """Learn the nonlinear part of a semilinear equation. Solved for are states in units of their root mean square."""
 
     config: SemilinearRun
+    plots = "pnode_dist.problems.semilinear.plots"
     partition: GridPartition
     model: SemilinearModel
     model_variable = "model"
@@ -124,7 +123,13 @@ class SemilinearProblem(ComputedProblem):
             )
         truth = self.held_out_windows(torch.float64)
         forecasts["persistence"] = truth.initial.expand_as(truth.targets)
-        figures = {"points": problem.points, "length": problem.length, "deviation": self.scale, "costs": costs}
+        figures = {
+            "equation": problem.equation.title,
+            "points": problem.points,
+            "length": problem.length,
+            "deviation": self.scale,
+            "costs": costs,
+        }
         return self.report(forecasts, truth, run_directory, figures)
 
     def _largest_stable_step(self, batch: Windows) -> float:
@@ -133,10 +138,3 @@ class SemilinearProblem(ComputedProblem):
         guess = -1 / shortest_wave(linear_stencil(problem.equation, problem.points))
         func = self._split(self.model.term, 2)
         return largest_stable_step(func, batch.initial[:1], EXPLICIT, self.partition, guess)
-
-    def draw(self, path: Path, result: Mapping[str, Any]) -> None:
-        """Draw the picture of an evaluation. Rank 0 alone."""
-        from pnode_dist.problems.semilinear.plots import draw_report
-
-        title = self.config.problem.equation.title
-        draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"), title)

@@ -16,7 +16,7 @@ import xarray
 from pnode_dist import Mesh
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.flows.problem import FlowsProblem, build_flows
+from pnode_dist.problems.flows.problem import FlowsProblem
 from pnode_dist.train import loop
 from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
@@ -28,7 +28,7 @@ NAMES = ["exact", "gaussian noise", "rademacher noise"]
 
 
 def built(mesh: Mesh, **tables: Any) -> FlowsProblem:
-    return build_flows(config(**tables), mesh, torch.float64)
+    return FlowsProblem(config(**tables), mesh, torch.float64)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def draw(
         "conductivity_constant": Variable((), 0.3),
     }
     write_dataset(directory / "f.h5", variables, mesh)
-    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl")
+    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", {})
     picture = np.asarray(image.imread(directory / "r.png"))
     assert picture.shape[:2] == (HEIGHT, WIDTH)
     return picture

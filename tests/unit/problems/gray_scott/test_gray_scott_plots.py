@@ -34,7 +34,7 @@ def draw(directory: Path, mesh: Mesh, times: int = 8, largest_error: float = 0.1
         "training_mean": Variable(("species",), np.array([0.5, 0.5])),
     }
     write_dataset(directory / "f.h5", variables, mesh)
-    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl")
+    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", {})
     return np.asarray(image.imread(directory / "r.png"))
 
 

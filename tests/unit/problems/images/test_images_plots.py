@@ -12,8 +12,8 @@ import pytest
 from matplotlib import image
 
 from pnode_dist import Mesh
-from pnode_dist.problems.images.forecast_file import Classified, write_classified
 from pnode_dist.problems.images.plots import draw_report
+from pnode_dist.report.dataset_file import Variable, write_dataset
 
 HEIGHT, WIDTH = 1032, 1560
 PANELS = {
@@ -31,9 +31,14 @@ def draw(directory: Path, mesh: Mesh, taken: list[int], channels: int = 1, shade
     probabilities[np.arange(5), found] = 0.8
     images = np.full((5, 4, 4, channels), shade, dtype=np.uint8)
     images[:, 1, 2] = 250
-    contents = Classified(images, labels, probabilities, ("one", "two", "three"))
-    write_classified(directory / "f.h5", contents, mesh)
-    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", "validation")
+    variables = {
+        "image": Variable(("sample", "y", "x", "channel"), images),
+        "label": Variable(("sample",), labels),
+        "probability": Variable(("sample", "class"), probabilities),
+        "class": Variable(("class",), np.array(["one", "two", "three"])),
+    }
+    write_dataset(directory / "f.h5", variables, mesh)
+    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", {"watched": "validation"})
     return np.asarray(image.imread(directory / "r.png"))
 
 

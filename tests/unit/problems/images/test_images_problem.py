@@ -17,7 +17,7 @@ from pnode_dist import Mesh
 from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.images import cifar10
-from pnode_dist.problems.images.problem import ImagesProblem, build_images
+from pnode_dist.problems.images.problem import ImagesProblem
 from pnode_dist.train import loop
 from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
@@ -40,7 +40,7 @@ def mesh() -> Iterator[Mesh]:
 
 
 def built(mesh: Mesh, **tables: Any) -> ImagesProblem:
-    return build_images(config(**tables), mesh, torch.float64)
+    return ImagesProblem(config(**tables), mesh, torch.float64)
 
 
 # Training
@@ -205,7 +205,7 @@ def test_files_of_cifar10_are_trained_on(tmp_path: Path, monkeypatch: pytest.Mon
     for seed, name in enumerate((*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")):
         (tmp_path / f"{name}.bin").write_bytes(binary_file(*cifar_part(4, seed)))
     images = {"type": "images", "data": "cifar10", "path": str(tmp_path), "validation": 0.0, "shift": 4, "flip": True}
-    problem = build_images(
+    problem = ImagesProblem(
         config(training={"epochs": 1}).model_copy(update={"problem": _validated(images)}), mesh, torch.float32
     )
     assert (len(problem.data.training), len(problem.data.test)) == (20, 4)

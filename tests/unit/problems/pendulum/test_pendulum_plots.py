@@ -46,7 +46,7 @@ def draw(
         "scale": Variable(("component",), np.ones(5)),
     }
     write_dataset(directory / "f.h5", variables, mesh)
-    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl")
+    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", {})
     return np.asarray(image.imread(directory / "r.png"))
 
 

@@ -53,7 +53,7 @@ def draw(
     variables["component"] = Variable(("component",), np.array(["A", "B", "C"]))
     variables["scale"] = Variable(("component",), np.ones(3))
     write_dataset(directory / "f.h5", variables, mesh)
-    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl")
+    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", {})
     return np.asarray(image.imread(directory / "r.png"))
 
 

@@ -29,7 +29,7 @@ def draw(directory: Path, mesh: Mesh, times: int = 8, largest_error: float = 0.1
     variables["time"] = Variable(("time",), 2.0 * np.arange(times))
     variables["x"] = Variable(("x",), 6.0 * np.arange(POINTS) / POINTS)
     write_dataset(directory / "f.h5", variables, mesh)
-    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", "waves")
+    draw_report(directory / "r.png", directory / "f.h5", directory / "metrics.jsonl", {"equation": "waves"})
     return np.asarray(image.imread(directory / "r.png"))
 
 
