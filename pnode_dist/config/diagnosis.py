@@ -32,15 +32,6 @@ def first_error(
     return f"{_origin(keys, source, overrides)}: {_sentence(details, schema)}{others}"
 
 
-def wrong_choice(
-    keys: tuple[str, str], value: Any, choices: Sequence[str], source: str, overrides: Mapping[tuple[str, ...], str]
-) -> str:
-    """One line for a value that is needed to know the schema, and is none of `choices`. See `first_error`."""
-    return (
-        f"{_origin(keys, source, overrides)}: [{keys[0]}] {keys[1]} = {_shown(value)}: must be {' or '.join(choices)}"
-    )
-
-
 def _origin(keys: tuple[str, ...], source: str, overrides: Mapping[tuple[str, ...], str]) -> str:
     """The option that set the keys, or else the file."""
     return next((text for path, text in overrides.items() if path[: len(keys)] == keys), source)
@@ -58,7 +49,7 @@ def _sentence(details: ErrorDetails, schema: Schema) -> str:
         hint = _near(names[1], keys) or _elsewhere(names[1], schema)
         return f"[{names[0]}] unknown key {names[1]}{hint}: must be one of {', '.join(keys)}"
     if len(names) == 1:
-        state = "is missing" if kind == "missing" else f"= {_shown(value)}: must be a table"
+        state = "is missing" if kind == "missing" else f"= {shown(value)}: must be a table"
         return f"[{names[0]}] {state}"
     part = table["properties"][names[1]]
     if kind == "missing" and len(location) == 2:
@@ -68,7 +59,7 @@ def _sentence(details: ErrorDetails, schema: Schema) -> str:
     if entry is not None and kind != "missing":
         part = _entry(part, entry, schema)
         names[1] += f"[{entry}]"
-    return f"[{names[0]}] {names[1]} = {_shown(value)}: {_rule(details, allowed(part, schema))}"
+    return f"[{names[0]}] {names[1]} = {shown(value)}: {_rule(details, allowed(part, schema))}"
 
 
 def _rule(details: ErrorDetails, allowed: str) -> str:
@@ -94,7 +85,8 @@ def _elsewhere(key: str, schema: Schema) -> str:
     return f" (it is a key of {' and '.join(f'[{name}]' for name in tables)})" if tables else ""
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as the file has it, shortened."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except ValueError:

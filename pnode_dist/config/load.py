@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pnode_dist.config.diagnosis import first_error
+from pnode_dist.config.diagnosis import first_error, shown
 from pnode_dist.config.reading import apply_override, read_tables
 from pnode_dist.config.registry import DEFAULT, Registered, resolve
 from pnode_dist.config.tables import Config
@@ -62,7 +62,7 @@ def validated(raw: RawTables, found: Registered | None = None) -> Config:
     problem = tables.get("problem")
     kind = problem.get("type", DEFAULT) if isinstance(problem, dict) else DEFAULT
     if not isinstance(kind, str):
-        raise ConfigurationError(f"{_origin(raw)}: [problem] type = {kind!r}: must be a string")
+        raise ConfigurationError(f"{_origin(raw)}: [problem] type = {shown(kind)}: must be a string")
     if found is None:
         try:
             found = resolve(kind, Path(raw.directory))

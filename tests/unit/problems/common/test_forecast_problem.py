@@ -191,14 +191,16 @@ def test_a_normalised_problem_solves_for_normalised_states(mesh: Mesh) -> None:
             return Watching()
 
     problem = built(Normalised, mesh, problem={"type": "own"})
+    whole = torch.from_numpy(exact(Vector.times, 4, 3))
+    mean, deviation = whole[:3].mean(), whole[:3].std(correction=0)
     batch = windows(problem.samples, [(0, 2)], 1, D)
-    learnt = torch.from_numpy(exact(Vector.times, 4, 3))[:3]
-    mean, deviation = learnt.mean(), learnt.std(correction=0)
+    assert torch.allclose(batch.initial[0], (whole[0, 2] - mean) / deviation, rtol=1e-12)
     seen.clear()
     rollout = problem.model(batch)
-    assert torch.allclose(seen[0], (batch.initial - mean) / deviation, rtol=1e-12)
-    expected = rk4(0.5, (batch.initial[0] - mean) / deviation, [0.0, 0.25], 0.125)[1] * deviation + mean
+    assert torch.equal(seen[0], batch.initial)
+    expected = rk4(0.5, (whole[0, 2] - mean) / deviation, [0.0, 0.25], 0.125)[1]
     assert torch.allclose(rollout[0, 0], expected, rtol=1e-12)
+    assert torch.allclose(problem.physical(batch.initial[0]), whole[0, 2], rtol=1e-14)
 
 
 class Gaps(Vector):

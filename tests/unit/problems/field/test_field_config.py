@@ -61,7 +61,7 @@ def test_the_shipped_configuration_is_valid() -> None:
 
 
 def test_the_table_in_the_readme_is_valid() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    readme = (Path(__file__).parents[4] / "README.md").read_text()
     block = next(text for text in re.findall(r"```toml\n(.*?)```", readme, re.DOTALL) if "tas_*.nc" in text)
     table = FieldConfig.model_validate(tomllib.loads(block)["problem"])
     assert table.variables == ("tas", "ps")

@@ -34,9 +34,9 @@ def path(tmp_path: Path) -> Path:
 
 
 WRONG = {
-    "problem.type=graph": '[problem] type = "graph": must be field or gray_scott',
-    "problem.type=3": "[problem] type = 3: must be field or gray_scott",
-    'problem.type=["gray_scott"]': '[problem] type = ["gray_scott"]: must be field or gray_scott',
+    "problem.type=graph": '[problem] type = "graph": unknown problem: must be one of burgers, field,',
+    "problem.type=3": "[problem] type = 3: must be a string",
+    'problem.type=["gray_scott"]': '[problem] type = ["gray_scott"]: must be a string',
     "problem.shape=[8]": "[problem] shape = [8]: must be a list of 2 entries, each an integer of at least 3",
     "problem.shape=[8, 2]": "[problem] shape[1] = 2: must be an integer of at least 3",
     "problem.domain=[1.0, 0.0]": "[problem] domain[1] = 0.0: must be a number greater than 0",
@@ -78,7 +78,9 @@ def test_a_wrong_type_in_the_file_is_reported_with_the_file(path: Path) -> None:
     path.write_text(SHORTEST.replace("gray_scott", "grey_scott"))
     with pytest.raises(ConfigurationError) as caught:
         load(path)
-    assert str(caught.value).startswith(f'{path}: [problem] type = "grey_scott": must be field or gray_scott')
+    assert str(caught.value).startswith(
+        f'{path}: [problem] type = "grey_scott": unknown problem (did you mean gray_scott?)'
+    )
 
 
 def test_the_type_of_the_problem_chooses_its_tables(path: Path) -> None:

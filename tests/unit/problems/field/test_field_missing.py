@@ -14,8 +14,8 @@ from matplotlib import image
 
 from pnode_dist import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.field import FieldProblem, baselines, build_field
 from pnode_dist.problems.field.model import SeasonalCycle, windows
+from pnode_dist.problems.field.problem import FieldProblem, baselines, build_field
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.field.plain_field import PlainField, fractions_of_year
 from tests.unit.problems.field.synthetic_fields import (
