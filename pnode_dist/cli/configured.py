@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pnode_dist.config.load import RawTables, read, validated
-from pnode_dist.config.registry import Registered, resolve
+from pnode_dist.config.registry import DEFAULT, Registered, is_built_in, resolve
 from pnode_dist.config.tables import Config
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.system.compatibility import check_mpi
 
 
 def configured(path: str | Path, overrides: Sequence[str]) -> tuple[Config, Registered]:
@@ -30,6 +31,10 @@ def configured(path: str | Path, overrides: Sequence[str]) -> tuple[Config, Regi
     if isinstance(raw, ConfigurationError):
         raise raw
     assert raw is not None
+    problem = raw.tables.get("problem")
+    if isinstance(problem, dict) and not is_built_in(problem.get("type", DEFAULT)):
+        # Loading PETSc is collective, and the user's module may fail on some ranks before it does that.
+        check_mpi()
     failure: ConfigurationError | None = None
     try:
         config = validated(raw)

@@ -50,6 +50,12 @@ def installed() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
 
 
+def is_built_in(kind: Any) -> bool:
+    """Whether a kind is registered by this package."""
+    entry = installed().get(kind) if isinstance(kind, str) else None
+    return entry is not None and entry.module.partition(".")[0] == "pnode_dist"
+
+
 def resolve(kind: str, directory: Path) -> Registered:
     """The problem that `kind` names; a file is relative to `directory`.
 

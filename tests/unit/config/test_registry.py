@@ -138,3 +138,9 @@ def test_a_plain_pydantic_class_is_a_problem_s_table(tmp_path: Path) -> None:
     written(tmp_path / "plain.py", PLAIN)
 
     assert set(resolve("plain.py:Plain", tmp_path).definition.run.model_fields) >= {"problem", "model", "evaluation"}
+
+
+def test_only_problems_of_the_package_are_built_in() -> None:
+    assert [registry.is_built_in(kind) for kind in ("burgers", "burger", "./mine.py:Burgers", 3)] == [True] + 3 * [
+        False
+    ]
