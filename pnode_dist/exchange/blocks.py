@@ -1,4 +1,4 @@
-"""Blocks of a global tensor that one rank holds: handed out and collected."""
+"""Scatter and gather of a global tensor between one rank and all ranks, differentiable."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pnode_dist.partition.protocol import Partition
 
 
 def scatter(x: torch.Tensor | None, partition: Partition, root: int = 0) -> torch.Tensor:
-    """Each rank's block of the global tensor that `root` holds. Collective on the partition's communicator.
+    """Distribute a global tensor from `root`. Collective on the partition's communicator.
 
     `x` is `[..., *global_shape]` on `root`; its values are ignored elsewhere. The adjoint gathers the cotangents on
-    `root`. Under torch.func the other ranks pass a tensor that is differentiated like root's, if only an empty one.
+    `root`. Under torch.func the other ranks must pass a tensor under the same transforms, which may be empty.
     """
     local: torch.Tensor = _Scatter.apply(_source(x, partition, root), partition, root)  # type: ignore[no-untyped-call]
     return local
 
 
 def _source(x: torch.Tensor | None, partition: Partition, root: int) -> torch.Tensor:
-    """What is scattered: `x` on `root`; elsewhere an empty tensor, differentiated as `x` is on `root`.
+    """Return `x` on `root`, and elsewhere an empty tensor that requires a gradient if `x` does on `root`.
 
-    The other ranks need a node of their own in the graph, so that derivatives find them taking part.
+    The other ranks need a node in their graph, so that they take part in derivatives.
     """
     at_root = partition.comm.rank == root
     traits = (x.dtype, x.requires_grad, _has_tangent(x)) if at_root and x is not None else None
@@ -67,10 +67,10 @@ class _Scatter(torch.autograd.Function):
 
 
 def gather(x: torch.Tensor, partition: Partition, root: int = 0) -> torch.Tensor:
-    """The global tensor `[..., *global_shape]` on `root`, an empty tensor elsewhere. Collective on the partition.
+    """Return the global tensor `[..., *global_shape]` on `root`, an empty tensor elsewhere. Collective.
 
-    The adjoint scatters root's cotangent. The other ranks take part in it when their share of the loss contains the
-    empty tensor, for instance its sum, which is zero.
+    The adjoint scatters root's cotangent. The other ranks take part if their share of the loss contains the empty
+    tensor, for instance as its sum, which is zero.
     """
     whole: torch.Tensor = _Gather.apply(x, partition, root)  # type: ignore[no-untyped-call]
     return whole

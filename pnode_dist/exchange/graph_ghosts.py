@@ -1,4 +1,4 @@
-"""The ghosts of a rank's part of a graph: the nodes of other ranks from which edges lead to its own."""
+"""The ghosts of a rank's part of a graph: nodes of other ranks that are sources of its edges."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NODES = -2
 
 
 def with_ghosts(x: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
-    """The rank's nodes followed by its ghosts, `[..., local_nodes, features]` -> `[..., local_nodes + ghosts,
-    features]`. Collective on the partition's communicator.
+    """Return the rank's nodes followed by its ghosts. Collective on the partition's communicator.
 
-    `x` may be of any floating type and have any number of features. Each rank sends one message to each rank that sees
-    nodes of it, holding these nodes and nothing else. The adjoint sends back what the ghosts received and adds it, in
-    the order of ranks: no bit of it depends on who is first. Raises `ValueError` for another number of nodes.
+    Maps `[..., local_nodes, features]` to `[..., local_nodes + ghosts, features]`, for any floating type and any number
+    of features. Each rank sends one message, with only the nodes needed, to each rank that has ghosts of it. The
+    adjoint sends the cotangents of the ghosts back and adds them in the order of ranks, so its bits do not depend on
+    the order of arrival. Raises `ValueError` for another number of nodes.
     """
     if x.dim() < 2 or x.shape[_NODES] != partition.local_shape[0]:
         raise ValueError(
@@ -51,7 +51,7 @@ def _extended(x: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
 
 
 def _folded(cotangent: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
-    """The transpose of `_extended`: what the ghosts received goes back to their owners, and is added there."""
+    """Apply the transpose of `_extended`: add the cotangents of ghosts to those of their owners."""
     cotangent = cotangent.detach()
     nodes = cotangent.shape[_NODES] - len(partition.ghosts)
     folded = cotangent[..., :nodes, :].clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""A linear map over all ranks as an operation of torch, given the map and its transpose."""
+"""A linear map over all ranks as a differentiable operation, given the map and its transpose."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map over all ranks, which with its transpose is all that any derivative of it needs.
+    """A linear map over all ranks. All of its derivatives consist of the map and its transpose.
 
-    Both are given plain tensors, with any number of leading axes.
+    Both get plain tensors, with any number of leading axes.
     """
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """As inherited, without inspecting `forward` for default arguments, which takes as long as a small halo."""
+        """Apply without inspecting `forward` for default arguments, which takes as long as a small halo."""
         if under_functorch():
             return super().apply(*args)  # type: ignore[no-untyped-call]
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
@@ -47,7 +47,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear_map(x: torch.Tensor, forward: Map, transpose: Map) -> torch.Tensor:
-    """`forward(x)`, differentiable in reverse and forward mode; collective as `forward` and `transpose` are."""
+    """Return `forward(x)`, differentiable in reverse and forward mode. Collective if `forward` and `transpose` are."""
     image: torch.Tensor = _apply(x, forward, transpose)
     return image
 
@@ -56,6 +56,6 @@ _apply = _Linear.apply
 
 
 def keep_out_of_compiled_code() -> None:
-    """Have torch.compile call linear maps as they are, without looking into them. Loads torch's compiler."""
+    """Exclude linear maps from tracing by torch.compile. Loads torch's compiler."""
     global _apply
     _apply = torch.compiler.disable(_Linear.apply)  # type: ignore[no-untyped-call]

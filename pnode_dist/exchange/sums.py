@@ -12,20 +12,21 @@ from pnode_dist.exchange.linear_map import linear_map
 
 
 def global_sum(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
-    """The sum of `x` over the ranks of `comm`, on every rank. Collective on `comm`.
+    """Return the sum of `x` over the ranks of `comm`, on every rank. Collective on `comm`.
 
-    Its adjoint is the sum of all ranks' cotangents. A loss made of a global sum is therefore to be weighted so that
-    the ranks' shares add up to it once: `global_sum(x, comm) / comm.size`, or on one rank only.
+    Its adjoint is the sum of all ranks' cotangents. Weight a loss that contains a global sum, so that the ranks' shares
+    add up to it once: `global_sum(x, comm) / comm.size`, or on one rank only.
     """
     add = partial(_summed, comm=comm)
     return linear_map(x, add, add)
 
 
 def mesh_sum(x: torch.Tensor, mesh: Mesh, over: Extent = "world") -> torch.Tensor:
-    """`mesh.sum(x, over)` as an operation of torch, whose adjoint is the sum of those ranks' cotangents.
+    """Return `mesh.sum(x, over)`, differentiable. Collective on `over`.
 
-    With data replicas the objective is the mean of theirs, so what is summed over the world couples them: every rank
-    has to differentiate it. See `global_sum`. Collective on `over`.
+    Its adjoint is the sum of those ranks' cotangents.
+    With data replicas the objective is the mean of theirs. A sum over the world couples them, so every rank must
+    differentiate it. See `global_sum`.
     """
     add = partial(mesh.sum, over=over)
     return linear_map(x, add, add)

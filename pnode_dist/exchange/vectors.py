@@ -1,4 +1,4 @@
-"""All of a vector that is split over ranks, and the transpose of that."""
+"""Gather of a partitioned vector on every rank, and its transpose."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pnode_dist.partition.dense import DensePartition
 
 
 def gather_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
-    """All of a partitioned vector, `[..., local_size] -> [..., size]`, on every rank. Collective on the partition's
-    communicator.
+    """Return the whole vector on every rank, `[..., local_size] -> [..., size]`. Collective on the partition.
 
     Its adjoint is `reduce_vector`.
     """
@@ -23,8 +22,7 @@ def gather_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
 
 
 def reduce_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
-    """This rank's part of the sum of the ranks' vectors, `[..., size] -> [..., local_size]`. Collective on the
-    partition's communicator.
+    """Return this rank's part of the sum of all ranks' vectors, `[..., size] -> [..., local_size]`. Collective.
 
     Its adjoint is `gather_vector`.
     """
@@ -32,7 +30,7 @@ def reduce_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
 
 
 def _gathered(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
-    # The ranks' parts follow one another in memory if the vector's axis comes first.
+    # With the vector's axis first, the ranks' parts are consecutive in memory.
     part = x.movedim(-1, 0).cpu().contiguous()
     whole = part.new_empty((partition.size, *part.shape[1:]))
     row = math.prod(part.shape[1:])

@@ -1,8 +1,8 @@
 """The agreement of all ranks on a solve, and on its backward pass, before they begin.
 
-A solve is collective: PETSc's objects are made by all ranks together, and every step may communicate. So the ranks
-compare what they were called with before the first collective operation that depends on it. A rank whose arguments are
-wrong takes part as well, and its error is raised on all of them.
+A solve is collective: all ranks make PETSc's objects together, and every step may communicate. The ranks therefore
+compare their arguments before the first collective operation that depends on them. A rank with wrong arguments takes
+part too, and its error is raised on all ranks.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Facts = tuple[tuple[str, Any], ...]
 class PartShape:
     """The shape of one part of this rank's state.
 
-    `axes` are the axes in front of those that are spread over the ranks as the partition says, None where the last axes
-    are not this rank's part of the partition. Two are equal if both may belong to one state.
+    `axes` are the axes before the partitioned ones; None if the last axes are not this rank's part of the partition.
+    Two parts are equal if they may belong to one state.
     """
 
     axes: tuple[int, ...] | None
@@ -47,12 +47,12 @@ class PartShape:
 
 @dataclass(frozen=True)
 class StateShape:
-    """The shapes of a state on this rank. Their sizes differ between ranks where the partition is uneven."""
+    """The shapes of a state on this rank. They differ between ranks for an uneven partition."""
 
     parts: tuple[PartShape, ...]
 
     def agrees_with(self, others: Sequence[StateShape]) -> bool:
-        """Whether these states of all ranks can be parts of one."""
+        """Return True if these states of all ranks can be parts of one state."""
         if len({len(other.parts) for other in others}) > 1:
             return False
         rows = list(zip(*(other.parts for other in others), strict=True))
@@ -64,31 +64,31 @@ class StateShape:
 
 
 def _spread_alike(row: Sequence[PartShape]) -> bool:
-    """Whether a part of the state is spread as the partition says on every rank."""
+    """Return True if a part of the state is partitioned on every rank."""
     return row[0].axes is not None and all(part.axes == row[0].axes for part in row)
 
 
 def _may_differ(row: Sequence[PartShape], anchored: bool) -> bool:
-    """Whether a part may have these shapes on the ranks; `anchored`: another one is spread as the partition says."""
+    """Return True if a part may have these shapes on the ranks. `anchored`: another part is partitioned."""
     if _spread_alike(row) or len({part.local for part in row}) == 1:
         return True
     if len({part.dimensions for part in row}) > 1:
         return False
     if all(part.axes is None for part in row) or any(_spread_from(row, axis) for axis in range(row[0].dimensions)):
         return True
-    # What accompanies a state that is spread may be of any size, and by chance of that of the partition's part.
+    # Beside a partitioned part, a part may have any size, also by chance that of the partition.
     return anchored and any(part.axes is None for part in row)
 
 
 def _spread_from(row: Sequence[PartShape], axis: int) -> bool:
-    """Whether the axes from `axis` on are the partition's on every rank, and all others the same."""
+    """Return True if the axes from `axis` on are partitioned on every rank, and all others are equal."""
     stop = axis + len(row[0].owned)
     others = {(part.local[:axis], part.local[stop:]) for part in row}
     return len(others) == 1 and all(part.local[axis:stop] == part.owned for part in row)
 
 
 def state_shape(shapes: Sequence[tuple[int, ...]], partition: Partition) -> StateShape:
-    """The shapes of a state whose last axes are spread as `partition` says, where they are."""
+    """Return the shapes of a state, with its partitioned axes marked."""
     return _state_shape(tuple(shapes), tuple(partition.local_shape))
 
 
@@ -104,7 +104,7 @@ def _state_shape(shapes: tuple[tuple[int, ...], ...], owned: tuple[int, ...]) ->
 
 @dataclass
 class Agreed:
-    """The agreement of all ranks on a solve: its number on this communicator, and what describes it.
+    """The agreement of all ranks on a solve: its number on this communicator, and its facts.
 
     `creates`: some rank makes a new solver, so all do. `bounds` are those of `checkpointing.budget.slot_bounds`. They
     are used once.
@@ -118,14 +118,14 @@ class Agreed:
     bounds: list[int] | None
 
     def take_bounds(self) -> list[int] | None:
-        """The bounds, once."""
+        """Return the bounds at the first call, None later."""
         bounds, self.bounds = self.bounds, None
         return bounds
 
     def begin_backward(self, again: bool) -> None:
-        """Begin a backward pass of this solve; `again`: not its first one. Collective.
+        """Begin a backward pass of this solve. `again`: not its first one. Collective.
 
-        Raises `DisagreementError` on all ranks where not all of them begin the same.
+        Raises `DisagreementError` on all ranks if they do not all begin the same pass.
         """
         kind = "another backward pass" if again else "the backward pass"
         self.agreement.reduced(
@@ -136,7 +136,7 @@ class Agreed:
 
 
 class Preparation:
-    """The beginning of a solve, up to what the ranks agree on. An error in it is raised on all ranks alike."""
+    """The preparation of a solve, up to the agreement of the ranks. An error in it is raised on all ranks alike."""
 
     def __init__(self, comm: MPI.Comm, kind: str) -> None:
         self._comm = comm
@@ -156,7 +156,7 @@ class Preparation:
         return Agreed(self._agreement, self._comm, self._number, facts, least_creates < 0, least)
 
     def later(self) -> None:
-        """Leave it to another preparation, of the same solve, to compare the call."""
+        """Defer the comparison to another preparation of the same solve."""
         self._reached = True
         self._agreement.begun -= 1
 
@@ -184,7 +184,7 @@ class Preparation:
 
 
 class Alone:
-    """The beginning of a solve on one rank, which agrees with itself."""
+    """The preparation of a solve on one rank, without a comparison."""
 
     def agree(self, facts: Facts, creates: bool, bounds: Sequence[int]) -> None:
         """See `Preparation`."""
@@ -203,7 +203,7 @@ _ALONE = Alone()
 
 
 def preparation(comm: MPI.Comm, kind: str = "solve") -> Preparation | Alone:
-    """The context in which a solve on `comm` is prepared."""
+    """Return the context for the preparation of a solve on `comm`."""
     return _ALONE if comm.size == 1 else Preparation(comm, kind)
 
 
@@ -219,7 +219,7 @@ _OF_BUDGET = ("keep", "schedule", "checkpoint_dtype", "ram_slots", "disk_slots",
 
 
 class Settings(Protocol):
-    """The settings of a solve that all its ranks must have in common."""
+    """The settings of a solve that must be equal on all its ranks."""
 
     @property
     def partition(self) -> Partition | None: ...
@@ -258,7 +258,7 @@ def facts(
     needs_gradient: bool,
     needs_time_gradient: bool,
 ) -> Facts:
-    """The facts of a solve that ranks compare. Bytes of memory and disk are left out: the least of all ranks counts."""
+    """Return the facts of a solve that ranks compare. Sizes of budgets may differ: the smallest one counts."""
     assert settings.partition is not None
     found: list[tuple[str, Any]] = [
         ("method", method.name),
@@ -293,7 +293,7 @@ def _in_words(tolerance: Tolerance | None) -> float | str | None:
 
 
 def _form(func: Any) -> str:
-    """The form of f: each is solved by other collective operations."""
+    """Return the form of f, which decides on the collective operations of a solve."""
     for form in (SplitFunction, MatrixFunction, WithTangent):
         if isinstance(func, form):
             return form.__name__

@@ -1,7 +1,7 @@
-"""A warning where a solve takes one step in all, and that is plainly too long.
+"""A warning for a solve of a single step that is far too long.
 
-It takes one where two times are given and neither `step_size` nor tolerances. Whoever comes from a library that adapts
-its steps, or passes the step size in another way, would otherwise get numbers that look like a solution.
+With two times and neither `step_size` nor tolerances a solve takes one step. Users of libraries with adaptive steps may
+expect otherwise, and would get numbers that look like a solution.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _looked_at: set[Any] = set()
 
 
 def is_first_of_its_kind(solver: Solver, func: Any) -> bool:
-    """Whether no solve of one step by this method and such a right-hand side has been looked at before, on any rank.
+    """Return True for the first solve of one step with this method and kind of right-hand side, on any rank.
 
-    A solver is made on all ranks together: those that are used again are not asked about. Collective for new ones.
+    Collective for a new solver, which all ranks make together. Returns False for one that was used before.
     """
     if solver.solves != 1:
         return False
@@ -44,7 +44,7 @@ def is_first_of_its_kind(solver: Solver, func: Any) -> bool:
 
 
 def _on_any_rank(flag: bool, comm: MPI.Comm) -> bool:
-    """Whether `flag` holds on any rank. Collective on `comm`, with its deadline."""
+    """Return True if `flag` is True on any rank. Collective on `comm`, with its deadline."""
     if comm.size == 1:
         return flag
     call = "the comparison of one step with two"
@@ -58,9 +58,9 @@ def _on_any_rank(flag: bool, comm: MPI.Comm) -> bool:
 
 
 def finer_end(solve: Callable[[], State], func: Any, args: tuple[Any, ...], comm: MPI.Comm) -> State | None:
-    """The end of the same solve in two steps, which `solve` runs; None where f cannot be evaluated there.
+    """Return the last state of the same solve in two steps, run by `solve`; None if f raises an error. Collective.
 
-    What f changes and draws in it is put back, names, buffers and random states. Collective on `comm`.
+    All changes that f makes are undone: names, buffers and random states.
     """
     bindings = bindings_of(func, *args)
     buffers = bindings.buffers
@@ -71,23 +71,23 @@ def finer_end(solve: Callable[[], State], func: Any, args: tuple[Any, ...], comm
             warnings.simplefilter("ignore")
             return solve()
     except Exception:
-        # Nobody has asked for these evaluations. Where ranks wait for one another all of them are to hear of an error.
+        # The user did not ask for these evaluations: ignore errors, except where other ranks would wait.
         if comm.size > 1:
             raise
         return None
 
 
 def warn_if_coarse(what: str, size: float, states: tuple[Parts, Parts, Parts], comm: MPI.Comm) -> None:
-    """Warn if the ends of a solve in one step of this size and in two differ plainly, relative to its states.
+    """Warn if the last states of a solve in one step and in two differ by more than `LARGEST_DIFFERENCE`, relatively.
 
-    `states` are the end in one step, the end in two, and the start. Collective on `comm`.
+    `states` are the last state of one step, that of two steps, and the first state. Collective on `comm`.
     """
     sums = np.zeros(3)
     for coarse, fine, begin in zip(*states, strict=True):
         parts = (coarse.detach().double() - fine.double(), fine.double(), begin.detach().double())
         sums += [part.square().sum().item() for part in parts]
     if comm.size > 1:
-        # First with a deadline: another rank's f may have raised an error.
+        # Synchronise with a deadline first: another rank's f may have raised an error.
         _on_any_rank(True, comm)
         comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
     difference, scale = math.sqrt(sums[0]), math.sqrt(max(sums[1], sums[2]))

@@ -1,4 +1,4 @@
-"""Consistent initial values of a semi-explicit DAE: those for which its algebraic equations hold."""
+"""Consistent initial values of a semi-explicit DAE: values that satisfy its algebraic equations."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from pnode_dist.partition.protocol import Partition
 
 
 class _AlgebraicEquations:
-    """-f(t_0, u) in the algebraic rows, zero in the others: one implicit Euler step of length 1 with the mass matrix
-    1 in these and 0 in those leaves the differential components as they are and solves f = 0 for the others."""
+    """The right-hand side -f(t_0, u) in the algebraic rows, and zero in the others.
+
+    With the mass matrix 0 in the algebraic rows and 1 in the others, an implicit Euler step of length 1 keeps the
+    differential components and solves f = 0 for the algebraic ones.
+    """
 
     def __init__(self, func: Function, time: float, algebraic: tuple[torch.Tensor, ...]) -> None:
         self.func, self.time, self.algebraic = func, time, algebraic
@@ -43,10 +46,10 @@ def consistent(
     options: PetscOptions | None = None,
     preconditioner: Preconditioner | str | None = None,
 ) -> Any:
-    """`u0` with its algebraic components replaced so that the algebraic equations of M du/dt = func(t, u) hold at `t0`.
+    """Replace the algebraic components of `u0`, so that the algebraic equations of M du/dt = func(t, u) hold at `t0`.
 
-    Algebraic are the rows of M that are zero; their equations 0 = func are solved for the components of the same
-    numbers, near those of `u0`, by Newton's method. The result is differentiable in the differential components of
+    The zero rows of M are the algebraic equations 0 = func. They are solved for the components of the same numbers, by
+    Newton's method from those of `u0`. The result is differentiable in the differential components of
     `u0` and in func's parameters, by the implicit function theorem. The other arguments are those of `odeint`.
     Collective on the partition's communicator.
 

@@ -1,8 +1,8 @@
-"""PETSc options that a caller gives: each one is heeded, or refused with what to use instead.
+"""Checks of PETSc options: each option takes effect, or is refused with the alternative.
 
-Some are refused by their names before anything is set up: those of other libraries, and those that PETSc reads but
-that have no effect here, where the steps are taken outside of TSSolve. Whether PETSc has read the others is asked of
-PETSc itself, once its solvers have been set up, and again after the first linear solve for those that are read then.
+Options of other libraries, and options without an effect here because steps are taken outside TSSolve, are refused by
+their names. For all others PETSc's own record of options that were read is checked: after the set-up of the solvers,
+and after the first linear solve for options that are read then.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ _KNOWN = (
 
 
 def check_options(options: Mapping[str, Any] | None, family: str, adaptive: bool) -> None:
-    """Raise `ConfigurationError` for options that would have no effect, naming what would have it.
+    """Raise `ConfigurationError` for options without an effect, with the alternative.
 
-    `family` is that of the method, and `adaptive` says that steps have error control.
+    `family` is that of the method. `adaptive`: steps have error control.
     """
     if options and _has_refusal(tuple(options), family, adaptive):
         words = (
@@ -115,18 +115,20 @@ def check_options(options: Mapping[str, Any] | None, family: str, adaptive: bool
 
 
 def read_at_set_up(names: Iterable[str]) -> set[str]:
-    """Those of the names that PETSc reads while it sets up a solver with steps of fixed size."""
+    """Return those names that PETSc reads during the set-up of a solver with steps of fixed size."""
     return {name for name in names if not _bare(name).startswith("ts_adapt_")}
 
 
 def without_adaptation(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options of a solve whose steps are those of one with error control."""
+    """Return the options for repeating the steps of a solve with error control, without those for adaptation."""
     return {name: (options or {})[name] for name in read_at_set_up(options or ())}
 
 
 def check_read(unread: Iterable[str], later: bool = False) -> None:
-    """Raise `ConfigurationError` if options are left that PETSc has not read, except for those that it reads `later`,
-    when it solves its first linear system."""
+    """Raise `ConfigurationError` for options that PETSc has not read.
+
+    With `later`, except for those that it reads in its first linear solve.
+    """
     names = [name for name in unread if not (later and _READ_LATER.search(_bare(name)))]
     if names:
         words = (f"{name!r}: {_unknown(_bare(name))}" for name in sorted(names))
@@ -134,7 +136,7 @@ def check_read(unread: Iterable[str], later: bool = False) -> None:
 
 
 def check_read_by_all(unread: set[str], comm: MPI.Comm) -> None:
-    """`check_read` of what no rank has read. Collective on `comm`, and raised on all ranks alike."""
+    """Apply `check_read` to options that no rank has read. Collective on `comm`. Raises on all ranks alike."""
     if comm.size > 1:
         unread.intersection_update(*comm.allgather(unread))
     check_read(unread)
@@ -146,7 +148,7 @@ def _has_refusal(names: tuple[str, ...], family: str, adaptive: bool) -> bool:
 
 
 def _refusal(name: str, family: str, adaptive: bool) -> str | None:
-    """Why an option has no effect and what would have it, None if PETSc is to be asked."""
+    """Return the reason why an option has no effect, and the alternative. None to check PETSc's record."""
     bare = _bare(name)
     if bare in _TO_ARGUMENTS or bare in _STEPS_ARE_OURS:
         return {**_TO_ARGUMENTS, **_STEPS_ARE_OURS}[bare]

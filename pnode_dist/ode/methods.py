@@ -1,6 +1,6 @@
 """The table of time-stepping methods.
 
-A method is data: what PETSc calls it, and the facts that decide what can be asked of it.
+A method is data: its name in PETSc, and the facts that decide on gradients, error control and mass matrices.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ FAMILIES: dict[Family, str] = {
 class Method:
     """A time-stepping method of PETSc's.
 
-    `name` is the usual name, `family` PETSc's type of solver (see `FAMILIES`) and `petsc_name` its name within the
-    family. `fsal`: the last stage is the first of the next step. `last_stage_weighs`: the last stage contributes to
-    the step's result. Where it does not, it only serves the error estimate of adaptive stepping, and explicit steps of
-    fixed size do not evaluate it. `estimates_error`: there is such an estimate. `stiffly_accurate`: the step's result
-    is its last stage, as stiff problems and algebraic equations want it. `adjoint`: whether gradients are offered, all
-    of which the tests compare with an independent implementation; the others solve forward only, because PETSc has no
-    adjoint of theirs. `source` is where the method comes from.
+    - `name`: the usual name. `family`: PETSc's type of solver (see `FAMILIES`). `petsc_name`: the name in the family.
+    - `fsal`: the last stage is the first of the next step.
+    - `last_stage_weighs`: the last stage contributes to the step's result. Otherwise it serves the error estimate
+      alone, and explicit steps of fixed size do not evaluate it.
+    - `estimates_error`: the method has an error estimate.
+    - `stiffly_accurate`: the step's result is its last stage, which stiff problems and algebraic equations need.
+    - `adjoint`: the kind of adjoint, "none" for methods that solve forward only because PETSc has no adjoint of them.
+      The tests compare all gradients with an independent implementation.
+    - `source`: the publication of the method.
     """
 
     name: str
@@ -50,12 +52,12 @@ class Method:
 
     @property
     def implicit(self) -> bool:
-        """Whether a step solves equations."""
+        """True if a step solves equations."""
         return self.family not in ("rk", "ssp")
 
     @property
     def evaluations_per_step(self) -> int:
-        """Evaluations of the right-hand side in an explicit step of fixed size."""
+        """The number of evaluations of the right-hand side in an explicit step of fixed size."""
         return self.stages if self.last_stage_weighs else self.stages - 1
 
 
@@ -168,17 +170,17 @@ _EXPLICIT = {method.petsc_name: method for method in METHODS.values() if method.
 
 
 def by_petsc_name(petsc_name: str) -> Method:
-    """The method that TSRK calls `petsc_name`. Raises `ConfigurationError` if it is not in the table."""
+    """Return the method that TSRK calls `petsc_name`. Raises `ConfigurationError` if it is not in the table."""
     if petsc_name not in _EXPLICIT:
         raise ConfigurationError(f"ts_rk_type = {petsc_name!r}: must be one of {', '.join(_EXPLICIT)}")
     return _EXPLICIT[petsc_name]
 
 
 def resolve(name: str) -> Method:
-    """The method of a usual name (`rk4`, `cn`, `arkimex_3`) or of TSRK's own (`4`).
+    """Return the method of a usual name (`rk4`, `cn`, `arkimex_3`) or of TSRK's own name (`4`).
 
     `rk4` is the classical method; torchdiffeq's `rk4` is Kutta's 3/8 rule.
-    Raises `ConfigurationError` naming what is allowed.
+    Raises `ConfigurationError` with the allowed names.
     """
     if name in METHODS:
         return METHODS[name]
@@ -190,7 +192,7 @@ def resolve(name: str) -> Method:
 
 
 def _allowed() -> str:
-    """All names in one line: each family's tables after its own name."""
+    """Return all names in one line, with each family's tables after its name."""
     names = [method.name for method in METHODS.values() if method.family in ("rk", "theta", "bdf")]
     names += _EXPLICIT
     for family in ("arkimex", "dirk", "rosw", "ssp"):
@@ -200,7 +202,7 @@ def _allowed() -> str:
 
 
 def gradient_refusal(method: Method) -> str:
-    """What is said to a gradient of a method without an adjoint."""
+    """Return the error message for a gradient of a method without an adjoint."""
     return (
         f"method = {method.name!r}: PETSc has no discrete adjoint of it: solve under torch.no_grad(), or choose a "
         "method of the families rk, theta, arkimex or dirk"

@@ -1,4 +1,4 @@
-"""`pnode-dist plan`: what a trajectory's budget allows for a problem's solves, predicted and measured."""
+"""`pnode-dist plan`: candidate plans for a solve within its budget, with predicted and measured times."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SWEEP_POINTS = 12
 
 @dataclass(frozen=True)
 class SolveCase:
-    """One solve as training does it: `solve(state, times, *args)`, of a whole batch. Collective on the state ranks."""
+    """One solve of a training step, `solve(state, times, *args)` for a whole batch. Collective on the state ranks."""
 
     solve: NeuralODE
     state: State
@@ -35,7 +35,7 @@ class SolveCase:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """A budget in memory, the plan chosen for it, and the measured seconds of a loss and gradient, if they were."""
+    """A budget in memory, the plan chosen for it, and the measured seconds of a loss and gradient, or None."""
 
     ram: int
     plan: Plan
@@ -43,9 +43,9 @@ class SweepPoint:
 
 
 def plan_case(case: SolveCase) -> Plans:
-    """The candidates for a solve, and the choice. Collective on the state ranks.
+    """Return the candidate plans of a solve, and the chosen one. Collective on the state ranks.
 
-    Raises `ConfigurationError` with error control, where the number of steps is not known beforehand.
+    Raises `ConfigurationError` for error control, where the number of steps is not known beforehand.
     """
     try:
         return case.solve.plan(case.state, case.times, *case.args)
@@ -56,10 +56,10 @@ def plan_case(case: SolveCase) -> Plans:
 
 
 def measure(case: SolveCase, plans: Sequence[Plan | None], repeats: int = _REPEATS) -> list[float]:
-    """Median seconds of a sum of squares and its gradient with each plan (None: as it is chosen), on the slowest rank.
+    """Measure a sum of squares and its gradient with each plan; None is the plan chosen by default.
 
-    The plans take turns, so that a slow moment of the machine hits all of them alike, after one turn that does not
-    count. Collective on the state ranks.
+    Returns the median seconds on the slowest rank. The measurements are interleaved, so that a slow moment of the
+    machine affects all plans alike. The first round does not count. Collective on the state ranks.
     """
     seconds: list[list[float]] = [[] for _ in plans]
     for repeat in range(repeats + 1):
@@ -71,7 +71,7 @@ def measure(case: SolveCase, plans: Sequence[Plan | None], repeats: int = _REPEA
 
 
 def seconds_of(case: SolveCase, fixed: Plan | None) -> float:
-    """Seconds of one sum of squares and its gradient, on the slowest rank. Collective on the state ranks."""
+    """Measure one sum of squares and its gradient, on the slowest rank. Collective on the state ranks."""
     solve = case.solve
     comm = _comm(case)
     before, solve.fixed_plan = solve.fixed_plan, fixed
@@ -89,11 +89,10 @@ def seconds_of(case: SolveCase, fixed: Plan | None) -> float:
 
 
 def sweep(case: SolveCase, measured: bool, points: int = _SWEEP_POINTS) -> list[SweepPoint]:
-    """The choice for budgets in memory from one checkpoint to the graphs of all steps, the disk as configured.
+    """Return the plans chosen for budgets in memory from one checkpoint to the graphs of all steps.
 
-    Budgets that are too small for what the trajectory asks for are left out.
-
-    Collective on the state ranks.
+    The budget on disk is that of the solve. Leaves out budgets that are too small for its settings. Collective on the
+    state ranks.
     """
     solve = case.solve
     given = solve.trajectory
@@ -112,7 +111,7 @@ def sweep(case: SolveCase, measured: bool, points: int = _SWEEP_POINTS) -> list[
             except ScratchError:
                 raise
             except ConfigurationError:
-                continue  # What is asked for does not fit, on any rank.
+                continue  # The budget is too small, on all ranks alike.
             found.append(SweepPoint(ram, chosen, measure(case, [chosen])[0] if measured else None))
     finally:
         solve.trajectory = given
@@ -124,7 +123,7 @@ def _comm(case: SolveCase) -> MPI.Comm:
 
 
 def as_table(plans: Plans, measured: Sequence[float] | None = None) -> list[dict[str, Any]]:
-    """The candidates as rows of a table for people."""
+    """Return the candidates as rows of a table."""
     rows = []
     for number, candidate in enumerate(plans.candidates):
         row: dict[str, Any] = {
@@ -148,7 +147,7 @@ def as_table(plans: Plans, measured: Sequence[float] | None = None) -> list[dict
 
 
 def costs_table(plans: Plans) -> list[dict[str, Any]]:
-    """What was measured, as rows of a table for people. Times are those of the slowest rank, bytes of the fullest."""
+    """Return the measured costs as rows of a table, in times of the slowest rank and bytes of the fullest."""
     costs = plans.costs
     assert costs is not None
     rows = [{"measured": "a step", "microseconds": 1e6 * costs.step, "memory": ""}]

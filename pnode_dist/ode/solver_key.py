@@ -1,7 +1,6 @@
-"""Which solver a call may use again: one that was made of the very same objects, with the same contents.
+"""The key of a solver in its cache: a call may reuse a solver that was made of the same objects with the same contents.
 
-Objects are held and compared with what is held. A key of their `id` alone would be that of another object as soon as
-the first one is gone.
+The key holds its objects. A key of `id` numbers alone could match another object after the first one is freed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pnode_dist.ode.steppers.preconditioner import AssembledJacobian, BlockInver
 
 
 class Same:
-    """An object as part of a key: it is held, and equal to itself alone."""
+    """An object as part of a key. The key holds it, and it is equal to itself alone."""
 
     __slots__ = ("held",)
 
@@ -34,10 +33,9 @@ class Same:
 
 
 def object_key(func: Any, mass: Any, preconditioner: Any) -> tuple[Any, ...]:
-    """The part of a solver's key for what it is made of; empty if there is nothing of the kind.
+    """Return the part of a solver's key for the objects that it is made of; empty if there are none.
 
-    A sequence of masses may be another sequence of the same tensors, and descriptions of preconditioners that are ours
-    are equal if they say the same.
+    Different sequences of the same mass tensors are equal. So are equal descriptions of built-in preconditioners.
     """
     mats = matrices_of(func)
     if mass is None and preconditioner is None and not mats:
@@ -56,7 +54,7 @@ def _description(preconditioner: Any) -> Any:
 
 
 def matrices_of(func: Any) -> tuple[PETSc.Mat, ...]:
-    """The Mats that are a right-hand side or a part of it, of tangents those of what they are tangents of."""
+    """Return the Mats that are a right-hand side or a part of it, also below tangents."""
     while isinstance(func, WithTangent):
         func = func.func
     if isinstance(func, SplitFunction):
@@ -66,10 +64,10 @@ def matrices_of(func: Any) -> tuple[PETSc.Mat, ...]:
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of the objects of a key when a solver was made of them, as far as they can change in place.
+    """The contents of the objects of a key at the time when the solver was made, if they can change in place.
 
-    `tensors` are those of the mass matrix with copies, `mats` are Mats with PETSc's counts of their changes, and
-    `attributes` those of a preconditioner's description.
+    `tensors` are those of the mass matrix, with copies. `mats` are Mats, with PETSc's counters of their changes.
+    `attributes` are those of a preconditioner's description.
     """
 
     tensors: tuple[tuple[Any, torch.Tensor], ...] = ()
@@ -79,7 +77,7 @@ class Contents:
 
     @property
     def are_the_same(self) -> bool:
-        """Whether nothing has been changed since."""
+        """True if nothing has changed since."""
         return (
             all(torch.equal(torch.as_tensor(now), then) for now, then in self.tensors)
             and self.mats_are_the_same
@@ -88,15 +86,15 @@ class Contents:
 
     @property
     def mats_are_the_same(self) -> bool:
-        """Whether no Mat has been changed since. The same on all ranks of the Mats."""
+        """True if no Mat has changed since. The same on all ranks of the Mats."""
         return all(mat.stateGet() == state for mat, state in self.mats)
 
 
 def contents_of(func: Any, mass: Any, preconditioner: Any) -> Contents | None:
-    """The contents of what a solver is made of, None if it has none that could change. Not collective."""
+    """Return the contents of the objects of a solver; None if none can change. Not collective."""
     masses = _in_sequence(mass)
     mats = [*(part for part in masses if isinstance(part, PETSc.Mat)), *matrices_of(func)]
-    # Numbers are told apart by what they are.
+    # Numbers are compared by value.
     tensors = [part for part in masses if not isinstance(part, PETSc.Mat | int | float)]
     while isinstance(preconditioner, Repeated):
         preconditioner = preconditioner.base
@@ -112,7 +110,7 @@ def contents_of(func: Any, mass: Any, preconditioner: Any) -> Contents | None:
 
 
 def check_unchanged(contents: Contents | None) -> None:
-    """Raise `RuntimeError` if a Mat that a forward pass computed with has changed since. On all ranks alike."""
+    """Raise `RuntimeError` if a Mat of the forward pass has changed since. Raises on all ranks alike."""
     if contents is not None and not contents.mats_are_the_same:
         raise RuntimeError(
             "a PETSc.Mat of the solve (its mass matrix, or a linear part of func) was changed in place between the "

@@ -13,15 +13,15 @@ import torch
 from pnode_dist.ode.time_rounding import DOUBLE, rounding_of
 
 _MOST_LONGER = 0.1
-"""By how much of itself a step may be longer than asked for where rounding makes an interval longer."""
+"""The largest relative excess of a step over the step size, if rounding makes an interval longer."""
 
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """Steps n = 0, 1, ... of size `sizes[n]` (negative when time decreases) from `starts[n]`.
+    """The steps n = 0, 1, ... of a solve, of size `sizes[n]` (negative if time decreases) from `starts[n]`.
 
-    `outputs[n]` is the number of the output time that the state before step n is asked for at; the initial state is
-    output 0 and the state after the last step is the one before step `steps`.
+    `outputs[n]` is the number of the output that is the state before step n. The initial state is output 0. The state
+    after the last step is the one before step `steps`.
     """
 
     starts: tuple[float, ...]
@@ -35,9 +35,9 @@ class TimeGrid:
 
 
 def output_times(t: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
-    """The times at which states are asked for.
+    """Return the output times as numbers.
 
-    Raises `ValueError` when `t` is not one-dimensional, finite and strictly monotone.
+    Raises `ValueError` if `t` is not one-dimensional, finite and strictly monotone.
     """
     if isinstance(t, torch.Tensor):
         t = t.detach()
@@ -58,8 +58,8 @@ def output_times(t: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
 def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> TimeGrid:
     """Divide every interval between output times into `ceil(|dt| / step_size)` equal steps, one if it is None.
 
-    An interval that is longer than a number of steps by no more than the rounding of its ends takes that number.
-    Raises what `output_times` raises, and `ValueError` when `step_size` is not positive.
+    The rounding of the times never adds a step. Raises like `output_times`, and `ValueError` if `step_size` is not
+    positive.
     """
     times = output_times(t)
     check_step_size(step_size)
@@ -68,10 +68,7 @@ def time_grid(t: torch.Tensor | Sequence[float], step_size: float | None) -> Tim
 
 @lru_cache(maxsize=64)
 def divided(times: tuple[float, ...], step_size: float | None, rounding: float = DOUBLE) -> TimeGrid:
-    """`time_grid` of times and a size that have been checked, which carry a relative `rounding`.
-
-    A model asks for the same few again and again.
-    """
+    """Return the `time_grid` of checked times with a relative `rounding`. Cached: a model repeats a few grids."""
     starts: list[float] = []
     sizes: list[float] = []
     outputs = {0: 0}
@@ -86,14 +83,14 @@ def divided(times: tuple[float, ...], step_size: float | None, rounding: float =
 
 
 def _count(begin: float, end: float, step_size: float, rounding: float) -> int:
-    """How many steps an interval takes.
+    """Return the number of steps of an interval.
 
-    0.3 / 0.1 is a little over 3, and more so in a short type: a step more for the sake of rounding helps nobody.
+    0.3 / 0.1 is a little over 3, and more so in a short type. Such an excess from rounding adds no step.
     """
     exact = abs(end - begin) / step_size
     nearest = max(1, round(exact))
     uncertain = 4 * rounding * max(abs(begin), abs(end)) / step_size
-    # Where times are hardly told apart a step is still not to be much longer than asked for.
+    # Limit the excess if the times are so close that their rounding is as large as a step.
     if exact - nearest <= max(1e-12 * exact, min(uncertain, _MOST_LONGER * nearest)):
         return nearest
     return nearest + 1
@@ -102,9 +99,9 @@ def _count(begin: float, end: float, step_size: float, rounding: float) -> int:
 def gradient_wrt_times(
     grid: TimeGrid, times: Sequence[float], by_size: Sequence[float], by_start: Sequence[float]
 ) -> list[float]:
-    """The derivative by each output time, from those by the sizes and starts of the steps (given as h dL/dh, dL/dt_n).
+    """Return the gradient with respect to the output times, from h dL/dh and dL/dt_n of each step.
 
-    A step keeps its place in its interval, as a fraction of it, while the ends of the interval move.
+    Each step is a fixed share of its interval, and moves with the ends of the interval.
     """
     found = [0.0] * len(times)
     interval = 0

@@ -1,4 +1,4 @@
-"""How exactly output times are known: those that were rounded to a short floating type carry its rounding."""
+"""The rounding of output times: times that were rounded to a short floating type have its precision."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 import torch
 
 DOUBLE = 2.0**-52
-"""The rounding of times that are doubles."""
-# Of each type of times: the bits of its mantissa, and the exponent of its smallest normal number.
+"""The relative rounding of times in double precision."""
+# For each short type: the bits of its mantissa, and the exponent of its smallest normal number.
 _SHORT_TYPES = ((11, -14), (24, -126))
 _FEW_BITS = 3
 
 
 def rounding_of(t: torch.Tensor | Sequence[float], times: tuple[float, ...]) -> float:
-    """The relative rounding that the times carry: the spacing of numbers of their type above 1.
+    """Return the relative rounding of the times: the spacing of numbers of their type above 1.
 
-    The type is that of a tensor or an array. A list of Python's numbers may come from one: it does where all of them
-    are numbers of a short type and some of them use all of its bits but a few, which those written by hand do not.
+    The type is that of a tensor or an array. A list of Python numbers is taken to come from a short type if all of them
+    are numbers of that type and some of them use nearly all of its bits. Numbers written by hand do not.
     """
     dtype: Any = getattr(t, "dtype", None)
     if isinstance(dtype, torch.dtype):
@@ -43,6 +43,6 @@ def _of_numbers(times: tuple[float, ...]) -> float:
 
 
 def _bits(number: float) -> int:
-    """How many bits from its first to its last the mantissa of a number has."""
+    """Return the number of bits of a mantissa, from the first to the last one that is set."""
     mantissa = int(math.ldexp(math.frexp(abs(number))[0], 53))
     return mantissa.bit_length() - (mantissa & -mantissa).bit_length() + 1 if mantissa else 0

@@ -1,4 +1,4 @@
-"""Whole samples on each rank: the partition of ensembles and mini-batches."""
+"""The partition of ensembles and mini-batches: whole samples on each rank."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pnode_dist.petsc import vectors
 
 
 class BatchPartition:
-    """`samples` samples of shape `sample_shape`, consecutive ones on each rank. Collective on the state ranks.
+    """A batch of `samples` samples of shape `sample_shape`. Collective on the state ranks.
 
-    The split may be uneven, and a rank may own nothing when there are fewer samples than ranks.
-    `comm` is the communicator, `global_shape` is `(samples, *sample_shape)`, `local_shape` this rank's part of it,
-    `owned` its range of sample numbers.
+    Each rank has consecutive samples. The split may be uneven, and a rank may own nothing when there are fewer samples
+    than ranks. `comm` is the communicator, `global_shape` is `(samples, *sample_shape)`, `local_shape` this rank's part
+    of it, `owned` its range of sample numbers.
     """
 
     def __init__(self, mesh: Mesh | MPI.Comm, samples: int, sample_shape: tuple[int, ...]) -> None:
@@ -32,21 +32,21 @@ class BatchPartition:
         self.local_shape = (self.owned[1] - self.owned[0], *sample_shape)
 
     def owned_slices(self, rank: int) -> protocol.Slices:
-        """The part of the global array that `rank` owns, one slice an axis."""
+        """Return the owned range of `rank` in the global array, one slice for each axis."""
         return (slice(*self._ranges[rank]), *(slice(0, extent) for extent in self.global_shape[1:]))
 
     def create_vec(self) -> PETSc.Vec:
-        """A zero Vec laid out like the partition. Collective on the state ranks."""
+        """Create a zero Vec with the layout of the partition. Collective on the state ranks."""
         return vectors.create_vec(self.comm, protocol.count(self.local_shape))
 
     def view(self, vec: PETSc.Vec) -> torch.Tensor:
-        """This rank's part of `vec` as a tensor of `local_shape`, sharing memory."""
+        """Return this rank's part of `vec` as a tensor of `local_shape`, without a copy."""
         return vectors.view(vec, self.local_shape)
 
     def scatter(self, source: Any, root: int = 0) -> torch.Tensor:
-        """This rank's samples of a global array held by `root`. Collective on the state ranks."""
+        """Distribute a global array from `root`. Collective on the state ranks. See `protocol.scatter`."""
         return protocol.scatter(source, self, root)
 
     def gather(self, local: torch.Tensor, root: int = 0) -> torch.Tensor | None:
-        """All samples on `root`, None elsewhere. Collective on the state ranks."""
+        """Return all samples on `root`, None elsewhere. Collective on the state ranks."""
         return protocol.gather(local, self, root)

@@ -1,4 +1,4 @@
-"""Parts of a graph of equal size with few edges between them, by recursive bisection.
+"""Recursive bisection of a graph into parts of equal size with few edges between them.
 
 A bisection starts from the distances to the two ends of the graph, found by breadth-first searches (A. George, J. W. H.
 Liu: An implementation of a pseudoperipheral node finder, ACM Trans. Math. Softw. 5 (1979)), or from coordinates where
@@ -26,8 +26,10 @@ _AVERAGES = 50
 
 @dataclass(frozen=True)
 class Adjacency:
-    """An undirected graph: the neighbours of node v are `neighbours[first[v] : first[v + 1]]`, joined by edges of these
-    `weights`. No node is its own neighbour."""
+    """An undirected graph, without loops.
+
+    The neighbours of node v are `neighbours[first[v] : first[v + 1]]`, and `weights` has the weights of these edges.
+    """
 
     first: Integers
     neighbours: Integers
@@ -40,7 +42,7 @@ class Adjacency:
 
 
 def adjacency(edge_index: Integers, nodes: int) -> Adjacency:
-    """Which nodes an edge joins, in either direction; the weight is the number of edges that do. Loops do not count."""
+    """Return the undirected graph of the edges. A weight is the number of edges between two nodes. Ignores loops."""
     source, target = edge_index[:, edge_index[0] != edge_index[1]]
     pairs = np.concatenate([source * nodes + target, target * nodes + source])
     joined, weights = np.unique(pairs, return_counts=True)
@@ -50,7 +52,7 @@ def adjacency(edge_index: Integers, nodes: int) -> Adjacency:
 
 
 def bisected(graph: Adjacency, parts: int, coordinates: Reals | None = None) -> Integers:
-    """The part 0 ... `parts` - 1 of each node; their sizes differ by at most one, larger ones first.
+    """Return the part 0 ... `parts` - 1 of each node. Sizes differ by at most one, larger ones first.
 
     `coordinates` are `[nodes, dimensions]`.
     """
@@ -63,7 +65,7 @@ def bisected(graph: Adjacency, parts: int, coordinates: Reals | None = None) -> 
             part[members] = first
             continue
         half = count // 2
-        # Of an odd number the larger half gets the larger parts.
+        # For an odd number the larger half gets the larger parts.
         half = count - half
         size = sum(sizes[first : first + half])
         inner = _induced(graph, members)
@@ -77,7 +79,7 @@ def bisected(graph: Adjacency, parts: int, coordinates: Reals | None = None) -> 
 
 
 def _induced(graph: Adjacency, members: Integers) -> Adjacency:
-    """The graph of the ascending `members` alone, numbered in their order."""
+    """Return the subgraph of the ascending `members`, numbered in their order."""
     if len(members) == graph.nodes:
         return graph
     number = np.full(graph.nodes, -1, dtype=np.int64)
@@ -91,23 +93,23 @@ def _induced(graph: Adjacency, members: Integers) -> Adjacency:
 
 
 def _entries(graph: Adjacency, nodes: Integers) -> tuple[Integers, Integers]:
-    """Where the neighbours of `nodes` are found, one node after another, and how many each has."""
+    """Return the positions of the neighbours of `nodes`, node after node, and the number of each node's."""
     starts, degrees = graph.first[nodes], graph.first[nodes + 1] - graph.first[nodes]
     before = np.cumsum(degrees) - degrees
     return np.arange(degrees.sum()) + np.repeat(starts - before, degrees), degrees
 
 
 def _between_ends(graph: Adjacency) -> Integers:
-    """All nodes, component after component, each from one of its ends to the other.
+    """Return all nodes, component after component, each in order from one of its ends to the other.
 
-    A node's place is how much further it is from one end than from the other. Averaging with the neighbours, which
-    approaches the eigenvector of spectral bisection, straightens the lines of equal place.
+    The position of a node is the difference of its distances to both ends. Averaging with the neighbours approaches the
+    eigenvector of spectral bisection, and smooths the lines of equal position.
     """
     component = _components(graph)
     end = np.flatnonzero(component == np.arange(graph.nodes))
     for _ in range(_SEARCHES):
         forth = _distances(graph, end)
-        # The furthest node of each component comes first of it.
+        # The furthest node of each component comes first in it.
         order = np.lexsort((-forth, component))
         end = order[np.unique(component[order], return_index=True)[1]]
     place = (forth - _distances(graph, end)).astype(np.float64)
@@ -118,12 +120,12 @@ def _between_ends(graph: Adjacency) -> Integers:
 
 
 def _rows(graph: Adjacency) -> Integers:
-    """The node whose neighbour each entry is."""
+    """Return the node of each entry of `neighbours`."""
     return np.repeat(np.arange(graph.nodes), np.diff(graph.first))
 
 
 def _components(graph: Adjacency) -> Integers:
-    """For each node the lowest number of those that are connected with it."""
+    """Return for each node the lowest number in its connected component."""
     component = np.arange(graph.nodes)
     joined = np.flatnonzero(np.diff(graph.first))
     while True:
@@ -138,7 +140,7 @@ def _components(graph: Adjacency) -> Integers:
 
 
 def _distances(graph: Adjacency, starts: Integers) -> Integers:
-    """How many edges each node is away from the nearest of the `starts`, of which there is one in each component."""
+    """Return the distance of each node, in edges, to the nearest of `starts`, one in each component."""
     distance = np.full(graph.nodes, -1, dtype=np.int64)
     level, away = starts, 0
     while len(level) > 0:
@@ -149,7 +151,7 @@ def _distances(graph: Adjacency, starts: Integers) -> Integers:
 
 
 def _along_longest_axis(coordinates: Reals) -> Integers:
-    """All nodes in the order of their places along the axis in which they are spread the most."""
+    """Return all nodes in the order of their coordinate along the axis of largest extent."""
     axis = int(np.argmax(np.ptp(coordinates, axis=0)))
     return np.argsort(coordinates[:, axis], kind="stable")
 
@@ -157,8 +159,8 @@ def _along_longest_axis(coordinates: Reals) -> Integers:
 def _improve(graph: Adjacency, left: npt.NDArray[np.bool_]) -> None:
     """Exchange nodes between the two sides, in place, as long as that lowers the weight of the edges between them.
 
-    In a pass every node moves at most once, always the best of either side in turn, at first also for the worse; what
-    lies behind the best state is undone.
+    In a pass every node moves at most once. The best nodes of both sides move in turn, also if that raises the weight.
+    Moves after the best state are undone.
     """
     if left.all() or not left.any():
         return
@@ -204,7 +206,7 @@ def _improve(graph: Adjacency, left: npt.NDArray[np.bool_]) -> None:
 
 
 def _best(heap: list[tuple[int, int]], gain: list[int], side: list[bool], moved: set[int], which: bool) -> int | None:
-    """Take the node of the highest gain off the heap of a side; entries of the past are dropped."""
+    """Pop the node of the highest gain from the heap of a side. Drops outdated entries."""
     while heap:
         negative, node = heapq.heappop(heap)
         if node not in moved and side[node] == which and gain[node] == -negative:

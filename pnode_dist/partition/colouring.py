@@ -1,4 +1,4 @@
-"""Colours of grid points: those of one colour are never seen by the same stencil.
+"""Colouring of grid points: no stencil contains two points of one colour.
 
 The columns of a sparse Jacobian that share no row can be found from one product J v (A. R. Curtis, M. J. D. Powell,
 J. K. Reid: On the estimation of sparse Jacobian matrices, J. Inst. Maths Applics 13 (1974)); which columns may go
@@ -38,11 +38,11 @@ class AxisColouring:
 
 
 def colour_axis(length: int, reach: int, periodic: bool) -> AxisColouring:
-    """The colouring with the fewest colours of `length` points, of which a stencil sees `reach` to each side.
+    """Return the colouring of `length` points with the fewest colours, for a stencil of `reach` points to each side.
 
-    Points of one colour lie at least 2 `reach` + 1 apart, on a periodic axis also around the end. That allows
-    floor(length / (2 reach + 1)) points a colour there; the axis is cut into so many equal segments, each coloured
-    from 0 on, which makes ceil(length / that) colours. Without periodicity there are min(length, 2 reach + 1).
+    Points of one colour are at least 2 `reach` + 1 apart, on a periodic axis also around the end. A periodic axis thus
+    has at most floor(length / (2 reach + 1)) points of a colour. It is cut into so many equal segments, each coloured
+    from 0 on, with ceil(length / segments) colours. Any other axis has min(length, 2 reach + 1) colours.
     """
     period = 2 * reach + 1
     if periodic:
@@ -52,7 +52,7 @@ def colour_axis(length: int, reach: int, periodic: bool) -> AxisColouring:
         colour = np.arange(length) % period
     count = int(colour.max()) + 1
     source = np.full((length, count), NONE, dtype=np.int64)
-    # Beyond half of a periodic axis, and beyond all of another one, nothing new is seen.
+    # A reach beyond half of a periodic axis, or beyond all of another one, adds no points.
     furthest = min(reach, length // 2 if periodic else length - 1)
     point = np.arange(length)[:, None]
     seen = point + np.arange(-furthest, furthest + 1)
@@ -64,7 +64,7 @@ def colour_axis(length: int, reach: int, periodic: bool) -> AxisColouring:
 
 @dataclass(frozen=True)
 class GridColouring:
-    """Colours of the points of a grid: one colour for each axis, the first axis first."""
+    """The colouring of a grid: one colour for each axis, the first axis first."""
 
     axes: tuple[AxisColouring, ...]
 
@@ -74,12 +74,12 @@ class GridColouring:
         return math.prod(axis.count for axis in self.axes)
 
     def colours(self) -> Iterator[tuple[int, ...]]:
-        """All colours, that of the last axis changing fastest."""
+        """Yield all colours, with that of the last axis changing fastest."""
         return product(*(range(axis.count) for axis in self.axes))
 
 
 def colour_grid(shape: Sequence[int], width: int | Sequence[int], boundary: Sequence[str | float]) -> GridColouring:
-    """The colouring of a grid of `shape` whose stencils reach `width`, one number or one for each axis, each way.
+    """Return the colouring of a grid of `shape`, for stencils of `width` points, one number or one for each axis.
 
     `boundary` is the rule of each axis, as in `GridPartition`: `periodic` ones are coloured around the end. A stencil
     may reach further than the grid. Where the lengths of periodic axes are multiples of 2 w + 1, and on other axes

@@ -1,4 +1,4 @@
-"""One vector split over the ranks: the partition of states whose entries are all coupled."""
+"""The partition of one vector, for states whose entries are all coupled."""
 
 from __future__ import annotations
 

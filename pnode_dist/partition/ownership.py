@@ -1,4 +1,4 @@
-"""Which rank owns which node of a graph: given, in even ranges, or by a partitioner."""
+"""The owner ranks of the nodes of a graph: given, in even ranges, or by a partitioner."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _PETSC = ("parmetis", "ptscotch", "chaco", "party", "hierarch", "square", "avera
 
 
 def available() -> tuple[str, ...]:
-    """The names of what can decide on the ownership: pnode_dist's own, then the types of PETSc's MatPartitioning that
-    this build of PETSc has. Not collective."""
+    """Return the names of partitioners: pnode_dist's own, then the types of MatPartitioning in this build of PETSc.
+
+    Not collective.
+    """
     found = list(OWN)
     partitioning = PETSc.MatPartitioning().create(comm=MPI.COMM_SELF)
     for name in _PETSC:
@@ -39,7 +41,7 @@ def owners(
     ownership: str | npt.ArrayLike,
     coordinates: npt.ArrayLike | None = None,
 ) -> Integers:
-    """The rank that owns each node, on every rank. Collective on `comm`.
+    """Return the owner rank of each node, on every rank. Collective on `comm`.
 
     `edge_index` and `coordinates` are those of rank 0, and so is an `ownership` that is not a name.
     Raises `ConfigurationError` on all ranks for an unknown name, for owners that are no ranks, and where PETSc's
@@ -104,7 +106,7 @@ def _places(coordinates: npt.ArrayLike | None, nodes: int) -> npt.NDArray[np.flo
 
 
 def _by_petsc(comm: MPI.Comm, graph: Adjacency | None, nodes: int, name: str) -> Integers | None:
-    """The owners by a MatPartitioning, on rank 0. Collective on `comm`."""
+    """Return the owners by a MatPartitioning, on rank 0. Collective on `comm`."""
     ranges = even_ranges(nodes, comm.size)
     rows = comm.scatter(None if graph is None else [_csr(graph, *owned) for owned in ranges])
     start, stop = ranges[comm.rank]

@@ -1,4 +1,4 @@
-"""How many ranks go along each axis of a grid."""
+"""The numbers of ranks along the axes of a grid."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pnode_dist.errors import ConfigurationError
 def process_grid(
     shape: Sequence[int], size: int, width: int, multiple_of: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """The numbers of ranks along the axes whose blocks share the smallest inner surface, each at least `width` wide.
+    """Return the numbers of ranks along the axes with the smallest inner surface, and blocks at least `width` wide.
 
-    Blocks are of whole multiples of `multiple_of` points along each axis, by default of 1, which the shape has to be
-    too. Of equal surfaces the one with fewer cuts along the last axis is taken, where points are next to each other in
-    memory. Raises `ConfigurationError` when the grid is too small for `size` ranks.
+    Blocks have whole multiples of `multiple_of` points along each axis, by default of 1, and so must the shape. Of
+    equal surfaces the one with fewer cuts along the last axis is chosen, whose points are contiguous in memory. Raises
+    `ConfigurationError` if the grid is too small for `size` ranks.
     """
     least = max(width, 1)
     steps = (1,) * len(shape) if multiple_of is None else tuple(multiple_of)
-    # In units of the steps: the length of each axis, and the least length of a block.
+    # In units of the steps: the length of each axis, and the smallest length of a block.
     lengths = [n // step for n, step in zip(shape, steps, strict=True)]
     shortest = [-(-least // step) for step in steps]
     most = [n // block for n, block in zip(lengths, shortest, strict=True)]
@@ -39,7 +39,7 @@ def process_grid(
 
 
 def _factors(size: int, axes: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write `size` as a product of so many numbers."""
+    """Yield all ways to write `size` as a product of `axes` numbers."""
     if axes == 1:
         yield (size,)
         return

@@ -1,4 +1,4 @@
-"""The Jacobian of a stencil operator on a partitioned grid as a PETSc matrix, found from a few products J v."""
+"""The Jacobian of a stencil operator on a partitioned grid as a PETSc matrix, assembled from a few products J v."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class StencilJacobian:
-    """`shift` M - J for the Jacobian J of a function f of a grid's state. Collective on the partition's communicator.
+    """The matrix `shift` M - J, with the Jacobian J of a function f of a grid's state. Collective on the partition.
 
     The state of a rank is `shape = [*leading, *local, channels]`, by default the partition's `local_shape`, one
     contiguous block in the state's Vec; leading axes and channels are the same on all ranks. f at a point may depend
@@ -56,7 +56,7 @@ class StencilJacobian:
         self.matrix = self._preallocated()
 
     def _own_entries(self) -> torch.Tensor:
-        """Where in the values each row's own column is found."""
+        """Return the positions of the diagonal entries in the values."""
         colour = torch.zeros((), dtype=torch.int64)
         for axis, own in zip(self.colouring.axes, self._colours, strict=True):
             colour = colour * axis.count + own
@@ -76,7 +76,7 @@ class StencilJacobian:
         return matrix
 
     def _columns(self, blocks: _Blocks) -> Integers:
-        """`[products, rows]`: the column of each row that a product shows, or `NONE`, which PETSc skips."""
+        """Return `[products, rows]`: the column of each row in a product, or `NONE`, which PETSc skips."""
         axes = len(self.partition.shape)
         columns = np.empty((self.products, *self._field), dtype=PETSc.IntType)
         sample = np.arange(self._samples).reshape(_along(0, axes + 1))

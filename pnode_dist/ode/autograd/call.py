@@ -1,15 +1,15 @@
-"""A solve as a function of tensors, and the solves that its derivatives are.
+"""A solve as a function of tensors, and the solves that compute its derivatives.
 
-With y = y(x) the states of a solve that depend on x (initial state, parameters), its gradient for cotangents w of y is
-G(x, w) = J(x)^T w. The tangents J v along a direction v come from a solve of twice the size (see
-`pnode_dist.ode.rhs.tangent`), and its gradient for cotangents w of the tangents is the derivative of <w, J v> by x,
-which is H v, H being the Hessian of <w, y>. These two are all that second derivatives need, in whatever order they are
-taken:
+Let y = y(x) be the states of a solve, as a function of initial state and parameters x. Its gradient for cotangents w of
+y is G(x, w) = J(x)^T w. The tangents J v along a direction v come from a solve of twice the size (see
+`pnode_dist.ode.rhs.tangent`). The gradient of that solve for cotangents w of the tangents is the derivative of
+<w, J v> with respect to x. This is H v, with H the Hessian of <w, y>. All second derivatives follow from these two, in
+any order of differentiation:
 
-- the gradient of <v, G> by w is J v, and by x it is H v;
+- the gradient of <v, G> with respect to w is J v, and with respect to x it is H v;
 - the tangent of G along (v, dw) is H v + J^T dw.
 
-The solve of tangents is a solve, so third and higher derivatives are the same once more.
+The solve of tangents is a solve itself, so third and higher derivatives work in the same way.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ Products = tuple[torch.Tensor | None, ...]
 
 
 class Prepare(Protocol):
-    """How the solve of a right-hand side is prepared: that of an initial state, or with `first` that of tangents.
+    """A function that prepares the solve of a right-hand side, or with `first` the solve of its tangents.
 
-    `first` then returns the solve without tangents after its run: accepted steps are taken again, not chosen anew.
+    `first` runs and returns the solve without tangents. The solve of tangents takes the steps accepted there.
     """
 
     def __call__(
@@ -81,41 +81,43 @@ class Asked:
 
     @property
     def parameters(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that f is differentiated by."""
+        """The tensors that f is differentiated with respect to."""
         return self.found.tensors
 
 
 @dataclass
 class Run:
-    """A solve that was run, from these tensors. `numbers[i]` is which of the solve's parameters input i is."""
+    """A solve that was run from `tensors`. `numbers[i]` is the number of the solve's parameter that input i is."""
 
     solve: Solve
     tensors: tuple[torch.Tensor, ...]
     numbers: tuple[int | None, ...]
 
     def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
-        """Give the checkpoints of a graph back that is dropped without a backward pass.
+        """Release the checkpoints of a graph that is dropped without a backward pass.
 
-        weakref.finalize would hold the solve, and with it whatever f leads to: maybe this.
+        weakref.finalize would hold the solve, which may lead to this object through f.
         """
         if not at_exit():
             self.solve.abandon()
 
     def is_of(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether `tensors` are the same values, in the same memory."""
+        """Return True if `tensors` are the same values in the same memory."""
         return all(map(_same, self.tensors, tensors))
 
 
 @dataclass
 class Call:
-    """A solve as a function of tensors: the parts of the initial state, the parameters, and the times if asked for.
+    """A solve as a function of tensors: the parts of the initial state, the parameters, and the times if needed.
 
-    Each of the `directions` makes it the solve of tangents of the one before: the parts of a tangent follow those of
-    the state, and the tangents of the parameters with these numbers follow the parameters. `first` is where the solve
-    without tangents is held. `keeps`: its trajectory is kept for a gradient, `by_directions` also with respect to the
-    tangents of parameters. `ready` is a solve that was prepared for the first run. `repeats`: f is to find what it
-    found in the forward pass of the solve that was asked for, and to leave no trace. `drew`: it drew random numbers.
-    `last` is what was run last; of a batch that are `members`, or one call that is the `whole`.
+    - `directions`: each makes this the solve of tangents of the one before. The parts of a tangent follow those of the
+      state. The tangents of the parameters with these numbers follow the parameters.
+    - `first`: the call of the solve without tangents.
+    - `keeps`: the trajectory is kept for a gradient; with `by_directions` also with respect to parameter tangents.
+    - `ready`: a solve that was prepared for the first run.
+    - `repeats`: restore the surroundings of the original forward pass for f, and undo f's changes afterwards.
+    - `drew`: f drew random numbers.
+    - `last`: the last run. Of a batch these are `members`, or one call, the `whole`.
     """
 
     asked: Asked
@@ -146,12 +148,12 @@ class Call:
         return inputs[: self.parts], inputs[self.parts : end], inputs[end:]
 
     def again(self) -> Call:
-        """The same for other values of its tensors."""
+        """Return the same call for other values of its tensors."""
         first = None if self.first is None else self.first.again()
         return replace(self, ready=None, repeats=True, last=None, members=[], whole=None, first=first)
 
     def of_batch(self) -> Call:
-        """The same for a batch of states, as one state with an axis more."""
+        """Return the same call for a batch of states, as one state with one more axis."""
         call = self.again()
         func = call.asked.func
         call.asked = replace(call.asked, func=Batched(func))
@@ -160,19 +162,19 @@ class Call:
         return call
 
     def tangent(self, numbers: tuple[int, ...], keeps: bool, by_directions: bool) -> Call:
-        """The solve of tangents, along directions of the parameters with these numbers."""
+        """Return the call of the tangents, along directions of the parameters with these numbers."""
         first = self if self.first is None else self.first
         return Call(self.asked, keeps, (*self.directions, numbers), by_directions, first, repeats=True)
 
     def latest(self) -> Solve:
-        """The solve that was run last, in a batch that of all members or of the last one."""
+        """Return the last solve that was run; in a batch that of all members, or of the last one."""
         call = self
         while call.last is None:
             call = call.whole or call.members[-1]
         return call.last.solve
 
     def run(self, tensors: tuple[torch.Tensor, ...]) -> Parts:
-        """The outputs. Collective on the partition's communicator."""
+        """Run the solve and return its outputs. Collective on the partition's communicator."""
         with solve_lock():
             return self._run(tensors)
 
@@ -186,7 +188,7 @@ class Call:
         first = self._first(tensors)
         with ExitStack() as stack:
             if asked.surroundings is not None and self.repeats:
-                # First what f has changed: that puts back all names, which would undo the replacements.
+                # Restore the carried state first: it restores all bindings, and would undo the replacements.
                 stack.enter_context(asked.carried.backward_pass())
                 asked.carried.restart()
                 stack.enter_context(asked.surroundings.restored(replaced))
@@ -200,9 +202,9 @@ class Call:
     def reverse(
         self, cotangents: Sequence[torch.Tensor | None], tensors: tuple[torch.Tensor, ...], same: bool = False
     ) -> Products:
-        """The gradient with respect to each of `tensors`, None where there is none. Collective, as `run`.
+        """Return the gradient with respect to each of `tensors`; None is zero. Collective, like `run`.
 
-        `same`: the last run is known to have been one of these values.
+        `same`: the last run is known to be one of these values.
         """
         if self.last is not None:
             # Check before the solve is recomputed with the present contents.
@@ -220,7 +222,7 @@ class Call:
     def _reverse(self, run: Run, cotangents: Sequence[torch.Tensor | None]) -> Products:
         with _running(run.solve, backward=True):
             if not run.solve.has_trajectory:
-                # The checkpoints went as they were used: lay the trajectory down again.
+                # An earlier backward pass has used up the checkpoints: run the forward pass again.
                 run.solve.carried.restart()
                 forward_pass(run.solve, run.tensors[: self.parts])
             states, found, times = backward_pass(run.solve, cotangents)
@@ -253,7 +255,7 @@ class Call:
         return Run(solve, tensors, tuple(places.get(id(tensor)) for tensor in (*own, *directions)))
 
     def _function(self, values: list[torch.Tensor]) -> Function:
-        """The right-hand side of the state and its tangents."""
+        """Return the right-hand side of the state and its tangents."""
         func, is_tuple, known = self.asked.func, self.asked.is_tuple, len(self.asked.parameters)
         for numbers in self.directions:
             along = values[known : known + len(numbers)]
@@ -282,7 +284,7 @@ class Call:
         return run
 
     def _stand_in(self, original: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The tensor that f reads in the place of `original`: a new leaf, unless that is the value and serves."""
+        """Return the tensor that replaces `original` for f: a new leaf, unless `original` itself can be used."""
         serves = original.requires_grad and not is_wrapped(original)
         if serves and (original.is_leaf or not self.asked.transformed) and _same(original, value):
             return original
@@ -291,9 +293,9 @@ class Call:
 
 @contextmanager
 def _running(solve: Solve, backward: bool = False) -> Iterator[None]:
-    """While f is evaluated: its modules hold what it computes with, in a backward pass what it saw in the forward pass.
+    """Set up the evaluation of f within the context: copies in modules, and in a backward pass the surroundings.
 
-    A solve that fails gives back what it holds.
+    A solve that fails releases its checkpoints.
     """
     surroundings = solve.surroundings
     try:
@@ -308,7 +310,7 @@ def _running(solve: Solve, backward: bool = False) -> Iterator[None]:
                 stack.enter_context(solve.carried.backward_pass())
             yield
     except BaseException:
-        # Whoever keeps the error keeps the solve alive.
+        # An error that is kept would keep the solve, with its checkpoints, alive.
         solve.abandon()
         raise
 

@@ -1,7 +1,7 @@
-"""A solve, and its gradient, as nodes of torch's graph that can be differentiated again and under transforms.
+"""A solve and its gradient as nodes of torch's graph, which can be differentiated again and under transforms.
 
-`Solution` and `TransformedSolution` are the states of a `Call`; the second has the form that the transforms of
-`torch.func` ask for, which takes longer. `Gradient` is the gradient of either.
+`Solution` and `TransformedSolution` are the states of a `Call`. The second has the form that the transforms of
+`torch.func` require, and is slower. `Gradient` is the gradient of either.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def solution(call: Call, tensors: Tensors) -> Parts:
-    """The states of `call` at these tensors, as nodes of the graph. Collective on the partition's communicator."""
+    """Return the states of `call` at `tensors`, as nodes of the graph. Collective on the partition's communicator."""
     node = TransformedSolution if batching_or_tracking() else Solution
     found: Parts = node.apply(call, *tensors)  # type: ignore[no-untyped-call]
     return found
 
 
 class _Solution(torch.autograd.Function):
-    """The derivatives, which both forms have in common."""
+    """The derivatives of both forms."""
 
     @staticmethod
     @outside_graphs
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
-        """The gradient: by itself where nothing can be asked of it, else as a node of the graph."""
+        """Return the gradient: as a node of the graph if it may be differentiated, else as plain tensors."""
         call, tensors = ctx.call, _saved(ctx)
         if torch.is_grad_enabled() or transforming() or older_batching() or call.last is None:
             return None, *_each(call, lambda given: gradient(call, given, tensors), cotangents)
@@ -51,16 +51,16 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> Any:
-        """The tangents of the states along those of the inputs."""
+        """Return the tangents of the states along those of the inputs."""
         call, tensors = ctx.call, ctx.saved_tensors
         return _each(call, lambda along: _pushed(call, tensors, along), tangents[1:])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, *tensors: torch.Tensor) -> Any:
-        """The states of each member of the batch: all in one solve where that is exact, else one after the other."""
+        """Return the states of each member of the batch: in one solve if that is exact, else one after the other."""
         _refuse_ranks(call)
         if call.asked.folds and _is_batch_of_states(call, in_dims[1:], tensors):
-            # An operation of f may have no form for batches.
+            # An operation of f may have no rule for batches.
             with suppress(Exception):
                 return _folded(info.batch_size, in_dims[1:], call, tensors)
         call.members = [call.again() for _ in range(info.batch_size)]
@@ -75,7 +75,7 @@ class Solution(_Solution):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> Parts:
-        """Run the solve. Its trajectory goes with what is saved of it."""
+        """Run the solve. Its trajectory lives as long as the saved tensors."""
         with hidden_from_checkpoint() as hidden:
             outputs = call.run(tensors)
         run = call.last
@@ -90,7 +90,7 @@ class Solution(_Solution):
 
 
 class TransformedSolution(_Solution):
-    """The same in the form that `torch.func` asks for."""
+    """The states of a call in the form that `torch.func` requires."""
 
     @staticmethod
     def forward(call: Call, *tensors: torch.Tensor) -> Parts:
@@ -106,13 +106,13 @@ class TransformedSolution(_Solution):
 
 
 def _saved(ctx: Any) -> Tensors:
-    """The tensors of the call; its last run is the one whose trajectory was saved with them."""
+    """Return the saved tensors of the call, and set its last run to that of the saved trajectory."""
     saved: Tensors = ctx.saved_tensors
     if not ctx.has_ticket:
         return saved
     call, run = ctx.call, held_by(saved[-1])
     if run is not None and run is not call.last:
-        # A recomputation of the forward pass by torch.utils.checkpoint has laid down a trajectory of its own.
+        # torch.utils.checkpoint has recomputed the forward pass, with a trajectory of its own.
         run.solve.compare_outcome(call.last.solve.outcome)
         call.last = run
     return saved[:-1]
@@ -121,22 +121,22 @@ def _saved(ctx: Any) -> Tensors:
 def _remember(ctx: Any, call: Call, tensors: Sequence[torch.Tensor]) -> None:
     ctx.call, ctx.has_ticket = call, False
     ctx.set_materialize_grads(False)
-    # Not only for a second backward pass: torch now notices when they are changed in place before the first.
+    # Saving them lets torch detect changes in place, also before the first backward pass.
     ctx.save_for_backward(*tensors)
 
 
 def gradient(call: Call, cotangents: Sequence[torch.Tensor | None], tensors: Tensors) -> Products:
-    """The gradient of <states, cotangents> by each of `tensors`, as a node of the graph. Collective, as the solve."""
+    """Return the gradient of <states, cotangents> with respect to `tensors`, as a node of the graph. Collective."""
     found: Products = Gradient.apply(call, len(cotangents), *cotangents, *tensors)  # type: ignore[no-untyped-call]
     return found
 
 
 class Gradient(torch.autograd.Function):
-    """The gradient of a call: inputs are the call, the number of cotangents, these, and the call's tensors."""
+    """The gradient of a call. Inputs: the call, the number of cotangents, the cotangents, and the call's tensors."""
 
     @staticmethod
     def forward(call: Call, outputs: int, *tensors: torch.Tensor | None) -> Products:
-        """Reverse the solve, after running it if its trajectory is not there."""
+        """Reverse the solve. Run it first if it has no trajectory."""
         cotangents, own = tensors[:outputs], _given(tensors[outputs:])
         found = call.reverse(cotangents, own)
         taken = {tensor.untyped_storage().data_ptr() for tensor in _given(tensors)}
@@ -155,7 +155,7 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *directions: torch.Tensor | None) -> Any:
-        """By the cotangents the tangent J v along the `directions` v, by the tensors the Hessian's product H v."""
+        """Return J v for the cotangents, and the Hessian product H v for the tensors, with v the `directions`."""
         call, cotangents, own = _parts_of(ctx)
         wanted = any(ctx.needs_input_grad[2 + ctx.outputs :]) or call.asked.ranks > 1
 
@@ -169,7 +169,7 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> Any:
-        """The tangent of J^T w along those of w and of the tensors: J^T dw + H v."""
+        """Return the tangent of J^T w along those of w and of the tensors: J^T dw + H v."""
         call, cotangents, own = _parts_of(ctx)
         every, outputs = call.asked.ranks > 1, ctx.outputs
 
@@ -186,7 +186,7 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: Call, outputs: int, *tensors: torch.Tensor | None) -> Any:
-        """The gradient of each member of the batch."""
+        """Return the gradient of each member of the batch."""
         _refuse_ranks(call)
         dims = in_dims[2:]
         members = [call] * info.batch_size
@@ -203,7 +203,7 @@ class Gradient(torch.autograd.Function):
 
 
 def _each(call: Call, function: Callable[[Products], Products], tensors: Products) -> Products:
-    """`function` of these, one after the other if they are batches that no vmap rule is asked about."""
+    """Apply `function`, member by member for a batch that has no vmap rule."""
     batch = for_each_of_older_batch(function, tensors)
     if batch is None:
         return function(tensors)
@@ -212,7 +212,7 @@ def _each(call: Call, function: Callable[[Products], Products], tensors: Product
 
 
 def _pushed(call: Call, tensors: Tensors, along: Products) -> Products:
-    """The tangents of the states of `call` along those of its tensors."""
+    """Return the tangents of the states of `call` along those of its tensors."""
     keeps = torch.is_grad_enabled() and any(map(requires_gradient, (*tensors, *_given(along))))
     tangent, inputs = tangent_call_of(call, tensors, along, keeps)
     return solution(tangent, inputs)[-(tangent.parts // 2) :]
@@ -224,7 +224,7 @@ def _parts_of(ctx: Any) -> tuple[Call, Products, Tensors]:
 
 
 def _hessian_product(tangent: Call, inputs: Tensors, cotangents: Products) -> Products:
-    """H v by the tensors of the call that `tangent` is of, v being the direction among `inputs`."""
+    """Return H v with respect to the tensors of the call without tangents; v is the direction among `inputs`."""
     found = gradient(tangent, (*(None,) * len(cotangents), *cotangents), inputs)
     states, parameters, times = tangent.separated(found)
     return (*states[: tangent.parts // 2], *parameters[: tangent.parameters - len(tangent.directions[-1])], *times)
@@ -237,7 +237,7 @@ def tangent_call_of(
     keeps: bool,
     by_directions: bool | None = None,
 ) -> tuple[Call, Tensors]:
-    """The solve of the tangents of `call` along these directions of its tensors, None for zero, and its inputs."""
+    """Return the call of the tangents of `call` along directions of its tensors (None: zero), and its inputs."""
     states, parameters, times = call.separated(tensors)
     of_states, of_parameters, of_times = call.separated(along)
     if _given(of_times):
@@ -245,7 +245,7 @@ def tangent_call_of(
             "t: tangents with respect to the times, and derivatives of the gradient by the times, are not available: "
             "stretch time instead, du/ds = T f(T s, u) with the end T as a parameter of f"
         )
-    # On several ranks f may communicate on the way to a parameter, so that all of them take part.
+    # On several ranks f may communicate between a parameter and its value, so all of them take part.
     numbers = tuple(
         number
         for number, (parameter, direction) in enumerate(zip(parameters, of_parameters, strict=True))
@@ -282,14 +282,14 @@ def _member(tensors: Sequence[Any], dims: Sequence[int | None], number: int) -> 
 
 
 def _of_its_own(value: torch.Tensor, taken: set[int]) -> torch.Tensor:
-    """`value`, copied if it shares memory with an input: a node of the graph must not return one in another form."""
+    """Copy `value` if it shares memory with an input, which a node of the graph must not return."""
     return value.clone() if value.untyped_storage().data_ptr() in taken else value
 
 
 def _is_batch_of_states(call: Call, dims: Sequence[int | None], tensors: Tensors) -> bool:
-    """Whether nothing but states differs among the members of a batch, and no inner transform asks for gradients.
+    """Return True if the members of a batch differ in their states alone, and no inner transform asks for gradients.
 
-    Those by parameters are each member's own, and take a solve for each.
+    Gradients with respect to parameters differ between members, and take a solve for each.
     """
     is_ours = not call.keeps or any(map(requires_gradient, tensors))
     return is_ours and all(dim is None for dim in dims[call.parts :])
@@ -307,7 +307,7 @@ def _folded(size: int, dims: Sequence[int | None], call: Call, tensors: Tensors)
 
 
 def _refuse_draws(info: Any, members: Sequence[Call]) -> None:
-    """Raise `ConfigurationError` where f draws random numbers, which are the same for each member of a batch."""
+    """Raise `ConfigurationError` if f draws random numbers, which would be the same for each member of a batch."""
     if info.randomness != "same" and any(member.drew for member in members):
         raise ConfigurationError(
             f"vmap: func draws random numbers, and randomness = {info.randomness!r}: must be 'same', or call the solve "

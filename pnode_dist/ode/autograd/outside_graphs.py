@@ -1,7 +1,7 @@
-"""Solves inside code that torch.compile compiles: the solve itself is left out of the compiled graph.
+"""Solves inside code that torch.compile compiles: the solve itself stays outside the compiled graph.
 
-PETSc steps cannot be traced. The graph breaks before the solve and goes on after it. f is compiled by
-`NeuralODE(compile=True)`, or where it is itself a compiled module.
+PETSc's steps cannot be traced. The graph breaks before the solve and continues after it. f is compiled by
+`NeuralODE(compile=True)`, or if it is itself a compiled module.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _REASON = (
 
 
 def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` as one that torch.compile does not trace, nor what it calls.
+    """Exclude `function`, and all that it calls, from tracing by torch.compile.
 
-    torch.compiler.disable loads torch's compiler, which takes seconds. Here that happens only where something else has
-    loaded it: otherwise there is nothing to keep out of.
+    torch.compiler.disable loads torch's compiler, which takes seconds. It is therefore applied only after other code
+    has loaded the compiler.
     """
     disabled: list[Callable[P, R]] = []
 

@@ -1,8 +1,8 @@
-"""The trajectory of a solve as one of the tensors that torch's graph saves.
+"""The trajectory of a solve as one of the tensors that torch's graph saves: a ticket.
 
-It lives as long as that tensor's memory: with the graph as a rule. Where hooks on saved tensors keep something else in
-its place and recompute it later, as `torch.utils.checkpoint` does, the trajectory goes when the forward pass is over,
-and the tensor that the backward pass gets leads to the trajectory of the recomputation.
+The trajectory lives as long as the ticket's memory, usually as long as the graph. Hooks on saved tensors may drop the
+ticket and recompute it later, like `torch.utils.checkpoint`. Then the trajectory is freed after the forward pass, and
+the ticket of the backward pass belongs to the trajectory of the recomputation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pnode_dist.system.torch_internals import top_saved_tensor_hooks
 
 
 class _Ticket(ctypes.c_int64):
-    """A number in memory of its own, which a tensor shares."""
+    """A random number in memory of its own, which a tensor shares."""
 
     held: Any
     abandon: Callable[[], None]
@@ -36,8 +36,8 @@ _tickets: weakref.WeakValueDictionary[int, _Ticket] = weakref.WeakValueDictionar
 
 
 def ticket_of(held: Any, abandon: Callable[[], None]) -> torch.Tensor:
-    """A tensor to be saved, which leads to what is held: when its memory is freed, `abandon` is called."""
-    # Drawn from so many that a hook that changes the number does not make it that of another trajectory.
+    """Return a tensor to be saved for `held`. When its memory is freed, `abandon` is called."""
+    # 62 random bits: a hook that changes the number does not produce that of another trajectory.
     ticket = _Ticket(secrets.randbits(62))
     ticket.held, ticket.abandon = held, abandon
     _tickets[ticket.value] = ticket
@@ -45,16 +45,17 @@ def ticket_of(held: Any, abandon: Callable[[], None]) -> torch.Tensor:
 
 
 def held_by(ticket: torch.Tensor) -> Any:
-    """Return what a saved ticket leads to; None if that is gone."""
+    """Return the object of a saved ticket; None if it was freed."""
     found = _tickets.get(int(ticket.item()))
     return None if found is None else found.held
 
 
 @contextmanager
 def hidden_from_checkpoint() -> Iterator[bool]:
-    """Keep `torch.utils.checkpoint` from what is saved meanwhile: graphs of steps are no part of the graph outside.
+    """Hide tensors saved within the context from `torch.utils.checkpoint`: tapes are not part of the outer graph.
 
-    Yields whether it is at work. Other hooks on saved tensors, such as those that move them to the host, see them.
+    Yields True if `torch.utils.checkpoint` is active. Other hooks on saved tensors, such as those that move them to the
+    host, still apply.
     """
     hooks = None if top_saved_tensor_hooks is None else top_saved_tensor_hooks(False)
     if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":

@@ -1,7 +1,7 @@
-"""A solve under transforms of `torch.func` and in forward mode, where f holds wrapped tensors or such with tangents.
+"""A solve under transforms of `torch.func` and in forward mode, where f holds wrapped tensors or dual tensors.
 
-Every tensor that is differentiated or batched in any way becomes an input of the solve. f is evaluated with the values
-that torch hands to the solve at the bottom of all transforms: they are put in the places where f finds its tensors.
+Every tensor that is differentiated or batched becomes an input of the solve. The solve gets the plain values below all
+transforms, and binds them to the names from which f reads its tensors.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def transformed(
     folds: bool,
     last_only: bool,
 ) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
-    """The solve as a function of everything that is followed, the layout of its state, and its inputs.
+    """Return the solve as a function of all tensors under a transform, the layout of its state, and its inputs.
 
-    Evaluates f once, to find tensors that the search for parameters has missed. Collective if f is. Raises
-    `ConfigurationError` if there are any, or if f holds one where none can be put in its place.
+    Evaluates f once, to detect tensors that the search for parameters has missed. Collective if f is. Raises
+    `ConfigurationError` if there are any, or if f holds one in a place that cannot be rebound.
     """
     layout, parts = layout_of(u0, compute_dtype)
     parameters = find_parameters(func, (*args, *params), is_followed)
@@ -81,7 +81,7 @@ def transformed(
 
 
 def _look(asked: Asked, layout: StateLayout, parts: Parts, t: Any) -> None:
-    """Refuse f if its value is followed by a transform although nothing that it is given is."""
+    """Raise `ConfigurationError` if a transform follows the value of f although it follows none of f's inputs."""
     replaced = {id(parameter): bare(parameter) for parameter in asked.parameters}
     start = bare(torch.as_tensor(t[0])).to(layout.device, layout.compute_dtype)
     assert asked.surroundings is not None

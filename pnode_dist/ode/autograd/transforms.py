@@ -1,7 +1,6 @@
-"""Whether torch differentiates or batches what is computed now, beyond its ordinary graph.
+"""Detection of torch's transforms: derivatives and batches beyond the ordinary graph.
 
-`torch.func` wraps tensors, one wrapper for each transform that is under way; forward mode attaches tangents to them.
-Both are looked up by `pnode_dist.system.torch_internals`.
+`torch.func` wraps tensors, once for each active transform. Forward mode attaches tangents to them.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ Results = tuple[torch.Tensor | None, ...]
 
 
 def batching_or_tracking() -> bool:
-    """Whether a transform of `torch.func`, such as `grad`, `jvp` or `vmap`, is under way."""
+    """Return True if a transform of `torch.func`, such as `grad`, `jvp` or `vmap`, is active."""
     return bool(internals.under_functorch())
 
 
 def forward_mode() -> bool:
-    """Whether tensors may have tangents."""
+    """Return True if tensors may have tangents."""
     return internals.forward_mode_level() >= 0
 
 
 def transforming() -> bool:
-    """Whether derivatives may be asked for in another way than by an ordinary backward pass."""
+    """Return True if derivatives may be computed in another way than by an ordinary backward pass."""
     return batching_or_tracking() or forward_mode()
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
-    """Whether a transform of `torch.func` has wrapped `tensor`."""
+    """Return True if a transform of `torch.func` has wrapped `tensor`."""
     return bool(internals.is_functorch_wrapper(tensor))
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` stands for a batch of others, under any number of transforms."""
+    """Return True if `tensor` is a batch, under any number of transforms."""
     while is_wrapped(tensor):
         if internals.is_functorch_batch(tensor):
             return True
@@ -48,21 +47,21 @@ def is_batched(tensor: torch.Tensor) -> bool:
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` has a tangent of the innermost level of forward mode."""
+    """Return True if `tensor` has a tangent at the innermost level of forward mode."""
     if not forward_mode() or not tensor.is_floating_point():
         return False
     return _unpacked(tensor).tangent is not None
 
 
 def is_followed(tensor: torch.Tensor) -> bool:
-    """Whether what is computed from `tensor` is differentiated or batched, in any way."""
+    """Return True if `tensor` is differentiated or batched in any way."""
     return tensor.requires_grad or is_wrapped(tensor) or has_tangent(tensor)
 
 
 def is_followed_at_any_level(tensor: torch.Tensor) -> bool:
-    """Whether `tensor`, computed now, depends on anything that some transform differentiates or batches.
+    """Return True if a result depends on a tensor that any transform differentiates or batches.
 
-    A transform wraps what is computed under it, whether that depends on its inputs or not.
+    A wrapper alone is not enough: a transform also wraps results that do not depend on its inputs.
     """
     if tensor.requires_grad or has_tangent(tensor) or internals.is_functorch_batch(tensor):
         return True
@@ -77,7 +76,7 @@ def is_followed_at_any_level(tensor: torch.Tensor) -> bool:
 
 
 def requires_gradient(tensor: torch.Tensor) -> bool:
-    """Whether some backward pass may ask for a gradient with respect to `tensor`, that of an outer transform too."""
+    """Return True if a backward pass, also that of an outer transform, may differentiate with respect to `tensor`."""
     while not tensor.requires_grad:
         if not is_wrapped(tensor):
             return False
@@ -86,7 +85,7 @@ def requires_gradient(tensor: torch.Tensor) -> bool:
 
 
 def bare(tensor: torch.Tensor) -> torch.Tensor:
-    """The value of `tensor` without wrappers and tangents, outside of any graph. It must not be batched."""
+    """Return the value of `tensor` without wrappers, tangents and graph. It must not be batched."""
     while is_wrapped(tensor):
         tensor = internals.unwrapped(tensor)
     return _unpacked(tensor).primal.detach() if has_tangent(tensor) else tensor.detach()
@@ -98,7 +97,7 @@ def _unpacked(tensor: torch.Tensor) -> forward_ad.UnpackedDualTensor:
 
 
 def check_not_traced() -> None:
-    """Raise `ConfigurationError` while torch records operations, of which a solve is none, to run them again."""
+    """Raise `ConfigurationError` while torch traces operations: a solve is not one of them."""
     tracer: str | None = None
     if internals.is_dispatch_tracing():
         tracer = "torch.func.linearize, make_fx or torch.export"
@@ -114,13 +113,13 @@ def check_not_traced() -> None:
 
 
 def older_batching() -> bool:
-    """Whether batches of the kind that `for_each_of_older_batch` describes may occur."""
+    """Return True if there may be batches of the kind that `for_each_of_older_batch` describes."""
     return internals.legacy_batch_level() > 0
 
 
 @contextmanager
 def hooks_on_saved_tensors() -> Iterator[None]:
-    """Allow them within a solve, which no transform sees into: under those of `torch.func` they are forbidden."""
+    """Allow hooks on saved tensors within a solve, which transforms do not trace. `torch.func` forbids them."""
     reason = internals.saved_tensor_hooks_refusal()
     if reason is None:
         yield
@@ -135,10 +134,10 @@ def hooks_on_saved_tensors() -> Iterator[None]:
 def for_each_of_older_batch(
     function: Callable[[Results], Results], tensors: Sequence[torch.Tensor | None]
 ) -> Results | None:
-    """The results of `function` for each member of a batch, as a batch; None if none of `tensors` is one.
+    """Apply `function` to each member of a batch. Returns a batch; None if none of `tensors` is one.
 
-    Meant are the batches of `torch.autograd.grad` with `is_grads_batched` and of `torch.autograd.functional` with
-    `vectorize`, which are not those of `torch.func.vmap`, and which no rule of a node of the graph is asked about.
+    These are the batches of `torch.autograd.grad` with `is_grads_batched` and of `torch.autograd.functional` with
+    `vectorize`. They differ from those of `torch.func.vmap`, and torch calls no vmap rule for them.
     """
     if not any(tensor is not None and internals.is_legacy_batch(tensor) for tensor in tensors):
         return None

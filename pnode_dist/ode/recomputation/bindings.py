@@ -1,14 +1,14 @@
-"""The names through which a right-hand side reaches its values, and what they hold at one moment.
+"""The bindings of a right-hand side: the names that it reads, and their values at one moment.
 
-A solve evaluates f again in its backward pass, which may run after the program has given these names other values: an
-attribute, a variable that f closes over, a parameter that `torch.func.functional_call` had put in place, the training
-mode of a module. `installed` puts the values of the forward pass back for as long as f is evaluated again.
+The backward pass of a solve evaluates f again. Until then the program may have bound these names to other values: an
+attribute, a variable that f closes over, a parameter that `torch.func.functional_call` had replaced, the training mode
+of a module. `installed` restores the values of the forward pass while f is evaluated.
 
-Covered are parameters, buffers, submodules and attributes of modules; closure cells, defaults and globals of functions;
-partial arguments; attributes of plain objects; entries of dictionaries and lists; and everything that is reached
-through them. Not covered are values that are changed in place (arrays, tensors), class attributes, containers of more
-than 10,000 entries, and variables of functions of other files: the comparison of recomputed steps finds those (see
-`pnode_dist.ode.recomputation.guard`).
+Included are parameters, buffers, submodules and attributes of modules; closure cells, defaults and globals of
+functions; partial arguments; attributes of plain objects; entries of dictionaries and lists; and everything reached
+through them. Not included are values changed in place (arrays, tensors), class attributes, containers of more than
+10,000 entries, and variables of functions of other files. The comparison of recomputed steps detects changes of those
+(see `pnode_dist.ode.recomputation.guard`).
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from torch import nn
 
 _Space = dict[str, Any] | list[Any]
 _MOST_ENTRIES = 10_000
-"""Larger containers are data, not settings, and looking through them would take longer than a solve."""
+"""Larger containers hold data and not settings. Searching them would take longer than a solve."""
 Changes = dict[tuple[int, Any], Any]
-"""Values by the number of a namespace and a key of it; the numbers of cells are negative."""
+"""Values by the number of a namespace and a key in it. Closure cells have negative numbers."""
 _VALUES = frozenset((str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, range, slice))
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 _CLOSED_PACKAGES = (
     frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "petsc4py", "mpi4py", "h5py", "pnode_dist"}
 ) - {"__main__", "argparse", "types"}
-"""Packages whose objects hold no settings of the program's."""
+"""Packages whose objects hold no settings of the program."""
 
 
 @dataclass(frozen=True)
 class Bindings:
-    """Namespaces with the contents that they had, and closure cells with theirs.
+    """Namespaces and closure cells, each with its contents at the capture.
 
-    `names` limits a namespace to some of its keys (the globals that a function reads), None standing for all of them.
-    `tensors` are all tensors that were reached, `of_buffers` the numbers of the namespaces that hold modules' buffers.
+    An entry of `spaces` is a namespace, the names in it that count (those of the globals that a function reads; None:
+    all), and the contents. `tensors` are all tensors that were reached. `of_buffers` are the numbers of the namespaces
+    that hold buffers of modules.
     """
 
     spaces: tuple[tuple[_Space, frozenset[str] | None, Any], ...]
@@ -59,9 +60,9 @@ class Bindings:
 
     @contextmanager
     def installed(self, replaced: Mapping[int, Any] | None = None) -> Iterator[None]:
-        """Let all names hold the values of this capture; afterwards what they held before.
+        """Bind all names to the values of this capture within the context, and restore their bindings after it.
 
-        A value whose `id` is in `replaced` is replaced by that entry. What f binds to the names meanwhile is undone.
+        A value whose `id` is in `replaced` is replaced by that entry. Bindings that f makes meanwhile are undone.
         """
         before = _Contents.of(self)
         wanted = _Contents(tuple(then for _, _, then in self.spaces), tuple(then for _, then in self.cells))
@@ -74,10 +75,10 @@ class Bindings:
             before.install(self)
 
     def changes(self) -> Changes:
-        """The names that hold other values than at the capture, with these values.
+        """Return the names that have other values than at the capture, with these values.
 
-        Tensors bound to attributes and variables are left out, buffers are not: they would keep alive whatever f has
-        computed last.
+        Buffers are included. Tensors bound to attributes and variables are not: they would keep alive the last results
+        of f.
         """
         found: dict[tuple[int, Any], Any] = {}
         for number, (space, names, then) in enumerate(self.spaces):
@@ -98,7 +99,7 @@ class Bindings:
         return found
 
     def change_to(self, changes: Changes) -> None:
-        """Let the names hold the values of `changes`, and those that are not in it what they held at the capture."""
+        """Bind the names to the values of `changes`, and all other names to those of the capture."""
         for place in self.changes().keys() - changes.keys():
             self._bind(place, self._captured(place))
         for place, value in changes.items():
@@ -127,21 +128,21 @@ class Bindings:
 
 @dataclass(frozen=True)
 class _Contents:
-    """Contents of the namespaces and cells of a `Bindings`, in its order."""
+    """The contents of the namespaces and cells of a `Bindings`, in its order."""
 
     of_spaces: tuple[Any, ...]
     of_cells: tuple[Any, ...]
 
     @classmethod
     def of(cls, bindings: Bindings) -> _Contents:
-        """The present contents."""
+        """Return the present contents."""
         return cls(
             tuple(_copied(space, names) for space, names, _ in bindings.spaces),
             tuple(_content(cell) for cell, _ in bindings.cells),
         )
 
     def with_replaced(self, replaced: Mapping[int, Any]) -> _Contents:
-        """The same with some values replaced, by their identity."""
+        """Return the contents with some values replaced, by their identity."""
 
         def new(value: Any) -> Any:
             return tuple(map(new, value)) if type(value) is tuple else replaced.get(id(value), value)
@@ -154,7 +155,7 @@ class _Contents:
         return _Contents(tuple(map(copy, self.of_spaces)), tuple(map(new, self.of_cells)))
 
     def install(self, bindings: Bindings) -> None:
-        """Make these the contents."""
+        """Write these contents to the namespaces and cells."""
         for (space, names, _), wanted in zip(bindings.spaces, self.of_spaces, strict=True):
             _put(space, names, wanted)
         for (cell, _), content in zip(bindings.cells, self.of_cells, strict=True):
@@ -163,21 +164,21 @@ class _Contents:
 
 
 def bindings_of(*roots: Any) -> Bindings:
-    """The names that are reached from `roots`, such as a right-hand side and its extra arguments, and their values."""
+    """Capture the names reached from `roots`, such as a right-hand side and its extra arguments, and their values."""
     walk = _Walk()
     walk.through(roots)
     return Bindings(tuple(walk.spaces), tuple(walk.cells), tuple(walk.tensors), frozenset(walk.of_buffers))
 
 
 class _Walk:
-    """A search of everything that is reached from some objects."""
+    """A search of everything reached from some objects."""
 
     def __init__(self) -> None:
         self.spaces: list[tuple[_Space, frozenset[str] | None, Any]] = []
         self.cells: list[tuple[Any, Any]] = []
         self.tensors: list[torch.Tensor] = []
         self.of_buffers: set[int] = set()
-        # Bound methods are made anew whenever they are looked at: all that was seen is held, so that no `id` recurs.
+        # Holds all objects seen, so that no `id` is reused: each access to a bound method makes a new object.
         self._seen: dict[int, Any] = {}
         self._pending: list[Any] = []
 
@@ -266,7 +267,7 @@ def _content(cell: Any) -> Any:
 
 
 def _is_open(thing: Any) -> bool:
-    """Whether an object's attributes may be settings of the program's."""
+    """Return True if an object's attributes may be settings of the program."""
     if isinstance(thing, type | types.ModuleType) or not hasattr(thing, "__dict__"):
         return False
     if getattr(type(thing), "holds_values_of_func", False):
@@ -275,7 +276,7 @@ def _is_open(thing: Any) -> bool:
 
 
 def _is_code(value: Any, space: dict[str, Any]) -> bool:
-    """Whether a global is a module, a class, or a function of another file: names that no program changes."""
+    """Return True if a global is a module, a class, or a function of another file, which programs do not rebind."""
     if isinstance(value, types.FunctionType):
         return value.__globals__ is not space
     return isinstance(value, type | types.ModuleType | types.BuiltinFunctionType)
@@ -285,7 +286,7 @@ _METHODS: weakref.WeakKeyDictionary[type, tuple[types.FunctionType, ...]] = weak
 
 
 def _methods_of(kind: type) -> tuple[types.FunctionType, ...]:
-    """The methods of a program's class, which read globals of its own."""
+    """Return the methods of a class of the program, which may read globals."""
     if kind not in _METHODS:
         _METHODS[kind] = _found_methods_of(kind)
     return _METHODS[kind]
@@ -298,7 +299,7 @@ def _found_methods_of(kind: type) -> tuple[types.FunctionType, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _names_read(code: types.CodeType) -> frozenset[str]:
-    """The global names, and attributes, that a function and those inside it mention."""
+    """Return the global names and attributes in the code of a function and its inner functions."""
     inside = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     return frozenset(code.co_names).union(*map(_names_read, inside))
 
@@ -311,7 +312,7 @@ def _copied(space: _Space, names: frozenset[str] | None) -> Any:
 
 
 def _same(space: Any, other: Any) -> bool:
-    """Whether two namespaces hold the same values, in the same order, as those do from which nothing was taken."""
+    """Return True if two namespaces hold the same values in the same order."""
     if len(space) != len(other):
         return False
     if isinstance(space, list):
@@ -320,7 +321,7 @@ def _same(space: Any, other: Any) -> bool:
 
 
 def _put(space: Any, names: frozenset[str] | None, wanted: Any) -> None:
-    """Make `wanted` the contents of `space`, or of these names in it."""
+    """Set the contents of `space`, or of `names` in it, to `wanted`."""
     if names is not None:
         for name in names:
             if name not in wanted:

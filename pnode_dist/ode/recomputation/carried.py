@@ -1,8 +1,8 @@
 """State that f carries from one evaluation to the next: random generators, tensors and attributes that it changes.
 
-A step that is recomputed has to find this state as it was in the forward pass. `Carried.mark` takes it at a checkpoint,
-`Carried.restore` puts it back. Marks of the same state share their copies, and once the first step has changed nothing
-no further marks are taken: an f without such state pays for it once a solve.
+A recomputed step needs this state as it was in the forward pass. `Carried.mark` saves it at a checkpoint, and
+`Carried.restore` restores it. Marks of the same state share their copies. If the first step changes nothing, no further
+marks are taken: the cost for an f without such state is one comparison for each solve.
 
 torch.utils.checkpoint restores random states in the same way.
 """
@@ -20,12 +20,12 @@ import torch
 from pnode_dist.ode.recomputation.bindings import Bindings, Changes
 
 _SMALL = 2**16
-"""Tensors of so many bytes are held as copies for as long as a solve may be recomputed."""
+"""Tensors of at most so many bytes are copied, and the copies kept, as long as a solve may be recomputed."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The carried state at one moment: random states, copies of tensors with their versions, and values of names."""
+    """The carried state at one moment: random states, copies of tensors with their versions, and bindings."""
 
     random: tuple[torch.Tensor, ...]
     tensors: tuple[tuple[int, torch.Tensor], ...]
@@ -35,7 +35,7 @@ class Mark:
 class KnownTensors:
     """Facts about the tensors that a right-hand side reads, from its earlier solves.
 
-    `carries`: f was seen to carry state, but not in its first step.
+    `carries`: f carried state in an earlier solve, but not in its first step.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class KnownTensors:
         self.carries = False
 
     def copy_of(self, tensor: torch.Tensor, is_buffer: bool) -> torch.Tensor | None:
-        """A copy of `tensor`. None for a large one that is not a buffer, or that an earlier solve has not changed."""
+        """Copy `tensor`. Returns None for a large one that is not a buffer, or that an earlier solve did not change."""
         if not _is_small(tensor):
             held = self._unchanged.get(id(tensor))
             if not is_buffer or (held is not None and held[0]() is tensor and held[1] == tensor._version):
@@ -51,7 +51,7 @@ class KnownTensors:
         return tensor.detach().clone()
 
     def unchanged(self, tensor: torch.Tensor) -> None:
-        """Note that a solve has left `tensor` as it was."""
+        """Note that a solve did not change `tensor`."""
         if not _is_small(tensor):
             self._unchanged = {key: held for key, held in self._unchanged.items() if held[0]() is not None}
             self._unchanged[id(tensor)] = (weakref.ref(tensor), tensor._version)
@@ -64,9 +64,9 @@ def _is_small(tensor: torch.Tensor) -> bool:
 class Carried:
     """The carried state of one right-hand side through one solve.
 
-    `bindings` are the names that f reads, and `tensors` those that it may change, each with whether it is a buffer.
-    With `random` the states of torch's generators, of the host and of `device`, are carried too. `draws` says that f
-    was seen to draw random numbers.
+    `bindings` are the names that f reads. `tensors` are those that it may change, each with True for a buffer. With
+    `random` the states of torch's generators, of the host and of `device`, are carried too. `draws`: f has drawn random
+    numbers.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class Carried:
             tuple(get() for get, _ in self._generators), tuple((tensor._version, copy) for tensor, copy in copies), {}
         )
         self._last = self.initial
-        # Whether f carries state; None until the first step is taken.
+        # True if f carries state; None until the first step is taken.
         self._active: bool | None = True if self._known.carries else None
         self.draws = False
 
     @property
     def active(self) -> bool:
-        """Whether f carries state, as far as is known."""
+        """False if f is known to carry no state."""
         return self._active is not False
 
     def mark(self, step: int | None = None) -> Mark | None:
-        """The present state, before `step` if that is given; None if f is known to carry none."""
+        """Return a mark of the present state, before `step` if given. None if f is known to carry no state."""
         if step == 0:
             return self.initial
         if self._active is False:
@@ -109,12 +109,12 @@ class Carried:
         return self._last
 
     def settle(self) -> None:
-        """Decide after the first step whether marks are needed: whether it has changed anything."""
+        """Decide after the first step if marks are needed: only if it has changed anything."""
         if self._active is None:
             self._active = self._has_changed()
 
     def end_forward(self) -> None:
-        """Note at the end of a forward pass what it has changed."""
+        """Note the changes of a forward pass at its end."""
         late = not self._active and self._has_changed()
         self.draws = self._drawn(self.initial)
         self._known.carries = self._known.carries or late
@@ -123,19 +123,19 @@ class Carried:
                 self._known.unchanged(tensor)
 
     def restore(self, mark: Mark | None) -> None:
-        """Put the state of `mark` back. Nothing changes for None, or where f is known to carry nothing."""
+        """Restore the state of `mark`. Does nothing for None, or if f is known to carry no state."""
         if mark is None or self._active is False:
             return
         self._put(mark)
 
     def restart(self) -> None:
-        """Put the state at the beginning of the solve back."""
+        """Restore the state at the beginning of the solve."""
         if self._active is not False:
             self.restore(self.initial)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Undo at the end all changes of the carried state that are made meanwhile."""
+        """Undo all changes of the carried state at the end of the context."""
         before = self.mark()
         try:
             yield
@@ -144,7 +144,7 @@ class Carried:
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
-        """Let f find in a backward pass what it found in the forward pass, and leave no trace of it."""
+        """Restore the initial state for a backward pass, and the present state after it."""
         if self._active is False and self._tensors_are_as_in(self.initial):
             yield
             return
@@ -192,10 +192,10 @@ class Carried:
 
 
 def _is_as(tensor: torch.Tensor, version: int, copy: torch.Tensor) -> bool:
-    """Whether a tensor is as it was when a copy was made of it.
+    """Return True if a tensor has not changed since a copy was made of it.
 
-    Batch normalisation writes into its running statistics without a change of their versions: small tensors are
-    compared by their values.
+    Small tensors are compared by their values, because batch normalisation writes its running statistics without a
+    change of their versions.
     """
     if tensor._version != version or _is_small(tensor):
         return torch.equal(tensor, copy)
@@ -207,7 +207,7 @@ NOTHING_CARRIED.settle()
 
 
 def generators(device: torch.device | None) -> list[tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], Any]]]:
-    """How the states of torch's generators are had and set."""
+    """Return the functions that get and set the states of torch's generators."""
     found: list[tuple[Any, Any]] = [(torch.get_rng_state, torch.set_rng_state)]
     if device is not None and device.type not in ("cpu", "meta"):
         module = torch.get_device_module(device)
@@ -218,7 +218,7 @@ def generators(device: torch.device | None) -> list[tuple[Callable[[], torch.Ten
 
 
 def _equal(state: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two random states are the same. Bytes are compared eight at a time, where they come so."""
+    """Return True if two random states are equal. Compares eight bytes at a time where possible."""
     if state.numel() % 8 == 0 and state.is_contiguous() and other.is_contiguous():
         return torch.equal(state.view(torch.int64), other.view(torch.int64))
     return torch.equal(state, other)

@@ -1,7 +1,7 @@
-"""Fingerprints of tensors: one number each, by which a recomputed result is compared with the first one.
+"""Fingerprints of tensors: one number for each result, to compare a recomputed result with the first one.
 
-A fingerprint is a sum of all entries with fixed weights between 1/2 and 3/2. Unlike a hash of the bits it tells by how
-much two results differ; unlike a plain sum or a norm it changes where only conserved quantities stay the same.
+A fingerprint is the sum of all entries with fixed weights between 1/2 and 3/2. Unlike a hash it measures the size of a
+difference. Unlike a plain sum or a norm it also changes if a conserved quantity stays the same.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _GOLDEN = 0.6180339887498949
 
 @lru_cache(maxsize=64)
 def _weights(count: int, device: torch.device) -> torch.Tensor:
-    """The weights of `count` entries: 1/2 plus the fractional parts of multiples of the golden ratio."""
+    """Return the weights of `count` entries: 1/2 plus the fractional parts of multiples of the golden ratio."""
     numbers = torch.arange(1, count + 1, dtype=torch.float64)
     return (0.5 + (numbers * _GOLDEN).frac()).to(device)
 
 
 @lru_cache(maxsize=64)
 def _host_weights(shape: torch.Size) -> NDArray[np.float64]:
-    """The weights of a small tensor on the host."""
+    """Return the weights of a small tensor on the host."""
     return _weights(shape.numel(), torch.device("cpu")).reshape(shape).numpy()
 
 
 def _flat(part: torch.Tensor) -> torch.Tensor:
-    """The entries in a row, in double precision."""
+    """Return the entries as a flat tensor in double precision."""
     return part.detach().double().reshape(-1)
 
 
@@ -49,7 +49,7 @@ def _weighted_sum(flat: torch.Tensor) -> torch.Tensor:
 def _of_part(part: torch.Tensor) -> float:
     if part.numel() > _ROW or not part.is_cpu:
         return float(_weighted_sum(_flat(part)).item())
-    # NumPy's product of small arrays takes half the time of torch's, and a small stage takes little longer.
+    # For small arrays NumPy's product takes half the time of torch's. A small stage takes little longer.
     if part.requires_grad:
         part = part.detach()
     if part.dtype is not torch.float64:
@@ -58,13 +58,13 @@ def _of_part(part: torch.Tensor) -> float:
 
 
 def fingerprint(parts: Sequence[torch.Tensor]) -> float:
-    """The fingerprint of some tensors together. On a device this waits for them."""
+    """Return the fingerprint of several tensors together. Synchronises with their device."""
     if len(parts) == 1:
         return _of_part(parts[0])
-    # Parts that change places are told apart.
+    # Different factors detect parts that are exchanged.
     return sum((1.0 + 0.25 * number) * _of_part(part) for number, part in enumerate(parts))
 
 
 def magnitude(parts: Iterable[torch.Tensor]) -> float:
-    """The root of the sum of the squares of all entries, which is about the size that a fingerprint can have."""
+    """Return the Euclidean norm of all entries, about the size that a fingerprint can have."""
     return math.sqrt(sum(float(torch.linalg.vector_norm(_flat(part))) ** 2 for part in parts))

@@ -1,8 +1,8 @@
 """The comparison of recomputed steps with those of the forward pass.
 
-The adjoint of a recomputed step is that of the forward pass only if f is the same function both times. The forward pass
-keeps one number of each state and of each stage that f is evaluated at again; recomputation is compared with them.
-Differences of the size of rounding come from kernels that are not deterministic, and pass.
+A recomputed step has the same adjoint only if f is the same function both times. The forward pass stores one number, a
+fingerprint, for each state and each recomputed stage. Recomputed values are compared with them. Differences of the size
+of rounding are accepted, because some kernels are not deterministic.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def check_policy(policy: str) -> None:
 
 
 def tolerance_of(compute_dtype: torch.dtype, narrow_checkpoints: bool) -> float:
-    """The largest relative difference that is taken for rounding, where f computes in this type."""
+    """Return the largest relative difference that counts as rounding, for an f that computes in this type."""
     tolerance = _TOLERANCES.get(compute_dtype, _OF_NARROW_TYPES)
     return max(tolerance, _OF_NARROW_CHECKPOINTS) if narrow_checkpoints else tolerance
 
 
 class Guard:
-    """Fingerprints of one solve on this rank, and the largest difference that recomputation has shown.
+    """The fingerprints of one solve on this rank, and the largest difference found.
 
-    `worst` is that difference, relative to the state, and `where` the step that it was first found at. `reasons` gives
-    the reasons that are known at the time of an error.
+    `worst` is that difference, relative to the state. `where` names the place of the first difference above the
+    tolerance. `reasons` returns the known reasons for a difference, for the error message.
     """
 
     def __init__(self, policy: str, tolerance: float, comm: MPI.Comm, reasons: Callable[[], list[str]]) -> None:
@@ -51,22 +51,22 @@ class Guard:
         self.worst, self.where = 0.0, ""
 
     def restart(self) -> None:
-        """Forget everything: a forward pass begins."""
+        """Delete all fingerprints at the beginning of a forward pass."""
         del self._states[:]
         self.worst, self.where = 0.0, ""
 
     def keep(self, step: int, value: float) -> None:
-        """Keep the fingerprint of the state after `step`, the steps coming in turn."""
+        """Store the fingerprint of the state after `step`. Steps come in order; repeated ones are ignored."""
         if step == len(self._states):
             self._states.append(value)
 
     def compare_state(self, step: int, time: float, value: float, parts: Iterable[torch.Tensor]) -> None:
-        """Compare the state after a recomputed step, given by its fingerprint; `parts` are of about its size."""
+        """Compare the fingerprint of the state after a recomputed step. `parts` are of about its size."""
         if step < len(self._states):
             self._compare(self._states[step], value, parts, f"step {step} from t = {time:.6g}")
 
     def compare_value(self, expected: float | None, time: float, values: tuple[torch.Tensor, ...]) -> None:
-        """Compare f at a stage at `time`, evaluated again, with the fingerprint that its value had. None: not kept."""
+        """Compare a recomputed value of f at `time` with the fingerprint of the first one; None was not stored."""
         if expected is not None:
             self._compare(expected, fingerprint(values), values, f"func at t = {time:.6g}")
 
@@ -84,11 +84,11 @@ class Guard:
                 raise RecomputationError(_message(where, relative, 0, 1, self._reasons()))
 
     def compare_outcome(self, expected: float, found: float, parts: Iterable[torch.Tensor]) -> None:
-        """Compare the fingerprints of a solve's result; `parts` are of about its size."""
+        """Compare the fingerprints of the result of a solve. `parts` are of about its size."""
         self._compare(expected, found, parts, "the solve")
 
     def finish(self) -> None:
-        """Report a difference that any rank has found, as the policy says. Collective on the communicator.
+        """Report a difference found on any rank, by the policy. Collective on the communicator.
 
         Raises `RecomputationError` on all ranks alike.
         """

@@ -1,7 +1,7 @@
-"""The circumstances of a forward pass that decide the value of f, put back where its backward pass evaluates f again.
+"""The surroundings of f in a forward pass, which its backward pass restores to evaluate f again.
 
-These are the values of all names that f reads (see `bindings`), autocast and the default floating type of torch. Random
-states and buffers that f changes itself are carried from step to step (see `carried`).
+These are the values of all names that f reads (see `bindings`), autocast, and torch's default floating type. Random
+states and tensors that f itself changes are handled by `carried`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from pnode_dist.ode.recomputation.bindings import Bindings, bindings_of
 
 @dataclass(frozen=True)
 class Autocast:
-    """The state of `torch.autocast` on some types of devices: whether it is on, and its type."""
+    """The state of `torch.autocast` for some types of devices: on or off, and its floating type."""
 
     states: tuple[tuple[str, bool, torch.dtype], ...]
 
     @classmethod
     def now(cls, device: torch.device) -> Autocast:
-        """The present state for operations of the host and of `device`."""
+        """Return the present state for operations on the host and on `device`."""
         kinds = dict.fromkeys(("cpu", device.type))
         return cls(tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds))
 
     @property
     def on(self) -> bool:
-        """Whether it is on anywhere."""
+        """True if autocast is on for any type of device."""
         return any(enabled for _, enabled, _ in self.states)
 
     def put(self) -> None:
-        """Make this the present state."""
+        """Set this state."""
         for kind, enabled, dtype in self.states:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
@@ -42,7 +42,7 @@ class Autocast:
 
 @contextmanager
 def uncached_casts() -> Iterator[None]:
-    """Keep autocast from using casts of parameters again: those made without a gradient would hide the parameters."""
+    """Disable autocast's cache: a cached cast that was made without a gradient would hide its parameter."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -55,7 +55,7 @@ def uncached_casts() -> Iterator[None]:
 class Surroundings:
     """The surroundings of a right-hand side and its extra arguments in the forward pass.
 
-    `versions` are those of tensors that f reads.
+    `versions` has the tensors that f reads, and their versions after the forward pass.
     """
 
     bindings: Bindings
@@ -65,12 +65,12 @@ class Surroundings:
 
     @classmethod
     def now(cls, func: Callable[..., Any], args: tuple[Any, ...], device: torch.device) -> Surroundings:
-        """The present ones."""
+        """Capture the present surroundings."""
         return cls(bindings_of(func, *args), Autocast.now(device), torch.get_default_dtype())
 
     @contextmanager
     def restored(self, replaced: Mapping[int, Any] | None = None) -> Iterator[None]:
-        """Let f see them for a while, with some values replaced by their `id`."""
+        """Restore the surroundings within the context, with some values replaced by their `id`."""
         autocast, default_dtype = Autocast(tuple(_of(kind) for kind, _, _ in self.autocast.states)), None
         if torch.get_default_dtype() is not self.default_dtype:
             default_dtype = torch.get_default_dtype()
@@ -88,11 +88,11 @@ class Surroundings:
                 torch.set_default_dtype(default_dtype)
 
     def end_forward(self) -> None:
-        """Note the versions of the tensors that f reads."""
+        """Store the versions of the tensors that f reads."""
         self.versions = [(tensor, tensor._version) for tensor in self.bindings.tensors if not tensor.is_inference()]
 
     def reasons(self) -> list[str]:
-        """Descriptions of tensors that f reads and that were changed in place since the forward pass."""
+        """Describe the tensors that f reads and that were changed in place since the forward pass."""
         return [
             f"a tensor of shape {tuple(tensor.shape)} that it reads was changed in place after the forward pass"
             for tensor, version in self.versions

@@ -1,4 +1,4 @@
-"""A right-hand side, and its products with vectors, through torch.compile."""
+"""Compilation of a right-hand side and its products with vectors by torch.compile."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pnode_dist.system.torch_internals import configure_compiler, find_cpp_compi
 
 
 class Compiler:
-    """Compiles right-hand sides by a backend of torch.compile, each once.
+    """Compiler of right-hand sides, by a backend of torch.compile. Compiles each one once.
 
-    Exchanges between ranks stay as they are, between the compiled pieces. What a piece cannot be made of is run as it
-    is; torch's log says so. Where there is no C++ compiler at all, nothing is compiled, and a warning says that.
-    Raises `ConfigurationError` for a backend that torch does not know.
+    Exchanges between ranks are not compiled. They separate the compiled pieces. Code that cannot be compiled runs
+    uncompiled, and torch's log reports it. Without a C++ compiler nothing is compiled, with a warning. Raises
+    `ConfigurationError` for an unknown backend.
     """
 
     def __init__(self, backend: str) -> None:
@@ -31,18 +31,18 @@ class Compiler:
         keep_out_of_compiled_code()
         self._backend = backend
         self._works = backend != "inductor" or _has_cpp_compiler()
-        # With what they were made of, whose identity they are found by.
+        # The values hold the functions, so that their `id` is not reused.
         self._made: dict[int, tuple[Function, Any]] = {}
 
     def __reduce__(self) -> tuple[type[Compiler], tuple[str]]:
-        # Copies and pickles of a module compile for themselves.
+        # Copies and pickles of a module compile again.
         return Compiler, (self._backend,)
 
     def compiled(self, func: Function, method: Method) -> dict[int, Function]:
-        """What to call in place of each part of `func`, by its identity.
+        """Return the compiled functions of the parts of `func`, by the identity of the part.
 
-        A part that the method treats implicitly is left alone: products with its Jacobian are derivatives of
-        vector-Jacobian products, which compiled code does not have. Raises `ConfigurationError` if nothing remains.
+        A part that the method treats implicitly is not compiled: products with its Jacobian are derivatives of
+        vector-Jacobian products, which compiled code lacks. Raises `ConfigurationError` if no part is left.
         """
         parts: tuple[Function, ...] = (func,)
         if method.implicit:

@@ -1,8 +1,8 @@
-"""Parameters and buffers in the floating type that f computes in, while those of the model keep their own.
+"""Copies of parameters and buffers in the floating type that f computes in.
 
-A state and its adjoint are in PETSc's scalar type anyway, and parameter gradients are summed in it over the stages and
-steps of a solve: only f and its products with vectors need to be fast. The copies are made once for a solve. (P.
-Micikevicius et al.: Mixed precision training, ICLR (2018), keeps master weights in the same way.)
+The parameters of the model keep their own type. States, adjoints and sums of parameter gradients are in PETSc's scalar
+type: only f and its products with vectors need a fast type. The copies are made once for a solve. (P. Micikevicius et
+al.: Mixed precision training, ICLR (2018), keeps master weights in the same way.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pnode_dist.ode.rhs.parameters import find_modules
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter or buffer that `module` holds under `name`, and the copy that stands in for it."""
+    """A parameter or buffer that `module` holds under `name`, and the copy that replaces it during evaluations."""
 
     module: nn.Module
     name: str
@@ -28,17 +28,17 @@ class Held:
     copy: torch.Tensor
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Let the module hold `tensor`, which need not be a `Parameter` where the original is none."""
+        """Bind `tensor` to the module's name. It may be no `Parameter`, like the original."""
         module = self.module
         (module._parameters if self.name in module._parameters else module._buffers)[self.name] = tensor  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
 class ComputeCopies:
-    """Originals and their copies by the originals' identity, those that modules hold, and the extra arguments with
-    theirs.
+    """The copies of a right-hand side's tensors, empty if all tensors have the right type.
 
-    There are none where everything is of the right type as it is.
+    `by_original` maps the identity of an original to the original and its copy. `held` are the copies for modules, and
+    `args` the extra arguments with copies.
     """
 
     by_original: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
@@ -46,12 +46,12 @@ class ComputeCopies:
     args: tuple[Any, ...]
 
     def of(self, tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """What stands for each of the tensors while f is evaluated."""
+        """Return the copy of each tensor, or the tensor itself if it has none."""
         return tuple(self.by_original.get(id(tensor), (tensor, tensor))[1] for tensor in tensors)
 
     @contextmanager
     def in_place(self, writes_back: bool = True) -> Iterator[None]:
-        """Let the modules hold their copies for a while; with `writes_back` the originals get what f writes there."""
+        """Bind the copies to their modules within the context. `writes_back` copies f's changes to the originals."""
         versions = [held.copy._version for held in self.held]
         for held in self.held:
             held.put(held.copy)
@@ -69,10 +69,10 @@ NO_COPIES = ComputeCopies({}, (), ())
 
 
 def compute_copies(func: Callable[..., Any], args: tuple[Any, ...], dtype: torch.dtype) -> ComputeCopies:
-    """Copies of what `func` and its extra arguments compute with, in `dtype`.
+    """Copy the tensors that `func` and its extra arguments compute with, in `dtype`.
 
     These are parameters and buffers of modules that `func` is or holds, and tensors among `args`. Tensors that a plain
-    function closes over cannot be exchanged.
+    function closes over cannot be replaced.
     """
     copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 

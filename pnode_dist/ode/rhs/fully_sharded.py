@@ -1,7 +1,8 @@
-"""Right-hand sides whose parameters torch.distributed.fsdp.fully_shard has spread over replicas.
+"""Right-hand sides with parameters that torch.distributed.fsdp.fully_shard has spread over replicas.
 
-Their hooks gather parameters for one evaluation, and add up gradients in the backward pass of the graph outside, which
-the evaluations of a solve are no part of. Round the `NeuralODE` the same hooks gather once for a solve.
+The hooks of `fully_shard` gather parameters for one evaluation, and sum gradients in the backward pass of the outer
+graph, which does not contain the evaluations of a solve. Applied to the `NeuralODE` itself, the hooks gather once for a
+solve, and work.
 """
 
 from __future__ import annotations

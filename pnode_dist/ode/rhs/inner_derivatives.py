@@ -1,8 +1,8 @@
 """Right-hand sides that differentiate inside: Hamiltonian and Lagrangian networks take the gradient of an energy.
 
-Such an f needs a graph of its state even where no gradient is asked of the solve: in the steps of a forward pass whose
-graphs are not kept, and under torch.no_grad. It is found by the error that torch raises without one, and evaluated with
-a graph from then on, which ends with the evaluation.
+Such an f needs a graph of its state even if the solve needs no gradient: in steps of a forward pass that keep no graph,
+and under torch.no_grad. It is detected by the error that torch raises without a graph. From then on it is evaluated
+with a graph, which is freed after the evaluation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _found: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def differentiates(func: Any) -> bool | None:
-    """Whether an earlier evaluation found that `func` needs a graph of its state; None if there was none."""
+    """Return True if an earlier evaluation of `func` needed a graph of its state; None without an earlier one."""
     try:
         return _found.get(func)
     except TypeError:  # It cannot be hashed, or not be referred to weakly.
@@ -33,14 +33,14 @@ def differentiates(func: Any) -> bool | None:
 
 
 def note(func: Any, differentiates: bool) -> bool:
-    """Keep for later solves what an evaluation found, and return it."""
+    """Store the finding of an evaluation for later solves, and return it."""
     with suppress(TypeError):
         _found[func] = differentiates
     return differentiates
 
 
 def lacks_graph(error: RuntimeError) -> bool:
-    """Whether this is torch's error for a derivative with respect to what has no graph."""
+    """Return True for torch's error for a derivative of a tensor without a graph."""
     return any(message in str(error) for message in _MESSAGES)
 
 
@@ -56,12 +56,12 @@ def random_states(device: torch.device) -> Callable[[], None]:
 
 
 def leaves_of(inputs: Parts) -> Parts:
-    """The same values as leaves of a graph. To be called outside of inference mode."""
+    """Return the same values as leaves of a graph. Call it outside inference mode."""
     return tuple((part.clone() if part.is_inference() else part.detach()).requires_grad_() for part in inputs)
 
 
 def unmark(parts: Iterable[torch.Tensor]) -> None:
-    """Undo a `requires_grad_` that f applied to the state it was given: the state goes on without."""
+    """Undo a `requires_grad_` that f applied to its state."""
     for part in parts:
         if part.requires_grad:
             part.requires_grad_(False)

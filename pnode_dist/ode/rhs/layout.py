@@ -1,4 +1,4 @@
-"""A state as the caller sees it (a tensor or a tuple of tensors) and as PETSc does (one local array of scalars)."""
+"""The layout of a state: a tensor or a tuple of tensors for the caller, one local array of scalars for PETSc."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Parts = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Shapes of the parts of this rank's state, and their type. `is_tuple`: the caller works with a tuple.
+    """The shapes of the parts of this rank's state, and their type. `is_tuple`: the caller's state is a tuple.
 
-    `dtype` and `device` are those of the caller's tensors; f computes on that device as well, in `compute_dtype`.
-    PETSc's vectors are on `vec_device`.
+    `dtype` and `device` are those of the caller's tensors. f computes on that device, in `compute_dtype`. PETSc's
+    vectors are on `vec_device`.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -44,29 +44,29 @@ class StateLayout:
 
     @cached_property
     def converts(self) -> bool:
-        """Whether f's tensors are others than PETSc's: of another floating type, or elsewhere."""
+        """True if f's tensors differ from PETSc's in floating type or device."""
         return self.compute_dtype != vectors.scalar_dtype() or self.device != self.vec_device
 
     def parts(self, flat: torch.Tensor) -> Parts:
-        """The parts as views of a flat tensor of `size` entries."""
+        """Return the parts as views of a flat tensor of `size` entries."""
         pieces = torch.split(flat, list(self.sizes))
         return tuple(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
 
     def inputs(self, parts: Parts, copy: bool = False) -> Parts:
-        """Parts in PETSc's memory as f takes them: the same tensors where nothing is to be converted, unless `copy`."""
+        """Convert parts to f's type and device. Returns the same tensors if they need no conversion, unless `copy`."""
         return tuple(part.to(self.device, self.compute_dtype, copy=copy) for part in parts)
 
     def scalar(self, value: torch.Tensor) -> torch.Tensor:
-        """What f computed, where PETSc's vectors are and in their type: the reverse of `inputs`."""
+        """Convert a result of f to the type and device of PETSc's vectors: the reverse of `inputs`."""
         return value.to(self.vec_device, vectors.scalar_dtype())
 
     def as_state(self, parts: Sequence[torch.Tensor]) -> State:
-        """The parts as the caller's kind of state."""
+        """Return the parts as a state of the caller's: a tensor or a tuple."""
         return tuple(parts) if self.is_tuple else parts[0]
 
 
 def layout_of(u0: State, compute_dtype: torch.dtype | None = None) -> tuple[StateLayout, Parts]:
-    """The layout of an initial state, and its parts. f computes in the state's type unless another one is given.
+    """Return the layout of an initial state, and its parts. f computes in the state's type by default.
 
     Raises `TypeError` for anything but real floating-point tensors of one type on one device that have values, and
     `ConfigurationError` for a `compute_dtype` that is not a real floating type.
@@ -93,5 +93,5 @@ def layout_of(u0: State, compute_dtype: torch.dtype | None = None) -> tuple[Stat
 
 @lru_cache(maxsize=256)
 def _interned(*values: Any) -> StateLayout:
-    """The layout of these values: states of the same form share one, and what it has found out."""
+    """Return the layout of these values. States of the same form share one, with its cached properties."""
     return StateLayout(*values)

@@ -15,7 +15,7 @@ from pnode_dist.ode.rhs.split import MatrixFunction
 
 
 class Part(Enum):
-    """Which part of the right-hand side."""
+    """A part of the right-hand side."""
 
     IMPLICIT = "implicit"
     EXPLICIT = "explicit"
@@ -27,10 +27,10 @@ Place = tuple[Part, int]
 
 @dataclass
 class Point:
-    """A part of the right-hand side at one state, to be differentiated there. `time` is the problem's own.
+    """A part of the right-hand side at one state, to be differentiated there. `time` is the caller's.
 
-    `sign` is -1 where PETSc steps through a solve that goes backward in time: it then sees -f(-s, u). `kept` says of an
-    evaluation that was made in the forward pass what it is compared with.
+    `sign` is -1 for a solve that goes backward in time, in which PETSc integrates -f(-s, u). `kept` is the stage of the
+    forward pass that a recomputed value is compared with.
     """
 
     bound: BoundFunction
@@ -45,7 +45,7 @@ class Point:
     _tangents: TangentMap | None = field(default=None, repr=False)
 
     def jvp(self, flat: torch.Tensor) -> torch.Tensor:
-        """The product of the Jacobian by the state with a flat vector. Collective if the function is."""
+        """Multiply the Jacobian with respect to the state by a flat vector. Collective if the function is."""
         if isinstance(self.func, MatrixFunction):
             return self.sign * self.func.multiply(flat, transposed=False)
         if self._tangents is None:
@@ -54,7 +54,7 @@ class Point:
         return self.sign * torch.cat([part.reshape(-1).to(flat) for part in found])
 
     def vjp(self, flat: torch.Tensor) -> torch.Tensor:
-        """The product of the transposed Jacobian by the state with a flat vector. Collective if the function is."""
+        """Multiply the transposed Jacobian with respect to the state by a flat vector. Collective like the function."""
         if isinstance(self.func, MatrixFunction):
             return self.sign * self.func.multiply(flat, transposed=True)
         return self._state_product(
@@ -62,19 +62,19 @@ class Point:
         )
 
     def vjp_with_parameters(self, flat: torch.Tensor, start: float) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """`vjp` and `parameter_products` of one vector, in one backward pass. Collective if the function is."""
+        """Return `vjp` and `parameter_products` of one vector, from one backward pass. Collective like the function."""
         if isinstance(self.func, MatrixFunction):
             return self.vjp(flat), self.parameter_products(flat, start)
         found = products.vjp(self.bound, self._linearised(), self._parts(flat), keep=True)
         return self._state_product(found, flat), self._parameter_products(found, start)
 
     def vjps(self, flats: torch.Tensor) -> torch.Tensor:
-        """The products of the transposed Jacobian by the state with each row of `flats`, at once where torch can."""
+        """Multiply the transposed Jacobian with respect to the state by each row of `flats`, in a batch if possible."""
         if not isinstance(self.func, MatrixFunction) and self._batches:
             try:
                 return self.sign * products.batched_vjp(self.bound, self._linearised(), self.layout, flats)
             except RuntimeError:
-                # An operation of func's has no rule for batches.
+                # An operation of func has no rule for batches.
                 self._batches = False
         return torch.stack([self.vjp(flat) for flat in flats])
 

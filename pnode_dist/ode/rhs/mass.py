@@ -19,35 +19,35 @@ Mass: TypeAlias = Any
 class MassMatrix(Protocol):
     """M on this rank's flat states, in PETSc's scalar type.
 
-    `diagonal` is its diagonal where it has nothing else, else None. `algebraic` marks this rank's rows of zeros: their
-    equations hold no time derivative.
+    `diagonal` is the diagonal of a diagonal M, else None. `algebraic` marks this rank's rows of zeros, whose equations
+    have no time derivative.
     """
 
     diagonal: torch.Tensor | None
     algebraic: torch.Tensor
 
     def multiply(self, flat: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-        """M x or M^T x. Collective where M is a Mat."""
+        """Return M x or M^T x. Collective if M is a Mat."""
         ...
 
     def add_to(self, matrix: PETSc.Mat, scale: float) -> None:
-        """matrix += scale M. Collective on the Mat's communicator. Raises `ConfigurationError` if that has no form."""
+        """Add scale M to a Mat. Collective on its communicator. `ConfigurationError` if M cannot be assembled."""
         ...
 
     def destroy(self) -> None:
-        """Destroy the PETSc objects made for it, not the user's Mat. Collective on the Mat's communicator."""
+        """Destroy the PETSc objects of the mass matrix, not the user's Mat. Collective on the Mat's communicator."""
         ...
 
 
 def copy_of_tensors(mass: Mass | None) -> Mass | None:
-    """`mass` with copies of its tensors; Mats are as they were given."""
+    """Return `mass` with copies of its tensors. Mats are not copied."""
     if isinstance(mass, tuple | list):
         return type(mass)(map(copy_of_tensors, mass))
     return mass if mass is None or isinstance(mass, PETSc.Mat) else torch.as_tensor(mass).detach().clone()
 
 
 def mass_matrix(mass: Mass | None, layout: StateLayout) -> MassMatrix | None:
-    """The mass matrix of a state with this layout on this rank, None for the identity.
+    """Return the mass matrix of a state with this layout on this rank, None for the identity.
 
     `mass` is a tensor of the state's shape (the diagonal), a square tensor `[n, n]` that acts on the last axis of the
     state, or a `PETSc.Mat` with as many local rows as the state has entries; for a tuple state a sequence of tensors
@@ -62,7 +62,7 @@ def mass_matrix(mass: Mass | None, layout: StateLayout) -> MassMatrix | None:
             )
         return AssembledMass(mass)
     if isinstance(mass, tuple) and mass and all(isinstance(part, PETSc.Mat) for part in mass):
-        # Of a state and its tangents: one for all parts of each.
+        # A state with tangents: one Mat for all parts of each copy.
         one = len(layout.shapes) // len(mass)
         of_one = mass_matrix(mass[0], replace(layout, shapes=layout.shapes[:one]))
         assert of_one is not None
@@ -70,7 +70,7 @@ def mass_matrix(mass: Mass | None, layout: StateLayout) -> MassMatrix | None:
     parts = tuple(mass) if layout.is_tuple and isinstance(mass, tuple | list) else (mass,)
     if len(parts) != len(layout.shapes):
         raise ConfigurationError(f"mass: {len(parts)} parts for a state of {len(layout.shapes)}")
-    # Copies: a backward pass is that of the mass matrix that there was, also where the caller's has changed since.
+    # Copies, because the caller may change the tensors before the backward pass.
     tensors = [torch.as_tensor(part).detach().to(vectors.scalar_dtype(), copy=True) for part in parts]
     for tensor, shape in zip(tensors, layout.shapes, strict=True):
         square = tensor.dim() == 2 and tensor.shape == (shape[-1:] * 2)
@@ -109,13 +109,13 @@ class DiagonalMass:
 
 
 class BlockMass:
-    """The same small matrix for every sample, acting on the last axis; other parts of a tuple may have a diagonal."""
+    """The same small matrix for every sample, on the last axis. Other parts of a tuple may have a diagonal."""
 
     diagonal: torch.Tensor | None = None
 
     def __init__(self, tensors: list[torch.Tensor], layout: StateLayout) -> None:
         self._layout = layout
-        # Of a state of n samples of size n a tensor [n, n] is the diagonal.
+        # For a state of n samples of size n, a tensor [n, n] is the diagonal.
         self._tensors = [
             (tensor, tuple(tensor.shape) == shape) for tensor, shape in zip(tensors, layout.shapes, strict=True)
         ]
@@ -126,7 +126,7 @@ class BlockMass:
         self.algebraic = torch.cat(marks)
 
     def of_first(self, layout: StateLayout) -> BlockMass:
-        """That of the first parts, which have this layout."""
+        """Return the mass matrix of the first parts, which have this layout."""
         return BlockMass([tensor for tensor, _ in self._tensors[: len(layout.shapes)]], layout)
 
     def multiply(self, flat: torch.Tensor, transposed: bool = False) -> torch.Tensor:
@@ -138,7 +138,7 @@ class BlockMass:
         return torch.cat([product.reshape(-1) for product in products])
 
     def add_to(self, matrix: PETSc.Mat, scale: float) -> None:
-        """Refused: an assembled operator takes a mass matrix that is diagonal or assembled."""
+        """Raise `ConfigurationError`: an assembled operator needs a mass matrix that is diagonal or assembled."""
         raise ConfigurationError(
             "mass: one that acts on the last axis cannot be put into an assembled operator: give it as a PETSc.Mat, or "
             "if it is diagonal as a tensor of the state's shape"
@@ -160,7 +160,7 @@ class AssembledMass:
         self.algebraic = torch.tensor([not any(matrix.getRow(row)[1]) for row in range(first, last)], dtype=torch.bool)
 
     def multiply(self, flat: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-        """M x or M^T x. Collective on the Mat's communicator."""
+        """Return M x or M^T x. Collective on the Mat's communicator."""
         source, target = (self._out, self._in) if transposed else (self._in, self._out)
         vectors.view(source, (flat.numel(),)).copy_(flat)
         source.stateIncrease()
@@ -178,7 +178,7 @@ class AssembledMass:
 
 
 def mass_of_one(mass: MassMatrix | None, one: StateLayout) -> MassMatrix | None:
-    """M on the first of several copies of a state with this layout, where it is the same on each."""
+    """Return M of the first of several copies of a state, if it is the same for each. `one` is the copy's layout."""
     if isinstance(mass, RepeatedMass):
         return mass.one
     if isinstance(mass, DiagonalMass):
@@ -196,11 +196,11 @@ class RepeatedMass:
         self.algebraic = one.algebraic.repeat(copies)
 
     def multiply(self, flat: torch.Tensor, transposed: bool = False) -> torch.Tensor:
-        """M x or M^T x of each copy. Collective if that of one is."""
+        """Return M x or M^T x of each copy. Collective if that of one copy is."""
         return torch.cat([self.one.multiply(part, transposed) for part in flat.chunk(self._copies)])
 
     def add_to(self, matrix: PETSc.Mat, scale: float) -> None:
-        """Refused: copies have no assembled operator in common."""
+        """Raise `ConfigurationError`: several copies have no assembled operator."""
         raise ConfigurationError("mass: that of tangents cannot be put into an assembled operator")
 
     def destroy(self) -> None:

@@ -1,9 +1,8 @@
-"""Memory of what f returned: whether anybody but the caller can still reach it, and copies where somebody can.
+"""Ownership of the values of f: copy those whose memory other objects can reach.
 
-A value that nobody else holds cannot change before it is used. Any other one may be a buffer that f fills again at its
-next evaluation, a view of one, an expanded tensor, an array of NumPy's, or the state itself. The references to the
-tensor and to its storage are counted at every evaluation, so that it does not matter how many buffers f has, nor in
-which order it uses them.
+A value without other references cannot change before it is used. Any other value may be a buffer that f fills again at
+its next evaluation, a view of one, an expanded tensor, a NumPy array, or the state itself. The references to a tensor
+and to its storage are counted at every evaluation. So any number of buffers, used in any order, is detected.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ _saved_names: dict[type, tuple[str, ...]] = {}
 
 
 def owned(values: Parts) -> Parts:
-    """The values, with copies of those whose memory somebody else can reach.
+    """Return the values, with copies of those whose memory other objects can reach.
 
-    The caller holds them in this tuple alone. Copies have a graph where gradients are enabled.
+    The caller must hold the values in this tuple alone. Copies have a graph if gradients are enabled.
     """
     shared = 0
     try:
-        # One evaluation of a small f takes little longer than a few calls: no function for what is common.
+        # An evaluation of a small f takes little longer than a few calls: keep this code inline.
         for value in values:
             if getrefcount(value) > _ALONE or tensor_references(value) != 1:
                 shared += 1
@@ -34,11 +33,11 @@ def owned(values: Parts) -> Parts:
             storage = value.untyped_storage()
             pointer = storage_pointer(storage)
             references = storage_references(pointer) - _OF_ONE_TENSOR
-            # Memory that torch did not allocate itself, such as NumPy's, has owners that are not counted.
+            # Memory that torch did not allocate, such as NumPy's, has owners that are not counted.
             if not storage.resizable() or (references and not _are_of_its_graph(value, pointer, references)):
                 shared += 1
     except (RuntimeError, NotImplementedError, TypeError):
-        # A kind of tensor that has no storage to look at, or whose saved values cannot be had.
+        # A kind of tensor without an accessible storage, or with inaccessible saved tensors.
         shared += 1
     if not shared:
         return values
@@ -46,10 +45,10 @@ def owned(values: Parts) -> Parts:
 
 
 def _are_of_its_graph(value: torch.Tensor, storage: int, references: int) -> bool:
-    """Whether so many references to a storage are those of the value's own graph, through which nobody writes.
+    """Return True if `references` to a storage all belong to the value's own graph, through which nothing is written.
 
-    These are the tensor that it is a view of, if nobody else holds that, and the results that the operation before it
-    has saved for its derivative.
+    Such references are the tensor that the value is a view of, if it has no others, and the results that the last
+    operation has saved for its derivative.
     """
     origin = value
     if value._is_view():
@@ -70,7 +69,7 @@ def _are_of_its_graph(value: torch.Tensor, storage: int, references: int) -> boo
 
 
 def _names_of(kind: type) -> tuple[str, ...]:
-    """The attributes of a node of the graph that hold what it has saved, results before operands."""
+    """Return the names of the attributes of a graph node that hold saved tensors, results before operands."""
     names = [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
     found = tuple(sorted(names, key=lambda name: "result" not in name and "output" not in name))
     _saved_names[kind] = found
@@ -78,19 +77,19 @@ def _names_of(kind: type) -> tuple[str, ...]:
 
 
 def _base_references(value: Any) -> tuple[int, int]:
-    """The references to the tensor that `value` is a view of: to the Python object, and to what is behind it."""
+    """Count the references to the base of a view: to the Python object, and to the C++ tensor."""
     return getrefcount(value._base), tensor_references(value._base)
 
 
 def _references(values: Parts) -> int:
-    """The references to a Python object that is in `values` alone, which depend on the interpreter."""
+    """Count the references to a Python object in `values` alone. The number depends on the interpreter."""
     for value in values:
         return getrefcount(value)
     raise AssertionError
 
 
 def _tensor_and_storage(value: torch.Tensor) -> int:
-    """The references to the storage of a tensor, where it and a Python object of the storage are all there are."""
+    """Count the references to a storage that only a tensor and a Python storage object hold."""
     storage = value.untyped_storage()
     return int(storage_references(storage_pointer(storage)))
 

@@ -1,8 +1,8 @@
-"""Which tensors a right-hand side depends on besides the state.
+"""The parameters of a right-hand side: the tensors that it depends on besides the state.
 
-Modules name their parameters. A plain function is searched: what it closes over, its defaults, bound object, partial
-arguments and the globals it mentions, through containers and nested functions. Whatever escapes the search is caught
-by looking at the autograd graph of an evaluation, so that no parameter is ever left out silently.
+Modules name their parameters. A plain function is searched: its closure, defaults, bound object, partial arguments and
+the globals it reads, through containers and nested functions. A check of the autograd graph of an evaluation detects
+parameters that the search has missed, so that none is left out silently.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def find_parameters(
     args: tuple[Any, ...],
     wanted: Callable[[torch.Tensor], bool] = attrgetter("requires_grad"),
 ) -> tuple[torch.Tensor, ...]:
-    """The tensors that `func` and its extra arguments hold and that are wanted, each once, in a stable order.
+    """Return the wanted tensors that `func` and its extra arguments hold, each once, in a stable order.
 
-    By default those that require a gradient are.
+    By default these are the tensors that require a gradient.
     """
     found: dict[int, torch.Tensor] = {}
     for thing in _search([func, *args]):
@@ -40,9 +40,9 @@ def find_parameters(
 
 
 def held_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """The parameters and then the buffers of a module and of those inside it, as often as they are held.
+    """Return the parameters and then the buffers of a module and its submodules, repeated if they are held twice.
 
-    `parameters()` and `buffers()` make up a name for each, and take ten times as long.
+    `parameters()` and `buffers()` build a name for each, and take ten times as long.
     """
     modules: dict[int, nn.Module] = {}
     pending = [module]
@@ -60,12 +60,12 @@ def held_tensors(module: nn.Module) -> list[torch.Tensor]:
 
 
 def find_modules(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[nn.Module, ...]:
-    """The modules that `func` and its extra arguments hold, without those inside of another."""
+    """Return the modules that `func` and its extra arguments hold, without submodules."""
     return tuple(thing for thing in _search([func, *args]) if isinstance(thing, nn.Module))
 
 
 def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor | nn.Module]:
-    # With the things themselves: those made on the way would leave their identity to others.
+    # Holds the objects themselves, so that no `id` of a temporary object is reused.
     seen: dict[int, Any] = {}
     pending = list(roots)[::-1]
     while pending:
@@ -111,10 +111,10 @@ def _is_data(function: types.FunctionType, name: str) -> bool:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a right-hand side is differentiated by.
+    """The tensors that a right-hand side is differentiated with respect to.
 
-    `tensors` do not depend on one another, so that each gets its own partial derivative. `shares_graph`: evaluations
-    have part of their graph in common, made before the solve, which must outlive the first pass over it.
+    `tensors` do not depend on one another: each has its own partial derivative. `shares_graph`: all evaluations share a
+    part of their graph that was made before the solve. The first backward pass must not free it.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -122,9 +122,9 @@ class Parameters:
 
 
 def independent(tensors: Iterable[torch.Tensor]) -> Parameters:
-    """Replace intermediate results that were computed from other parameters by the leaves they came from.
+    """Replace intermediate results that were computed from other parameters by their leaves.
 
-    Differentiating by such a result and by its origin at once would count the way through the result twice.
+    Otherwise the path through such a result would count twice: for the result and for its origin.
     """
     tensors = tuple(tensors)
     if all(tensor.grad_fn is None for tensor in tensors):
@@ -141,7 +141,7 @@ def independent(tensors: Iterable[torch.Tensor]) -> Parameters:
         else:
             kept[id(tensor)] = tensor
     if shares_graph:
-        # The leaves that came in may be origins of results that were kept so far.
+        # The new leaves may be origins of results that were kept so far.
         return Parameters(tuple(_leaves_of(tensors).values()), shares_graph=True)
     return Parameters(tuple(kept[id(tensor)] for tensor in tensors), shares_graph=False)
 
@@ -154,14 +154,14 @@ def _leaves_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
 
 
 def _upstream(start: Any) -> tuple[dict[int, torch.Tensor], set[Any]]:
-    """The leaf tensors that a node of the autograd graph depends on, and the nodes on the way."""
+    """Return the leaf tensors that a node of the autograd graph depends on, and the nodes in between."""
     seen: set[Any] = set()
     leaves = {id(leaf): leaf for leaf in _leaves_above([start], seen)}
     return leaves, seen
 
 
 def _leaves_above(starts: Iterable[Any], seen: set[Any]) -> Iterator[torch.Tensor]:
-    """Walk the autograd graph up from `starts`, not past nodes in `seen`, to which those visited are added."""
+    """Yield the leaves of the autograd graph above `starts`. Stops at nodes in `seen`, and adds those visited."""
     pending = list(starts)
     while pending:
         node = pending.pop()
@@ -178,10 +178,10 @@ def _leaves_above(starts: Iterable[Any], seen: set[Any]) -> Iterator[torch.Tenso
 
 
 def completeness_check(parameters: Parameters) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:
-    """A check of one evaluation: `check(outputs, inputs)` raises `ValueError` if `outputs` depend on anything else.
+    """Return a check of one evaluation: `check(outputs, inputs)` raises `ValueError` for a missed parameter.
 
-    It walks the autograd graph of the evaluation down to the inputs and the parameters. What it finds beyond them is
-    a tensor that the search has missed.
+    It walks the autograd graph of the evaluation to the inputs and the parameters. Any other leaf is a tensor that the
+    search has missed.
     """
     known = {id(tensor) for tensor in parameters.tensors}
     boundary = {tensor.grad_fn for tensor in parameters.tensors if tensor.grad_fn is not None}

@@ -1,7 +1,7 @@
-"""A right-hand side in two parts: one that a semi-implicit method treats implicitly, and one that it does not.
+"""A right-hand side in an implicit and an explicit part, for semi-implicit methods.
 
-H. Zhang, Y. Liu, R. Maulik: Semi-implicit neural ordinary differential equations, AAAI (2025): the stiff part, often
-linear and known, implicitly, and the network explicitly.
+The stiff part, often linear and known, is treated implicitly, and the network explicitly. (H. Zhang, Y. Liu, R. Maulik:
+Semi-implicit neural ordinary differential equations, AAAI (2025).)
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Part = Callable[..., Any]
 
 
 class SplitFunction(nn.Module):
-    """du/dt = g + h with g = `implicit(t, u, *args)` and h = `explicit(t, u, *args)`.
+    """The right-hand side g + h with g = `implicit(t, u, *args)` and h = `explicit(t, u, *args)`.
 
-    Methods of the family `arkimex` treat g implicitly and h explicitly; all others integrate the sum. Each part is a
-    function or a module, or for g a `PETSc.Mat` A whose rows lie on the ranks as the state does: g = A u. `linear` says
-    that a function g is linear in u, whose equations one linear solve then solves; a Mat is so by itself.
+    Methods of the family `arkimex` treat g implicitly and h explicitly. All others integrate the sum. Each part is a
+    function or a module. g may also be a `PETSc.Mat` A with the row distribution of the state: g = A u. `linear`: the
+    function g is linear in u, so one linear solve solves its equations. A Mat is always linear.
     """
 
     def __init__(self, *, implicit: Part | PETSc.Mat, explicit: Part, linear: bool = False) -> None:
@@ -36,7 +36,7 @@ class SplitFunction(nn.Module):
                 raise TypeError(f"{name} must be callable as {name}(t, u) or, for the implicit part, a PETSc.Mat")
 
     def forward(self, t: torch.Tensor, u: Any, *args: Any) -> Any:
-        """The sum of both parts. Collective if they are."""
+        """Return the sum of both parts. Collective if they are."""
         implicit, explicit = self.implicit(t, u, *args), self.explicit(t, u, *args)
         if isinstance(u, tuple):
             return tuple(a + b for a, b in zip(implicit, explicit, strict=True))
@@ -44,9 +44,9 @@ class SplitFunction(nn.Module):
 
 
 class MatrixFunction(nn.Module):
-    """g(u) = A u for a `PETSc.Mat`, differentiable in u. Collective on the Mat's communicator.
+    """The function g(u) = A u for a `PETSc.Mat`, differentiable in u. Collective on the Mat's communicator.
 
-    The Mat is not copied. It may be changed between solves, not between a solve and its backward pass.
+    The Mat is not copied. It may be changed between solves, but not between a solve and its backward pass.
     """
 
     def __init__(self, matrix: PETSc.Mat) -> None:
@@ -55,12 +55,12 @@ class MatrixFunction(nn.Module):
         self._in, self._out = matrix.createVecs()
 
     def forward(self, t: torch.Tensor, u: torch.Tensor, *args: Any) -> torch.Tensor:
-        """A u, in the shape and type of u, computed in PETSc's scalar type."""
+        """Return A u in the shape and type of u, computed in PETSc's scalar type."""
         product: torch.Tensor = _Product.apply(u, self, False)  # type: ignore[no-untyped-call]
         return product
 
     def multiply(self, u: torch.Tensor, transposed: bool) -> torch.Tensor:
-        """A u or A^T u, outside of the autograd graph. Collective."""
+        """Return A u or A^T u, outside of the autograd graph. Collective."""
         source, target = (self._out, self._in) if transposed else (self._in, self._out)
         if u.numel() != source.getLocalSize():
             raise ValueError(

@@ -1,8 +1,8 @@
-"""Tangents of a solve: how its states change along a direction in initial state and parameters.
+"""Tangents of a solve: the derivatives of its states along a direction in initial state and parameters.
 
-The tangent of a Runge-Kutta or theta step is the same step of the equations together with their linearisation,
-dv/dt = (df/du) v + (df/dtheta) dtheta: the two are solved as one state. What comes out is the exact derivative of the
-numbers computed, and is itself differentiable: its gradient is a Hessian-vector product.
+The tangent of a Runge-Kutta or theta step is the same step of the linearised equation
+dv/dt = (df/du) v + (df/dtheta) dtheta. State and tangent are therefore solved as one state. The result is the exact
+derivative of the numbers computed. It is differentiable: its gradient is a Hessian-vector product.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Parts = tuple[torch.Tensor, ...]
 class WithTangent:
     """f and its derivative along a direction, as a right-hand side of the state (u, v).
 
-    `every` are all parameters of f, `direction` holds the tangents of some. What is computed is differentiated by
-    `every`, by the tangents and by the state alone: f is looked at for others, see `completeness_check`.
+    `every` are all parameters of f, and `direction` maps some of them to tangents. The result is differentiated with
+    respect to `every`, the tangents and the state. f is checked for other parameters, see `completeness_check`.
     """
 
     holds_values_of_func = True
-    """That what f reads is reached through this, see `pnode_dist.ode.recomputation.bindings`."""
+    """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class WithTangent:
         self.tangents = tuple(direction.values())
 
     def __call__(self, t: torch.Tensor, state: Parts, *args: Any) -> Parts:
-        """f(t, u) and (df/du) v + (df/dtheta) dtheta, part by part. Collective if f's backward is."""
+        """Return f(t, u) and (df/du) v + (df/dtheta) dtheta, part by part. Collective if f's backward is."""
         half = len(state) // 2
         if not torch.is_grad_enabled():
             evaluation = _Evaluation(self, t, state[:half], args)
@@ -59,16 +59,16 @@ class WithTangent:
 
 
 class _Evaluation:
-    """f at one state, with its graph, and the products of its derivatives.
+    """f at one state, with its graph, and products with its derivatives.
 
-    It is of a state that no graph leads to: derivatives by parameters go through f alone.
+    The state is a leaf of the graph: derivatives with respect to parameters go through f alone.
     """
 
     def __init__(self, owner: WithTangent, t: torch.Tensor, state: Parts, args: tuple[Any, ...]) -> None:
         self.owner = owner
         self.parameters = owner.parameters
         with torch.enable_grad():
-            # Of a leaf that nobody differentiates the derivative is wanted all the same.
+            # The state needs a gradient here, also if the caller does not differentiate it.
             self.inputs = tuple(part if _is_leaf(part) else part.detach().requires_grad_() for part in state)
             self.times = ((t if _is_leaf(t) else t.detach().requires_grad_()),) if t.requires_grad else ()
             values = owner.func(self.times[0] if self.times else t, self._state(), *args)
@@ -80,7 +80,7 @@ class _Evaluation:
         return self.inputs if self.owner.is_tuple else self.inputs[0]
 
     def pulled(self, cotangents: Parts) -> Parts:
-        """J^T w by the state and by the parameters that have tangents, with its graph."""
+        """Return J^T w with respect to the state and the parameters with tangents, with its graph."""
         return torch.autograd.grad(
             [self.outputs[number] for number in self.reached],
             (*self.inputs, *self.parameters),
@@ -91,13 +91,13 @@ class _Evaluation:
         )
 
     def along(self, tangents: Parts, of_parameters: Parts) -> Parts:
-        """J v, outside of any graph."""
+        """Return J v, outside of any graph."""
         rates = [torch.zeros_like(out) for out in self.outputs]
         if not self.reached:
             return tuple(rates)
-        # Hooks on parameters are for the gradient of the whole solve.
+        # Disable hooks on parameters, which are for the gradient of the whole solve.
         with torch.enable_grad(), hooks_aside(self.owner.every.tensors):
-            # J^T w is linear in w, and its derivative along a vector is J times that.
+            # J^T w is linear in w, so its derivative along a vector v is J v.
             probes = tuple(torch.zeros_like(out, requires_grad=True) for out in self.outputs)
             linear = self._linear(self.pulled(probes), (*tangents, *of_parameters))
             if linear:
@@ -116,10 +116,11 @@ class _Evaluation:
     def reverse(
         self, cotangents: Parts, tangents: Parts, of_parameters: Parts, differentiable: bool
     ) -> tuple[Sequence[torch.Tensor | None], Parts]:
-        """The derivatives of <f, w> + <J v, z> for cotangents (w, z) by times, state and all parameters, and J^T z.
+        """Differentiate <f, w> + <J v, z> with respect to times, state and all parameters. Returns J^T z too.
 
-        <J v, z> is differentiated as <v, J^T z>. That takes derivatives of f of second order alone: those of third
-        order that `along` would need are wrong for some operations of torch, batch and layer norms among them.
+        (w, z) are the cotangents. <J v, z> is differentiated as <v, J^T z>, which needs only second derivatives of f.
+        Differentiating `along` would need third derivatives, which torch computes wrongly for some operations, batch
+        and layer norms among them.
         """
         half = len(self.outputs)
         wanted = (*self.times, *self.inputs, *self.owner.every.tensors)
@@ -152,7 +153,7 @@ class _Tangents(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, owner: WithTangent, t: torch.Tensor, half: int, args: Any, *inputs: torch.Tensor) -> Parts:
-        """The values. Inputs are the time if it is differentiated, state, its tangents, parameters and theirs."""
+        """Return the values. Inputs: the time if it is differentiated, state, tangents, parameters, their tangents."""
         ctx.times = int(t.requires_grad)
         ctx.half = half
         state = inputs[ctx.times : ctx.times + half]
@@ -163,7 +164,7 @@ class _Tangents(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
-        """The derivatives by the inputs."""
+        """Return the derivatives with respect to the inputs."""
         half, evaluation = ctx.half, ctx.evaluation
         tangents, of_parameters = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
         found, pulled = evaluation.reverse(cotangents, tangents, of_parameters, torch.is_grad_enabled())
@@ -177,7 +178,7 @@ def _is_leaf(tensor: torch.Tensor) -> bool:
 
 
 def in_compute_type(func: Function, copies: ComputeCopies) -> Function:
-    """A right-hand side whose derivative, if it has one along a direction, is that by the copies of parameters."""
+    """Return `func` with the tangents of parameters, if it has any, assigned to the parameters' copies."""
     if isinstance(func, SplitFunction) and isinstance(func.explicit, WithTangent):
         return SplitFunction(
             implicit=in_compute_type(func.implicit, copies), explicit=in_compute_type(func.explicit, copies)
@@ -192,7 +193,7 @@ def in_compute_type(func: Function, copies: ComputeCopies) -> Function:
 def with_tangent(
     func: Function, is_tuple: bool, direction: Mapping[torch.Tensor, torch.Tensor], every: Parameters
 ) -> Function:
-    """The right-hand side of a state and its tangent; in two parts if `func` is. `every`: all parameters of `func`."""
+    """Return the right-hand side of a state and its tangent, split like `func`. `every`: all parameters of `func`."""
     if isinstance(func, SplitFunction):
         return SplitFunction(
             implicit=WithTangent(func.implicit, is_tuple, direction, every),
@@ -202,7 +203,7 @@ def with_tangent(
 
 
 def without_tangents(func: Function, levels: int) -> Function:
-    """The right-hand side that `levels` of tangents were added to."""
+    """Return the right-hand side before `levels` of tangents were added."""
     for _ in range(levels):
         if isinstance(func, SplitFunction):
             parts = func.implicit, func.explicit
@@ -216,7 +217,7 @@ def without_tangents(func: Function, levels: int) -> Function:
 def checked_direction(
     direction: Mapping[torch.Tensor, torch.Tensor] | None,
 ) -> Mapping[torch.Tensor, torch.Tensor]:
-    """The tangents of parameters, none if there are none. Raises `ConfigurationError` for a shape that does not fit."""
+    """Check the tangents of parameters, and return them. Raises `ConfigurationError` for a wrong shape."""
     for parameter, tangent in (direction or {}).items():
         if tangent.shape != parameter.shape or not parameter.requires_grad:
             raise ConfigurationError(
@@ -227,7 +228,7 @@ def checked_direction(
 
 
 def stacked(u0: Any, tangent: Any) -> tuple[Parts, bool]:
-    """State and tangent as one tuple of parts, and whether the state is a tuple. Raises `ConfigurationError`."""
+    """Return state and tangent as one tuple of parts, and True for a tuple state. Raises `ConfigurationError`."""
     layout, parts = layout_of(u0)
     of_tangent, tangents = layout_of(tangent)
     if of_tangent.shapes != layout.shapes:
@@ -237,7 +238,7 @@ def stacked(u0: Any, tangent: Any) -> tuple[Parts, bool]:
 
 @contextmanager
 def hooks_aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Keep hooks on tensors from running: they are for the gradient of the whole solve, not for that of each stage."""
+    """Disable hooks on tensors: they are for the gradient of the whole solve, not for that of each stage."""
     hooked = [(tensor, hooks) for tensor in tensors if (hooks := hooks_of(tensor))]
     for tensor, _ in hooked:
         set_hooks(tensor, None)

@@ -1,6 +1,6 @@
-"""Steps whose size follows from an estimate of their error, by PETSc's adaptors (TSAdapt).
+"""Explicit steps with error control: their size follows from an error estimate, by PETSc's adaptors (TSAdapt).
 
-Which steps are accepted is all that the adjoint needs to know of this: they are replayed with the very same sizes.
+The adjoint needs only the starts and sizes of the accepted steps. Recomputed steps have the same sizes.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ class AdaptiveStepper(Protocol):
         ...
 
     def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
-        """Try a step from `time` by `size`: whether it was accepted, and the size that PETSc proposes to go on with.
+        """Attempt a step from `time` by `size`. Returns True if it was accepted, and the size that PETSc proposes next.
 
-        `end` is where the next step would start, `time + size` or an output time that differs in the last bit.
-        A step that is not accepted leaves the state as it was; not a number is proposed where no size can be. With
-        `tape`, the graphs of the stages that an adjoint needs go there. Collective on the communicator.
+        `end` is the start of the next step: `time + size`, or an output time that differs in the last bit. A rejected
+        step leaves the state unchanged. The proposed size is NaN if PETSc has none. The graphs of the stages are
+        appended to `tape`, if given. Collective on the communicator.
         """
         ...
 
     def first_size(self, time: float, span: float) -> float:
-        """A size to begin with, for a solve that goes on for `span`. Collective on the communicator."""
+        """Choose the size of the first step, for a solve of length `span`. Collective on the communicator."""
         ...
 
 
 class _Stages:
-    """f as PETSc asks for it in an attempt. Holds no reference to the TS: PETSc's own could not be collected.
+    """The RHSFunction of an attempt. Holds no reference to the TS, whose own references could not be collected.
 
-    The states of the stages are formed by the stepper, as those of a step that is run again are: PETSc's own sums
-    differ in the last bit. It is given f there, for its estimate of the error. `slopes` are those of the attempt.
+    The stepper forms the states of the stages, as in a recomputed step, because PETSc's sums differ in the last bit.
+    PETSc gets f at these states for its error estimate. `slopes` are those of the attempt.
     """
 
     def __init__(self, stepper: ExplicitStepper) -> None:
@@ -80,10 +80,10 @@ class _Stages:
         first: tuple[Parts, Any] | None,
         asks_again: bool,
     ) -> None:
-        """Say that a step is attempted, with its last stage at `last_time` if the method is FSAL.
+        """Begin an attempt. The last stage of a FSAL method is at `last_time`.
 
-        `first` is f at the first stage, and what is recorded of it, where an attempt before has evaluated it.
-        `asks_again`: PETSc asks for it all the same.
+        `first` is f at the first stage, with its graph, if an earlier attempt has evaluated it. `asks_again`: PETSc
+        calls the function for the first stage anyway.
         """
         self._time, self._size, self._last_time, self._recording = time, size, last_time, tape
         self._asks_again = asks_again
@@ -97,11 +97,11 @@ class _Stages:
     def function(self, ts: PETSc.TS, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
         """RHSFunction."""
         stepper = self._stepper
-        # PETSc turns an exception into an error code; the stepper raises the one kept here instead.
+        # PETSc turns an exception into an error code. The stepper raises the exception stored here instead.
         try:
             if self._asks_again:
                 self._asks_again = False
-                return  # The Vec still holds it.
+                return  # The Vec still holds the value.
             stage = len(self.slopes)
             tableau = stepper.tableau
             fsal_stage = stepper.method.fsal and stage == len(tableau.c) - 1
@@ -118,11 +118,11 @@ class _Stages:
             raise
 
     def end(self) -> None:
-        """Say that the attempts are over: nothing of the last is kept alive from here."""
+        """End the attempts, and drop all references to the last one."""
         self.slopes, self._recording = [], None
 
     def forget_views(self) -> None:
-        """Forget all Vecs: those of a TS that has been destroyed may have come back as others."""
+        """Drop the views of all Vecs: after a TS is destroyed, PETSc may reuse their handles."""
         self._views.clear()
 
     def _of(self, vec: PETSc.Vec) -> Parts:
@@ -130,7 +130,7 @@ class _Stages:
         parts = self._views.get(handle)
         if parts is None:
             parts = layout.parts(vectors.view(vec, (layout.size,), layout.vec_device))
-            # On a device PETSc has to be asked each time, because it may have newer values in the host's memory.
+            # On a device ask PETSc each time, because it may have newer values in the host's memory.
             if layout.vec_device is vectors.HOST:
                 self._views[handle] = parts
         return parts
@@ -173,7 +173,7 @@ class ExplicitAttempts:
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)
         with options_database(self._options, self._unread):
             ts.setFromOptions()
-        # PETSc tries again by itself after undoing the step in floating point. That is not the state before it.
+        # PETSc's own retry undoes the step in floating point, and does not restore the state before it exactly.
         ts.setMaxStepRejections(0)
         ts.setErrorIfStepFails(False)
         ts.setMaxSteps(MOST_STEPS)
@@ -186,7 +186,7 @@ class ExplicitAttempts:
         self._tolerances.take(control, self._ts)
 
     def end(self) -> None:
-        """End a solve: the evaluation that a next step would have begun with is not kept alive from here."""
+        """End a solve, and drop the evaluation that is kept for the next step."""
         self._first = None
         self._stages.end()
 
@@ -217,7 +217,7 @@ class ExplicitAttempts:
         except PETSc.Error as error:
             if error.ierr != _NOT_A_NUMBER:
                 raise
-            # All ranks get here: it is the norm of the error over all of them. The TS is spoilt, the state is not.
+            # The norm of the error is NaN on all ranks alike. The TS cannot be used again; the state is unchanged.
             stepper.failed = False
             self._ts.destroy()
             stages.forget_views()
@@ -246,7 +246,7 @@ class ExplicitAttempts:
 
 @dataclass(frozen=True)
 class AcceptedStep:
-    """Step `number` from `start` by `size`; `output` is the number of the output time that it ends at, if any."""
+    """Step `number` from `start` by `size`. `output` is the number of the output that it ends at, or None."""
 
     number: int
     start: float
@@ -263,10 +263,10 @@ def integrate(
     after: Callable[[AcceptedStep], None],
     carried: Carried,
 ) -> int:
-    """Step through `times`, landing on each of them; returns how many attempts were rejected. Collective.
+    """Step through `times`, and end a step at each of them. Returns the number of rejected attempts. Collective.
 
-    `before(number, time)` is called ahead of each step and says whether to record it, `after` when it is accepted.
-    Raises `StepSizeError` when steps become too small for the time to change.
+    `before(number, time)` is called before each step, and returns True to record its tape. `after` is called after each
+    accepted step. Raises `StepSizeError` if a step becomes too small to change the time.
     """
     adaptive.begin(control)
     time, number, rejected = times[0], 0, 0
@@ -290,17 +290,17 @@ def integrate(
 def _accepted(
     adaptive: AdaptiveStepper, number: int, time: float, target: float, wanted: float, tape: Tape | None
 ) -> tuple[float, float, int]:
-    """Attempt step `number` until it is accepted: its size, the size wanted for the next, and the rejections."""
+    """Attempt step `number` until it is accepted. Returns its size, the next size, and the number of rejections."""
     size = _fitted(wanted, target - time)
     for rejections in range(_MOST_REJECTIONS):
         lands = size == target - time
         accepted, proposed = adaptive.attempt(number, time, size, target if lands else time + size, tape)
         if accepted:
-            # A step that was cut to land on an output time says little about the next.
+            # A step that was shortened to end at an output time does not limit the next one.
             cut = lands and abs(proposed) >= abs(size)
             return size, max(abs(proposed), wanted) if cut else abs(proposed), rejections
         wanted = 0.0
-        # Where f is not a number there is no estimate either.
+        # If f is NaN there is no estimate either.
         size = proposed if math.isfinite(proposed) and abs(proposed) < abs(size) else size / 4
         if abs(size) <= _SMALLEST_RATIO * abs(time):
             break
@@ -311,7 +311,7 @@ def _accepted(
 
 
 def _fitted(wanted: float, remaining: float) -> float:
-    """The size of the next step towards a time that far away. It lands there if it can; two steps are made equal."""
+    """Return the size of the next step. It ends at the target if it can; the last two steps are equal."""
     if wanted >= abs(remaining) * (1 - 1e-10):
         return remaining
     if 2 * wanted > abs(remaining):

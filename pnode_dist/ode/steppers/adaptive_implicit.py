@@ -1,6 +1,6 @@
 """Attempts of implicit steps with error control.
 
-An attempt whose equations cannot be solved counts as rejected, as PETSc has it, and is tried again with a smaller size.
+An attempt whose equations cannot be solved counts as rejected, like in PETSc, and is repeated with a smaller size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pnode_dist.petsc import calls
 class ImplicitAttempts:
     """See `pnode_dist.ode.steppers.adaptive.AdaptiveStepper`.
 
-    A theta method estimates its error from the step before, which must have been accepted: its first step is accepted
-    unseen. Raises `ConfigurationError` for a method without an error estimate.
+    A theta method estimates its error from the last accepted step, so its first step is accepted without an estimate.
+    Raises `ConfigurationError` for a method without an error estimate.
     """
 
     def __init__(self, stepper: ImplicitStepper, adaptor: str, options: PetscOptions) -> None:
@@ -67,7 +67,7 @@ class ImplicitAttempts:
         if self._fresh or stepper.method.family != "theta":
             ts.restartStep()
         else:
-            # What PETSc takes for the state one step earlier, also after an attempt that was rejected.
+            # Restore the state one step earlier, which PETSc overwrites also in a rejected attempt.
             self._array()[:] = self._earlier.numpy()
         with stepper.errors_of_func():
             reason = stepper.attempt(ts, number, time, size)

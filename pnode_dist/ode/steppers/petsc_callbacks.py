@@ -1,7 +1,7 @@
-"""F(t, u, du/dt) = M du/dt - g(t, u) and h(t, u) as PETSc's implicit steppers call them: values, Jacobians, products.
+"""The callbacks of PETSc's implicit steppers: F(t, u, du/dt) = M du/dt - g(t, u), h(t, u), and their Jacobians.
 
-g is the part that is treated implicitly (all of f, unless it is a `SplitFunction`), h the explicit one. Jacobians are
-shell Mats. The adjoint finds what was recorded of a step by the stage Vecs that PETSc asks for it with.
+g is the implicit part (all of f, unless it is a `SplitFunction`), and h the explicit one. Jacobians are shell Mats. The
+adjoint identifies the stages on a tape by the stage Vecs that PETSc passes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from pnode_dist.petsc import vectors
 
 
 class ImplicitFunction:
-    """PETSc's callbacks for one layout. Holds no reference to a TS: PETSc's own references could not be collected.
+    """PETSc's callbacks for one layout. Holds no reference to a TS, whose own references could not be collected.
 
-    For the same reason the stepper is reached through a weak reference, `on_new_operator`.
-
-    `splits`: the problem is a `SplitFunction` and h is its explicit part; `solves_for_slope`: the method begins a step
-    with solving for du/dt; `keeps_values`: fingerprints of f's values in a step are kept; `stage_handles` are those of
-    the Vecs of its stages. `on_new_operator(point, shift)` is called when PETSc wants the operator shift M - dg/du at
-    another state.
+    `splits`: the right-hand side is a `SplitFunction`, and h is its explicit part. `solves_for_slope`: the method
+    begins a step by solving for du/dt. `keeps_values`: fingerprints of f's values in a step are stored. `stage_handles`
+    are the handles of the Vecs of the stages. `on_new_operator(point, shift)` is called when PETSc needs the operator
+    shift M - dg/du at another state; it is a weak reference to a method of the stepper.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class ImplicitFunction:
         self.explicit_products: list[torch.Tensor | None] | None = None
 
     def part(self, part: Part) -> Function:
-        """The function of a part of the problem that is bound."""
+        """Return the function of a part of the bound right-hand side."""
         assert self.bound is not None
         func = self.bound.func
         if not self.splits:
@@ -73,7 +71,7 @@ class ImplicitFunction:
         return func.implicit if part is Part.IMPLICIT else func.explicit
 
     def start_step(self, start: float, direction: float) -> None:
-        """Say that a step from `start` begins, `direction` being -1 when time decreases."""
+        """Begin a step from `start`. `direction` is -1 if time decreases."""
         self.start, self.direction = start, direction
         self._slope_handle = None
         self._solving = False
@@ -83,28 +81,28 @@ class ImplicitFunction:
         self._points.clear()
 
     def start_adjoint(self, start: float, direction: float, kept: Mapping[Place, Stage]) -> None:
-        """Say that the adjoint of a step from `start` begins, and what was recorded of it."""
+        """Begin the adjoint of a step from `start`, with the stages `kept` on its tape."""
         self.start_step(start, direction)
         self._kept = kept
 
     def end_step(self) -> None:
-        """Say that a step or its adjoint is over: its recording is not kept alive from here."""
+        """End a step or its adjoint, and drop all references to its tape."""
         self._kept = {}
         self._points.clear()
         self.implicit_point = self.explicit_point = self.explicit_products = None
 
     def point(self, part: Part, time: float, inputs: Parts, graph: StageGraph | None = None) -> Point:
-        """A part of the right-hand side at a state, `time` being the problem's own."""
+        """Return a part of the right-hand side at a state. `time` is the caller's, also if PETSc's runs backward."""
         assert self.bound is not None
         return Point(self.bound, self.part(part), self.layout, self.direction, time, inputs, graph)
 
     def inputs(self, u: PETSc.Vec) -> Parts:
-        """The parts of the state in `u` in f's floating type: views of its memory where that is PETSc's."""
+        """Return the parts of the state in `u` in f's floating type: views of its memory if no conversion is needed."""
         flat = vectors.view(u, (self.layout.size,))
         return self.layout.inputs(self.layout.parts(flat))
 
     def _at(self, part: Part, t: float, u: PETSc.Vec) -> Point:
-        """The point that PETSc asks for: that which was recorded of the step being reversed, else a new one."""
+        """Return the point at (t, u): one from the tape of the step that is being reversed, else a new one."""
         place = (part, u.handle)
         if place in self._points:
             return self._points[place]
@@ -120,14 +118,14 @@ class ImplicitFunction:
         return found
 
     def value_at(self, part: Part, time: float, inputs: Parts) -> float | None:
-        """The fingerprint of the value that a part had there in this step, None if it was not evaluated.
+        """Return the fingerprint of the value that a part had at this point in this step; None if it was not evaluated.
 
-        PETSc's time of a stage can differ from ours in the last bit.
+        PETSc's time of a stage may differ from `time` in the last bit.
         """
         found = self._values.get((part, fingerprint(inputs)), ())
         return next((value for when, value in found if math.isclose(when, time, rel_tol=1e-14)), None)
 
-    # What PETSc calls. It turns an exception into an error code; the stepper raises the one kept here instead.
+    # The callbacks. PETSc turns an exception into an error code. The stepper raises the exception stored here instead.
 
     def residual(self, ts: PETSc.TS, t: float, u: PETSc.Vec, udot: PETSc.Vec, f: PETSc.Vec) -> None:
         """IFunction: f = M udot - g(t, u)."""
@@ -149,15 +147,15 @@ class ImplicitFunction:
             self._fail()
 
     def _fail(self) -> None:
-        """Raise the error that is kept, or leave that to the solve for the slope.
+        """Raise the stored error, or defer it to the solve for the slope.
 
-        PETSc looks for algebraic equations before that, and does not give back the Vecs it borrows if that fails.
+        PETSc searches for algebraic equations before that solve, and leaks Vecs if that search fails.
         """
         if self.error is not None and (self._solving or not self.solves_for_slope):
             raise self.error
 
     def initial_guess(self, snes: PETSc.SNES, x: PETSc.Vec) -> None:
-        """Where a solve for the slope begins: at zero. PETSc would begin with what happened to be there before."""
+        """Set the initial guess of a solve for the slope to zero. By default it would depend on earlier steps."""
         self._solving = True
         if x.handle not in self.stage_handles:
             x.zeroEntries()
@@ -176,8 +174,11 @@ class ImplicitFunction:
             raise
 
     def _time(self, t: float, u: PETSc.Vec) -> float:
-        """The time of an evaluation at `u`. PETSc starts DIRK methods with an explicit first stage by solving for the
-        slope there, and names the time of whatever stage it came to last."""
+        """Return the time of an evaluation at `u`.
+
+        A DIRK method with an explicit first stage begins by solving for the slope there. PETSc then passes the time of
+        the last stage that it has evaluated.
+        """
         return self.direction * self.start if u.handle == self._slope_handle else t
 
     def _add(self, part: Part, t: float, u: PETSc.Vec, result: torch.Tensor, sign: float) -> None:
@@ -204,7 +205,7 @@ class ImplicitFunction:
         operator: PETSc.Mat,
         matrix: PETSc.Mat,
     ) -> None:
-        """IJacobian: what `operator` applies from now on is shift M - dg/du at (t, u)."""
+        """IJacobian: set `operator` to shift M - dg/du at (t, u)."""
         try:
             self.implicit_point = self._at(Part.IMPLICIT, self._time(t, u), u)
             context = operator.getPythonContext()
@@ -218,23 +219,23 @@ class ImplicitFunction:
             raise
 
     def explicit_jacobian(self, ts: PETSc.TS, t: float, u: PETSc.Vec, operator: PETSc.Mat, matrix: PETSc.Mat) -> None:
-        """RHSJacobian: what `operator` applies from now on is dh/du at (t, u)."""
+        """RHSJacobian: set `operator` to dh/du at (t, u)."""
         if self.splits:
             self.explicit_point = self._at(Part.EXPLICIT, t, u)
 
     def parameter_jacobian(
         self, ts: PETSc.TS, t: float, u: PETSc.Vec, udot: PETSc.Vec, shift: float, operator: PETSc.Mat
     ) -> None:
-        """IJacobianP: what `operator` applies from now on is -dg/dtheta at (t, u)."""
+        """IJacobianP: set `operator` to -dg/dtheta at (t, u)."""
         self.implicit_point = self._at(Part.IMPLICIT, t, u)
 
     def explicit_parameter_jacobian(self, ts: PETSc.TS, t: float, u: PETSc.Vec, operator: PETSc.Mat) -> None:
-        """RHSJacobianP: what `operator` applies from now on is dh/dtheta at (t, u)."""
+        """RHSJacobianP: set `operator` to dh/dtheta at (t, u)."""
         if self.splits:
             self.explicit_point = self._at(Part.EXPLICIT, t, u)
 
     def add_parameters(self, products: list[torch.Tensor | None], result: PETSc.Vec, sign: float) -> None:
-        """result = sign * products, zero where there is none."""
+        """Set result = sign * products, with zero for None."""
         flat = vectors.view(result, (sum(self._parameter_sizes),))
         for target, value in zip(torch.split(flat, self._parameter_sizes), products, strict=True):
             if value is None:
@@ -258,11 +259,11 @@ class ShiftedOperator:
         self._apply(x, y, transposed=True)
 
     def scale(self, mat: PETSc.Mat, factor: float) -> None:
-        """Scale what is applied, until the next Jacobian. (PETSc does so to start methods with an explicit stage.)"""
+        """Scale the operator until the next Jacobian. (PETSc does so to start methods with an explicit stage.)"""
         self.factor *= factor
 
     def duplicate(self, mat: PETSc.Mat, option: Any) -> PETSc.Mat:
-        """An operator of the same sizes for the explicit part that PETSc believes in where there is none: zero."""
+        """Return a zero operator of the same sizes, for the explicit part that PETSc expects even if there is none."""
         copy = PETSc.Mat().createPython(mat.getSizes(), ZeroOperator(), comm=mat.comm)
         copy.setUp()
         return copy
@@ -283,7 +284,7 @@ class ShiftedOperator:
 
 
 class ZeroOperator:
-    """Context of a shell Mat that is zero, whatever it is given."""
+    """Context of a shell Mat that is zero."""
 
     def zeroEntries(self, mat: PETSc.Mat) -> None:
         """Nothing to do."""
@@ -296,7 +297,7 @@ class ZeroOperator:
 
 
 class ExplicitOperator:
-    """Context of the shell Mat dh/du, of which the adjoint wants the transpose."""
+    """Context of the shell Mat dh/du, of which the adjoint uses the transpose alone."""
 
     def __init__(self, function: ImplicitFunction) -> None:
         self._function = function
@@ -307,7 +308,7 @@ class ExplicitOperator:
             size = function.layout.size
             if function.splits:
                 assert function.explicit_point is not None
-                # PETSc multiplies the derivative by the parameters with the same vector next.
+                # PETSc asks for the product with respect to the parameters, with the same vector, next.
                 state_product, function.explicit_products = function.explicit_point.vjp_with_parameters(
                     vectors.view(x, (size,)), function.start
                 )

@@ -1,9 +1,9 @@
 """Preconditioners for the linear systems shift M - dg/du of implicit steps and, transposed, of their adjoints.
 
-Each is a small description that `odeint` takes, and builds what PETSc's PC works with: a Mat that a PC of PETSc's is
-made from, or a PC of its own. It is made anew at the beginning of every step, at the state there, and kept through the
-step's stages and Newton iterations as long as the linear solves stay short: so that a step that is run again does
-the very same arithmetic.
+`odeint` takes a small description of a preconditioner. The description builds either a Mat, which a PC of PETSc's is
+made from, or a PC itself. The preconditioner is updated at the beginning of every step, at the state there, and kept
+for the step's stages and Newton iterations as long as the linear solves are short. Because each step begins with an
+update, a recomputed step has the same bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = ("none", "block", "assembled")
 
 @dataclass(frozen=True)
 class Setting:
-    """What a preconditioner is built for: the ranks, the state on them, and M (None: the identity)."""
+    """The context of a preconditioner: the ranks, the layout of the state, and M (None: the identity)."""
 
     comm: MPI.Comm
     layout: StateLayout
@@ -39,11 +39,11 @@ class Setting:
 
 
 class Built(Protocol):
-    """A preconditioner at work.
+    """A preconditioner in use.
 
-    `matrix` is what PETSc's PC is made from (None: the shell operator, of which only few PCs can be made), `context` a
-    PC of its own, as petsc4py's PC of type python takes it. Where it has a method `destroy()`, that is called when the
-    solver is destroyed, collectively.
+    `matrix` is the Mat that PETSc's PC is made from. With None it is the shell operator, which few PCs support.
+    `context` is the context of a Python PC. A method `destroy()`, if there is one, is called when the solver is
+    destroyed, collectively.
     """
 
     matrix: PETSc.Mat | None
@@ -52,7 +52,7 @@ class Built(Protocol):
     def context(self) -> Any | None: ...
 
     def update(self, point: Point, shift: float) -> None:
-        """Make it fit shift M - dg/du at this point. Collective."""
+        """Update the preconditioner for shift M - dg/du at `point`. Collective."""
         ...
 
 
@@ -60,12 +60,12 @@ class Preconditioner(Protocol):
     """The description of a preconditioner."""
 
     def build(self, setting: Setting) -> Built:
-        """Make what PETSc works with. Collective. Raises `ConfigurationError` where it does not fit the state."""
+        """Build the preconditioner. Collective. Raises `ConfigurationError` if it does not fit the state."""
         ...
 
 
 def resolve(preconditioner: Preconditioner | str | None) -> Preconditioner | None:
-    """The preconditioner of that name. Raises `ConfigurationError` naming what is allowed."""
+    """Return the preconditioner of a name. Raises `ConfigurationError` with the allowed names."""
     if not isinstance(preconditioner, str):
         return preconditioner
     if preconditioner not in NAMES:
@@ -82,8 +82,8 @@ def resolve(preconditioner: Preconditioner | str | None) -> Preconditioner | Non
 class BlockInverse:
     """The exact inverse for batches of small systems: the last axis is one system, all other axes count samples.
 
-    The Jacobians of all samples come from as many vector-Jacobian products as a system has components, and are factored
-    in one batch. It presumes that samples do not depend on one another; where they do it is merely approximate.
+    The Jacobians of all samples take as many vector-Jacobian products as a system has components. They are factored in
+    one batch. If samples depend on one another, the inverse is approximate.
     """
 
     def build(self, setting: Setting) -> Built:
@@ -92,7 +92,7 @@ class BlockInverse:
 
 
 class BuiltBlocks:
-    """Factored blocks shift M - dg/du, one for each sample. A PC context of petsc4py's as well."""
+    """Factored blocks shift M - dg/du, one for each sample. This is also the context of the Python PC."""
 
     matrix: PETSc.Mat | None = None
 
@@ -112,11 +112,11 @@ class BuiltBlocks:
 
     @property
     def context(self) -> BuiltBlocks:
-        """What PETSc's PC of type python calls."""
+        """The context of the Python PC."""
         return self
 
     def update(self, point: Point, shift: float) -> None:
-        """Factor the blocks at this point."""
+        """Factor the blocks at `point`."""
         blocks = -self._blocks(point.vjps(self._units))
         if self._mass is None:
             blocks.diagonal(dim1=-2, dim2=-1).add_(shift)
@@ -126,7 +126,7 @@ class BuiltBlocks:
         self._factors = torch.linalg.lu_factor(blocks)
 
     def _unit_vectors(self) -> torch.Tensor:
-        """`[component, entry]`: for each component the unit vector of it in all samples at once."""
+        """Return `[component, entry]`: for each component the sum of its unit vectors over all samples."""
         units = []
         for number, shape in enumerate(self._layout.shapes):
             for component in range(shape[-1]):
@@ -136,11 +136,11 @@ class BuiltBlocks:
         return torch.stack(units)
 
     def _blocks(self, products: torch.Tensor) -> torch.Tensor:
-        """`[sample, row, column]` from the transposed map of the unit vectors."""
+        """Return the blocks `[sample, row, column]` from the transposed products with the unit vectors."""
         return torch.stack([self._samples(product) for product in products], dim=-2)
 
     def _samples(self, flat: torch.Tensor) -> torch.Tensor:
-        """Flat states as `[sample, component]`, the components of all parts in a row."""
+        """Return a flat state as `[sample, component]`, with the components of all parts next to each other."""
         return torch.cat([part.reshape(-1, part.shape[-1]) for part in self._layout.parts(flat)], dim=-1)
 
     def apply(self, pc: PETSc.PC, x: PETSc.Vec, y: PETSc.Vec) -> None:
@@ -164,10 +164,11 @@ class BuiltBlocks:
 
 @dataclass(frozen=True)
 class AssembledJacobian:
-    """The sparse Jacobian on a `GridPartition`, found by colouring, for any PC of PETSc's (`pc_type` and so on).
+    """The sparse Jacobian on a `GridPartition`, assembled by colouring, for any PC of PETSc's (`pc_type` and so on).
 
-    `width` is how many cells f reaches in each direction (along y and x, if they differ): 1 for a 3 x 3 stencil, the
-    sum of the layers' reaches for a convolutional network. A smaller one makes it approximate. M must be diagonal.
+    `width` is the reach of f's stencil in each direction, in cells (along y and x, if they differ): 1 for a 3 x 3
+    stencil, the sum of the layers' reaches for a convolutional network. A smaller width makes the Jacobian approximate.
+    M must be diagonal.
     """
 
     width: int | tuple[int, int] = 1
@@ -194,7 +195,7 @@ class BuiltJacobian:
         self.matrix: PETSc.Mat | None = jacobian.matrix
 
     def update(self, point: Point, shift: float) -> None:
-        """Assemble at this point. Collective."""
+        """Assemble the Jacobian at `point`. Collective."""
         self._jacobian.assemble(point.jvp, shift, None if self._mass is None else self._mass.diagonal)
 
     def destroy(self) -> None:
@@ -204,8 +205,11 @@ class BuiltJacobian:
 
 @dataclass(frozen=True, eq=False)
 class Approximate:
-    """An operator of the user's own to make PETSc's PC from: `build(t, u, shift)` returns an assembled `PETSc.Mat` near
-    shift M - dg/du, always the same object with other values or one of the same sparsity. Collective if `build` is."""
+    """A matrix of the user's that PETSc's PC is made from. Collective if `operator` is.
+
+    `operator(t, u, shift)` returns an assembled `PETSc.Mat` near shift M - dg/du: always the same object with other
+    values, or one of the same sparsity.
+    """
 
     operator: Callable[[float, Any, float], PETSc.Mat]
 
@@ -215,7 +219,7 @@ class Approximate:
 
 
 class BuiltApproximation:
-    """A Mat that takes the values of the user's."""
+    """A copy of the user's Mat."""
 
     context: Any | None = None
 
@@ -227,7 +231,7 @@ class BuiltApproximation:
         self.matrix: PETSc.Mat | None = first.duplicate(copy=True)
 
     def update(self, point: Point, shift: float) -> None:
-        """Ask for the operator at this point. Collective."""
+        """Copy the user's Mat at `point`. Collective."""
         made = self._operator(point.time, self._layout.as_state(point.inputs), shift)
         assert self.matrix is not None
         made.copy(self.matrix, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
@@ -240,9 +244,9 @@ class BuiltApproximation:
 
 @dataclass(frozen=True, eq=False)
 class UserPC:
-    """A PC of the user's own: a context for petsc4py's PC of type python, with `apply` and `applyTranspose`.
+    """A PC of the user's: the context of a Python PC, with `apply` and `applyTranspose`.
 
-    If it has a method `update(t, u, shift)` that is called when shift M - dg/du has changed, u being this rank's part.
+    A method `update(t, u, shift)`, if there is one, is called after a change of shift M - dg/du. u is this rank's part.
     """
 
     context: Any
@@ -262,14 +266,14 @@ class BuiltUserPC:
         self._layout = layout
 
     def update(self, point: Point, shift: float) -> None:
-        """Tell the context of another operator. Collective if the context's `update` is."""
+        """Call the context's `update`. Collective if that is."""
         update = getattr(self.context, "update", None)
         if update is not None:
             update(point.time, self._layout.as_state(point.inputs), shift)
 
 
 class BuiltMatrix:
-    """shift M - A for an implicit part that is a Mat A: assembled again only for another shift."""
+    """The matrix shift M - A, for an implicit part that is a Mat A. Assembled again only for another shift."""
 
     context: Any | None = None
 
@@ -278,7 +282,7 @@ class BuiltMatrix:
         self.matrix: PETSc.Mat | None = linear.duplicate(copy=True)
 
     def update(self, point: Point, shift: float) -> None:
-        """Assemble for this shift. Collective."""
+        """Assemble the matrix for `shift`. Collective."""
         matrix = self.matrix
         assert matrix is not None
         self._linear.copy(matrix, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)

@@ -54,7 +54,7 @@ class SspStepper(Stepper):
 
     @property
     def callbacks(self) -> _RightHandSide:
-        """What PETSc calls."""
+        """The callbacks of the TS."""
         return self._rhs
 
     def destroy(self) -> None:
@@ -79,7 +79,7 @@ class SspStepper(Stepper):
         isolate: bool = False,
         level: str = "graph",
     ) -> None:
-        """See `Stepper.step`; nothing can be recorded. Collective on `comm`."""
+        """See `Stepper.step`. There is no tape. Collective on `comm`."""
         assert tape is None
         direction = self._rhs.direction = math.copysign(1.0, size)
         ts = self._ts
@@ -98,7 +98,7 @@ class SspStepper(Stepper):
         return direction * vectors.view(self._slope, (self.layout.size,), self.layout.vec_device)
 
     def close_segment(self) -> None:
-        """See `Stepper.close_segment`: nothing is recorded."""
+        """See `Stepper.close_segment`. There is no tape."""
 
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> NoReturn:
         """See `adjoint_step`."""
@@ -117,12 +117,12 @@ class SspStepper(Stepper):
         raise NotImplementedError
 
     def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> NoReturn:
-        """PETSc has no adjoint of these methods: `odeint` refuses gradients of them."""
+        """Raise `NotImplementedError`: PETSc has no adjoint of these methods, and `odeint` refuses their gradients."""
         raise NotImplementedError
 
 
 class _RightHandSide:
-    """f as PETSc calls it, on Vecs. Holds no reference to a TS: PETSc's own references could not be collected.
+    """The RHSFunction of the TS. Holds no reference to the TS, whose own references could not be collected.
 
     `direction` is -1 when time decreases and PETSc integrates -f over -t (see `Stepper.step`).
     """
@@ -138,7 +138,7 @@ class _RightHandSide:
 
     def function(self, ts: PETSc.TS, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
         """RHSFunction: f = func(t, u)."""
-        # PETSc turns an exception into an error code; the stepper raises the one kept here instead.
+        # PETSc turns an exception into an error code. The stepper raises the exception stored here instead.
         try:
             bound, layout = self.bound, self._layout
             assert bound is not None

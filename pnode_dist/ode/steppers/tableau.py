@@ -1,4 +1,4 @@
-"""The coefficients of explicit Runge-Kutta methods, as PETSc has them."""
+"""The coefficients of explicit Runge-Kutta methods, from PETSc's tables."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from petsc4py import PETSc
 from pnode_dist.petsc import calls
 
 Terms = tuple[tuple[int, float], ...]
-"""Numbers of stages and their coefficients, those that are zero left out."""
+"""Pairs of a stage and its coefficient, without zero coefficients."""
 
 
 @dataclass(frozen=True)
 class Tableau:
-    """k_i = f(t + c_i h, u + h sum_j a_ij k_j), and u + h sum_i b_i k_i is the step's result."""
+    """The method k_i = f(t + c_i h, u + h sum_j a_ij k_j), with the result u + h sum_i b_i k_i."""
 
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
@@ -23,22 +23,22 @@ class Tableau:
 
     @cached_property
     def stage_terms(self) -> tuple[Terms, ...]:
-        """For each stage, what it is made of: the earlier stages in order."""
+        """For each stage, the earlier stages that it uses, in order."""
         return tuple(_terms(row) for row in self.a)
 
     @cached_property
     def result_terms(self) -> Terms:
-        """What the result is made of."""
+        """The stages that the result uses, in order."""
         return _terms(self.b)
 
     @cached_property
     def uses(self) -> tuple[Terms, ...]:
-        """For each stage, the later stages that it goes into."""
+        """For each stage, the later stages that use it."""
         return tuple(_terms([row[stage] for row in self.a]) for stage in range(len(self.b)))
 
     @cached_property
     def last_uses(self) -> tuple[tuple[int, ...], ...]:
-        """For each stage, the earlier ones that go into it but into none after it that the result depends on."""
+        """For each stage, the earlier stages whose last use it is, among stages that the result depends on."""
         ends = [
             max((later for later, _ in self.uses[stage] if self.counts[later]), default=stage)
             for stage in range(len(self.b))
@@ -47,7 +47,7 @@ class Tableau:
 
     @cached_property
     def counts(self) -> tuple[bool, ...]:
-        """For each stage, whether the result depends on it. What does not only serves the estimate of an error."""
+        """For each stage, True if the result depends on it. The others serve the error estimate alone."""
         found: dict[int, bool] = {}
         for stage in reversed(range(len(self.b))):
             found[stage] = self.b[stage] != 0 or any(found[later] for later, _ in self.uses[stage])
@@ -55,7 +55,7 @@ class Tableau:
 
 
 def tableau_of(ts: PETSc.TS) -> Tableau:
-    """That of a TS of type `rk`."""
+    """Return the tableau of a TS of type `rk`."""
     return Tableau(*calls.runge_kutta_tableau(ts))
 
 

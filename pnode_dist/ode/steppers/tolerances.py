@@ -1,4 +1,4 @@
-"""Error control: tolerances, the norm that they are met in, and the size of a first step."""
+"""Error control: tolerances, the norm of the error, and the size of the first step."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ Tolerance = float | State
 
 @dataclass(frozen=True, eq=False)
 class ErrorControl:
-    """Steps for which the root mean square over all entries of error / (atol + rtol |u|) is at most 1.
+    """The settings of error control.
 
+    A step is accepted if the root mean square over all entries of error / (atol + rtol |u|) is at most 1.
     Tolerances are numbers, or tensors that broadcast to this rank's part of the state (for a tuple one for each part).
     `adaptor` is PETSc's: `basic`, or `dsp` (digital signal processing control: Soederlind, ACM Trans. Math. Softw. 29,
-    2003). `first_size` is the size of the first step; None: chosen from f and its change (Hairer, Norsett & Wanner,
-    Solving ODEs I, II.4). Raises `ConfigurationError` for tolerances that are not positive or an unknown adaptor.
+    2003). `first_size` is the size of the first step; with None it follows from f and its change (Hairer, Norsett &
+    Wanner, Solving ODEs I, II.4). Raises `ConfigurationError` for tolerances that are not positive or an unknown
+    adaptor.
     """
 
     rtol: Tolerance = DEFAULT_RTOL
@@ -50,7 +52,7 @@ class ErrorControl:
 
 
 class Tolerances:
-    """The tolerances of a solve on the state of `stepper`, as PETSc takes them."""
+    """The tolerances of a solve on the state of `stepper`, in PETSc's form."""
 
     def __init__(self, stepper: Stepper) -> None:
         self._stepper = stepper
@@ -58,7 +60,7 @@ class Tolerances:
         self._of_petsc: list[Any] = [DEFAULT_RTOL, DEFAULT_ATOL]
 
     def take(self, control: ErrorControl, ts: PETSc.TS) -> None:
-        """Give `ts` those of `control`. Raises `ConfigurationError` if their shape is wrong."""
+        """Set the tolerances of `control` on `ts`. Raises `ConfigurationError` if their shape is wrong."""
         vecs: list[Any] = []
         before = self._of_petsc
         for number, (name, tolerance) in enumerate((("rtol", control.rtol), ("atol", control.atol))):
@@ -66,7 +68,7 @@ class Tolerances:
                 self._values[number] = float(tolerance)
                 vecs.append(float(tolerance))
                 continue
-            # Once PETSc has a Vec of tolerances it heeds no number any more.
+            # After a Vec of tolerances PETSc ignores a number, so keep using Vecs.
             layout = self._stepper.layout
             vec = vectors.create_vec(self._stepper.comm, layout.size, layout.vec_device)
             flat = vectors.view(vec, (layout.size,), layout.vec_device)
@@ -84,11 +86,11 @@ class Tolerances:
         self._of_petsc = [DEFAULT_RTOL, DEFAULT_ATOL]
 
     def give(self, ts: PETSc.TS) -> None:
-        """Give `ts` the same as the one before it."""
+        """Set the present tolerances on another `ts`."""
         ts.setTolerances(rtol=self._of_petsc[0], atol=self._of_petsc[1])
 
     def first_size(self, time: float, span: float) -> float:
-        """A size to begin with, for a solve that goes on for `span`. Collective on the communicator.
+        """Choose the size of the first step, for a solve of length `span`. Collective on the communicator.
 
         E. Hairer, S. P. Norsett, G. Wanner: Solving Ordinary Differential Equations I, 2nd ed., section II.4.
         """
