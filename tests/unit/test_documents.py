@@ -31,7 +31,7 @@ _DOTTED = re.compile(r"(?<![\w./-])pnode_dist(?:\.[A-Za-z_]\w*)+(?![\w/-])")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 # Files and folders of a run, and of programs that a reader writes.
-_ELSEWHERE = ("runs/", "snapshots/", "report.html", "reaction.py", "my_package/", "mine.py")
+_ELSEWHERE = ("./", "runs/", "snapshots/", "report.html", "reaction.py", "my_package/", "mine.py")
 
 
 def missing(text: str, directory: Path) -> list[str]:

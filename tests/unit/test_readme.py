@@ -89,7 +89,7 @@ def test_the_fit_example_calls_back_and_evaluates_better_than_persistence(mpirun
 
 
 def test_the_optimiser_and_schedule_of_the_toml_example_are_made_as_it_says() -> None:
-    (toml,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (toml,) = [block for block in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "optimiser =" in block]
     training = TrainingConfig.model_validate(tomllib.loads(toml)["training"])
     optimiser = optimiser_of(training, torch.nn.Linear(1, 1))
     schedule = schedule_of(training, optimiser)
