@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from pnode_dist.bench import BENCHMARKS
 from pnode_dist.bench.methods import run as methods
 from pnode_dist.bench.methods.accuracy import tell
 from pnode_dist.cli.main import main
+from pnode_dist.config.tables import TrainingConfig
+from pnode_dist.train.optimiser import optimiser_of, schedule_of
 from tests.conftest import ROOT
 from tests.in_short import SMALL
+from tests.unit.test_examples import LOOP_COMMAND
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PARTITIONED, PLAIN, IMPLICIT, FITTED = MARKS = (
+    "GridPartition(",
+    "class Oscillator(",
+    "parts = SplitFunction(",
+    "fit(",
+)
+EXAMPLES = {
+    mark: block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) for mark in MARKS if mark in block
+}
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
 # Run here; the others are run by .ci/run or the demonstration itself.
 QUICK = [
@@ -32,8 +47,9 @@ QUICK = [
 ]
 
 
-def test_there_are_examples_to_run() -> None:
-    assert len(EXAMPLES) == 3
+def test_every_example_is_run_by_a_test() -> None:
+    assert set(EXAMPLES) == set(MARKS)
+    assert len(set(EXAMPLES.values())) == README.count("```python") == len(MARKS)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.nightly), 2])
@@ -41,7 +57,9 @@ def test_the_partitioned_example_runs_at_any_number_of_ranks_to_the_same_loss(
     mpirun: Run, tmp_path: Path, ranks: int
 ) -> None:
     total = "total = mesh.sum(loss.double()).item()"
-    script = EXAMPLES[2].replace("if mesh.is_root:\n        print(", f"{total}\n    if mesh.is_root:\n        print(")
+    script = EXAMPLES[PARTITIONED].replace(
+        "if mesh.is_root:\n        print(", f"{total}\n    if mesh.is_root:\n        print("
+    )
     (tmp_path / "reaction.py").write_text(script.replace('"loss share of rank 0:", loss.item()', "total"))
     done = mpirun(ranks, "python", "reaction.py")
     assert done.returncode == 0, done.stderr
@@ -49,7 +67,7 @@ def test_the_partitioned_example_runs_at_any_number_of_ranks_to_the_same_loss(
 
 
 def test_the_first_example_spills_and_counts(mpirun: Run, tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(EXAMPLES[0])
+    (tmp_path / "example.py").write_text(EXAMPLES[PLAIN])
     done = mpirun(1, "python", "example.py")
     assert done.returncode == 0, done.stderr
     counts = dict(re.findall(r"(\w+)=(\d+)", done.stdout))
@@ -58,12 +76,36 @@ def test_the_first_example_spills_and_counts(mpirun: Run, tmp_path: Path) -> Non
 
 
 def test_the_implicit_example_solves_its_equations(mpirun: Run, tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(EXAMPLES[1])
+    (tmp_path / "example.py").write_text(EXAMPLES[IMPLICIT])
     done = mpirun(1, "python", "example.py")
     assert done.returncode == 0, done.stderr
     counts = dict(re.findall(r"(\w+)=(\d+)", done.stdout))
     assert counts["forward_steps"] == counts["adjoint_steps"] == "20"
     assert int(counts["adjoint_linear_iterations"]) >= 20
+
+
+def test_the_fit_example_calls_back_and_evaluates_better_than_persistence(mpirun: Run, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (tmp_path / "example.py").write_text(EXAMPLES[FITTED])
+    done = mpirun(1, "python", "example.py")
+    assert done.returncode == 0, done.stderr
+    *validations, row = [line for line in done.stdout.splitlines() if line.startswith(("epoch 4 ", "epoch 8 ", "{"))]
+    assert [line.split()[1] for line in validations] == ["4", "8"]
+    errors = ast.literal_eval(row)
+    assert 0 < errors["model"] < errors["persistence"]
+
+
+def test_the_optimiser_and_schedule_of_the_toml_example_are_made_as_it_says() -> None:
+    (toml,) = [block for block in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "optimiser =" in block]
+    training = TrainingConfig.model_validate(tomllib.loads(toml)["training"])
+    optimiser = optimiser_of(training, torch.nn.Linear(1, 1))
+    schedule = schedule_of(training, optimiser)
+    assert isinstance(optimiser, torch.optim.NAdam)
+    assert tuple(optimiser.param_groups[0]["betas"]) == (0.9, 0.99)
+    optimiser.step()
+    assert isinstance(schedule, torch.optim.lr_scheduler.ExponentialLR)
+    schedule.step()
+    assert schedule.get_last_lr() == [pytest.approx(0.9 * training.learning_rate)]
 
 
 @pytest.mark.parametrize("command", QUICK)
@@ -120,8 +162,8 @@ def test_every_other_command_is_run_in_short_for_every_change() -> None:
     in_demo = {
         line.removesuffix(' --overwrite "$@"') for line in demo.splitlines() if line.startswith("launch/mpirun.sh ")
     }
-    # Tests above.
-    here = {*QUICK, "pnode-dist bench gradient", "pnode-dist bench methods"}
+    # Tests above, and of the examples.
+    here = {*QUICK, "pnode-dist bench gradient", "pnode-dist bench methods", LOOP_COMMAND}
     assert {"launch/demo.sh", "launch/test.sh"} <= in_ci
     assert set(COMMANDS) == here | in_ci | in_demo
 
