@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,10 @@ PROGRAM = "pnode-dist"
 
 @dataclass(frozen=True)
 class RunRequest:
-    """How a run is to begin, and who is told about it.
+    """How a run begins, and its callbacks.
 
-    `resume`: `"auto"`, the path of a snapshot, or `"no"`. `overwrite` replaces an earlier run's files, and
-    `accept_changed_problem` goes on although the problem's file has changed since the snapshot.
+    `resume` is `"auto"`, the path of a snapshot, or `"no"`. `overwrite` replaces the files of an earlier run.
+    `accept_changed_problem` resumes although the problem's source has changed since the snapshot.
     """
 
     resume: str = "no"
@@ -48,12 +49,10 @@ class RunRequest:
 
 
 def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome, str]:
-    """Train the configured problem, and leave all files of the run in its directory. Collective on the world.
+    """Train the configured problem, and write all files of the run to its directory. Collective on the world.
 
-    Returns the outcome and the units of its figures.
-
-    Nothing is written before the problem is built and one loss has been computed.
-    Raises `ConfigurationError` on all ranks, and what `pnode_dist.train.loop.train` raises.
+    Returns the outcome and the units of its figures. Nothing is written before the problem is built and one loss has
+    been computed. Raises `ConfigurationError` on all ranks, and the errors of `pnode_dist.train.loop.train`.
     """
     directory = config.run.path
     loggers = (TensorBoardLogger(),) if config.run.tensorboard else ()
@@ -64,17 +63,17 @@ def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome
         choose = functools.partial(
             resume.choose_start, request.resume, config, request.overwrite, found.sha256, request.accept_changed_problem
         )
+        # A start that is refused is refused before the data are read.
         run_directory.on_root(mesh, choose)
         problem = build_problem(config, mesh, found=found)
         with user_code("in the loss of the first batch", found.file, _fallback(found)):
             loop.rehearse(problem, config.training)
         lock = stack.enter_context(run_directory.held(directory, mesh))
-        # Nobody else writes there from now on.
+        # No other run writes there from here on, so the choice is final.
         start = run_directory.on_root(mesh, choose)
         snapshot = resume.open_run(start, config, mesh, request.overwrite)
         if mesh.is_root:
-            for note in resume.described(start, snapshot, config.training.epochs):
-                print(f"{PROGRAM}: {note}", file=sys.stderr, flush=True)
+            _print_notes(resume.described(start, snapshot, config.training.epochs))
         beating = stack.enter_context(heartbeat.of_run(directory, lock, mesh, config.training.epochs))
         watchdog = stack.enter_context(Watchdog(mesh, config.run.hang_limit))
         stack.enter_context(safe_points.watched(watchdog))
@@ -103,11 +102,10 @@ def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome
 def build_problem(
     config: Config, mesh: Mesh, dtype: torch.dtype | None = None, found: Registered | None = None
 ) -> Problem:
-    """The configured problem, its model computing in `dtype`, by default `[training] dtype`. Collective on the world.
+    """Build the configured problem, with a model in `dtype`, by default `[training] dtype`. Collective on the world.
 
-    `found` is the problem that the configuration names, where that is known already.
-    Raises `ConfigurationError`: on all ranks for whatever the data or the number of ranks do not allow, and for an
-    error in a user's own problem.
+    `found` is the problem that the configuration names, if it has been resolved before. Raises `ConfigurationError` on
+    all ranks if the data or the number of ranks do not fit the configuration, and for an error in a user's own problem.
     """
     dtype = dtype or getattr(torch, config.training.dtype)
     found = found or resolve(config.kind, Path())
@@ -117,7 +115,7 @@ def build_problem(
 
 
 def mesh_of(config: Config) -> Mesh:
-    """The configured mesh, once all ranks run the same versions and command; seeds torch. Collective on the world."""
+    """Check that all ranks are alike, seed torch, and build the configured mesh. Collective on the world."""
     check_alike()
     torch.manual_seed(config.run.seed)
     return Mesh(config.mesh.state, config.mesh.data, backend=config.mesh.backend)
@@ -131,8 +129,14 @@ def check_alike() -> None:
         raise ConfigurationError(different)
 
 
+def _print_notes(notes: Iterable[str]) -> None:
+    """Print where a run starts from, on standard error."""
+    for note in notes:
+        print(f"{PROGRAM}: {note}", file=sys.stderr, flush=True)
+
+
 def _stop_time(config: Config) -> float | None:
-    """When the run is to stop by itself, before the end of a Slurm job."""
+    """The time at which the run stops by itself, before the end of a Slurm job; None without a limit."""
     end = slurm.job_end() if config.run.stop_before_end else None
     return end and end - config.run.stop_before_end
 

@@ -97,7 +97,7 @@ def test_disk_traffic_is_summed_over_ranks(config_file, directory, capfd):
         ("train", "--set model.dilations=[20]", f"cannot be split over {COMM.size} rank"),
         ("gradcheck", "--json --set trajectory.ram=8", "too small for one checkpoint of"),
         ("plan", "--ram 0 --disk 0", "trajectory: ram = '0'"),
-        ("trian", "", "invalid choice: 'trian'"),
+        ("trian", "", "unknown command 'trian' (did you mean train?)"),
     ],
 )
 def test_a_wrong_command_or_configuration_ends_all_ranks_with_code_2_and_one_line(
