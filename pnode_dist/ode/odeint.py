@@ -1,6 +1,6 @@
 """`odeint` and `NeuralODE`: solve an ODE as one differentiable operation.
 
-The adjoint of the time integration is discrete and exact. Automatic differentiation is applied to f alone. (C. Zhang,
+The adjoint of the time integration is discrete and exact. Automatic differentiation is applied to f alone. (H. Zhang,
 W. Zhao: A memory-efficient neural ordinary differential equation framework based on high-level adjoint differentiation,
 IEEE Trans. Artif. Intell. (2022), arXiv 2206.01298: PNODE.)
 """

@@ -1,6 +1,6 @@
 """What each way to a gradient does and keeps, in theory and counted.
 
-The theory is that of C. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on
+The theory is that of H. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on
 high-level adjoint differentiation, IEEE Trans. Artif. Intell. (2022), arXiv 2206.01298: for Nb blocks of Nt steps with
 Ns evaluations of a right-hand side of Nl layers. It is counted on a chain of such blocks.
 """

@@ -1,6 +1,6 @@
 """The PNODE paper's experiments with every method that they compare: time, memory, work and gradient errors.
 
-C. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on high-level adjoint
+H. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on high-level adjoint
 differentiation, IEEE Trans. Artif. Intell. (2022), arXiv 2206.01298, figures of time and memory against steps.
 """
 

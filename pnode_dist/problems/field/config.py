@@ -49,7 +49,7 @@ class FieldConfig(Table):
     `mask`: they, and single values that are missing at some times, count neither in the loss nor in the figures; no
     window and no forecast starts at a time that lacks values."""
     engine: str | None = None
-    """xarray's engine; by default h5netcdf for files and zarr for directories."""
+    """The engine by which xarray opens the files. Default: h5netcdf for files, zarr for directories."""
     units: str | tuple[str, ...] | None = None
     """Units to report, one for each variable; by default the variables' `units` attributes."""
     mask: str = "nan"
