@@ -29,12 +29,12 @@ def is_affordable(steps: int, disk_slots: int) -> bool:
 
 @dataclass(frozen=True)
 class HierarchicalSchedule:
-    """A schedule for `steps` steps with `ram_slots` and `disk_slots` checkpoints, found by `hierarchical`.
+    """A schedule for `steps` steps with `ram_slots` and `disk_slots` checkpoints, computed by `hierarchical`.
 
-    `cost` is what it costs in forward steps, accesses of the disk included; `forward_steps`, `disk_writes`,
-    `disk_reads` and `memory_copies` are its counts. `stretches[d][l]` is how far to run from a state on disk, of which
-    l steps are to be reversed with d more slots on disk, before the state at hand is reversed; 0: reverse from memory
-    at once. `spills[d][l]`: whether a state at hand, d slots being free, is to be written to disk.
+    `cost` is its cost in forward steps, disk accesses included. `forward_steps`, `disk_writes`, `disk_reads` and
+    `memory_copies` are its counts. `stretches[d][l]` is the number of steps to advance from a state on disk, with l
+    steps to reverse and d more slots on disk, before the rest is reversed; 0: reverse all of them from memory.
+    `spills[d][l]` is True if a current state, with d free slots on disk, is written to disk.
     """
 
     steps: int
