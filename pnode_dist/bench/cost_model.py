@@ -1,4 +1,4 @@
-"""How long a training step takes on any number of ranks, from what was measured on few.
+"""A model of the time of a training step on any number of ranks, from measurements on few.
 
 A step is the work on a rank's block, the halo exchanges, and the sum of the parameters' gradients over all ranks. Work
 is a function of the points of a block that was measured on one rank. A message of n bytes takes latency + n / bandwidth
@@ -72,7 +72,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What is known of a machine and a training step.
+    """The measured facts of a machine and a training step.
 
     `contention` is by how much work takes longer when all cores of a node work, `cores` how many a node has: more ranks
     than cores, on the one node that was measured, share them. `gradient_bytes` are summed over all ranks.

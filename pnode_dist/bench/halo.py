@@ -1,4 +1,4 @@
-"""What halo exchanges send, counted, against the least that any exchange can send, and how long they take.
+"""The bytes of halo exchanges, counted, against the least that any exchange can send, and their times.
 
 The least follows from the owned ranges alone: the points within the halo of a rank's block that other ranks own, each
 once. The transposed exchange, which takes the cotangents back to these ranks, needs as many.
@@ -85,7 +85,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Needs:
-    """What a rank needs of others: distinct points, the ranks that own them, and the faces behind which they begin."""
+    """The needs of a rank: distinct points of others, the ranks that own them, and the faces that lead to them."""
 
     points: int
     ranks: int
@@ -93,7 +93,7 @@ class Needs:
 
 
 def needs(partition: GridPartition, rank: int, width: int) -> Needs:
-    """What `rank` needs for a halo of `width`, from the ranges that ranks own and nothing else. Not collective."""
+    """Return the needs of `rank` for a halo of `width`, from the owned ranges of all ranks. Not collective."""
     shape, size = partition.shape, partition.comm.size
     owned = [partition.owned_slices(other)[: len(shape)] for other in range(size)]
     own = owned[rank]

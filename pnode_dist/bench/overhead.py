@@ -1,9 +1,9 @@
-"""What a solver takes beyond the evaluations of f and their derivatives, by the stage: small states make it visible.
+"""The overhead of a solver for each stage, beyond the evaluations of f and their derivatives, on small states.
 
-RK4 with fixed steps, forward and in the adjoint, beside torchdiffeq and torchode. The time of a solve grows with its
-steps by that of their stages: the slope between two numbers of steps is a stage's, what is left is the solve's own.
-From a stage's the work that no solver can avoid is taken, measured alone in loops as long as the solves: evaluations of
-f, with or without their graphs, and one `torch.autograd.grad` for each.
+RK4 with fixed steps, forward and in the adjoint, against torchdiffeq and torchode. The time of a stage is the slope of
+the time of a solve between two numbers of steps. The rest is the time of the solve itself. The overhead is the time of
+a stage without the unavoidable work, which is measured alone in loops as long as the solves: evaluations of f, with or
+without their graphs, and one `torch.autograd.grad` for each.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Subject:
 
     @property
     def wanted(self) -> list[torch.Tensor]:
-        """What gradients are taken by."""
+        """The tensors that gradients are taken with respect to."""
         return [self.state, *self.func.parameters()]
 
 

@@ -81,7 +81,7 @@ def _overhead(figure: Figure, report: Report) -> None:
 
 
 def _halo(figure: Figure, report: Report) -> None:
-    """What exchanges send beside what they need to send, and how long they take."""
+    """Draw the bytes that exchanges send against the bytes needed, and their times."""
     rows = report.rows
     sizes, times = figure.subplots(1, 2, sharey=True)
     names = [f"{row['grid']}\nwidth {row['width']}, {row['ranks']} ranks" for row in rows]
@@ -109,7 +109,7 @@ def _halo(figure: Figure, report: Report) -> None:
 
 
 def _scaling(figure: Figure, report: Report) -> None:
-    """What was measured, as bars; strong and weak scaling to many ranks, as the model has them."""
+    """Draw the measurements as bars, and the model's strong and weak scaling to many ranks."""
     measured = [row for row in report.rows if not str(row["what"]).startswith("projected") and row["what"] != "weak"]
     projected = [row for row in report.rows if str(row["what"]).startswith("projected")]
     if projected:

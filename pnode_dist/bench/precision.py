@@ -1,4 +1,4 @@
-"""What it is worth to compute f in another floating type: seconds of a loss and its gradient, and the gradient's error.
+"""The effect of another floating type for f: seconds of a loss and its gradient, and the error of the gradient.
 
 State, parameters, steps and adjoint stay in float64 (`compute_dtype` of `NeuralODE`), but in one line, where state and
 parameters are float32 as well.

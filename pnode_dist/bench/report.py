@@ -1,4 +1,4 @@
-"""What a benchmark returns: rows of measurements, and checks of them against targets."""
+"""The result of a benchmark: rows of measurements, and checks of them against targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class Check:
-    """A figure of this run against what is promised of it.
+    """A figure of this run against its target.
 
     It holds if the value is at most the target, or with `at_least` if it is at least the target.
     """
@@ -34,7 +34,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether the promise was kept."""
+        """True if the figure meets its target."""
         return self.value >= self.target if self.at_least else self.value <= self.target
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Report:
     further: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON has it."""
+        """Return the report for JSON."""
         return {
             "name": self.name,
             "rows": list(self.rows),
@@ -86,7 +86,7 @@ class Report:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What the figures of a benchmark depend on besides the code."""
+    """Return the facts besides the code that the figures of a benchmark depend on."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -99,7 +99,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def interleaved(candidates: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each candidate, which are run in turn `repeats` times so that a slow moment hits all of them alike.
+    """Measure the candidates in turn, `repeats` times, so that a slow moment affects all of them alike.
 
     A candidate runs once and returns the seconds it took.
     """
@@ -120,7 +120,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _shown(value: str | int | float) -> str:
-    """A figure as a table has it; what does not apply is not a number."""
+    """Return a figure as text for a table; NaN does not apply."""
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}"
     return str(value)

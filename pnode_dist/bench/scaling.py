@@ -46,7 +46,7 @@ def torchdiffeq_seconds(step: TrainingStep, odeint: Callable[..., Any]) -> float
 
 @dataclass(frozen=True)
 class Task:
-    """What the first `ranks` ranks do at the same time, each giving its seconds."""
+    """Work of the first `ranks` ranks at the same time. `seconds` runs it, and returns the seconds of a rank."""
 
     name: str
     ranks: int
@@ -204,7 +204,7 @@ def _of(
 
 
 def gradient_difference(step: TrainingStep) -> float:
-    """How far the gradient on the ranks of `step` is from that on one, relative. Collective on the step's `comm`.
+    """Return the relative difference of the gradient on the ranks of `step` from that on one rank. Collective.
 
     In float64 and on a smaller grid: in float32 the sums over all points differ by their order.
     """

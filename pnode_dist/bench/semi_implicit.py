@@ -1,8 +1,8 @@
 """Semi-implicit against explicit steps for the Kuramoto-Sivashinsky equation on 512 points.
 
-Which step each method bears is found by bisection, and how exact its steps are by comparison with the data's own
-integrator, both for the equation itself. The time of a training epoch is that of the problem `kuramoto_sivashinsky`:
-loss and gradient of its model, over the same batches of windows whatever the method.
+The largest stable step of each method is found by bisection, and its error by comparison with the integrator of the
+data, both for the equation itself. The time of a training epoch is that of the problem `kuramoto_sivashinsky`: loss and
+gradient of its model, over the same batches of windows for every method.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def run() -> Report:
 
 
 def measure(subject: Subject, name: str, step: float | None = None) -> Measured:
-    """What steps of this size cost and are worth, by default the largest that are stable."""
+    """Measure the cost and the error of steps of this size, by default of the largest stable ones."""
     method = resolve(name)
     batch = subject.batches(torch.float64)[0]
     if step is None:
@@ -149,9 +149,9 @@ def best(explicit: Sequence[Measured], error: float) -> Measured:
 
 
 def epochs(subject: Subject, methods: Sequence[Measured]) -> dict[str, float]:
-    """The seconds of an epoch with each method: loss and gradient of every batch, one after another.
+    """Measure the seconds of an epoch with each method: loss and gradient of every batch, one after another.
 
-    Graphs are kept or steps run again, whichever is faster for the method in a turn that does not count.
+    Graphs are kept or steps recomputed, whichever is faster for the method in a round that does not count.
     """
     parameters = list(subject.network.parameters())
     batches = subject.batches(torch.float32)

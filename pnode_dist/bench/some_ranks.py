@@ -21,7 +21,7 @@ def wait_asleep(comm: MPI.Comm) -> None:
 
 
 def on_first(comm: MPI.Comm, ranks: int, work: Callable[[], float]) -> float:
-    """What `work` returns on the first `ranks` ranks, the largest of them; the others sleep. Collective on `comm`."""
+    """Run `work` on the first `ranks` ranks while the others sleep. Returns the largest result. Collective."""
     wait_asleep(comm)
     seconds = work() if comm.rank < ranks else 0.0
     wait_asleep(comm)

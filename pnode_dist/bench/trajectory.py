@@ -1,4 +1,4 @@
-"""What keeping, recomputing and spilling a trajectory costs, against the work that no method can avoid.
+"""The costs of keeping, recomputing and spilling a trajectory, against the unavoidable work.
 
 On one rank: graphs against back-propagation, recomputation against its own evaluations of f, executed steps against
 the published optimum, spilling against memory, and the planner against all of its candidates. On several ranks: one
@@ -318,7 +318,7 @@ def _planned(subject: Subject, trajectory: CheckpointBudget) -> Section:
 
 
 def planner_checks(rows: list[Row]) -> list[Check]:
-    """How many of the planner's choices were slow or badly predicted. Takes the predictions out of the rows."""
+    """Count the planner's choices that were slow or badly predicted. Removes the predictions from the rows."""
     planned = [row for row in rows if row["what"] == "planner"]
     slow = sum(float(row["ratio"]) > CHOICE_OVER_FASTEST for row in planned)
     wrong = sum(abs(float(row.pop("predicted")) / float(row["seconds"]) - 1) > PREDICTION_ERROR for row in planned)

@@ -1,4 +1,4 @@
-"""Checkpointing in memory and on disk where an access of the disk costs as much as so many steps.
+"""Checkpointing in memory and on disk, with the cost of a disk access given in steps.
 
 J. Herrmann, G. Pallez (Aupy): H-Revolve: a framework for adjoint computation on synchronous hierarchical platforms,
 ACM Trans. Math. Softw. 46 (2020), for two levels of which the first is free of cost. Between two checkpoints on disk
@@ -23,18 +23,18 @@ _MOST_WORK = 200_000
 
 
 def is_affordable(steps: int, disk_slots: int) -> bool:
-    """Whether the dynamic program, whose work grows like steps^2 x disk slots, takes less than about a second."""
+    """Return True if the dynamic program, with work like steps^2 x disk slots, takes less than about a second."""
     return steps <= MOST_STEPS and steps * disk_slots <= _MOST_WORK
 
 
 @dataclass(frozen=True)
 class HierarchicalSchedule:
-    """A schedule for `steps` steps with `ram_slots` and `disk_slots` checkpoints, found by `hierarchical`.
+    """A schedule for `steps` steps with `ram_slots` and `disk_slots` checkpoints, computed by `hierarchical`.
 
-    `cost` is what it costs in forward steps, accesses of the disk included; `forward_steps`, `disk_writes`,
-    `disk_reads` and `memory_copies` are its counts. `stretches[d][l]` is how far to run from a state on disk, of which
-    l steps are to be reversed with d more slots on disk, before the state at hand is reversed; 0: reverse from memory
-    at once. `spills[d][l]`: whether a state at hand, d slots being free, is to be written to disk.
+    `cost` is its cost in forward steps, disk accesses included. `forward_steps`, `disk_writes`, `disk_reads` and
+    `memory_copies` are its counts. `stretches[d][l]` is the number of steps to advance from a state on disk, with l
+    steps to reverse and d more slots on disk, before the rest is reversed; 0: reverse all of them from memory.
+    `spills[d][l]` is True if a current state, with d free slots on disk, is written to disk.
     """
 
     steps: int
@@ -51,7 +51,7 @@ class HierarchicalSchedule:
     def actions(self) -> Iterator[Action]:
         """Reverse all steps from the state before the first."""
         tiers = (Tier.RAM,) * self.ram_slots
-        # What is still to be done, last first: steps to reverse from a state at hand or from one on disk.
+        # The stack of pending reversals: from the current state, or from one on disk.
         pending: list[tuple[int, int, int, bool]] = [(0, self.steps, self.disk_slots, False)]
         while pending:
             first, end, free, on_disk = pending.pop()
@@ -81,7 +81,7 @@ class HierarchicalSchedule:
 def hierarchical(
     steps: int, ram_slots: int, disk_slots: int, write_cost: float, read_cost: float
 ) -> HierarchicalSchedule:
-    """The cheapest schedule of its kind, where writing and reading a checkpoint on disk cost so many forward steps.
+    """Return the cheapest schedule, for disk writes and reads that cost `write_cost` and `read_cost` forward steps.
 
     Memory costs nothing. Raises `ValueError` if there are several steps and no slot.
     """
@@ -101,7 +101,7 @@ def hierarchical(
         if free == disk_slots:
             break
         spilt = write_cost + stored
-        # Where running on from a state on disk begins with memory alone, there is nothing to write it for.
+        # A state on disk that is used with memory alone need not be written.
         spill = (spilt < in_memory) & (stretch > 0)
         at_hand = np.where(spill, spilt, in_memory)
         spills.append(spill)
@@ -122,7 +122,7 @@ def hierarchical(
 
 
 def _from_disk(at_hand: Costs, in_memory: Costs, read_cost: float) -> tuple[Costs, np.ndarray[Any, np.dtype[np.int64]]]:
-    """The cost for each number of steps from a state that is at hand and on disk, and the best first stretch."""
+    """Return the cost for each number of steps from a current state that is on disk too, and the best first advance."""
     size = len(at_hand)
     cost = in_memory.copy()
     stretch = np.zeros(size, dtype=np.int64)
@@ -146,7 +146,7 @@ def _accesses(
     stretches: list[np.ndarray[Any, np.dtype[np.int64]]],
     spills: list[np.ndarray[Any, np.dtype[np.bool_]]],
 ) -> tuple[int, int, int]:
-    """How often the schedule writes to disk, reads from it, and copies to memory and from it."""
+    """Return the numbers of disk writes, of disk reads, and of copies in memory."""
     writes = reads = copies = 0
     pending = [(steps, disk_slots, False)]
     while pending:

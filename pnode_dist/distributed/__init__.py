@@ -1,1 +1,1 @@
-"""The ranks as state x data: meshes, torch.distributed over MPI, gradient sums, split parameters, batches."""
+"""Meshes of state ranks x data replicas, torch.distributed over MPI, gradient sums, sharded parameters, batches."""

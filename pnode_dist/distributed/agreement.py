@@ -1,9 +1,9 @@
-"""Calls that all ranks must make together: compared before they begin, with a deadline on waiting for the others.
+"""Agreement of all ranks on a collective call before it begins, with a deadline on waiting for the others.
 
-Before a collective operation whose messages depend on its arguments, every rank puts a fingerprint of its call into
-one small all-reduce on a communicator of its own. Where the fingerprints differ the ranks exchange descriptions, and
-all of them raise the same `DisagreementError`. Where a rank does not come, those that wait say where they stand once
-the deadline has passed, and end the job.
+Before a collective operation whose messages depend on its arguments, the ranks reduce a fingerprint of the call on a
+private communicator. If the fingerprints differ, the ranks exchange descriptions, and all raise the same
+`DisagreementError`. If a rank is missing after the deadline, the waiting ranks print their places in the program and
+end the job.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ TIMEOUT_VARIABLE = "PNODE_DIST_TIMEOUT"
 _MOST_NUMBERS = 12
 _FAILED = 1 << 61
 _LARGE_ODD = 0x9E3779B97F4A7C15
-# A rank looks for the others so often without pause, then so long giving way to other processes, then sleeps meanwhile.
+# A waiting rank tests so often without a pause, then so many seconds with yields, and then with growing sleeps.
 _SPINS, _YIELDING, _LONGEST_PAUSE = 200, 2e-3, 5e-3
-# Seconds for others to say where they are, for one of them to end the job, and to leave together.
+# Seconds for the answers of other ranks, for one of them to end the job, and for leaving together.
 _FOR_OTHERS, _FOR_THE_END, _FOR_LEAVING = 2.0, 20.0, 1.0
 _QUESTION, _ANSWER = 32001, 32002
 _OF_THE_LIBRARY = (str(Path(__file__).parents[1]) + os.sep, str(Path(torch.__file__).parent) + os.sep)
-# Errors that are raised as the same type on ranks that had none.
+# Errors that are raised with the same type on ranks without an error.
 _KINDS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ConfigurationError, ValueError, TypeError, NotImplementedError)
 }
-# What MPI may still write to after a wait that was given up.
+# Buffers that MPI may still write to after an abandoned wait.
 _unfinished: list[Any] = []
 
 
@@ -50,24 +50,26 @@ class ByRank(Protocol):
     """A fact that may differ between ranks within limits."""
 
     def agrees_with(self, others: Sequence[Any]) -> bool:
-        """Whether these facts of all ranks, this one included, belong to one call."""
+        """Return True if these facts of all ranks, this one included, belong to one call."""
         ...
 
 
 class Pending(Protocol):
-    """An operation of MPI under way."""
+    """A pending MPI operation."""
 
     def Test(self) -> bool:
-        """Whether it is complete."""
+        """Return True if the operation is complete."""
         ...
 
 
 @dataclass(frozen=True)
 class Description:
-    """One rank's call in words: `call` names it, `facts` are compared one by one and shown where they differ.
+    """The description of one rank's call.
 
-    `summary` are the facts that a reader recognises it by, `place` the line of the program that made it, and `failure`
-    type and text of the error that kept this rank from making it. `moment` is where it waits in it.
+    `call` is its name. `facts` are compared one by one, and shown if they differ.
+    `summary` are the facts by which a reader recognises the call. `place` is the line of the program that made it.
+    `failure` is the type and text of the error that prevented it on this rank. `moment` is the point at which this rank
+    waits.
     """
 
     call: str
@@ -79,7 +81,7 @@ class Description:
 
     @property
     def at(self) -> str:
-        """The moment at which a rank waits for others."""
+        """Describe the moment at which a rank waits for others."""
         return f"{self.moment} {self}"
 
     def __str__(self) -> str:
@@ -97,7 +99,7 @@ _MISSING = (
 
 
 def default_timeout() -> float:
-    """Seconds to wait where nothing else is set: those of PNODE_DIST_TIMEOUT, or ten minutes.
+    """Return the default timeout in seconds: PNODE_DIST_TIMEOUT, or ten minutes.
 
     Raises `ConfigurationError` for a value that is not a number of seconds.
     """
@@ -113,7 +115,7 @@ def default_timeout() -> float:
 
 
 def checked_timeout(seconds: float, name: str = "timeout") -> float:
-    """`seconds`, a limit on waiting; 0 disables it. Raises `ConfigurationError` for anything else but such a number."""
+    """Return `seconds` as a timeout; 0 disables it. Raises `ConfigurationError` for anything but a number."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not math.isfinite(seconds) or seconds < 0:
         raise ConfigurationError(f"{name} = {seconds!r}: must be a number of seconds, or 0 to wait without end")
     return float(seconds)
@@ -121,21 +123,21 @@ def checked_timeout(seconds: float, name: str = "timeout") -> float:
 
 @lru_cache(maxsize=256)
 def digest(value: Any) -> int:
-    """A number that is the same on all ranks for equal values that print alike."""
+    """Return a number that is the same on all ranks for values with the same text."""
     found = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
     return int.from_bytes(found) & (_FAILED - 1)
 
 
 def numbered(fingerprint: int, number: int) -> int:
-    """The fingerprint of the call with this number."""
+    """Return the fingerprint of the call with this number."""
     return fingerprint ^ (number * _LARGE_ODD & (_FAILED - 1))
 
 
 class Agreement:
     """The agreement of the ranks of one communicator before they begin a collective operation.
 
-    `private` is a communicator that nothing else uses, None until the first operation. `begun` counts the operations
-    that carry a number. Waiting for the other ranks ends the job after `timeout` seconds; 0 disables that.
+    `private` is a communicator for this alone, None until the first operation. `begun` counts the numbered operations.
+    Waiting for other ranks ends the job after `timeout` seconds; 0 disables the limit.
     """
 
     def __init__(self, comm: MPI.Comm, timeout: float | None = None, private: MPI.Comm | None = None) -> None:
@@ -152,11 +154,11 @@ class Agreement:
         numbers: Sequence[int] = (),
         failed: bool = False,
     ) -> list[int]:
-        """The least of each of `numbers` over the ranks, once all have shown the same fingerprint. Collective.
+        """Return the minimum of each of `numbers` over the ranks, if their fingerprints are equal. Collective.
 
-        `comm` is the communicator that this belongs to. Raises `DisagreementError` on all ranks alike where they make
-        different calls, and where some rank `failed` to make its own an error with its text; returns where all failed
-        alike. Raises `DisagreementError` on the ranks that are left where another one has left.
+        `comm` is the communicator of this agreement. Raises `DisagreementError` on all ranks if they make different
+        calls. If some ranks `failed` to make their calls, raises an error with the text of theirs on all ranks; returns
+        if all failed alike. Raises `DisagreementError` on the remaining ranks if another one has left.
         """
         if self.private is None:
             private, request = comm.Idup()
@@ -179,7 +181,7 @@ class Agreement:
         return agreed[: len(numbers)]
 
     def leave(self) -> None:
-        """Take part in no more operations, of which the others are told when they begin one. Does not wait for them."""
+        """Take part in no more operations. Other ranks get an error when they begin one. Does not wait for them."""
         if self.private is None:
             return
         sent = np.zeros(3 + _MOST_NUMBERS, dtype=np.int64)
@@ -187,7 +189,7 @@ class Agreement:
         received = np.empty_like(sent)
         request = self.private.Iallreduce(sent, received, MPI.MIN)
         until = time.monotonic() + _FOR_LEAVING
-        # The others leave at the same time as a rule, and then nothing is left under way.
+        # Usually all ranks leave at the same time, and no message is pending.
         while not request.Test():
             if time.monotonic() > until:
                 _unfinished.append((request, sent, received))
@@ -195,9 +197,9 @@ class Agreement:
             time.sleep(1e-4)
 
     def wait(self, request: Pending, describe: Callable[[], Description], idle: bool = True) -> None:
-        """Wait for `request`, whose buffers the caller keeps, with this deadline.
+        """Wait for `request`, whose buffers the caller keeps, with the deadline.
 
-        Large messages move only while this rank looks at them: then it is not to be `idle`.
+        With `idle` the rank sleeps between tests. Large messages, which progress only during tests, need idle=False.
         """
         self._complete(request, describe, (), idle)
 
@@ -220,7 +222,7 @@ class Agreement:
                 _give_way()
                 continue
             if _asked() and not answered:
-                # Whoever asks ends the job, or else this rank does, later.
+                # The rank that asks ends the job. If it does not, this rank does later.
                 answered, limit = True, max(limit, waited + _FOR_THE_END)
                 _say(self._standing(waited, describe()))
             if self.timeout > 0 and limit < waited:
@@ -228,7 +230,7 @@ class Agreement:
                     _say(self._standing(waited, describe()))
                 self._end()
             if idle:
-                # Late by a small share of the wait at most.
+                # The delay is at most a small share of the wait.
                 time.sleep(min(waited / 20, _LONGEST_PAUSE))
             else:
                 _give_way()
@@ -241,14 +243,14 @@ class Agreement:
         return f"{who}: waited {seconds:.3g} s at the {description.at} for the other ranks"
 
     def _end(self) -> NoReturn:
-        """Let other ranks that wait say where they stand, and end the job."""
+        """Ask the other ranks to print their places, which waiting ranks do, and end the job."""
         world = MPI.COMM_WORLD
         silent = set(range(world.size)) - {world.rank}
         questions = [world.Isend([b"", 0, MPI.BYTE], rank, _QUESTION) for rank in silent]
         until = time.monotonic() + _FOR_OTHERS
         while silent and time.monotonic() < until:
             silent -= _heard(_ANSWER)
-            # It asks because it waits as well.
+            # A rank that asks is waiting too.
             silent -= _heard(_QUESTION)
             time.sleep(0.01)
         _unfinished.append(questions)
@@ -262,11 +264,11 @@ class Agreement:
         abort(HUNG, world)
 
     def _compare(self, mine: Description) -> None:
-        """Exchange descriptions, and raise the same error on all ranks unless they turn out to agree. Collective."""
+        """Exchange descriptions, and raise the same error on all ranks unless the descriptions agree. Collective."""
         assert self.private is not None
         gathered: list[tuple[Description, int]] = self.private.allgather((mine, self.begun))
         everyone = [each for each, _ in gathered]
-        # Whoever goes on after this error finds the ranks in step again.
+        # Keep the numbers of all ranks equal, also after this error.
         self.begun = max(begun for _, begun in gathered)
         failures = [(rank, each.failure) for rank, each in enumerate(everyone) if each.failure is not None]
         if failures:
@@ -282,7 +284,7 @@ class Agreement:
             raise DisagreementError(f"{calls[0]}: the ranks differ in {'; and in '.join(found)} (called at {places})")
 
 
-# Where a rank has a core of its own this returns at once.
+# Returns at once if the rank has a core of its own.
 _give_way: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
@@ -292,7 +294,7 @@ def _say(line: str) -> None:
 
 
 def _heard(tag: int) -> set[int]:
-    """The ranks from which messages with `tag` have come, which are taken."""
+    """Receive all messages with `tag`, and return the ranks that sent them."""
     heard = set()
     status = MPI.Status()
     while MPI.COMM_WORLD.Iprobe(MPI.ANY_SOURCE, tag, status):
@@ -302,16 +304,16 @@ def _heard(tag: int) -> set[int]:
 
 
 def _asked() -> bool:
-    """Whether another rank has asked where this one stands; it is answered."""
+    """Answer other ranks that ask for this rank's place. Returns True if there were any."""
     asking = _heard(_QUESTION)
     _unfinished.extend(MPI.COMM_WORLD.Isend([b"", 0, MPI.BYTE], rank, _ANSWER) for rank in asking)
     return bool(asking)
 
 
 def differences(everyone: Sequence[Description]) -> list[str]:
-    """The facts in which the calls of the ranks differ, one text each."""
+    """Return the facts in which the calls of the ranks differ, one text each."""
     found = []
-    # What only some ranks have to say follows from another fact.
+    # A fact that only some ranks have follows from another fact.
     names = [name for name in everyone[0].facts if all(name in each.facts for each in everyone)]
     for name in names:
         values: Sequence[Any] = [each.facts[name] for each in everyone]
@@ -328,7 +330,7 @@ def differences(everyone: Sequence[Description]) -> list[str]:
 
 
 def first_difference(name: str, values: Sequence[Any]) -> tuple[str, Sequence[Any]]:
-    """Of sequences what tells them apart: their lengths, or the first entries that differ."""
+    """Return the first difference of sequences: their lengths, or the first entries that differ."""
     if not all(isinstance(value, tuple) for value in values):
         return name, values
     if len({len(value) for value in values}) > 1:
@@ -338,13 +340,13 @@ def first_difference(name: str, values: Sequence[Any]) -> tuple[str, Sequence[An
 
 
 def shown(value: Any) -> str:
-    """A value for a message of one line."""
+    """Return a value as text for one line."""
     text = " ".join(str(value).split())
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def by_value(texts: Sequence[str]) -> str:
-    """Which ranks have which text: `rank 0: rk4; ranks 1, 2: dopri5`."""
+    """Return the texts with their ranks: `rank 0: rk4; ranks 1, 2: dopri5`."""
     ranks: dict[str, list[int]] = {}
     for rank, text in enumerate(texts):
         ranks.setdefault(text, []).append(rank)
@@ -361,7 +363,7 @@ def ranks_in_words(numbers: Sequence[int]) -> str:
 
 
 def place_in_program() -> str:
-    """File and line of the innermost call from outside of this package and torch, empty if there is none."""
+    """Return file and line of the innermost call from outside this package and torch, empty if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         if not frame.f_code.co_filename.startswith((*_OF_THE_LIBRARY, "<")):
@@ -383,10 +385,10 @@ _keyval = MPI.KEYVAL_INVALID
 
 
 def of(comm: MPI.Comm) -> Agreement:
-    """The agreement of the ranks of `comm`, made when it is first asked for. It ends when `comm` is freed."""
+    """Return the agreement of the ranks of `comm`, created at the first call. It ends when `comm` is freed."""
     global _keyval
     if _keyval == MPI.KEYVAL_INVALID:
-        # Copies of a communicator have agreements of their own.
+        # Duplicates of a communicator have separate agreements.
         _keyval = MPI.Comm.Create_keyval(delete_fn=_freed)
     found: Any = comm.Get_attr(_keyval)
     if found is None:
@@ -397,15 +399,15 @@ def of(comm: MPI.Comm) -> Agreement:
 
 
 def set_timeout(comm: MPI.Comm, seconds: float) -> None:
-    """Wait for other ranks of `comm` at the beginning of solves and backward passes for so long at most; 0: no limit.
+    """Limit the wait for other ranks of `comm` at the beginning of solves and backward passes; 0 disables the limit.
 
-    A `Mesh` has its own for its state ranks. Raises `ConfigurationError` for anything but a number of seconds.
+    A `Mesh` sets its own timeout for its state ranks. Raises `ConfigurationError` for anything but a number of seconds.
     """
     of(comm).timeout = checked_timeout(seconds)
 
 
 def join(comm: MPI.Comm, seconds: float) -> None:
-    """Prepare for agreements with this timeout on `comm`. Collective."""
+    """Prepare agreements with a timeout on `comm`. Collective."""
     found = of(comm)
     found.timeout = checked_timeout(seconds)
     if comm.size > 1 and found.private is None:

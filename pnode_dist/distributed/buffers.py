@@ -1,4 +1,4 @@
-"""A tensor's memory as MPI sees it."""
+"""The memory of a tensor as an MPI buffer."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import torch
 
 
 def bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The memory of a contiguous CPU tensor as bytes, for messages that move data without interpreting it."""
+    """Return the memory of a contiguous CPU tensor as bytes, for messages that copy data unchanged."""
     return tensor.detach().view(-1).view(torch.uint8).numpy()

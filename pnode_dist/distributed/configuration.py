@@ -1,4 +1,4 @@
-"""What one rank cannot do, none goes on with."""
+"""Errors of one rank, raised on all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def agreed(mesh: Mesh, action: Callable[[], Result]) -> Result:
-    """Do `action` on every rank; a `ConfigurationError` of any rank is raised on all. Collective on the world."""
+    """Run `action` on every rank. Raises a `ConfigurationError` of any rank on all. Collective on the world."""
     result: Result | None = None
     failure: ConfigurationError | None = None
     try:

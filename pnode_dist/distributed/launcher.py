@@ -1,7 +1,7 @@
-"""How a launcher started this process, as it says in the environment, and whether MPI agrees with it.
+"""The launcher of this process, from the environment, and a check that MPI agrees with it.
 
-Where a launcher and an MPI do not speak the same language, every process comes up as the only rank of a job of its own
-and does all of the work. That goes unnoticed unless somebody compares.
+If a launcher and an MPI library do not match, every process becomes the only rank of a separate job, and does all of
+the work. This module detects that.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID", "RANK")
-"""Where launchers write which of its tasks a process is: mpiexec and srun, Open MPI, MVAPICH, srun, torchrun."""
+"""The variables with the rank of a process: mpiexec and srun, Open MPI, MVAPICH, srun, torchrun."""
 _OF_MPICH, _OF_OPEN_MPI = "the mpiexec of MPICH or Intel MPI", "the mpiexec of Open MPI"
 
 _CONNECTIONS = ("PMI_", "PMI2_", "PMIX_", "OMPI_COMM_WORLD_", "OMPI_MCA_orte_", "OMPI_MCA_ess_", "MPI_LOCAL")
-"""How the names of the variables begin by which a launcher and its processes find each other."""
+"""The prefixes of the variables by which a launcher and its processes connect."""
 _SETTINGS = ("PMIX_MCA_",)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Who started this process, and how many of them."""
+    """The launcher of this process, and the number of processes it started."""
 
     launcher: str
     tasks: int
 
 
 def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """This process' rank as its launcher counts, known before MPI is started; 0 if nothing launched it."""
+    """Return the rank of this process from its launcher, before MPI is started; 0 without a launcher."""
     return next((int(environment[name]) for name in RANKS if environment.get(name, "").isdigit()), 0)
 
 
 def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """The MPI launcher that started this process; None if none did.
+    """Return the MPI launcher that started this process, or None.
 
-    An mpiexec inside a step of srun inherits the step's variables, and its own go before them.
+    An mpiexec inside a step of srun inherits the step's variables. Its own variables have precedence.
     """
     by_srun = "SLURM_STEP_ID" in environment
     counts = (
@@ -50,7 +50,7 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
 
 
 def singleton_problem(library: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """What is wrong if MPI's world has one rank, None if nothing is. `library` is the name of the MPI."""
+    """Describe the error if MPI's world has one rank, or return None. `library` is the name of the MPI library."""
     started = launch(environment)
     if started is None or started.tasks < 2:
         return None
@@ -65,11 +65,11 @@ def singleton_problem(library: str, environment: Mapping[str, str] = os.environ)
 
 
 def hide_from_children(environment: Iterable[str] = os.environ, unset: Callable[[str], None] = os.unsetenv) -> None:
-    """Keep the launcher's variables from processes that this one starts, once MPI has connected it.
+    """Hide the launcher's variables from child processes, once MPI has connected this process.
 
-    A worker of a DataLoader, started by `spawn` or `forkserver`, imports the main module again and with it MPI. With
-    these variables it would pass for this rank, on connections that it does not have, and die. Without them it is a job
-    of its own. `os.environ` still has them here.
+    A DataLoader worker, started by `spawn` or `forkserver`, imports the main module again and with it MPI. With these
+    variables it would try to be this rank, without its connections, and fail. Without them it is a separate job.
+    `os.environ` of this process keeps them.
     """
     for name in environment:
         if name.startswith(_CONNECTIONS) and not name.startswith(_SETTINGS):

@@ -58,7 +58,7 @@ def _completed(result: Any) -> Any:
 
 @contextmanager
 def _contiguous(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A contiguous stand-in for `tensor`, copied back on exit if it had to be made."""
+    """Yield a contiguous tensor for `tensor`, and copy it back on exit if it is a copy."""
     if tensor.device.type != "cpu":
         raise NotImplementedError(f"the mpi backend moves CPU tensors, got one on {tensor.device}")
     work = tensor.detach().contiguous()
@@ -69,7 +69,7 @@ def _contiguous(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _reducible(tensor: torch.Tensor) -> Iterator[np.ndarray[Any, Any]]:
-    """The tensor's numbers in a type MPI can reduce: 16-bit floats are summed in float32, booleans as bytes."""
+    """Yield the tensor as an array of a type that MPI can reduce: float32 for 16-bit floats, bytes for booleans."""
     with _contiguous(tensor) as work:
         if work.dtype in _HALF_TYPES:
             wide = work.float()
@@ -82,19 +82,19 @@ def _reducible(tensor: torch.Tensor) -> Iterator[np.ndarray[Any, Any]]:
 
 
 class _Arrival:
-    """The arrival of a message, as `Agreement.wait` takes it."""
+    """The arrival of a message, as a request for `Agreement.wait`."""
 
     def __init__(self, comm: MPI.Intracomm, source: int, tag: int) -> None:
         self._probe = partial(comm.Improbe, source, tag)
         self._message: MPI.Message | None = None
 
     def Test(self) -> bool:
-        """Whether it is there."""
+        """Return True if the message has arrived."""
         self._message = self._message or self._probe()
         return self._message is not None
 
     def receive(self, buffer: Any) -> None:
-        """Take it, once it is there."""
+        """Receive the message after its arrival."""
         assert self._message is not None
         self._message.Recv(buffer)
 
@@ -113,7 +113,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         self._group_name = ""
 
     def leave(self) -> None:
-        """Begin no more collective operations. Other ranks that do raise `DisagreementError`."""
+        """Begin no more collective operations. Other ranks that begin one raise `DisagreementError`."""
         if self._comm != MPI.COMM_NULL and self._comm.size > 1:
             self._agreement.leave()
 
@@ -143,7 +143,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         if self._comm != MPI.COMM_NULL:
             self._comm.Free()
 
-    # torch keeps a group's name in its C++ backends, which a group written in Python has none of.
+    # torch stores a group's name in its C++ backends, which a Python group lacks.
     def _set_group_name(self, name: str) -> None:
         self._group_name = name
 
@@ -297,7 +297,7 @@ _WITHOUT_END = timedelta(days=365)
 
 
 def timedelta_of(timeout: float) -> timedelta:
-    """A timeout as torch takes it; of 0 seconds, which waits without end, the longest one."""
+    """Return a timeout in torch's form. 0 seconds, which disables it, become the longest one."""
     return timedelta(seconds=timeout) if timeout else _WITHOUT_END
 
 
@@ -307,6 +307,6 @@ def seconds_of(timeout: timedelta) -> float:
 
 
 def register() -> None:
-    """Make the backend known to torch.distributed under the name `mpi4py`; again is harmless."""
+    """Register the backend with torch.distributed under the name `mpi4py`. A second call does nothing."""
     if NAME not in dist.Backend.backend_list:
         dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])

@@ -1,4 +1,4 @@
-"""Which samples of a data set each replica takes: shares of the batches of one seeded permutation."""
+"""The samples of a data set for each replica: shares of the batches of one seeded permutation."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class ReplicaSampler(Sampler[list[int]]):
         self.set_epoch(epoch)
 
     def set_epoch(self, epoch: int, batches_done: int = 0) -> None:
-        """Take the order of `epoch`, and leave out its first batches when it is next iterated over."""
+        """Set the epoch, and skip its first `batches_done` batches in the next iteration."""
         self._epoch = epoch
         self._begin = self._handed_out = batches_done
 
     def __len__(self) -> int:
-        """The batches of a whole epoch."""
+        """Return the number of batches of a whole epoch."""
         samples, size = self._plan["samples"], self._plan["batch_size"]
         return samples // size if self._plan["drop_last"] else -(-samples // size)
 
@@ -71,15 +71,15 @@ class ReplicaSampler(Sampler[list[int]]):
             yield order[number * size : (number + 1) * size][self._replica :: self._replicas].tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch and how many of its batches have been handed out, to go on with on any mesh.
+        """Return the epoch and the number of its batches that were yielded. It can be loaded on any mesh.
 
         Worker processes of a DataLoader fetch batches ahead of their use. With them, count the batches that were used
-        and go on with `set_epoch(epoch, batches_done)`.
+        and resume with `set_epoch(epoch, batches_done)`.
         """
         return {**self._plan, "epoch": self._epoch, "batches_done": self._handed_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the last batch of `state`. Raises `ConfigurationError` if its batches are not this sampler's."""
+        """Resume after the last batch of `state`. Raises `ConfigurationError` if the state is of another sampler."""
         for name, value in self._plan.items():
             if state[name] != value:
                 raise ConfigurationError(f"the sampler's {name} = {value!r}: must be {state[name]!r}, as in its state")

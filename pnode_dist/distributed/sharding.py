@@ -1,7 +1,7 @@
-"""Parameters of which every state rank holds a part: where the parts lie in the whole, and state_dicts of the whole.
+"""Sharded parameters, of which every state rank holds a part: their layout, and state_dicts with whole tensors.
 
-A module says so with an attribute `parameter_shards`, a `Shard` for each such parameter by its name. What a rank keeps
-of a parameter is an ordinary parameter, whose gradient is complete on that rank; optimisers need not know of it.
+A module declares them in an attribute `parameter_shards`, which maps the name of each to a `Shard`. The part on a rank
+is an ordinary parameter, whose gradient is complete on that rank. Optimisers need no change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pnode_dist.errors import ConfigurationError
 
 
 class Split(Protocol):
-    """A vector of `size` entries split over the state ranks, as `DensePartition` is one."""
+    """A vector of `size` entries split over the state ranks, such as a `DensePartition`."""
 
     @property
     def size(self) -> int: ...
@@ -27,46 +27,46 @@ class Split(Protocol):
     def owned(self) -> tuple[int, int]: ...
 
     def gather(self, local: torch.Tensor) -> torch.Tensor | None:
-        """The whole vectors `[..., size]` on the first state rank, None elsewhere. Collective on the state ranks."""
+        """Return the whole vectors `[..., size]` on the first state rank, None elsewhere. Collective."""
         ...
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Each rank's part of a whole tensor: the range that `partition` gives it along `axis`."""
+    """The part of a whole tensor on each rank: its owned range of `partition` along `axis`."""
 
     partition: Split
     axis: int
 
     @property
     def length(self) -> int:
-        """How much this rank has of the axis."""
+        """The length of this rank's part along the axis."""
         begin, end = self.partition.owned
         return end - begin
 
     def whole_shape(self, part: torch.Tensor) -> tuple[int, ...]:
-        """The shape of the tensor that `part` is of."""
+        """Return the shape of the whole tensor of `part`."""
         return (*part.shape[: self.axis], self.partition.size, *part.shape[self.axis + 1 :])
 
     def part_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part, a view."""
+        """Return this rank's part as a view."""
         return whole.narrow(self.axis, self.partition.owned[0], self.length)
 
     def gather(self, part: torch.Tensor) -> torch.Tensor | None:
-        """The whole tensor on the first state rank, None elsewhere. Collective on the partition's communicator."""
+        """Return the whole tensor on the first state rank, None elsewhere. Collective on the partition."""
         whole = self.partition.gather(part.movedim(self.axis, -1))
         return None if whole is None else whole.movedim(-1, self.axis).contiguous()
 
 
 @runtime_checkable
 class Sharded(Protocol):
-    """A module that has sharded parameters of its own."""
+    """A module with sharded parameters."""
 
     parameter_shards: Mapping[str, Shard]
 
 
 def shards_of(module: nn.Module) -> dict[str, Shard]:
-    """The shards of all sharded parameters in `module`, by the names that `named_parameters` has for them."""
+    """Return the shards of all sharded parameters in `module`, by their names in `named_parameters`."""
     return {
         f"{prefix}.{name}" if prefix else name: shard
         for prefix, child in module.named_modules()

@@ -39,4 +39,4 @@ POINTWISE = (
     nn.Tanhshrink,
     nn.Threshold,
 )
-"""torch's activations that act on each number by itself, wherever a field is cut."""
+"""torch's elementwise activations, which work on any part of a field."""

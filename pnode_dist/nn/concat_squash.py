@@ -1,7 +1,7 @@
-"""A perceptron that time gates and shifts, and its derivatives along directions: the velocity of a continuous flow.
+"""A perceptron gated and shifted by time, with its derivatives along directions: the velocity of a continuous flow.
 
-Derivatives are pushed forward through the layers by hand, beside the values. Unlike torch's forward mode that is made
-of ordinary operations alone: it works without gradients, and can itself be differentiated, by an adjoint or again.
+Derivatives are computed layer by layer beside the values, from ordinary operations alone. Unlike torch's forward mode
+they work without gradients, and can be differentiated again, also by an adjoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ValueAndSlope = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class ConcatSquash(nn.Module):
-    """(W x + b) sigmoid(w t + c) + v t at time t, `[..., before] -> [..., after]`. Not collective.
+    """The layer (W x + b) sigmoid(w t + c) + v t at time t, `[..., before] -> [..., after]`. Not collective.
 
     W. Grathwohl et al.: FFJORD: free-form continuous dynamics for scalable reversible generative models, ICLR 2019,
     whose code calls this layer "concatsquash".
@@ -27,19 +27,19 @@ class ConcatSquash(nn.Module):
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
         self.linear = nn.Linear(before, after, dtype=torch.float64)
-        # Initialised as the maps of one number that they are.
+        # Initialised like linear maps of one number.
         self.gate, self.gate_bias, self.shift = (
             nn.Parameter(torch.empty(after, dtype=torch.float64).uniform_(-1, 1)) for _ in range(3)
         )
 
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The output for each sample; `t` is 0-dimensional."""
+        """Return the output for each sample. `t` is 0-dimensional."""
         return torch.addcmul(self.shift * t, self.linear(x), self._gate(t))
 
     def with_tangents(
         self, t: torch.Tensor, x: torch.Tensor, tangents: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output, and its derivatives `[..., after]` along `tangents` `[..., before]`."""
+        """Return the output, and its derivatives `[..., after]` along `tangents` `[..., before]`."""
         gate = self._gate(t)
         y = torch.addcmul(self.shift * t, self.linear(x), gate)
         return y, functional.linear(tangents, self.linear.weight) * gate
@@ -65,7 +65,7 @@ class ConcatSquashPerceptron(nn.Module):
                 value.mul_(first_output)
 
     def forward(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The output for each sample; `t` is 0-dimensional."""
+        """Return the output for each sample. `t` is 0-dimensional."""
         for layer in self.layers[:-1]:
             x, _ = self.value_and_slope(layer(t, x))
         y: torch.Tensor = self.layers[-1](t, x)
@@ -74,8 +74,10 @@ class ConcatSquashPerceptron(nn.Module):
     def with_tangents(
         self, t: torch.Tensor, x: torch.Tensor, tangents: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output `[sample, out]` at `x` `[sample, in]`, and its derivatives `[direction, sample, out]` along
-        `tangents` `[direction, sample, in]`; directions that all samples share may be `[direction, 1, in]`."""
+        """Return the output `[sample, out]` at `x` `[sample, in]`, and its derivatives `[direction, sample, out]`.
+
+        They are those along `tangents` `[direction, sample, in]`, or `[direction, 1, in]` for all samples.
+        """
         *hidden, last = cast("list[ConcatSquash]", list(self.layers))
         for layer in hidden:
             x, tangents = layer.with_tangents(t, x, tangents)
@@ -101,4 +103,4 @@ def _silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 SMOOTH_ACTIVATIONS: dict[str, ValueAndSlope] = {"silu": _silu, "softplus": _softplus, "tanh": _tanh}
-"""Activations with a continuous derivative: for each name a function that gives the value and the slope."""
+"""Activations with a continuous derivative: a function that returns value and slope, by name."""

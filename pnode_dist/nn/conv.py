@@ -65,7 +65,7 @@ class _Conv(nn.Module):
         return self.convolve(halo(x, self.partition, self.halo_width))
 
     def convolve(self, padded: torch.Tensor) -> torch.Tensor:
-        """Convolve a block that has its halo, and loses it. Not collective."""
+        """Convolve a block with its halo. The result has no halo. Not collective."""
         weight, dilation = self.weight, self.dilation
         if self._axes == 1:
             weight, dilation = weight.unsqueeze(2), (1, *dilation)
@@ -74,7 +74,7 @@ class _Conv(nn.Module):
         return channels_last(out, padded, self._axes)
 
     def extra_repr(self) -> str:
-        """Sizes, for printing."""
+        """Return the sizes for `repr`."""
         out_channels, in_group, *kernel = self.weight.shape
         groups = f", groups={self.groups}" if self.groups > 1 else ""
         return (

@@ -54,7 +54,7 @@ def convert(module: nn.Module, partition: GridPartition) -> nn.Module:
 
 
 def _converted(module: nn.Module, partition: GridPartition, name: str) -> tuple[nn.Module, GridPartition]:
-    """The twin, and the grid of what it returns."""
+    """Return the twin, and the grid of its result."""
     kind = type(module)
     if kind is nn.Sequential:
         twin: nn.Module = nn.Sequential()
@@ -71,7 +71,7 @@ def _converted(module: nn.Module, partition: GridPartition, name: str) -> tuple[
         return module, module.output
     if kind in POINTWISE or kind in _OWN or kind in _DROPOUTS:
         return module, partition
-    # The twins' own first values are thrown away, and must not move the generator on.
+    # The twins' initial values are replaced, so they must not advance the random generator.
     with torch.random.fork_rng(devices=[]):
         try:
             twin = _twin(module, partition)
@@ -85,7 +85,7 @@ def _converted(module: nn.Module, partition: GridPartition, name: str) -> tuple[
 
 
 def _twin(module: nn.Module, partition: GridPartition) -> nn.Module:
-    """The twin of one layer, with parameters of its own."""
+    """Return the twin of one layer, with new parameters."""
     kind = type(module)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and kind in _CONVOLUTIONS:
         return _convolution(module, partition)
@@ -195,7 +195,7 @@ def _factors(module: nn.Upsample, partition: GridPartition) -> tuple[int, ...]:
 
 
 def _check_rules(partition: GridPartition, width: Sequence[int], argument: str, rule: Rule | None) -> None:
-    """Raise unless what torch has beyond the edges that a layer looks over is what the partition has there."""
+    """Raise `ConfigurationError` unless torch's padding of a layer is the boundary rule of the partition."""
     for axis, beyond, points in zip(partition.axes, partition.boundary, width, strict=True):
         if points and beyond != rule:
             raise ConfigurationError(

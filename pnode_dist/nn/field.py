@@ -1,4 +1,4 @@
-"""Blocks of a field as layers see them: checked against the partition, and with their axes in torch's order."""
+"""Blocks of a field as inputs of layers: checks against the partition, and axes in torch's order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def require_axes(layer: str, partition: GridPartition, axes: int) -> None:
 
 
 def for_each_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    """One number for each axis, given as such or as one number for all."""
+    """Return one number for each axis, from such a sequence or from one number for all."""
     return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
@@ -34,17 +34,17 @@ def require_block(layer: str, x: torch.Tensor, partition: GridPartition) -> None
 
 
 def channels_first(x: torch.Tensor, axes: int) -> torch.Tensor:
-    """`[..., *block, channels]` as `[sample, channel, *block]`, a line as `[sample, channel, 1, point]`.
+    """Return `[..., *block, channels]` as `[sample, channel, *block]`, a line as `[sample, channel, 1, point]`.
 
-    Moving the channels' axis only relabels the strides: the memory is torch's channels_last format already, or that of
-    three axes. torch's operations on a line would copy it first; those on a plane take it as it is.
+    Moving the channels' axis changes only the strides: the memory has torch's channels_last format already, for two or
+    three axes. A line becomes a plane, because torch's operations on a line would copy it first.
     """
     samples = x.reshape(-1, *x.shape[-1 - axes :])
     return (samples.unsqueeze(1) if axes == 1 else samples).movedim(-1, 1)
 
 
 def channels_last(y: torch.Tensor, like: torch.Tensor, axes: int) -> torch.Tensor:
-    """The inverse of `channels_first`, with the leading axes of `like`."""
+    """Apply the inverse of `channels_first`, with the leading axes of `like`."""
     samples = y.movedim(1, -1)
     if axes == 1:
         samples = samples.squeeze(1)

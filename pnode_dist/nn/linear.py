@@ -1,4 +1,4 @@
-"""A dense layer between vectors that are split over ranks.
+"""A dense layer between partitioned vectors.
 
 M. Shoeybi et al.: Megatron-LM: training multi-billion parameter language models using model parallelism, arXiv
 1909.08053 (2019), section 3: a layer split by outputs, followed by one split by inputs, needs one exchange each.
@@ -72,7 +72,7 @@ class Linear(nn.Module):
             self.weight, self.bias = template.weight, template.bias
 
     def _own(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """What this rank uses of a parameter."""
+        """Return the part of a parameter that this rank uses."""
         return value if name in self.parameter_shards else self._shards[name].part_of(value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class Linear(nn.Module):
         return local if bias is None else local + bias
 
     def extra_repr(self) -> str:
-        """Sizes, for printing."""
+        """Return the sizes for `repr`."""
         shard = ", shard=True" if self.parameter_shards else ""
         return f"{self.inputs.size}, {self.outputs.size}, split={self.split!r}{shard}"
 
@@ -93,9 +93,9 @@ class Linear(nn.Module):
 def _own_parts(
     inputs: int, outputs: int, bias: bool, dtype: torch.dtype | None, shards: dict[str, Shard]
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """This rank's parts of what torch.nn.Linear would draw, weight and bias.
+    """Return this rank's parts of the weight and bias that torch.nn.Linear would draw.
 
-    All of the weight is drawn, as the generator gives its numbers in their order, but a few rows at a time.
+    The whole weight is drawn, to keep the order of the generator, but only a few rows at a time.
     """
     shard = shards["weight"]
     shape = [outputs, inputs]

@@ -1,4 +1,4 @@
-"""Message passing on a graph that is split over ranks.
+"""Message passing on a partitioned graph.
 
 J. Gilmer et al.: Neural message passing for quantum chemistry, ICML 2017, equations 1 and 2. A rank computes the
 messages to its own nodes, for which it needs the states of their neighbours and nothing else.
@@ -23,7 +23,7 @@ _ROWS = -2
 
 
 class MessagePassing(nn.Module):
-    """update(x_i, aggregate of message(x_i, x_j, e_ji) over the edges j -> i) at every node i.
+    """The layer update(x_i, aggregate of message(x_i, x_j, e_ji) over the edges j -> i) at every node i.
 
     `message(x_target, x_source)` is given `[..., local_edges, features]` for both ends of each edge, and as a third
     argument the edges' attributes if there are any; it returns `[..., local_edges, messages]`. They are aggregated at
@@ -51,10 +51,10 @@ class MessagePassing(nn.Module):
         self.aggregate = aggregate
 
     def forward(self, x: torch.Tensor, edge_attributes: torch.Tensor | None = None) -> torch.Tensor:
-        """Exchange, send messages, aggregate, update. Collective on the partition's communicator.
+        """Exchange ghosts, compute messages, aggregate, update. Collective on the partition's communicator.
 
-        `x` is `[..., local_nodes, features]`, `edge_attributes` `[..., local_edges, attributes]` as `scatter_edges` of
-        the partition gives them.
+        `x` is `[..., local_nodes, features]`, and `edge_attributes` `[..., local_edges, attributes]`, in the form that
+        `scatter_edges` of the partition returns.
         """
         seen = with_ghosts(x, self.partition)
         targets, sources = self.partition.targets.to(x.device), self.partition.sources.to(x.device)
@@ -64,14 +64,14 @@ class MessagePassing(nn.Module):
         return aggregated if self.update is None else self.update(x, aggregated)
 
     def extra_repr(self) -> str:
-        """What cannot be seen from the parts, for printing."""
+        """Return the aggregation for `repr`."""
         return f"aggregate={self.aggregate!r}"
 
 
 def aggregate_at_targets(
     messages: torch.Tensor, partition: GraphPartition, aggregate: Aggregate = "sum"
 ) -> torch.Tensor:
-    """`[..., local_edges, messages]` -> `[..., local_nodes, messages]`, 0 where no edge leads to. Not collective."""
+    """Aggregate `[..., local_edges, messages]` to `[..., local_nodes, messages]`, 0 without edges. Not collective."""
     targets = partition.targets.to(messages.device)
     nodes = messages.new_zeros((*messages.shape[:_ROWS], partition.local_shape[0], messages.shape[-1]))
     if aggregate == "max":
@@ -84,7 +84,9 @@ def aggregate_at_targets(
 
 
 class GraphConv(nn.Module):
-    """D^(-1/2) (A + I) D^(-1/2) X W + b, `[..., local_nodes, in_features]` -> `[..., local_nodes, out_features]`.
+    """The layer D^(-1/2) (A + I) D^(-1/2) X W + b.
+
+    It maps `[..., local_nodes, in_features]` to `[..., local_nodes, out_features]`.
 
     T. N. Kipf, M. Welling: Semi-supervised classification with graph convolutional networks, ICLR 2017, arXiv
     1609.02907, equation 2. A is the adjacency matrix of the partition's edges, a row for each target, D the diagonal of
@@ -111,7 +113,7 @@ class GraphConv(nn.Module):
         self.weight, self.bias = template.weight, template.bias
         entries = torch.ones(len(partition.targets)) if edge_weight is None else edge_weight.detach()
         entries = entries.double().unsqueeze(-1)
-        # A zero row and column where the sum is not positive, which only weights of the user's own can make.
+        # Zero rows and columns for sums that are not positive, which only the user's weights can cause.
         degree = 1 + aggregate_at_targets(entries, partition)
         scale = torch.where(degree > 0, degree, torch.inf).rsqrt()
         sources = with_ghosts(scale, partition).index_select(_ROWS, partition.sources)
@@ -131,6 +133,6 @@ class GraphConv(nn.Module):
         return x if self.bias is None else x + self.bias
 
     def extra_repr(self) -> str:
-        """Sizes, for printing."""
+        """Return the sizes for `repr`."""
         out_features, in_features = self.weight.shape
         return f"{in_features}, {out_features}"

@@ -1,7 +1,7 @@
-"""Normalisation of a field that is split over ranks, with the statistics of the whole field.
+"""Normalisation of a partitioned field, with the statistics of the whole field.
 
-Variances are means of squared departures from the mean, in a second sum over the ranks: the difference of two means
-of squares would lose its digits where a field varies little about a large mean.
+Variances are means of squared departures from the mean, in a second sum over the ranks. The difference of two means of
+squares would lose its digits for a field that varies little about a large mean.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pnode_dist.system.torch_internals import BatchNorm
 
 
 def points(partition: GridPartition) -> int:
-    """The number of points of the whole grid."""
+    """Return the number of points of the whole grid."""
     return math.prod(partition.shape)
 
 
@@ -101,8 +101,8 @@ class _BatchNorm(BatchNorm):
     are torch's. `forward` is collective on the partition's communicator in training, and so is its backward. Raises
     `ConfigurationError` for a grid of other axes, and `ValueError` in training for a single point of a single sample.
 
-    A right-hand side is evaluated several times a step, and again where a step is run again: the running statistics
-    follow all of these evaluations, so they depend on the budget of the trajectory, which gradients do not.
+    A right-hand side is evaluated several times in a step, and again if the step is recomputed. The running statistics
+    follow all of these evaluations, so they depend on the checkpoint budget. Gradients do not.
     """
 
     _axes: ClassVar[int]
@@ -156,7 +156,7 @@ class BatchNorm3d(_BatchNorm):
 
 
 def follow(layer: nn.modules.batchnorm._BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
-    """Let a batch norm's running statistics follow those of a batch, `[num_features]`, the variance unbiased."""
+    """Update a batch norm's running statistics by those of a batch, `[num_features]`, with unbiased variance."""
     assert layer.running_mean is not None
     assert layer.running_var is not None
     assert layer.num_batches_tracked is not None
@@ -185,14 +185,14 @@ class GlobalMean(nn.Module):
 
 
 def _grid_axes(partition: GridPartition, behind: int) -> tuple[int, ...]:
-    """The grid's axes, with so many others behind them."""
+    """Return the grid's axes, with `behind` other axes after them."""
     return tuple(range(-len(partition.shape) - behind, -behind))
 
 
 def _normalised(
     x: torch.Tensor, axes: tuple[int, ...], count: int, eps: float, partition: GridPartition
 ) -> torch.Tensor:
-    """Departures from the mean over `axes`, of which there are `count` on all ranks, in units of their deviation."""
+    """Normalise by mean and deviation over `axes`, with `count` values on all ranks."""
     mean = global_sum(x.sum(axes, keepdim=True), partition.comm) / count
     departure = x - mean
     variance = global_sum(departure.square().sum(axes, keepdim=True), partition.comm) / count

@@ -1,4 +1,4 @@
-"""A perceptron over the last axis of a state: for systems so small that a rank holds whole samples."""
+"""A perceptron over the last axis of a state, for small systems with whole samples on each rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Perceptron(nn.Module):
                 value.mul_(first_output)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The output for each sample."""
+        """Return the output for each sample."""
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         y: torch.Tensor = self.layers[-1](x)

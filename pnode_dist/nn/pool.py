@@ -1,4 +1,4 @@
-"""Pooling from a grid that is split over ranks to a coarser one."""
+"""Pooling from a partitioned grid to a coarser one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Pool(nn.Module):
         return channels_last(self._function(channels_first(x, self.axes), kernel), x, self.axes)
 
     def extra_repr(self) -> str:
-        """Sizes, for printing."""
+        """Return the sizes for `repr`."""
         return f"kernel_size={self.kernel_size}"
 
 

@@ -1,4 +1,4 @@
-"""Several stencils, one after another, on one exchange."""
+"""A sequence of stencils with one exchange for all."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Stack(nn.Sequential):
         self._chosen: dict[tuple[torch.Size, torch.dtype], bool] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """All layers. Collective on the partition's communicator."""
+        """Apply all layers. Collective on the partition's communicator."""
         if self._at_once(x):
             return self._wide(neighbour_halo(x, self.partition, self.halo_width))
         for layer in self.layers:
@@ -77,11 +77,11 @@ class Stack(nn.Sequential):
         return x
 
     def extra_repr(self) -> str:
-        """How halos are exchanged, for printing."""
+        """Return the kind of exchange for `repr`."""
         return f"exchange={self.exchange!r}"
 
     def _wide(self, x: torch.Tensor) -> torch.Tensor:
-        """All layers on a block with its neighbours' points, of which each convolution uses up its halo."""
+        """Apply all layers to a block with its neighbours' points. Each convolution removes its halo."""
         for layer in self.layers:
             if isinstance(layer, Convolution):
                 x = layer.convolve(pad_edges(x, self.partition, layer.halo_width))
@@ -90,7 +90,7 @@ class Stack(nn.Sequential):
         return x
 
     def _narrow(self, x: torch.Tensor) -> torch.Tensor:
-        """As many operations as layer by layer, with zeros for halos."""
+        """Apply all layers with zeros for halos, to measure the operations without exchanges."""
         for layer in self.layers:
             if isinstance(layer, Convolution):
                 shape = [n + 2 * w for n, w in zip(self.partition.local_shape, layer.halo_width, strict=False)]
@@ -100,7 +100,7 @@ class Stack(nn.Sequential):
         return x
 
     def _at_once(self, x: torch.Tensor) -> bool:
-        """Whether a single exchange is to be used, the same on all ranks."""
+        """Return True to use a single exchange. The same on all ranks."""
         if self.exchange != "auto" or not self._fits or self.partition.comm.size == 1:
             return self.exchange == "once"
         leading = x.shape[: -1 - len(self.partition.shape)]
@@ -111,7 +111,7 @@ class Stack(nn.Sequential):
 
     @torch.no_grad()
     def _cheaper_at_once(self, shape: torch.Size, dtype: torch.dtype) -> bool:
-        """Measure. Collective on the partition's communicator."""
+        """Measure both kinds of exchange. Returns True if a single one is cheaper. Collective on the partition."""
         partition, comm = self.partition, self.partition.comm
         block = torch.zeros(shape, dtype=dtype)
         convolutions = [layer for layer in self.layers if isinstance(layer, Convolution) and any(layer.halo_width)]
@@ -137,7 +137,7 @@ class Stack(nn.Sequential):
         return bool(times[1] < times[0])
 
     def _ghosts(self, width: tuple[int, ...]) -> int:
-        """The points of neighbours around this rank's block."""
+        """Return the number of neighbours' points around this rank's block."""
         own = self.partition.local_shape[:-1]
         around = [
             n + w * sum(self.partition.neighbour(axis, step) != MPI.PROC_NULL for step in (-1, 1))
@@ -147,7 +147,7 @@ class Stack(nn.Sequential):
 
 
 def _leaves(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers in their order, with their names."""
+    """Yield the layers in order, with their names."""
     for name, layer in module.named_children():
         if type(layer) is nn.Sequential:
             yield from _leaves(layer, f"{prefix}{name}.")
@@ -156,7 +156,7 @@ def _leaves(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module
 
 
 def _seconds(action: Callable[[], object], comm: MPI.Comm) -> float:
-    """The least that `action` takes, begun by all ranks together. Collective on `comm`."""
+    """Measure the least seconds of `action`, begun by all ranks together. Collective on `comm`."""
     action()
     times = []
     for _ in range(_REPEATS):

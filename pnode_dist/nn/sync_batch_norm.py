@@ -41,7 +41,7 @@ class SyncBatchNorm(BatchNorm):
         if not self.training and self.running_mean is not None and self.running_var is not None:
             return self._scaled(x - self._channels(self.running_mean, x), self.running_var)
         axes = (0, *range(2, x.dim()))
-        # In double precision a count is exact too, and goes with the sums.
+        # In double precision the count is exact, and is reduced with the sums.
         sums = x.sum(axes).double()
         count = sums.new_tensor([x.numel() // self.num_features])
         total = mesh_sum(torch.cat([sums, count]), self._mesh)
@@ -55,7 +55,7 @@ class SyncBatchNorm(BatchNorm):
         return self._scaled(departure, variance.to(x.dtype))
 
     def _scaled(self, departure: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-        """Departures from the mean in units of the deviation, times the weight, plus the bias."""
+        """Scale departures from the mean by the deviation and the weight, and add the bias."""
         factor = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             factor = factor * self.weight
@@ -64,5 +64,5 @@ class SyncBatchNorm(BatchNorm):
 
     @staticmethod
     def _channels(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """One value a channel `[num_features]`, to go with `like` `[samples, num_features, *shape]`."""
+        """Reshape values of channels `[num_features]` to broadcast with `like` `[samples, num_features, *shape]`."""
         return values.view(1, -1, *(1,) * (like.dim() - 2))

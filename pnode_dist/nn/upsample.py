@@ -1,4 +1,4 @@
-"""Interpolation from a grid that is split over ranks to a finer one."""
+"""Interpolation from a partitioned grid to a finer one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pnode_dist.nn.field import for_each_axis, require_block
 from pnode_dist.partition.grid import GridPartition
 
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-"""torch's names of linear interpolation along each axis, by the number of axes."""
+"""torch's names of linear interpolation, by the number of axes."""
 
 
 class Upsample(nn.Module):
@@ -52,16 +52,16 @@ class Upsample(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        """Sizes, for printing."""
+        """Return the sizes for `repr`."""
         return f"scale_factor={self.scale_factor}, mode={self.mode!r}"
 
 
 def _interpolated(x: torch.Tensor, axis: int, factor: int) -> torch.Tensor:
-    """Linear interpolation along an axis that has one point more on each side, of which nothing is left."""
+    """Interpolate linearly along an axis with a halo of one point, which is removed."""
     below, here, above = (x.narrow(axis, start, x.shape[axis] - 2) for start in (0, 1, 2))
     phases = []
     for phase in range(factor):
-        # Where in its cell of the coarse grid, whose middle is 0, the middle of this fine cell lies.
+        # The middle of the fine cell, relative to the middle of its coarse cell.
         offset = (phase + 0.5) / factor - 0.5
         phases.append(torch.lerp(here, below if offset < 0 else above, abs(offset)))
     return torch.stack(phases, axis + 1).flatten(axis, axis + 1)

@@ -126,10 +126,10 @@ class StencilJacobian:
         return self.matrix
 
     def missed(self, jvp: Product, shift: float, mass: torch.Tensor | None = None) -> float:
-        """How much of J the stencil misses: |(J - J') r| / |J r| with J' the J of `matrix`, for a random r.
+        """Return the relative error of the stencil: |(J - J') r| / |J r| with J' the J of `matrix`, for a random r.
 
-        For the arguments of the last `assemble` that is rounding error as long as `width` is no smaller than the
-        reach of f. Takes one product. Collective on the partition's communicator, and the same on all ranks.
+        For the arguments of the last `assemble` this is rounding error if `width` is at least the reach of f. Takes one
+        product. Collective on the partition's communicator, and the same on all ranks.
         """
         comm = self.partition.comm
         r = torch.randn(self._size, generator=torch.Generator().manual_seed(comm.rank), dtype=torch.float64)

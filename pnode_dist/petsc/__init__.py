@@ -1,1 +1,1 @@
-"""Calls into PETSc that petsc4py does not offer, its log, its vectors as tensors, and its objects' destruction."""
+"""Calls into PETSc that petsc4py lacks, PETSc's log, its Vecs as tensors, and the destruction of its objects."""

@@ -1,4 +1,4 @@
-"""The few functions of PETSc's that petsc4py does not have, called in the library that petsc4py has loaded."""
+"""Functions of PETSc that petsc4py lacks, called by ctypes in the library that petsc4py has loaded."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def _check(code: int) -> None:
 
 @cache
 def one_blas_thread() -> None:
-    """Keep the BLAS that PETSc's vectors use from starting threads, unless the environment says how many it may have.
+    """Limit the BLAS of PETSc's vectors to one thread, unless the environment sets its number of threads.
 
-    OpenBLAS would give each core a thread for vectors of some 10,000 entries. Between two calls they wait in a loop
-    that takes the cores from whatever runs there: other ranks, and torch's own threads.
+    OpenBLAS starts a thread on each core for vectors of some 10,000 entries. Between two calls these threads spin, and
+    take the cores from other ranks and from torch's threads.
     """
     if not _THREADS & os.environ.keys():
         limit = getattr(_library(), "openblas_set_num_threads", None)
@@ -44,7 +44,7 @@ def one_blas_thread() -> None:
 def runge_kutta_tableau(
     ts: PETSc.TS,
 ) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...], tuple[float, ...]]:
-    """The coefficients A, b and c of a TS of type `rk` (TSRKGetTableau). Not collective."""
+    """Return the coefficients A, b and c of a TS of type `rk` (TSRKGetTableau). Not collective."""
     stages, order, fsal = _integer(), _integer(), ctypes.c_int()
     a, b, c, embedded, interpolant = (ctypes.POINTER(ctypes.c_double)() for _ in range(5))
     every = (stages, a, b, c, embedded, order, interpolant, fsal)
@@ -55,7 +55,7 @@ def runge_kutta_tableau(
 
 
 def stage_handles(ts: PETSc.TS) -> list[int]:
-    """The handles of the Vecs that hold the stages of `ts`, as its type defines them (TSGetStages). Not collective."""
+    """Return the handles of the stage Vecs of `ts`, as its type defines them (TSGetStages). Not collective."""
     count, vecs = _integer(), ctypes.POINTER(ctypes.c_void_p)()
     _check(_library().TSGetStages(ctypes.c_void_p(ts.handle), ctypes.byref(count), ctypes.byref(vecs)))
     return [int(vecs[number] or 0) for number in range(count.value)]
@@ -67,7 +67,10 @@ def scalars_at(address: int, size: int) -> Any:
 
 
 def local_array(handle: int, size: int) -> np.ndarray[Any, Any]:
-    """The `size` local entries of the Vec of that handle, as a view of its memory; it must live on. Not collective."""
+    """Return the `size` local entries of a Vec, given by its handle, as a view. Not collective.
+
+    The Vec must outlive the view.
+    """
     address = ctypes.c_void_p()
     vec = ctypes.c_void_p(handle)
     _check(_library().VecGetArrayRead(vec, ctypes.byref(address)))
@@ -80,7 +83,7 @@ def local_array(handle: int, size: int) -> np.ndarray[Any, Any]:
 
 
 def total_linear_iterations(ksp: PETSc.KSP) -> int:
-    """All iterations that `ksp` has done so far, transposed solves included (KSPGetTotalIterations)."""
+    """Return the number of all iterations of `ksp`, transposed solves included (KSPGetTotalIterations)."""
     count = _integer()
     _check(_library().KSPGetTotalIterations(ctypes.c_void_p(ksp.handle), ctypes.byref(count)))
     return int(count.value)

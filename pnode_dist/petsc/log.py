@@ -1,4 +1,4 @@
-"""What a solve tells PETSc's log: events and stages that `-log_view` lists with their counts and times."""
+"""Events and stages of a solve in PETSc's log, which `-log_view` lists with their counts and times."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _stage(name: str) -> Any:
 
 
 def logging() -> bool:
-    """Whether PETSc keeps a log. Asked once a solve: most do not, and an event takes as long as a small stage."""
+    """Return True if PETSc's log is active. Called once for a solve: an event takes as long as a small stage."""
     return bool(PETSc.Log.isActive())
 
 
@@ -52,10 +52,10 @@ def _entered(name: str) -> Iterator[None]:
 
 
 def stage(name: str, active: bool) -> Any:
-    """A context in which all is counted to a stage of the log, if `active`."""
+    """Return a context that is a stage of the log, if `active`."""
     return _entered(name) if active else _NOTHING
 
 
 def event(name: str, active: bool) -> Any:
-    """A context whose time is logged under `name`, if `active`."""
+    """Return a context that is an event of the log, if `active`."""
     return _begun(name) if active else _NOTHING

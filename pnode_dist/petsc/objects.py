@@ -1,8 +1,8 @@
-"""PETSc objects that nothing needs any more, until all of their ranks destroy them together.
+"""Collective destruction of PETSc objects.
 
-Destruction is collective and Python's collector is not. petsc4py puts an object on a list when Python drops it, and
-PETSc destroys what is on the lists of all ranks. It loses whatever is dropped during that, such as the Vecs that only
-the callbacks of a TS hold. So a solver's objects are destroyed one by one, in the same order on all ranks.
+Destruction is collective, and Python's garbage collection is not. petsc4py puts an object that Python frees on a list,
+and PETSc destroys the objects on the lists of all ranks. It leaks objects that are freed meanwhile, such as Vecs that
+only the callbacks of a TS hold. So a solver's objects are destroyed one by one, in the same order on all ranks.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from petsc4py import PETSc
 
 
 class Destroyable(Protocol):
-    """Holds PETSc objects."""
+    """An object that holds PETSc objects."""
 
     def destroy(self) -> None:
-        """Destroy all of them. Collective."""
+        """Destroy the PETSc objects. Collective."""
         ...
 
 
 class _Ranks:
-    """The objects that this rank has left on a communicator; `made` counts the `PetscObjects` made on it by all ranks.
+    """The objects that this rank has left on a communicator. `made` counts the `PetscObjects` made there by all ranks.
 
-    PETSc duplicates a communicator for its objects and frees the duplicate with the last of them. Ranks drop objects at
-    different times, and one of them would duplicate it anew alone. So one more reference is held. Making it is
+    PETSc duplicates a communicator for its objects, and frees the duplicate with the last of them. Ranks free objects
+    at different times, and one rank alone would duplicate it again. So this holds one more reference. Making it is
     collective.
     """
 
@@ -37,11 +37,11 @@ class _Ranks:
 
 _key: list[int] = []
 _freed: list[PETSc.Comm] = []
-"""Duplicates of communicators that were freed. PETSc cannot give one up while MPI is freeing what it belongs to."""
+"""Duplicates of communicators that were freed. PETSc cannot free one while MPI is freeing its original."""
 
 
 def _of(comm: MPI.Comm) -> _Ranks:
-    """The record of `comm`, dropped when that is freed. Collective the first time."""
+    """Return the record of `comm`, which ends when `comm` is freed. Collective at the first call."""
     if not _key:
         _key.append(MPI.Comm.Create_keyval(delete_fn=lambda _comm, _key, ranks: _freed.append(ranks.held)))
     known: Any = comm.Get_attr(_key[0])
@@ -52,7 +52,7 @@ def _of(comm: MPI.Comm) -> _Ranks:
 
 
 class PetscObjects:
-    """The PETSc objects of one solver, in the order of their making. Making one is collective on `comm`."""
+    """The PETSc objects of one solver, in the order of their creation. Creating one is collective on `comm`."""
 
     def __init__(self, comm: MPI.Comm) -> None:
         self._things: list[Destroyable] = []
@@ -64,34 +64,34 @@ class PetscObjects:
 
     @property
     def are_destroyed(self) -> bool:
-        """Whether there are none any more."""
+        """True if all objects were destroyed."""
         return not self._things
 
     def add(self, thing: Destroyable) -> None:
-        """Take another one."""
+        """Add an object."""
         self._things.append(thing)
 
     def destroy(self) -> None:
-        """Destroy them, the last one first. Collective on the communicator."""
+        """Destroy the objects, the last one first. Collective on the communicator."""
         self.keep()
         while self._things:
             self._things.pop().destroy()
 
     def leave(self) -> None:
-        """Leave them to be destroyed: now on one rank, else by `destroy_left`. Not collective."""
+        """Leave the objects to `destroy_left`. On one rank, destroy them now. Not collective."""
         if self._ranks is None:
             self.destroy()
         elif self._things:
             self._ranks.left[self._number] = self
 
     def keep(self) -> None:
-        """Take back that they are left."""
+        """Undo `leave`."""
         if self._ranks is not None:
             self._ranks.left.pop(self._number, None)
 
 
 def destroy_left(comm: MPI.Comm) -> None:
-    """Destroy what all ranks of `comm` have left, as solves that raised and graphs that were dropped do.
+    """Destroy the objects that all ranks of `comm` have left, after solves that raised and graphs that were dropped.
 
     Collective on `comm`.
     """

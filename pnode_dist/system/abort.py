@@ -1,8 +1,7 @@
-"""Ending all ranks from one of them, without losing what it has said.
+"""Ending all ranks from one of them, without losing its output.
 
-A launcher reads what a rank writes from pipes, and once it is told to abort it reads no more: the message that says why
-is lost if it is still in its pipe. (MPICH's hydra passes on what it has read before it takes up the abort; others do so
-at their leisure.)
+A launcher reads the output of ranks from pipes, and stops reading when it aborts. A message that is still in a pipe is
+lost. (MPICH's hydra passes on the output that it has read before it aborts.) So the output is delivered first.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ _before: list[Callable[[], None]] = []
 
 
 def before_abort(action: Callable[[], None]) -> None:
-    """Do `action` when this process is about to end that way, which neither finalizers nor `atexit` hear of."""
+    """Run `action` before an abort, which runs neither finalizers nor `atexit` functions."""
     _before.append(action)
 
 
 def abort(code: int, comm: MPI.Comm | None) -> NoReturn:
-    """End all ranks of `comm` with an exit code, once what this one wrote has been read; None: end this process alone.
+    """End all ranks of `comm` with an exit code, after delivering this rank's output. None: end this process alone.
 
-    Not collective: one rank ends the others, wherever they are. This one ends even if MPI cannot do that.
+    Not collective: one rank ends the others at any place. This rank ends even if MPI cannot abort.
     """
     for action in _before:
-        # What cannot be tidied up must not keep the other ranks waiting.
+        # An error here must not keep the other ranks waiting.
         with suppress(Exception):
             action()
     deliver_output()
@@ -52,9 +51,9 @@ def abort(code: int, comm: MPI.Comm | None) -> NoReturn:
 
 
 def deliver_output(patience: float = PATIENCE) -> bool:
-    """Flush standard output and error, and wait until whoever reads them has read everything and passed it on.
+    """Flush standard output and error, and wait until their readers have read everything.
 
-    Waits for so many seconds at most; returns whether everything was read.
+    Waits for at most `patience` seconds. Returns True if everything was read.
     """
     for stream in (sys.stdout, sys.stderr):
         # Closed, replaced, or without a reader: there is nothing to wait for then.
@@ -70,7 +69,7 @@ def deliver_output(patience: float = PATIENCE) -> bool:
 
 
 def unread_bytes(file: int) -> int:
-    """How much of what was written to a pipe or socket has not been read; 0 for other files, and where nobody tells."""
+    """Return the number of unread bytes in a pipe or socket; 0 for other files, and if unknown."""
     with suppress(ImportError, OSError):
         import fcntl
         import termios

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed."""
+"""Settings of the C library for freed memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = 2**30, 2**25
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 1 GiB of freed memory for what it allocates next; returns whether it does.
+    """Keep up to 1 GiB of freed memory in this process for later allocations. Returns True on success.
 
-    The graphs of a step are freed by its adjoint and made anew by the next one. As glibc is set up, their memory goes
-    back to the system each time, and every page of it costs a fault when it is used again: a tenth of the time and
-    more, if tensors have some hundred kilobytes. Blocks of more than 32 MiB are given back in any case.
+    The graphs of a step are freed by its adjoint, and the next step makes new ones. By default glibc returns their
+    memory to the system each time, and every page costs a fault at its next use: a tenth of the time or more for
+    tensors of some hundred kilobytes. Blocks of more than 32 MiB are always returned.
 
-    Does nothing where the environment has settings of its own for the allocator (`MALLOC_*_`, `GLIBC_TUNABLES`), or
-    where the C library is another one.
+    Does nothing if the environment sets the allocator (`MALLOC_*_`, `GLIBC_TUNABLES`), or with another C library.
     """
     if any(name == "GLIBC_TUNABLES" or (name.startswith("MALLOC_") and name.endswith("_")) for name in os.environ):
         return False

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, also after a crash."""
+"""Atomic writes: a file is complete or absent, also after a crash."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import BinaryIO
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], durable: bool = True) -> None:
-    """Write a file, readable by its owner only, so that at any time the old one or the whole new one is there.
+    """Write a file, readable by its owner only. At any time either the old file or the complete new one exists.
 
-    `durable` also after the machine went down: the file has reached the disk when this returns.
-    Raises `OSError` if it cannot be written; the old file is then left as it was.
+    With `durable` the file has reached the disk on return, and survives a crash of the machine. Raises `OSError` if it
+    cannot be written; the old file is then unchanged.
     """
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -34,7 +34,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None], du
 
 
 def sync(path: Path) -> None:
-    """Let what is in a file, or the names in a directory, reach the disk."""
+    """Write a file's contents, or a directory's names, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,6 +43,6 @@ def sync(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path, name: str) -> None:
-    """Remove what writers of the file `name` (a pattern) that were killed have left. No other may be writing it."""
+    """Remove the leftovers of killed writers of the file `name` (a pattern), which no process may be writing."""
     for path in directory.glob(f".{name}.????????"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Do the installed MPI, PETSc and petsc4py fit together? Asked at import, and answered in one line if not."""
+"""Checks that MPI, PETSc and petsc4py fit together, at import, with an error of one line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_versions() -> None:
 
 
 def petsc4py_problem(version: str) -> str | None:
-    """What is wrong with a petsc4py version, None if nothing is."""
+    """Describe the error in a petsc4py version, or return None."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers >= PETSC4PY_FLOOR:
         return None
@@ -37,7 +37,7 @@ def petsc4py_problem(version: str) -> str | None:
 
 
 def facts_here() -> dict[str, str]:
-    """What has to be the same on all ranks: versions of packages and of the MPI library, and the command line."""
+    """Return the facts that must be the same on all ranks: versions of packages and MPI, and the command line."""
     from mpi4py import MPI
 
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "mpi4py", "petsc4py")}
@@ -51,7 +51,7 @@ def facts_here() -> dict[str, str]:
 
 
 def difference(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str | None:
-    """What is not the same on all ranks, of which these are the facts by rank; None if all is."""
+    """Describe a difference between the facts of the ranks, or return None."""
     for name, first in facts[0].items():
         for rank, other in enumerate(facts):
             if other.get(name) != first:
@@ -62,7 +62,7 @@ def difference(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> str 
 
 def check_mpi() -> None:
     """Load mpi4py and PETSc, and raise `ImportError` if they do not fit each other or this package."""
-    # mpi4py first: the MPI library it loads is then there already when PETSc asks for one.
+    # Load mpi4py first: PETSc then finds its MPI library loaded already.
     import mpi4py.MPI
     import petsc4py
 
@@ -97,23 +97,23 @@ def leave_closed_pipes_to_python() -> None:
 
 
 def scalar_problem(scalar: str) -> str | None:
-    """What is wrong with a PETSc build whose scalar type has this NumPy name, None if nothing is."""
+    """Describe the error in a PETSc build with this scalar type, a NumPy name, or return None."""
     if scalar in ("float64", "float32"):
         return None
     return f"pnode_dist needs a PETSc with real scalars and found {scalar}: configure it with --with-scalar-type=real"
 
 
 def uniprocessor_problem(petscconf: str) -> str | None:
-    """What is wrong with a PETSc build that has this petscconf.h, None if nothing is."""
+    """Describe the error in a PETSc build with this petscconf.h, or return None."""
     if not re.search(r"^#define PETSC_HAVE_MPIUNI\b", petscconf, re.MULTILINE):
         return None
     return f"pnode_dist needs a PETSc with MPI and found one configured without: {_INSTALL}"
 
 
 def mpi_problem(mapped: Iterable[str]) -> str | None:
-    """What is wrong if these lines of /proc/PID/maps are those of a process with mpi4py and PETSc, None if nothing is.
+    """Describe the error in a process with mpi4py and PETSc from its lines of /proc/PID/maps, or return None.
 
-    Two MPI libraries in one process do not see each other's communicators: ranks would come up as singletons, or worse.
+    Two MPI libraries in one process do not share communicators: ranks would be singletons, or crash.
     """
     libraries = set()
     for line in mapped:

@@ -1,4 +1,4 @@
-"""The clock by which a file system marks its files. A shared one has its own, and that of another host is a third."""
+"""The clock of a file system. A shared file system has its own, which may differ from those of the hosts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def clock_of(directory: Path, prefix: str) -> float:
-    """The time now by the file system of `directory`, told by a file whose name begins with `prefix`; it goes at once.
+    """Return the present time of the file system of `directory`, from a temporary file named with `prefix`.
 
-    Where none can be made it is this host's time.
+    Returns this host's time if no file can be made.
     """
     try:
         with tempfile.NamedTemporaryFile(prefix=prefix, dir=directory) as file:

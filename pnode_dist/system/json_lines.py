@@ -8,7 +8,7 @@ from typing import Any
 
 
 def json_line(record: dict[str, Any]) -> str:
-    """A record as one line of JSON; numbers that are not finite, which JSON does not have, become null."""
+    """Return a record as one line of JSON. Numbers that are not finite become null."""
     return json.dumps(_finite(record), allow_nan=False)
 
 

@@ -1,7 +1,7 @@
-"""How much memory of its node a rank may use, found without asking the other ranks.
+"""The memory of its node that a rank may use, found without communication.
 
-The limits of control groups count on every level: those of all groups above a process hold for it too. In a container
-the path of a group is often the host's, and only the topmost directory is there.
+The limits of all control groups above a process apply to it. In a container the path of a group is often the host's,
+and only the topmost directory is visible.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TASKS_OF_NODES = re.compile(r"(\d+)(?:\(x(\d+)\))?\Z")
 
 @dataclass(frozen=True)
 class _Files:
-    """The names that one version of control groups has for a limit, what is used of it, and cache that can be freed."""
+    """The file names of one version of control groups: the limit, the usage, and cache that can be freed."""
 
     limit: str
     used: str
@@ -41,7 +41,7 @@ _VERSION_2 = _Files("memory.max", "memory.current", ("inactive_file",))
 def memory_limit(
     groups: Path = GROUPS, mounted: Path = MOUNTED, environment: Mapping[str, str] = os.environ
 ) -> int | None:
-    """The memory this rank's job may use on its node, from Slurm or its control groups, in bytes; None: no limit."""
+    """Return the job's memory limit on this node, from Slurm or control groups, in bytes; None: no limit."""
     limits = [limit for limit, _, _ in _limited_groups(groups, mounted)]
     return min([*limits, *_slurm_limits(environment)], default=None)
 
@@ -52,10 +52,10 @@ def available_memory(
     mounted: Path = MOUNTED,
     environment: Mapping[str, str] = os.environ,
 ) -> int:
-    """The memory in bytes that this node's part of the job can still take.
+    """Return the memory in bytes that this node's part of the job can still allocate.
 
-    The least of what the system has left, of what every control group above this process has left (its page cache is
-    given up when memory is short, and counts as left), and of Slurm's limits.
+    This is the minimum of the system's available memory, of the remainder in every control group above this process
+    (its page cache counts as free), and of Slurm's limits.
     """
     left = [_left_on_node(meminfo), *_slurm_limits(environment)]
     for limit, directory, files in _limited_groups(groups, mounted):
@@ -66,11 +66,11 @@ def available_memory(
 
 
 def ranks_on_node(environment: Mapping[str, str] = os.environ, fallback: int = 1) -> int:
-    """How many ranks of the job share this node, as its launcher tells them; `fallback` if it does not."""
+    """Return the number of ranks of the job on this node, from the launcher; `fallback` if unknown."""
     for name in _LOCAL_SIZES:
         if (ranks := _positive(environment, name)) is not None:
             return ranks
-    # Outside of a step these describe the allocation, not what was started.
+    # Outside a step these describe the allocation, not the processes.
     if "SLURM_STEP_ID" in environment:
         for name in _SLURM_TASKS:
             if (ranks := _tasks_of_node(environment.get(name, ""), environment.get("SLURM_NODEID", "0"))) is not None:
@@ -80,12 +80,12 @@ def ranks_on_node(environment: Mapping[str, str] = os.environ, fallback: int = 1
 
 @cache
 def default_ram(world_size: int) -> int:
-    """The bytes this rank may fill with checkpoints and graphs when no budget was given.
+    """Return the default budget of this rank for checkpoints and graphs, in bytes.
 
-    It is half of the memory that is left, divided by the ranks on the node (as many as in the world, where that is not
-    known). The other half is for what the budget does not count: the working set of the step at hand, parameters,
-    optimizer and data, what the allocators hold back, the page cache of spilled checkpoints, and whatever else starts
-    on the node. Measured once per process: every solve then plans with the same number.
+    It is half of the available memory, divided by the ranks on the node (all ranks, if that number is unknown). The
+    other half is for memory outside the budget: the working set of a step, parameters, optimizer and data, the
+    allocators' reserves, the page cache of spilled checkpoints, and other processes. Measured once per process, so that
+    every solve plans with the same number.
     """
     return available_memory() // (2 * ranks_on_node(fallback=world_size))
 
@@ -101,7 +101,7 @@ def _left_on_node(meminfo: Path) -> int:
 
 
 def _limited_groups(groups: Path, mounted: Path) -> Iterator[tuple[int, Path, _Files]]:
-    """The control groups of this process that limit its memory: the limit in bytes, the directory, its files."""
+    """Yield the control groups that limit this process: the limit in bytes, the directory, its files."""
     try:
         memberships = [line.split(":", 2) for line in groups.read_text().splitlines()]
     except OSError:
@@ -131,7 +131,7 @@ def _number(path: Path) -> int | None:
 
 
 def _page_cache(statistics: Path, names: tuple[str, ...]) -> int:
-    """The first of `names` that is in a group's memory.stat, in bytes; 0 if none is."""
+    """Return the first of `names` in a group's memory.stat, in bytes; 0 if there is none."""
     entries: dict[str, str] = {}
     with suppress(OSError, ValueError):
         entries = dict(line.split(None, 1) for line in statistics.read_text().splitlines())
@@ -139,7 +139,7 @@ def _page_cache(statistics: Path, names: tuple[str, ...]) -> int:
 
 
 def _slurm_limits(environment: Mapping[str, str]) -> list[int]:
-    """Slurm's limits for the job on this node, in bytes; it gives them in MiB, and says "all of it" by 0."""
+    """Return Slurm's limits for the job on this node, in bytes. Slurm gives MiB, with 0 for all memory."""
     per_node = _positive(environment, "SLURM_MEM_PER_NODE")
     per_cpu = _positive(environment, "SLURM_MEM_PER_CPU")
     limits = [] if per_node is None else [per_node]
@@ -149,7 +149,7 @@ def _slurm_limits(environment: Mapping[str, str]) -> list[int]:
 
 
 def _tasks_of_node(counts: str, node: str) -> int | None:
-    """Entry `node` of Slurm's "2(x3),1", which is 2, 2, 2, 1; None if there is none."""
+    """Return entry `node` of Slurm's "2(x3),1", which is 2, 2, 2, 1; None if there is none."""
     if not node.isdigit():
         return None
     before = int(node)

@@ -1,10 +1,9 @@
 """Private scratch directories that do not outlive their process.
 
-A directory is removed with the object that asked for it, at interpreter exit, when this rank ends all others on an
-error, and on SIGTERM (unless the program handles that itself). What a killed process leaves behind is removed by the
-next one on that host that works in the same place: a live process holds a lock on its directory, which the system drops
-when it dies, however it dies. The host is part of the name, because locks on a shared file system may hold on their own
-host alone.
+A directory is removed with its object, at interpreter exit, when this rank ends all others on an error, and on SIGTERM
+(unless the program handles that itself). Directories of killed processes are removed by the next process on that host
+that uses the same parent: a live process holds a lock on its directory, which the system releases when it dies. The
+host is part of the name, because locks on a shared file system may hold on one host alone.
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ class PrivateDirectory:
         _remove_leftovers(parent)
         self.path = Path(tempfile.mkdtemp(prefix=prefix(), dir=parent))
         lock = os.open(self.path, os.O_RDONLY)
-        # A file system without locks lets nobody else take this one either.
+        # Without locks no other process can lock, and remove, this directory either.
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         _live.add(self.path)
         _remove_on_sigterm()
         self.remove: Callable[[], None] = weakref.finalize(self, _remove, self.path, lock)
-        """Remove the directory now; again is harmless."""
+        """Remove the directory now. A second call does nothing."""
 
 
 def prefix() -> str:
-    """How the names of this host's directories begin."""
+    """Return the prefix of the names of this host's directories."""
     return f"{PREFIX}{socket.gethostname()}-"
 
 
@@ -66,7 +65,7 @@ def _remove(path: Path, lock: int) -> None:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Remove directories of our own whose processes are gone."""
+    """Remove this user's directories whose processes have ended."""
     now: float | None = None
     for path in parent.glob(f"{glob.escape(prefix())}*"):
         try:
@@ -101,7 +100,7 @@ def _remove_on_sigterm() -> None:
     def clean_up(number: int, frame: FrameType | None) -> None:
         _remove_live()
         if MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.size > 1:
-            # Launchers kill all ranks when the first one dies, and these may be in the middle of something.
+            # Launchers kill all ranks when the first one dies, and the others may still be working.
             time.sleep(_FOR_OTHERS)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""When the Slurm job ends in which a run is."""
+"""The end of the Slurm job of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PATIENCE = 20.0
 
 
 def job_end(environment: Mapping[str, str] = os.environ) -> float | None:
-    """In seconds since the epoch; None outside of Slurm, for a job without a limit, and where Slurm does not answer.
+    """Return the end of the job in seconds since the epoch. None outside Slurm, without a limit, or without an answer.
 
     Slurm sets SLURM_JOB_END_TIME since version 22.05 where it is configured to; otherwise `scontrol` is asked.
     """
@@ -28,5 +28,5 @@ def job_end(environment: Mapping[str, str] = os.environ) -> float | None:
     except (OSError, subprocess.SubprocessError):
         return None
     found = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", asked.stdout)
-    # Slurm tells the time of day here.
+    # Slurm gives local time here.
     return None if found is None else datetime.fromisoformat(found.group(1)).timestamp()

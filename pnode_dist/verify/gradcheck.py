@@ -1,6 +1,6 @@
-"""Is the gradient the derivative of what was computed? The adjoint against finite differences, and a Taylor test.
+"""Check of a gradient: the adjoint against finite differences, and a Taylor test.
 
-The Taylor test is the one of P. E. Farrell, D. A. Ham, S. W. Funke, M. E. Rognes: Automated derivation of the adjoint
+The Taylor test is that of P. E. Farrell, D. A. Ham, S. W. Funke, M. E. Rognes: Automated derivation of the adjoint
 of high-level transient finite element programs, SIAM J. Sci. Comput. 35 (2013), sec. 6: J(x + h d) - J(x) falls
 like h, and what the gradient leaves of it, J(x + h d) - J(x) - h <dJ, d>, like h^2 only if the gradient is right.
 """
@@ -33,7 +33,7 @@ _ROUNDING = 1e5 * np.finfo(np.float64).eps
 
 @dataclass(frozen=True)
 class GradcheckCase:
-    """One scalar function of an initial state and the parameters, to be differentiated both ways.
+    """A scalar function of an initial state and the parameters, to be differentiated in both ways.
 
     `state` is this rank's part of the initial state, a float64 leaf `[..., *partition.local_shape]` with any number
     of leading axes. `loss(state)` is this rank's share: the objective is the sum of the shares over the state ranks,
@@ -49,7 +49,7 @@ class GradcheckCase:
 
 @dataclass(frozen=True)
 class GradcheckResult:
-    """What the check found. All figures are global and the same on every rank.
+    """The result of the check. All figures are global and the same on every rank.
 
     `gradient_norm` is over parameters and initial state together. `adjoint_derivative` is the gradient along the
     direction, `finite_difference` the extrapolated central difference with its own estimated error. The Taylor
@@ -78,7 +78,7 @@ class GradcheckResult:
     seed: int
 
     def failures(self) -> list[str]:
-        """What speaks against the gradient, one sentence each; empty if nothing does."""
+        """Return the failures of the gradient, one sentence each; empty for a correct gradient."""
         found = []
         if not self.relative_error <= LARGEST_ERROR:
             found.append(f"relative_error = {self.relative_error:.3g} is above {LARGEST_ERROR:g}")
@@ -88,7 +88,7 @@ class GradcheckResult:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, and the failures."""
+        """Return the fields and the failures."""
         return {**asdict(self), "failures": self.failures()}
 
 
@@ -107,7 +107,7 @@ def gradcheck(case: GradcheckCase, mesh: Mesh, seed: int = 0) -> GradcheckResult
         torch.zeros_like(value) if gradient is None else gradient
         for value, gradient in zip(inputs, gradients, strict=True)
     )
-    # Every replica has the same case: the mean over replicas is what training sums up too.
+    # Every replica has the same case. Training takes the mean over replicas too.
     state_gradient = mesh.sum(state_gradient, over="data") / mesh.data_replicas
     parameter_gradients = _summed(parameter_gradients, mesh)
     direction, parameter_directions = _directions(case, mesh, seed)
@@ -146,7 +146,7 @@ def gradcheck(case: GradcheckCase, mesh: Mesh, seed: int = 0) -> GradcheckResult
 
 
 def extrapolate(differences: Sequence[float]) -> tuple[float, float]:
-    """The limit of central differences at steps that halve, and an estimate of its error.
+    """Return the limit of central differences at steps that halve, and an estimate of its error.
 
     Richardson's extrapolation, entry of the table by entry, and of all the entries the one that differs least from
     those it was made of: C. J. F. Ridders, Adv. Eng. Softw. 4 (1982). Where steps are too long or too near to
@@ -166,14 +166,14 @@ def extrapolate(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def orders(remainders: Sequence[float], smallest: float) -> list[float | None]:
-    """The observed order of remainders at steps that halve: log2 of each over the next, None below `smallest`."""
+    """Return the orders of remainders at steps that halve: log2 of each over the next, None below `smallest`."""
     return [math.log2(coarse / fine) if min(coarse, fine) > smallest else None for coarse, fine in pairwise(remainders)]
 
 
 def state_direction(
     partition: Partition, leading: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """This rank's part `[*leading, *local_shape]` of a normally distributed global array that only the seed fixes.
+    """Return this rank's part `[*leading, *local_shape]` of a normally distributed global array, fixed by the seed.
 
     Each index of the array's first axis (a row, a sample) has a generator of its own; a rank draws those it owns.
     """
@@ -199,7 +199,7 @@ def _leading(case: GradcheckCase) -> tuple[int, ...]:
 
 
 def _directions(case: GradcheckCase, mesh: Mesh, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Random directions for the state and each parameter, as large as the things themselves in the mean square."""
+    """Return random directions for the state and each parameter, with the root mean square of the values."""
     squares = mesh.sum(torch.stack([case.state.detach().square().sum(), _size(case.state)]), over="state")
     state = state_direction(case.partition, _leading(case), seed) * _scale(squares)
     generator = np.random.default_rng([_PARAMETERS, seed])
@@ -215,7 +215,7 @@ def _size(value: torch.Tensor) -> torch.Tensor:
 
 
 def _scale(squares: torch.Tensor) -> float:
-    """The root of a mean square, 0.1 for what is all zero, such as biases at the start."""
+    """Return the root of a mean square; 0.1 for values that are all zero, such as initial biases."""
     total, count = squares.tolist()
     return math.sqrt(total / count) if total > 0 else 0.1
 
@@ -225,7 +225,7 @@ def _global(share: torch.Tensor, mesh: Mesh) -> float:
 
 
 def _summed(gradients: Sequence[torch.Tensor], mesh: Mesh) -> list[torch.Tensor]:
-    """Parameter gradients summed over state ranks, averaged over replicas."""
+    """Sum parameter gradients over state ranks, and average them over replicas."""
     if not gradients:
         return []
     total = mesh.sum(torch.cat([gradient.reshape(-1) for gradient in gradients])) / mesh.data_replicas
@@ -234,7 +234,7 @@ def _summed(gradients: Sequence[torch.Tensor], mesh: Mesh) -> list[torch.Tensor]
 
 
 def _dot(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], mesh: Mesh | None = None) -> float:
-    """The inner product of what every rank holds, or with `mesh` of what its state ranks hold parts of."""
+    """Return the inner product of tensors on every rank, or with `mesh` of tensors split over its state ranks."""
     total = torch.zeros((), dtype=torch.float64)
     for a, b in zip(left, right, strict=True):
         total += torch.sum(a.double() * b.double())
@@ -244,7 +244,7 @@ def _dot(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], mesh: Mesh
 def _moved(
     case: GradcheckCase, mesh: Mesh, step: float, direction: torch.Tensor, parameter_directions: Sequence[torch.Tensor]
 ) -> float:
-    """The global loss at state and parameters moved by `step` along the direction."""
+    """Return the global loss at state and parameters moved by `step` along the direction."""
     with torch.no_grad(), _shifted(case.parameters, step, parameter_directions):
         return _global(case.loss(case.state + step * direction), mesh)
 

@@ -24,7 +24,7 @@ _RATES = (1.0, 10.0)
 
 
 class _Decay(nn.Module):
-    """Decay at rates from 1 to 10, with a drive: the stiff part."""
+    """The stiff part: decay at rates from 1 to 10, with a drive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Decay(nn.Module):
 
 
 class _Neighbours(nn.Module):
-    """A convolution and its nonlinearity: the part that ranks exchange halos for."""
+    """The part with halo exchanges: a convolution and its nonlinearity."""
 
     def __init__(self, grid: GridPartition) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Neighbours(nn.Module):
 
 
 class _Sum(nn.Module):
-    """Both parts as one function."""
+    """The sum of both parts as one function."""
 
     def __init__(self, stiff: nn.Module, other: nn.Module) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ class _Sum(nn.Module):
 
 
 def check_methods(mesh: Mesh, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """A row of facts for each method, with the relative error of its gradient against central differences.
+    """Yield a row of facts for each method, with the relative error of its gradient against central differences.
 
-    For methods without an adjoint that is None. Collective on the world.
+    The error is None for methods without an adjoint. Collective on the world.
     """
     grid = GridPartition(mesh, _SHAPE, _CHANNELS, ("replicate", "periodic"))
     for method in METHODS.values():
@@ -77,7 +77,7 @@ def check_methods(mesh: Mesh, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
-    """What speaks against a gradient, one sentence each."""
+    """Return the failures of gradients, one sentence each."""
     return [
         f"{row['method']}: relative error {row['gradient error']:.3g} is above {LARGEST_ERROR:g}"
         for row in rows

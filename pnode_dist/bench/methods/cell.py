@@ -76,13 +76,13 @@ class Candidate:
 
     @property
     def steps_again(self) -> int:
-        """The steps that were run again."""
+        """The recomputed steps."""
         return steps_run_again(self.model)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was found of one way. `seconds` of each round, in which all ways took their turns."""
+    """The measurements of one gradient method. `seconds` are those of each interleaved round."""
 
     way: Way
     seconds: tuple[float, ...]
@@ -111,7 +111,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether `auto`, in a share of the reference's memory, is as fast as the fastest baseline that fits there.
+    """The verdict on `auto`: as fast as the fastest baseline that fits into a share of the reference's memory.
 
     `ratio` is its time over that one's, the least of each. It is infinite where `auto` does not fit but a baseline
     does, and zero where no baseline does. `reason` says what is in the way.
@@ -127,7 +127,7 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether it is."""
+        """True if `auto` is as fast."""
         return self.ratio <= SAME_SPEED
 
 
@@ -193,7 +193,7 @@ class _Need:
 
 
 def _needs(candidates: Mapping[str, Candidate]) -> list[_Need]:
-    """What each block takes, the first one first."""
+    """Return the memory that each block needs, the first one first."""
     states = [
         block.node.last_solve.checkpoint_bytes_peak // max(block.node.last_solve.forward_steps - 1, 1)
         for block in candidates["solution"].blocks
@@ -253,7 +253,7 @@ def _budgets(needs: Sequence[_Need], steps: int, left_out: int) -> list[int]:
 
 
 def verdicts(cell: Cell) -> list[Verdict]:
-    """What the cell says of `auto` in each share of the reference's memory; nothing where nothing fits."""
+    """Return the verdict on `auto` for each share of the reference's memory into which anything fits."""
     found = []
     for share in SHARES:
         allowed = _allowed(share, cell.results[REFERENCE].bytes)

@@ -1,4 +1,4 @@
-"""What each way to a gradient does and keeps, in theory and counted.
+"""The work and memory of each gradient method, in theory and counted.
 
 The theory is that of H. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on
 high-level adjoint differentiation, IEEE Trans. Artif. Intell. (2022), arXiv 2206.01298: for Nb blocks of Nt steps with
@@ -35,7 +35,7 @@ class Sizes:
     layers: int
 
     def value(self, formula: str) -> int:
-        """What a product such as `Nb (Nt-1) Ns` comes to."""
+        """Return the value of a product such as `Nb (Nt-1) Ns`."""
         factors = {
             "Nb": self.blocks,
             "Nt": self.steps,
@@ -85,7 +85,7 @@ QUANTITIES = tuple(field.name for field in fields(Formulas))
 
 
 class Tally:
-    """What is counted while a loss is computed and differentiated."""
+    """The counters during a loss and its gradient."""
 
     def __init__(self) -> None:
         self.reset()

@@ -1,4 +1,4 @@
-"""How much memory this process has in use, to the byte, and the most that it had while tensors were computed.
+"""The memory that this process has in use, to the byte, and its peak during computations with tensors.
 
 The figures are the C library's, by whom torch's tensors, PETSc's vectors and NumPy's arrays are allocated alike. Unlike
 resident memory they depend neither on what was freed before nor on the size of pages: all runs have the same peak.

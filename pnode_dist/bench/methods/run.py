@@ -161,7 +161,7 @@ def verdict_row(verdict: Verdict) -> Row:
 
 
 def notes() -> tuple[str, ...]:
-    """How to read the report."""
+    """Return the notes that explain the report."""
     return (
         "Processor time of one loss and gradient, float64, 1 thread, the least of "
         f"{ROUNDS} to {MOST_TIMES * ROUNDS} interleaved rounds. MiB: the most memory in use beyond model, "

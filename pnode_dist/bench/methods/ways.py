@@ -69,7 +69,7 @@ WAYS = {
 
 
 def steps_run_again(block: nn.Module) -> int:
-    """The steps that the last backward pass of a block ran again."""
+    """Return the number of steps that the last backward pass of a block recomputed."""
     again = 0
     for module in block.modules():
         if isinstance(module, NeuralODE):

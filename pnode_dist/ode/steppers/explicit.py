@@ -32,7 +32,7 @@ from pnode_dist.ode.steppers.current_state import TensorState
 from pnode_dist.ode.steppers.pruning import prune
 from pnode_dist.ode.steppers.tableau import tableau_of
 from pnode_dist.ode.steppers.tape import Tape, stages_of
-from pnode_dist.ode.steppers.tape_segment import TapeSegment, combined
+from pnode_dist.ode.steppers.tape_segment import STATE_WAS_WRITTEN, TapeSegment, combined
 from pnode_dist.petsc import vectors
 from pnode_dist.system.torch_internals import set_grad_enabled
 
@@ -145,9 +145,7 @@ class ExplicitStepper(Stepper):
                 self.form_result(size, slopes)
                 self._store_fingerprint(self.current.parts)
             elif self.fingerprints:
-                assert self.fingerprint is not None
-                for stage, weight in self.tableau.result_terms:
-                    self.fingerprint += size * weight * fingerprint(slopes[stage])
+                self._add_fingerprints(size, slopes)
             if tape is not None and self._prunes and level != "stages":
                 del slopes
                 prune(tape, self.tableau)
@@ -176,12 +174,7 @@ class ExplicitStepper(Stepper):
         bound, layout = self.bound, self.layout
         assert bound is not None
         inputs = layout.inputs(state) if layout.converts else state
-        # The tensors that are used again after this evaluation: the current state, and a stage's state on the tape.
-        reused: Parts = state if state is self.current.parts else ()
-        if tape is not None and level == "stages":
-            reused = inputs
-        if reused and torch.is_inference_mode_enabled():
-            reused = ()
+        reused = self._reused(state, inputs, tape is not None and level == "stages")
         versions = [part._version for part in reused]
         if tape is None:
             values = bound.value(bound.func, layout, time, inputs)
@@ -194,9 +187,7 @@ class ExplicitStepper(Stepper):
             values = bound.value(bound.func, layout, time, inputs)
             tape.append(bound.stage_checkpoint(time, inputs, mark, values))
         if reused and [part._version for part in reused] != versions:
-            raise RuntimeError(
-                "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
-            )
+            raise RuntimeError(STATE_WAS_WRITTEN)
         if layout.converts:
             values = tuple(map(layout.scalar, values))
         if tape is not None and level != "stages":
@@ -230,11 +221,7 @@ class ExplicitStepper(Stepper):
                 graph = stages.pop()
                 if graph is None:
                     continue
-                uses = [
-                    (products[later], size * weight)
-                    for later, weight in reversed(tableau.uses[stage])
-                    if later in products
-                ]
+                uses = [(products[j], size * a_ji) for j, a_ji in reversed(tableau.uses[stage]) if j in products]
                 cotangents = self._stage_cotangents(size * tableau.b[stage], uses)
                 if isinstance(graph, StageState):
                     graph = bound.recomputed_graph(graph, bound.func, layout)
@@ -271,6 +258,23 @@ class ExplicitStepper(Stepper):
                 cotangent = term if cotangent is None else cotangent.add_(term)
             cotangents.append(cotangent)
         return cotangents
+
+    # Details of a step
+
+    def _add_fingerprints(self, size: float, slopes: Slopes) -> None:
+        """Turn the fingerprint of the state before a step into that of its result, which is not formed."""
+        assert self.fingerprint is not None
+        for stage, weight in self.tableau.result_terms:
+            self.fingerprint += size * weight * fingerprint(slopes[stage])
+
+    def _reused(self, state: Parts, inputs: Parts, keeps_stage: bool) -> Parts:
+        """Return the tensors that are used again after an evaluation of f, and that f must not write into.
+
+        They are those of the current state, or of a stage that is kept on the tape.
+        """
+        if torch.is_inference_mode_enabled():
+            return ()
+        return inputs if keeps_stage else state if state is self.current.parts else ()
 
     # Tape segments
 

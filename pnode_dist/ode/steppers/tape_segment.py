@@ -21,6 +21,7 @@ from pnode_dist.system.torch_internals import set_grad_enabled
 
 _ORIGIN = torch.empty(0, requires_grad=True)
 _MOST_STEPS, _LONG = 8, 1.0
+STATE_WAS_WRITTEN = "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
 
 
 class TapeSegment:
@@ -94,9 +95,7 @@ class TapeSegment:
                     state = tuple(part.view_as(part) for part in state)
                 values = bound.evaluate_on_tape(layout, time + node * size, state)
                 if [part._version for part in before] != versions:
-                    raise RuntimeError(
-                        "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
-                    )
+                    raise RuntimeError(STATE_WAS_WRITTEN)
                 self.evaluations += any(value.requires_grad for value in values)
                 slopes.append(values)
                 if tableau.b[stage]:
