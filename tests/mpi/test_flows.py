@@ -13,8 +13,6 @@ from mpi4py import MPI
 from pnode_dist import Mesh
 from pnode_dist.distributed.gradients import parallel
 from pnode_dist.problems.flows.problem import FlowsProblem
-from pnode_dist.train import loop
-from pnode_dist.verify.gradcheck import gradcheck
 from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.mpi.conftest import SPLITS
 from tests.unit.problems.flows.plain_flows import config, density, leaves_of, sampled
@@ -71,25 +69,6 @@ def test_the_evaluation_is_that_of_all_rows(mesh: Mesh, directory: Path) -> None
         back = density(flows, samples)[1]
     assert table["log_density_error"] == pytest.approx((back - drawn).abs().max().item(), rel=1e-4, abs=1e-11)
     assert all(other == table for other in MPI.COMM_WORLD.allgather(table))
-
-
-def test_the_gradient_check_finds_the_same_derivative(mesh: Mesh) -> None:
-    problem = built(mesh, model=REGULARISED | {"trace": "hutchinson"})
-    result = gradcheck(problem.gradcheck_case(), mesh)
-    with Mesh(1, mesh.size) as apart:
-        other = built(apart, model=REGULARISED | {"trace": "hutchinson"})
-        alone = gradcheck(other.gradcheck_case(), apart)
-    assert result.failures() == []
-    assert result.adjoint_derivative == pytest.approx(alone.adjoint_derivative, rel=1e-10)
-
-
-def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(mesh: Mesh, directory: Path) -> None:
-    # Two samples in the last batch, and in a state rank's part of it perhaps none.
-    problem = built(mesh, problem={"samples": 20}, training={"epochs": 5, "learning_rate": 0.05, "batch_size": 6})
-    before = problem.validation(problem.model)["validation_nll"]
-    outcome = loop.train(problem, problem.config.training, mesh, directory)
-    assert outcome.figures["validation_nll"] < before - 0.2
-    assert_same_on_all_ranks(problem.model.parameters())
 
 
 def test_a_batch_of_one_sample_less_is_solved_together_where_only_one_rank_has_less(mesh: Mesh) -> None:

@@ -18,9 +18,7 @@ from pnode_dist.problems.gray_scott.config import GrayScottParameters
 from pnode_dist.problems.gray_scott.data import reference
 from pnode_dist.problems.gray_scott.physics import GrayScott, initial_state
 from pnode_dist.problems.gray_scott.problem import GrayScottProblem
-from pnode_dist.train import loop
 from pnode_dist.verify.gradcheck import gradcheck
-from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.gray_scott.plain_gray_scott import (
     DOMAIN,
     INTERVAL,
@@ -101,10 +99,6 @@ def test_trajectories_are_those_of_one_rank_to_rounding_and_of_scipy(
     torch.testing.assert_close(found[0], own(problem.partition, by_scipy), rtol=0, atol=1e-8)
 
 
-def test_parameters_are_the_same_on_all_ranks(problem: GrayScottProblem) -> None:
-    assert_same_on_all_ranks(problem.model.parameters())
-
-
 def test_loss_and_gradient_are_those_of_the_whole_grid(
     problem: GrayScottProblem, mesh: Mesh, states: torch.Tensor
 ) -> None:
@@ -159,20 +153,6 @@ def test_the_evaluation_is_that_of_the_whole_grid(
     with h5py.File(directory / "forecast.h5") as file:
         np.testing.assert_allclose(file["truth"][:], truth, atol=1e-7)
         np.testing.assert_allclose(file["forecast"][:, 1:], forecast, rtol=1e-6, atol=1e-6)
-
-
-def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(mesh: Mesh, directory: Path) -> None:
-    problem = GrayScottProblem(config(training={"epochs": 3, "learning_rate": 0.01}), mesh, torch.float64)
-    batch = windows(problem.samples, STARTS, WINDOW, torch.float64)
-
-    def loss() -> float:
-        with torch.no_grad():
-            return mesh.sum(problem.loss(problem.model, batch)).item()
-
-    before = loss()
-    loop.train(problem, problem.config.training, mesh, directory)
-    assert loss() < 0.8 * before
-    test_parameters_are_the_same_on_all_ranks(problem)
 
 
 @pytest.mark.parametrize(

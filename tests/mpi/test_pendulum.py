@@ -14,7 +14,6 @@ from pnode_dist.distributed.gradients import parallel
 from pnode_dist.problems.common.forecast_data import Windows, windows
 from pnode_dist.problems.pendulum.physics import initial_motion
 from pnode_dist.problems.pendulum.problem import PendulumProblem
-from pnode_dist.train import loop
 from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.pendulum.plain_pendulum import (
     INTERVAL,
@@ -114,19 +113,6 @@ def test_the_evaluation_is_that_of_all_trajectories(
     with h5py.File(directory / "forecast.h5") as file:
         np.testing.assert_allclose(file["truth"][:], validation.numpy(), rtol=0, atol=1e-9)
         np.testing.assert_allclose(file["forecast"][1:], rollout.numpy(), rtol=0, atol=1e-6)
-
-
-def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(mesh: Mesh, directory: Path) -> None:
-    problem = PendulumProblem(config(training={"epochs": 2, "learning_rate": 0.02}), mesh, torch.float64)
-
-    def loss() -> float:
-        with torch.no_grad():
-            return mesh.sum(problem.loss(problem.model, training_windows(problem))).item()
-
-    before = loss()
-    loop.train(problem, problem.config.training, mesh, directory)
-    assert loss() < 0.9 * before
-    assert_same_on_all_ranks(problem.model.parameters())
 
 
 def test_more_ranks_than_trajectories_leave_some_without_any(mesh: Mesh) -> None:

@@ -17,9 +17,6 @@ from pnode_dist.problems.semilinear.data import reference
 from pnode_dist.problems.semilinear.equation import Convection, initial_state, linear_stencil
 from pnode_dist.problems.semilinear.periodic_line import line, operator
 from pnode_dist.problems.semilinear.problem import SemilinearProblem
-from pnode_dist.train import loop
-from pnode_dist.verify.gradcheck import gradcheck
-from tests.mpi.agreement import assert_same_on_all_ranks
 from tests.unit.problems.semilinear.plain_semilinear import (
     CASES,
     POINTS,
@@ -106,10 +103,6 @@ def test_trajectories_have_the_same_bits_at_every_number_of_ranks(
     assert torch.equal(found, own(problem.partition, states) / problem.scale)
 
 
-def test_parameters_are_the_same_on_all_ranks(problem: SemilinearProblem) -> None:
-    assert_same_on_all_ranks(problem.model.parameters())
-
-
 def test_loss_and_gradient_are_those_of_the_whole_line(
     problem: SemilinearProblem, mesh: Mesh, states: torch.Tensor
 ) -> None:
@@ -128,11 +121,6 @@ def test_loss_and_gradient_are_those_of_the_whole_line(
     assert mesh.sum(share).item() == pytest.approx(whole_loss.item(), rel=1e-9)
     for name, value in problem.model.named_parameters():
         torch.testing.assert_close(value.grad, expected[name.removeprefix("term.")].grad, rtol=1e-8, atol=1e-12)
-
-
-def test_the_gradient_check_passes(problem: SemilinearProblem, mesh: Mesh) -> None:
-    result = gradcheck(problem.gradcheck_case(), mesh)
-    assert result.failures() == []
 
 
 @pytest.mark.usefixtures("few_trials", "undrawn")
@@ -157,20 +145,6 @@ def test_the_evaluation_is_that_of_the_whole_line(
     with h5py.File(directory / "forecast.h5") as file:
         np.testing.assert_allclose(file["truth"][:], states, atol=1e-6)
         np.testing.assert_allclose(file["model"][:, 1:], found.transpose(0, 1), rtol=1e-5, atol=1e-6)
-
-
-def test_a_short_training_lowers_the_loss_to_the_same_parameters_on_all_ranks(mesh: Mesh, directory: Path) -> None:
-    problem = SemilinearProblem(config("burgers", training={"epochs": 4, "learning_rate": 0.02}), mesh, torch.float64)
-    batch = windows(problem.samples, STARTS, WINDOW, torch.float64)
-
-    def loss() -> float:
-        with torch.no_grad():
-            return mesh.sum(problem.loss(problem.model, batch)).item()
-
-    before = loss()
-    loop.train(problem, problem.config.training, mesh, directory)
-    assert loss() < 0.8 * before
-    test_parameters_are_the_same_on_all_ranks(problem)
 
 
 def test_what_cannot_be_integrated_is_said_on_all_ranks(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

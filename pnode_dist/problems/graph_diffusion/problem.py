@@ -94,7 +94,9 @@ class GraphDiffusionProblem(ComputedProblem):
 
     def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
         """The mesh, and `heat_drift`: the largest change of a rollout's total heat, relative to it."""
-        heat = self.mesh.sum(torch.cat([batch.initial[None], forecast]).sum(dim=(2, 3)), over="state")
+        # As the model is given it: rounding the initial state loses heat too.
+        initial = batch.initial.to(self.dtype).double()
+        heat = self.mesh.sum(torch.cat([initial[None], forecast]).sum(dim=(2, 3)), over="state")
         return {
             "nodes": self.config.problem.nodes,
             "edges": self.partition.global_edges,

@@ -18,7 +18,6 @@ from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.flows.problem import FlowsProblem
 from pnode_dist.train import loop
-from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.flows.plain_flows import config, density, leaves_of, sampled
 
@@ -104,12 +103,6 @@ def test_every_flow_is_counted_and_has_its_share_of_the_budget(mesh: Mesh) -> No
     assert 0 < cost.checkpoint_bytes_peak <= 3000
     with pytest.raises(ConfigurationError, match="too small for one checkpoint"):
         built(mesh, model={"flows": 3}, trajectory={"ram": "400B", "keep": "solution"})
-
-
-def test_the_solve_of_a_batch_can_be_planned(mesh: Mesh) -> None:
-    case = built(mesh, model={"trace": "hutchinson", "kinetic": 0.1}).solve_case()
-    plans = case.solve.plan(case.state, case.times, *case.args)
-    assert plans.chosen.steps == 4
 
 
 def test_a_short_training_lowers_the_loss(mesh: Mesh, tmp_path: Path) -> None:
@@ -204,33 +197,7 @@ def test_the_report_of_a_table_is_drawn(mesh: Mesh, tmp_path: Path) -> None:
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_directory_that_cannot_be_written_is_named(problem: FlowsProblem, tmp_path: Path) -> None:
-    with (
-        torch.no_grad(),
-        pytest.raises(ConfigurationError, match=r"gone/forecast.h5: cannot be written: .*No such file or directory"),
-    ):
-        problem.evaluate(problem.model, tmp_path / "gone")
-
-
-def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    problem = build_problem(config(), mesh, torch.float32)
-    assert isinstance(problem, FlowsProblem)
-    assert (problem.name, problem.units) == ("flows", "nats")
-    assert {value.dtype for value in problem.model.parameters()} == {torch.float32}
-
-
 # From the command line
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_run_is_trained_and_evaluated_from_its_files_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    directory, path = tmp_path / "run", tmp_path / "small.toml"
-    path.write_text(config(run={"directory": str(directory)}, training={"epochs": 1}).to_toml())
-    assert main(["train", str(path)]) == 0
-    path.unlink()
-    capfd.readouterr()
-    assert main(["evaluate", str(directory), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["log_likelihood"][0]["of"] == "flow"
 
 
 def test_a_missing_folder_is_one_clear_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

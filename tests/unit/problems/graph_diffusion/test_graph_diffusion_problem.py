@@ -6,20 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
 import xarray
 
 from pnode_dist import Mesh
-from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.forecast_data import windows
 from pnode_dist.problems.graph_diffusion.problem import GraphDiffusionProblem
 from pnode_dist.train import loop
-from pnode_dist.train.run import build_problem
-from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.graph_diffusion.plain_graph_diffusion import (
     INTERVAL,
     NODES,
@@ -128,13 +124,6 @@ def test_a_short_training_lowers_loss_and_validation_error(mesh: Mesh, tmp_path:
     assert outcome.figures["validation_rmse"] == errors[-1] < errors[0]
 
 
-def test_the_gradient_check_passes(mesh: Mesh, problem: GraphDiffusionProblem) -> None:
-    result = gradcheck(problem.gradcheck_case(), mesh)
-    assert result.failures() == []
-    assert result.relative_error < 1e-8
-    assert result.state_size == NODES
-
-
 # Evaluation
 
 
@@ -196,21 +185,6 @@ def test_the_file_holds_truth_rollouts_mesh_and_conductivities(problem: GraphDif
     assert data.conductivity_constant == problem.conductivity
 
 
-def test_the_report_is_drawn(problem: GraphDiffusionProblem, tmp_path: Path) -> None:
-    with torch.no_grad():
-        table = problem.evaluate(problem.model, tmp_path)
-    assert table["report"] == str(tmp_path / "report.png")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_directory_that_cannot_be_written_is_named(problem: GraphDiffusionProblem, tmp_path: Path) -> None:
-    with (
-        torch.no_grad(),
-        pytest.raises(ConfigurationError, match=r"gone/forecast.h5: cannot be written: .*No such file or directory"),
-    ):
-        problem.evaluate(problem.model, tmp_path / "gone")
-
-
 # What cannot be done
 
 
@@ -247,26 +221,3 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(
 def test_tables_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(problem=changes)
-
-
-def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    problem = build_problem(config(), mesh, torch.float32)
-    assert isinstance(problem, GraphDiffusionProblem)
-    assert problem.name == "graph_diffusion"
-
-
-# From the command line
-
-
-def test_a_run_is_trained_and_evaluated_from_its_files_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    directory, path = tmp_path / "run", tmp_path / "small.toml"
-    path.write_text(config(run={"directory": str(directory)}, training={"epochs": 1}).to_toml())
-    assert main(["train", str(path)]) == 0
-    path.unlink()
-    capfd.readouterr()
-    assert main(["evaluate", str(directory), "--json"]) == 0
-    table = json.loads(capfd.readouterr().out)
-    assert [row["lead"] for row in table["rmse"]] == [1, 2, 4]
-    assert {"config.toml", "model.pt", "forecast.h5", "report.png"} <= {file.name for file in directory.iterdir()}
-    with h5py.File(directory / "forecast.h5") as file:
-        assert np.isfinite(file["model"][:]).all()

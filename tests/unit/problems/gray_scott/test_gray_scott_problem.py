@@ -11,12 +11,9 @@ import torch
 import xarray
 
 from pnode_dist import Mesh, Trajectory
-from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.gray_scott.problem import GrayScottProblem
 from pnode_dist.train import loop
-from pnode_dist.train.run import build_problem
-from pnode_dist.verify.gradcheck import gradcheck
 from tests.oracles.right_hand_sides import distance
 from tests.unit.problems.gray_scott.plain_gray_scott import (
     DOMAIN,
@@ -56,15 +53,6 @@ def test_a_window_holds_the_samples_from_its_start_on(mesh: Mesh) -> None:
             assert torch.equal(batch.targets[:, number], values[first + 1 : first + 1 + WINDOW])
 
 
-def test_the_order_of_the_windows_depends_on_seed_and_epoch(mesh: Mesh) -> None:
-    def order(seed: int, epoch: int) -> list[Any]:
-        return [batch.starts for batch in built(mesh, run={"seed": seed}).batches(epoch)]
-
-    assert order(0, 1) == order(0, 1)
-    assert order(0, 1) != order(0, 2)
-    assert order(0, 1) != order(1, 1)
-
-
 # Training
 
 
@@ -95,13 +83,6 @@ def test_a_right_hand_side_in_lower_precision_leaves_parameters_and_gradients_as
         gradients[name] = torch.cat([value.grad.reshape(-1) for value in problem.model.parameters()])
     assert gradients["float32"].dtype is torch.float64
     assert 0 < distance(gradients["float32"], gradients[None]) <= 1e-5
-
-
-def test_the_gradient_check_passes(mesh: Mesh) -> None:
-    result = gradcheck(built(mesh).gradcheck_case(), mesh)
-    assert result.failures() == []
-    assert result.relative_error < 1e-9
-    assert result.state_size == NY * NX * 2
 
 
 # Evaluation
@@ -153,23 +134,6 @@ def test_the_file_holds_truth_and_rollout_with_their_coordinates(mesh: Mesh, tmp
     np.testing.assert_allclose(data.truth[0], trajectory(initial), atol=1e-6)
 
 
-def test_the_report_is_drawn(mesh: Mesh, tmp_path: Path) -> None:
-    problem = built(mesh)
-    with torch.no_grad():
-        table = problem.evaluate(problem.model, tmp_path)
-    assert table["report"] == str(tmp_path / "report.png")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_directory_that_cannot_be_written_is_named(mesh: Mesh, tmp_path: Path) -> None:
-    problem = built(mesh)
-    with (
-        torch.no_grad(),
-        pytest.raises(ConfigurationError, match=r"gone/forecast.h5: cannot be written: .*No such file or directory"),
-    ):
-        problem.evaluate(problem.model, tmp_path / "gone")
-
-
 # What cannot be done
 
 
@@ -190,22 +154,3 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(
     monkeypatch.setattr("pnode_dist.problems.gray_scott.problem.trajectories", lambda *_: pytest.fail("computed"))
     with pytest.raises(ConfigurationError, match=message):
         built(mesh, **tables)
-
-
-def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    assert isinstance(build_problem(config(), mesh, torch.float32), GrayScottProblem)
-
-
-# From the command line
-
-
-def test_a_run_is_trained_and_evaluated_from_its_files_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    directory, path = tmp_path / "run", tmp_path / "small.toml"
-    path.write_text(config(run={"directory": str(directory)}, training={"epochs": 1}).to_toml())
-    assert main(["train", str(path)]) == 0
-    path.unlink()
-    capfd.readouterr()
-    assert main(["evaluate", str(directory), "--json"]) == 0
-    table = json.loads(capfd.readouterr().out)
-    assert [row["lead"] for row in table["rmse"]] == [1, 2, 4]
-    assert {"config.toml", "model.pt", "forecast.h5", "report.png"} <= {file.name for file in directory.iterdir()}

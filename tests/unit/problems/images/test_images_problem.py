@@ -19,8 +19,6 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.images import cifar10
 from pnode_dist.problems.images.problem import ImagesProblem
 from pnode_dist.train import loop
-from pnode_dist.train.run import build_problem
-from pnode_dist.verify.gradcheck import gradcheck
 from tests.oracles.right_hand_sides import distance
 from tests.unit.problems.images.plain_images import (
     binary_file,
@@ -71,12 +69,6 @@ def test_loss_and_gradient_are_those_of_plain_steps_and_torch_s_batch_norms(mesh
     statistics = renamed(problem.model.state_dict())
     for name, value in plain.named_buffers():
         assert distance(statistics[name].double(), value.double()) <= 1e-12, name
-
-
-def test_the_gradient_check_passes(mesh: Mesh) -> None:
-    result = gradcheck(built(mesh).gradcheck_case(), mesh)
-    assert result.failures() == []
-    assert result.state_size == 32 * 8 * 8
 
 
 def test_an_activation_with_a_kink_is_not_checked(mesh: Mesh) -> None:
@@ -175,10 +167,6 @@ def test_evaluate_gives_the_counts_of_a_naive_computation(mesh: Mesh, tmp_path: 
 def test_what_cannot_be_done_is_said_before_training(mesh: Mesh, tables: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         built(mesh, **tables)
-
-
-def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    assert isinstance(build_problem(config(), mesh, torch.float64), ImagesProblem)
 
 
 # From the command line

@@ -12,12 +12,10 @@ import torch
 import xarray
 
 from pnode_dist import Mesh
-from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.forecast_data import windows
 from pnode_dist.problems.pendulum.problem import PendulumProblem
 from pnode_dist.train import loop
-from pnode_dist.train.run import build_problem
 from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.pendulum.plain_pendulum import (
     GRAVITY,
@@ -113,14 +111,6 @@ def test_a_short_training_lowers_loss_and_validation_error(mesh: Mesh, tmp_path:
     errors = [record["figures"]["validation_rmse"] for record in records if record["kind"] == "validation"]
     assert np.mean(losses[-2:]) < 0.5 * np.mean(losses[:2])
     assert outcome.figures["validation_rmse"] == errors[-1] < errors[0]
-
-
-def test_the_solve_case_is_that_of_a_training_batch(mesh: Mesh) -> None:
-    problem = built(mesh)
-    case = problem.solve_case()
-    with torch.no_grad():
-        states = case.solve(case.state, case.times, *case.args)
-        torch.testing.assert_close(states[1:], problem.model(next(problem.batches(1))))
 
 
 # Evaluation
@@ -233,22 +223,3 @@ def test_a_method_without_mass_matrices_is_refused(mesh: Mesh) -> None:
     problem = built(mesh, solver={"method": "rk4"})
     with pytest.raises(ConfigurationError, match="mass"):
         problem.loss(problem.model, next(problem.batches(1)))
-
-
-def test_the_configuration_chooses_the_problem(mesh: Mesh) -> None:
-    assert isinstance(build_problem(config(), mesh, torch.float64), PendulumProblem)
-
-
-# From the command line
-
-
-def test_a_run_is_trained_and_evaluated_from_its_files_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    directory, path = tmp_path / "run", tmp_path / "small.toml"
-    path.write_text(config(run={"directory": str(directory)}, training={"epochs": 1}).to_toml())
-    assert main(["train", str(path)]) == 0
-    path.unlink()
-    capfd.readouterr()
-    assert main(["evaluate", str(directory), "--json"]) == 0
-    table = json.loads(capfd.readouterr().out)
-    assert [row["lead"] for row in table["rmse"]] == [1, 3, 5]
-    assert {"config.toml", "model.pt", "forecast.h5", "report.png"} <= {file.name for file in directory.iterdir()}

@@ -12,15 +12,12 @@ import torch
 import xarray
 
 from pnode_dist import Mesh, Trajectory
-from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.forecast_data import windows
 from pnode_dist.problems.robertson.data import generate
 from pnode_dist.problems.robertson.physics import Array
 from pnode_dist.problems.robertson.problem import RobertsonProblem
 from pnode_dist.train import loop
-from pnode_dist.train.run import build_problem
-from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.robertson.plain_robertson import (
     LOG_TIMES,
     TIMES,
@@ -98,13 +95,6 @@ def test_loss_and_gradient_are_those_of_a_naive_trapezoidal_rule(built: Any) -> 
         torch.testing.assert_close(value.grad, wanted, rtol=1e-6, atol=1e-9)
 
 
-def test_the_gradient_check_passes(built: Any, mesh: Mesh) -> None:
-    result = gradcheck(built().gradcheck_case(), mesh)
-    assert result.failures() == []
-    assert result.relative_error < 1e-7
-    assert result.state_size == 2 * TRAINING * 3
-
-
 def test_a_short_training_lowers_loss_and_validation_error(built: Any, mesh: Mesh, tmp_path: Path) -> None:
     problem = built(training={"epochs": 8, "learning_rate": 0.02, "validate_every": 1})
     outcome = loop.train(problem, problem.config.training, mesh, tmp_path)
@@ -124,15 +114,6 @@ def test_the_configured_solver_is_the_one_that_solves(built: Any) -> None:
     assert solve.trajectory == Trajectory(ram="1MiB")
     assert problem.loss(problem.model, next(problem.batches(1))).isfinite()
     assert problem.solve_statistics().forward_steps == 2 * WINDOW
-
-
-def test_the_solve_case_is_that_of_a_training_batch(built: Any) -> None:
-    problem = built()
-    case = problem.solve_case()
-    batch = next(problem.batches(1))
-    with torch.no_grad():
-        states = case.solve(case.state, case.times, *case.args)
-        torch.testing.assert_close(states[1:], problem.model(batch))
 
 
 # Evaluation
@@ -253,22 +234,3 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(
     monkeypatch.setattr("pnode_dist.problems.robertson.problem.generate", lambda *_: pytest.fail("computed"))
     with pytest.raises(ConfigurationError, match=message):
         RobertsonProblem(config(**tables), mesh, torch.float64)
-
-
-def test_the_configuration_chooses_the_problem(built: Any, mesh: Mesh) -> None:
-    assert isinstance(build_problem(config(), mesh, torch.float64), RobertsonProblem)
-
-
-# From the command line
-
-
-def test_a_run_is_trained_and_evaluated_from_its_files_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    directory, path = tmp_path / "run", tmp_path / "small.toml"
-    path.write_text(config(run={"directory": str(directory)}, training={"epochs": 1}).to_toml())
-    assert main(["train", str(path)]) == 0
-    path.unlink()
-    capfd.readouterr()
-    assert main(["evaluate", str(directory), "--json"]) == 0
-    table = json.loads(capfd.readouterr().out)
-    assert [row["lead"] for row in table["mae"]] == [1, 7, 14]
-    assert {"config.toml", "model.pt", "forecast.h5", "report.png"} <= {file.name for file in directory.iterdir()}

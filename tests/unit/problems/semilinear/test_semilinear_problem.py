@@ -6,20 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
 import xarray
 
 from pnode_dist import Mesh, Trajectory
-from pnode_dist.cli.main import main
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.common.forecast_data import windows
 from pnode_dist.problems.semilinear.problem import SemilinearProblem
 from pnode_dist.train import loop
-from pnode_dist.train.run import build_problem
-from pnode_dist.verify.gradcheck import gradcheck
 from tests.unit.problems.semilinear.plain_semilinear import (
     CASES,
     POINTS,
@@ -118,14 +114,6 @@ def test_every_number_of_windows_is_solved_with_the_same_parameters(mesh: Mesh) 
     assert len({id(value) for value in problem.model.parameters()}) == len(list(problem.model.term.parameters()))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_gradient_check_passes(mesh: Mesh, name: str) -> None:
-    result = gradcheck(built(mesh, name).gradcheck_case(), mesh)
-    assert result.failures() == []
-    assert result.relative_error < 1e-8
-    assert result.state_size == POINTS
-
-
 # Evaluation
 
 
@@ -192,26 +180,6 @@ def test_the_file_holds_truth_and_rollouts_with_their_coordinates(mesh: Mesh, tm
     np.testing.assert_allclose(data.truth, states_of(problem) * problem.scale, atol=1e-6)
 
 
-@pytest.mark.usefixtures("few_trials")
-@pytest.mark.parametrize("name", CASES)
-def test_the_report_is_drawn(mesh: Mesh, tmp_path: Path, name: str) -> None:
-    problem = built(mesh, name)
-    with torch.no_grad():
-        table = problem.evaluate(problem.model, tmp_path)
-    assert table["report"] == str(tmp_path / "report.png")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.usefixtures("few_trials")
-def test_a_run_directory_that_cannot_be_written_is_named(mesh: Mesh, tmp_path: Path) -> None:
-    problem = built(mesh, "burgers")
-    with (
-        torch.no_grad(),
-        pytest.raises(ConfigurationError, match=r"gone/forecast.h5: cannot be written: .*No such file or directory"),
-    ):
-        problem.evaluate(problem.model, tmp_path / "gone")
-
-
 # What cannot be done
 
 
@@ -232,28 +200,3 @@ def test_what_cannot_be_done_is_said_before_anything_is_computed(
     monkeypatch.setattr("pnode_dist.problems.semilinear.problem.generate", lambda *_: pytest.fail("computed"))
     with pytest.raises(ConfigurationError, match=message):
         built(mesh, "burgers", **tables)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_configuration_chooses_the_problem(mesh: Mesh, name: str) -> None:
-    problem = build_problem(config(name), mesh, torch.float32)
-    assert isinstance(problem, SemilinearProblem)
-    assert problem.name == name
-
-
-# From the command line
-
-
-@pytest.mark.usefixtures("few_trials")
-def test_a_run_is_trained_and_evaluated_from_its_files_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    directory, path = tmp_path / "run", tmp_path / "small.toml"
-    path.write_text(config("burgers", run={"directory": str(directory)}, training={"epochs": 1}).to_toml())
-    assert main(["train", str(path)]) == 0
-    path.unlink()
-    capfd.readouterr()
-    assert main(["evaluate", str(directory), "--json"]) == 0
-    table = json.loads(capfd.readouterr().out)
-    assert [row["lead"] for row in table["rmse"]] == [1, 2, 4]
-    assert {"config.toml", "model.pt", "forecast.h5", "report.png"} <= {file.name for file in directory.iterdir()}
-    with h5py.File(directory / "forecast.h5") as file:
-        assert np.isfinite(file["model"][:]).all()
