@@ -6,7 +6,7 @@ turn: no rank holds more than its own part, and HDF5 need not be parallel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ import numpy.typing as npt
 import torch
 
 from pnode_dist.distributed.mesh import Mesh
-from pnode_dist.partition.protocol import Partition
+from pnode_dist.partition.protocol import Index, Partition
 from pnode_dist.report.turns import in_turn, write_failure
+
+_BARE = "This is a netCDF dimension but not a netCDF variable."
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,45 @@ class Variable:
         return (*shape[: len(shape) - len(self.partition.global_shape)], *self.partition.global_shape)
 
 
+class OtherChannels:
+    """A partition whose last axis, which every rank owns as a whole, has `count` entries; None leaves the axis out."""
+
+    def __init__(self, partition: Partition, count: int | None = None) -> None:
+        self.comm, self._partition = partition.comm, partition
+        self._last = () if count is None else (count,)
+        self.global_shape = (*partition.global_shape[:-1], *self._last)
+        self.local_shape = (*partition.local_shape[:-1], *self._last)
+
+    def owned_slices(self, rank: int) -> Index:
+        """The part that `rank` owns."""
+        return (*self._partition.owned_slices(rank)[:-1], *(slice(0, count) for count in self._last))
+
+
 def write_dataset(
-    path: Path, variables: Mapping[str, Variable], mesh: Mesh, attributes: Mapping[str, Any] | None = None
+    path: Path,
+    variables: Mapping[str, Variable],
+    mesh: Mesh,
+    attributes: Mapping[str, Any] | None = None,
+    bare: Collection[str] = (),
 ) -> None:
     """Write the variables as one file, with `attributes` of the whole. Collective on the world.
 
-    A dimension without a coordinate gets the numbers 0, 1, ... . NaN marks missing values of floating types.
+    A dimension without a coordinate gets the numbers 0, 1, ..., but those named by `bare` have none. NaN marks missing
+    values of floating types.
     Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
     partitioned = [variable.partition for variable in variables.values() if variable.partition is not None]
     in_turn(
-        lambda: _create(path, variables, attributes or {}),
+        lambda: _create(path, variables, attributes or {}, bare),
         lambda: _write_part(path, variables),
         partitioned[0] if partitioned else None,
         mesh,
     )
 
 
-def _create(path: Path, variables: Mapping[str, Variable], attributes: Mapping[str, Any]) -> None:
+def _create(
+    path: Path, variables: Mapping[str, Variable], attributes: Mapping[str, Any], bare: Collection[str]
+) -> None:
     sizes: dict[str, int] = {}
     for name, variable in variables.items():
         for dimension, size in zip(variable.dimensions, variable.shape, strict=True):
@@ -72,7 +95,10 @@ def _create(path: Path, variables: Mapping[str, Variable], attributes: Mapping[s
         with h5py.File(path, "w") as file:
             file.attrs.update({"Conventions": "CF-1.8", **attributes})
             for name, variable in coordinates.items():
-                _lay_out(file, name, variable).make_scale(name)
+                # NetCDF's own name of a scale that stands for a dimension alone.
+                is_bare = name in bare and name not in variables
+                scale = f"{_BARE}{sizes[name]:10d}" if is_bare else name
+                _lay_out(file, name, variable).make_scale(scale)
             for name, variable in variables.items():
                 if name in coordinates:
                     continue
@@ -89,9 +115,10 @@ def _lay_out(file: h5py.File, name: str, variable: Variable) -> h5py.Dataset:
         stored.attrs["_FillValue"] = np.array(np.nan, dtype=stored.dtype)
     else:
         values = _numpy(variable.values)
-        if values.dtype.kind in "UO":
-            stored = file.create_dataset(name, data=values.astype(object), dtype=h5py.string_dtype())
+        if values.dtype.kind in "SUO":
+            stored = file.create_dataset(name, data=values.astype(str).astype(object), dtype=h5py.string_dtype())
         else:
+            values = values.astype(np.int8 if values.dtype.kind == "b" else values.dtype.newbyteorder("="))
             stored = file.create_dataset(name, data=values, dtype=variable.dtype)
     stored.attrs.update({key: value for key, value in variable.attributes.items() if value not in ("", None)})
     return stored

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from pnode_dist.partition.batch import BatchPartition
-from pnode_dist.partition.protocol import Index, Partition
 from pnode_dist.problems.common.forecast_data import SplitData, Start, TrajectoryData, Windows
 from pnode_dist.problems.common.forecast_file import coordinates
 from pnode_dist.problems.common.forecast_problem import ForecastProblem
-from pnode_dist.report.dataset_file import Variable, write_dataset
+from pnode_dist.report.dataset_file import OtherChannels, Variable, write_dataset
 
 
 class ComputedProblem(ForecastProblem):
@@ -72,7 +71,7 @@ class ComputedProblem(ForecastProblem):
         whole = self.physical(torch.cat([batch.initial[None], values.double(), missing])).transpose(0, 1)
         names, partition = tuple(self.description.dimensions), batch.samples.partition
         if len(names) < len(partition.global_shape):
-            whole, partition = whole[..., 0], WithoutChannel(partition)
+            whole, partition = whole[..., 0], OtherChannels(partition)
         leading: tuple[str, ...] = ("trajectory", "time")
         if "trajectory" in names:
             whole, leading = whole[0], ("time",)
@@ -148,16 +147,3 @@ class EnsembleProblem(ComputedProblem):
         """The first and the last window."""
         starts = self.samples.starts(self.settings.window)
         return [starts[0], starts[-1]]
-
-
-class WithoutChannel:
-    """A partition without the last axis of its arrays, which has one entry."""
-
-    def __init__(self, partition: Partition) -> None:
-        self.comm = partition.comm
-        self.global_shape, self.local_shape = partition.global_shape[:-1], partition.local_shape[:-1]
-        self._partition = partition
-
-    def owned_slices(self, rank: int) -> Index:
-        """The part that `rank` owns."""
-        return self._partition.owned_slices(rank)[:-1]

@@ -1,23 +1,21 @@
-"""The forecast as one NetCDF-4 file, written part by part by the ranks that own the parts."""
+"""The forecasts of a field as one NetCDF-4 file, with the dates and the coordinates of the field's own files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5netcdf
-import h5py
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.calendar import encoded
-from pnode_dist.problems.common.gridded import GriddedData, Variable
+from pnode_dist.problems.common.gridded import Variable as Source
 from pnode_dist.problems.field.data import Field
-from pnode_dist.report.turns import in_turn, write_failure
+from pnode_dist.report.dataset_file import OtherChannels, Variable, write_dataset
 
 
 @dataclass(frozen=True)
@@ -38,38 +36,40 @@ class Forecast:
         return self.forecast.shape[1]
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A variable of the file: whose values it has, which of the forecast's channels, and its dimensions."""
-
-    name: str
-    source: Variable
-    is_truth: bool
-    dimensions: tuple[str, ...]
-
-
 def write_forecast(path: Path, contents: Forecast, partition: GridPartition, mesh: Mesh) -> None:
     """Write all ranks' parts as one file. Collective on the world.
 
     The variables `forecast` and `truth`, or of several variables `NAME_forecast` and `NAME_truth` of each, have the
     dimensions start, lead, y, x and where levels were channels level, the last three named as in the data and with
-    their coordinates. Rank 0 creates the file, then the ranks of the first replica write in turn: no rank holds more
-    than its own part, and HDF5 need not be parallel.
+    their coordinates. No rank holds more than its own part.
     Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
-    in_turn(lambda: _create(path, contents, partition), lambda: _write_part(path, contents, partition), partition, mesh)
+    data = contents.field.data
+    coordinates = _coordinates(contents)
+    beside = " ".join(name for name, variable in coordinates.items() if variable.dimensions != (name,))
+    stored = {}
+    for source in data.variables:
+        for kind, values in (("forecast", contents.forecast), ("truth", contents.truth)):
+            name = f"{source.name}_{kind}" if len(data.variables) > 1 else kind
+            attributes = {"long_name": f"{source.name}, {kind}", "coordinates": beside, "units": source.units}
+            stored[name] = _stored(source, values, attributes, contents.field, partition)
+    axes = [_free(axis.name) for axis in (data.y, data.x, *_levels(contents.field).values())]
+    write_dataset(path, {**coordinates, **stored}, mesh, {"title": f"Forecasts of {contents.field.name}"}, bare=axes)
 
 
-def _stored(data: GriddedData) -> list[_Stored]:
-    several = len(data.variables) > 1
-    stored = []
-    for variable in data.variables:
-        level = () if variable.level is None else (variable.level.name,)
-        dimensions = tuple(_free(name) for name in (data.y.name, data.x.name, *level))
-        for kind in ("forecast", "truth"):
-            name = f"{variable.name}_{kind}" if several else kind
-            stored.append(_Stored(name, variable, kind == "truth", ("start", "lead", *dimensions)))
-    return stored
+def _levels(field: Field) -> dict[str, Any]:
+    return {variable.level.name: variable.level for variable in field.data.variables if variable.level is not None}
+
+
+def _stored(
+    source: Source, values: torch.Tensor, attributes: Mapping[str, Any], field: Field, partition: GridPartition
+) -> Variable:
+    """The channels of one variable of the field, along its levels if it has some."""
+    part = values[..., source.channels]
+    level = () if source.level is None else (source.level.name,)
+    names = tuple(_free(name) for name in (field.data.y.name, field.data.x.name, *level))
+    own = OtherChannels(partition, part.shape[-1] if level else None)
+    return Variable(("start", "lead", *names), part if level else part[..., 0], attributes, np.float32, own)
 
 
 def _free(name: str) -> str:
@@ -77,69 +77,19 @@ def _free(name: str) -> str:
     return f"field_{name}" if name in ("start", "lead", "valid_time", "forecast", "truth") else name
 
 
-def _create(path: Path, contents: Forecast, partition: GridPartition) -> None:
-    """Lay out the file: dimensions, coordinates, and the variables without their values."""
-    field, data = contents.field, contents.field.data
-    levels = {variable.level.name: variable.level for variable in data.variables if variable.level is not None}
-    sizes = dict(zip((_free(data.y.name), _free(data.x.name)), partition.shape, strict=True))
-    sizes |= {_free(name): len(level.values) for name, level in levels.items()}
-    try:
-        with h5netcdf.File(path, "w") as file:
-            file.attrs["Conventions"] = "CF-1.8"
-            file.attrs["title"] = f"Forecasts of {field.name}"
-            file.dimensions = {"start": len(contents.starts), "lead": contents.leads} | sizes
-            leads = np.arange(1, contents.leads + 1)
-            valid = np.add.outer(np.array(contents.starts), leads)
-            stamps, units = field.time.stamps, field.time.units
-            _coordinate(file, "start", ("start",), *encoded(stamps[np.array(contents.starts)], units))
-            _coordinate(file, "lead", ("lead",), leads, {"long_name": "steps ahead of the start"})
-            _coordinate(file, "valid_time", ("start", "lead"), *encoded(stamps[valid], units))
-            beside = ["valid_time"]
-            for axis in (data.y, data.x, *levels.values()):
-                if axis.given:
-                    _coordinate(file, _free(axis.shown), (_free(axis.name),), axis.values, axis.attributes)
-                    beside += [_free(axis.shown)] if axis.shown != axis.name else []
-            for coordinate in data.coordinates:
-                dimensions = tuple(map(_free, coordinate.dimensions))
-                _coordinate(file, _free(coordinate.name), dimensions, coordinate.load(), coordinate.attributes)
-                beside.append(_free(coordinate.name))
-            for variable in _stored(data):
-                stored = file.create_variable(
-                    variable.name, variable.dimensions, np.float32, fillvalue=np.float32(np.nan)
-                )
-                stored.attrs["long_name"] = f"{variable.source.name}, {'truth' if variable.is_truth else 'forecast'}"
-                stored.attrs["coordinates"] = " ".join(beside)
-                if variable.source.units:
-                    stored.attrs["units"] = variable.source.units
-    except OSError as error:
-        raise write_failure(path, error) from None
-
-
-def _coordinate(
-    file: h5netcdf.File, name: str, dimensions: tuple[str, ...], values: npt.NDArray[Any], attributes: dict[str, Any]
-) -> None:
-    if values.dtype.kind == "b":
-        values = values.astype(np.int8)
-    elif values.dtype.kind in "US":
-        stored = file.create_variable(name, dimensions, h5py.string_dtype())
-        stored[...] = values.astype(str).astype(object)
-        return
-    elif values.dtype.kind not in "fiu":
-        return
-    native = values.astype(values.dtype.newbyteorder("="))
-    stored = file.create_variable(name, dimensions, native.dtype, data=native)
-    stored.attrs.update({key: value for key, value in attributes.items() if value != ""})
-
-
-def _write_part(path: Path, contents: Forecast, partition: GridPartition) -> None:
-    """Write what this rank owns into the file that is there."""
-    (y0, y1), (x0, x1) = partition.owned
-    try:
-        with h5netcdf.File(path, "r+") as file:
-            for variable in _stored(contents.field.data):
-                values = contents.truth if variable.is_truth else contents.forecast
-                part = values[..., variable.source.channels]
-                part = part if variable.source.level is not None else part[..., 0]
-                file.variables[variable.name][:, :, y0:y1, x0:x1] = part.numpy().astype(np.float32)
-    except OSError as error:
-        raise write_failure(path, error) from None
+def _coordinates(contents: Forecast) -> dict[str, Variable]:
+    """Dates of starts and forecasts, leads, and all coordinates of the field that a file can hold."""
+    time, data = contents.field.time, contents.field.data
+    starts, leads = np.array(contents.starts), np.arange(1, contents.leads + 1)
+    found = {
+        "start": Variable(("start",), *encoded(time.stamps[starts], time.units)),
+        "lead": Variable(("lead",), leads, {"long_name": "steps ahead of the start"}),
+        "valid_time": Variable(("start", "lead"), *encoded(time.stamps[np.add.outer(starts, leads)], time.units)),
+    }
+    for axis in (data.y, data.x, *_levels(contents.field).values()):
+        if axis.given:
+            found[_free(axis.shown)] = Variable((_free(axis.name),), axis.values, axis.attributes)
+    for coordinate in data.coordinates:
+        dimensions = tuple(map(_free, coordinate.dimensions))
+        found[_free(coordinate.name)] = Variable(dimensions, coordinate.load(), coordinate.attributes)
+    return {name: variable for name, variable in found.items() if np.asarray(variable.values).dtype.kind in "bfiuSU"}
