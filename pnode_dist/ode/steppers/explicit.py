@@ -185,14 +185,15 @@ class ExplicitStepper(Stepper):
         else:
             mark = bound.carried.mark()
             values = bound.value(bound.func, layout, time, inputs)
+            # Before the fingerprint, which lends the memory to NumPy: after that every value counts as shared.
+            values = values if layout.converts else owned(values)
             tape.append(bound.stage_checkpoint(time, inputs, mark, values))
         if reused and [part._version for part in reused] != versions:
             raise RuntimeError(STATE_WAS_WRITTEN)
         if layout.converts:
             values = tuple(map(layout.scalar, values))
-        if tape is not None and level != "stages":
-            return values
-        return owned(values)
+        is_owned = tape is not None and (level != "stages" or not layout.converts)
+        return values if is_owned else owned(values)
 
     def form_result(self, size: float, slopes: Slopes) -> None:
         """Replace the current state by the result of the step from it."""
