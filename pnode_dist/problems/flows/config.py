@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationInfo, field_validator
+from pydantic import Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import Config
+from pnode_dist.config.definition import ModelTable, ProblemTable
+from pnode_dist.config.tables import Config, Count, NotNegative, Positive, Table
+from pnode_dist.problems.common.tables import Seed
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Cells = Annotated[int, Field(ge=2, strict=True)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Matrix = tuple[tuple[Number, ...], ...]
 
 PLANAR = ("moons", "rings", "pinwheel", "8gaussians", "checkerboard")
@@ -27,15 +25,13 @@ FILES = {"power": "power/data.npy", "miniboone": "miniboone/data.npy", "bsds300"
 """Tables in the files of Papamakarios et al.: Masked autoregressive flow for density estimation, NeurIPS 2017."""
 
 
-class FlowsConfig(BaseModel):
+class FlowsConfig(ProblemTable):
     """The table `[problem]` with `type = "flows"`: samples whose density is to be learnt.
 
     `moons` to `checkerboard` are densities in the plane and `gaussian` is one of any dimension: samples to learn from,
     to validate with and to test on are drawn. `wine`, `breast_cancer`, `diabetes` and `iris` are tables that come with
     scikit-learn. `power`, `miniboone` and `bsds300` are read from `directory`, where they lie as in MAF's data.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["flows"]
     density: Literal[
@@ -92,10 +88,8 @@ class FlowsConfig(BaseModel):
         return value
 
 
-class FlowsModelConfig(BaseModel):
+class FlowsModelConfig(ModelTable):
     """The table `[model]` of a flows problem: continuous flows, one after another, and what they are charged for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 64, 64)
     """Units of each hidden layer of a flow's velocity."""
@@ -119,10 +113,8 @@ class FlowsModelConfig(BaseModel):
     over time."""
 
 
-class FlowsEvaluationConfig(BaseModel):
+class FlowsEvaluationConfig(Table):
     """The table `[evaluation]` of a flows problem."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     samples: Count = 2_000
     """Samples drawn from the flow."""

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationInfo, field_validator
+from pydantic import Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import Config
+from pnode_dist.config.definition import ModelTable, ProblemTable
+from pnode_dist.config.tables import Config, Count, CountOrNone, Table
+from pnode_dist.problems.common.tables import Seed
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-CountOrNone = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Channels = Annotated[int, Field(ge=4, multiple_of=4, strict=True)]
 
 TEST_SHARE, SYNTHETIC_IMAGES = 0.2, 1024
 
 
-class ImagesConfig(BaseModel):
+class ImagesConfig(ProblemTable):
     """The table `[problem]` with `type = "images"`: images of 10 classes, to be told apart.
 
     Classes have the same shares in all parts that the images are split into.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["images"]
     data: Literal["digits", "cifar10", "synthetic"] = "digits"
@@ -35,7 +33,7 @@ class ImagesConfig(BaseModel):
     """The folder of `cifar10`, in its published binary or Python form."""
     images: Count | None = None
     """How many of `synthetic` there are, by default 1,024."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
+    seed: Seed = 0
     """Seeds how the images are split, and what synthetic ones show."""
     test: Share | None = None
     """The share of all images that `evaluate` judges by, by default 0.2. `cifar10` has a test part of its own."""
@@ -90,10 +88,8 @@ class ImagesConfig(BaseModel):
         return SYNTHETIC_IMAGES if self.images is None else self.images
 
 
-class ImagesModelConfig(BaseModel):
+class ImagesModelConfig(ModelTable):
     """The table `[model]` of an images problem: SqueezeNext; by default SqNxt_23_1x of the PNODE paper."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     stem: Channels = 64
     """Channels of the first layer."""
@@ -114,10 +110,8 @@ class ImagesModelConfig(BaseModel):
         return value
 
 
-class ImagesEvaluationConfig(BaseModel):
+class ImagesEvaluationConfig(Table):
     """The table `[evaluation]` of an images problem."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     batch_size: Count = 256
     """Images, of all replicas together, that are looked at at a time."""
