@@ -7,16 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import matplotlib
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.figure import SubFigure
 
-from pnode_dist.report.panels import MODEL_COLOUR, STYLE, draw_training, save
-
-Array = npt.NDArray[Any]
+from pnode_dist.report.panels import MODEL_COLOUR, Array, draw_comparison, draw_training, report_figure
 
 _SIZE = (12.0, 9.0)
 _DPI = 110
@@ -32,9 +27,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
     Above are the first forecast and the truth: maps of a state on a plane or lines of one on an axis, at up to five
     leads; of other states the entries that vary most, over time. For one rank.
     """
-    with matplotlib.rc_context(STYLE), h5py.File(forecast, "r") as file:
-        layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05, hspace=0.02, wspace=0.02)
-        figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
+    with report_figure(path, forecast, _SIZE, pad=0.04, dpi=_DPI) as (figure, file):
         (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.6, 1))
         axes = _space_axes(file)
         if len(axes) == 2:
@@ -47,7 +40,6 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
         draw_training(left, metrics_file, str(result.get("units", "")))
         _draw_errors(right, result)
         figure.suptitle(f"{result['problem']}: the first of {file['truth'].shape[0]} forecasts", fontsize=12)
-        save(figure, path)
 
 
 def _space_axes(file: h5py.File) -> list[int]:
@@ -92,24 +84,16 @@ def _channel(file: h5py.File) -> str:
 
 def _draw_maps(figure: SubFigure, file: h5py.File, axes: Sequence[int]) -> None:
     """Truth, forecast and their difference, one below the other, a column for each of some leads."""
-    shown = _shown_leads(file)
+    shown, times = _shown_leads(file), _times(file)
     truth, forecast = (_first_forecast(file, name, axes)[shown] for name in ("truth", "forecast"))
-    error = forecast - truth
     low, high = np.nanpercentile(truth, [0.5, 99.5])
-    largest = max(float(np.nanpercentile(np.abs(error), 99.5)), 1e-12)
-    colours = {"vmin": low, "vmax": high, "cmap": "viridis"}
-    difference = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
-    rows = (("Truth", truth, colours), ("Forecast", forecast, colours), ("Difference", error, difference))
-    panels = figure.subplots(len(rows), len(shown), squeeze=False)
-    times = _times(file)
-    for (name, values, style), row in zip(rows, panels, strict=True):
-        for number, axis in enumerate(row):
-            image = axis.imshow(values[number], origin="lower", interpolation="nearest", aspect="auto", **style)
-            axis.set(xticks=[], yticks=[])
-            if name == "Truth":
-                axis.set_title(f"+ {times[shown[number]]:g}", fontsize=10, fontweight="normal", loc="center")
-        row[0].set_ylabel(name, fontsize=11, fontweight="bold")
-        figure.colorbar(image, ax=list(row), label=_channel(file), aspect=13, pad=0.01)
+
+    def draw_one(axis: Axes, values: Array, **colours: Any) -> Any:
+        axis.set(xticks=[], yticks=[])
+        return axis.imshow(values, origin="lower", interpolation="nearest", aspect="auto", **colours)
+
+    titles = [f"+ {times[lead]:g}" for lead in shown]
+    draw_comparison(figure, draw_one, truth, forecast, titles, _channel(file), vmin=low, vmax=high, cmap="viridis")
 
 
 def _draw_profiles(figure: SubFigure, file: h5py.File, along: int) -> None:

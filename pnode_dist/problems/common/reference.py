@@ -1,8 +1,9 @@
-"""Trajectories to a tight tolerance, by PETSc's own adaptive integrator."""
+"""Trajectories to a tight tolerance, by PETSc's own adaptive integrators."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from petsc4py import PETSc
@@ -11,6 +12,8 @@ from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.partition import protocol
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.petsc import vectors
+
+Sample = TypeVar("Sample")
 
 _METHOD = "5dp"
 _TOLERANCE = 1e-9
@@ -26,6 +29,43 @@ class NotIntegrableError(ArithmeticError):
         self.reached = reached
 
 
+def integrator(comm: Any, prefix: str, kind: str, most_steps: int, first_step: float) -> PETSc.TS:
+    """A solver with step control, that stops exactly at the times it is asked for. Collective on `comm`.
+
+    `prefix` is that of its options: those for the solver under study are not for this one.
+    """
+    ts = PETSc.TS().create(comm=comm)
+    ts.setOptionsPrefix(prefix)
+    ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
+    ts.setType(kind)
+    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
+    ts.setMaxSteps(most_steps)
+    ts.setTimeStep(first_step)
+    return ts
+
+
+def followed(ts: PETSc.TS, solution: PETSc.Vec, times: Iterable[float], sample: Callable[[], Sample]) -> list[Sample]:
+    """What `sample` makes of the solution at the times, where the solver comes to one after the other.
+
+    Destroys the solver. Raises `NotIntegrableError` on all its ranks where the step control gives up, or the steps are
+    too many.
+    """
+    samples = []
+    try:
+        for time in times:
+            if time > ts.getTime():
+                ts.setMaxTime(time)
+                ts.solve(solution)
+                if ts.getConvergedReason() != PETSc.TS.ConvergedReason.CONVERGED_TIME:
+                    raise NotIntegrableError(ts.getTime())
+            samples.append(sample())
+    except PETSc.Error:
+        raise NotIntegrableError(ts.getTime()) from None
+    finally:
+        ts.destroy()
+    return samples
+
+
 def reference(
     equations: Function, initial: torch.Tensor, times: int, interval: float, partition: Partition, prefix: str
 ) -> torch.Tensor:
@@ -34,8 +74,7 @@ def reference(
 
     Computed by PETSc's TS with the Dormand-Prince pair and step control at a relative and absolute tolerance of 1e-9.
     The steps follow from norms over all ranks, so that rank counts differ by rounding alone. `prefix` is that of its
-    options: those for the solver under study are not for this one.
-    Raises `NotIntegrableError` on all ranks where the step control gives up.
+    options. Raises `NotIntegrableError` on all ranks where the step control gives up.
     """
     shape = partition.local_shape
     solution = vectors.create_vec(partition.comm, protocol.count(shape))
@@ -46,26 +85,10 @@ def reference(
             vectors.view(rate, shape).copy_(equations(torch.tensor(t), vectors.view(u, shape)))
         rate.stateIncrease()
 
-    ts = PETSc.TS().create(comm=partition.comm)
-    ts.setOptionsPrefix(prefix)
-    ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-    ts.setType(PETSc.TS.Type.RK)
+    ts = integrator(partition.comm, prefix, PETSc.TS.Type.RK, _MOST_STEPS, min(_FIRST_STEP, interval))
     ts.setRKType(_METHOD)
     ts.setRHSFunction(rates, solution.duplicate())
     ts.setTolerances(rtol=_TOLERANCE, atol=_TOLERANCE)
-    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
-    ts.setMaxSteps(_MOST_STEPS)
-    ts.setTimeStep(min(_FIRST_STEP, interval))
     state.copy_(initial)
     solution.stateIncrease()
-    samples = [state.clone()]
-    try:
-        for number in range(1, times):
-            ts.setMaxTime(number * interval)
-            ts.solve(solution)
-            samples.append(state.clone())
-    except PETSc.Error:
-        raise NotIntegrableError(ts.getTime()) from None
-    finally:
-        ts.destroy()
-    return torch.stack(samples)
+    return torch.stack(followed(ts, solution, [number * interval for number in range(times)], state.clone))

@@ -9,14 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import Config, Table
+from pnode_dist.config.definition import ModelTable, ProblemTable
+from pnode_dist.config.tables import Config, Count, NotNegative, Positive, Table
+from pnode_dist.problems.common.tables import Seed
 
-Count = Annotated[int, Field(ge=1, strict=True)]
 Cells = Annotated[int, Field(ge=2, strict=True)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Matrix = tuple[tuple[Number, ...], ...]
 
 PLANAR = ("moons", "rings", "pinwheel", "8gaussians", "checkerboard")
@@ -27,7 +25,7 @@ FILES = {"power": "power/data.npy", "miniboone": "miniboone/data.npy", "bsds300"
 """Tables in the files of Papamakarios et al.: Masked autoregressive flow for density estimation, NeurIPS 2017."""
 
 
-class FlowsConfig(Table):
+class FlowsConfig(ProblemTable):
     """The table `[problem]` with `type = "flows"`: samples whose density is to be learnt.
 
     `moons` to `checkerboard` are densities in the plane and `gaussian` is one of any dimension: samples to learn from,
@@ -92,7 +90,7 @@ class FlowsConfig(Table):
         return value
 
 
-class FlowsModelConfig(Table):
+class FlowsModelConfig(ModelTable):
     """The table `[model]` of a flows problem: continuous flows, one after another, and what they are charged for."""
 
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (64, 64, 64)

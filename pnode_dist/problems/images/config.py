@@ -9,17 +9,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictStr, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import Config, Table
+from pnode_dist.config.definition import ModelTable, ProblemTable
+from pnode_dist.config.tables import Config, Count, CountOrNone, Table
+from pnode_dist.problems.common.tables import Seed
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-CountOrNone = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Channels = Annotated[int, Field(ge=4, multiple_of=4, strict=True)]
 
 TEST_SHARE, SYNTHETIC_IMAGES = 0.2, 1024
 
 
-class ImagesConfig(Table):
+class ImagesConfig(ProblemTable):
     """The table `[problem]` with `type = "images"`: images of 10 classes, to be told apart.
 
     Classes have the same shares in all parts that the images are split into.
@@ -34,7 +34,7 @@ class ImagesConfig(Table):
     """The folder of `cifar10`, in its published binary or Python form. Required for `cifar10`."""
     images: Count | None = None
     """The number of `synthetic` images. Default: 1,024."""
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
+    seed: Seed = 0
     """Seed of the split of the images, and of `synthetic` images."""
     test: Share | None = None
     """The share of all images that only `evaluate` uses. Default: 0.2. `cifar10` comes with test images."""
@@ -89,7 +89,7 @@ class ImagesConfig(Table):
         return SYNTHETIC_IMAGES if self.images is None else self.images
 
 
-class ImagesModelConfig(Table):
+class ImagesModelConfig(ModelTable):
     """The table `[model]` of an images problem: SqueezeNext; by default SqNxt_23_1x of the PNODE paper."""
 
     stem: Channels = 64

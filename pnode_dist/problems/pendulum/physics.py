@@ -16,6 +16,7 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.steppers.base import options_database
+from pnode_dist.problems.common.reference import NotIntegrableError, followed, integrator
 from pnode_dist.problems.pendulum.config import PendulumParameters
 
 Array = npt.NDArray[np.float64]
@@ -74,40 +75,30 @@ def motion(initial: Array, times: Sequence[float], parameters: PendulumParameter
         change = (pushed * along).sum(axis=-1) / parameters.length
         result.array[:] = np.stack([angular_velocity, change], axis=-1).reshape(-1)
 
-    ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
-    # Options for the solver under study are not for this one.
-    ts.setOptionsPrefix(_PREFIX)
-    ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-    ts.setType(PETSc.TS.Type.RK)
+    ts = integrator(PETSc.COMM_SELF, _PREFIX, PETSc.TS.Type.RK, _MOST_STEPS, min(_FIRST_STEP, *np.diff(times)))
     ts.setRKType(_METHOD)
     ts.setRHSFunction(slope, solution.duplicate())
     ts.setTolerances(rtol=_TOLERANCE, atol=_TOLERANCE)
-    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
-    ts.setMaxSteps(_MOST_STEPS)
     ts.setTime(times[0])
-    ts.setTimeStep(min(_FIRST_STEP, *np.diff(times)))
     # The tolerance is for each trajectory, not for their mean.
     with options_database({f"{_PREFIX}ts_adapt_wnormtype": "infinity"}):
         ts.setFromOptions()
     solution.array[:] = initial.reshape(-1)
-    samples = [initial.copy()]
-    failed = False
+
+    def sample() -> Array:
+        # In the maximum norm PETSc sees no error where there is no number.
+        found: Array = solution.array_r.reshape(initial.shape).copy()
+        if not np.isfinite(found).all():
+            raise NotIntegrableError(ts.getTime())
+        return found
+
     try:
-        for time in times[1:]:
-            ts.setMaxTime(time)
-            ts.solve(solution)
-            samples.append(solution.array_r.reshape(initial.shape).copy())
-    except PETSc.Error:
-        failed = True
-    reached = ts.getTime()
-    ts.destroy()
-    # In the maximum norm PETSc sees no error where there is no number.
-    if failed or not np.isfinite(samples[-1]).all():
+        return np.stack(followed(ts, solution, times, sample))
+    except NotIntegrableError as error:
         raise ConfigurationError(
-            f"[problem]: the motion cannot be followed to {times[-1]:g} s, but to {reached:g} s: gravity, drag or wind "
-            "is too large"
-        )
-    return np.stack(samples)
+            f"[problem]: the motion cannot be followed to {times[-1]:g} s, but to {error.reached:g} s: gravity, drag "
+            "or wind is too large"
+        ) from None
 
 
 def _along(angle: Array) -> Array:

@@ -11,6 +11,7 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.steppers.base import options_database
+from pnode_dist.problems.common.reference import NotIntegrableError, followed, integrator
 
 Array = npt.NDArray[np.float64]
 
@@ -77,11 +78,7 @@ def reference(initial: Array, times: Sequence[float], rates: Sequence[float], at
         operator.setValuesCSR(starts, columns, blocks.reshape(-1))
         operator.assemble()
 
-    ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
-    # Options for the solver under study are not for this one.
-    ts.setOptionsPrefix(_PREFIX)
-    ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-    ts.setType(PETSc.TS.Type.ARKIMEX)
+    ts = integrator(PETSc.COMM_SELF, _PREFIX, PETSc.TS.Type.ARKIMEX, _MOST_STEPS, min(_FIRST_STEP, times[0] / 10))
     ts.setARKIMEXType(_METHOD)
     ts.setARKIMEXFullyImplicit(True)
     ts.setIFunction(residual, solution.duplicate())
@@ -89,9 +86,6 @@ def reference(initial: Array, times: Sequence[float], rates: Sequence[float], at
     smallest = solution.duplicate()
     smallest.array[:] = np.tile(atol, len(initial))
     ts.setTolerances(rtol=_RTOL, atol=smallest)
-    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
-    ts.setMaxSteps(_MOST_STEPS)
-    ts.setTimeStep(min(_FIRST_STEP, times[0] / 10))
     ts.getSNES().setTolerances(rtol=1e-10, atol=0.0, stol=1e-12)
     ksp = ts.getSNES().getKSP()
     ksp.setType(PETSc.KSP.Type.PREONLY)
@@ -100,20 +94,13 @@ def reference(initial: Array, times: Sequence[float], rates: Sequence[float], at
     with options_database({f"{_PREFIX}ts_adapt_wnormtype": "infinity"}):
         ts.setFromOptions()
     solution.array[:] = initial.reshape(-1)
-    samples = []
     try:
-        for time in times:
-            ts.setMaxTime(time)
-            ts.solve(solution)
-            samples.append(solution.array_r.reshape(initial.shape).copy())
-    except PETSc.Error:
+        return np.stack(followed(ts, solution, times, lambda: solution.array_r.reshape(initial.shape).copy()))
+    except NotIntegrableError as error:
         raise ConfigurationError(
-            f"[problem]: the reactions cannot be followed beyond time {ts.getTime():g}: rates, highest or last is too "
+            f"[problem]: the reactions cannot be followed beyond time {error.reached:g}: rates, highest or last is too "
             "large"
         ) from None
-    finally:
-        ts.destroy()
-    return np.stack(samples)
 
 
 def _block_diagonal(blocks: int, size: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

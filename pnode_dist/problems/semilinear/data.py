@@ -11,6 +11,7 @@ from petsc4py import PETSc
 from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.problems.common.reference import NotIntegrableError, followed, integrator
 from pnode_dist.problems.semilinear.config import LineConfig, LineEquation
 from pnode_dist.problems.semilinear.equation import convection_stencil, initial_state, linear_stencil
 from pnode_dist.problems.semilinear.periodic_line import line, operator
@@ -78,45 +79,24 @@ def reference(
         p.scale(-1.0)
         p.shift(shift)
 
-    ts = PETSc.TS().create(comm=MPI.COMM_SELF)
-    # Options for the solver under study are not for this one.
-    ts.setOptionsPrefix(_PREFIX)
-    ts.setType(PETSc.TS.Type.ARKIMEX)
+    ts = integrator(MPI.COMM_SELF, _PREFIX, PETSc.TS.Type.ARKIMEX, _MOST_STEPS, min(_FIRST_STEP, interval))
     ts.setARKIMEXType(_METHOD)
     ts.setEquationType(PETSc.TS.EquationType.EXPLICIT)
     ts.setRHSFunction(explicit, solution.duplicate())
     ts.setIFunction(implicit, solution.duplicate())
     ts.setIJacobian(implicit_jacobian, jacobian)
     ts.setTolerances(rtol=_TOLERANCE, atol=_TOLERANCE)
-    ts.setExactFinalTime(PETSc.TS.ExactFinalTime.MATCHSTEP)
-    ts.setMaxSteps(_MOST_STEPS)
-    ts.setTimeStep(min(_FIRST_STEP, interval))
     snes = ts.getSNES()
     snes.setType(PETSc.SNES.Type.KSPONLY)
     snes.ksp.setType(PETSc.KSP.Type.PREONLY)
     snes.ksp.pc.setType(PETSc.PC.Type.LU)
     state.copy_(initial.view(state.shape))
     solution.stateIncrease()
-    samples = []
+    sampled = [spin_up + number * interval for number in range(times)]
     try:
-        for number in range(times):
-            end = spin_up + number * interval
-            if end > 0:
-                ts.setMaxTime(end)
-                ts.solve(solution)
-                if ts.getConvergedReason() != PETSc.TS.ConvergedReason.CONVERGED_TIME:
-                    raise _given_up(equation, points, ts)
-            samples.append(state.flatten().clone())
-    except PETSc.Error:
-        raise _given_up(equation, points, ts) from None
-    finally:
-        ts.destroy()
-    return torch.stack(samples)
-
-
-def _given_up(equation: LineEquation, points: int, ts: PETSc.TS) -> ConfigurationError:
-    return ConfigurationError(
-        f"[problem]: the {equation.title} equation on {points} points cannot be integrated beyond time "
-        f"{ts.getTime():g} in {_MOST_STEPS} steps of an accuracy of {_TOLERANCE:g}: use more points, or shorter "
-        "trajectories"
-    )
+        return torch.stack(followed(ts, solution, sampled, lambda: state.flatten().clone()))
+    except NotIntegrableError as error:
+        raise ConfigurationError(
+            f"[problem]: the {equation.title} equation on {points} points {error} in {_MOST_STEPS} steps of an "
+            f"accuracy of {_TOLERANCE:g}: use more points, or shorter trajectories"
+        ) from None
