@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pnode_dist.system.compatibility import check_versions
 
 if TYPE_CHECKING:
+    __version__: str
+
     from pnode_dist.checkpointing.budget import CheckpointBudget as CheckpointBudget
     from pnode_dist.checkpointing.budget import Trajectory as Trajectory
     from pnode_dist.config.definition import ModelTable as ModelTable
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from pnode_dist.train.fit import evaluate as evaluate
     from pnode_dist.train.fit import fit as fit
 
-__version__ = version("pnode-dist")
 # `pnode_dist.sync`, `.sampler` and `.sharding`, which have moved, can still be imported.
 __path__.append(str(Path(__file__).with_name("deprecated")))
 
@@ -86,6 +87,9 @@ check_versions()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        # Installation imports the checkout before it is installed.
+        return version("pnode-dist")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'pnode_dist' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
