@@ -25,7 +25,7 @@ class ForecastTable(ProblemTable):
     validation: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Trajectories held out for validation, the last ones; of a single trajectory its last times. Default: a fifth."""
     missing: Literal["refuse", "mask"] = "refuse"
-    """Whether values that are not a number are refused, or left out of the loss and of all errors."""
+    """Refuse values that are not a number, or leave them out of the loss and of all errors."""
 
 
 class ComputedTable(ProblemTable):
@@ -40,7 +40,7 @@ class ComputedTable(ProblemTable):
     times: Times
     """Samples of each trajectory, with the first."""
     window: Count
-    """How many samples ahead of its start a training window reaches."""
+    """Samples ahead of its start that a training window reaches."""
 
     @field_validator("window")
     @classmethod
