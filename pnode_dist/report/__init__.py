@@ -1,1 +1,1 @@
-"""What a run leaves for people: its forecast as a file, its report as a picture."""
+"""The results of a run for its readers: forecasts as files, reports as pictures and pages."""

@@ -28,5 +28,5 @@ def in_turn(
 
 
 def write_failure(path: Path, error: OSError) -> ConfigurationError:
-    """What to raise for a file that cannot be written."""
+    """The error to raise for a file that cannot be written."""
     return ConfigurationError(f"{path}: cannot be written: {error.strerror or error}")

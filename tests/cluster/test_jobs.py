@@ -169,7 +169,7 @@ def stopping(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("how", STOPS)
-def test_a_training_stops_before_its_time_is_up_and_goes_on_in_the_next_run_of_the_job(
+def test_a_training_stops_before_its_time_and_goes_on_in_the_next_run_of_the_job(
     slurm: Slurm, stopping: dict[str, tuple[str, Path]], how: str
 ) -> None:
     job, run = stopping[how]

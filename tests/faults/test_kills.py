@@ -94,7 +94,7 @@ def children_of(launcher: int) -> list[int]:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("phases", [(SUM,), pytest.param(tuple(KILLED), id="all", marks=pytest.mark.nightly)])
-def test_a_rank_killed_in_any_phase_ends_the_others_and_the_run_goes_on_to_the_same_end(
+def test_a_rank_killed_in_any_phase_ends_all_and_the_run_resumes_to_the_same_end(
     phases: tuple[str, ...], config_file: Path, tmp_path: Path
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"

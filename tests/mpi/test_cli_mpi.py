@@ -58,7 +58,7 @@ def test_training_and_evaluation_write_one_runs_files_and_rank_0_alone_speaks(co
     assert (versions["ranks"], len(versions["hosts"])) == (COMM.size, COMM.size)
 
 
-def test_the_first_loss_and_gradient_norm_are_those_of_the_gradient_of_the_whole_batch(config_file, directory, capfd):
+def test_the_first_loss_and_gradient_norm_are_those_of_the_whole_batch(config_file, directory, capfd):
     from pnode_dist import Mesh
     from pnode_dist.config.load import load
     from pnode_dist.train.run import build_problem

@@ -126,7 +126,7 @@ def test_split_weights_and_random_states_of_every_rank_are_resumed_to_the_same_b
 
 
 @pytest.mark.skipif(COMM.size == 1, reason="one rank has one mesh")
-def test_on_another_mesh_a_run_goes_on_with_the_same_batches_to_the_same_result_but_for_rounding(
+def test_on_another_mesh_a_run_resumes_to_the_same_result_but_for_rounding(
     directory: Path,
 ) -> None:
     with Mesh() as mesh:

@@ -72,7 +72,7 @@ def test_a_rank_has_its_part_of_the_same_trajectories(
         torch.testing.assert_close(ensemble.values[0], whole[:, begin:end], rtol=1e-12, atol=1e-13)
 
 
-def test_loss_and_gradient_are_those_of_a_naive_trapezoidal_rule_over_all_trajectories(
+def test_loss_and_gradient_are_those_of_a_naive_trapezoidal_rule(
     problem: RobertsonProblem, mesh: Mesh, scaled: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     model = parallel(problem.model, mesh)

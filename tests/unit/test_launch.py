@@ -74,7 +74,7 @@ def test_intel_mpi_pins_by_itself_where_there_are_enough_cores(tmp_path: Path) -
     assert pinning(1000, I_MPI_PIN="on").rstrip().endswith("2021.12 on omp -n 1000 true")
 
 
-def test_ranks_on_the_nodes_of_a_slurm_job_are_bound_where_each_node_has_enough_cores(tmp_path: Path) -> None:
+def test_ranks_of_a_slurm_job_are_bound_where_each_node_has_enough_cores(tmp_path: Path) -> None:
     assert "-bind-to core:1" in mpirun_command(tmp_path, "mpich", "-n", "8", "true", SLURM_JOB_NUM_NODES="8")
 
 

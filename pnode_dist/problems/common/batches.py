@@ -1,4 +1,4 @@
-"""Which training windows, or other samples, a replica takes, batch by batch."""
+"""The training windows, or other samples, of a replica, batch by batch."""
 
 from __future__ import annotations
 

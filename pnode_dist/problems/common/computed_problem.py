@@ -26,7 +26,7 @@ class ComputedProblem(ForecastProblem):
     model_variable: ClassVar[str] = "forecast"
     """The name of the model's forecasts in the file."""
     stores_baselines: ClassVar[bool] = True
-    """Whether the file also holds the forecasts that the model is compared with."""
+    """The file also holds the forecasts that the model is compared with."""
     file_dtype: ClassVar[type[np.floating[Any]]] = np.float32
 
     def sample_times(self) -> Sequence[float]:

@@ -22,7 +22,7 @@ _MOST_STEPS = 2**31 - 1
 
 
 class NotIntegrableError(ArithmeticError):
-    """The step control gave up at the time `reached`."""
+    """The step control failed at the time `reached`."""
 
     def __init__(self, reached: float) -> None:
         super().__init__(f"cannot be integrated beyond time {reached:g}")
@@ -45,10 +45,10 @@ def integrator(comm: Any, prefix: str, kind: str, most_steps: int, first_step: f
 
 
 def followed(ts: PETSc.TS, solution: PETSc.Vec, times: Iterable[float], sample: Callable[[], Sample]) -> list[Sample]:
-    """What `sample` makes of the solution at the times, where the solver comes to one after the other.
+    """The results of `sample()` at each of the increasing times, with `solution` solved up to it.
 
-    Destroys the solver. Raises `NotIntegrableError` on all its ranks where the step control gives up, or the steps are
-    too many.
+    Destroys the solver. Raises `NotIntegrableError` on all its ranks if the step control fails or the steps are too
+    many.
     """
     samples = []
     try:
@@ -74,7 +74,7 @@ def reference(
 
     Computed by PETSc's TS with the Dormand-Prince pair and step control at a relative and absolute tolerance of 1e-9.
     The steps follow from norms over all ranks, so that rank counts differ by rounding alone. `prefix` is that of its
-    options. Raises `NotIntegrableError` on all ranks where the step control gives up.
+    options. Raises `NotIntegrableError` on all ranks if the step control fails.
     """
     shape = partition.local_shape
     solution = vectors.create_vec(partition.comm, protocol.count(shape))

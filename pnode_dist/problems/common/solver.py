@@ -1,4 +1,4 @@
-"""What the tables [solver] and [trajectory] make of a problem's right-hand side, and whether they can."""
+"""Solves as the tables [solver] and [trajectory] configure them, and checks of their budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a flow is judged: the likelihood of rows that it has not seen, what it draws, and whether it is a density at all.
+"""The evaluation of a flow: the likelihood of unseen rows, samples of the flow, and the integral of its density.
 
 Each state rank takes a part of the rows; what it finds is gathered on all of them, so that every figure is the same on
 every rank. All traces are exact.
@@ -42,7 +42,7 @@ class SpreadFlow:
         return self.over(lambda part: (self.flow(part).log_density,), rows)[0]
 
     def over(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], rows: Rows) -> tuple[Array, ...]:
-        """What `function` makes of each of the `rows`, whole on every rank, in float64. Collective on the state ranks.
+        """Apply `function` to each of the `rows`; whole on every rank, in float64. Collective on the state ranks.
 
         They are taken in blocks, whose size the derivatives of each row allow, and each rank does its part of a block.
         """

@@ -4,8 +4,8 @@ W. Grathwohl et al.: FFJORD: free-form continuous dynamics for scalable reversib
 "FFJORD"). C. Finlay et al.: How to train your neural ODE: the world of Jacobian and kinetic regularization, ICML 2020
 ("RNODE").
 
-`FlowDynamics` is a right-hand side and knows nothing of solvers; `ContinuousFlow` is made of solves of such, which are
-called as `pnode_dist.NeuralODE` is, and knows nothing of how they are done. Nothing here communicates by itself: a rank
+`FlowDynamics` is a right-hand side and independent of solvers; `ContinuousFlow` is made of solves of such, which are
+called as `pnode_dist.NeuralODE` is, by whatever method. Nothing here communicates by itself: a rank
 holds whole samples.
 """
 
@@ -105,7 +105,7 @@ class Whitening(nn.Module):
 
 
 class FlowDensity(NamedTuple):
-    """What a flow says of samples: where they end in the base space `[sample, dimension]`, the log of their density
+    """Densities of samples by a flow: their places in the base space `[sample, dimension]`, the log of their density
     `[sample]` in nats, and the integrals of the charges `[sample]` each."""
 
     base: torch.Tensor

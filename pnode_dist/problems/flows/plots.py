@@ -152,7 +152,7 @@ def _draw_paths(axis: Axes, file: h5py.File) -> None:
 
 
 def _draw_histograms(axis: Axes, file: h5py.File) -> None:
-    """How the log densities of test rows and of samples are distributed."""
+    """The distributions of the log densities of test rows and of samples."""
     test, samples = file["test_log_density_flow"][:], file["sample_log_density"][:]
     low, high = np.percentile(np.concatenate([test, samples]), [0.5, 100])
     bins = np.linspace(low, high + 0.02 * (high - low), 40)

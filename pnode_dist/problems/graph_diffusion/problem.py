@@ -31,8 +31,8 @@ _TEMPERATURES = 41
 class GraphDiffusionProblem(ComputedProblem):
     """Learn how heat flows on an irregular mesh. Solved for are temperatures in units of their root mean square.
 
-    Linear diffusion, which the model is compared with, knows how the equations depend on the lengths of edges and has
-    one constant conductivity, fitted to the training trajectories; it is solved with the model's steps.
+    The model is compared with linear diffusion: the equations with their dependence on the lengths of edges and one
+    constant conductivity, fitted to the training trajectories. It is solved with the model's steps.
     """
 
     config: GraphDiffusionRun

@@ -64,7 +64,7 @@ class ImageData:
 
 @dataclass(frozen=True)
 class Moves:
-    """How each training image is varied in one epoch: by how many points it is moved in y and x, and if mirrored.
+    """Variations of each training image in one epoch: the points it is moved by in y and x, and if it is mirrored.
 
     `shifts` is `[samples, 2]`, `mirrored` `[samples]`.
     """
@@ -87,7 +87,7 @@ class Moves:
 
 
 def draw_moves(config: ImagesConfig, samples: int, seed: int, epoch: int) -> Moves:
-    """How the training images are varied in an epoch, which `seed` and `epoch` fix. Not collective."""
+    """The variations of the training images in an epoch, which `seed` and `epoch` fix. Not collective."""
     generator = np.random.default_rng([_MOVES, seed, epoch])
     shifts = generator.integers(-config.shift, config.shift, (samples, 2), endpoint=True)
     mirrored = generator.random(samples) < 0.5
@@ -123,7 +123,7 @@ def _load(config: ImagesConfig) -> ImageData:
 def split(
     whole: LabelledImages, share: float, name: str, generator: np.random.Generator
 ) -> tuple[LabelledImages, LabelledImages]:
-    """What remains, and a part in which every class has `share` of its images, both in the order of the whole.
+    """The rest, and a part in which every class has `share` of its images, both in the order of the whole.
 
     Raises `ConfigurationError` where one of them has no image.
     """

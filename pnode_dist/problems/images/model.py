@@ -164,7 +164,7 @@ class SqueezeNext(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def first_state(self, images: torch.Tensor) -> torch.Tensor:
-        """What the solve of the first group starts from. Collective as the normalisations are."""
+        """The initial state of the first group's solve. Collective as the normalisations are."""
         x = self.activation(self.stem(channels_first(images, _AXES)))
         return channels_last(self.transitions[0](x), images, _AXES)
 

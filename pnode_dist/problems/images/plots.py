@@ -37,7 +37,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
 
 
 def _draw_confusion(axis: Axes, labels: Array, taken: Array, classes: list[str]) -> None:
-    """How many images of each class, row by row, are taken for each class; coloured by their share of the row."""
+    """The confusion matrix: images of a class in each row, counted by predicted class, coloured by their share."""
     counts = np.zeros(2 * (len(classes),), dtype=int)
     np.add.at(counts, (labels, taken), 1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

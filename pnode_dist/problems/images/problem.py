@@ -130,7 +130,7 @@ class ImagesProblem(TrainableProblem):
 
     @property
     def partition(self) -> BatchPartition:
-        """How the images of the largest share of a batch lie on the state ranks."""
+        """The distribution of the largest share of a batch over the state ranks."""
         share = math.ceil(self.config.training.batch_size / self.mesh.data_replicas)
         return BatchPartition(self.mesh, share, self.data.training.images.shape[1:])
 
@@ -188,7 +188,7 @@ class ImagesProblem(TrainableProblem):
         return GradcheckCase(batch.images.clone().requires_grad_(), loss, tuple(self.model.parameters()), partition)
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
-        """How many test images of each class are told apart; writes `forecast.h5` and `report.png`.
+        """Count the test images of each class that are classified correctly; writes `forecast.h5` and `report.png`.
 
         The recall of a class is the share of its images that are taken for it, the precision that of the images taken
         for it that are of it, None if there are none. Row by row the confusion matrix counts the images of a class by

@@ -78,7 +78,7 @@ def _draw_errors(axis: Axes, file: h5py.File) -> None:
 
 
 def _draw_drift(axis: Axes, file: h5py.File) -> None:
-    """How far the rollouts leave the circle that the rod allows, in length and in speed along the rod."""
+    """The distance of the rollouts from the circle that the rod allows, and their speed along the rod."""
     times, states = file["time"][1:], file["forecast"][:]
     distance = np.linalg.norm(states[..., :2], axis=-1)
     along = (states[..., :2] * states[..., 2:4]).sum(axis=-1) / distance

@@ -26,7 +26,7 @@ _REFINEMENT = 16
 
 @dataclass(frozen=True)
 class Pursuit:
-    """What a solve from output time to output time came to.
+    """The result of a solve from output time to output time.
 
     `states` `[1 + reached, ...]` are the initial state and those at the times that were reached, `steps` how many
     steps it had taken by each of them. `cost` adds up all of them. `stopped` says why it ended early, None if it came

@@ -105,7 +105,7 @@ def _draw_errors(axis: Axes, file: h5py.File) -> None:
 
 
 def _draw_steps(axis: Axes, file: h5py.File) -> None:
-    """How many steps each solve of the trained model had taken by each time."""
+    """The steps that each solve of the trained model had taken by each time."""
     times = file["time"][1:]
     for name, (label, style) in _SOLVES.items():
         steps = file[name][1:]

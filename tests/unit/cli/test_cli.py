@@ -164,7 +164,7 @@ def test_a_gradient_that_is_wrong_ends_the_check_with_code_1_and_says_why(config
     assert len(result["failures"]) == len(err.splitlines())
 
 
-def test_a_loss_that_diverges_ends_training_with_code_1_and_one_line_that_names_the_step(config_file, capfd):
+def test_a_loss_that_diverges_ends_with_code_1_and_one_line_naming_the_step(config_file, capfd):
     code = main(["train", str(config_file), "--set", "training.learning_rate=1e20", "--set", "training.dtype=float32"])
 
     out, err = capfd.readouterr()

@@ -98,7 +98,7 @@ def test_a_save_that_fails_keeps_the_old_parameters(mesh, tmp_path, monkeypatch)
     assert files(tmp_path) == {"model.pt"}
 
 
-def test_running_statistics_are_saved_but_no_buffer_that_may_be_one_ranks_part_of_a_field(mesh, tmp_path):
+def test_running_statistics_are_saved_but_no_buffer_of_one_rank_s_field(mesh, tmp_path):
     model, again = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     model.register_buffer("part", torch.ones(2), persistent=False)
     model(torch.randn(5, 3))

@@ -52,9 +52,7 @@ def test_traffic_with_disk_checkpoints_is_recorded_in_bytes(decay, mesh, trainin
     assert first["recomputed_steps"] > 0
 
 
-def test_the_recorded_loss_and_gradient_norm_are_those_of_the_parameters_before_the_step(
-    decay, mesh, training, tmp_path
-):
+def test_the_recorded_loss_and_gradient_norm_are_those_before_the_step(decay, mesh, training, tmp_path):
     batch = next(decay.batches(1))
     loss = decay.loss(decay.model, batch)
     (gradient,) = torch.autograd.grad(loss, list(decay.model.parameters()))
@@ -124,9 +122,7 @@ def test_the_cosine_schedule_falls_from_the_learning_rate_towards_zero(decay, me
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
 
 
-def test_clipping_limits_the_gradient_that_the_optimiser_sees_but_not_the_recorded_norm(
-    decay, mesh, training, tmp_path
-):
+def test_clipping_limits_the_optimiser_s_gradient_but_not_the_recorded_norm(decay, mesh, training, tmp_path):
     clipped = training.model_copy(update={"epochs": 1, "gradient_clip": 1e-3})
 
     loop.train(decay, clipped, mesh, tmp_path)

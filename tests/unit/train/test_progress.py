@@ -11,7 +11,7 @@ def summary(epoch: int, validation=None) -> EpochSummary:
     return EpochSummary(epoch, 10, 0.5, 2.0, 4.0, validation, "K")
 
 
-def test_lines_come_as_often_as_asked_and_for_the_first_the_last_and_every_validation():
+def test_lines_come_as_often_as_asked_at_both_ends_and_at_every_validation():
     stream = io.StringIO()
     lines = Lines(stream, every=4)
     for epoch in range(1, 11):

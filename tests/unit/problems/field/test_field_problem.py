@@ -44,7 +44,7 @@ def build(path: Path, mesh: Mesh, dtype: torch.dtype = torch.float64, **tables: 
 # Batches
 
 
-def test_an_epoch_has_every_training_window_once_and_none_that_touches_the_validation(path: Path, mesh: Mesh) -> None:
+def test_an_epoch_has_every_training_window_once_and_none_of_the_validation(path: Path, mesh: Mesh) -> None:
     problem = build(path, mesh)
     batches = list(problem.batches(1))
     starts = [start for batch in batches for start in batch.starts]

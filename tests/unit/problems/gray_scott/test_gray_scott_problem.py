@@ -75,7 +75,7 @@ def test_the_configured_solver_is_the_one_that_solves(mesh: Mesh) -> None:
     assert problem.loss(problem.model, next(problem.batches(1))).isfinite()
 
 
-def test_a_right_hand_side_in_lower_precision_leaves_parameters_and_gradients_as_they_are(mesh: Mesh) -> None:
+def test_f_in_lower_precision_leaves_parameters_and_gradients_in_their_type(mesh: Mesh) -> None:
     gradients = {}
     for name in (None, "float32"):
         problem = built(mesh, solver={"compute_dtype": name})

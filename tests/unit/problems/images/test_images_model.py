@@ -35,7 +35,7 @@ def convolution(inputs: int, outputs: int, points: int = 1, bias: int = 0) -> in
     return (inputs * points + bias + 2) * outputs
 
 
-def test_the_default_network_has_the_paper_s_number_of_parameters_in_its_right_hand_sides() -> None:
+def test_the_default_network_has_the_paper_s_number_of_parameters_in_f() -> None:
     network = SqueezeNext(3, 10, Euler)
     assert sum(size(block) for block in network.blocks) == 199_800
     layers = convolution(3, 64, 9) + convolution(256, 128) + (128 + 1) * 10

@@ -172,7 +172,7 @@ def test_what_cannot_be_done_is_said_before_training(mesh: Mesh, tables: dict[st
 # From the command line
 
 
-def test_a_run_is_evaluated_from_its_files_with_the_statistics_that_it_was_trained_to(
+def test_a_run_is_evaluated_from_its_files_with_its_running_statistics(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     directory, path = tmp_path / "run", tmp_path / "small.toml"

@@ -57,7 +57,7 @@ def test_where_the_algebraic_equation_holds_the_motion_is_that_without_the_tensi
     torch.testing.assert_close(found[..., 4], torch.zeros_like(found[..., 4]), rtol=0, atol=1e-11)
 
 
-def test_the_algebraic_equation_is_the_second_derivative_of_half_the_square_of_the_distance() -> None:
+def test_the_algebraic_equation_is_the_second_derivative_of_the_constraint() -> None:
     state = STATES[0, 0]
     slopes = built()(NOW, state)
 

@@ -197,9 +197,7 @@ def test_a_rival_whose_steps_shrink_to_nothing_is_reported(
     assert rival["reached_time"] == pytest.approx(10.0 ** LOG_TIMES[3])
 
 
-def test_the_report_is_drawn_and_the_file_holds_truth_and_rollout_with_their_coordinates(
-    built: Any, tmp_path: Path
-) -> None:
+def test_the_report_is_drawn_and_the_file_holds_truth_and_rollout(built: Any, tmp_path: Path) -> None:
     problem = built()
     with torch.no_grad():
         table = problem.evaluate(problem.model, tmp_path)
