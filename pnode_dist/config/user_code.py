@@ -14,7 +14,8 @@ from pathlib import Path
 from pnode_dist.errors import ConfigurationError
 
 _OWN = Path(__file__).parents[1]
-_LIBRARIES = tuple(Path(path) for path in {*sysconfig.get_paths().values()})
+_STANDARD = Path(sysconfig.get_paths()["stdlib"])
+_INSTALLED = {"site-packages", "dist-packages"}
 _shown = False
 
 
@@ -54,10 +55,13 @@ def _place_of(error: BaseException, file: Path | None) -> str | None:
     frames = [frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename[0] != "<"]
     for frame in frames:
         path = Path(frame.filename)
-        if file is not None and (path == file or (path.is_relative_to(file.parent) and file.parent not in _LIBRARIES)):
+        is_beside = file is not None and path.is_relative_to(file.parent) and file.parent.name not in _INSTALLED
+        if path == file or is_beside:
             return f"{frame.filename}:{frame.lineno}"
     for frame in frames:
         path = Path(frame.filename)
-        if not path.is_relative_to(_OWN) and not any(path.is_relative_to(library) for library in _LIBRARIES):
+        # Environments may be nested, so libraries may lie in folders that are not this interpreter's.
+        is_library = path.is_relative_to(_OWN) or path.is_relative_to(_STANDARD) or _INSTALLED & {*path.parts}
+        if not is_library:
             return f"{frame.filename}:{frame.lineno}"
     return None

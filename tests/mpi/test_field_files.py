@@ -15,9 +15,9 @@ from mpi4py import MPI
 from pnode_dist import Mesh
 from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.field import FieldProblem, build_field
 from pnode_dist.problems.field.data import open_source, read_field
 from pnode_dist.problems.field.model import windows
+from pnode_dist.problems.field.problem import FieldProblem, build_field
 from tests.unit.problems.common.files import count_reads
 from tests.unit.problems.field.plain_field import PlainField
 from tests.unit.problems.field.synthetic_fields import NX, NY, TIMES, VALIDATION, config, dataset, land, values, write

@@ -122,20 +122,21 @@ def test_the_gradient_check_finds_the_derivative_of_one_rank(name: str, director
 @pytest.mark.usefixtures("undrawn")
 def test_the_evaluation_is_that_of_one_rank(name: str, directory: Path, mesh: Mesh) -> None:
     tables, files = [], []
-    for number, place in enumerate((mesh, Mesh(state=1, data=mesh.size))):
-        to = directory / str(number)
-        to.mkdir(exist_ok=True)
-        COMM.Barrier()
-        enough = {"training": {"batch_size": max(4, mesh.size)}}
-        problem = build_problem(SMALL[name](directory, **enough), place, torch.float64)
-        problem.model.eval()
-        with torch.no_grad():
-            table = problem.evaluate(problem.model, to)
-        assert all(other == table for other in COMM.allgather(table))
-        tables.append(dict(numbers_in(table)))
-        with xarray.open_dataset(to / "forecast.h5", engine="h5netcdf") as data:
-            files.append(data.load())
-        COMM.Barrier()
+    with Mesh(state=1, data=mesh.size) as replicas:
+        for number, place in enumerate((mesh, replicas)):
+            to = directory / str(number)
+            to.mkdir(exist_ok=True)
+            COMM.Barrier()
+            enough = {"training": {"batch_size": max(4, mesh.size)}}
+            problem = build_problem(SMALL[name](directory, **enough), place, torch.float64)
+            problem.model.eval()
+            with torch.no_grad():
+                table = problem.evaluate(problem.model, to)
+            assert all(other == table for other in COMM.allgather(table))
+            tables.append(dict(numbers_in(table)))
+            with xarray.open_dataset(to / "forecast.h5", engine="h5netcdf") as data:
+                files.append(data.load())
+            COMM.Barrier()
     assert tables[0].keys() == tables[1].keys()
     for place, value in tables[0].items():
         if not any(part in place for part in OF_THE_RANKS):
