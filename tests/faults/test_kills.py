@@ -64,6 +64,7 @@ def train(config_file: Path, run: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE + 30 * KILLS)
 
 
+@pytest.mark.nightly  # the first phase in which a rank is killed stands for them
 @pytest.mark.timeout(600 + 100 * KILLS)
 def test_random_kills_change_nothing_and_leave_nothing(config_file: Path, tmp_path: Path) -> None:
     train(config_file, tmp_path / "whole")
