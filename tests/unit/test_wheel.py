@@ -97,6 +97,12 @@ def test_the_wheel_is_what_is_imported(installed: Path, empty: Path) -> None:
     assert found.stdout.startswith(str(installed.parent))
 
 
+def test_a_configuration_that_is_begun_trains_as_it_is(installed: Path, empty: Path) -> None:
+    Path("field.toml").write_text(run(installed, 1, "config", "init", "field").stdout)
+    run(installed, 2, "train", "field.toml", "--set", "training.epochs=1")
+    assert Path("runs/field/model.pt").is_file()
+
+
 def test_own_problem_is_stopped_resumed_evaluated_and_checked(installed: Path, empty: Path) -> None:
     often = ("--set", "snapshot.every_steps=1", "--set", "training.epochs=12")
     run(installed, 2, "train", "mine.toml", "--run-dir", "whole", *SPILLING, *often)
