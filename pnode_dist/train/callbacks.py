@@ -44,7 +44,7 @@ class Callback:
         """Called after every epoch, and after its validation if there is one."""
 
     def on_snapshot(self, step: int) -> None:
-        """Called once a snapshot after `step` optimiser steps is taken, before its background write has finished."""
+        """Called once a snapshot after `step` optimiser steps is taken; its background write may still be running."""
 
     def on_end(self, outcome: Outcome | None) -> None:
         """Called at the end of the run; `outcome` is None for a run that was stopped or has failed."""
