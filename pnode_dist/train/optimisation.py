@@ -68,7 +68,7 @@ class Optimisation:
         return best
 
     def mark(self) -> None:
-        """Save this rank's state, to be restored if the next step is abandoned."""
+        """Save this rank's state; a snapshot taken after an abandoned step stores this state."""
         self.before = rank_state(self._problem.model, self._built)
 
     @property

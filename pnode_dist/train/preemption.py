@@ -59,7 +59,10 @@ class Preemption:
         return self._heard or self._reason is not None
 
     def reason(self) -> str:
-        """Describe the first request and its rank; the same text on all ranks. Collective on the world."""
+        """Describe the request of the lowest rank that received one; the same text on all ranks.
+
+        Collective on the world.
+        """
         own = f"{self._reason} on rank {self._mesh.rank} ({socket.gethostname()})" if self._reason else None
         reasons = [reason for reason in self._mesh.gather_object(own) or () if reason is not None]
         found: str = self._mesh.broadcast_object(next(iter(reasons), "a request"))

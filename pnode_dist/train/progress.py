@@ -61,7 +61,7 @@ class Lines:
 
 
 class Bar:
-    """Display a progress bar over the epochs; print epochs with a validation figure as lines above it."""
+    """Display a progress bar over the epochs; print each epoch with a validation figure as a line above it."""
 
     def __init__(self, console: Console, epochs: int) -> None:
         self._progress = Progress(
