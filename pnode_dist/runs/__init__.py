@@ -1,1 +1,1 @@
-"""The files of a run: directory, lock, heartbeat, status, snapshots, metrics and event files."""
+"""Files of a run: directory, lock, heartbeat, status, snapshots, metrics and event files."""

@@ -1,4 +1,4 @@
-"""From a training that runs to a snapshot of it, and back."""
+"""Capture of the training state in a snapshot, and its restoration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pnode_dist.runs.snapshot import Best, Position, Snapshot, Tensors
 
 @dataclass(frozen=True)
 class Trained:
-    """What training changes: the model, its optimiser, and the schedule of the learning rate if there is one."""
+    """Objects changed by training: the model, its optimiser, and the learning-rate schedule if there is one."""
 
     model: nn.Module
     optimiser: torch.optim.Optimizer
@@ -27,9 +27,10 @@ class Trained:
 
 
 def capture(trained: Trained, position: Position, best: Best | None, own: RankState, mesh: Mesh) -> Snapshot | None:
-    """A copy of all of it, on rank 0, None elsewhere. `own` is this rank's state. Collective on the world.
+    """Copy the training state into a snapshot on rank 0; return None elsewhere. Collective on the world.
 
-    What is the same on all ranks is rank 0's; sharded parameters, and what belongs to them, come from its replica.
+    `own` is this rank's state. Values that are the same on all ranks are taken from rank 0. Sharded parameters and
+    their optimiser state are gathered over the replica of rank 0.
     """
     ranks = mesh.gather_object(own)
     if mesh.replica > 0:
@@ -38,7 +39,7 @@ def capture(trained: Trained, position: Position, best: Best | None, own: RankSt
     parameters = dict(trained.model.named_parameters())
 
     def whole(name: str, value: torch.Tensor) -> torch.Tensor | None:
-        # What an optimiser keeps of a parameter lies as the parameter does, but for counts and the like.
+        # Optimiser state with the shape of its parameter is sharded as the parameter is; counts and the like are not.
         if name in shards and value.shape == parameters[name].shape:
             return shards[name].gather(value.detach().cpu())
         return value.detach().cpu().clone() if mesh.is_root else None
@@ -69,9 +70,9 @@ def capture(trained: Trained, position: Position, best: Best | None, own: RankSt
 
 
 def restore(snapshot: Snapshot, trained: Trained, mesh: Mesh) -> Best | None:
-    """Put a snapshot back, on any number of ranks; the best parameters so far, of which this rank's part.
+    """Restore a snapshot on any number of ranks; return this rank's part of the best parameters so far.
 
-    Raises `ConfigurationError` if it is of another model or optimiser. Not collective.
+    Raises `ConfigurationError` if the snapshot belongs to another model or optimiser. Not collective.
     """
     shards = shards_of(trained.model)
     parameters = dict(trained.model.named_parameters())
@@ -80,7 +81,7 @@ def restore(snapshot: Snapshot, trained: Trained, mesh: Mesh) -> Best | None:
     def part(name: str, value: torch.Tensor) -> torch.Tensor:
         whole = shards[name].whole_shape(parameters[name]) if name in shards else None
         own = shards[name].part_of(value) if value.shape == whole else value
-        # Not a view of the file.
+        # Clone, because the loaded tensor is a view of the file.
         return own.clone(memory_format=torch.contiguous_format)
 
     with torch.no_grad():
@@ -103,7 +104,7 @@ def restore(snapshot: Snapshot, trained: Trained, mesh: Mesh) -> Best | None:
 
 
 def _mapped(entry: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """An entry of an optimiser's state with its tensors changed, also those in lists, as LBFGS keeps them."""
+    """Apply `change` to the tensors of an optimiser-state entry, including those in lists, as LBFGS stores them."""
     if isinstance(entry, torch.Tensor):
         return change(entry)
     if isinstance(entry, list | tuple):
@@ -114,7 +115,7 @@ def _mapped(entry: Any, change: Callable[[torch.Tensor], Any]) -> Any:
 
 
 def _on_device(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    # Counts of steps stay on the host, where optimisers keep them.
+    # Step counts stay on the host, where optimisers store them.
     return value.to(parameter.device) if value.dim() > 0 else value
 
 

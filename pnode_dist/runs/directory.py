@@ -1,4 +1,4 @@
-"""The directory of a run: who may write there, and the files that a run leaves."""
+"""Run directory: exclusive write access, and the files of a run."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ from pnode_dist.system.json_lines import json_line
 CONFIG, VERSIONS, METRICS, MODEL = "config.toml", "versions.json", "metrics.jsonl", "model.pt"
 EVALUATION, FORECAST_PICTURE, PAGE = "evaluation.json", "report.png", "report.html"
 FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", EVALUATION, FORECAST_PICTURE, PAGE, HEARTBEAT)
-"""All files that the project writes into a run directory, besides snapshots; no others are ever removed."""
+"""All files that the package writes to a run directory, besides snapshots; no other files are ever removed."""
 
 Result = TypeVar("Result")
 
 
 def on_root(mesh: Mesh, action: Callable[[], Result]) -> Result:
-    """What `action` returned on rank 0, or the `ConfigurationError` it raised, on all. Collective on the world."""
+    """Call `action` on rank 0; return its result, or raise its `ConfigurationError`, on all ranks.
+
+    Collective on the world.
+    """
     result: Any = None
     if mesh.is_root:
         try:
@@ -51,7 +54,7 @@ def on_root(mesh: Mesh, action: Callable[[], Result]) -> Result:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raise `ConfigurationError` unless a run may write to `path`: it is new, empty, or to be overwritten."""
+    """Raise `ConfigurationError` unless `path` does not exist, is empty, or may be overwritten."""
     try:
         occupied = any(entry.name != LOCK for entry in path.iterdir())
     except FileNotFoundError:
@@ -68,10 +71,10 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def held(path: Path, mesh: Mesh) -> Iterator[RunLock | None]:
-    """Hold the run directory, which is made if it is not there, for its owner only; the lock on rank 0.
+    """Lock the run directory inside the context; yield the lock on rank 0 and None elsewhere.
 
-    Raises `ConfigurationError` on all ranks when another run does, or the directory cannot be made. Collective on the
-    world.
+    A missing directory is created, accessible to its owner only. Raises `ConfigurationError` on all ranks if another
+    run holds the lock, or if the directory cannot be created. Collective on the world.
     """
     lock: RunLock | None = None
 
@@ -96,10 +99,11 @@ def held(path: Path, mesh: Mesh) -> Iterator[RunLock | None]:
 
 
 def create(path: Path, config: Config, mesh: Mesh, overwrite: bool) -> None:
-    """Make the run directory, for its owner only, with `config.toml` and `versions.json`. Collective on the world.
+    """Create the run directory with `config.toml` and `versions.json`. Collective on the world.
 
-    With `overwrite`, files of an earlier run are removed, and nothing else.
-    Raises `ConfigurationError` on all ranks when it is not free or cannot be written.
+    The directory is accessible to its owner only. With `overwrite`, the files of an earlier run are removed, and no
+    others.
+    Raises `ConfigurationError` on all ranks if the directory is in use or cannot be written.
     """
 
     def make() -> None:
@@ -113,10 +117,11 @@ def create(path: Path, config: Config, mesh: Mesh, overwrite: bool) -> None:
 
 
 def go_on(path: Path, config: Config, mesh: Mesh, step: int, metrics: int) -> None:
-    """Take a run directory back to a snapshot: `config.toml` and `versions.json` anew, of the metrics the first so many
-    bytes, and no snapshots of later steps. Collective on the world.
+    """Reset a run directory to the snapshot after `step` optimiser steps. Collective on the world.
 
-    Raises `ConfigurationError` on all ranks when it cannot be written.
+    `config.toml` and `versions.json` are rewritten, the metrics file is truncated to `metrics` bytes, and snapshots of
+    later steps are removed.
+    Raises `ConfigurationError` on all ranks if the directory cannot be written.
     """
 
     def take_back() -> None:
@@ -131,7 +136,7 @@ def go_on(path: Path, config: Config, mesh: Mesh, step: int, metrics: int) -> No
 
 
 def copy_metrics(source: Path, path: Path, mesh: Mesh, metrics: int) -> None:
-    """Begin the metrics of a run directory with the first so many bytes of another's. Collective on the world."""
+    """Copy the first `metrics` bytes of the metrics file in `source` to `path`. Collective on the world."""
 
     def copy() -> None:
         with (source / METRICS).open("rb") as file:
@@ -159,7 +164,7 @@ def _writing(path: Path, action: Callable[[], None]) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove the files that a run wrote into `path`, and no others."""
+    """Remove the files that a run wrote to `path`, and no others."""
     for name in FILES:
         (path / name).unlink(missing_ok=True)
         remove_unfinished(path, name)
@@ -170,9 +175,9 @@ def discard(path: Path) -> None:
 
 
 def save_evaluation(path: Path, result: dict[str, Any], mesh: Mesh) -> None:
-    """Write the figures that evaluating the run in `path` gave, as JSON. Collective on the world.
+    """Write the evaluation figures of the run in `path` as JSON. Collective on the world.
 
-    Raises `ConfigurationError` on all ranks when the file cannot be written.
+    Raises `ConfigurationError` on all ranks if the file cannot be written.
     """
 
     def write() -> None:
@@ -185,8 +190,10 @@ def save_evaluation(path: Path, result: dict[str, Any], mesh: Mesh) -> None:
 
 
 def describe_versions(mesh: Mesh) -> dict[str, Any]:
-    """What the run was made with: packages, MPI library, and the host and process of each rank, by which launchers name
-    one that was killed. Collective on the world."""
+    """Return the versions of packages and of the MPI library, and the host and process of each rank.
+
+    Launchers identify a killed rank by its host and process. Collective on the world.
+    """
     places = mesh.broadcast_object(mesh.gather_object((socket.gethostname(), os.getpid())))
     packages = {item.metadata["Name"]: item.version for item in importlib.metadata.distributions()}
     return {
@@ -204,10 +211,10 @@ def describe_versions(mesh: Mesh) -> dict[str, Any]:
 
 
 def save_parameters(model: nn.Module, path: Path, mesh: Mesh) -> None:
-    """Write a model's whole parameters as a state_dict of tensors, all at once or not at all. Collective on the world.
+    """Write the whole parameters of a model atomically, as a state_dict of tensors. Collective on the world.
 
-    Persistent buffers go with them, such as the running statistics of batch norms: they have to be the same on all
-    ranks. Other buffers may hold a rank's own part of a field, and are made anew from the configuration.
+    Persistent buffers, such as the running statistics of batch norms, are included; they must be the same on all
+    ranks. Other buffers may hold a rank's own part of a field, and are rebuilt from the configuration.
     """
     whole = gather_state_dict(model, mesh) if mesh.replica == 0 else None
     if mesh.is_root and whole is not None:
@@ -216,9 +223,9 @@ def save_parameters(model: nn.Module, path: Path, mesh: Mesh) -> None:
 
 
 def load_parameters(model: nn.Module, path: Path) -> None:
-    """Put the whole parameters in the file into `model`, on each rank its own part of those that are sharded.
+    """Load whole parameters from a file into `model`; each rank loads its own part of sharded parameters.
 
-    Raises `ConfigurationError` if they are not those of this model. Not collective.
+    Raises `ConfigurationError` if the parameters do not match the model. Not collective.
     """
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)

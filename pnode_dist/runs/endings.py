@@ -1,15 +1,15 @@
-"""How a training run ends before its last epoch. All of these are raised on all ranks alike."""
+"""Exceptions that end a training run before its last epoch. Each is raised on all ranks."""
 
 from __future__ import annotations
 
 
 class DivergenceError(RuntimeError):
-    """The loss, its gradient or a parameter is not finite; the message names the step, and the ranks it comes from."""
+    """The loss, its gradient or a parameter is not finite; the message names the step and the originating ranks."""
 
 
 class RunDirectoryError(RuntimeError):
-    """The run directory takes no more: the disk is full, or it is not there any more."""
+    """The run directory cannot be written, because the disk is full or the directory was removed."""
 
 
 class Preempted(Exception):  # noqa: N818
-    """The run was asked to stop, and has left a snapshot to go on from."""
+    """The run stopped on request, after writing a snapshot to resume from."""

@@ -1,4 +1,4 @@
-"""A sign of life of a run, every few seconds, for those who watch it: `heartbeat.json` in its directory."""
+"""Heartbeat of a run: `heartbeat.json` in its directory, rewritten every few seconds, for monitoring."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ INTERVAL = 5.0
 
 @dataclass(frozen=True)
 class Beat:
-    """How a run is doing.
+    """Status of a run at one time.
 
-    `state` is `running`, `finished`, `preempted` or `failed`, and `message` why. `written` and `stepped` are the times,
-    in seconds since the epoch, of this and of the last step; `steps_per_second` is since this process began, and
-    `epoch_steps` the steps of a whole epoch, 0 before one is over. Bytes are of all ranks since the process began.
+    `state` is `running`, `finished`, `preempted` or `failed`, and `message` gives the reason. `written` and `stepped`
+    are the times of this heartbeat and of the last step, in seconds since the epoch. `steps_per_second` is the mean
+    rate since this process began. `epoch_steps` is the number of steps of a whole epoch, 0 before the first is
+    complete. Bytes are summed over all ranks since the process began.
     """
 
     host: str
@@ -56,9 +57,9 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes the `Beat` every few seconds in a thread, and renews the lock. With `directory=None` it does nothing.
+    """Thread that writes the `Beat` and renews the lock every few seconds; `directory=None` disables it.
 
-    `failure` says what went wrong with that, if something did.
+    `failure` describes the first failed write or renewal; None if there was none.
     """
 
     def __init__(self, directory: Path | None, beat: Beat, renew: Callable[[], None]) -> None:
@@ -68,11 +69,11 @@ class Heartbeat:
         self.failure: str | None = None
 
     def update(self, **changes: object) -> None:
-        """Note how the run is doing."""
+        """Change fields of the `Beat`."""
         self._beat = replace(self._beat, **changes)  # type: ignore[arg-type]
 
     def stepped(self, record: StepRecord, first: StepRecord) -> None:
-        """Note a step; `first` is the first one of this process."""
+        """Record a step; `first` is the first step of this process."""
         seconds = record.wall_time - first.wall_time
         self.update(
             step=record.step,
@@ -116,7 +117,7 @@ class Heartbeat:
 
 
 def of_run(directory: Path, lock: RunLock | None, mesh: Mesh, epochs: int) -> Heartbeat:
-    """The heartbeat of a run that begins, which renews `lock` and writes on rank 0. Collective on the world."""
+    """Create the heartbeat of a starting run; rank 0 writes it and renews `lock`. Collective on the world."""
     hosts = mesh.gather_object(socket.gethostname()) or ()
     beat = Beat(
         socket.gethostname(),
@@ -132,7 +133,7 @@ def of_run(directory: Path, lock: RunLock | None, mesh: Mesh, epochs: int) -> He
 
 
 def read_beat(directory: Path) -> Beat | None:
-    """The last sign of life of a run; None if there is none."""
+    """Read the last heartbeat of a run; None if there is none."""
     try:
         return Beat(**json.loads((directory / HEARTBEAT).read_bytes()))
     except (OSError, ValueError, TypeError):

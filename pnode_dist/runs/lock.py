@@ -1,8 +1,8 @@
-"""One run at a time in a run directory, on any node, and none shut out by one that was killed.
+"""Lock of a run directory: one run at a time over all nodes, robust against killed runs.
 
-The lock is a file that says who holds it. Its holder keeps it locked for the system too, which drops that when the
-process dies, and renews it every few seconds, for those on whose node or file system nothing is known of that: one that
-has not been renewed for `LEASE` seconds, by the file system's own clock, is that of a dead run.
+The lock is a file that names its holder. The holder keeps an operating-system lock on the file, which is released when
+the process dies. It also renews the modification time every few seconds, for nodes and file systems without such locks.
+A lock that was not renewed for `LEASE` seconds, by the clock of the file system, belongs to a dead run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock: a process on a host, since `boot`, in the Slurm job `job` if there is one, which was requeued
-    `restarts` times."""
+    """Holder of a lock: a process on a host.
+
+    `boot` identifies the boot of the host, `job` the Slurm job, if any, and `restarts` counts its requeues.
+    """
 
     token: str
     host: str
@@ -45,7 +47,7 @@ class Holder:
 
 
 def this_process() -> Holder:
-    """This process as a holder, by a new token."""
+    """Return a holder for this process, with a new token."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "")
     return Holder(
         secrets.token_hex(8),
@@ -65,10 +67,11 @@ def _boot() -> str:
 
 
 class RunLock:
-    """The lock of a run directory, held from now on. `release` gives it back; killing the process does as well.
+    """Lock of a run directory, acquired on construction, and released by `release` or by the end of the process.
 
-    Waits for up to `patience` seconds to see whether a holder on another node is alive.
-    Raises `ConfigurationError`, which names the holder, if it is, and `OSError` if the directory cannot be written.
+    Construction waits up to `patience` seconds to determine whether a holder on another node is alive.
+    Raises `ConfigurationError`, which names the holder, if it is alive, and `OSError` if the directory cannot be
+    written.
     """
 
     def __init__(self, directory: Path, patience: float = LEASE) -> None:
@@ -77,7 +80,7 @@ class RunLock:
         descriptor, name = tempfile.mkstemp(prefix=f".{LOCK}.", dir=directory)
         try:
             os.write(descriptor, (json.dumps(asdict(self._holder)) + "\n").encode())
-            # A file system that has no locks leaves it to the renewals.
+            # On a file system without locks, renewals alone show that the holder is alive.
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             while not self._taken(name):
@@ -100,14 +103,14 @@ class RunLock:
         return True
 
     def renew(self) -> None:
-        """Say that this process is alive. Raises `OSError` if the lock is not there or somebody else's."""
+        """Update the modification time of the lock. Raises `OSError` if it is missing or has another holder."""
         holder = read_holder(self._path.parent)
         if holder != self._holder:
             raise OSError(f"its lock was taken by {holder}" if holder else "its lock is not there any more")
         os.utime(self._path)
 
     def release(self) -> None:
-        """Give the lock back; again is harmless."""
+        """Release the lock. Further calls have no effect."""
         if self._descriptor is not None:
             if read_holder(self._path.parent) == self._holder:
                 self._path.unlink(missing_ok=True)
@@ -116,7 +119,7 @@ class RunLock:
 
 
 def read_holder(directory: Path) -> Holder | None:
-    """Who holds the lock of a run directory; None if nobody does."""
+    """Return the holder of the lock of a run directory; None if there is none."""
     try:
         return Holder(**json.loads((directory / LOCK).read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -124,10 +127,10 @@ def read_holder(directory: Path) -> Holder | None:
 
 
 def is_alive(directory: Path, holder: Holder, patience: float = 0.0) -> bool:
-    """Whether the holder of a lock still runs. Waits for up to `patience` seconds where only a renewal can tell."""
+    """Return True if the holder of a lock is alive; wait up to `patience` seconds if only a renewal can show it."""
     path, own = directory / LOCK, this_process()
     if (holder.job, holder.restarts) < (own.job, own.restarts) and holder.job == own.job:
-        return False  # The same job, before it was requeued.
+        return False  # An earlier start of the same, since requeued, job.
     locked = _is_locked(path)
     if locked is not None and (locked or (holder.boot and holder.boot == own.boot)):
         return locked
@@ -144,7 +147,7 @@ def is_alive(directory: Path, holder: Holder, patience: float = 0.0) -> bool:
 
 
 def _is_locked(path: Path) -> bool | None:
-    """Whether a process keeps the file locked; None where that cannot be known."""
+    """Return True if a process holds a system lock on the file; None if this cannot be determined."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
@@ -168,7 +171,7 @@ def _renewed(path: Path) -> float | None:
 
 
 def _set_aside(path: Path, holder: Holder | None) -> None:
-    """Remove the lock of a dead holder, and no other that somebody has taken meanwhile."""
+    """Remove the lock of a dead holder, but keep a lock acquired by another process in the meantime."""
     aside = path.with_name(f".{LOCK}.{secrets.token_hex(4)}")
     try:
         os.rename(path, aside)

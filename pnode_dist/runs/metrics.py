@@ -1,4 +1,4 @@
-"""The metrics of a run: one JSON object per line, written as it happens."""
+"""Metrics of a run: one JSON object per line, flushed after every record."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from pnode_dist.system.json_lines import json_line
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimiser step.
+    """Metrics of one optimiser step.
 
-    `loss` is the mean over replicas of the loss before the step, `gradient_norm` that of its gradient before clipping,
-    `wall_time` seconds since training began. The counts of steps and evaluations are those of one rank, all ranks
-    taking the same steps; bytes are summed over ranks; `peak_memory` is the largest resident size of any rank so
-    far, in bytes. `graph_steps` are those whose graphs were kept from the forward pass, `seconds_waiting_for_disk` how
-    long rank 0 stood still for disk checkpoints, `rejected_steps` the attempts that error control did not accept, and
-    `largest_rounding` what a narrower `checkpoint_dtype` made of rank 0's checkpoints.
+    `loss` is the mean over replicas of the loss before the step, `gradient_norm` the norm of its gradient before
+    clipping, and `wall_time` the seconds since training began. The counts of steps and evaluations are those of one
+    rank, because all ranks take the same steps. Bytes are summed over ranks. `peak_memory` is the largest resident size
+    of any rank so far, in bytes. `graph_steps` counts the steps whose tapes were kept from the forward pass.
+    `seconds_waiting_for_disk` is the time for which disk checkpoints blocked rank 0. `rejected_steps` counts the steps
+    rejected by error control. `largest_rounding` is the largest relative rounding error of rank 0's checkpoints
+    in a narrower `checkpoint_dtype`.
     """
 
     step: int
@@ -49,7 +50,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class ValidationRecord:
-    """The errors on the validation data after an epoch, in `units`. The first figure is the headline."""
+    """Errors on the validation data after an epoch, in `units`. The first figure is the headline."""
 
     step: int
     epoch: int
@@ -63,13 +64,13 @@ _KINDS: dict[type, str] = {StepRecord: "step", ValidationRecord: "validation"}
 
 
 class MetricsFile:
-    """`metrics.jsonl`, flushed after every line. With `path=None`, as on all ranks but 0, nothing is written."""
+    """Writer of `metrics.jsonl`, flushed after every line. `path=None`, as on all ranks but 0, writes nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self._file = None if path is None else path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        """Append one line: the record's fields, and its `kind`. Numbers that are not finite become null."""
+        """Append one line with the fields of the record and its `kind`. Non-finite numbers become null."""
         if self._file is not None:
             line = {"kind": _KINDS[type(record)], **asdict(record)}
             self._file.write(json_line(line) + "\n")
@@ -77,7 +78,7 @@ class MetricsFile:
 
     @property
     def size(self) -> int:
-        """Bytes written so far, with those of earlier runs that are gone on with."""
+        """Size of the file in bytes, including the part written before a resume."""
         return 0 if self._file is None else os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
@@ -95,7 +96,7 @@ class MetricsFile:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file. A last line that was cut off, as by a killed run, is left out."""
+    """Yield the records of a metrics file. An incomplete last line, as left by a killed run, is skipped."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):
@@ -103,7 +104,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def peak_memory() -> int:
-    """The largest resident size that this process has had, in bytes."""
+    """Return the peak resident size of this process, in bytes."""
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
+    # Linux reports KiB, macOS bytes.
     return largest if sys.platform == "darwin" else largest * 1024

@@ -1,4 +1,4 @@
-"""What each rank has of its own in training: its random states, and the buffers that training changes."""
+"""Training state specific to each rank: random generator states, and the buffers changed by training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORMAT = "MT19937"
 
 @dataclass(frozen=True)
 class RankState:
-    """The states of the generators of torch, numpy and Python, and the buffers that have changed, by name."""
+    """States of the torch, numpy and Python generators, and the changed buffers by name."""
 
     torch_state: torch.Tensor
     numpy_state: list[Any]
@@ -28,12 +28,12 @@ class RankState:
 
 
 def versions_of_buffers(model: nn.Module) -> dict[str, int]:
-    """By which `rank_state` tells what has changed since: torch counts the changes of every tensor."""
+    """Return torch's change counter of every buffer, by which `rank_state` detects later changes."""
     return {name: value._version for name, value in model.named_buffers()}
 
 
 def rank_state(model: nn.Module, built: Mapping[str, int]) -> RankState:
-    """This rank's state now, copied. `built` are the versions of the model's buffers when it was built."""
+    """Copy this rank's current state. `built` holds the buffer versions at the construction of the model."""
     numpy_state = np.random.get_state(legacy=False)
     assert isinstance(numpy_state, dict)
     version, internal, gauss_next = random.getstate()
@@ -55,7 +55,7 @@ def rank_state(model: nn.Module, built: Mapping[str, int]) -> RankState:
 
 
 def as_plain(state: RankState) -> RankState:
-    """The same, of tensors, lists and numbers alone, as torch saves without pickling code."""
+    """Convert the state to tensors, lists and numbers only, which torch saves without pickling code."""
     keys, *numpy_rest = state.numpy_state
     version, internal, gauss_next = state.python_state
     return RankState(
@@ -67,7 +67,7 @@ def as_plain(state: RankState) -> RankState:
 
 
 def put_back(state: RankState, model: nn.Module) -> None:
-    """Make `state` this rank's state. Raises `ConfigurationError` if the model has no such buffers."""
+    """Restore this rank's state. Raises `ConfigurationError` if the buffers do not match those of the model."""
     torch.set_rng_state(state.torch_state.clone())
     keys, position, has_gauss, gauss = state.numpy_state
     np.random.set_state((_FORMAT, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))
@@ -77,7 +77,7 @@ def put_back(state: RankState, model: nn.Module) -> None:
 
 
 def put_back_buffers(buffers: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    """Give the model these buffers. Raises `ConfigurationError` if it has no such ones."""
+    """Copy `buffers` into those of the model. Raises `ConfigurationError` if a name or shape does not match."""
     own = dict(model.named_buffers())
     for name, value in buffers.items():
         if name not in own or own[name].shape != value.shape:
@@ -86,12 +86,12 @@ def put_back_buffers(buffers: Mapping[str, torch.Tensor], model: nn.Module) -> N
 
 
 def for_rank(states: Sequence[RankState], state_ranks: int, mesh: Mesh) -> RankState:
-    """What this rank goes on with, where `states` are those that there were, `state_ranks` to a state.
+    """Select the state to resume this rank from, among the saved `states` of a run with `state_ranks` state ranks.
 
-    On the same mesh each rank takes its own. On another one the buffers are those of the first replica, which have to
-    be the same on all its ranks, as running statistics of a whole field are; more ranks than there were begin with
-    random states that others have as well.
-    Raises `ConfigurationError` for a buffer that was not the same.
+    On the same mesh each rank resumes from its own state. On another mesh the buffers are those of the first replica.
+    They must be the same on all its ranks, as the running statistics of a whole field are. If there are more ranks than
+    saved states, random states are assigned to several ranks.
+    Raises `ConfigurationError` on another mesh if a buffer differs between ranks of the first replica.
     """
     if (len(states), state_ranks) == (mesh.size, mesh.state_ranks):
         return states[mesh.rank]

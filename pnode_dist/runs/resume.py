@@ -1,4 +1,4 @@
-"""Which snapshot a run goes on from, and whether it is a run of the same configuration."""
+"""Selection of the snapshot to resume from, and comparison of its configuration with the current one."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ MAY_CHANGE = {
     "training": {"epochs", "log_every", "validate_every"},
     "snapshot": {"every_steps", "every_minutes", "keep"},
 }
-"""The keys that a run may be resumed with other values of: where it runs and for how long, but not what it computes."""
+"""Keys that may change on resume: those for where and how long a run executes, not for what it computes."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: from `snapshot`, or anew if that is None; `in_place` in the directory that the snapshot is in.
+    """Starting point of a run: `snapshot`, or None for a new run.
 
-    A new one may replace files of a run that has left no snapshot (`replaces`). `notes` are lines to be said about it.
+    `in_place` resumes in the directory that contains the snapshot. With `replaces`, a new run may replace the files of
+    a run that has no snapshot. `notes` are lines to be printed at the start.
     """
 
     snapshot: Path | None = None
@@ -55,11 +56,11 @@ class Start:
 def choose_start(
     choice: str, config: Config, overwrite: bool, problem: str | None = None, accept_changed_problem: bool = False
 ) -> Start:
-    """What `--resume` means here: `no`, `auto`, or the path of a snapshot or a run directory. Writes nothing.
+    """Resolve a value of `--resume`: `no`, `auto`, or the path of a snapshot or a run directory. Writes nothing.
 
-    `problem` is the hash of the source of a user's own problem.
-    Raises `ConfigurationError` if the run directory is not free, there is no such snapshot, its run was of another
-    configuration, or the source of its problem has changed and that is not accepted.
+    `problem` is the hash of the source of a user-defined problem.
+    Raises `ConfigurationError` if the run directory is in use, the snapshot does not exist, its run had another
+    configuration, or the source of its problem has changed without `accept_changed_problem`.
     """
     directory = config.run.path
     if choice == "no":
@@ -70,7 +71,7 @@ def choose_start(
             raise ConfigurationError("--overwrite replaces what --resume auto goes on from: must be one of them")
         found, notes = _newest(directory)
         if found is None:
-            # What a run has left that was ended before its first snapshot is begun anew.
+            # Restart a run that ended before its first snapshot.
             replaces = (directory / run_directory.CONFIG).is_file()
             run_directory.check_free(directory, replaces)
             return Start(replaces=replaces, notes=notes)
@@ -99,10 +100,10 @@ def choose_start(
 
 
 def open_run(start: Start, config: Config, mesh: Mesh, overwrite: bool) -> Snapshot | None:
-    """Make the run directory ready; the snapshot to go on from, None for a new run. Collective on the world.
+    """Prepare the run directory; return the snapshot to resume from, None for a new run. Collective on the world.
 
-    Raises `ConfigurationError` on all ranks when there are fewer epochs than the run has behind it, or the directory is
-    not free or cannot be written.
+    Raises `ConfigurationError` on all ranks if the configured number of epochs is less than the snapshot has completed,
+    or if the directory is in use or cannot be written.
     """
     directory = config.run.path
     if start.snapshot is None:
@@ -125,7 +126,7 @@ def open_run(start: Start, config: Config, mesh: Mesh, overwrite: bool) -> Snaps
 
 
 def described(start: Start, snapshot: Snapshot | None, epochs: int) -> tuple[str, ...]:
-    """How the run begins, in a line if that is to be said."""
+    """Return the notes on the start of a run, with a line on its position if it is resumed."""
     if snapshot is None:
         return start.notes
     position = snapshot.position
@@ -135,7 +136,7 @@ def described(start: Start, snapshot: Snapshot | None, epochs: int) -> tuple[str
 
 
 def _newest(directory: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The last snapshot in a run directory that is whole, and what is wrong with those after it."""
+    """Return the last intact snapshot in a run directory, and notes on the damaged ones after it."""
     wrong = ""
     for step in snapshot_files.steps_in(directory):
         path = snapshot_files.path_of(directory, step)
@@ -149,7 +150,7 @@ def _newest(directory: Path) -> tuple[Path | None, tuple[str, ...]]:
 
 
 def _check_configuration(config: Config, label: Label, path: Path) -> None:
-    """Raise `ConfigurationError`, which names the key, if a run of `label` cannot go on with `config`."""
+    """Raise `ConfigurationError`, which names the key, if the run of `label` cannot be resumed with `config`."""
     tables = tomllib.loads(label.config)
     before_kind, now_kind = (_kind(tables), _kind(config.model_dump(mode="json")))
     if before_kind != now_kind:
@@ -170,7 +171,7 @@ def _check_configuration(config: Config, label: Label, path: Path) -> None:
 
 
 def _changed_problem(label: Label, path: Path, config: Config, problem: str | None, accepted: bool) -> tuple[str, ...]:
-    """A note that the source of the problem has changed since the snapshot. Raises `ConfigurationError` otherwise."""
+    """Return a note if the problem's source has changed; raise `ConfigurationError` unless `accepted`."""
     if label.problem is None or label.problem == problem:
         return ()
     if not accepted:
@@ -187,7 +188,7 @@ def _kind(tables: Mapping[str, Any]) -> str:
 
 
 def changed_key(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first key that differs and must not, None if there is none."""
+    """Return the first key (table and name) with a forbidden change; None if there is none."""
     for table, values in now.items():
         for name in values:
             if name not in MAY_CHANGE.get(table, set()) and before.get(table, {}).get(name) != values[name]:

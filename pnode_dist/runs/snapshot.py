@@ -1,4 +1,4 @@
-"""All that a run needs to go on as if it had never stopped, and its form in a file."""
+"""Snapshots: the complete state needed to resume a run without a difference, and its file format."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come: `step` optimiser steps, and in `epoch` as many batches as it has `losses` of.
+    """Position of a run after `step` optimiser steps, in epoch `epoch`.
 
-    `seconds` of training, `loss` the mean one of the epoch before, `figures` those of the last validation, and
-    `metrics` the size of the metrics file in bytes.
+    `losses` are those of the completed batches of this epoch, `seconds` is the training time, `loss` the mean loss of
+    the previous epoch, `figures` are those of the last validation, and `metrics` is the size of the metrics file in
+    bytes.
     """
 
     step: int = 0
@@ -34,7 +35,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Best:
-    """The model's `state_dict` with the least headline figure so far, whole in a snapshot, of this rank elsewhere."""
+    """Model `state_dict` with the smallest headline figure so far: whole in a snapshot, this rank's part elsewhere."""
 
     epoch: int
     figures: dict[str, float]
@@ -43,10 +44,10 @@ class Best:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run between two optimiser steps.
+    """State of a run between two optimiser steps.
 
-    Parameters and what the optimiser keeps of each of them are whole tensors, by the parameters' names; `ranks` is what
-    every rank had of its own, `state_ranks` how many of them shared a state.
+    Parameters and their optimiser state are whole tensors, by parameter name. `ranks` holds the state specific to each
+    rank, and `state_ranks` is the number of ranks that share a state.
     """
 
     position: Position
@@ -59,7 +60,7 @@ class Snapshot:
     state_ranks: int
 
     def save(self, file: BinaryIO) -> None:
-        """Write it as torch writes tensors, so that loading runs no code."""
+        """Write the snapshot as a torch file that can be loaded without executing code."""
         contents = {name: getattr(self, name) for name in self.__dataclass_fields__}
         contents["position"] = {**asdict(self.position), "losses": list(self.position.losses)}
         contents["best"] = None if self.best is None else vars(self.best)
@@ -68,7 +69,7 @@ class Snapshot:
 
 
 def from_contents(contents: Mapping[str, Any]) -> Snapshot:
-    """The snapshot of what `torch.load` has read. Raises `ValueError` if it is of another version."""
+    """Build a snapshot from the result of `torch.load`. Raises `ValueError` if it has another version."""
     fields = dict(contents)
     if fields.pop("version", None) != VERSION:
         raise ValueError("it was written by another version of pnode_dist")

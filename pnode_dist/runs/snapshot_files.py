@@ -1,7 +1,7 @@
-"""The snapshots of a run on disk: the last few, each with a checksum beside it, written in the background.
+"""Snapshot files of a run: the last few are kept, each with a checksum file, and are written in the background.
 
-A snapshot is `step-N.pt`, and counts once `step-N.json` is there, which says what it is and what its checksum is. Both
-are written to the end, and have reached the disk, before they get their names.
+A snapshot is the file `step-N.pt`. It is valid once its label `step-N.json`, which holds its description and checksum,
+exists. Both files are written completely and flushed to disk before they are renamed to their final names.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _BLOCK = 2**24
 
 
 class SnapshotError(Exception):
-    """A snapshot cannot be read as one; says why."""
+    """A snapshot cannot be read; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """What stands beside a snapshot: how far the run had come, on how many ranks, and what is in the file.
+    """Label of a snapshot: the position of the run, its number of ranks, and the size and checksum of the file.
 
-    `config` is the text of the configuration, and `problem` the hash of the source of a user's own problem.
+    `config` is the text of the configuration, and `problem` the hash of the source of a user-defined problem.
     """
 
     step: int
@@ -49,7 +49,7 @@ class Label:
 
 
 class _Counted:
-    """A file for `torch.save` that knows the checksum and the size of what was written to it."""
+    """File wrapper for `torch.save` that computes the checksum and the size of the written data."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -65,12 +65,12 @@ class _Counted:
 
 
 def path_of(directory: Path, step: int) -> Path:
-    """Where the snapshot after `step` optimiser steps is, in the run directory."""
+    """Return the path of the snapshot after `step` optimiser steps in the run directory."""
     return directory / DIRECTORY / f"step-{step:08d}.pt"
 
 
 def steps_in(directory: Path) -> list[int]:
-    """After how many optimiser steps there are snapshots in the run directory, last ones first."""
+    """Return the optimiser steps of the snapshots in the run directory, in descending order."""
     try:
         names = [_NAME.fullmatch(path.name) for path in (directory / DIRECTORY).iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -79,7 +79,7 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def write(directory: Path, snapshot: Snapshot, saved: str, config: str, keep: int, problem: str | None = None) -> None:
-    """Write a snapshot into the run directory, and remove all but the last `keep`. Raises `OSError`."""
+    """Write a snapshot to the run directory and remove all but the last `keep`. Raises `OSError`."""
     position = snapshot.position
     path = path_of(directory, position.step)
     if not path.parent.is_dir():
@@ -94,7 +94,7 @@ def write(directory: Path, snapshot: Snapshot, saved: str, config: str, keep: in
         ranks = len(snapshot.ranks)
         label = Label(position.step, position.epoch, saved, ranks, counted.size, counted.crc, config, problem)
 
-    # One of the same step must not be taken for this one meanwhile.
+    # Remove the label of an earlier snapshot of the same step, which does not match the new file.
     path.with_suffix(".json").unlink(missing_ok=True)
     write_atomically(path, save)
     assert label is not None
@@ -111,14 +111,14 @@ def remove(directory: Path, step: int) -> None:
 
 
 def remove_after(directory: Path, step: int) -> None:
-    """Remove the snapshots of a run beyond `step`, which it will take anew."""
+    """Remove the snapshots of steps after `step`."""
     for later in steps_in(directory):
         if later > step:
             remove(directory, later)
 
 
 def read_label(path: Path) -> Label:
-    """What stands beside the snapshot `path`. Raises `SnapshotError`."""
+    """Read the label of the snapshot `path`. Raises `SnapshotError`."""
     try:
         label = Label(**json.loads(path.with_suffix(".json").read_bytes()))
     except FileNotFoundError:
@@ -129,7 +129,10 @@ def read_label(path: Path) -> Label:
 
 
 def check(path: Path) -> Label:
-    """Compare a snapshot with its checksum; its label. Raises `SnapshotError` if it is not what was written."""
+    """Verify the size and checksum of a snapshot and return its label.
+
+    Raises `SnapshotError` if the snapshot is incomplete, unreadable or damaged.
+    """
     label = read_label(path)
     crc = size = 0
     try:
@@ -146,9 +149,9 @@ def check(path: Path) -> Label:
 
 
 def load(path: Path) -> Snapshot:
-    """Read a snapshot, of which only what is used gets into memory. Runs no code that may be in it.
+    """Load a snapshot, memory-mapped so that only the accessed parts are read. Executes no code from the file.
 
-    Raises `ConfigurationError` if it is not one.
+    Raises `ConfigurationError` if the file is not a snapshot.
     """
     try:
         return from_contents(torch.load(path, weights_only=True, map_location="cpu", mmap=True))
@@ -158,7 +161,7 @@ def load(path: Path) -> Snapshot:
 
 
 class Background:
-    """One job at a time in a thread; what goes wrong in it is raised by who asks next."""
+    """Run one job at a time in a thread; the next call raises the exception of a failed job."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "pnode-dist-snapshot")
@@ -166,25 +169,25 @@ class Background:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is being done."""
+        """True if no job is running."""
         return self._job is None or self._job.done()
 
     def start(self, job: Callable[[], None]) -> None:
-        """Do `job` once the one before is done. Raises what that one did."""
+        """Start `job` after the previous one has ended. Raises the exception of the previous job."""
         self.wait()
         self._job = self._thread.submit(job)
 
     def check(self) -> None:
-        """Raise what the last job did, if it has ended."""
+        """Raise the exception of the last job, if it has failed."""
         if self.idle:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the job. Raises what it did."""
+        """Wait for the job. Raises its exception."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
 
     def close(self) -> None:
-        """Wait for the job, and end the thread."""
+        """Wait for the job and end the thread."""
         self._thread.shutdown()

@@ -1,4 +1,4 @@
-"""How a run is doing, from what it has left in its directory. Changes nothing; needs neither MPI nor torch."""
+"""Status of a run, read from the files in its directory. Read-only; requires neither MPI nor torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ RUNNING, DEAD, STARTING = "running", "dead", "no sign of life"
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a run and what it has come to; None for what is not known.
+    """Status and progress of a run; unknown fields are None.
 
-    `state` is `running`, `finished`, `preempted`, `failed`, `dead` (it ended without saying so) or `no sign of life`
-    (it has not come as far as that). `idle_seconds` is the time since the last optimiser step, `seconds_left` what the
-    remaining steps take at the rate so far.
+    `state` is `running`, `finished`, `preempted`, `failed`, `dead` (ended without a final heartbeat) or
+    `no sign of life` (no heartbeat written yet). `idle_seconds` is the time since the last optimiser step, and
+    `seconds_left` the time for the remaining steps at the rate so far.
     """
 
     directory: str
@@ -50,7 +50,7 @@ class Status:
 
 
 def status_of(directory: Path) -> Status:
-    """The status of the run in `directory`. Raises `ConfigurationError` if there is none."""
+    """Return the status of the run in `directory`. Raises `ConfigurationError` if there is no run."""
     try:
         tables = tomllib.loads((directory / "config.toml").read_text())
     except (OSError, ValueError):
@@ -92,7 +92,7 @@ def status_of(directory: Path) -> Status:
 
 
 def _progress(beat: Beat) -> tuple[float, int]:
-    """The share of the run that is done, and its steps, 0 if they are not known."""
+    """Return the completed fraction of the run, and its number of steps, 0 if unknown."""
     if beat.epoch > beat.epochs:
         return 1.0, beat.step
     steps = beat.epochs * beat.epoch_steps
@@ -100,7 +100,10 @@ def _progress(beat: Beat) -> tuple[float, int]:
 
 
 def _idle_seconds(directory: Path, beat: Beat) -> float:
-    """Until the last sign of life by the clock of the run, and since then by that of the file system."""
+    """Return the seconds since the last step.
+
+    The clock of the run measures the time up to the last heartbeat, that of the file system the time since then.
+    """
     since = clock_of(directory, f".{HEARTBEAT}.") - (directory / HEARTBEAT).stat().st_mtime
     return max(beat.written - beat.stepped, 0.0) + max(since, 0.0)
 
@@ -120,7 +123,7 @@ def _last_snapshot(directory: Path) -> str | None:
 
 
 def follow(directory: Path, every: float = INTERVAL) -> Iterator[Status]:
-    """The status whenever it has changed, until the run has ended. Raises `ConfigurationError` if there is none."""
+    """Yield the status at each change, until the run ends. Raises `ConfigurationError` if there is no run."""
     before: Status | None = None
     while True:
         status = status_of(directory)
@@ -133,7 +136,7 @@ def follow(directory: Path, every: float = INTERVAL) -> Iterator[Status]:
 
 
 def with_units(status: Status) -> dict[str, str]:
-    """What is known of the run, by name, with units, for people."""
+    """Format the known fields of the status by name, with units."""
     units: dict[str, Callable[[Any], str]] = {
         "progress": lambda share: f"{100 * share:.1f} %",
         "loss": lambda loss: f"{loss:.6g}",
@@ -150,13 +153,13 @@ def with_units(status: Status) -> dict[str, str]:
 
 
 def _with_size(label: str) -> str:
-    """The label of a snapshot, with a size for people."""
+    """Format the label of a snapshot, with a human-readable size."""
     rest, _, size = label.removesuffix(" bytes").rpartition(", ")
     return f"{rest}, {format_size(int(size))}"
 
 
 def _duration(seconds: float) -> str:
-    """Seconds as `42 s`, `3 min 20 s` or `5 h 12 min`."""
+    """Format seconds as `42 s`, `3 min 20 s` or `5 h 12 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -166,7 +169,7 @@ def _duration(seconds: float) -> str:
 
 
 def in_words(status: Status) -> str:
-    """One line, for following a run."""
+    """Format the status as one line."""
     parts = [status.state]
     if status.step is not None:
         parts.append(f"step {status.step}, epoch {status.epoch}, {100 * (status.progress or 0):.1f} %")

@@ -14,13 +14,13 @@ DIRECTORY = "tensorboard"
 
 
 def check_available() -> None:
-    """Raise `ConfigurationError` where there is nothing to write event files with."""
+    """Raise `ConfigurationError` if tensorboardX is not installed."""
     if importlib.util.find_spec("tensorboardX") is None:
         raise ConfigurationError("[run] tensorboard = true: needs tensorboardX: pip install 'pnode-dist[tensorboard]'")
 
 
 def remove(run: Path) -> None:
-    """Remove the event files of a run, and nothing else."""
+    """Remove the event files of a run, and no others."""
     for path in (run / DIRECTORY).glob("events.out.tfevents.*"):
         path.unlink()
     with suppress(OSError):
@@ -28,8 +28,10 @@ def remove(run: Path) -> None:
 
 
 class EventFile:
-    """An event file in `directory`. TensorBoard leaves out what earlier ones have after `step`, from which a run goes
-    on."""
+    """Event file in `directory`.
+
+    TensorBoard ignores points in earlier event files that lie after `step`, the step that the run resumes from.
+    """
 
     def __init__(self, directory: Path, step: int) -> None:
         from tensorboardX import SummaryWriter
@@ -42,5 +44,5 @@ class EventFile:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what has been added, and close the file."""
+        """Flush the added points and close the file."""
         self._writer.close()

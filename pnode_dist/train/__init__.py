@@ -1,1 +1,1 @@
-"""A training run: its configuration, its directory, its loop and its metrics."""
+"""Training runs: the loop, the optimiser, callbacks, preemption and progress."""

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: methods that are called as it goes, and how they are called."""
+"""Callbacks of a training run, and the functions that call them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pnode_dist.train.progress import EpochSummary
 
 @dataclass(frozen=True)
 class RunStart:
-    """A run that begins or is resumed: its directory, its configuration as tables, and the step it goes on after."""
+    """Start of a new or resumed run: its directory, its configuration as tables, and the last completed step."""
 
     directory: Path
     config: dict[str, Any]
@@ -22,10 +22,11 @@ class RunStart:
 
 
 class Callback:
-    """Base class of callbacks; its methods do nothing. An exception that one raises ends the run on all ranks.
+    """Base class of callbacks; its methods do nothing.
 
-    They are called on rank 0, or on every rank with `all_ranks`: only then may they be collective. What they are given
-    is the same on every rank.
+    The methods are called on rank 0 only, or on every rank with `all_ranks`. They may be collective only with
+    `all_ranks`. Their arguments are the same on every rank. An exception raised by a callback ends the run on all
+    ranks.
     """
 
     all_ranks: ClassVar[bool] = False
@@ -40,18 +41,18 @@ class Callback:
         """Called after every validation."""
 
     def on_epoch(self, summary: EpochSummary) -> None:
-        """Called after every epoch, and its validation if there was one."""
+        """Called after every epoch, and after its validation if there is one."""
 
     def on_snapshot(self, step: int) -> None:
-        """Called when a snapshot after `step` optimiser steps has been taken; it is then written in the background."""
+        """Called once a snapshot after `step` optimiser steps is taken; its background write may still be running."""
 
     def on_end(self, outcome: Outcome | None) -> None:
-        """Called at the end; `outcome` is None for a run that was stopped or has failed."""
+        """Called at the end of the run; `outcome` is None for a run that was stopped or has failed."""
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """The callbacks of this rank, in the order in which they are called."""
+    """Callbacks of this rank, in calling order."""
 
     called: tuple[Callback, ...] = ()
 
@@ -87,7 +88,7 @@ class Callbacks:
 
 
 def of_rank(callbacks: Sequence[Callback], is_root: bool) -> Callbacks:
-    """The callbacks that are called on this rank. Raises `TypeError` for what is not a callback."""
+    """Select the callbacks that are called on this rank. Raises `TypeError` for an object that is not a callback."""
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise TypeError(f"callbacks: {callback!r} is not a pnode_dist.Callback")

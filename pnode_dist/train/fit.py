@@ -1,4 +1,4 @@
-"""Training and evaluating from Python: the entrance to the machinery behind `pnode-dist train` and `evaluate`."""
+"""Training and evaluation from Python, equivalent to `pnode-dist train` and `pnode-dist evaluate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pnode_dist.train.run import RunRequest, build_problem, mesh_of, run
 
 @dataclass(frozen=True)
 class Fitted:
-    """A run that has ended: its directory, with the parameters in `model.pt`, and how it ended."""
+    """A finished run: its directory, which holds the parameters in `model.pt`, and its outcome."""
 
     directory: Path
     outcome: Outcome
@@ -37,12 +37,12 @@ def fit(
     overwrite: bool = False,
     accept_changed_problem: bool = False,
 ) -> Fitted:
-    """Train a problem, with snapshots, metrics, preemption and status as `pnode-dist train` has them.
+    """Train a problem with the snapshots, metrics, preemption and status of `pnode-dist train`.
 
-    `problem` is a class such as a `ForecastProblem`, or a name as `[problem] type` has it; None takes that of the
-    configuration. `config` is the path of a TOML file, or its tables as a mapping. `overrides` are such as
-    `"training.epochs=10"`. `resume`: `"auto"`, the path of a snapshot, or `"no"`.
-    Raises `ConfigurationError` for a wrong configuration, and what else ends a run, see `pnode_dist.train.loop.train`.
+    `problem` is a class, such as a subclass of `ForecastProblem`, or a name accepted by `[problem] type`; None takes
+    the problem of the configuration. `config` is the path of a TOML file, or its tables as a mapping. `overrides` are
+    strings such as `"training.epochs=10"`. `resume` is `"auto"`, the path of a snapshot, or `"no"`.
+    Raises `ConfigurationError` for an invalid configuration, and the errors of `pnode_dist.train.loop.train`.
     Collective on the world.
     """
     found, settings = _configured(problem, config, overrides)
@@ -52,10 +52,11 @@ def fit(
 
 
 def evaluate(run_dir: str | Path, problem: Any = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluate the model of a run: the figures, which are also written to `evaluation.json`. Collective on the world.
+    """Evaluate the model of a run and return its figures. Collective on the world.
 
-    `problem` is needed only for a class that cannot be imported from its file, as in a notebook.
-    Raises `ConfigurationError` for what is not the directory of a trained run.
+    The figures are also written to `evaluation.json`. `problem` is needed only for a class that cannot be imported
+    from its file, such as one defined in a notebook.
+    Raises `ConfigurationError` if `run_dir` is not the directory of a trained run.
     """
     directory = Path(run_dir)
     found, config = _configured(problem, directory / run_directory.CONFIG, overrides)
@@ -85,7 +86,7 @@ def _configured(
 
 
 def _of_class(problem: Any) -> Registered:
-    """The class as if a configuration had named it: by its file, or else by its module."""
+    """Return the definition of a problem class, located by its file or, failing that, by its module."""
     name = getattr(problem, "__qualname__", None)
     if name is None:
         raise ConfigurationError(f"problem = {problem!r}: must be a class, a name, or None")

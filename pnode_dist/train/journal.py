@@ -1,4 +1,4 @@
-"""What rank 0 writes down while a run goes on, and what ranks tell each other with every step."""
+"""Metrics and snapshots written by rank 0 during a run, and the requests that ranks exchange at every step."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from pnode_dist.system.atomic_file import sync
 
 @dataclass(frozen=True)
 class Wishes:
-    """What some rank wants all ranks to do after a step: stop, take a snapshot, end because files cannot be written."""
+    """Requests of any rank to all ranks after a step: stop, take a snapshot, or end because a write has failed."""
 
     stop: bool = False
     snapshot: bool = False
     failed: bool = False
 
     def as_numbers(self) -> list[float]:
-        """To be summed over the ranks."""
+        """Return the requests as numbers, to be summed over the ranks."""
         return [float(self.stop), float(self.snapshot), float(self.failed)]
 
 
 def wishes_of(sums: Sequence[float]) -> Wishes:
-    """The wishes of all ranks, of which the numbers have been summed."""
+    """Return the requests of all ranks, given the sums of their numbers."""
     return Wishes(*(value > 0 for value in sums))
 
 
 class Journal:
-    """The metrics and the snapshots of a run, in `directory`; with None, as on all ranks but 0, nothing is written.
+    """Writer of the metrics and snapshots of a run.
 
-    `config` is the text of the configuration and `problem` the hash of the problem's source, which go with every
-    snapshot. Files that cannot be written do not raise
-    at once, where other ranks would wait: `failure` is then set, for all ranks to end at their next agreement.
+    Files are written to `directory`; None, as on all ranks but 0, writes nothing. `config` is the text of the
+    configuration and `problem` the hash of the problem's source; both are stored with every snapshot.
+    A failed write sets `failure` instead of raising, because other ranks would then wait for this one. All ranks end
+    at their next exchange of requests.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Journal:
         self.failure: str | None = None
 
     def write(self, record: Record) -> None:
-        """Append a record to the metrics."""
+        """Append a record to the metrics file."""
         if self._heartbeat is not None and isinstance(record, StepRecord):
             self._first = self._first or record
             self._heartbeat.stepped(record, self._first)
@@ -73,12 +74,12 @@ class Journal:
             self.fail("metrics", error)
 
     def end_epoch(self, epoch: int, steps: int) -> None:
-        """Note the end of an epoch of so many steps."""
+        """Record the end of an epoch of `steps` steps."""
         if self._heartbeat is not None:
             self._heartbeat.update(epoch=epoch + 1, epoch_steps=steps)
 
     def due(self, step: int) -> bool:
-        """Whether it is time for a snapshot after `step`. While the disk still writes one, it is not."""
+        """Return True if a snapshot is due after `step`. None is due while another is being written."""
         settings = self._snapshots
         if self._directory is None or not self._writer.idle or step == self._last_step:
             return False
@@ -87,7 +88,7 @@ class Journal:
         return bool(by_steps) or time.monotonic() - self._last_snapshot >= seconds
 
     def check(self) -> None:
-        """Take note of what could not be written in the background."""
+        """Set `failure` if a background write has failed."""
         if self._heartbeat is not None and self._heartbeat.failure is not None:
             self.failure = self.failure or f"{self._heartbeat.failure}; {self._last()}"
         try:
@@ -97,18 +98,18 @@ class Journal:
 
     @property
     def metrics_size(self) -> int:
-        """The size of the metrics file in bytes."""
+        """Size of the metrics file in bytes."""
         return self._metrics.size
 
     def keep(self, snapshot: Snapshot | None, wait: bool = False) -> None:
-        """Write a snapshot in the background, or if asked to, until it is on the disk."""
+        """Write a snapshot in the background; with `wait`, return only once it is on disk."""
         if self._directory is None or snapshot is None:
             return
         directory, saved = self._directory, datetime.now(UTC).isoformat(timespec="seconds")
         self._last_snapshot, self._last_step = time.monotonic(), snapshot.position.step
 
         def write() -> None:
-            # The snapshot counts on as many bytes of metrics.
+            # The snapshot stores the size of the metrics file, so flush these bytes to disk first.
             sync(directory / run_directory.METRICS)
             snapshot_files.write(directory, snapshot, saved, self._config, self._snapshots.keep, self._problem)
 
@@ -120,7 +121,7 @@ class Journal:
             self.fail("snapshot", error)
 
     def last_snapshot(self) -> str:
-        """What the run has left to go on from, in words, once what is being written has been."""
+        """Describe the last snapshot in words, after waiting for pending writes."""
         try:
             self._writer.wait()
         except OSError as error:
@@ -128,7 +129,7 @@ class Journal:
         return self._last()
 
     def fail(self, what: str, error: OSError) -> None:
-        """Take note that `what` could not be written."""
+        """Set `failure` to say that `what` could not be written, unless it is already set."""
         if self.failure is None:
             self.failure = (
                 f"run directory {self._directory}: cannot write the {what}: {error.strerror or error}; {self._last()}"
@@ -139,7 +140,7 @@ class Journal:
         return f"the last snapshot is that of step {steps[0]}" if steps else "there is no snapshot"
 
     def close(self) -> None:
-        """Let what is being written be finished, and close the files."""
+        """Wait for pending writes and close the files."""
         self._writer.close()
         self.check()
         try:

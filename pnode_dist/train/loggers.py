@@ -1,4 +1,4 @@
-"""Callbacks that send the metrics of a run to TensorBoard, mlflow, or an object with the interface of a wandb run."""
+"""Callbacks that log the metrics of a run to TensorBoard, mlflow, or an object with the interface of a wandb run."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _DIRECTORY_TAG = "pnode_dist.run_directory"
 
 
 def figures_of(record: Record) -> dict[str, float]:
-    """The figures of a record, named `step/loss` or `validation/lead_1`."""
+    """Return the figures of a record by name, such as `step/loss` or `validation/lead_1`."""
     if isinstance(record, StepRecord):
         return {f"step/{name}": value for name, value in asdict(record).items() if name not in _NOT_METRICS}
     return {f"validation/{name}": value for name, value in record.figures.items()}
 
 
 def parameters_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The configuration as flat names and values, such as `training.epochs`."""
+    """Return the configuration as flat names, such as `training.epochs`, and values."""
     return {f"{table}.{key}": str(value) for table, keys in config.items() for key, value in keys.items()}
 
 
 class TensorBoardLogger(Callback):
     """Write event files for TensorBoard, by default into `tensorboard` in the run directory.
 
-    TensorBoard leaves out what earlier files have after the step that a run is resumed from. Needs the extra
-    `tensorboard`. Raises `ConfigurationError` where tensorboardX is missing.
+    For a resumed run, TensorBoard ignores points in earlier files that lie after the resumed step. Requires the extra
+    `tensorboard`. Raises `ConfigurationError` if tensorboardX is not installed.
     """
 
     def __init__(self, directory: str | Path | None = None) -> None:
@@ -44,15 +44,15 @@ class TensorBoardLogger(Callback):
         self._file: tensorboard.EventFile | None = None
 
     def on_start(self, start: RunStart) -> None:
-        """Open the file."""
+        """Open the event file."""
         self._file = tensorboard.EventFile(self._directory or start.directory / tensorboard.DIRECTORY, start.step)
 
     def on_step(self, record: StepRecord) -> None:
-        """Add a point to each curve of the steps."""
+        """Add a point to each step curve."""
         self._write(record)
 
     def on_validation(self, record: ValidationRecord) -> None:
-        """Add a point to each curve of the validation."""
+        """Add a point to each validation curve."""
         self._write(record)
 
     def _write(self, record: Record) -> None:
@@ -60,17 +60,17 @@ class TensorBoardLogger(Callback):
         self._file.write(figures_of(record), record.step)
 
     def on_end(self, outcome: Outcome | None) -> None:
-        """Write what has been added, and close the file."""
+        """Flush the added points and close the file."""
         if self._file is not None:
             self._file.close()
 
 
 class MlflowLogger(Callback):
-    """Log parameters, metrics and the state of a run to mlflow. Needs the extra `mlflow`.
+    """Log parameters, metrics and the state of a run to mlflow. Requires the extra `mlflow`.
 
-    `tracking_uri` is a server or a `file:` store, by default mlflow's own choice; `experiment` is made if it is not
-    there. A resumed run goes on in the mlflow run of its directory. Raises `ConfigurationError` where mlflow is
-    missing.
+    `tracking_uri` is a server or a `file:` store; the default is that of mlflow. `experiment` is created if it does
+    not exist. A resumed run continues the mlflow run of its directory. Raises `ConfigurationError` if mlflow is not
+    installed.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MlflowLogger(Callback):
         self.run_id = ""
 
     def on_start(self, start: RunStart) -> None:
-        """Begin an mlflow run, or go on with that of the directory."""
+        """Start an mlflow run, or continue that of the directory."""
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(self._tracking_uri)
@@ -116,21 +116,21 @@ class MlflowLogger(Callback):
             self._client.log_metric(self.run_id, name, float(value), step=record.step)
 
     def on_end(self, outcome: Outcome | None) -> None:
-        """Mark the mlflow run as finished, or as killed where the run was stopped or has failed."""
+        """Mark the mlflow run as finished, or as killed if the run was stopped or has failed."""
         if self.run_id:
             self._client.set_terminated(self.run_id, "KILLED" if outcome is None else "FINISHED")
 
 
 class LogsMetrics(Protocol):
-    """The part of a wandb run that is used, which other loggers have too."""
+    """Interface required of a logger: the `log` method of a wandb run."""
 
     def log(self, data: dict[str, Any], step: int) -> Any: ...
 
 
 class WandbLogger(Callback):
-    """Log to `run`, an object with the method `log(data, step=)`, as a run of wandb, swanlab or trackio is.
+    """Log to `run`, an object with a method `log(data, step=)`, such as a run of wandb, swanlab or trackio.
 
-    The caller makes it, on rank 0, and ends it.
+    The caller creates `run` on rank 0 and finishes it.
     """
 
     def __init__(self, run: LogsMetrics) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: an optimiser on gradients that are summed over the mesh."""
+"""Training loop: optimiser steps on gradients summed over the mesh."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from pnode_dist.train.progress import EpochSummary, reporter
 
 
 def rehearse(problem: Problem, training: TrainingConfig | None = None) -> None:
-    """Compute the loss of one batch, without its gradient and as in evaluation. Collective on the world.
+    """Compute the loss of one batch in evaluation mode, without its gradient. Collective on the world.
 
-    Done before a run writes or replaces anything, so that what only the solver can find wrong with a configuration
-    is found here; with `training`, also what is wrong with its optimiser. Raises what the solver raises, and
-    `ConfigurationError` when there is no training batch.
+    Called before a run writes or replaces any file, to detect configuration errors that only the solver can detect.
+    With `training`, the optimiser and its schedule are checked too. Raises the errors of the solver, and
+    `ConfigurationError` if there is no training batch.
     """
     if training is not None:
         optimiser.check(training, problem.model)
@@ -61,15 +61,15 @@ def train(
     callbacks: Callbacks | None = None,
     source: str | None = None,
 ) -> Outcome:
-    """Train `problem.model` and leave metrics, parameters and snapshots in `directory`. Collective on the world.
+    """Train `problem.model` and write metrics, parameters and snapshots to `directory`. Collective on the world.
 
-    Every rank differentiates its share of the loss; the gradients are summed over state ranks and averaged over data
-    replicas, so parameters stay bit for bit the same on all ranks. The parameters are saved after each validation
-    and at the end. Validation data choose parameters only with `keep = "best"`. Training goes on from `start`; `config`
-    is the text of the configuration and `source` the hash of the problem's source, to be kept with snapshots. Asked by
-    `preemption`, it stops between two steps, or within one that it gives up.
-    Raises `DivergenceError` when the loss, its gradient or a parameter is not finite, `RunDirectoryError` when the
-    directory takes no more, and `Preempted` when it was stopped and has left a snapshot, on all ranks.
+    Every rank differentiates its share of the loss. The gradients are summed over state ranks and averaged over data
+    replicas, so parameters stay bitwise identical on all ranks. The parameters are saved after each validation and at
+    the end. Validation data select parameters only with `keep = "best"`. Training resumes from the snapshot `start`.
+    `config` is the text of the configuration and `source` the hash of the problem's source; both are stored with
+    snapshots. On a request by `preemption`, training stops between two steps, or abandons the current step.
+    Raises, on all ranks, `DivergenceError` if the loss, its gradient or a parameter is not finite, `RunDirectoryError`
+    if a file cannot be written to the directory, and `Preempted` if training was stopped after writing a snapshot.
     """
     journal = Journal(directory if mesh.is_root else None, snapshots or SnapshotConfig(), config, heartbeat, source)
     called = callbacks or Callbacks()
@@ -85,7 +85,7 @@ def train(
 
 
 class _Run:
-    """A run under way: how far it has come, and the best parameters so far."""
+    """State of the current run: its position and the best parameters so far."""
 
     def __init__(
         self,
@@ -107,11 +107,11 @@ class _Run:
         self._losses, self._loss, self._figures = list(position.losses), position.loss, dict(position.figures)
 
     def train_epoch(self) -> EpochSummary:
-        """The rest of an epoch, and its validation. Collective on the world."""
+        """Train the rest of an epoch and validate. Collective on the world."""
         try:
             return self._train_epoch()
         except GivenUp:
-            # Of what was under way nothing has been counted, and the parameters are those before it.
+            # The abandoned step or validation is not counted, and the parameters are those before it.
             self._stop()
 
     def _train_epoch(self) -> EpochSummary:
@@ -151,7 +151,7 @@ class _Run:
         return summary
 
     def finish(self) -> Outcome:
-        """Save what is kept of the trained parameters. Collective on the world."""
+        """Save the selected parameters and return the outcome. Collective on the world."""
         self._keep_snapshot(wait=True)
         kept_epoch, figures = self._training.epochs, self._figures
         if self._best is not None:
@@ -171,7 +171,7 @@ class _Run:
         )
 
     def _validate(self) -> tuple[str, float] | None:
-        """Validate, and choose and save parameters; the headline. Collective on the world."""
+        """Validate, select and save parameters, and return the headline figure. Collective on the world."""
         problem, best = self._problem, self._best
         self._figures = figures = _validate(problem)
         record = ValidationRecord(self._optimiser.steps, self.epoch, self._optimiser.seconds, problem.units, figures)
@@ -186,7 +186,7 @@ class _Run:
         return headline
 
     def _keep_snapshot(self, wait: bool = False) -> None:
-        """Take a snapshot and hand it to the journal. Collective on the world."""
+        """Take a snapshot and pass it to the journal. Collective on the world."""
         self._journal.keep(self._snapshot(), wait=wait)
         self._callbacks.snapshot(self._optimiser.steps)
 
@@ -197,9 +197,9 @@ class _Run:
             self._journal.fail("model", error)
 
     def _snapshot(self) -> Snapshot | None:
-        """The run after its last step, on rank 0. Collective on the world.
+        """Take a snapshot of the run after its last step, returned on rank 0. Collective on the world.
 
-        Raises `DivergenceError` on all ranks instead of keeping parameters that are not finite.
+        Raises `DivergenceError` on all ranks if a parameter is not finite.
         """
         self._check_finite()
         position = Position(
@@ -225,11 +225,11 @@ class _Run:
             )
 
     def _last_snapshot(self) -> str:
-        """What the run has left to go on from, in words. Collective on the world."""
+        """Describe the last snapshot in words. Collective on the world."""
         return str(self._mesh.broadcast_object(self._journal.last_snapshot()))
 
     def _stop(self) -> NoReturn:
-        """Leave a snapshot, and end on all ranks. Collective on the world."""
+        """Write a snapshot and raise `Preempted` on all ranks. Collective on the world."""
         assert self._preemption is not None
         reason = self._preemption.reason()
         self._keep_snapshot(wait=True)
@@ -240,12 +240,12 @@ class _Run:
         )
 
     def _check_written(self) -> None:
-        """End all ranks if some file could not be written. Collective on the world."""
+        """Raise `RunDirectoryError` on all ranks if a file could not be written. Collective on the world."""
         if self._mesh.max(torch.tensor([int(self._journal.failure is not None)])).item():
             self._give_up()
 
     def _give_up(self) -> NoReturn:
-        """End all ranks because some file cannot be written. Collective on the world."""
+        """Raise `RunDirectoryError` on all ranks with the failure of rank 0. Collective on the world."""
         raise RunDirectoryError(self._mesh.broadcast_object(self._journal.failure))
 
 
@@ -256,7 +256,7 @@ def _validate(problem: Problem) -> dict[str, float]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model as it is evaluated: a batch norm does not follow what it is given then."""
+    """Set the model to evaluation mode, in which batch norms do not update their running statistics."""
     training = model.training
     model.eval()
     try:

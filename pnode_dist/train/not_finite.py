@@ -1,7 +1,7 @@
-"""Where a value that is not finite comes from: the batch is done again, and what every module computes is looked at.
+"""Localisation of non-finite values: recompute the batch and inspect the inputs and outputs of every module.
 
-A step notices for nothing that its loss or gradient is not finite. Nothing has been changed by then, so that the same
-values come up once more, and in a right-hand side they are named with the time of the solve.
+An optimiser step detects a non-finite loss or gradient at no extra cost, before it changes any state. Recomputing the
+batch therefore reproduces the same values. Values in a right-hand side are reported with the time of the solve.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pnode_dist.train.problem import Batch, Problem
 
 @dataclass(frozen=True)
 class _Sight:
-    """What a rank has seen first that was not finite, after so many looks: all ranks look alike."""
+    """First non-finite value on a rank, and the index of its inspection; all ranks inspect in the same order."""
 
     looks: int
     words: str
 
 
 class _Lookout:
-    """Looks, while it is `posted`, at what the modules of a model are given and return."""
+    """Inspect the inputs and outputs of the modules of a model inside the context `posted`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -41,7 +41,7 @@ class _Lookout:
 
     @contextmanager
     def posted(self) -> Iterator[None]:
-        """Look for so long."""
+        """Register the hooks on all modules, and remove them on exit."""
         hooks = []
         for name, module in self._model.named_modules():
             described = f"{name} ({type(module).__name__})" if name else type(module).__name__
@@ -54,7 +54,7 @@ class _Lookout:
                 hook.remove()
 
     def look(self, values: Any, words: str) -> None:
-        """Remember the words if nothing has been seen before, and some of these values are not finite."""
+        """Record `words` if some of `values` are not finite and nothing was recorded before."""
         self._looks += 1
         if self.seen is None and not _finite(values):
             self.seen = _Sight(self._looks, words)
@@ -76,7 +76,7 @@ class _Lookout:
             what = "value" if self.seen or _finite(inputs) else "input"
             self.look(output, f"the {what} of {name}{self._at}")
             if _is_right_hand_side(inputs):
-                # In a backward pass what comes back to the value is seen before what goes on to the state.
+                # A backward pass computes the gradient with respect to the value before that with respect to the state.
                 self._look_back(output, f"the gradient by the value of {name}{self._at}")
                 self._look_back(inputs[1], f"the gradient by the state of {name}{self._at}")
                 self._times.pop()
@@ -90,7 +90,7 @@ class _Lookout:
 
 
 def _is_right_hand_side(inputs: tuple[Any, ...]) -> bool:
-    """Whether a module was called as f(t, u, ...)."""
+    """Return True if a module was called as f(t, u, ...)."""
     time = inputs[0] if len(inputs) > 1 else None
     return isinstance(time, torch.Tensor) and time.dim() == 0 and time.is_floating_point()
 
@@ -101,13 +101,13 @@ def _finite(values: Any) -> bool:
 
 
 def origin(problem: Problem, batch: Batch, share: float, mesh: Mesh, backward: bool) -> str:
-    """Which ranks a value comes from that is not finite, and where it is first seen, in words; empty if nobody knows.
+    """Describe the ranks where a non-finite value originates and its first occurrence; empty if none is found.
 
-    `share` is this rank's share of the loss, as it was computed from `batch`. The loss is computed again, and with
-    `backward` its gradient. Collective on the world; the same on all ranks.
+    `share` is this rank's share of the loss, as computed from `batch`. The loss is recomputed, with its gradient if
+    `backward`. The text is the same on all ranks. Collective on the world.
     """
     lookout = _Lookout(problem.model)
-    # A solver may find no solution for such values, or the run be asked to stop: on all ranks alike.
+    # The solver may fail for such values, or a request to stop may arrive; both are raised on all ranks.
     with lookout.posted(), suppress(ArithmeticError, GivenUp):
         _again(problem, batch, lookout, backward)
     found = mesh.gather_object((socket.gethostname(), math.isfinite(share), lookout.seen)) or ()
@@ -127,7 +127,7 @@ def _again(problem: Problem, batch: Batch, lookout: _Lookout, backward: bool) ->
 
 
 def _in_words(ranks: list[tuple[str, bool, _Sight | None]]) -> str:
-    """What all ranks have seen, from host, whether the share was finite, and sight of each."""
+    """Describe the first occurrence from each rank's host, whether its share was finite, and its recorded value."""
     sights = [sight for _, _, sight in ranks if sight is not None]
     first = min(sights, key=lambda sight: sight.looks, default=None)
     named = []

@@ -1,4 +1,4 @@
-"""One optimiser step at a time: loss, gradient, checks, and the record of what it cost."""
+"""Optimiser steps: loss, gradient, finiteness checks, and the record of the cost of each step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ERRORS_OF_SOLVES = (ConvergenceError, PrecisionError, SpillError, StepSizeError)
 
 
 class Optimisation:
-    """One optimiser step at a time, counted and measured."""
+    """Take optimiser steps one at a time; count and measure them."""
 
     def __init__(self, problem: Problem, training: TrainingConfig, mesh: Mesh) -> None:
         self._problem, self._training, self._mesh = problem, training, mesh
@@ -46,21 +46,21 @@ class Optimisation:
         self._began = time.perf_counter()
         self.steps = 0
         self.before = rank_state(problem.model, self._built)
-        """This rank's state before the step under way."""
+        """This rank's state before the current step."""
 
     @property
     def trained(self) -> Trained:
-        """All that a snapshot is taken of."""
+        """Objects that a snapshot captures."""
         return Trained(self._problem.model, self._optimiser, self._schedule)
 
     def resume(self, snapshot: Snapshot) -> Best | None:
-        """Go on from a snapshot; the best parameters until then. Collective on the world."""
+        """Restore a snapshot and return the best parameters so far. Collective on the world."""
         if self._mesh.size > 1 and snapshot.position.step > 0:
-            # DistributedDataParallel orders its buckets by the first backward pass, and they decide how it rounds sums.
+            # DistributedDataParallel orders its buckets by the first backward pass; their order affects how sums round.
             self._problem.loss(self._model, next(self._problem.batches(1))).backward()  # type: ignore[no-untyped-call]
         best = restore(snapshot, self.trained, self._mesh)
         follow_longer_run(self._schedule, self._optimiser, self._training.epochs)
-        # Or the schedule would warn that there was no step before its own.
+        # Otherwise the schedule warns that it is stepped before the optimiser.
         set_step_was_taken(self._optimiser, snapshot.position.step > 0)
         self.steps = snapshot.position.step
         self._began = time.perf_counter() - snapshot.position.seconds
@@ -68,7 +68,7 @@ class Optimisation:
         return best
 
     def mark(self) -> None:
-        """Remember this rank's state, to which a step that is given up is taken back."""
+        """Save this rank's state; a snapshot taken after an abandoned step stores this state."""
         self.before = rank_state(self._problem.model, self._built)
 
     @property
@@ -77,13 +77,13 @@ class Optimisation:
         return time.perf_counter() - self._began
 
     def step(self, batch: Batch, epoch: int, wishes: Wishes) -> tuple[StepRecord, Wishes]:
-        """Take one step; its record, and the wishes of all ranks after it. Collective on the world.
+        """Take one step; return its record and the requests of all ranks after it. Collective on the world.
 
-        Raises `DivergenceError` on all ranks before parameters are spoilt, and what the solver raises on all ranks of
-        its state, both with the number of the step.
+        Raises `DivergenceError` on all ranks before the parameters are changed, and the errors of the solver on all
+        ranks of its state. Both messages name the step.
         """
         share, solve = self._share_and_gradient(batch, epoch)
-        # From here on the step is not given up any more.
+        # Past this point the step is no longer abandoned.
         self.steps += 1
         totals = self._mesh.sum(
             torch.tensor([share, solve.bytes_written, solve.bytes_read, *wishes.as_numbers()], dtype=torch.float64)
@@ -129,7 +129,7 @@ class Optimisation:
         return record, wishes_of(totals[3:].tolist())
 
     def _share_and_gradient(self, batch: Batch, epoch: int) -> tuple[float, SolveStatistics]:
-        """This rank's share of the loss, and the cost of its solves; leaves the gradient. Collective on the world."""
+        """Compute the gradient; return this rank's share of the loss and the solve costs. Collective on the world."""
         self._optimiser.zero_grad(set_to_none=True)
         try:
             share = self._problem.loss(self._model, batch)
@@ -140,14 +140,15 @@ class Optimisation:
         return share.item(), self._problem.solve_statistics()
 
     def _clipped_norm(self) -> float:
-        """The norm of the gradient, which is already the sum over the ranks, before it is clipped."""
+        """Clip the gradient, already summed over the ranks, and return its norm before clipping."""
         limit = self._training.gradient_clip or math.inf
         return clip_gradient_norm(self._model, limit, self._mesh).item()
 
     def _step_with_closure(self, batch: Batch, epoch: int, loss: float) -> SolveStatistics:
-        """Let an optimiser that evaluates the loss itself take its step, beginning with the loss and gradient at hand.
+        """Step an optimiser that evaluates the loss itself.
 
-        The cost of its further evaluations. Collective on the world: every rank is given the same loss.
+        Its first evaluation reuses `loss` and the current gradient. Returns the cost of its further evaluations.
+        `loss` must be the same on every rank. Collective on the world.
         """
         known: float | None = loss
         spent = SolveStatistics()
@@ -172,12 +173,12 @@ class Optimisation:
         return spent
 
     def _origin(self, batch: Batch, share: float, backward: bool) -> str:
-        """See `not_finite.origin`. Collective on the world."""
+        """Restore the state before the step and call `not_finite.origin`. Collective on the world."""
         put_back(self.before, self._problem.model)
         return not_finite.origin(self._problem, batch, share, self._mesh, backward)
 
     def end_epoch(self, figure: float | None) -> None:
-        """Advance a schedule that follows epochs; `figure` is the headline of the validation, if there was one."""
+        """Advance a schedule that is stepped per epoch; `figure` is the headline validation figure, if computed."""
         if self._schedule is None or self._training.schedule_every == "step":
             return
         if not follows_validation(self._schedule):
@@ -187,7 +188,10 @@ class Optimisation:
 
 
 def on_all_ranks(error: Exception, mesh: Mesh) -> bool:
-    """Whether all ranks raise `error` alike: solves raise theirs on all ranks of a state, or where one does not fit."""
+    """Return True if all ranks raise `error`.
+
+    A solve raises on all ranks of its state, or, for `PrecisionError`, only on the ranks where a value does not fit.
+    """
     if isinstance(error, DivergenceError):
         return True
     return mesh.data_replicas == 1 and not isinstance(error, PrecisionError)

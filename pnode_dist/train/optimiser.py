@@ -1,4 +1,4 @@
-"""The optimiser and the schedule of the learning rate that a configuration names."""
+"""Configured optimiser and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def optimiser_of(training: TrainingConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The configured optimiser of the model's parameters: AdamW, SGD with momentum, or one by import path.
+    """Create the configured optimiser of the model's parameters: AdamW, SGD with momentum, or one by import path.
 
-    Raises `ConfigurationError` for a path that leads to no optimiser, options that it does not take, and one that needs
-    the whole gradient where parameters are sharded. Not collective.
+    Raises `ConfigurationError` if the path names no optimiser, if the optimiser does not accept its options, or if it
+    needs the whole gradient while parameters are sharded. Not collective.
     """
     rate, decay, parameters = training.learning_rate, training.weight_decay, list(model.parameters())
     match training.optimiser:
@@ -43,9 +43,9 @@ def optimiser_of(training: TrainingConfig, model: nn.Module) -> torch.optim.Opti
 
 
 def schedule_of(training: TrainingConfig, optimiser: torch.optim.Optimizer) -> LRScheduler | None:
-    """The configured schedule; None for a constant learning rate.
+    """Create the configured schedule; None for a constant learning rate.
 
-    Raises `ConfigurationError` for a path that leads to no scheduler, and options that it does not take.
+    Raises `ConfigurationError` if the path names no scheduler, or if the scheduler does not accept its options.
     """
     match training.schedule:
         case "constant":
@@ -59,25 +59,25 @@ def schedule_of(training: TrainingConfig, optimiser: torch.optim.Optimizer) -> L
 
 
 def check(training: TrainingConfig, model: nn.Module) -> None:
-    """Raise `ConfigurationError` if the configured optimiser or schedule cannot be made. Changes nothing."""
+    """Raise `ConfigurationError` if the configured optimiser or schedule cannot be created. Has no side effects."""
     schedule_of(training, optimiser_of(training, model))
 
 
 def needs_closure(optimiser: torch.optim.Optimizer) -> bool:
-    """Whether the optimiser evaluates the loss itself, as LBFGS does."""
+    """Return True if the optimiser evaluates the loss itself, as LBFGS does."""
     closure = inspect.signature(optimiser.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def follows_validation(schedule: LRScheduler | None) -> bool:
-    """Whether the schedule is stepped by a validation figure."""
+    """Return True if the schedule is stepped with a validation figure."""
     return isinstance(schedule, ReduceLROnPlateau)
 
 
 def follow_longer_run(schedule: LRScheduler | None, optimiser: torch.optim.Optimizer, epochs: int) -> None:
-    """Put the learning rate where a run that was to be as long as it now is would have it.
+    """Set the learning rate to its value in a run of `epochs` epochs, after a change of the configured length.
 
-    Only the cosine depends on the length of the run.
+    Only the cosine schedule depends on the length of the run.
     """
     if not isinstance(schedule, CosineAnnealingLR) or schedule.T_max == epochs:
         return

@@ -1,4 +1,4 @@
-"""The end of a training run."""
+"""Outcome of a training run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the last epoch's mean loss, the figures of the parameters that were kept and their epoch."""
+    """Result of a run: the mean loss of the last epoch, and the figures and the epoch of the kept parameters."""
 
     steps: int
     seconds: float

@@ -1,14 +1,14 @@
-"""Stopping a run when it is asked to: SIGTERM or SIGUSR1 on any rank, or the end of the job's time.
+"""Preemption of a run: by SIGTERM or SIGUSR1 on any rank, or at the end of the job's time.
 
-A rank that is asked only takes note. All ranks learn of it from the sum that every optimiser step makes anyway, and
-stop after that step. So that it does not take as long as a long step, the ranks of a state also ask each other between
-the steps of a solve, about twice a second: each solve counts its steps alike on all its ranks, and how many of them
-pass between two questions follows from a time that they have agreed on. If one was asked to stop, the optimiser step is
-given up, and the run stops as it was before it.
+A rank that receives a request only records it. The reduction of every optimiser step carries the requests to all
+ranks, which stop after that step. To respond within a long step, the ranks of a state also exchange requests between
+the steps of a solve, about twice a second. All ranks of a solve count its steps identically, and they derive the
+number of steps between two exchanges from an elapsed time reduced over them. On a request, the optimiser step is
+abandoned, and the run stops in the state before it.
 
-Replicas take steps of their own: they vote at the end of every pass of a solve, where they would wait for each other
-next, and one that gives up casts its vote at once and waits for theirs. It tells them by a message, so that they need
-not come to the end of their passes either.
+Replicas take different numbers of solve steps. They vote at the end of every pass of a solve, before the next
+synchronisation between replicas. A replica that abandons its solve votes at once and waits for the others. It also
+sends them a message, so that they can abandon their solves before the end of the pass.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _FASTER = 4
 
 
 class GivenUp(Exception):  # noqa: N818
-    """The solve under way was given up, on all ranks, because the run is to stop."""
+    """The current solve was abandoned on all ranks because of a request to stop."""
 
 
 class Preemption:
-    """Takes note of requests to stop, from signals and, on rank 0, from the time: while it is entered.
+    """Context manager that records requests to stop, from signals and from the time limit.
 
-    `end` is when to stop, in seconds since the epoch. Making and closing it is collective on the world.
+    `end` is the time to stop, in seconds since the epoch; None sets no limit. Construction and exit are collective on
+    the world.
     """
 
     def __init__(self, mesh: Mesh, end: float | None = None) -> None:
@@ -52,20 +53,23 @@ class Preemption:
 
     @property
     def wanted(self) -> bool:
-        """Whether this rank knows of a request to stop."""
+        """True if this rank has received a request to stop."""
         if self._reason is None and self._end is not None and time.time() >= self._end:
             self._reason = "the end of the job's time"
         return self._heard or self._reason is not None
 
     def reason(self) -> str:
-        """Who was asked to stop, and how, the same on all ranks. Collective on the world."""
+        """Describe the request of the lowest rank that received one; the same text on all ranks.
+
+        Collective on the world.
+        """
         own = f"{self._reason} on rank {self._mesh.rank} ({socket.gethostname()})" if self._reason else None
         reasons = [reason for reason in self._mesh.gather_object(own) or () if reason is not None]
         found: str = self._mesh.broadcast_object(next(iter(reasons), "a request"))
         return found
 
     def between_steps(self, comm: MPI.Comm) -> None:
-        """See `pnode_dist.ode.safe_points`. Raises `GivenUp` on all ranks once one was asked to stop."""
+        """See `pnode_dist.ode.safe_points`. Raises `GivenUp` on all ranks after a request to any of them."""
         if comm.size != self._ranks.size:
             return
         self._steps += 1
@@ -82,12 +86,12 @@ class Preemption:
             raise GivenUp
 
     def after_solve(self, comm: MPI.Comm) -> None:
-        """See `pnode_dist.ode.safe_points`. Raises `GivenUp` on all ranks if a replica has given up."""
+        """See `pnode_dist.ode.safe_points`. Raises `GivenUp` on all ranks if a replica has abandoned its solve."""
         if comm.size == self._ranks.size and self._world is not None and self._vote():
             raise GivenUp
 
     def _vote(self) -> bool:
-        """Whether some rank wants to stop. Collective on the world."""
+        """Return True if any rank has a request to stop. Collective on the world."""
         if self._world is None:
             return self.wanted
         self._tell()
@@ -95,7 +99,7 @@ class Preemption:
         return stop
 
     def _tell(self) -> None:
-        """Let ranks of other replicas know, once."""
+        """Send a request received on this rank to all other ranks, once."""
         if self._world is not None and self._reason is not None and not self._told:
             others = [rank for rank in range(self._world.size) if rank != self._world.rank]
             self._told = [self._world.isend(None, rank) for rank in others]

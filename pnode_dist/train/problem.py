@@ -1,7 +1,8 @@
-"""What the training loop, the gradient check and the evaluation ask of a problem.
+"""Interface of a problem, required by the training loop, the gradient check and the evaluation.
 
-A problem is data, a model and a loss over one mesh. A configuration finds it by its `ProblemDefinition`, see
-`pnode_dist.config.definition`. Most derive from `pnode_dist.ForecastProblem` or `pnode_dist.TrainableProblem`.
+A problem is data, a model and a loss over one mesh. A configuration selects it by its `ProblemDefinition`, see
+`pnode_dist.config.definition`. Most problems derive from `pnode_dist.ForecastProblem` or
+`pnode_dist.TrainableProblem`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pnode_dist.partition.protocol import Partition
 from pnode_dist.verify.gradcheck import GradcheckCase
 
 Batch = Any
-"""Whatever a problem's `batches` yields and its `loss` takes."""
+"""Type of the items that a problem's `batches` yields and its `loss` accepts."""
 
 
 class Problem(Protocol):
@@ -27,66 +28,66 @@ class Problem(Protocol):
 
     @property
     def name(self) -> str:
-        """A short name of what is modelled, for tables and plots."""
+        """Short name of the modelled quantity, for tables and plots."""
         ...
 
     @property
     def units(self) -> str:
-        """The units of the validation figures, such as `K`."""
+        """Units of the validation figures, such as `K`."""
         ...
 
     @property
     def partition(self) -> Partition:
-        """How a state lies on the state ranks."""
+        """Partition of a state over the state ranks."""
         ...
 
     @property
     def model(self) -> nn.Module:
-        """The model, whose `forward(batch)` is the prediction. It has the same parameters on every rank."""
+        """Model whose `forward(batch)` returns the prediction. Its parameters are the same on every rank."""
         ...
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Batch]:
-        """This replica's share of each training batch of an epoch but the first `done`, in an order that (seed, epoch)
-        fixes.
+        """Yield this replica's share of each training batch of an epoch, except the first `done`.
 
-        As many on every rank, and the same batches however the ranks are split; a share may be empty. A run that is
-        resumed goes on in the middle of an epoch: what batches and loss draw at random comes from (seed, epoch) or from
-        torch's, numpy's or Python's own generator, whose states are kept.
+        The order is determined by (seed, epoch). Every rank yields the same number of shares, and the batches do not
+        depend on how the ranks are split into replicas; a share may be empty. A resumed run may start in the middle of
+        an epoch. Random draws of batches and loss must therefore come from (seed, epoch), or from the global
+        generators of torch, numpy or Python, whose states are stored in snapshots.
         """
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """This rank's share of the loss. Collective on the world.
+        """Compute this rank's share of the loss. Collective on the world.
 
-        The loss is the sum over the state ranks and the mean over the replicas of the shares, which
-        `pnode_dist.distributed.gradients.parallel` makes of their gradients. `share_of_mean` of the same module makes
-        the share of a mean.
-        `model` is `self.model` or DistributedDataParallel around it, and is called as `model(...)`.
+        The loss is the sum of the shares over the state ranks, averaged over the replicas.
+        `pnode_dist.distributed.gradients.parallel` reduces the gradients in the same way, and `share_of_mean` of that
+        module computes the share of a mean.
+        `model` is `self.model` or a DistributedDataParallel wrapper of it, and is called as `model(...)`.
         """
         ...
 
     def validation(self, model: nn.Module) -> dict[str, float]:
-        """Named errors on the validation data, in `units`, the same on every rank. Collective on the world.
+        """Compute named errors on the validation data, in `units`, the same on every rank. Collective on the world.
 
-        The first is the one that training reports, and by which the best parameters are chosen if that is asked for.
+        Training reports the first error, and selects the best parameters by it with `keep = "best"`.
         """
         ...
 
     def solve_statistics(self) -> SolveStatistics:
-        """What the model's last call, and its backward pass if there was one, cost on this rank."""
+        """Return the cost on this rank of the model's last call, and of its backward pass if there was one."""
         ...
 
     def solve_case(self) -> SolveCase:
-        """The solve of a training batch, to plan and to measure with. Collective on the world."""
+        """Return the solve of a training batch, for planning and measurement. Collective on the world."""
         ...
 
     def gradcheck_case(self) -> GradcheckCase:
-        """A case for `pnode_dist.verify.gradcheck`. Collective on the world."""
+        """Return a case for `pnode_dist.verify.gradcheck`. Collective on the world."""
         ...
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
-        """Forecast the validation data, write `forecast.h5` and `report.png` into the run directory.
+        """Forecast the validation data and write `forecast.h5` and `report.png` to the run directory.
 
-        Returns the table of figures, which JSON can hold, the same on every rank. Collective on the world.
+        Returns a JSON-serialisable table of figures, the same on every rank. Collective on the world.
         """
         ...

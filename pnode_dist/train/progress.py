@@ -1,4 +1,4 @@
-"""Showing how training goes: a bar on a terminal, lines elsewhere, on standard error of rank 0."""
+"""Progress display on standard error of rank 0: a bar on a terminal, lines otherwise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """One epoch: its mean loss, seconds and rate, and the headline validation figure if it was computed."""
+    """Summary of an epoch: mean loss, seconds, steps per second, and the headline validation figure if computed."""
 
     epoch: int
     epochs: int
@@ -25,7 +25,7 @@ class EpochSummary:
     units: str
 
     def text(self) -> str:
-        """One line for people."""
+        """Format the summary as one line of text."""
         figure = ""
         if self.validation is not None:
             figure = f"  {self.validation[0].replace('_', ' ')} {self.validation[1]:.4g} {self.units}".rstrip()
@@ -33,35 +33,35 @@ class EpochSummary:
 
 
 class Reporter(Protocol):
-    """Who is told after every epoch."""
+    """Interface of a progress display, called after every epoch."""
 
     def epoch(self, summary: EpochSummary) -> None:
-        """Show one epoch."""
+        """Display one epoch."""
         ...
 
 
 class Silence:
-    """For all ranks but 0."""
+    """Reporter without output, for all ranks but 0."""
 
     def epoch(self, summary: EpochSummary) -> None:
-        """Show nothing."""
+        """Do nothing."""
 
 
 class Lines:
-    """A line every `every` epochs, and whenever there is a validation figure."""
+    """Print a line every `every` epochs, and after each validation."""
 
     def __init__(self, stream: TextIO, every: int) -> None:
         self._stream, self._every = stream, every
 
     def epoch(self, summary: EpochSummary) -> None:
-        """Write the line if it is time for one."""
+        """Print the line if it is due."""
         wanted = summary.epoch % self._every == 0 or summary.epoch in (1, summary.epochs)
         if wanted or summary.validation is not None:
             print(f"epoch {summary.epoch}/{summary.epochs}  {summary.text()}", file=self._stream, flush=True)
 
 
 class Bar:
-    """A bar over the epochs; validation figures stay above it as lines."""
+    """Display a progress bar over the epochs; print each epoch with a validation figure as a line above it."""
 
     def __init__(self, console: Console, epochs: int) -> None:
         self._progress = Progress(
@@ -91,7 +91,7 @@ class Bar:
 
 
 def reporter(shown: bool, epochs: int, every: int) -> AbstractContextManager[Reporter]:
-    """What suits standard error; nothing at all unless `shown`."""
+    """Create a bar if standard error is a terminal, lines otherwise; show nothing unless `shown`."""
     if not shown:
         return nullcontext(Silence())
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""A training run from its configuration to its last file, read from top to bottom."""
+"""A complete training run, from its configuration to its last file."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ PROGRAM = "pnode-dist"
 
 @dataclass(frozen=True)
 class RunRequest:
-    """How a run begins, and its callbacks.
+    """Options for starting a run, and its callbacks.
 
     `resume` is `"auto"`, the path of a snapshot, or `"no"`. `overwrite` replaces the files of an earlier run.
-    `accept_changed_problem` resumes although the problem's source has changed since the snapshot.
+    `accept_changed_problem` allows resuming after a change of the problem's source since the snapshot.
     """
 
     resume: str = "no"
@@ -49,10 +49,10 @@ class RunRequest:
 
 
 def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome, str]:
-    """Train the configured problem, and write all files of the run to its directory. Collective on the world.
+    """Train the configured problem and write all files of the run to its directory. Collective on the world.
 
-    Returns the outcome and the units of its figures. Nothing is written before the problem is built and one loss has
-    been computed. Raises `ConfigurationError` on all ranks, and the errors of `pnode_dist.train.loop.train`.
+    Returns the outcome and the units of its figures. No file is written until the problem is built and one loss is
+    computed. Raises `ConfigurationError` on all ranks, and the errors of `pnode_dist.train.loop.train`.
     """
     directory = config.run.path
     loggers = (TensorBoardLogger(),) if config.run.tensorboard else ()
@@ -63,13 +63,13 @@ def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome
         choose = functools.partial(
             resume.choose_start, request.resume, config, request.overwrite, found.sha256, request.accept_changed_problem
         )
-        # A start that is refused is refused before the data are read.
+        # Reject an invalid start before reading the data.
         run_directory.on_root(mesh, choose)
         problem = build_problem(config, mesh, found=found)
         with user_code("in the loss of the first batch", found.file, _fallback(found)):
             loop.rehearse(problem, config.training)
         lock = stack.enter_context(run_directory.held(directory, mesh))
-        # No other run writes there from here on, so the choice is final.
+        # The lock now excludes other runs, so this choice is final.
         start = run_directory.on_root(mesh, choose)
         snapshot = resume.open_run(start, config, mesh, request.overwrite)
         if mesh.is_root:
@@ -102,10 +102,10 @@ def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome
 def build_problem(
     config: Config, mesh: Mesh, dtype: torch.dtype | None = None, found: Registered | None = None
 ) -> Problem:
-    """Build the configured problem, with a model in `dtype`, by default `[training] dtype`. Collective on the world.
+    """Build the configured problem with a model in `dtype`, by default `[training] dtype`. Collective on the world.
 
-    `found` is the problem that the configuration names, if it has been resolved before. Raises `ConfigurationError` on
-    all ranks if the data or the number of ranks do not fit the configuration, and for an error in a user's own problem.
+    `found` is the problem named by the configuration, if already resolved. Raises `ConfigurationError` on all ranks if
+    the data or the number of ranks do not fit the configuration, or for an error in a user-defined problem.
     """
     dtype = dtype or getattr(torch, config.training.dtype)
     found = found or resolve(config.kind, Path())
@@ -115,7 +115,7 @@ def build_problem(
 
 
 def mesh_of(config: Config) -> Mesh:
-    """Check that all ranks are alike, seed torch, and build the configured mesh. Collective on the world."""
+    """Check that all ranks agree, seed torch, and build the configured mesh. Collective on the world."""
     check_alike()
     torch.manual_seed(config.run.seed)
     return Mesh(config.mesh.state, config.mesh.data, backend=config.mesh.backend)
@@ -130,17 +130,17 @@ def check_alike() -> None:
 
 
 def _print_notes(notes: Iterable[str]) -> None:
-    """Print where a run starts from, on standard error."""
+    """Print notes on the start of a run to standard error."""
     for note in notes:
         print(f"{PROGRAM}: {note}", file=sys.stderr, flush=True)
 
 
 def _stop_time(config: Config) -> float | None:
-    """The time at which the run stops by itself, before the end of a Slurm job; None without a limit."""
+    """Return the time at which the run stops, before the end of its Slurm job; None without a limit."""
     end = slurm.job_end() if config.run.stop_before_end else None
     return end and end - config.run.stop_before_end
 
 
 def _fallback(found: Registered) -> str:
-    """The name that errors of a user's problem begin with; those of this package keep their tracebacks."""
+    """Return the prefix of errors in a user-defined problem; errors in this package keep their tracebacks."""
     return "" if found.file is None else found.name

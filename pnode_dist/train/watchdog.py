@@ -1,8 +1,8 @@
-"""A rank that gets stuck ends the job, once every rank has said where it is.
+"""Watchdog that aborts a hung job after every rank has printed its stacks.
 
-Every rank counts the steps of its solves. A thread beside it looks whether the count has changed; if it has not for
-`limit` seconds, the rank prints the Python stacks of all its threads and asks the others, by a message to their
-threads, to do the same. Then it ends them all.
+Every rank counts the steps of its solves. A background thread polls this count. If it has not changed for `limit`
+seconds, the rank prints the Python stacks of all its threads, and sends a message to the watchdog threads of the other
+ranks to do the same. It then aborts all ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _FOR_OTHERS = 3.0
 
 
 class Watchdog:
-    """Watches this rank while it is entered; with `limit` 0 it does not. Making it is collective on the world."""
+    """Context manager that watches this rank for hangs.
+
+    `limit` is in seconds; 0 disables the watchdog. Construction is collective on the world.
+    """
 
     def __init__(self, mesh: Mesh, limit: float) -> None:
         self._rank, self._limit = mesh.rank, limit
@@ -33,7 +36,7 @@ class Watchdog:
         self._steps = 0
         together = mesh.size > 1 and MPI.COMM_WORLD.size == mesh.size and limit > 0
         self._world = MPI.COMM_WORLD.Dup() if together else None
-        # Messages are for the thread, while the rank is in MPI as well.
+        # The thread receives messages while the main thread may be inside MPI, which needs MPI_THREAD_MULTIPLE.
         self._calls = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="pnode-dist-watchdog", daemon=True)
@@ -72,7 +75,7 @@ class Watchdog:
             abort(HUNG, self._world)
 
     def _print_stacks(self, why: str) -> None:
-        """All threads of this rank, the main one last, in one piece."""
+        """Print the stacks of all threads of this rank in one write, the main thread last."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         frames = sys._current_frames()
         frames.pop(threading.get_ident(), None)
