@@ -19,8 +19,8 @@ class LearntFlux(nn.Module):
     """The flux c(m, d^2, l) (w_j - w_i) into node i along each of its edges, with c positive.
 
     m is the mean of both ends, d their difference and l the edge's length in units of `length`. c is `conductance`
-    times the softplus of a perceptron of m, d^2 and l, scaled so that it starts near 1. As c is symmetric in the ends of
-    an edge, heat is conserved. As it is positive, heat flows from hot to cold.
+    times the softplus of a perceptron of m, d^2 and l, scaled so that it starts near 1. As c is symmetric in the ends
+    of an edge, heat is conserved. As it is positive, heat flows from hot to cold.
     """
 
     def __init__(self, config: GraphDiffusionModelConfig, conductance: float, length: float, seed: int) -> None:
