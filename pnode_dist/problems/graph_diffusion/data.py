@@ -1,4 +1,4 @@
-"""The data of the graph diffusion problem: trajectories on a mesh that PETSc computes from the equations."""
+"""Data of the graph diffusion problem: trajectories on a mesh, computed from the equations by PETSc."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PREFIX = "graph_diffusion_data_"
 def trajectories(
     config: GraphDiffusionConfig, nodes: IrregularMesh, partition: GraphPartition, lengths: torch.Tensor
 ) -> torch.Tensor:
-    """All trajectories `[trajectory, time, local_nodes, 1]`, those to learn from first. Collective on the state ranks.
+    """Compute all trajectories `[trajectory, time, local_nodes, 1]`, training trajectories first.
 
-    `lengths` `[local_edges, 1]` are those of the edges. Raises `ConfigurationError` on all ranks for equations whose
-    solution cannot be followed.
+    `lengths` `[local_edges, 1]` are the lengths of the edges. Collective on the state ranks. Raises
+    `ConfigurationError` on all ranks if the solution of the equations cannot be integrated.
     """
     equations = Diffusion(partition, Flux(config.parameters), lengths)
     numbers = range(config.trajectories + config.validation)
@@ -35,9 +35,10 @@ def trajectories(
 
 
 def constant_conductivity(states: torch.Tensor, unit: Diffusion, interval: float, mesh: Mesh) -> float:
-    """k that fits the changes from sample to sample by k times the mean of unit diffusion at both, in least squares.
+    """Fit one constant conductivity k to the changes of states from sample to sample, by least squares.
 
-    `states` is `[trajectory, time, local_nodes, 1]`. Collective on the state ranks.
+    The change per unit of time between two samples is modelled as k times the mean of unit diffusion at both. `states`
+    is `[trajectory, time, local_nodes, 1]`. Collective on the state ranks.
     """
     with torch.no_grad():
         rate = unit(torch.zeros(()), states)

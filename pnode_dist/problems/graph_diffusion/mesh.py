@@ -1,4 +1,4 @@
-"""An irregular mesh in the unit square: random points, none too near to another, and who is whose neighbour."""
+"""Irregular mesh in the unit square: random points with a least distance, and the edges of their Gabriel graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _NEAR = 10
 
 @dataclass(frozen=True)
 class IrregularMesh:
-    """`points` `[nodes, 2]`, numbered in no order, and `edge_index` `[2, edges]`, both directions of every edge."""
+    """An irregular mesh in the unit square.
+
+    `points` is `[nodes, 2]`, in random order. `edge_index` is `[2, edges]`, with both directions of every edge.
+    """
 
     points: Reals
     edge_index: Integers
@@ -30,11 +33,11 @@ class IrregularMesh:
 
 
 def irregular_mesh(nodes: int, seed: int) -> IrregularMesh:
-    """The mesh of `nodes` nodes that `seed` fixes. Not collective.
+    """Generate the mesh of `nodes` nodes determined by `seed`. Not collective.
 
-    Points are drawn uniformly and taken unless one is nearer than 0.65 / sqrt(nodes). Edges are those of the Gabriel
-    graph, which is connected (K. R. Gabriel, R. R. Sokal, Syst. Zool. 18 (1969)): two points are neighbours if no
-    other one lies in the circle with them at the ends of a diameter.
+    Points are drawn uniformly and rejected if another point is nearer than 0.65 / sqrt(nodes). The edges are those of
+    the Gabriel graph, which is connected (K. R. Gabriel, R. R. Sokal, Syst. Zool. 18 (1969)): two points are neighbours
+    if no other point lies in the circle that has them at the ends of a diameter.
     """
     generator = np.random.default_rng(seed)
     points = np.empty((nodes, 2))
@@ -49,12 +52,12 @@ def irregular_mesh(nodes: int, seed: int) -> IrregularMesh:
 
 def _gabriel_graph(points: Reals) -> Integers:
     squares = ((points[:, None] - points) ** 2).sum(axis=-1)
-    # By Thales, k lies in the circle over i and j if the squares of its distances add up to less than that of theirs.
+    # Thales: k lies in the circle of diameter ij if its squared distances to i and j add up to less than that of ij.
     np.fill_diagonal(squares, np.inf)
     pairs = []
     for node, row in enumerate(squares):
         near = np.argsort(row)[:_NEAR]
-        # The nearest nodes rule out most of the others, and all nodes are asked about those that are left.
+        # The nearest nodes exclude most candidates; test only the remaining ones against all nodes.
         left = np.flatnonzero((row[near, None] + squares[near]).min(axis=0) >= row)
         joined = left[(row + squares[left]).min(axis=1) >= row[left]]
         pairs.append(np.stack([np.full(len(joined), node), joined]))

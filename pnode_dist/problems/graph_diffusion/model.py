@@ -1,4 +1,4 @@
-"""The model of the graph diffusion problem: heat that flows along the edges as a network says."""
+"""Model of the graph diffusion problem: a learnt heat flux along the edges."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _FIRST_OUTPUT = 0.1
 
 
 class LearntFlux(nn.Module):
-    """c(m, d^2, l) (w_j - w_i), what flows into node i along each of its edges, c positive.
+    """The flux c(m, d^2, l) (w_j - w_i) into node i along each of its edges, with c positive.
 
-    m is the mean of both ends, d their difference and l the edge's length, in units of `length`; c is `conductance`
-    times the softplus of a perceptron of these, which starts near 1. As c is the same from both ends, no heat is lost;
-    as it is positive, heat flows from hot to cold.
+    m is the mean of both ends, d their difference and l the edge's length in units of `length`. c is `conductance`
+    times the softplus of a perceptron of m, d^2 and l, scaled so that it starts near 1. As c is symmetric in the ends
+    of an edge, heat is conserved. As it is positive, heat flows from hot to cold.
     """
 
     def __init__(self, config: GraphDiffusionModelConfig, conductance: float, length: float, seed: int) -> None:
@@ -30,11 +30,11 @@ class LearntFlux(nn.Module):
         self.network = Perceptron(widths, config.activation, seed=seed, first_output=_FIRST_OUTPUT)
 
     def conductances(self, target: torch.Tensor, source: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """c `[..., edges, 1]` for both ends of each edge and its length."""
+        """Return c `[..., edges, 1]` from both ends of each edge and its length."""
         relative = (lengths / self.length).expand(target.shape)
         features = torch.cat([(target + source) / 2, (target - source).square(), relative], dim=-1)
         return self.conductance * functional.softplus(self.network(features))
 
     def forward(self, target: torch.Tensor, source: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """`[..., edges, 1]` for both ends of each edge and its length."""
+        """Return the flux `[..., edges, 1]` from both ends of each edge and its length."""
         return self.conductances(target, source, lengths) * (source - target)

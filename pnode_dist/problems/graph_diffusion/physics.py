@@ -1,4 +1,4 @@
-"""Nonlinear diffusion of heat on a partitioned mesh, and states to start it from."""
+"""Nonlinear diffusion of heat on a partitioned mesh, and its initial states."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ _WIDTH = (0.06, 0.16)
 
 
 class Flux(nn.Module):
-    """k(m) (u_j - u_i) / l^2, what flows into node i along each of its edges."""
+    """The flux k(m) (u_j - u_i) / l^2 into node i along each of its edges, with m the mean of both ends."""
 
     def __init__(self, parameters: DiffusionParameters) -> None:
         super().__init__()
         self.constant, self.quadratic = parameters.conductivity
 
     def conductivity(self, mean: torch.Tensor) -> torch.Tensor:
-        """k at the mean of the two ends."""
+        """Return k at the mean of the two ends."""
         return self.constant + self.quadratic * mean.square()
 
     def forward(self, target: torch.Tensor, source: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """`[..., edges, 1]` from both ends of each edge and its length."""
+        """Return the flux `[..., edges, 1]` from both ends of each edge and its length."""
         return self.conductivity((target + source) / 2) * (source - target) / lengths.square()
 
 
 class Diffusion(nn.Module):
     """The sum of the fluxes into each node, as a right-hand side for `NeuralODE`.
 
-    A state is `[..., local_nodes, 1]`; `lengths` are `[local_edges, 1]`. The flux into a node is to be that out of the
-    other one with its sign changed: what all nodes hold together does not change then. Collective on the partition's
-    communicator.
+    A state is `[..., local_nodes, 1]`; `lengths` are `[local_edges, 1]`. `flux` must be antisymmetric in the ends of an
+    edge, so that the sum over all nodes is conserved. Collective on the partition's communicator.
     """
 
     lengths: torch.Tensor
@@ -48,13 +47,16 @@ class Diffusion(nn.Module):
         self.register_buffer("lengths", lengths, persistent=False)
 
     def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """du/dt in the state's shape, at whatever `t`. Collective on the partition's communicator."""
+        """Return du/dt in the state's shape; `t` is unused. Collective on the partition's communicator."""
         rate: torch.Tensor = self.flux(state, self.lengths)
         return rate
 
 
 def initial_state(mesh: IrregularMesh, seed: int, number: int = 0) -> torch.Tensor:
-    """The whole initial state `[nodes, 1]`, float64, that `seed` and `number` fix: some hot spots. Not collective."""
+    """Return the whole initial state `[nodes, 1]`, float64: random hot spots determined by `seed` and `number`.
+
+    Not collective.
+    """
     generator = np.random.default_rng([seed, number])
     count = int(generator.integers(*_SPOTS))
     centres = generator.random((count, 2))

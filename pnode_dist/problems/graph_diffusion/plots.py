@@ -1,4 +1,4 @@
-"""The picture of a graph diffusion run: a rollout beside the truth, the errors, and the conductivity that is learnt."""
+"""Figure of a graph diffusion run: a rollout beside the truth, the errors, and the learnt conductivity."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _CURVES: dict[str, dict[str, Any]] = {
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
-    """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank.
+    """Draw `report.png` from the forecast file and, if it exists, the metrics file. Call on one rank only.
 
-    Maps show the first validation trajectory at up to five samples from the first to the last, closer at the beginning.
+    Maps show the first validation trajectory at up to five samples from the first to the last, denser at the start.
     """
     with report_figure(path, forecast, _SIZE, pad=0.04) as (figure, file):
         (maps,), (curves,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.3, 1))
@@ -49,7 +49,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
 
 def _draw_maps(figure: Any, file: h5py.File) -> None:
     times = file["time"][:]
-    # Heat spreads ever more slowly.
+    # The spread of heat slows down with time, so show more early samples.
     shown = np.unique(((len(times) - 1) * np.linspace(0, 1, _COLUMNS) ** 2).round().astype(int))
     truth, forecast = (file[name][0][shown].astype(np.float64) for name in ("truth", "model"))
     highest = float(np.percentile(truth, 99.5))
@@ -68,7 +68,7 @@ def _draw_maps(figure: Any, file: h5py.File) -> None:
 
 
 def _draw_mesh(axis: Axes, file: h5py.File, values: Any, **colours: Any) -> Any:
-    """The edges as lines, the nodes as dots of the colour of their values."""
+    """Draw the edges as lines and the nodes as dots coloured by value."""
     points = np.stack([file["x"][:], file["y"][:]], axis=1)
     source, target = file["edge_index"][:]
     segments = points[np.stack([source, target], axis=1)[source < target]]
@@ -82,7 +82,7 @@ def _draw_mesh(axis: Axes, file: h5py.File, values: Any, **colours: Any) -> Any:
 
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
-    """The root mean square errors of all rollouts at each time."""
+    """Draw the root mean square errors of all rollouts against time."""
     truth = file["truth"][:, 1:].astype(np.float64)
     errors = {name: root_mean_squares(file[name][:, 1:] - truth, (0, 2)) for name in _CURVES}
     draw_errors(axis, file["time"][1:], errors, _CURVES)
@@ -93,12 +93,12 @@ def _draw_errors(axis: Axes, file: h5py.File) -> None:
 
 
 def _draw_conductivities(axis: Axes, file: h5py.File) -> None:
-    """The true conductivity, the learnt one and the constant one, and how often each temperature occurs in the data."""
+    """Draw the true, the learnt and the constant conductivity, and a histogram of the held-out temperatures."""
     temperature = file["temperature"][:]
     axis.plot(temperature, file["conductivity_true"][:], color="#2b2b2b", linewidth=1.2, label="truth")
     axis.plot(temperature, file["conductivity_learnt"][:], color=MODEL_COLOUR, linewidth=2.4, label="learnt")
     axis.axhline(file["conductivity_constant"][()], color=OTHER_COLOUR, linestyle="-.", label="linear, fitted")
-    # Where nothing is known of it, it is not learnt.
+    # The conductivity is learnt only at temperatures that occur, so draw their histogram behind it.
     occurring = axis.twinx()
     counts, _, _ = occurring.hist(file["truth"][:].ravel(), bins=temperature, color=_SUPPORT_COLOUR)
     occurring.set_yscale("log")

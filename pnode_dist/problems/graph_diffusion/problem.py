@@ -1,4 +1,4 @@
-"""The graph diffusion problem: learn how heat flows on an irregular mesh from computed trajectories, follow others."""
+"""Graph diffusion problem: learn the flow of heat on an irregular mesh from computed trajectories."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _TEMPERATURES = 41
 
 
 class GraphDiffusionProblem(ComputedProblem):
-    """Learn how heat flows on an irregular mesh. Solved for are temperatures in units of their root mean square.
+    """Learn the flow of heat on an irregular mesh, with temperatures in units of their root mean square.
 
-    The model is compared with linear diffusion: the equations with their dependence on the lengths of edges and one
-    constant conductivity, fitted to the training trajectories. It is solved with the model's steps.
+    The model is compared with linear diffusion: the true equations, with their dependence on the lengths of edges, and
+    one constant conductivity, fitted to the training trajectories. Linear diffusion is solved with the model's steps.
     """
 
     config: GraphDiffusionRun
@@ -43,7 +43,7 @@ class GraphDiffusionProblem(ComputedProblem):
 
     @cached_property
     def nodes(self) -> IrregularMesh:
-        """The mesh, the same on all ranks. Collective on the world when it is first asked for."""
+        """The mesh, the same on all ranks. The first access is collective on the world."""
         problem = self.config.problem
         made = irregular_mesh(problem.nodes, problem.mesh_seed) if self.mesh.is_root else None
         nodes: IrregularMesh = self.mesh.broadcast_object(made)
@@ -55,7 +55,7 @@ class GraphDiffusionProblem(ComputedProblem):
         return self.partition.scatter_edges(torch.from_numpy(self.nodes.lengths)[:, None])
 
     def build_partition(self) -> GraphPartition:
-        """The nodes, owned as `[problem] ownership` says."""
+        """Partition the nodes by `[problem] ownership`."""
         problem = self.config.problem
         try:
             return GraphPartition(self.mesh, self.nodes.edge_index, problem.nodes, 1, problem.ownership)
@@ -69,32 +69,35 @@ class GraphDiffusionProblem(ComputedProblem):
         return self.split_data(states[:learnt], states[learnt:], local=True, dimensions=("node",))
 
     def build_scaling(self, learnt: Samples) -> Scaling:
-        """The root mean square of the training trajectories. Collective on the state ranks."""
+        """Scale by the root mean square of the training trajectories. Collective on the state ranks."""
         count = learnt.count * learnt.length * self.config.problem.nodes
         square = self.mesh.sum(learnt.values.square().sum(), over="state") / count
         return Scaling(torch.zeros(()), square.sqrt())
 
     @cached_property
     def conductivity(self) -> float:
-        """The constant conductivity that explains best what the training trajectories change from sample to sample."""
+        """The constant conductivity, fitted to the changes of the training trajectories from sample to sample."""
         unit = Diffusion(self.partition, Flux(DiffusionParameters((1.0, 0.0))), self.lengths)
         return constant_conductivity(self.samples.values, unit, self.config.problem.interval, self.mesh)
 
     def build_right_hand_side(self) -> Diffusion:
-        """The learnt diffusion, which begins near that of the constant conductivity."""
+        """Build the learnt diffusion, which starts near diffusion with the constant conductivity."""
         length = float(self.nodes.lengths.mean())
         flux = LearntFlux(self.config.model, self.conductivity / length**2, length, self.config.run.seed)
         return Diffusion(self.partition, flux, self.lengths)
 
     def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
-        """Persistence, and linear diffusion."""
+        """Return persistence and linear diffusion."""
         linear = Diffusion(self.partition, Flux(DiffusionParameters((self.conductivity, 0.0))), self.lengths)
         forecast, _ = self.rollouts(self.build_model(linear.to(self.dtype)))
         return {"persistence": batch.initial.expand_as(batch.targets), "linear": forecast}
 
     def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
-        """The mesh, and `heat_drift`: the largest change of a rollout's total heat, relative to it."""
-        # As the model is given it: rounding the initial state loses heat too.
+        """Return the sizes of the mesh, the fitted conductivity and `heat_drift`.
+
+        `heat_drift` is the largest relative change of a rollout's total heat.
+        """
+        # Start from the rounded initial state of the model: rounding changes the total heat as well.
         initial = batch.initial.to(self.dtype).double()
         heat = self.mesh.sum(torch.cat([initial[None], forecast]).sum(dim=(2, 3)), over="state")
         return {
@@ -108,7 +111,7 @@ class GraphDiffusionProblem(ComputedProblem):
     def write(
         self, path: Path, forecasts: Mapping[str, torch.Tensor], batch: Windows, variables: Mapping[str, Variable]
     ) -> None:
-        """Write `forecast.h5`, with the mesh and the conductivities."""
+        """Write `forecast.h5` with the mesh and the conductivities."""
         mesh = {
             "x": Variable(("node",), self.nodes.points[:, 0]),
             "y": Variable(("node",), self.nodes.points[:, 1]),
@@ -117,9 +120,9 @@ class GraphDiffusionProblem(ComputedProblem):
         super().write(path, forecasts, batch, {**variables, **mesh, **self._conductivities()})
 
     def _conductivities(self) -> dict[str, Variable]:
-        """The true conductivity, the learnt one and the constant one. Collective on the world.
+        """Return the true, the learnt and the constant conductivity. Collective on the world.
 
-        What was learnt is c l^2 at edges of mean length whose ends are equally warm.
+        The learnt conductivity is c l^2 for edges of mean length with both ends at the same temperature.
         """
         diffusion = self.model.solve.func
         assert isinstance(diffusion, Diffusion)

@@ -1,4 +1,4 @@
-"""The data of the Gray-Scott problem: trajectories that PETSc's own adaptive integrator computes from the equations."""
+"""Data of the Gray-Scott problem: trajectories computed from the equations by PETSc's adaptive integrator."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PREFIX = "gray_scott_data_"
 
 
 def trajectories(config: GrayScottConfig, partition: GridPartition) -> torch.Tensor:
-    """All trajectories `[trajectory, time, ny_local, nx_local, 2]`, those to learn from first. Collective on the
-    partition's communicator.
+    """Compute all trajectories `[trajectory, time, ny_local, nx_local, 2]`, training trajectories first.
 
-    Raises `ConfigurationError` on all ranks for equations whose solution cannot be followed.
+    Collective on the partition's communicator. Raises `ConfigurationError` on all ranks if the solution of the
+    equations cannot be integrated.
     """
     equations = GrayScott(partition, config.parameters)
     initial = [
@@ -31,7 +31,7 @@ def trajectories(config: GrayScottConfig, partition: GridPartition) -> torch.Ten
 
 
 def rate_of_change(samples: Samples, mesh: Mesh) -> torch.Tensor:
-    """The root mean square `[species]` of what states change per unit of time from one sample to the next.
+    """Return the root mean square `[species]` of the rate of change from one sample to the next.
 
     Collective on the state ranks.
     """
@@ -42,10 +42,10 @@ def rate_of_change(samples: Samples, mesh: Mesh) -> torch.Tensor:
 
 
 def reference(equations: GrayScott, initial: torch.Tensor, times: int, interval: float) -> torch.Tensor:
-    """The states at 0, `interval`, ..., `[times, ny_local, nx_local, 2]`, from `initial` on, to a tight tolerance.
-    Collective on the partition's communicator.
+    """Return the states `[times, ny_local, nx_local, 2]` at 0, `interval`, ..., to a tight tolerance.
 
-    Raises `ConfigurationError` on all ranks where the step control gives up.
+    `initial` is the state at 0. Collective on the partition's communicator. Raises `ConfigurationError` on all ranks if
+    step control fails.
     """
     try:
         return tight.reference(equations, initial, times, interval, equations.partition, _PREFIX)

@@ -1,4 +1,4 @@
-"""The model of the Gray-Scott problem: a learnt tendency without built-in knowledge of diffusion and reaction."""
+"""Model of the Gray-Scott problem: a learnt tendency without built-in knowledge of diffusion and reaction."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _FIRST_OUTPUT = 0.1
 
 
 class ConvolutionalTendency(nn.Module):
-    """dw/dt = r N(w) for the state w `[..., ny_local, nx_local, species]`, N a residual stack of 3 x 3 convolutions.
+    """The right-hand side dw/dt = r N(w), with N a residual stack of 3 x 3 convolutions.
 
-    `rate` r `[species]` sets the scale of the output, 1 if it is None. N starts as a tenth of what torch's
-    initialisation gives, so that the first solves stay near their initial states. float64 until `to` says otherwise.
-    Collective on the partition's communicator.
+    The state w is `[..., ny_local, nx_local, species]`. `rate` r `[species]` scales the output; None means 1. The
+    output layer starts at a tenth of torch's initialisation, so that the first solves stay near their initial states.
+    Parameters are float64 until converted by `to`. Collective on the partition's communicator.
     """
 
     rate: torch.Tensor
@@ -46,7 +46,7 @@ class ConvolutionalTendency(nn.Module):
                 value.mul_(_FIRST_OUTPUT)
 
     def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """dw/dt in the state's shape; it does not depend on `t`. Collective on the partition's communicator."""
+        """Return dw/dt in the state's shape; `t` is unused. Collective on the partition's communicator."""
         x = state
         for number, layer in enumerate(self.hidden):
             y = self.activation(layer(x))
@@ -64,9 +64,10 @@ def right_hand_side(
     rate: torch.Tensor | None = None,
     seed: int = 0,
 ) -> ConvolutionalTendency:
-    """The model's right-hand side, computing in `dtype`, with the parameters that `seed` fixes. Not collective.
+    """Build the right-hand side, which computes in `dtype`, with initial parameters determined by `seed`.
 
-    They are drawn in float64 before anything is rounded: every rank and every dtype starts from the same ones.
+    The parameters are drawn in float64 and then rounded to `dtype`, so that every rank and every dtype starts from the
+    same values. Not collective.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

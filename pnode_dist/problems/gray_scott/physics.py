@@ -1,4 +1,4 @@
-"""The Gray-Scott equations on a partitioned grid, and states to start them from. No data are needed for either."""
+"""The Gray-Scott equations on a partitioned grid, and their initial states. Neither requires data files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _INSIDE = (0.5, 0.25)
 class GrayScott(nn.Module):
     """The equations of `GrayScottParameters` with the 5-point Laplacian, as a right-hand side for `NeuralODE`.
 
-    A state is `[..., ny_local, nx_local, 2]`, the species u and v. `diffusion_u`, `diffusion_v`, `feed` and `kill`
-    are float64 parameters, so that the coefficients can be fitted; the state may be of any floating type. Collective
-    on the partition's communicator. Beyond the edges of a grid that is not periodic its own boundary rule holds.
+    A state is `[..., ny_local, nx_local, 2]`, the species u and v, of any floating type. `diffusion_u`, `diffusion_v`,
+    `feed` and `kill` are float64 parameters, so that the coefficients can be fitted. The boundary rule of the partition
+    applies beyond the edges of the grid. Collective on the partition's communicator.
     """
 
     def __init__(self, partition: GridPartition, parameters: GrayScottParameters | None = None) -> None:
@@ -38,7 +38,7 @@ class GrayScott(nn.Module):
         self.kill = _scalar(chosen.kill)
 
     def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """du/dt and dv/dt in the state's shape, at whatever `t`. Collective on the partition's communicator."""
+        """Return du/dt and dv/dt in the state's shape; `t` is unused. Collective on the partition's communicator."""
         wide = halo(state, self.partition, 1)
         dy, dx = self.spacing
         along_y = wide[..., 2:, 1:-1, :] - 2 * state + wide[..., :-2, 1:-1, :]
@@ -56,11 +56,11 @@ def _scalar(value: float) -> nn.Parameter:
 
 
 def initial_state(partition: GridPartition, seed: int, number: int = 0) -> torch.Tensor:
-    """This rank's block `[ny_local, nx_local, 2]`, float64, of the initial state that `seed` and `number` fix.
+    """Return this rank's block `[ny_local, nx_local, 2]`, float64, of the initial state for `seed` and `number`.
 
-    A few soft-edged rectangles of u = 1/2, v = 1/4, 10 to 20 % of the domain wide, lie in the resting state u = 1,
-    v = 0. The fractions of the domain where they lie depend neither on the grid nor on the ranks, and every rank
-    count and block gives the same bits. Not collective.
+    The state is u = 1, v = 0 at rest, with a few soft-edged rectangles of u = 1/2, v = 1/4 that are 10 to 20 % of the
+    domain wide. Their relative positions in the domain depend neither on the grid nor on the ranks, and the values have
+    the same bits for every number of ranks and every block. Not collective.
     """
     generator = np.random.default_rng([seed, number])
     count = int(generator.integers(*_BUMPS))
@@ -78,9 +78,10 @@ def initial_state(partition: GridPartition, seed: int, number: int = 0) -> torch
 
 
 def _profile(points: int, centre: float, half_width: float) -> npt.NDArray[np.float64]:
-    """A smooth periodic hat of height 1 along one axis of the whole grid.
+    """Return a smooth periodic hat of height 1 along one axis of the whole grid.
 
-    Of the whole, because vectorised functions may round the same argument differently in another place of an array.
+    The whole axis is computed, because vectorised functions may round the same argument differently at different array
+    positions.
     """
     chord = np.sin(math.pi * (np.arange(points) / points - centre)) / math.pi
     hat: npt.NDArray[np.float64] = np.exp(-((chord / half_width) ** 4))

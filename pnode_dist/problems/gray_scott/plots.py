@@ -1,4 +1,4 @@
-"""The picture of a Gray-Scott run: a rollout beside the truth, how the model was learnt, and how its error grows."""
+"""Figure of a Gray-Scott run: a rollout beside the truth, the training curves, and the growth of the error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CURVES = {"forecast": {"label": "neural ODE", **CURVE}, "persistence": PERSISTE
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
-    """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank.
+    """Draw `report.png` from the forecast file and, if it exists, the metrics file. Call on one rank only.
 
     Maps show v of the first validation trajectory at up to six samples from the first to the last.
     """
@@ -71,7 +71,7 @@ def _draw_errors(axis: Axes, file: h5py.File) -> None:
     }
     errors = {name: root_mean_squares(value - truth[:, 1:], (0, 2, 3, 4)) for name, value in candidates.items()}
     draw_errors(axis, file["time"][1:], errors, _CURVES)
-    # A rollout that blew up must not flatten the other curves.
+    # Limit the axis, so that a diverged rollout does not flatten the other curves.
     simple = max(float(errors[name].max()) for name in ("persistence", "training_mean"))
     axis.set_ylim(0, 1.3 * max(simple, min(float(errors["forecast"].max()), 2 * simple)))
     axis.legend(loc="upper center", ncols=len(_CURVES), fontsize=9, handlelength=1.8, columnspacing=1.0)

@@ -1,4 +1,4 @@
-"""The Gray-Scott problem: learn how two species react and diffuse from computed trajectories, and forecast others."""
+"""Gray-Scott problem: learn the reaction and diffusion of two species from computed trajectories."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class GrayScottProblem(ComputedProblem):
-    """Learn how two species react and diffuse on a periodic plane. Solved for are normalised concentrations."""
+    """Learn the reaction and diffusion of two species on a periodic plane, with normalised concentrations."""
 
     config: GrayScottRun
     plots = "pnode_dist.problems.gray_scott.plots"
@@ -33,7 +33,7 @@ class GrayScottProblem(ComputedProblem):
     stores_baselines = False
 
     def build_partition(self) -> GridPartition:
-        """Blocks of the grid. Collective on the state ranks."""
+        """Partition the grid into blocks. Collective on the state ranks."""
         problem = self.config.problem
         try:
             return GridPartition(self.mesh, problem.shape, len(SPECIES), ("periodic", "periodic"), 1, problem.processes)
@@ -56,7 +56,10 @@ class GrayScottProblem(ComputedProblem):
         )
 
     def build_scaling(self, learnt: Samples) -> Scaling | None:
-        """Mean and standard deviation of each species. Raises `ConfigurationError` where all are at rest."""
+        """Scale by the mean and standard deviation of each species.
+
+        Raises `ConfigurationError` if a species is at rest in all training trajectories.
+        """
         if not bool(self.mesh.max((learnt.values - learnt.values[:1, :1]).abs().amax(dim=(0, 1, 2, 3))).all()):
             raise ConfigurationError(
                 f"[problem] shape = {list(self.config.problem.shape)}: too coarse: the initial states' bumps lie "
@@ -65,19 +68,19 @@ class GrayScottProblem(ComputedProblem):
         return super().build_scaling(learnt)
 
     def build_right_hand_side(self) -> ConvolutionalTendency:
-        """The learnt tendency, as fast as the training trajectories change."""
+        """Build the learnt tendency, scaled to the rate of change of the training trajectories."""
         model = self.config.model
         rate = rate_of_change(self.samples, self.mesh)
         seed = self.config.run.seed
         return right_hand_side(self.partition, model.channels, model.layers, self.dtype, model.activation, rate, seed)
 
     def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
-        """The species and the grid."""
+        """Return the names of the species and the shape of the grid."""
         return {"species": list(SPECIES), "grid": list(self.config.problem.shape)}
 
     def write(
         self, path: Path, forecasts: Mapping[str, torch.Tensor], batch: Windows, variables: Mapping[str, Variable]
     ) -> None:
-        """Write `forecast.h5`, with the means of the training trajectories."""
+        """Write `forecast.h5` with the means of the training trajectories."""
         mean = Variable(("species",), self.physical(self.moments[0]))
         super().write(path, forecasts, batch, {**variables, "training_mean": mean})

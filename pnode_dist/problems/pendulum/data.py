@@ -1,4 +1,4 @@
-"""The data of the pendulum problem: computed motions, and the means and deviations of those to learn from."""
+"""Data of the pendulum problem: computed motions, and the means and deviations of the training trajectories."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pnode_dist.problems.pendulum.physics import Array, initial_motion, motion, 
 class Motions:
     """All motions `[time, trajectory, component]`, in SI units for a unit mass; see the module `physics`.
 
-    `validation` is held out; `vacuum` are motions from the same initial states without air. `mean` and `deviation`
-    `[component]` are over the `training` trajectories, and so are `force_mean` and `force_deviation` `[2]` of the force
-    on the mass, as differences of their samples tell it.
+    `validation` is held out; `vacuum` are motions without air from the same initial states. `mean` and `deviation`
+    `[component]` are over the `training` trajectories. `force_mean` and `force_deviation` `[2]` are those of the force
+    on the mass, estimated from differences of the training samples.
     """
 
     training: Array
@@ -31,9 +31,9 @@ class Motions:
 
 
 def generate(config: PendulumConfig, times: Sequence[float]) -> Motions:
-    """Compute all motions. Not collective: every rank computes all, so that they have the same bits everywhere.
+    """Compute all motions. Not collective: every rank computes all, so that they have the same bits on all ranks.
 
-    Raises `ConfigurationError` for a motion that cannot be followed.
+    Raises `ConfigurationError` if a motion cannot be integrated.
     """
     initial = np.stack(
         [
@@ -59,13 +59,16 @@ def generate(config: PendulumConfig, times: Sequence[float]) -> Motions:
 
 
 def _observed_force(values: torch.Tensor, interval: float) -> torch.Tensor:
-    """The force `[time - 1, trajectory, 2]` between samples: what changes the velocity and is not the rod."""
+    """Estimate the force `[time - 1, trajectory, 2]` between samples.
+
+    It is the rate of change of the velocity without the pull of the rod.
+    """
     pull = values[..., 4:] * values[..., :2]
     change = values[..., 2:4].diff(dim=0) / interval
     return change + (pull[1:] + pull[:-1]) / 2
 
 
 def _moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The means and standard deviations over samples and trajectories."""
+    """Return the means and standard deviations over samples and trajectories."""
     mean = values.mean(dim=(0, 1))
     return mean, (values - mean).square().mean(dim=(0, 1)).sqrt()

@@ -1,8 +1,8 @@
-"""The model of the pendulum problem: a learnt force on a point that a rod holds, as a differential-algebraic equation.
+"""Model of the pendulum problem: a learnt force on a point held by a rod, as a differential-algebraic equation.
 
-The constraint that the rod keeps its length, differentiated twice, is algebraic and determines the tension at each
-time: the system has index 1 (E. Hairer, G. Wanner: Solving Ordinary Differential Equations II, section VII.1). The
-constraint itself then holds as far as the steps are exact; how far it drifts is to be looked at.
+The constraint of constant rod length, differentiated twice, is an algebraic equation that determines the tension at
+each time. The system therefore has index 1 (E. Hairer, G. Wanner: Solving Ordinary Differential Equations II, section
+VII.1). The constraint itself holds only up to the error of the steps, so its drift is reported.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ _DIFFERENTIAL = 4
 
 
 def mass_matrix() -> torch.Tensor:
-    """M `[5, 5]` of M du/dt = f for the state u = (x, y, vx, vy, tension): no rate of change of the tension."""
+    """Return M `[5, 5]` of M du/dt = f for the state u = (x, y, vx, vy, tension).
+
+    The row of the tension is zero: its equation is algebraic.
+    """
     return torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64))
 
 
 class LearntForce(nn.Module):
-    """The force at a position q and a velocity v: a perceptron of (q, v), normalised on its way in and out.
+    """The learnt force at a position q and a velocity v: a perceptron of (q, v) with scaled input and output.
 
-    `data` holds the means and standard deviations for both, of training trajectories.
+    `data` holds the means and standard deviations of the training trajectories for both scalings.
     """
 
     mean: torch.Tensor
@@ -52,7 +55,7 @@ class LearntForce(nn.Module):
 
 
 class TrueForce(nn.Module):
-    """Gravity and drag, as the trajectories were computed with, to compare with. See `PendulumParameters`."""
+    """The gravity and drag of the computed trajectories, for comparison. See `PendulumParameters`."""
 
     def __init__(self, parameters: PendulumParameters) -> None:
         super().__init__()
@@ -69,9 +72,9 @@ class TrueForce(nn.Module):
 
 
 class ConstrainedMotion(nn.Module):
-    """f of M du/dt = f: q' = v, v' = F - T q, 0 = |v|^2 + q (F - T q), which is the second derivative of |q|^2 / 2.
+    """The right-hand side f of M du/dt = f: q' = v, v' = F - T q, 0 = |v|^2 + q (F - T q).
 
-    `force` gives F at a state, T is the tension.
+    The last equation is the second time derivative of |q|^2 / 2. `force` returns F at a state; T is the tension.
     """
 
     def __init__(self, force: nn.Module) -> None:
@@ -79,7 +82,7 @@ class ConstrainedMotion(nn.Module):
         self.force = force
 
     def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """M du/dt in the shape of `state` `[..., 5]`; it does not depend on `t`."""
+        """Return M du/dt in the shape of `state` `[..., 5]`; `t` is unused."""
         position, velocity, tension = state[..., 0:2], state[..., 2:4], state[..., 4:]
         acceleration = self.force(state) - tension * position
         radial = velocity.square().sum(dim=-1, keepdim=True) + (position * acceleration).sum(dim=-1, keepdim=True)
@@ -87,16 +90,16 @@ class ConstrainedMotion(nn.Module):
 
 
 def right_hand_side(config: PendulumModelConfig, data: Motions, seed: int) -> ConstrainedMotion:
-    """The model's right-hand side, with the parameters that `seed` fixes. Not collective."""
+    """Build the model's right-hand side, with initial parameters determined by `seed`. Not collective."""
     network = Perceptron((_DIFFERENTIAL, *config.hidden, 2), config.activation, True, seed)
     return ConstrainedMotion(LearntForce(network, data))
 
 
 class PendulumModel(ForecastModel):
-    """Rollouts of windows that make the tensions of the initial states consistent with the learnt force."""
+    """Rollouts of windows from initial states whose tensions are consistent with the learnt force."""
 
     def initial(self, batch: Windows) -> torch.Tensor:
-        """The initial states of the windows, with the tensions that the learnt force asks for."""
+        """Return the initial states of the windows, with tensions consistent with the learnt force."""
         found: torch.Tensor = consistent(
             self.solve.func,
             batch.initial,

@@ -1,7 +1,7 @@
-"""The pendulum's forces, its motion by the equation for the angle alone, and the states of the motion.
+"""The forces of the pendulum, its motion from the equation for the angle, and the states of the motion.
 
-A state is (x, y, vx, vy, tension): the position and velocity of the point, and what the rod pulls it with for each
-unit of its distance from the pivot.
+A state is (x, y, vx, vy, tension): the position and velocity of the point, and the pull of the rod per unit of distance
+from the pivot.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PREFIX = "pendulum_data_"
 
 
 def force(velocity: Array, parameters: PendulumParameters) -> Array:
-    """Gravity and drag `[..., 2]` on the unit mass that moves with `velocity` `[..., 2]`."""
+    """Return gravity plus drag `[..., 2]` on a unit mass that moves with `velocity` `[..., 2]`."""
     relative = velocity - np.array([parameters.wind, 0.0])
     linear, quadratic = parameters.drag
     speed = np.linalg.norm(relative, axis=-1, keepdims=True)
@@ -39,32 +39,32 @@ def force(velocity: Array, parameters: PendulumParameters) -> Array:
 
 
 def without_air(parameters: PendulumParameters) -> PendulumParameters:
-    """The same pendulum in a vacuum."""
+    """Return the parameters of the same pendulum in a vacuum."""
     return dataclasses.replace(parameters, drag=(0.0, 0.0))
 
 
 def states(angle: Array, angular_velocity: Array, parameters: PendulumParameters) -> Array:
-    """The states `[..., 5]` of a motion with these angles from the downward rest and their rates of change `[...]`."""
+    """Return the states `[..., 5]` for angles from the downward rest and their rates of change, both `[...]`."""
     outward = np.stack([np.sin(angle), -np.cos(angle)], axis=-1)
     position = parameters.length * outward
     velocity = parameters.length * angular_velocity[..., None] * _along(angle)
-    # What keeps the distance from the pivot: the second derivative of |position|^2 / 2 is zero.
+    # The pull keeps the distance from the pivot constant: the second derivative of |position|^2 / 2 is zero.
     pull = (velocity**2).sum(axis=-1) + (position * force(velocity, parameters)).sum(axis=-1)
     return np.concatenate([position, velocity, (pull / parameters.length**2)[..., None]], axis=-1)
 
 
 def initial_motion(largest_angle: float, largest_speed: float, length: float, seed: int, number: int) -> Array:
-    """The initial angle and its rate of change `[2]` that `seed` and `number` fix."""
+    """Draw the initial angle and its rate of change `[2]` for `seed` and `number`."""
     angle, speed = np.random.default_rng([seed, number]).uniform(-1.0, 1.0, 2) * (largest_angle, largest_speed)
     return np.array([angle, speed / length])
 
 
 def motion(initial: Array, times: Sequence[float], parameters: PendulumParameters) -> Array:
-    """The angles and their rates of change `[time, trajectory, 2]` at the increasing `times`, from `initial`
-    `[trajectory, 2]` at the first of them.
+    """Return the angles and their rates of change `[time, trajectory, 2]` at increasing `times`.
 
-    By PETSc's TS with Verner's pair of order 8(7) and step control at a relative and absolute tolerance of 1e-12. Not
-    collective. Raises `ConfigurationError` where the step control gives up.
+    `initial` `[trajectory, 2]` holds the values at the first time. The integrator is PETSc's TS with Verner's pair of
+    order 8(7) and step control at a relative and absolute tolerance of 1e-12. Not collective. Raises
+    `ConfigurationError` if step control fails.
     """
     solution = PETSc.Vec().createSeq(initial.size, comm=PETSc.COMM_SELF)
 
@@ -80,13 +80,13 @@ def motion(initial: Array, times: Sequence[float], parameters: PendulumParameter
     ts.setRHSFunction(slope, solution.duplicate())
     ts.setTolerances(rtol=_TOLERANCE, atol=_TOLERANCE)
     ts.setTime(times[0])
-    # The tolerance is for each trajectory, not for their mean.
+    # The tolerance applies to each trajectory, not to their mean.
     with options_database({f"{_PREFIX}ts_adapt_wnormtype": "infinity"}):
         ts.setFromOptions()
     solution.array[:] = initial.reshape(-1)
 
     def sample() -> Array:
-        # In the maximum norm PETSc sees no error where there is no number.
+        # PETSc's maximum norm ignores NaN.
         found: Array = solution.array_r.reshape(initial.shape).copy()
         if not np.isfinite(found).all():
             raise NotIntegrableError(ts.getTime())
@@ -102,5 +102,5 @@ def motion(initial: Array, times: Sequence[float], parameters: PendulumParameter
 
 
 def _along(angle: Array) -> Array:
-    """The direction `[..., 2]` in which the point moves when the angle grows."""
+    """Return the direction `[..., 2]` in which the point moves when the angle grows."""
     return np.stack([np.cos(angle), np.sin(angle)], axis=-1)

@@ -1,4 +1,4 @@
-"""The picture of a pendulum run: rollouts beside the truth, their errors, and how far the constraint drifts."""
+"""Figure of a pendulum run: rollouts beside the truth, their errors, and the drift of the constraint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _POINTS = {"color": MODEL_COLOUR, "marker": "o", "markersize": 3.2, "label": "ne
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
-    """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank."""
+    """Draw `report.png` from the forecast file and, if it exists, the metrics file. Call on one rank only."""
     with report_figure(path, forecast, _SIZE) as (figure, file):
         (above,), (below,) = figure.subfigures(2, 1, squeeze=False)
         position, velocity, tension = above.subplots(1, 3)
@@ -54,7 +54,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
 
 
 def _draw_component(axis: Axes, file: h5py.File, component: int, title: str) -> None:
-    """One component of some trajectories: the truth, the rollouts, and the motion without air of the first."""
+    """Draw one component of some trajectories: truth, rollouts, and the motion of the first without air."""
     times = file["time"][:]
     truth, forecast, vacuum = (file[name][:, :_SHOWN, component] for name in ("truth", "forecast", "vacuum"))
     draw_trajectories(axis, times, truth, [(forecast, _POINTS)])
@@ -78,7 +78,7 @@ def _draw_errors(axis: Axes, file: h5py.File) -> None:
 
 
 def _draw_drift(axis: Axes, file: h5py.File) -> None:
-    """The distance of the rollouts from the circle that the rod allows, and their speed along the rod."""
+    """Draw the relative change of the rod's length in the rollouts, and their speed along the rod."""
     times, states = file["time"][1:], file["forecast"][:]
     distance = np.linalg.norm(states[..., :2], axis=-1)
     along = (states[..., :2] * states[..., 2:4]).sum(axis=-1) / distance

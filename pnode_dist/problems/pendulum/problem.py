@@ -1,4 +1,4 @@
-"""The pendulum problem: learn the force on a point that a rod holds, through a DAE, and follow other motions."""
+"""Pendulum problem: learn the force on a point held by a rod, through a DAE, and forecast other motions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class PendulumProblem(EnsembleProblem):
-    """Learn the force on a pendulum, a differential-algebraic equation.
+    """Learn the force on a pendulum, through a differential-algebraic equation.
 
-    Errors are in standard deviations of each component. Beside the usual forecasts, vacuum is the exact motion without
-    air, and `true_force` what the same solver makes of the true force: the error of its steps.
+    Errors are in standard deviations of each component. Two more forecasts are compared: `vacuum` is the exact motion
+    without air, and `true_force` is the same solver with the true force, which shows the error of its steps.
     """
 
     config: PendulumRun
@@ -33,28 +33,28 @@ class PendulumProblem(EnsembleProblem):
 
     @cached_property
     def motions(self) -> Motions:
-        """All motions, which every rank computes."""
+        """All motions, computed on every rank."""
         return generate(self.config.problem, self.sample_times())
 
     def load_data(self) -> SplitData:
-        """The motions to learn from and those held out."""
+        """Return the training motions and the held-out motions."""
         units = ("m", "m", "m/s", "m/s", "N/m")
         return self.split_data(self.motions.training, self.motions.validation, units=units)
 
     def build_right_hand_side(self) -> ConstrainedMotion:
-        """The learnt force on a point that the rod holds."""
+        """Build the equation of motion with the learnt force."""
         return right_hand_side(self.config.model, self.motions, self.config.run.seed)
 
     def build_solve(self, func: Any) -> NeuralODE:
-        """The configured solve of the differential-algebraic equation."""
+        """Build the configured solve of the differential-algebraic equation."""
         return self.neural_ode(func, self.partition, mass=mass_matrix())
 
     def build_model(self, func: Any) -> PendulumModel:
-        """Rollouts that begin with consistent tensions."""
+        """Build rollouts that begin with consistent tensions."""
         return PendulumModel(self.build_solve(func))
 
     def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
-        """Forecasts that the model is to beat, and the solve with the true force."""
+        """Return the baseline forecasts, the motion without air, and the solve with the true force."""
         true = self.build_model(ConstrainedMotion(TrueForce(self.config.problem.parameters)))
         with torch.no_grad():
             true_force = true(batch)
@@ -65,16 +65,19 @@ class PendulumProblem(EnsembleProblem):
         }
 
     def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
-        """The errors of the learnt force, and how far the rod's length drifts."""
+        """Return the errors of the learnt force and the drift of the rod's length."""
         return {"force": self._force_errors(batch.targets), "drift": self._drift(forecast)}
 
     def lead_time(self, batch: Windows, lead: int) -> dict[str, float]:
-        """The lead in seconds."""
+        """Return the lead in seconds."""
         return {"seconds": batch.times[0][lead]}
 
     def _force_errors(self, truth: torch.Tensor) -> dict[str, float]:
-        """The root mean square of the learnt force less the true one over the validation states, in m/s^2 (the mass is
-        1), and of the true drag, which is what there is to find beside gravity. Collective on the state ranks."""
+        """Return the root mean square error of the learnt force and the root mean square of the true drag.
+
+        Both are over the validation states, in m/s^2 (the mass is 1). The drag is the part of the force beside gravity.
+        Collective on the state ranks.
+        """
         parameters = self.config.problem.parameters
         motion = self.model.solve.func
         assert isinstance(motion, ConstrainedMotion)
@@ -87,7 +90,7 @@ class PendulumProblem(EnsembleProblem):
         return {"error": error, "drag": size}
 
     def _drift(self, rollout: torch.Tensor) -> dict[str, float]:
-        """The largest change of the rod's length, relative to it, and the largest speed along the rod in m/s.
+        """Return the largest relative change of the rod's length and the largest speed along the rod in m/s.
 
         Collective on the world.
         """

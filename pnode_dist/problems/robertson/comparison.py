@@ -1,4 +1,4 @@
-"""Ways to solve the trained model of the Robertson problem: as it was trained, finely, and by an explicit method."""
+"""Solves of the trained Robertson model: with the trained solver, with fine steps, and with an explicit method."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _REFINEMENT = 16
 class Pursuit:
     """The result of a solve from output time to output time.
 
-    `states` `[1 + reached, ...]` are the initial state and those at the times that were reached, `steps` how many
-    steps it had taken by each of them. `cost` adds up all of them. `stopped` says why it ended early, None if it came
-    to the last time.
+    `states` `[1 + reached, ...]` are the initial state and the states at the reached times. `steps` are the cumulative
+    numbers of steps at these times. `cost` is the sum over all intervals. `stopped` is the reason for an early end, or
+    None if the solve reached the last time.
     """
 
     states: torch.Tensor
@@ -40,16 +40,16 @@ class Pursuit:
 
     @property
     def reached(self) -> int:
-        """The number of the last time that was reached."""
+        """The index of the last reached time."""
         return len(self.steps) - 1
 
 
 def pursue(
     solve: NeuralODE, initial: torch.Tensor, times: Sequence[float], args: tuple[Any, ...], most_steps: int
 ) -> Pursuit:
-    """Solve from each time to the next until the last, or until the steps taken are `most_steps` or more.
+    """Solve from each time to the next, until the last time or until `most_steps` or more steps are taken.
 
-    A step size that becomes too small ends it too, and is no error here. Collective on the solve's partition.
+    A step size that becomes too small also ends the solve, without an error. Collective on the solve's partition.
     """
     states, steps, cost = [initial], [0], SolveStatistics()
     stopped = None
@@ -69,7 +69,7 @@ def pursue(
 
 
 def pursuits_of(config: RobertsonRun, model: RobertsonModel, batch: Windows, dtype: torch.dtype) -> dict[str, Pursuit]:
-    """The batch followed with the configured solver, with 16 of its steps from sample to sample, and by the rival.
+    """Solve the batch with the configured solver, with its method and 16 steps per sample interval, and with the rival.
 
     Collective on the batch's partition.
     """

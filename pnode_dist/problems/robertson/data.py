@@ -1,4 +1,4 @@
-"""The data of the Robertson problem: computed trajectories, and the ranges and rates of those to learn from."""
+"""Data of the Robertson problem: computed trajectories, and the ranges and rates of the training trajectories."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pnode_dist.problems.robertson.physics import AS_PUBLISHED, Array, initial_c
 
 
 def decades(config: RobertsonConfig) -> float:
-    """The decades of time from one sample to the next."""
+    """Return the decades of time from one sample to the next."""
     return math.log10(config.last / config.first) / (config.times - 1)
 
 
 def sample_times(config: RobertsonConfig) -> tuple[float, ...]:
-    """The times of the samples, evenly spaced in their logarithm."""
+    """Return the times of the samples, evenly spaced in their logarithm."""
     exponents = np.linspace(math.log10(config.first), math.log10(config.last), config.times)
     return tuple(float(time) for time in 10.0**exponents)
 
 
 def generate(config: RobertsonConfig) -> tuple[Array, Array]:
-    """Training and validation trajectories `[time, trajectory, species]`, concentrations.
+    """Compute the training and validation trajectories of concentrations, `[time, trajectory, species]`.
 
-    Not collective: every rank computes all, so that they have the same bits everywhere. Raises `ConfigurationError` for
-    reactions whose solution cannot be followed.
+    Not collective: every rank computes all trajectories, so that they have the same bits on all ranks. Raises
+    `ConfigurationError` if the solution of the reactions cannot be integrated.
     """
     times = sample_times(config)
     drawn = np.stack(
@@ -41,11 +41,11 @@ def generate(config: RobertsonConfig) -> tuple[Array, Array]:
 
 
 def range_of(trajectories: Array) -> Scaling:
-    """The units in which each species of `[time, trajectory, species]` lies between 0 and 1."""
+    """Return the scaling that maps each species of `[time, trajectory, species]` to between 0 and 1."""
     lowest, highest = (torch.from_numpy(bound(trajectories, axis=(0, 1))) for bound in (np.min, np.max))
     return Scaling(lowest, highest - lowest)
 
 
 def fastest_rate(states: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """The fastest change `[species]` per unit of time of any trajectory from one sample to the next."""
+    """Return the fastest change `[species]` per unit of time of any trajectory from one sample to the next."""
     return (states.diff(dim=0).abs() / times.diff()[:, None, None]).amax(dim=(0, 1))

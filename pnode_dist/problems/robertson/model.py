@@ -1,4 +1,4 @@
-"""The model of the Robertson problem: learnt rates of the scaled concentrations, solved in the logarithm of time."""
+"""Model of the Robertson problem: learnt rates of the scaled concentrations, solved in the logarithm of time."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ _FAST = 100.0
 
 
 class LogTimeRate(nn.Module):
-    """dw/ds = t ln 10 r (N(w) - f w) with t = t0 10^s: dw/dt = r (N(w) - f w) in physical time, by decades s since t0.
+    """The right-hand side dw/ds = t ln 10 r (N(w) - f w) in decades s since t0, with t = t0 10^s.
 
-    The law itself does not depend on time, but where samples are evenly spaced in log t, steps of one size serve
-    windows that begin at any of them. `rate` r `[species]` is how fast a species can change, N the network.
+    In physical time it is dw/dt = r (N(w) - f w), which does not depend on time explicitly. As samples are evenly
+    spaced in log t, steps of one size in s suit windows that begin at any sample. `rate` r `[species]` is the fastest
+    rate of change of a species, and N is the network.
 
-    `fast` f is 1 for species that can change in much less than the longest time between samples, of which N says what
-    they tend to, and 0 for the others. Without that relaxation an untrained network would be as likely to have growing
-    solutions as decaying ones, at the fastest rate in the data, and late steps would have no solution.
+    `fast` f is 1 for species that can change in much less than the longest time between samples, and 0 for the others.
+    For fast species N is the value that they relax to. Without this relaxation the solutions of an untrained network
+    would be as likely to grow as to decay, at the fastest rate in the data, and late steps would have no solution.
     """
 
     rate: torch.Tensor
@@ -39,16 +40,16 @@ class LogTimeRate(nn.Module):
         self.register_buffer("fast", fast.to(rate.dtype), persistent=False)
 
     def forward(self, s: torch.Tensor, state: torch.Tensor, begin: torch.Tensor) -> torch.Tensor:
-        """dw/ds in the shape of `state` `[start, trajectory_local, species]`; `begin` `[start, 1, 1]` is t0."""
+        """Return dw/ds in the shape of `state` `[start, trajectory_local, species]`; `begin` `[start, 1, 1]` is t0."""
         time = begin * torch.pow(10.0, s)
         slope: torch.Tensor = math.log(10.0) * time * self.rate * (self.network(state) - self.fast * state)
         return slope
 
 
 def right_hand_side(config: RobertsonModelConfig, rate: torch.Tensor, times: Sequence[float], seed: int) -> LogTimeRate:
-    """The model's right-hand side, with the parameters that `seed` fixes. Not collective.
+    """Build the model's right-hand side, with initial parameters determined by `seed`. Not collective.
 
-    `rate` `[species]` are the fastest changes of the training trajectories, `times` those of their samples.
+    `rate` `[species]` are the fastest changes of the training trajectories, and `times` their sample times.
     """
     species = len(rate)
     network = Perceptron((species, *config.hidden, species), config.activation, config.bias, seed, _FIRST_OUTPUT)
@@ -56,14 +57,17 @@ def right_hand_side(config: RobertsonModelConfig, rate: torch.Tensor, times: Seq
 
 
 class RobertsonModel(ForecastModel):
-    """Rollouts of windows in the logarithm of time, of samples that are `decades` apart."""
+    """Rollouts of windows in the logarithm of time, with samples that are `decades` apart."""
 
     def __init__(self, solve: NeuralODE, decades: float) -> None:
         super().__init__(solve)
         self.decades = decades
 
     def groups(self, batch: Windows) -> Iterator[Group]:
-        """All windows at once, solved for the decades since their starts; f is given the times of their starts."""
+        """Yield all windows as one group.
+
+        Its times are decades since the starts of the windows; f receives the start times as an argument.
+        """
         begin = torch.tensor([times[0] for times in batch.times], dtype=batch.initial.dtype)
         clock = tuple(number * self.decades for number in range(len(batch.targets) + 1))
         yield Group(tuple(range(len(batch.starts))), clock, (begin[:, None, None],))

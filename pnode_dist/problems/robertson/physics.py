@@ -1,4 +1,4 @@
-"""Robertson's reactions, states to start them from, and their solution by PETSc to a tight tolerance."""
+"""Robertson's reactions, their initial states, and their solution by PETSc to a tight tolerance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_STEPS = 1_000_000
 
 
 def reaction_rates(concentrations: Array, rates: Sequence[float]) -> Array:
-    """dy/dt `[..., 3]` of the concentrations y `[..., 3]` under the rate constants k1, k2, k3."""
+    """Return dy/dt `[..., 3]` of the concentrations y `[..., 3]` for the rate constants k1, k2, k3."""
     a, b, c = concentrations[..., 0], concentrations[..., 1], concentrations[..., 2]
     decay, doubling, return_ = rates[0] * a, rates[1] * b * b, rates[2] * b * c
     result = np.empty_like(concentrations)
@@ -36,7 +36,7 @@ def reaction_rates(concentrations: Array, rates: Sequence[float]) -> Array:
 
 
 def reaction_jacobian(concentrations: Array, rates: Sequence[float]) -> Array:
-    """The derivatives `[..., 3, 3]` of `reaction_rates` by the concentrations `[..., 3]`."""
+    """Return the Jacobian `[..., 3, 3]` of `reaction_rates` with respect to the concentrations `[..., 3]`."""
     k1, k2, k3 = rates
     result = np.zeros((*concentrations.shape, 3))
     result[..., 0, 0], result[..., 1, 0] = -k1, k1
@@ -49,18 +49,17 @@ def reaction_jacobian(concentrations: Array, rates: Sequence[float]) -> Array:
 
 
 def initial_concentrations(lowest: Sequence[float], highest: Sequence[float], seed: int, number: int) -> Array:
-    """The initial concentrations `[3]` that `seed` and `number` fix, uniform between `lowest` and `highest`."""
+    """Draw the initial concentrations `[3]` for `seed` and `number`, uniform between `lowest` and `highest`."""
     return np.random.default_rng([seed, number]).uniform(lowest, highest)
 
 
 def reference(initial: Array, times: Sequence[float], rates: Sequence[float], atol: Sequence[float] = _ATOL) -> Array:
-    """The concentrations `[time, trajectory, 3]` at the increasing, positive `times`, from `initial`
-    `[trajectory, 3]` at time 0.
+    """Return the concentrations `[time, trajectory, 3]` at increasing, positive `times`.
 
-    By PETSc's TS with the fully implicit part of ARKIMEX 5 (C. A. Kennedy, M. H. Carpenter, Appl. Numer. Math. 44
-    (2003)), Newton's method with the exact Jacobian, and step control at a relative tolerance of 1e-9 and the absolute
-    ones `atol` `[3]` in every concentration. Not collective. Raises `ConfigurationError` where the step control gives
-    up.
+    `initial` `[trajectory, 3]` are the concentrations at time 0. The integrator is PETSc's TS with the fully implicit
+    part of ARKIMEX 5 (C. A. Kennedy, M. H. Carpenter, Appl. Numer. Math. 44 (2003)) and Newton's method with the exact
+    Jacobian. Step control uses a relative tolerance of 1e-9 and the absolute tolerances `atol` `[3]` for each
+    concentration. Not collective. Raises `ConfigurationError` if step control fails.
     """
     size = initial.size
     solution = PETSc.Vec().createSeq(size, comm=PETSc.COMM_SELF)
@@ -90,7 +89,7 @@ def reference(initial: Array, times: Sequence[float], rates: Sequence[float], at
     ksp = ts.getSNES().getKSP()
     ksp.setType(PETSc.KSP.Type.PREONLY)
     ksp.getPC().setType(PETSc.PC.Type.LU)
-    # The tolerance is for each trajectory, not for their mean.
+    # The tolerance applies to each trajectory, not to their mean.
     with options_database({f"{_PREFIX}ts_adapt_wnormtype": "infinity"}):
         ts.setFromOptions()
     solution.array[:] = initial.reshape(-1)
@@ -104,7 +103,7 @@ def reference(initial: Array, times: Sequence[float], rates: Sequence[float], at
 
 
 def _block_diagonal(blocks: int, size: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Row starts and columns of the compressed rows of a block diagonal matrix."""
+    """Return the row starts and columns of a block diagonal matrix in compressed row format."""
     starts = np.arange(0, blocks * size * size + 1, size, dtype=np.int32)
     columns = np.arange(blocks * size, dtype=np.int32).reshape(blocks, 1, size)
     return starts, np.broadcast_to(columns, (blocks, size, size)).reshape(-1)

@@ -1,4 +1,4 @@
-"""The picture of a Robertson run: rollouts beside the truth over decades of time, their errors, and their steps."""
+"""Figure of a Robertson run: rollouts beside the truth over decades of time, their errors, and their steps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _SOLVES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
-    """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank."""
+    """Draw `report.png` from the forecast file and, if it exists, the metrics file. Call on one rank only."""
     with report_figure(path, forecast, _SIZE) as (figure, file):
         (above,), (below,) = figure.subfigures(2, 1, squeeze=False)
         for number, axis in enumerate(above.subplots(1, 3)):
@@ -73,7 +73,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
 
 
 def _draw_species(axis: Axes, file: h5py.File, number: int) -> None:
-    """One concentration of some trajectories, the truth as lines and the rollouts as points."""
+    """Draw one concentration of some trajectories, with the truth as lines and the rollouts as points."""
     name = file["component"][number].decode()
     power = _POWERS.get(name, 0)
     truth, *found = (file[data][:, :_SHOWN, number] * 10.0**-power for data in ("truth", *_POINTS))
@@ -89,7 +89,7 @@ def _draw_species(axis: Axes, file: h5py.File, number: int) -> None:
 
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
-    """The mean absolute errors, scaled, of the rollouts and of simple forecasts at each time."""
+    """Draw the mean absolute scaled errors of the rollouts and of simple forecasts against time."""
     truth, width = file["truth"][1:], file["scale"][:]
     errors = {name: (np.abs(file[name][1:] - truth) / width).mean(axis=(1, 2)) for name in _CURVES}
     times = file["time"][1:]
@@ -97,7 +97,7 @@ def _draw_errors(axis: Axes, file: h5py.File) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(times[0] / 2, times[-1] * 2)
-    # Room for the legend below; and a rollout that blew up must not flatten the other curves.
+    # Leave room for the legend below, and do not let a diverged rollout flatten the other curves.
     highest = max(float(errors[name].max()) for name in ("persistence", "training_mean"))
     lowest = min(float(errors[name].min()) for name in ("forecast", "persistence", "training_mean"))
     axis.set_ylim(max(lowest, 1e-5 * highest) / 20, 3 * highest)
@@ -105,7 +105,7 @@ def _draw_errors(axis: Axes, file: h5py.File) -> None:
 
 
 def _draw_steps(axis: Axes, file: h5py.File) -> None:
-    """The steps that each solve of the trained model had taken by each time."""
+    """Draw the cumulative steps of each solve of the trained model against time."""
     times = file["time"][1:]
     for name, (label, style) in _SOLVES.items():
         steps = file[name][1:]

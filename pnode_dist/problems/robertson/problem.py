@@ -1,4 +1,4 @@
-"""The Robertson problem: learn stiff reactions from trajectories over seven decades of time, and follow others."""
+"""Robertson problem: learn stiff reactions from trajectories over seven decades of time, and forecast others."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class RobertsonProblem(EnsembleProblem):
     """Learn three stiff reactions over seven decades of time.
 
-    Solved for are concentrations scaled to between 0 and 1, in the decades of time since a window's start. Errors are
-    mean absolute errors of scaled concentrations.
+    The state of the solve is the concentrations, scaled to between 0 and 1. Its time is the decades since the start of
+    a window. Errors are mean absolute errors of scaled concentrations.
     """
 
     config: RobertsonRun
@@ -38,23 +38,23 @@ class RobertsonProblem(EnsembleProblem):
     components = SPECIES
 
     def sample_times(self) -> Sequence[float]:
-        """The times of the samples, evenly spaced in their logarithm."""
+        """Return the times of the samples, evenly spaced in their logarithm."""
         return sample_times(self.config.problem)
 
     def clock(self, leads: int) -> Sequence[float]:
-        """The decades since their start at which windows of so many leads are solved for."""
+        """Return the solve times of windows of `leads` leads, in decades since their start."""
         return [number * decades(self.config.problem) for number in range(leads + 1)]
 
     def load_data(self) -> SplitData:
-        """Compute all trajectories, on every rank."""
+        """Compute all trajectories on every rank."""
         return self.split_data(*generate(self.config.problem))
 
     def build_scaling(self, learnt: Samples) -> Scaling:
-        """The least concentrations of the training trajectories, and their range."""
+        """Scale by the least concentrations of the training trajectories and their range."""
         return range_of(self.description.values)
 
     def build_right_hand_side(self) -> LogTimeRate:
-        """The learnt rates, as fast as the training trajectories change."""
+        """Build the learnt rates, scaled to the fastest changes of the training trajectories."""
         scaling = self._parts.scaling
         assert scaling is not None
         states = scaling.states(torch.from_numpy(self.description.values))
@@ -62,34 +62,34 @@ class RobertsonProblem(EnsembleProblem):
         return right_hand_side(self.config.model, rate, self.sample_times(), self.config.run.seed)
 
     def build_model(self, func: Any) -> RobertsonModel:
-        """Rollouts in the logarithm of time."""
+        """Build rollouts in the logarithm of time."""
         return RobertsonModel(self.build_solve(func), decades(self.config.problem))
 
     def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
-        """Persistence, and the means of the training trajectories at the same time."""
+        """Return persistence and the mean of the training trajectories at the same time."""
         learnt = self.samples.values[0, 1:]
         total = self.mesh.sum(learnt.sum(dim=1), over="state") / self.partition.global_shape[0]
         mean = total[:, None, None].expand_as(batch.targets)
         return {"persistence": batch.initial.expand_as(batch.targets), "training_mean": mean}
 
     def reported(self, error: torch.Tensor) -> torch.Tensor:
-        """Errors of scaled concentrations."""
+        """Return the errors of scaled concentrations unchanged."""
         return error
 
     def gradcheck_loss(self, batch: Windows) -> torch.Tensor:
-        """The mean square error: finite differences would step over the kinks of absolute values."""
+        """Return the mean square error: it is smooth, unlike absolute values, as finite differences require."""
         return mean_share((self.model(batch) - batch.targets).square(), batch, self.mesh)
 
     def lead_time(self, batch: Windows, lead: int) -> dict[str, float]:
-        """The time of a lead, from the beginning of the reactions."""
+        """Return the time of a lead since the beginning of the reactions."""
         return {"time": batch.times[0][lead]}
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
-        """The errors of the model and of two simple forecasts, and what it costs to solve the model otherwise; writes
-        `forecast.h5` and `report.png`.
+        """Compute the errors of the model and of two simple forecasts; write `forecast.h5` and `report.png`.
 
-        Every validation trajectory is followed from its first sample to its last. `solves` compares the solve that was
-        trained with one of steps 16 times finer and with the rival, an explicit method with error control.
+        Each validation trajectory is forecast from its first sample to its last. `solves` compares the errors and costs
+        of the trained solver, of steps that are 16 times finer, and of the rival, an explicit method with error
+        control.
         """
         forecast, batch = self.rollouts(model)
         forecasts = {"model": forecast, **self.baselines(batch)}
@@ -107,14 +107,17 @@ class RobertsonProblem(EnsembleProblem):
         return self.report(forecasts, batch, run_directory, figures, variables)
 
     def _first_error(self, rollout: torch.Tensor, batch: Windows) -> float:
-        """The mean absolute error, scaled, of the first validation trajectory. Collective on the state ranks."""
+        """Return the mean absolute scaled error of the first validation trajectory. Collective on the state ranks."""
         own = 1 if batch.samples.partition.comm.rank == 0 else 0
         first = (rollout - batch.targets).abs()[:, 0, :own]
         return self.mesh.sum(first.sum(), over="state").item() / (len(batch.targets) * len(SPECIES))
 
     def _compared(self, pursuits: Mapping[str, Pursuit], batch: Windows) -> list[dict[str, Any]]:
-        """A row for each way to solve the trained model: its cost on this rank, where it stopped, how far it lies from
-        the truth, and from the finely stepped solve. Collective on the state ranks."""
+        """Return one row for each solve of the trained model. Collective on the state ranks.
+
+        A row holds the cost on this rank, the time and reason of an early end, and the errors relative to the truth and
+        to the solve with fine steps.
+        """
 
         def error(states: torch.Tensor, truth: torch.Tensor) -> float | None:
             means = means_by_lead((states - truth[: len(states)]).abs(), batch, self.mesh)

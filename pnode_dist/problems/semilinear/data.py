@@ -1,4 +1,4 @@
-"""The data of the semilinear problems: trajectories that PETSc's adaptive IMEX scheme computes from the equations."""
+"""Data of the semilinear problems: trajectories computed from the equations by PETSc's adaptive IMEX scheme."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _PREFIX = "semilinear_data_"
 
 
 def generate(config: LineConfig, mesh: Mesh) -> torch.Tensor:
-    """All trajectories `[trajectory, time, points]` on the whole line, those to learn from first. Collective on the
-    world.
+    """Compute all trajectories `[trajectory, time, points]` on the whole line, training trajectories first.
 
-    A trajectory is computed by one rank alone, so that it has the same bits at every number of ranks, and the ranks
-    share the trajectories out among them. Raises `ConfigurationError` on all ranks where one cannot be followed.
+    Each trajectory is computed by one rank, so that it has the same bits at every number of ranks. The trajectories are
+    distributed over the ranks. Collective on the world. Raises `ConfigurationError` on all ranks if one of them cannot
+    be integrated.
     """
     count = config.trajectories + config.validation
     own = agreed(mesh, lambda: {number: _trajectory(config, number) for number in range(mesh.rank, count, mesh.size)})
@@ -44,12 +44,11 @@ def _trajectory(config: LineConfig, number: int) -> torch.Tensor:
 def reference(
     equation: LineEquation, initial: torch.Tensor, times: int, interval: float, spin_up: float = 0.0
 ) -> torch.Tensor:
-    """The states of the whole line `[times, points]` at `spin_up`, `spin_up + interval`, ... Not collective.
+    """Return the states of the whole line `[times, points]` at `spin_up`, `spin_up + interval`, ... Not collective.
 
-    They are those of the equation with the differences of `semilinear_equation` in space. PETSc's ARKIMEX scheme of
-    order 5 computes them, linear part implicit and factored, with step control at a relative and absolute tolerance of
-    1e-8. Raises `ConfigurationError` where step control gives up, or the steps are
-    too many.
+    Space is discretised with the stencils of `pnode_dist.problems.semilinear.equation`. The integrator is PETSc's
+    ARKIMEX scheme of order 5, with the linear part implicit and factored, and step control at a relative and absolute
+    tolerance of 1e-8. Raises `ConfigurationError` if step control fails or the number of steps exceeds its limit.
     """
     points = len(initial)
     partition = line(MPI.COMM_SELF, points)

@@ -1,4 +1,4 @@
-"""The semilinear equations on a partitioned periodic line, and states to start them from."""
+"""The semilinear equations on a partitioned periodic line, and their initial states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pnode_dist.problems.semilinear.periodic_line import (
 
 
 def linear_stencil(equation: LineEquation, points: int) -> Stencil:
-    """a u_xx + b u_xxxx on so many points, by central differences of second order."""
+    """Return the stencil of a u_xx + b u_xxxx on `points` points, by central differences of second order."""
     spacing = equation.length / points
     terms = [(equation.second, second_difference(spacing))]
     if equation.fourth:
@@ -29,14 +29,17 @@ def linear_stencil(equation: LineEquation, points: int) -> Stencil:
 
 
 def convection_stencil(equation: LineEquation, points: int) -> Stencil:
-    """What the squares u^2 are given to, to be -u u_x = -(u^2 / 2)_x: central differences keep the mean of u."""
+    """Return the stencil that maps u^2 to -u u_x = -(u^2 / 2)_x.
+
+    Central differences conserve the mean of u.
+    """
     return combined((-0.5, first_difference(equation.length / points)))
 
 
 class Convection(nn.Module):
-    """-u u_x = -(u^2 / 2)_x with the stencil of `convection_stencil`, as the right-hand side of a partitioned state.
+    """The right-hand side -u u_x = -(u^2 / 2)_x of a partitioned state, with the stencil of `convection_stencil`.
 
-    A state is `[..., points_local, 1]` of any floating type, in units of `scale` (1: those of the equation).
+    A state is `[..., points_local, 1]` of any floating type, in units of `scale` (1: the units of the equation).
     """
 
     def __init__(self, partition: GridPartition, length: float, scale: float = 1.0) -> None:
@@ -45,16 +48,16 @@ class Convection(nn.Module):
         self.factor = -scale * partition.shape[0] / (4 * length)
 
     def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """The convection in the state's shape, at whatever `t`. Collective on the partition's communicator."""
+        """Return the convection in the state's shape; `t` is unused. Collective on the partition's communicator."""
         squares = halo(state, self.partition, 1).square()
         return self.factor * (squares[..., 2:, :] - squares[..., :-2, :])
 
 
 def initial_state(equation: LineEquation, points: int, seed: int, number: int = 0) -> npt.NDArray[np.float64]:
-    """The whole initial state `[points]` that `seed` and `number` fix: the equation's longest waves, each with a random
-    amplitude and phase, to a root mean square of 1.
+    """Return the whole initial state `[points]` determined by `seed` and `number`.
 
-    A finer grid has the same state between its points. Not collective.
+    It is the sum of the equation's longest waves, each with a random amplitude and phase, scaled to a root mean square
+    of 1. Grids of different spacing sample the same function. Not collective.
     """
     generator = np.random.default_rng([seed, number])
     cosines, sines = generator.standard_normal((2, equation.waves))

@@ -1,4 +1,4 @@
-"""The model of the semilinear problems: the linear part as it is, implicit, and convection learnt, explicit."""
+"""Model of the semilinear problems: the known linear part, implicit, and a learnt convection, explicit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _FIRST_OUTPUT = 0.1
 
 
 class LearntConvection(nn.Module):
-    """-F(w)_x for the state w `[..., points_local, 1]`, F a residual stack of convolutions along the line.
+    """The term -F(w)_x for the state w `[..., points_local, 1]`, with a residual stack F of convolutions on the line.
 
-    What is learnt is the flux F, which the equations have as w^2 / 2 of the same point; that it is differentiated, by
-    central differences, keeps the mean of w. `factor` is what the difference of the fluxes of the two neighbours is
-    multiplied with. F starts as a tenth of what torch's initialisation gives, so that the first solves stay near what
-    the linear part makes of their initial states. Collective on the partition's communicator.
+    The learnt function is the flux F, which is w^2 / 2 of the same point in the equations. Its derivative by central
+    differences conserves the mean of w. `factor` multiplies the difference of the fluxes of the two neighbours. The
+    output layer starts at a tenth of torch's initialisation, so that the first solves stay near the solutions of the
+    linear part alone. Collective on the partition's communicator.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LearntConvection(nn.Module):
                 value.mul_(_FIRST_OUTPUT)
 
     def forward(self, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """The term in the state's shape; it does not depend on `t`. Collective on the partition's communicator."""
+        """Return the term in the state's shape; `t` is unused. Collective on the partition's communicator."""
         x = state
         for number, layer in enumerate(self.hidden):
             y = self.activation(layer(x))
@@ -62,10 +62,10 @@ def learnt_convection(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LearntConvection:
-    """The term that is learnt, computing in `dtype`, with the parameters that `seed` fixes. Not collective.
+    """Build the learnt term, which computes in `dtype`, with initial parameters determined by `seed`. Not collective.
 
-    States are in units of `scale`, on a line of `length`. The parameters are drawn in float64 before anything is
-    rounded: every rank and every dtype starts from the same ones.
+    States are in units of `scale`, on a line of `length`. The parameters are drawn in float64 and then rounded to
+    `dtype`, so that every rank and every dtype starts from the same values.
     """
     factor = -scale * partition.shape[0] / (2 * length)
     with torch.random.fork_rng(devices=[]):
@@ -75,16 +75,17 @@ def learnt_convection(
 
 
 class SemilinearModel(Rollouts):
-    """Rollouts of windows by a solve for each number of windows, whose linear part is a matrix of that size.
+    """Rollouts of windows, with one solve for each number of windows.
 
-    `term` is what is learnt, and `solve_of_size(count)` makes the solve of so many windows at once.
+    The linear part of a solve is a matrix whose size depends on that number. `term` is the learnt term, and
+    `solve_of_size(count)` builds the solve of `count` windows at once.
     """
 
     def __init__(self, term: nn.Module, solve_of_size: Callable[[int], NeuralODE]) -> None:
         super().__init__()
         self.term = term
         self._solve_of_size = solve_of_size
-        # Not modules of this one: they all hold the same term, whose parameters count once.
+        # Not registered as submodules: all solves hold the same term, whose parameters must be counted once.
         self._solves: dict[int, NeuralODE] = {}
         self._last_count: int | None = None
 
@@ -94,7 +95,7 @@ class SemilinearModel(Rollouts):
         return SolveStatistics() if self._last_count is None else self._solves[self._last_count].last_solve
 
     def solve_of(self, count: int) -> NeuralODE:
-        """The solve of so many windows, made when it is first asked for."""
+        """Return the solve of `count` windows, built at the first call."""
         if count not in self._solves:
             self._solves[count] = self._solve_of_size(count)
         self._last_count = count

@@ -1,4 +1,4 @@
-"""A periodic line of equally spaced points that is split over ranks, and its difference operators as PETSc matrices."""
+"""Partitioned periodic line of equally spaced points, and its difference operators as PETSc matrices."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pnode_dist.partition import protocol
 from pnode_dist.partition.grid import GridPartition
 
 Stencil = Mapping[int, float]
-"""A constant-coefficient difference operator: the weight of the point so many places further on."""
+"""A constant-coefficient difference operator: maps the offset of a point to its weight."""
 
 
 def line(mesh: Mesh | MPI.Comm, points: int, width: int = 1) -> GridPartition:
-    """`points` on a periodic line, one value each. Collective on the state ranks.
+    """Partition a periodic line of `points` points, with one value per point. Collective on the state ranks.
 
-    Local states are `[..., points_local, 1]`. `width` is the widest halo that is going to be asked for.
-    Raises `ConfigurationError` when some rank would own fewer points than that.
+    Local states are `[..., points_local, 1]`. `width` is the widest halo that exchanges may use.
+    Raises `ConfigurationError` if a rank would own fewer than `width` points.
     """
     ranks = protocol.communicator(mesh).size
     if points // ranks < width:
@@ -33,38 +33,40 @@ def line(mesh: Mesh | MPI.Comm, points: int, width: int = 1) -> GridPartition:
 
 
 def first_difference(spacing: float) -> Stencil:
-    """The first derivative by central differences, of second order in the spacing."""
+    """Return the central difference of the first derivative, of second order in the spacing."""
     return {-1: -0.5 / spacing, 1: 0.5 / spacing}
 
 
 def second_difference(spacing: float) -> Stencil:
-    """The second derivative by central differences, of second order in the spacing."""
+    """Return the central difference of the second derivative, of second order in the spacing."""
     return {offset: weight / spacing**2 for offset, weight in ((-1, 1.0), (0, -2.0), (1, 1.0))}
 
 
 def fourth_difference(spacing: float) -> Stencil:
-    """The fourth derivative by central differences, of second order in the spacing: the second difference twice."""
+    """Return the central difference of the fourth derivative, of second order in the spacing.
+
+    It is the second difference applied twice.
+    """
     weights = ((-2, 1.0), (-1, -4.0), (0, 6.0), (1, -4.0), (2, 1.0))
     return {offset: weight / spacing**4 for offset, weight in weights}
 
 
 def combined(*terms: tuple[float, Stencil]) -> Stencil:
-    """The sum of stencils, each times a number."""
+    """Return a linear combination of stencils, from pairs of coefficient and stencil."""
     offsets = sorted({offset for _, stencil in terms for offset in stencil})
     return {offset: sum(factor * stencil.get(offset, 0.0) for factor, stencil in terms) for offset in offsets}
 
 
 def shortest_wave(stencil: Stencil) -> float:
-    """The eigenvalue of the stencil for the shortest wave of the grid, +1 and -1 in turn."""
+    """Return the eigenvalue of the stencil for the shortest wave of the grid, +1 and -1 in turn."""
     return sum(-weight if offset % 2 else weight for offset, weight in stencil.items())
 
 
 def operator(partition: GridPartition, stencil: Stencil, samples: int = 1) -> PETSc.Mat:
-    """The stencil on every one of `samples` states of the line, as an assembled matrix. Collective on the partition's
-    communicator.
+    """Assemble the matrix that applies the stencil to each of `samples` states of the line.
 
-    The matrix acts on Vecs of which this rank has `[sample, points_local, 1]`, and couples no two samples.
-    Raises `ConfigurationError` for a line so short that the stencil reaches a point from both sides.
+    The matrix acts on Vecs whose local part is `[sample, points_local, 1]`, and does not couple samples. Collective on
+    the partition's communicator. Raises `ConfigurationError` if the line has fewer points than the stencil spans.
     """
     (points,) = partition.shape
     reach = max(abs(offset) for offset in stencil)
@@ -75,7 +77,7 @@ def operator(partition: GridPartition, stencil: Stencil, samples: int = 1) -> PE
     offsets = np.array(sorted(stencil))
     reached = columns[:, (np.arange(first, last)[:, None] + offsets) % points].reshape(-1, len(offsets))
     weights = np.broadcast_to([stencil[offset] for offset in offsets], reached.shape)
-    # PETSc wants the columns of a row in ascending order, which they are not across the seam.
+    # PETSc requires the columns of a row in ascending order, which periodic wrapping breaks.
     order = np.argsort(reached, axis=1)
     rows = np.arange(len(reached) + 1) * len(offsets)
     size = (len(reached), samples * points)
@@ -88,7 +90,10 @@ def operator(partition: GridPartition, stencil: Stencil, samples: int = 1) -> PE
 
 
 def _numbering(partition: GridPartition, samples: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """The place `[sample, point]` of every value in the global Vec: ranks one after another, samples within a rank."""
+    """Return the global Vec index of every value `[sample, point]`.
+
+    The Vec orders values by rank, and within a rank by sample.
+    """
     numbers = np.empty((samples, partition.shape[0]), dtype=np.int64)
     for rank in range(partition.comm.size):
         owned = partition.owned_slices(rank)[0]

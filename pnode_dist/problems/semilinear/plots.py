@@ -1,4 +1,4 @@
-"""The picture of a run on a line: a rollout beside the truth in space and time, and how its error grows."""
+"""Figure of a run on a line: a rollout beside the truth in space and time, and the growth of its error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CURVES: dict[str, dict[str, Any]] = {
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
-    """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank.
+    """Draw `report.png` from the forecast file and, if it exists, the metrics file. Call on one rank only.
 
     Maps over x and time show the first validation trajectory.
     """
@@ -46,10 +46,10 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
 
 
 def _draw_maps(figure: Any, file: h5py.File) -> None:
-    """Truth, rollout and their difference, side by side, time upwards."""
+    """Draw truth, rollout and their difference side by side, with time upwards."""
     truth, rollout = (file[name][0].astype(np.float64) for name in ("truth", "model"))
     largest = float(np.abs(truth).max()) or 1.0
-    # A rollout that blew up is shown at the end of the scale.
+    # Show a diverged rollout at the end of the scale.
     difference = np.nan_to_num(rollout - truth, nan=2 * largest, posinf=2 * largest, neginf=-2 * largest)
     x, time = file["x"][:], file["time"][:]
     extent = (0.0, len(x) * x[1], time[0], time[-1])
@@ -74,12 +74,12 @@ def _draw_maps(figure: Any, file: h5py.File) -> None:
 
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
-    """The root mean square errors of all rollouts at each time."""
+    """Draw the root mean square errors of all rollouts against time."""
     truth = file["truth"][:, 1:].astype(np.float64)
     errors = {name: root_mean_squares(file[name][:, 1:] - truth, (0, 2)) for name in _CURVES}
     draw_errors(axis, file["time"][1:], errors, _CURVES, time="time since the first sample")
     axis.set_yscale("log")
-    # A rollout that blew up, or one without any error, must not flatten the other curves.
+    # Limit the axis, so that a diverged or an exact rollout does not flatten the other curves.
     highest = 3 * float(errors["persistence"].max())
     every = np.concatenate(list(errors.values()))
     axis.set_ylim(max(float(every[np.isfinite(every)].min()) / 2, 1e-7 * highest), highest)

@@ -1,7 +1,8 @@
-"""The semilinear problems: learn the convection of a stiff equation on a line from computed trajectories.
+"""Semilinear problems: learn the convection of a stiff equation on a line from computed trajectories.
 
-u_t = L u - F(u)_x with the stiff linear L known and implicit, and F a neural network and explicit, as in H. Zhang, Y.
-Liu, R. Maulik: Semi-implicit neural ODEs, AAAI 2025. Which equation it is, `[problem] type` says.
+The equation is u_t = L u - F(u)_x. The stiff linear operator L is known and solved implicitly. F is a neural network
+and solved explicitly, as in H. Zhang, Y. Liu, R. Maulik: Semi-implicit neural ODEs, AAAI 2025. `[problem] type` selects
+the equation.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
     from pnode_dist.problems.semilinear.config import SemilinearRun
 
 EXPLICIT = "euler"
-"""Of the explicit methods the one with the fewest evaluations per unit of time where stability limits the step."""
+"""The explicit method with the fewest evaluations per unit of time where stability limits the step."""
 
 
 class SemilinearProblem(ComputedProblem):
-    """Learn the nonlinear part of a semilinear equation. Solved for are states in units of their root mean square."""
+    """Learn the nonlinear part of a semilinear equation, with states in units of their root mean square."""
 
     config: SemilinearRun
     plots = "pnode_dist.problems.semilinear.plots"
@@ -45,7 +46,7 @@ class SemilinearProblem(ComputedProblem):
     model_variable = "model"
 
     def build_partition(self) -> GridPartition:
-        """Stretches of the line. Collective on the state ranks."""
+        """Partition the line into contiguous blocks. Collective on the state ranks."""
         try:
             return line(self.mesh, self.config.problem.points, max(1, (self.config.model.kernel_size - 1) // 2))
         except ConfigurationError as error:
@@ -60,41 +61,41 @@ class SemilinearProblem(ComputedProblem):
         return self.split_data(states[:learnt], states[learnt:], dimensions=("x",), coordinates={"x": places})
 
     def build_scaling(self, learnt: Samples) -> Scaling:
-        """The root mean square of the training trajectories."""
-        # Of the whole of them, so that it has the same bits at every number of ranks.
+        """Scale by the root mean square of the training trajectories."""
+        # Computed from the whole states, so that it has the same bits at every number of ranks.
         return Scaling(torch.zeros(()), self.description.values.square().mean().sqrt())
 
     @property
     def scale(self) -> float:
-        """The unit of the states that are solved for."""
+        """The unit of the states in the solve."""
         scaling = self._parts.scaling
         assert scaling is not None
         return scaling.scale.item()
 
     def build_right_hand_side(self) -> LearntConvection:
-        """The term that is learnt."""
+        """Build the learnt term."""
         config = self.config
         length, seed = config.problem.length, config.run.seed
         return learnt_convection(self.partition, length, self.scale, config.model, self.dtype, seed)
 
     def build_model(self, func: nn.Module) -> SemilinearModel:
-        """Rollouts of the equation's linear part and the term `func`."""
+        """Build rollouts with the equation's linear part and the explicit term `func`."""
         return SemilinearModel(func, lambda count: self.neural_ode(self._split(func, count), self.partition))
 
     def _split(self, term: nn.Module, count: int) -> SplitFunction:
-        """The linear part and a term, of so many states at once."""
+        """Combine the linear part and a term, for `count` states at once."""
         stencil = linear_stencil(self.config.problem.equation, self.config.problem.points)
         return SplitFunction(implicit=operator(self.partition, stencil, count), explicit=term)
 
     def solve_statistics(self) -> SolveStatistics:
-        """The counts of the model's last call."""
+        """Return the counts of the model's last call."""
         return self.model.last_solve
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
-        """The errors of the model and of other forecasts at each lead; writes `forecast.h5` and `report.png`.
+        """Compute the errors of the model and of other forecasts at each lead; write `forecast.h5` and `report.png`.
 
-        `explicit` is the same model solved by an explicit method with the largest step that is stable; `equation` is
-        the equation itself in place of the model, with the model's method and steps; `costs` compares their solves.
+        `explicit` is the same model, solved by an explicit method with its largest stable step. `equation` replaces the
+        model by the true equation, with the model's method and steps. `costs` compares their solves.
         """
         problem, term = self.config.problem, self.model.term
         batch = self.held_out_windows(self.dtype)
@@ -133,7 +134,7 @@ class SemilinearProblem(ComputedProblem):
         return self.report(forecasts, truth, run_directory, figures)
 
     def _largest_stable_step(self, batch: Windows) -> float:
-        """That of the explicit method for the model, from the first of the trajectories on."""
+        """Find the largest stable step of the explicit method for the model, from the first validation trajectory."""
         problem = self.config.problem
         guess = -1 / shortest_wave(linear_stencil(problem.equation, problem.points))
         func = self._split(self.model.term, 2)

@@ -1,4 +1,4 @@
-"""The largest step of a method with which a solution stays bounded, found by trying."""
+"""Search for the largest stable step of a method by trial solves."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def largest_stable_step(
     partition: Partition,
     guess: float,
 ) -> float:
-    """The largest step, to a few hundredths, that is stable. Collective on the partition's communicator.
+    """Find the largest stable step, to a few hundredths. Collective on the partition's communicator.
 
-    `state` is `[samples, *partition.local_shape]`. 300 steps from it and from the same state with a thousandth of
-    noise, in which there is whatever can grow, must not lead to more than twice their distance. `func` is of both at
-    once, of twice as many samples: one solve for two costs hardly more than for one. The search begins at `guess`: it
-    halves or doubles until it has one step that is stable and one that is not, and goes on by bisection of the
-    logarithm. What comes back is 2 % less than what was found, because 300 steps do not show a growth of some
-    thousandths in each. Raises `ArithmeticError` where halving or doubling has no end.
+    `state` is `[samples, *partition.local_shape]`. A second state adds noise of a thousandth of its size, which excites
+    every growing mode. A step is stable if 300 steps at most double the distance between the two solutions. `func`
+    takes both states at once, so twice as many samples: one solve of both costs hardly more than a solve of one.
+
+    The search starts at `guess`, halves or doubles it until it has a stable and an unstable step, and then bisects the
+    logarithm. The result is 2 % less than the largest step found, because 300 steps do not reveal a growth of some
+    thousandths per step. Raises `ArithmeticError` if halving or doubling does not find such a pair.
     """
     noisy = state + _NOISE * _noise(state, partition)
     limit = _GROWTH * _largest(noisy - state, partition)
@@ -42,7 +43,7 @@ def largest_stable_step(
     def stable(step: float) -> bool:
         solve = NeuralODE(func, method=method, step_size=step, partition=partition)
         ends = torch.cat([state, noisy])
-        # Most steps that are too long show it soon.
+        # Most unstable steps diverge within a few steps.
         for steps in (_FIRST_STEPS, STEPS - _FIRST_STEPS):
             with torch.no_grad():
                 ends = solve(ends, [0.0, steps * step])[-1]
@@ -74,13 +75,13 @@ def largest_stable_step(
 
 
 def _noise(state: torch.Tensor, partition: Partition) -> torch.Tensor:
-    """The same at every number of ranks, as large as the state."""
+    """Return noise as large as the state, the same at every number of ranks."""
     whole = np.random.default_rng(0).standard_normal(partition.global_shape)
     own = torch.from_numpy(whole[partition.owned_slices(partition.comm.rank)])
     return (own * _largest(state, partition)).to(state.dtype)
 
 
 def _largest(state: torch.Tensor, partition: Partition) -> float:
-    """The largest absolute value over all ranks, infinite where one is not finite."""
+    """Return the largest absolute value over all ranks, or infinity if a value is not finite."""
     own = state.abs().max().item() if state.numel() else 0.0
     return float(partition.comm.allreduce(own if math.isfinite(own) else math.inf, MPI.MAX))
