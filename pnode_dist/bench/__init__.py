@@ -41,7 +41,7 @@ def module(name: str) -> ModuleType:
 
 
 def run(name: str, full: bool = False) -> Report:
-    """Run a benchmark by name. Those in `FULL` also run in full size. Collective on the world.
+    """Run a benchmark by name, with `full` in full size (only those in `FULL`). Collective on the world.
 
     Raises `ConfigurationError` if the benchmark does not support this number of ranks or a peer is not installed.
     """
