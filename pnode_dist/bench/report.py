@@ -86,7 +86,7 @@ class Report:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Return the properties of the machine and the software that the values of a benchmark depend on."""
+    """Return the properties of the machine and the software that a benchmark depends on."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

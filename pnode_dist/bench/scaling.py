@@ -223,8 +223,10 @@ def report(
     used: int,
     part: tuple[int, int],
 ) -> Report:
-    """Return rows and checks from the measurements, the same on all ranks. `used` is the total of cores, `part` a
-    rank's shape."""
+    """Return rows and checks from the measurements, the same on all ranks.
+
+    `used` is the total number of cores, and `part` the shape of a rank's part.
+    """
     size = max(ranks for _, ranks in parts)
     single = seconds["strong", 1]
     rows = []

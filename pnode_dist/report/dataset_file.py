@@ -71,7 +71,9 @@ def write_dataset(
     """Write the variables and the global `attributes` as one file. Collective on the world.
 
     A dimension without a coordinate gets the numbers 0, 1, ..., unless `bare` names it. NaN marks missing values of
-    floating types. Raises `ConfigurationError` on all ranks when the file cannot be written.
+    floating types.
+
+    Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
     partitioned = [variable.partition for variable in variables.values() if variable.partition is not None]
     in_turn(

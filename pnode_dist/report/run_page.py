@@ -25,8 +25,10 @@ _MEBIBYTE = 2**20
 def write_page(directory: Path, page: Path | None = None) -> Path:
     """Write the page of the run in `directory`, by default as its `report.html`, and return the path of the page.
 
-    Works also on a run in training, and on a run without an evaluation. Raises `ConfigurationError` for a directory
-    that is not a run's, and for a page that cannot be written. Call on one process.
+    Works also on a run in training, and on a run without an evaluation.
+
+    Raises `ConfigurationError` for a directory that is not a run's, and for a page that cannot be written. Call on one
+    process.
     """
     page = page or directory / run_directory.PAGE
     html = _html(directory)

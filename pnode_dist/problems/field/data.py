@@ -214,8 +214,10 @@ def read_field(config: FieldConfig, source: Source, partition: GridPartition, me
     """Read each rank's own part of the field, with the same normalisation on all ranks. Collective on the world.
 
     A rank reads only the rows and columns it owns. Mean and standard deviation cover the values inside the mask at the
-    training times of all ranks. Raises `ConfigurationError` on all ranks when no cell lies inside the mask, or values
-    inside are missing or not finite and the configuration does not allow for that.
+    training times of all ranks.
+
+    Raises `ConfigurationError` on all ranks when no cell lies inside the mask, or values inside are missing or not
+    finite and the configuration does not allow for that.
     """
     training = len(source.time) - config.validation
     values, mask = agreed(mesh, lambda: source.read(partition.owned))

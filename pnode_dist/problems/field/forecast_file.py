@@ -41,8 +41,9 @@ def write_forecast(path: Path, contents: Forecast, partition: GridPartition, mes
 
     The variables are `forecast` and `truth`, or `NAME_forecast` and `NAME_truth` for each of several variables. Their
     dimensions are start, lead, y, x, and level if levels are channels. The last three have the names and coordinates of
-    the data. No rank holds more than its own part. Raises `ConfigurationError` on all ranks when the file cannot be
-    written.
+    the data. No rank holds more than its own part.
+
+    Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
     data = contents.field.data
     coordinates = _coordinates(contents)

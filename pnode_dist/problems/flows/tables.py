@@ -128,7 +128,9 @@ def embedded(name: str, seed: int) -> Split:
 
     Omits columns with few distinct values, columns with a value that stands out, and the second of two columns with a
     correlation above 0.98. Adds to each value random noise below the smallest step of its column, because the density
-    of rounded values is unbounded. Raises `ConfigurationError` if scikit-learn is missing.
+    of rounded values is unbounded.
+
+    Raises `ConfigurationError` if scikit-learn is missing.
     """
     generator = np.random.default_rng(seed)
     rows = _continuous(_loader(name)(), generator)
