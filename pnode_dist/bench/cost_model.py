@@ -50,8 +50,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Exchanges:
-    """Halo exchanges of a training step: one of width `width` for each of `point_bytes`, forward and transposed
-    alike."""
+    """Halo exchanges of a training step: one of `width` for each of `point_bytes`, forward and transposed alike."""
 
     point_bytes: tuple[int, ...]
     width: int

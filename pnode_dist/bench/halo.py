@@ -116,7 +116,7 @@ def needs(partition: GridPartition, rank: int, width: int) -> Needs:
 
 
 def _coordinates(rule: Rule, n: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-    """Return the points of an axis of `n` that supply positions `start`, ..., `stop - 1`. The rule applies beyond the
+    """Return the points of an axis of `n` that supply positions `start`, ..., `stop - 1`, by the rule beyond the
     edges."""
     places = np.arange(start, stop)
     if rule == "periodic":

@@ -222,7 +222,7 @@ def _fitted(
     """Return `auto` with the largest budgets that keep it within `allowed` bytes, or None if none do.
 
     The first blocks get the smallest budgets: when they recompute steps, later blocks have already freed their memory.
-    `least` is `auto` with one state per block, and its memory is mostly needed only temporarily.
+    `least` is `auto` with one state per block. Most of its memory is in use only temporarily.
     """
     if least.bytes > allowed:
         return None

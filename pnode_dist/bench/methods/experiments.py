@@ -25,8 +25,11 @@ _POINTS, _COLOURS, _CLASSES = 32, 3, 10
 
 @dataclass(frozen=True)
 class Experiment:
-    """`build(solve)` returns a model with its data; calling it without arguments returns the loss. `steps` are
-    compared."""
+    """A model to compare gradient methods on.
+
+    `build(solve)` returns the model with its data. A call of the model without arguments returns the loss. `steps` are
+    the numbers of steps to compare.
+    """
 
     name: str
     build: Callable[[MakeSolve], nn.Module]

@@ -52,8 +52,7 @@ _CHAIN = ("dopri5", 4, 5, 3)
 
 
 def run(full: bool = False) -> Report:
-    """Measure on one thread of one rank: small networks in some 10 minutes, or with `full` the paper's networks in
-    hours."""
+    """Measure on one thread of one rank: small networks in some 10 minutes, or with `full` the paper's in hours."""
     if MPI.COMM_WORLD.size > 1:
         raise ConfigurationError(f"bench methods runs on 1 rank, not on {MPI.COMM_WORLD.size}")
     threads = torch.get_num_threads()

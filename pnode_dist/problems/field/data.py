@@ -133,8 +133,7 @@ class Field:
         return f"{whole} of {len(self.time)} times, and {single} single values at others"
 
     def climatology(self) -> torch.Tensor:
-        """Return for each time the mean of the same season (calendar month) over the training part, shaped like
-        `values`.
+        """Return the training mean of the season (calendar month) of each time, shaped like `values`.
 
         Falls back to the mean over all training times if these do not cover every season, and in cells without a value
         in a season.

@@ -230,8 +230,7 @@ def _place(partition: GridPartition) -> torch.Tensor:
 
 
 def _departure_deviation(cycle: SeasonalCycle, field: Field, mesh: Mesh) -> torch.Tensor:
-    """Return the standard deviation `[channel]` of the training part from the cycle, over all ranks. 0 is replaced by
-    1."""
+    """Return the standard deviation `[channel]` of the training part from the cycle, over all ranks, with 1 for 0."""
     phases = torch.from_numpy(field.time.phases[: field.training])
     departures = field.values[: field.training] - cycle(phases)
     if field.present is not None:

@@ -139,8 +139,7 @@ class FieldProblem:
         return share_of_mean(error.square().sum(), int(self._terms(batch).sum()), self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
-        """Return root mean square errors of forecasts of the validation part, over all leads and for each evaluated
-        lead.
+        """Return root mean square errors of forecasts of the validation part, over all leads and by evaluated lead.
 
         With several variables, also returns the error of each over all leads.
         """
@@ -221,8 +220,7 @@ class FieldProblem:
         draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"), result)
 
     def _forecast(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
-        """Return forecasts `[lead, start, ny_local, nx_local, channel]` of the validation part, and windows with their
-        targets."""
+        """Return forecasts `[lead, start, ny_local, nx_local, channel]` of the validation part, and their windows."""
         longest = max(self.config.evaluation.leads)
         starts = forecast_starts(self.config, self.field)
         size = self.config.training.batch_size
@@ -232,8 +230,7 @@ class FieldProblem:
         return torch.cat(parts, dim=1), windows(self.field, list(starts), longest, torch.float64)
 
     def _squares(self, forecast: torch.Tensor, batch: Windows) -> torch.Tensor:
-        """Return the sums of square errors `[lead, channel]` in the units of the errors. Collective on the state
-        ranks."""
+        """Return sums of square errors `[lead, channel]` in the units of the errors. Collective on the state ranks."""
         weights = self.field.inside if batch.present is None else batch.present
         error = (forecast.double() - batch.targets) * self.field.figure_scale * weights
         return self.mesh.sum(error.square().sum(dim=(1, 2, 3)), over="state")

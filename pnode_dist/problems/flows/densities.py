@@ -34,8 +34,7 @@ class Density:
 
 
 def mixture_log_density(points: Array, centres: Array, weights: Array, deviation: float) -> Array:
-    """Return the log density `[point]` of a mixture of normals around `centres` with one deviation and given
-    `weights`."""
+    """Return the log density `[point]` of a mixture of normals around `centres`, with one deviation and `weights`."""
     found = np.empty(len(points))
     for begin in range(0, len(points), _AT_ONCE):
         block = points[begin : begin + _AT_ONCE]

@@ -44,8 +44,7 @@ class SpreadFlow:
         return self.over(lambda part: (self.flow(part).log_density,), rows)[0]
 
     def over(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], rows: Rows) -> tuple[Array, ...]:
-        """Apply `function` to all `rows`, and return the whole results on every rank in float64. Collective on the
-        state ranks.
+        """Apply `function` to all `rows`. Returns whole results on every rank, float64. Collective on the state ranks.
 
         Processes the rows in blocks, each rank its part of a block. The number of derivatives per row limits the block
         size.

@@ -140,8 +140,10 @@ class ContinuousFlow(nn.Module):
         self.whitening = whitening
 
     def spread_over(self, partition: Partition) -> None:
-        """Set the distribution of the samples of the next calls over ranks. Pass the same object for the same
-        distribution."""
+        """Set the distribution of samples over ranks for the next calls.
+
+        All ranks pass the same distribution, and the same object each time.
+        """
         for solve in self.solves:
             cast("NeuralODE", solve).partition = partition
 
