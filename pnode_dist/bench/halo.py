@@ -116,8 +116,7 @@ def needs(partition: GridPartition, rank: int, width: int) -> Needs:
 
 
 def _coordinates(rule: Rule, n: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-    """Return the points of an axis of `n` that supply positions `start`, ..., `stop - 1`, by the rule beyond the
-    edges."""
+    """Return the points of an axis of `n` that supply the positions `start`, ..., `stop - 1` under `rule`."""
     places = np.arange(start, stop)
     if rule == "periodic":
         return places % n

@@ -40,8 +40,7 @@ def cores_of(comm: MPI.Comm) -> set[int]:
 
 @contextmanager
 def threads(number: int, cores: set[int]) -> Iterator[None]:
-    """Run torch with `number` threads on `cores`, overriding the launcher's core binding of this rank. Not
-    collective."""
+    """Run torch with `number` threads on `cores`, in place of the launcher's core binding. Not collective."""
     before = torch.get_num_threads()
     bound = os.sched_getaffinity(0) if cores else set()
     if cores:

@@ -70,7 +70,7 @@ class TrainingStep:
         return time.perf_counter() - began
 
     def halo_seconds(self) -> float:
-        """Return the seconds of all halo exchanges of a step, forward and transposed, measured alone. Collective on
+        """Return the seconds of a step's halo exchanges, forward and transposed, measured alone. Collective on
         `comm`."""
         total = 0.0
         for channels in exchanged_channels():

@@ -330,8 +330,7 @@ def planner_checks(rows: list[Row]) -> list[Check]:
 
 
 def long_trajectory(steps: int, points: int, ram: int | str, disk: int | str) -> Section:
-    """Measure a gradient through `steps` Euler steps of the Gray-Scott equations on all ranks. Collective on the
-    world."""
+    """Measure a gradient through `steps` Euler steps of the Gray-Scott equations. Collective on the world."""
     comm = MPI.COMM_WORLD
     partition = GridPartition(comm, (points, points), 2, ("periodic", "periodic"))
     trajectory = CheckpointBudget(ram=ram, disk=disk)

@@ -1,5 +1,4 @@
-"""One self-describing file written by many ranks: variables with named dimensions and coordinates, readable as
-NetCDF-4.
+"""One self-describing file written by many ranks: named dimensions and coordinates, readable as NetCDF-4.
 
 The file is HDF5 with dimension scales. Rank 0 creates the layout. The ranks of the first replica then write their parts
 in turn. No rank holds more than its own part, and parallel HDF5 is not required.

@@ -102,8 +102,7 @@ def draw_errors(
     error: str = "root mean square error",
     time: str = "time since the initial state",
 ) -> None:
-    """Draw the errors of some forecasts at each time, each in the style of its curve. `error` and `time` name the
-    axes."""
+    """Draw the errors of some forecasts over time, each in the style of its curve. `error` and `time` name the axes."""
     for name, style in curves.items():
         axis.plot(times, errors[name], **style)
     axis.set_title("Error on all held-out trajectories")

@@ -21,8 +21,10 @@ def draw(path: Path, drawing: Callable[[Path], None], mesh: Mesh) -> str:
 
 
 def render(path: Path, drawing: Callable[[Path], None]) -> str:
-    """Call `drawing(path)` if matplotlib is installed. Returns the path, or a note that it is missing. Call on one
-    rank."""
+    """Call `drawing(path)` if matplotlib is installed. Returns the path, or a note that it is missing.
+
+    Call on one rank.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return "not drawn, as matplotlib is missing: pip install 'pnode-dist[plot]'"
     try:

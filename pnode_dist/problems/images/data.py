@@ -123,8 +123,7 @@ def _load(config: ImagesConfig) -> ImageData:
 def split(
     whole: LabelledImages, share: float, name: str, generator: np.random.Generator
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Split off a part with `share` of the images of every class. Returns the rest and the part, both in original
-    order.
+    """Split off a part with `share` of the images of every class. Returns the rest and the part, in original order.
 
     Raises `ConfigurationError` if either has no image.
     """

@@ -245,8 +245,9 @@ class ImagesProblem(TrainableProblem):
         return ImageBatch(images, torch.from_numpy(mine.labels), tuple(numbers))
 
     def _scores(self, model: nn.Module, part: LabelledImages) -> torch.Tensor:
-        """Return the scores `[samples, classes]` of all images of a part, on every rank, float64. The replicas share
-        the work.
+        """Return the scores `[samples, classes]` of all images of a part, on every rank, float64.
+
+        The replicas share the work.
 
         Collective on the world.
         """
