@@ -70,8 +70,10 @@ class TrainingStep:
         return time.perf_counter() - began
 
     def halo_seconds(self) -> float:
-        """Return the seconds of a step's halo exchanges, forward and transposed, measured alone. Collective on
-        `comm`."""
+        """Return the seconds of all halo exchanges of a step, each measured alone. Collective on `comm`.
+
+        Each exchange is timed together with its transpose.
+        """
         total = 0.0
         for channels in exchanged_channels():
             x = torch.zeros(*self.partition.local_shape[:2], channels, requires_grad=True)

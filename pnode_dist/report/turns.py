@@ -16,9 +16,7 @@ def in_turn(
 ) -> None:
     """Call `create` on rank 0, then `write_part` on the ranks of the first replica in turn. Collective on the world.
 
-    Without a partition there are no parts to write.
-
-    A `ConfigurationError` of any rank is raised on all.
+    Without a partition there are no parts to write. A `ConfigurationError` of any rank is raised on all.
     """
     agreed(mesh, lambda: create() if mesh.is_root else None)
     if partition is None:

@@ -247,9 +247,7 @@ class ImagesProblem(TrainableProblem):
     def _scores(self, model: nn.Module, part: LabelledImages) -> torch.Tensor:
         """Return the scores `[samples, classes]` of all images of a part, on every rank, float64.
 
-        The replicas share the work.
-
-        Collective on the world.
+        The replicas share the work. Collective on the world.
         """
         scores = torch.zeros(len(part), len(self.data.classes), dtype=torch.float64)
         size = math.ceil(self.config.evaluation.batch_size / self.mesh.data_replicas)
