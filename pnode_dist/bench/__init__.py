@@ -1,4 +1,4 @@
-"""Benchmarks against peers: each measures, compares and says which of its targets hold."""
+"""Benchmarks against peers. Each measures, compares and reports which of its targets are met."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ BENCHMARKS = {
     "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
 }
 DRAWN = ("halo", "methods", "overhead", "precision", "scaling", "sync")
-"""Those that have a picture."""
+"""Benchmarks with a plot."""
 
 
 CONFIGURED = ("training",)
-"""Those that measure a configured problem."""
+"""Benchmarks of a configured problem."""
 
 
 FULL = ("methods",)
-"""Those that also come in the sizes of the paper that they repeat."""
+"""Benchmarks that can also run at the problem sizes of the paper they reproduce."""
 
 
 def module(name: str) -> ModuleType:
-    """The module whose `run` is the benchmark of that name."""
+    """Import the module whose `run` is the benchmark `name`."""
     place = "methods.run" if name == "methods" else name.replace("-", "_")
     return import_module(f"pnode_dist.bench.{place}")
 
 
 def run(name: str, full: bool = False) -> Report:
-    """Run a benchmark by name, one of `FULL` also in full size. Collective on the world.
+    """Run a benchmark by name, with `full` in full size (only those in `FULL`). Collective on the world.
 
-    Raises `ConfigurationError` when it does not run on this number of ranks or a peer is not installed.
+    Raises `ConfigurationError` if the benchmark does not support this number of ranks or a peer is not installed.
     """
     benchmark = module(name)
     report: Report = benchmark.run(full=True) if full else benchmark.run()

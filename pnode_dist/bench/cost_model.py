@@ -1,9 +1,10 @@
-"""A model of the time of a training step on any number of ranks, from measurements on few.
+"""Model of the time of a training step on any number of ranks, from measurements on a few ranks.
 
-A step is the work on a rank's block, the halo exchanges, and the sum of the parameters' gradients over all ranks. Work
-is a function of the points of a block that was measured on one rank. A message of n bytes takes latency + n / bandwidth
-(R. W. Hockney, Parallel Computing 20, 1994). An exchange sends two messages along each axis that is split, one axis
-after the other; the sum takes ceil(log2 P) rounds of one message (recursive doubling). Nothing overlaps.
+The time of a step is the sum of the work on a rank's block, the halo exchanges, and the sum of the parameter gradients
+over all ranks. Work is a function of the number of points of a block, measured on one rank. A message of n bytes takes
+latency + n / bandwidth (R. W. Hockney, Parallel Computing 20, 1994). An exchange sends two messages along each split
+axis, one axis after the other. The sum takes ceil(log2 P) rounds of one message (recursive doubling). The model assumes
+no overlap.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Network:
-    """Seconds that any message takes, and bytes a second."""
+    """Latency in seconds per message, and bandwidth in bytes per second."""
 
     latency: float
     bandwidth: float
@@ -28,15 +29,15 @@ class Network:
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of a training step on one block by its points: measured ones, linear in between.
+    """Seconds of a training step on one block against its number of points. Interpolates linearly.
 
-    Fewer points than were measured take as long as the fewest, more are as dear, each, as those of the largest block.
+    Below the smallest measured block the time is constant. Above the largest block the time per point is constant.
     """
 
     measured: tuple[tuple[int, float], ...]
 
     def seconds(self, points: float) -> float:
-        """Seconds for a block of so many points."""
+        """Return the seconds for a block of `points` points."""
         known = sorted(self.measured)
         if points <= known[0][0]:
             return known[0][1]
@@ -49,7 +50,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Exchanges:
-    """The halo exchanges of a training step: one of width `width` for each of `point_bytes`, there and back alike."""
+    """Halo exchanges of a training step: one of `width` for each of `point_bytes`, forward and transposed alike."""
 
     point_bytes: tuple[int, ...]
     width: int
@@ -57,7 +58,7 @@ class Exchanges:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a training step on `ranks` ranks, and of its parts."""
+    """Seconds of a training step on `ranks` ranks, in parts."""
 
     ranks: int
     work: float
@@ -66,16 +67,17 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Seconds of the whole step."""
         return self.work + self.halo + self.gradient_sum
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """The measured facts of a machine and a training step.
+    """Measured properties of a machine and a training step.
 
-    `contention` is by how much work takes longer when all cores of a node work, `cores` how many a node has: more ranks
-    than cores, on the one node that was measured, share them. `gradient_bytes` are summed over all ranks.
+    `contention` is the slowdown factor of work when all cores of a node are busy. `cores` is the number of cores of a
+    node. More ranks than cores on the one measured node share its cores. `gradient_bytes` is the size of the gradient
+    that is summed over all ranks.
     """
 
     work: Work
@@ -86,9 +88,10 @@ class CostModel:
     cores: int
 
     def predict(self, shape: Sequence[int], processes: Sequence[int], *, one_node: bool) -> Prediction:
-        """A step on a periodic grid of `shape` split over `processes` ranks along its axes.
+        """Predict a step on a periodic grid of `shape`, split over `processes` ranks along its axes.
 
-        With `one_node` all ranks are on one node, however few cores it has; else every rank has a core.
+        With `one_node` all ranks share one node, also if it has fewer cores than ranks. Otherwise every rank has a
+        core.
         """
         ranks = math.prod(processes)
         block = [-(-n // p) for n, p in zip(shape, processes, strict=True)]
@@ -99,7 +102,7 @@ class CostModel:
         return Prediction(ranks, work, self._halo(block, processes), rounds * self.network.message(self.gradient_bytes))
 
     def _halo(self, block: Sequence[int], processes: Sequence[int]) -> float:
-        """Seconds of all exchanges. The last axis goes first; the others take its ghosts along."""
+        """Return the seconds of all exchanges. The last axis is exchanged first; later axes also send its ghosts."""
         width = self.exchanges.width
         seconds = 0.0
         padded = list(block)

@@ -1,7 +1,7 @@
-"""One loss and its gradient through 100 or 20 steps of RK4, against torchdiffeq and against plain torch.
+"""One loss and its gradient through 100 or 20 steps of RK4, compared with torchdiffeq and plain torch.
 
-The work is that of training a small neural ODE: the sum of squares of the final state, differentiated with respect
-to the initial state and the parameters.
+The work matches the training of a small neural ODE. The loss is the sum of squares of the final state. It is
+differentiated with respect to the initial state and the parameters.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RightHandSide(nn.Module):
 
 
 def classical_rk4(func: Solve, u0: torch.Tensor, steps: int) -> torch.Tensor:
-    """Kutta's classical method in plain torch, written here to stand apart from PETSc's."""
+    """Solve by Kutta's classical method in plain torch, independent of PETSc's implementation."""
     h = _END / steps
     u = u0
     for step in range(steps):
@@ -107,7 +107,7 @@ def run() -> Report:
 
 
 def measure(case: Case, odeint: Callable[..., torch.Tensor], odeint_adjoint: Callable[..., torch.Tensor]) -> Row:
-    """The seconds of each way to the gradient, and the relative error of ours."""
+    """Measure the seconds of each gradient method, and the relative error of this project's."""
     torch.manual_seed(0)
     func = RightHandSide(case)
     u0 = torch.randn(case.batch, case.dimension, dtype=torch.float64, requires_grad=True)

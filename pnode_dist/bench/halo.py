@@ -1,7 +1,7 @@
-"""The bytes of halo exchanges, counted, against the least that any exchange can send, and their times.
+"""Counted bytes of halo exchanges, against the minimum of any exchange, and their times.
 
-The least follows from the owned ranges alone: the points within the halo of a rank's block that other ranks own, each
-once. The transposed exchange, which takes the cotangents back to these ranks, needs as many.
+The minimum follows from the owned ranges alone: each point in the halo of a rank's block that another rank owns,
+counted once. The transposed exchange returns the cotangents to these ranks and has the same minimum.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ _WARM_UP = 5
 
 
 class CountingComm(MPI.Intracomm):
-    """A communicator that counts the messages that are sent through it, and their bytes.
+    """Communicator that counts the messages sent through it, and their bytes.
 
-    Only with `Isend`, as exchanges do: what is sent in another way is missed, and then too little is counted.
+    Counts only `Isend`, the call that exchanges use. Messages sent by other calls are not counted.
     """
 
     messages: int
     bytes: int
 
     def __new__(cls, comm: MPI.Intracomm) -> CountingComm:
-        """The same communicator, counted from 0. Not collective."""
+        """Wrap the same communicator with counters at 0. Not collective."""
         counting = super().__new__(cls, comm)
         counting.reset()
         return counting
 
     def reset(self) -> None:
-        """Count anew."""
+        """Reset the counters."""
         self.messages = self.bytes = 0
 
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> MPI.Request:
-        """As inherited, and counted."""
+        """Send as the base class does, and count the message."""
         self.messages += 1
         self.bytes += memoryview(buf[0]).nbytes
         return super().Isend(buf, dest, tag)
@@ -54,7 +54,7 @@ class CountingComm(MPI.Intracomm):
 
 @dataclass(frozen=True)
 class Case:
-    """A field on a grid, and the halo that is exchanged of it."""
+    """A field on a grid, and the width of its halo."""
 
     shape: tuple[int, ...]
     channels: int
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Points, channels and their type, and what is beyond the edges."""
+        """Points, channels, dtype, and the boundary rule."""
         size = "x".join(map(str, (*self.shape, self.channels)))
         kind = str(self.dtype).removeprefix("torch.float")
         return f"{size} f{kind} {', '.join(map(str, self.boundary))}"
@@ -85,7 +85,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Needs:
-    """The needs of a rank: distinct points of others, the ranks that own them, and the faces that lead to them."""
+    """Needs of a rank: distinct points of other ranks, the ranks that own them, and the faces towards them."""
 
     points: int
     ranks: int
@@ -116,7 +116,7 @@ def needs(partition: GridPartition, rank: int, width: int) -> Needs:
 
 
 def _coordinates(rule: Rule, n: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-    """The points of an axis of `n` whose values stand at `start`, ..., `stop - 1`: beyond the edges by the rule."""
+    """Return the points of an axis of `n` that supply the positions `start`, ..., `stop - 1` under `rule`."""
     places = np.arange(start, stop)
     if rule == "periodic":
         return places % n
@@ -136,10 +136,10 @@ def _marked(shape: tuple[int, ...], coordinates: list[Any]) -> npt.NDArray[np.bo
 
 @dataclass(frozen=True)
 class Traffic:
-    """One exchange and its transpose: messages and bytes of all ranks, and the seconds of the slowest.
+    """One exchange and its transpose: messages and bytes of all ranks, and the seconds of the slowest rank.
 
-    `faces` are those of all ranks, `excess` is the largest number of messages of a rank over its own faces, in either
-    direction, and `least` the bytes that all ranks need.
+    `faces` is the number of faces of all ranks. `excess` is the largest surplus of a rank's messages over its own
+    faces, in either direction. `least` is the number of bytes that all ranks need.
     """
 
     case: Case
@@ -154,7 +154,7 @@ class Traffic:
     transposed_seconds: float
 
     def row(self) -> Row:
-        """As the report has it."""
+        """Return the row of the report."""
         ranks = math.prod(self.processes)
         return {
             "grid": self.case.name,
@@ -171,7 +171,7 @@ class Traffic:
         }
 
     def checks(self) -> list[Check]:
-        """That no byte was sent that is not needed, and no message without a face."""
+        """Check that every byte sent is needed, and that every message has a face."""
         name = f"{self.case.name}, width {self.case.width}"
         other = max(abs(self.sent - self.least), abs(self.returned - self.least))
         return [
@@ -183,7 +183,7 @@ class Traffic:
 def measure(comm: MPI.Intracomm, case: Case, repeats: int = REPEATS) -> Traffic:
     """Count and time one exchange and its transpose. Collective on `comm`."""
     partition = GridPartition(comm, case.shape, case.channels, case.boundary, case.width)
-    # PETSc, behind the partition, takes none but mpi4py's own types.
+    # The partition passes its communicator to PETSc, which accepts only mpi4py's own types.
     partition.comm = counting = CountingComm(comm)
     x = torch.ones(partition.local_shape, dtype=case.dtype, requires_grad=True)
     padded = halo(x, partition)
@@ -220,7 +220,7 @@ def _counted(comm: CountingComm, exchange: Callable[[], None]) -> tuple[int, int
 
 
 def _seconds(comm: MPI.Intracomm, exchange: Callable[[], None], repeats: int) -> list[float]:
-    """The slowest rank's seconds of each exchange, the first few left out."""
+    """Return the slowest rank's seconds of each exchange, without the first few."""
     seconds = np.empty(repeats + _WARM_UP)
     for repeat in range(len(seconds)):
         comm.Barrier()

@@ -1,8 +1,8 @@
 """Newton and Krylov iterations of implicit steps and their adjoints, without and with preconditioners.
 
 On one rank: a batch of stiff systems with the inverse of each system's Jacobian, and reaction and diffusion on a grid
-with the assembled Jacobian. On several ranks: the same grid on one rank and on all of them, because a preconditioner
-that acts on each rank's part alone gets worse with more ranks.
+with the assembled Jacobian. On several ranks: the same grid on one rank and on all ranks. A preconditioner that acts on
+each rank's part alone degrades with the number of ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _GRIDS = {"asm": {"pc_type": "asm"}, "gamg": {"pc_type": "gamg"}}
 
 
 class Kinetics(torch.nn.Module):
-    """Robertson's reactions, with their rates as parameters, of concentrations `[system, 3]` scaled by (1, 1e4, 1)."""
+    """Robertson's reactions of concentrations `[system, 3]` scaled by (1, 1e4, 1). The rates are parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class Kinetics(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Measured:
-    """The counts of one loss and gradient, and its seconds on the slowest rank."""
+    """Counts of one loss and gradient, and its seconds on the slowest rank."""
 
     solve: SolveStatistics
     seconds: float
 
     def row(self, problem: str, preconditioner: str, ranks: int) -> Row:
-        """As the report has it; iterations are those of all steps."""
+        """Return the row of the report. Iterations are summed over all steps."""
         solve = self.solve
         return {
             "problem": problem,
@@ -72,7 +72,7 @@ class Measured:
 
 
 def run() -> Report:
-    """Count on one rank, or compare one rank with all. Collective on the world."""
+    """Count on one rank, or compare one rank with all ranks. Collective on the world."""
     comm = MPI.COMM_WORLD
     return _on_one_rank() if comm.size == 1 else _on_several(comm)
 
@@ -111,7 +111,7 @@ def _on_several(comm: MPI.Intracomm) -> Report:
         for ranks, where in ((1, MPI.COMM_SELF), (comm.size, comm)):
             grid = GridPartition(where, (POINTS, POINTS), 2, ("periodic", "periodic"))
             solve = _grid_solve(grid, AssembledJacobian(1), options)
-            # On one rank it is rank 0 that solves, while the others wait.
+            # On one rank, rank 0 solves and the others wait.
             if ranks > 1 or comm.rank == 0:
                 found[ranks] = _measured(solve, initial_state(grid, seed=0), _grid_times())
             comm.Barrier()
@@ -141,7 +141,7 @@ def _grid_times() -> list[float]:
 
 
 def _grid_solve(grid: GridPartition, preconditioner: Preconditioner | None, options: dict[str, str]) -> NeuralODE:
-    """The Gray-Scott equations on so small a domain that diffusion is stiff."""
+    """Solve the Gray-Scott equations on a domain small enough to make diffusion stiff."""
     return NeuralODE(
         GrayScott(grid, GrayScottParameters(domain=(_DOMAIN, _DOMAIN))),
         method="cn",

@@ -1,9 +1,9 @@
-"""The overhead of a solver for each stage, beyond the evaluations of f and their derivatives, on small states.
+"""Overhead of a solver per stage, beyond the evaluations of f and their derivatives, on small states.
 
-RK4 with fixed steps, forward and in the adjoint, against torchdiffeq and torchode. The time of a stage is the slope of
-the time of a solve between two numbers of steps. The rest is the time of the solve itself. The overhead is the time of
-a stage without the unavoidable work, which is measured alone in loops as long as the solves: evaluations of f, with or
-without their graphs, and one `torch.autograd.grad` for each.
+Compares RK4 with fixed steps, forward and adjoint, with torchdiffeq and torchode. The time per stage is the slope of
+the solve time between two numbers of steps. The intercept is the fixed time of a solve. The overhead is the time per
+stage less the unavoidable work: evaluations of f, with or without their tapes, and one `torch.autograd.grad` for each.
+That work is measured alone in loops as long as the solves.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ STEP_SIZE = 2.0**-10
 _BATCH = 16
 
 Turn = tuple[float, float]
-"""Seconds of processor time of a forward and of a backward pass: other programs do not count."""
+"""Processor seconds of a forward and of a backward pass. Processor time excludes other programs."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A right-hand side and the state `[batch, dimension]` that solves start from."""
+    """A right-hand side and the initial state `[batch, dimension]` of its solves."""
 
     name: str
     func: nn.Module
@@ -46,7 +46,7 @@ class Subject:
 
     @property
     def wanted(self) -> list[torch.Tensor]:
-        """The tensors that gradients are taken with respect to."""
+        """Tensors that gradients are taken with respect to."""
         return [self.state, *self.func.parameters()]
 
 
@@ -63,7 +63,7 @@ class Decay(nn.Module):
 
 
 def subjects() -> list[Subject]:
-    """The cheapest right-hand side, and a small perceptron with four parameters."""
+    """Return the cheapest right-hand side, and a small perceptron with four parameters."""
     torch.manual_seed(0)
     state = torch.randn(_BATCH, 2, dtype=torch.float64, requires_grad=True)
     return [
@@ -74,10 +74,10 @@ def subjects() -> list[Subject]:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to solve: `solve(steps)` is the final state.
+    """One solver: `solve(steps)` returns the final state.
 
-    `graphs` says whether its forward pass evaluates f with graphs, and `backward` what its backward pass needs of f for
-    a stage: nothing, as there is none; a product with the graph that was kept; or an evaluation as well.
+    `graphs` is true if the forward pass records the tape of f. `backward` is the work on f per stage of the backward
+    pass: none without a backward pass, a product with the stored tape, or an evaluation and a product.
     """
 
     solver: str
@@ -87,7 +87,7 @@ class Way:
     backward: Literal["none", "product", "evaluation and product"]
 
     def turn(self, subject: Subject, steps: int) -> Turn:
-        """Seconds of one solve and of its backward pass."""
+        """Return the seconds of one solve and of its backward pass."""
         with torch.set_grad_enabled(self.backward != "none"):
             began = time.process_time()
             end = self.solve(steps)
@@ -101,7 +101,7 @@ class Way:
 
 
 def ways(subject: Subject, odeint: Any, odeint_adjoint: Any) -> list[Way]:
-    """Our ways, torchdiffeq's, and torchode's where it is installed."""
+    """Return the solvers of this project, of torchdiffeq, and of torchode if it is installed."""
     func, state = subject.func, subject.state
     options = {"step_size": STEP_SIZE}
 
@@ -132,7 +132,7 @@ def _times(steps: int) -> torch.Tensor:
 
 
 def _torchode(subject: Subject) -> Callable[[int], torch.Tensor]:
-    """The classical method as a table for torchode's Runge-Kutta steps, which come without it."""
+    """Define the classical method for torchode's Runge-Kutta steps. torchode does not include it."""
     import torchode
     from torchode.interpolation import ThirdOrderPolynomialInterpolation
     from torchode.single_step_methods.runge_kutta import ButcherTableau, ExplicitRungeKutta
@@ -163,10 +163,10 @@ def _torchode(subject: Subject) -> Callable[[int], torch.Tensor]:
 
 
 def work(subject: Subject) -> dict[str, Callable[[int], Turn]]:
-    """The work that no solver can avoid, by the number of steps: what it takes forward and backward.
+    """Unavoidable work of any solver against the number of steps, forward and backward.
 
-    evaluation: f without gradients. product: f with its graph forward, all graphs kept, and one autograd.grad for each
-    backward. evaluation and product: both for one stage after the other, as the backward time.
+    evaluation: f without gradients. product: f with its tape in the forward pass, all tapes kept, and one autograd.grad
+    for each in the backward pass. evaluation and product: both, one stage after the other, as the backward time.
     """
     func, wanted = subject.func, subject.wanted
     parameters = wanted[1:]
@@ -206,14 +206,14 @@ def work(subject: Subject) -> dict[str, Callable[[int], Turn]]:
 
 @dataclass(frozen=True)
 class Line:
-    """Microseconds of a stage, and of a solve besides its stages, forward and backward."""
+    """Microseconds per stage, and of a solve besides its stages, forward and backward."""
 
     stage: Turn
     solve: Turn
 
 
 def line(least: Mapping[int, Turn]) -> Line:
-    """The straight line through the seconds for two numbers of steps."""
+    """Return the straight line through the seconds for two numbers of steps."""
     (few, low), (many, high) = sorted(least.items())
     slopes = [(b - a) / (many - few) for a, b in zip(low, high, strict=True)]
     rests = [a - few * slope for a, slope in zip(low, slopes, strict=True)]
@@ -226,9 +226,9 @@ def line(least: Mapping[int, Turn]) -> Line:
 def measure(
     turns: Mapping[str, Callable[[int], Turn]], steps: tuple[int, int] = STEPS, repeats: int = REPEATS
 ) -> dict[str, Line]:
-    """The line of each candidate, through the least seconds of repeats that are run in turn.
+    """Measure the line of each candidate, through the least seconds of interleaved repeats.
 
-    What else the machine does only ever adds to a time of some milliseconds: the least is the program's own.
+    Other load on the machine can only increase a time, so the least is closest to the program's own.
     """
     least: dict[str, dict[int, Turn]] = {name: {n: (float("inf"), float("inf")) for n in steps} for name in turns}
     for repeat in range(repeats + 1):
@@ -242,7 +242,7 @@ def measure(
 
 
 def row(subject: Subject, way: Way, found: Line, alone: Mapping[str, Line]) -> Row:
-    """A way's microseconds by the stage, and what is left of them without the work on f."""
+    """Return a solver's microseconds per stage, and the remainder without the work on f."""
     of_f = alone["product"].stage[0] if way.graphs else alone["evaluation"].stage[0]
     result: Row = {
         "problem": subject.name,
@@ -263,7 +263,7 @@ def row(subject: Subject, way: Way, found: Line, alone: Mapping[str, Line]) -> R
 
 
 def checks(rows: list[Row]) -> list[Check]:
-    """Our overheads against their targets."""
+    """Check this project's overheads against their targets."""
     found = []
     for entry in rows:
         if entry["solver"] != "pnode_dist":

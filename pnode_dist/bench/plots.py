@@ -1,4 +1,4 @@
-"""The pictures of `pnode-dist bench --plot`, drawn from the rows of a report."""
+"""Plots of `pnode-dist bench --plot`, drawn from the rows of a report."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _BAR = 0.38
 
 
 def draw_bench(path: Path, report: Report) -> None:
-    """Draw the rows of a benchmark that has a picture. For one rank."""
+    """Draw the rows of a benchmark that has a plot. Call on one rank."""
     drawing, size = DRAWINGS[report.name]
-    # Only this picture is to look like this, and no display is to be needed.
+    # Restrict the style to this plot. Drawing must not require a display.
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
         drawing(figure, report)
@@ -33,7 +33,7 @@ def draw_bench(path: Path, report: Report) -> None:
 
 
 def _named(axis: Axes, names: Sequence[str]) -> None:
-    """Names at the left of horizontal bars, the first one on top."""
+    """Label horizontal bars at the left, the first name on top."""
     axis.set_yticks(range(len(names)), names)
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()
@@ -42,7 +42,7 @@ def _named(axis: Axes, names: Sequence[str]) -> None:
 
 
 def _written(axis: Axes, values: Sequence[float], ends: Sequence[float], form: str, shift: float = 0.0) -> None:
-    """A figure behind the end of each horizontal bar."""
+    """Write a value after the end of each horizontal bar."""
     for number, (value, end) in enumerate(zip(values, ends, strict=True)):
         if math.isfinite(value):
             axis.annotate(
@@ -60,7 +60,7 @@ def _numbers(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def _overhead(figure: Figure, report: Report) -> None:
-    """A stage's time on f and besides, forward and in the adjoint, a line of panels for each problem."""
+    """Draw the time per stage on f and besides f, forward and adjoint, with a row of panels for each problem."""
     problems = list(dict.fromkeys(str(row["problem"]) for row in report.rows))
     axes = figure.subplots(len(problems), 2, squeeze=False)
     columns = (("forward", "f", "overhead"), ("adjoint", "f, grad", "adjoint overhead"))
@@ -81,7 +81,7 @@ def _overhead(figure: Figure, report: Report) -> None:
 
 
 def _halo(figure: Figure, report: Report) -> None:
-    """Draw the bytes that exchanges send against the bytes needed, and their times."""
+    """Draw the bytes sent by exchanges against the bytes needed, and their times."""
     rows = report.rows
     sizes, times = figure.subplots(1, 2, sharey=True)
     names = [f"{row['grid']}\nwidth {row['width']}, {row['ranks']} ranks" for row in rows]
@@ -109,7 +109,7 @@ def _halo(figure: Figure, report: Report) -> None:
 
 
 def _scaling(figure: Figure, report: Report) -> None:
-    """Draw the measurements as bars, and the model's strong and weak scaling to many ranks."""
+    """Draw the measurements as bars, and the strong and weak scaling of the model to many ranks."""
     measured = [row for row in report.rows if not str(row["what"]).startswith("projected") and row["what"] != "weak"]
     projected = [row for row in report.rows if str(row["what"]).startswith("projected")]
     if projected:
@@ -176,7 +176,7 @@ def _draw_weak(axis: Axes, report: Report) -> None:
 
 
 def _modelled(measured: Sequence[Row], projected: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """Ranks and seconds of the model: for what was measured, and beyond it."""
+    """Return ranks and seconds of the model, within and beyond the measured ranks."""
     most = float(measured[-1]["ranks"])
     rows = [*measured, *(row for row in projected if float(row["ranks"]) > most)]
     return _numbers(rows, "ranks"), _numbers(rows, "predicted")
@@ -198,7 +198,7 @@ def _many_ranks(axis: Axes) -> None:
 
 
 def _precision(figure: Figure, report: Report) -> None:
-    """Seconds and gradient errors by the type that f computes in."""
+    """Draw seconds and gradient errors by the dtype of f."""
     rows = report.rows
     seconds, errors = figure.subplots(1, 2, sharey=True)
     names = [str(row["f in"]) for row in rows]
@@ -223,7 +223,7 @@ def _precision(figure: Figure, report: Report) -> None:
 
 
 def _sync(figure: Figure, report: Report) -> None:
-    """Seconds of a gradient's sum with each backend."""
+    """Draw the seconds of a gradient sum with each backend."""
     rows = report.rows
     axis = figure.subplots()
     for number, (backend, colour) in enumerate((("mpi", MODEL_COLOUR), ("gloo", _OTHER))):

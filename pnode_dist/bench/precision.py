@@ -1,7 +1,7 @@
-"""The effect of another floating type for f: seconds of a loss and its gradient, and the error of the gradient.
+"""Effect of the floating dtype of f: seconds of a loss and its gradient, and the error of the gradient.
 
-State, parameters, steps and adjoint stay in float64 (`compute_dtype` of `NeuralODE`), but in one line, where state and
-parameters are float32 as well.
+State, parameters, steps and adjoint stay in float64 (`compute_dtype` of `NeuralODE`). In one row, state and parameters
+are float32 as well.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run() -> Report:
 
 
 def measured(shape: tuple[int, int], repeats: int) -> Report:
-    """The report for a grid of `shape`, least of `repeats` interleaved repeats."""
+    """Return the report for a grid of `shape`: least of `repeats` interleaved repeats."""
     double = torch.float64
     ways = {
         "float64": TrainingStep(MPI.COMM_SELF, shape, STEPS, double),
@@ -51,7 +51,7 @@ def measured(shape: tuple[int, int], repeats: int) -> Report:
 
 
 def report(shape: tuple[int, int], seconds: dict[str, float], errors: dict[str, float]) -> Report:
-    """Rows and checks from the seconds of each way and the relative errors of their gradients."""
+    """Return rows and checks from the seconds of each variant and the relative errors of their gradients."""
     double = seconds["float64"]
     rows: list[Row] = [
         {

@@ -1,4 +1,4 @@
-"""The result of a benchmark: rows of measurements, and checks of them against targets."""
+"""Result of a benchmark: rows of measurements, and checks against targets."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Row = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class Check:
-    """A figure of this run against its target.
+    """A measured value against its target.
 
-    It holds if the value is at most the target, or with `at_least` if it is at least the target.
+    Holds if the value is at most the target, or with `at_least` if it is at least the target.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """True if the figure meets its target."""
+        """True if the value meets its target."""
         return self.value >= self.target if self.at_least else self.value <= self.target
 
     def as_dict(self) -> dict[str, Any]:
@@ -44,9 +44,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows, each with the same keys, the checks, notes on how to read them, and the machine they are of.
+    """Rows with equal keys, checks, explanatory notes, and the machine they were measured on.
 
-    `further` are more tables of such rows, by their titles.
+    `further` maps titles to further tables of rows.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Report:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Return the facts besides the code that the figures of a benchmark depend on."""
+    """Return the properties of the machine and the software that a benchmark depends on."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -99,9 +99,9 @@ def machine_facts() -> dict[str, Any]:
 
 
 def interleaved(candidates: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Measure the candidates in turn, `repeats` times, so that a slow moment affects all of them alike.
+    """Measure the candidates in turn, `repeats` times, so that a slow period affects all candidates alike.
 
-    A candidate runs once and returns the seconds it took.
+    Each call of a candidate runs it once and returns its seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
@@ -120,7 +120,7 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
 
 
 def _shown(value: str | int | float) -> str:
-    """Return a figure as text for a table; NaN does not apply."""
+    """Return a value as text for a table. NaN marks a value that does not apply."""
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}"
     return str(value)

@@ -1,8 +1,8 @@
-"""Strong and weak scaling of a training step, within one run, and what a model of its cost says of more ranks.
+"""Strong and weak scaling of a training step, measured in one run and projected to more ranks by a cost model.
 
-float32, one thread a rank. Beside it stand one process with as many threads, with our solver and with torchdiffeq's,
-and what the machine itself allows: as many processes that do a rank's part of the work each, and do not communicate.
-Ranks that a measurement does not need sleep meanwhile.
+Runs in float32 with one thread per rank. References are one process with as many threads, with this project's solver
+and with torchdiffeq's, and the limit of the machine: as many processes, each with a rank's part of the work, without
+communication. Ranks that take no part in a measurement sleep during it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PING_PONGS = {8: 400, 2**20: 20}
 
 
 def torchdiffeq_seconds(step: TrainingStep, odeint: Callable[..., Any]) -> float:
-    """Seconds of the same step with torchdiffeq's back-propagation, on one rank."""
+    """Return the seconds of the same step with torchdiffeq's back-propagation, on one rank."""
     times = torch.tensor([0.0, step.steps * STEP_SIZE])
     began = time.perf_counter()
     end = odeint(step.func, step.state, times, method="rk4", options={"step_size": STEP_SIZE})[-1]
@@ -46,7 +46,7 @@ def torchdiffeq_seconds(step: TrainingStep, odeint: Callable[..., Any]) -> float
 
 @dataclass(frozen=True)
 class Task:
-    """Work of the first `ranks` ranks at the same time. `seconds` runs it, and returns the seconds of a rank."""
+    """Simultaneous work of the first `ranks` ranks. `seconds` runs it and returns the seconds of a rank."""
 
     name: str
     ranks: int
@@ -54,12 +54,12 @@ class Task:
 
 
 def rank_counts(size: int) -> list[int]:
-    """1, 2, 4, ... and all of them."""
+    """Return 1, 2, 4, ... and `size`."""
     return sorted({2**power for power in range(size.bit_length()) if 2**power <= size} | {size})
 
 
 def measure(tasks: list[Task], comm: MPI.Intracomm, rounds: int) -> dict[tuple[str, int], float]:
-    """The least seconds of each task, by its name and ranks, in rounds that take turns. Collective on `comm`."""
+    """Return the least seconds of each task over interleaved rounds, by name and ranks. Collective on `comm`."""
     least: dict[tuple[str, int], float] = {}
     for _ in range(rounds):
         for task in tasks:
@@ -70,7 +70,7 @@ def measure(tasks: list[Task], comm: MPI.Intracomm, rounds: int) -> dict[tuple[s
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of a training step on the first `ranks` ranks: all of it, and halos and gradient sum measured alone."""
+    """Seconds of a training step on the first `ranks` ranks: the whole, and halos and gradient sum measured alone."""
 
     ranks: int
     shape: tuple[int, int]
@@ -81,12 +81,12 @@ class Parts:
 
     @property
     def work(self) -> float:
-        """The rest: work on the rank's own block, and waiting for others."""
+        """Seconds of the remainder: work on the rank's own block, and waiting for other ranks."""
         return self.seconds - self.halo - self.gradient_sum
 
 
 def ping_pong(comm: MPI.Intracomm) -> Network:
-    """Latency and bandwidth between the first two ranks. Collective on `comm`, of two or more ranks."""
+    """Measure latency and bandwidth between the first two ranks. Collective on `comm`, of two or more ranks."""
     least = dict.fromkeys(_PING_PONGS, math.inf)
 
     def exchange(size: int, repeats: int) -> float:
@@ -110,7 +110,7 @@ def ping_pong(comm: MPI.Intracomm) -> Network:
 
 
 def squarest(ranks: int) -> tuple[int, int]:
-    """The process grid of a power of two that is as square as possible."""
+    """Return the most nearly square process grid for a power of two."""
     power = ranks.bit_length() - 1
     return 2 ** (power - power // 2), 2 ** (power // 2)
 
@@ -133,7 +133,7 @@ def run() -> Report:
 
 
 def measured(comm: MPI.Intracomm, odeint: Callable[..., Any], points: int, rounds: int = ROUNDS) -> Report:
-    """The report for a grid of `points` squared. Collective on `comm`."""
+    """Return the report for a grid of `points` x `points`. Collective on `comm`."""
     counts, cores = rank_counts(comm.size), cores_of(comm)
     node_cores = len(cores) or comm.size
     used = min(node_cores, comm.size)
@@ -144,7 +144,7 @@ def measured(comm: MPI.Intracomm, odeint: Callable[..., Any], points: int, round
         subset = comm.Split(0 if comm.rank < ranks else MPI.UNDEFINED, comm.rank)
         if subset != MPI.COMM_NULL:
             steps["strong", ranks] = TrainingStep(subset, everything)
-            # On all ranks the two are the same.
+            # On all ranks both are the same step.
             steps["weak", ranks] = (
                 steps["strong", ranks] if ranks == comm.size else TrainingStep(subset, (part * ranks, points))
             )
@@ -199,14 +199,15 @@ def measured(comm: MPI.Intracomm, odeint: Callable[..., Any], points: int, round
 def _of(
     steps: Mapping[tuple[str, int], TrainingStep], key: tuple[str, int], measure: Callable[[TrainingStep], float]
 ) -> float:
-    """`measure` of a step, which only the ranks that take it have."""
+    """Apply `measure` to a step. Only the ranks that take part hold the step."""
     return measure(steps[key])
 
 
 def gradient_difference(step: TrainingStep) -> float:
     """Return the relative difference of the gradient on the ranks of `step` from that on one rank. Collective.
 
-    In float64 and on a smaller grid: in float32 the sums over all points differ by their order.
+    Computed in float64 on a smaller grid. In float32 the order of the sums over all points would dominate the
+    difference.
     """
     together, alone = (TrainingStep(comm, (EXACT, EXACT), dtype=torch.float64) for comm in (step.comm, MPI.COMM_SELF))
     together.seconds()
@@ -222,7 +223,10 @@ def report(
     used: int,
     part: tuple[int, int],
 ) -> Report:
-    """Rows and checks from what was measured, the same on all ranks; `used` cores in all, `part` is a rank's."""
+    """Return rows and checks from the measurements, the same on all ranks.
+
+    `used` is the total number of cores, and `part` the shape of a rank's part.
+    """
     size = max(ranks for _, ranks in parts)
     single = seconds["strong", 1]
     rows = []
@@ -293,7 +297,7 @@ def _row(
 def _projected(
     model: CostModel, points: tuple[int, int], part: tuple[int, int], single: float, single_part: float
 ) -> list[Row]:
-    """Strong and weak scaling to more ranks; a rank's part is as large as it was measured."""
+    """Project strong and weak scaling to more ranks. Under weak scaling a rank's part keeps its measured size."""
     rows = []
     for kind in ("strong", "weak"):
         for ranks in PROJECTED:

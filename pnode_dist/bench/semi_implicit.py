@@ -1,8 +1,8 @@
 """Semi-implicit against explicit steps for the Kuramoto-Sivashinsky equation on 512 points.
 
-The largest stable step of each method is found by bisection, and its error by comparison with the integrator of the
-data, both for the equation itself. The time of a training epoch is that of the problem `kuramoto_sivashinsky`: loss and
-gradient of its model, over the same batches of windows for every method.
+Bisection finds the largest stable step of each method. Comparison with the integrator of the data gives its error. Both
+use the equation itself. A training epoch is that of the problem `kuramoto_sivashinsky`: loss and gradient of its model,
+over the same batches of windows for every method.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ _OPTIONS = {"snes_type": "ksponly", "ksp_type": "preonly", "pc_type": "lu"}
 
 @dataclass(frozen=True)
 class Subject:
-    """The equation on a line, samples of a trajectory one time unit apart in units of `scale`, and a network for its
-    convection."""
+    """The equation on a line, samples of a trajectory, and a network for its convection.
+
+    The samples are one time unit apart, in units of `scale`.
+    """
 
     equation: LineEquation
     partition: GridPartition
@@ -56,25 +58,24 @@ class Subject:
     network: torch.nn.Module
 
     def function(self, term: torch.nn.Module, samples: int) -> SplitFunction:
-        """The linear part and a term, for so many states at once."""
+        """Return the linear part and `term` as a split function of `samples` states."""
         stencil = linear_stencil(self.equation, self.partition.shape[0])
         return SplitFunction(implicit=operator(self.partition, stencil, samples), explicit=term)
 
     @property
     def convection(self) -> torch.nn.Module:
-        """The equation's own term."""
+        """Exact convection term of the equation."""
         return Convection(self.partition, self.equation.length, self.scale)
 
     def batches(self, dtype: torch.dtype) -> list[Windows]:
-        """All windows of one time unit, in batches."""
+        """Return all windows of one time unit, in batches."""
         starts = self.data.starts(1)
         return [windows(self.data, starts[at : at + _BATCH], 1, dtype) for at in range(0, len(starts), _BATCH)]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps of a method: the evaluations of the explicit term that they need in one time unit, and their relative error
-    after it."""
+    """Steps of a method: evaluations of the explicit term per time unit, and relative error after one time unit."""
 
     method: Method
     step: float
@@ -83,7 +84,7 @@ class Measured:
 
 
 def subject(equation: LineEquation = KURAMOTO_SIVASHINSKY, points: int = _POINTS, spin_up: float = _SPIN_UP) -> Subject:
-    """A developed state and what becomes of it, and the network before training, in float32. Not collective."""
+    """Return a trajectory from a developed state, and the untrained network in float32. Not collective."""
     partition = line(MPI.COMM_SELF, points)
     initial = torch.from_numpy(initial_state(equation, points, 0))
     samples = reference(equation, initial, _BATCH * _BATCHES + 1, 1.0, spin_up)
@@ -122,7 +123,7 @@ def run() -> Report:
 
 
 def measure(subject: Subject, name: str, step: float | None = None) -> Measured:
-    """Measure the cost and the error of steps of this size, by default of the largest stable ones."""
+    """Measure the cost and the error of steps of this size, by default the largest stable size."""
     method = resolve(name)
     batch = subject.batches(torch.float64)[0]
     if step is None:
@@ -143,15 +144,18 @@ def _options(method: Method) -> dict[str, str]:
 
 
 def best(explicit: Sequence[Measured], error: float) -> Measured:
-    """The method with the fewest evaluations in a time unit of those whose error is no larger; of all, if none is."""
+    """Return the method with the fewest evaluations per time unit among those with at most `error`.
+
+    Chooses among all methods if none is accurate enough.
+    """
     exact = [measured for measured in explicit if measured.error <= error]
     return min(exact or explicit, key=lambda measured: measured.evaluations)
 
 
 def epochs(subject: Subject, methods: Sequence[Measured]) -> dict[str, float]:
-    """Measure the seconds of an epoch with each method: loss and gradient of every batch, one after another.
+    """Measure the seconds of an epoch with each method: loss and gradient of every batch in sequence.
 
-    Graphs are kept or steps recomputed, whichever is faster for the method in a round that does not count.
+    An unmeasured first round decides for each method if tapes are kept or steps recomputed, by the shorter time.
     """
     parameters = list(subject.network.parameters())
     batches = subject.batches(torch.float32)
@@ -185,8 +189,11 @@ def epochs(subject: Subject, methods: Sequence[Measured]) -> dict[str, float]:
 def checks(
     semi_implicit: Sequence[Measured], explicit: Sequence[Measured], rival: Measured, seconds: dict[str, float]
 ) -> list[Check]:
-    """The steps against the largest explicit one, the epochs against that of the best explicit method, and the error of
-    the most exact semi-implicit method against its error."""
+    """Check steps, epochs and errors against the explicit methods.
+
+    Steps are compared with the largest explicit step, epochs with the epoch of `rival`, and the error of the most
+    accurate semi-implicit method with the error of `rival`.
+    """
     largest = max(measured.step for measured in explicit)
     name = rival.method.name
     exact = min(semi_implicit, key=lambda measured: measured.error)

@@ -1,4 +1,4 @@
-"""Work on some ranks while the others leave the cores to them."""
+"""Run work on some ranks while the other ranks sleep and leave their cores free."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _NAP = 0.001
 
 
 def wait_asleep(comm: MPI.Comm) -> None:
-    """A barrier in which ranks sleep: MPI's own spins, and takes the core of a rank that is at work. Collective."""
+    """Wait at a barrier asleep. MPI's own barrier spins and would occupy the core of a working rank. Collective."""
     everyone = comm.Ibarrier()
     while not everyone.Test():
         time.sleep(_NAP)
 
 
 def on_first(comm: MPI.Comm, ranks: int, work: Callable[[], float]) -> float:
-    """Run `work` on the first `ranks` ranks while the others sleep. Returns the largest result. Collective."""
+    """Run `work` on the first `ranks` ranks while the others sleep, and return the largest result. Collective."""
     wait_asleep(comm)
     seconds = work() if comm.rank < ranks else 0.0
     wait_asleep(comm)
@@ -30,7 +30,7 @@ def on_first(comm: MPI.Comm, ranks: int, work: Callable[[], float]) -> float:
 
 
 def cores_of(comm: MPI.Comm) -> set[int]:
-    """The cores that the ranks of `comm` on this rank's node may run on, empty if unknown. Collective on `comm`."""
+    """Return the cores available to the ranks of `comm` on this rank's node, empty if unknown. Collective on `comm`."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     bound = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     cores = set().union(*node.allgather(bound))
@@ -40,7 +40,7 @@ def cores_of(comm: MPI.Comm) -> set[int]:
 
 @contextmanager
 def threads(number: int, cores: set[int]) -> Iterator[None]:
-    """Let torch use `number` threads on `cores`, whatever core the launcher has bound this rank to. Not collective."""
+    """Run torch with `number` threads on `cores`, in place of the launcher's core binding. Not collective."""
     before = torch.get_num_threads()
     bound = os.sched_getaffinity(0) if cores else set()
     if cores:

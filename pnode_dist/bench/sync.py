@@ -1,4 +1,4 @@
-"""The sum of parameter gradients over all ranks, as training does it after every backward pass: mpi against gloo."""
+"""Sum of parameter gradients over all ranks, as after every backward pass of training: mpi against gloo."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ROUNDS = 3
 
 
 class Weights(nn.Module):
-    """As many parameters as are to be summed, and a backward pass that costs next to nothing else."""
+    """A given number of parameters with a backward pass of negligible cost besides their sum."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size))
 
     def forward(self, factor: float) -> torch.Tensor:
-        """A sum whose gradient is `factor` everywhere."""
+        """Return a sum whose gradient is `factor` everywhere."""
         return factor * self.weight.sum()
 
 
@@ -61,7 +61,7 @@ def run() -> Report:
 
 
 def _seconds(ddp: nn.Module, mesh: Mesh, repeats: int) -> Iterator[float]:
-    """The slowest rank's seconds of each backward pass, the first few left out."""
+    """Return the slowest rank's seconds of each backward pass, without the first few."""
     for repeat in range(repeats + 3):
         ddp.zero_grad(set_to_none=True)
         share = ddp(mesh.rank + 1.0)

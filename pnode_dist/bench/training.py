@@ -1,6 +1,6 @@
-"""One optimiser step of a configured problem, with each way to keep its trajectory: seconds, evaluations and memory.
+"""One optimiser step of a configured problem at each `keep` level: seconds, evaluations and memory.
 
-The gradients of all ways are compared: they are the same derivative of the same numbers.
+Compares the gradients of all levels, which are the same derivative of the same steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LARGEST_DIFFERENCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 
 @dataclass
 class _Way:
-    """A problem that keeps its trajectories in one way, and its first batch."""
+    """A problem with one `keep` level, and its first batch."""
 
     problem: Problem
     model: torch.nn.Module
@@ -37,7 +37,7 @@ class _Way:
     mesh: Mesh
 
     def seconds(self) -> float:
-        """Seconds of a loss and its gradient on the slowest rank. Collective on the world."""
+        """Return the seconds of a loss and its gradient on the slowest rank. Collective on the world."""
         self.model.zero_grad(set_to_none=True)
         self.mesh.barrier()
         began = time.perf_counter()
@@ -45,19 +45,19 @@ class _Way:
         return float(MPI.COMM_WORLD.allreduce(time.perf_counter() - began, MPI.MAX))
 
     def gradient(self) -> torch.Tensor:
-        """The gradient that the last call of `seconds` left."""
+        """Return the gradient of the last call of `seconds`."""
         found = [value.grad for value in self.model.parameters() if value.grad is not None]
         return torch.cat([gradient.reshape(-1) for gradient in found])
 
     def statistics(self) -> SolveStatistics:
-        """The counts of the last call of `seconds`."""
+        """Return the counts of the last call of `seconds`."""
         return self.problem.solve_statistics()
 
 
 def run(config: Config, found: Registered, repeats: int = REPEATS) -> Report:
     """Measure the configured problem on the configured mesh: medians of `repeats` turns. Collective on the world.
 
-    A way that does not fit the configured budget is left out and noted.
+    A level that does not fit the configured budget is left out and noted.
     """
     with mesh_of(config) as mesh:
         ways: dict[str, _Way] = {}

@@ -1,6 +1,6 @@
-"""The training step that benchmarks measure: a loss and its gradient through RK4 steps of a convolutional network.
+"""Training step measured by benchmarks: a loss and its gradient through RK4 steps of a convolutional network.
 
-It is that of the Gray-Scott problem, three convolutions with 16 channels, on a periodic grid.
+The network is that of the Gray-Scott problem: three convolutions with 16 channels, on a periodic grid.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _EXCHANGES = 20
 class TrainingStep:
     """Loss and gradient on the ranks of `comm`, which share one state on a grid of `shape`. Collective on `comm`.
 
-    State and parameters are of `dtype`, and f computes in `compute_dtype`, by default the same. `gradient` is that of
-    the last `seconds()`, the sum over the ranks.
+    State and parameters have `dtype`. f computes in `compute_dtype`, by default the same. `gradient` is the gradient of
+    the last `seconds()`, summed over the ranks.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class TrainingStep:
         self.gradient = torch.empty(0)
 
     def solve(self) -> torch.Tensor:
-        """This rank's part of the final state."""
+        """Return this rank's part of the final state."""
         end: torch.Tensor = self.node(self.state, [0.0, self.steps * STEP_SIZE])[-1]
         return end
 
     def seconds(self) -> float:
-        """Take the step; the seconds of this rank. Collective on `comm`."""
+        """Run the step and return the seconds of this rank. Collective on `comm`."""
         self.comm.Barrier()
         began = time.perf_counter()
         share = self.solve().square().sum()
@@ -70,7 +70,10 @@ class TrainingStep:
         return time.perf_counter() - began
 
     def halo_seconds(self) -> float:
-        """Seconds of all halo exchanges of a step, there and back, each measured alone. Collective on `comm`."""
+        """Return the seconds of all halo exchanges of a step, each measured alone. Collective on `comm`.
+
+        Each exchange is timed together with its transpose.
+        """
         total = 0.0
         for channels in exchanged_channels():
             x = torch.zeros(*self.partition.local_shape[:2], channels, requires_grad=True)
@@ -85,7 +88,7 @@ class TrainingStep:
         return self.steps * STAGES * total
 
     def sum_seconds(self) -> float:
-        """Seconds of the gradient's sum alone. Collective on `comm`."""
+        """Return the seconds of the gradient sum alone. Collective on `comm`."""
         values = self.gradient.clone().numpy()
         found = []
         for _ in range(_EXCHANGES):
@@ -97,5 +100,5 @@ class TrainingStep:
 
 
 def exchanged_channels() -> list[int]:
-    """The channels of each halo exchange in one evaluation of the right-hand side: the inputs of its convolutions."""
+    """Return the channels of each halo exchange in one evaluation of f: the input channels of its convolutions."""
     return [SPECIES, *[CHANNELS] * (LAYERS - 1)]

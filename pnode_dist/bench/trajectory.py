@@ -1,8 +1,8 @@
-"""The costs of keeping, recomputing and spilling a trajectory, against the unavoidable work.
+"""Costs of storing, recomputing and spilling a trajectory, against the unavoidable work.
 
-On one rank: graphs against back-propagation, recomputation against its own evaluations of f, executed steps against
-the published optimum, spilling against memory, and the planner against all of its candidates. On several ranks: one
-gradient through a trajectory that is far larger than its budget.
+On one rank: tapes against back-propagation, recomputation against its own evaluations of f, executed steps against the
+published optimum, spilling against memory, and the planner against all of its candidates. On several ranks: one
+gradient through a trajectory far larger than its budget.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Section = tuple[list[Row], list[Check]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A right-hand side, a state to start from, and how many steps of a method of what size to take."""
+    """A right-hand side, an initial state, a method, and the number and size of its steps."""
 
     name: str
     func: nn.Module
@@ -67,18 +67,18 @@ class Subject:
     size: float
 
     def case(self, trajectory: CheckpointBudget) -> SolveCase:
-        """The solve with a budget."""
+        """Return the solve with a budget."""
         solve = NeuralODE(self.func, method=self.method, step_size=self.size, trajectory=trajectory)
         return SolveCase(solve, self.state, [0.0, self.steps * self.size])
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of f in all steps."""
+        """Number of evaluations of f in all steps."""
         return self.steps * resolve(self.method).evaluations_per_step
 
 
 def perceptron(steps: int) -> Subject:
-    """A multilayer perceptron on a batch, float64: a few milliseconds an evaluation."""
+    """Return a multilayer perceptron on a batch, float64: a few milliseconds per evaluation."""
     torch.manual_seed(0)
     case = Case(512, 64, 256, steps)
     return Subject(
@@ -87,7 +87,7 @@ def perceptron(steps: int) -> Subject:
 
 
 def convolutions(points: int, steps: int) -> Subject:
-    """The neural right-hand side of the Gray-Scott problem, three convolutions with 16 channels, float32."""
+    """Return the neural right-hand side of the Gray-Scott problem: three convolutions with 16 channels, float32."""
     partition = GridPartition(MPI.COMM_SELF, (points, points), 2, ("periodic", "periodic"))
     return Subject(
         f"convolutions {points}x{points}",
@@ -100,7 +100,7 @@ def convolutions(points: int, steps: int) -> Subject:
 
 
 def reaction(points: int, steps: int) -> Subject:
-    """The Gray-Scott equations themselves, float64: a cheap right-hand side with large states."""
+    """Return the exact Gray-Scott equations, float64: a cheap right-hand side with large states."""
     partition = GridPartition(MPI.COMM_SELF, (points, points), 2, ("periodic", "periodic"))
     return Subject(
         f"reaction {points}x{points}", GrayScott(partition), initial_state(partition, 0), "euler", steps, _STEP
@@ -155,7 +155,7 @@ def _row(what: str, subject: str, budget: str, seconds: float, reference: float,
 
 
 def graphs(subject: Subject) -> Section:
-    """Every graph kept, against back-propagation through plain torch."""
+    """Compare storage of every tape with back-propagation through plain torch."""
     case = subject.case(CheckpointBudget(ram="4GiB", keep="graph"))
     inputs = [subject.state.clone().requires_grad_(), *subject.func.parameters()]
 
@@ -171,7 +171,7 @@ def graphs(subject: Subject) -> Section:
 
 
 def plain_steps(subject: Subject, state: torch.Tensor) -> torch.Tensor:
-    """The steps of a subject in plain torch. Only the classical method is written here."""
+    """Take the steps of a subject in plain torch. Supports only the classical method."""
     assert subject.method == "rk4"
     span = subject.steps * subject.size
 
@@ -183,7 +183,7 @@ def plain_steps(subject: Subject, state: torch.Tensor) -> torch.Tensor:
 
 
 def recomputation(subject: Subject, keep: str) -> Section:
-    """All states or stages in memory, against the evaluations of f and its products measured alone."""
+    """Compare all states or stages in memory with the evaluations of f and its products measured alone."""
     case = subject.case(CheckpointBudget(ram="4GiB", keep=keep, schedule="all" if keep == "solution" else "auto"))
     count = subject.evaluations
     parameters = list(subject.func.parameters())
@@ -230,7 +230,7 @@ def recomputation(subject: Subject, keep: str) -> Section:
 
 
 class Decay(nn.Module):
-    """du/dt = -theta u, as cheap as a right-hand side can be."""
+    """du/dt = -theta u, a right-hand side of minimal cost."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class Decay(nn.Module):
 
 
 def executed_steps(schedules: int) -> Section:
-    """Steps run by real solves under random numbers of slots, against the published optimum."""
+    """Compare the steps executed by solves under random numbers of slots with the published optimum."""
     generator = random.Random(0)
     wrong = 0
     func, state = Decay(), torch.ones(2, dtype=torch.float64, requires_grad=True)
@@ -262,19 +262,19 @@ def executed_steps(schedules: int) -> Section:
 
 
 def _published_optimum(steps: int, slots: int) -> int:
-    """Griewank & Walther, ACM Trans. Math. Softw. 26 (2000), eq. (2), written here apart from the schedules."""
+    """Griewank & Walther, ACM Trans. Math. Softw. 26 (2000), eq. (2), implemented independently of the schedules."""
     r = next(r for r in range(steps) if comb(slots + r, slots) >= steps)
     return (r + 1) * steps - comb(slots + r, r - 1)
 
 
 def spilling(subject: Subject) -> Section:
-    """All but a few checkpoints on disk, against the same schedule in memory."""
+    """Compare all but a few checkpoints on disk with the same schedule in memory."""
     numbers = {"memory": (_SPILLED_SLOTS, 0), "disk": (_SPILLED_IN_RAM, _SPILLED_SLOTS - _SPILLED_IN_RAM)}
     cases = {
         name: subject.case(CheckpointBudget(ram_slots=ram, disk_slots=disk, schedule="multistage"))
         for name, (ram, disk) in numbers.items()
     }
-    # The first solve of each makes its slots.
+    # The first solve of each allocates its slots.
     memory, disk = _medians({name: partial(seconds_of, case, None) for name, case in cases.items()})
     solve = cases["disk"].solve.last_solve
     assert solve.recomputed_steps == cases["memory"].solve.last_solve.recomputed_steps
@@ -284,7 +284,7 @@ def spilling(subject: Subject) -> Section:
 
 
 def planning() -> list[Section]:
-    """The planner's choice against every candidate, for budgets from two checkpoints to all graphs."""
+    """Compare the planner's choice with every candidate, for budgets from two checkpoints to all tapes."""
     found = []
     for subject, budgets in (
         (perceptron(16), ((2, 0.0, 20), (0, 0.3, 0), (0, 0.6, 0), (0, 1.1, 0))),
@@ -318,7 +318,7 @@ def _planned(subject: Subject, trajectory: CheckpointBudget) -> Section:
 
 
 def planner_checks(rows: list[Row]) -> list[Check]:
-    """Count the planner's choices that were slow or badly predicted. Removes the predictions from the rows."""
+    """Count the planner's choices that were slow or badly predicted, and remove the predictions from the rows."""
     planned = [row for row in rows if row["what"] == "planner"]
     slow = sum(float(row["ratio"]) > CHOICE_OVER_FASTEST for row in planned)
     wrong = sum(abs(float(row.pop("predicted")) / float(row["seconds"]) - 1) > PREDICTION_ERROR for row in planned)
@@ -330,7 +330,7 @@ def planner_checks(rows: list[Row]) -> list[Check]:
 
 
 def long_trajectory(steps: int, points: int, ram: int | str, disk: int | str) -> Section:
-    """A gradient through `steps` Euler steps of the Gray-Scott equations on all ranks. Collective on the world."""
+    """Measure a gradient through `steps` Euler steps of the Gray-Scott equations. Collective on the world."""
     comm = MPI.COMM_WORLD
     partition = GridPartition(comm, (points, points), 2, ("periodic", "periodic"))
     trajectory = CheckpointBudget(ram=ram, disk=disk)
@@ -342,7 +342,7 @@ def long_trajectory(steps: int, points: int, ram: int | str, disk: int | str) ->
         end: torch.Tensor = solve(state, [0.0, _STEP * steps])[-1]
         return list(torch.autograd.grad(end.square().sum(), [state, *func.parameters()]))
 
-    # The first solve loads what is loaded once; the second shows what steps and adjoints need for themselves.
+    # The first solve includes one-time loading. The second measures the memory of steps and adjoints alone.
     gradient(_FEW_STEPS)
     before = _resident(reset=True)
     gradient(_FEW_STEPS)
@@ -378,7 +378,7 @@ def long_trajectory(steps: int, points: int, ram: int | str, disk: int | str) ->
 
 
 def _resident(reset: bool = False) -> int:
-    """The largest resident size so far, in bytes; with `reset` it is counted anew from the size at the moment."""
+    """Return the peak resident size in bytes. With `reset`, restart the peak from the current size."""
     if reset:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")

@@ -1,1 +1,1 @@
-"""The results of a run for its readers: forecasts as files, reports as pictures and pages."""
+"""Results of a run: forecasts as files, reports as plots and pages."""

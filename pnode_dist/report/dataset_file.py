@@ -1,7 +1,7 @@
-"""One self-describing file written by many ranks: variables with named dimensions and coordinates, as NetCDF-4 reads.
+"""One self-describing file written by many ranks: named dimensions and coordinates, readable as NetCDF-4.
 
-The file is HDF5 with dimension scales. Rank 0 lays it out, then the ranks of the first replica write their parts in
-turn: no rank holds more than its own part, and HDF5 need not be parallel.
+The file is HDF5 with dimension scales. Rank 0 creates the layout. The ranks of the first replica then write their parts
+in turn. No rank holds more than its own part, and parallel HDF5 is not required.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _BARE = "This is a netCDF dimension but not a netCDF variable."
 
 @dataclass(frozen=True)
 class Variable:
-    """An array with a name for each of its dimensions; a coordinate if it is named like its only dimension.
+    """An array with named dimensions. It is a coordinate if its name equals that of its only dimension.
 
-    `values` are the whole array, the same on every rank. With `partition` they are this rank's part of it, whose last
-    axes are the partition's. `dtype` is that of the file; strings are stored as they are.
+    `values` is the whole array, the same on every rank. With `partition` it is this rank's part, and its last axes are
+    those of the partition. `dtype` is the dtype in the file. Strings are stored unchanged.
     """
 
     dimensions: tuple[str, ...]
@@ -39,7 +39,7 @@ class Variable:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the whole array."""
+        """Shape of the whole array."""
         shape = tuple(np.shape(self.values))
         if self.partition is None:
             return shape
@@ -47,7 +47,7 @@ class Variable:
 
 
 class OtherChannels:
-    """A partition whose last axis, which every rank owns as a whole, has `count` entries; None leaves the axis out."""
+    """A partition with `count` entries along its last axis, which every rank owns whole. None removes the axis."""
 
     def __init__(self, partition: Partition, count: int | None = None) -> None:
         self.comm, self._partition = partition.comm, partition
@@ -56,7 +56,7 @@ class OtherChannels:
         self.local_shape = (*partition.local_shape[:-1], *self._last)
 
     def owned_slices(self, rank: int) -> Index:
-        """The part that `rank` owns."""
+        """Return the slices owned by `rank`."""
         return (*self._partition.owned_slices(rank)[:-1], *(slice(0, count) for count in self._last))
 
 
@@ -67,10 +67,11 @@ def write_dataset(
     attributes: Mapping[str, Any] | None = None,
     bare: Collection[str] = (),
 ) -> None:
-    """Write the variables as one file, with `attributes` of the whole. Collective on the world.
+    """Write the variables and the global `attributes` as one file. Collective on the world.
 
-    A dimension without a coordinate gets the numbers 0, 1, ..., but those named by `bare` have none. NaN marks missing
-    values of floating types.
+    A dimension without a coordinate gets the numbers 0, 1, ..., unless `bare` names it. NaN marks missing values of
+    floating types.
+
     Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
     partitioned = [variable.partition for variable in variables.values() if variable.partition is not None]
@@ -95,7 +96,7 @@ def _create(
         with h5py.File(path, "w") as file:
             file.attrs.update({"Conventions": "CF-1.8", **attributes})
             for name, variable in coordinates.items():
-                # NetCDF's own name of a scale that stands for a dimension alone.
+                # NetCDF's reserved name of a scale for a dimension without a coordinate.
                 is_bare = name in bare and name not in variables
                 scale = f"{_BARE}{sizes[name]:10d}" if is_bare else name
                 _lay_out(file, name, variable).make_scale(scale)
@@ -125,7 +126,7 @@ def _lay_out(file: h5py.File, name: str, variable: Variable) -> h5py.Dataset:
 
 
 def _write_part(path: Path, variables: Mapping[str, Variable]) -> None:
-    """Write this rank's parts into the file that is there."""
+    """Write this rank's parts into the existing file."""
     try:
         with h5py.File(path, "r+") as file:
             for name, variable in variables.items():

@@ -1,4 +1,4 @@
-"""Panels that the pictures of several problems share, their style, and how a picture becomes a file."""
+"""Panels shared by the plots of several problems, their style, and saving a figure to a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 MODEL_COLOUR, TRUTH_COLOUR, OTHER_COLOUR = "#c1272d", "#5b6770", "#1f78b4"
 CURVE: dict[str, Any] = {"color": MODEL_COLOUR, "linewidth": 2.4, "zorder": 3}
-"""The style of the model's errors."""
+"""Style of the model's errors."""
 PERSISTENCE: dict[str, Any] = {"label": "persistence", "color": TRUTH_COLOUR, "linestyle": "--"}
 TRAINING_MEAN: dict[str, Any] = {"label": "training mean", "color": "#33a02c", "linestyle": "-."}
 _INK = "#2b2b2b"
@@ -49,11 +49,11 @@ _DPI = 120
 def report_figure(
     path: Path, forecast: Path, size: tuple[float, float], pad: float = 0.06, dpi: int = _DPI
 ) -> Iterator[tuple[Figure, h5py.File]]:
-    """An empty figure of `size` inches and the open forecast file; then the figure is written to `path`.
+    """Yield an empty figure of `size` inches and the open forecast file, then write the figure to `path`.
 
-    For one rank.
+    Call on one rank.
     """
-    # The style is that of this picture alone, and no display is needed.
+    # Restrict the style to this figure. Drawing must not require a display.
     with matplotlib.rc_context(STYLE), h5py.File(forecast, "r") as file:
         layout = ConstrainedLayoutEngine(w_pad=pad, h_pad=pad, hspace=0.03, wspace=0.03)
         figure = Figure(figsize=size, dpi=dpi, layout=layout)
@@ -70,13 +70,13 @@ def draw_comparison(
     label: str,
     **colours: Any,
 ) -> None:
-    """Truth, rollout and their difference, a row each, with a column for each of some samples.
+    """Draw truth, rollout and their difference, a row each, with a column for each of some samples.
 
-    `draw_one(axis, values, **colours)` draws the values of one sample and returns what a colour bar can be made of.
-    `label` names the quantity, `colours` are those of truth and rollout.
+    `draw_one(axis, values, **colours)` draws the values of one sample and returns an object that a colour bar accepts.
+    `label` names the quantity. `colours` apply to truth and rollout.
     """
     error = forecast - truth
-    # A few extreme values must not wash out the rest.
+    # Limit the colour range, so that a few extreme values do not hide the others.
     largest = max(float(np.nanpercentile(np.abs(error), 99.5)), 1e-12)
     difference = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
     rows = (("Truth", truth, colours), ("Rollout", forecast, colours), ("Difference", error, difference))
@@ -102,7 +102,7 @@ def draw_errors(
     error: str = "root mean square error",
     time: str = "time since the initial state",
 ) -> None:
-    """The errors of some forecasts at each time, each in the style of its curve. `error` and `time` name the axes."""
+    """Draw the errors of some forecasts over time, each in the style of its curve. `error` and `time` name the axes."""
     for name, style in curves.items():
         axis.plot(times, errors[name], **style)
     axis.set_title("Error on all held-out trajectories")
@@ -115,7 +115,7 @@ def draw_errors(
 def draw_trajectories(
     axis: Axes, times: Array, truth: Array, points: Sequence[tuple[Array, Mapping[str, Any]]]
 ) -> None:
-    """Some trajectories `[time, trajectory]`, the truth as lines and forecasts as points of their styles."""
+    """Draw some trajectories `[time, trajectory]`, the truth as lines and forecasts as points in their styles."""
     for trajectory in range(truth.shape[1]):
         label = "truth" if trajectory == 0 else None
         axis.plot(times, truth[:, trajectory], color=TRUTH_COLOUR, linewidth=1.6, label=label)
@@ -126,7 +126,7 @@ def draw_trajectories(
 
 
 def root_mean_squares(errors: Array, axes: tuple[int, ...]) -> Array:
-    """The root mean squares of errors over some axes, in float64."""
+    """Return the root mean squares of errors over some axes, in float64."""
     found: Array = np.sqrt((errors.astype(np.float64) ** 2).mean(axis=axes))
     return found
 
@@ -138,9 +138,9 @@ def draw_training(
     loss: str = "loss (normalised)",
     error: str = "validation error, all leads",
 ) -> None:
-    """The training loss of each step and its mean over each epoch, and the validation error if it was computed.
+    """Draw the training loss of each step, its mean over each epoch, and the validation error if it was computed.
 
-    `loss` and `error` say what they are.
+    `loss` and `error` are the labels of the two quantities.
     """
     records = list(metrics.read(metrics_file)) if metrics_file.exists() else []
     steps = [record for record in records if record["kind"] == "step" and record["loss"] is not None]

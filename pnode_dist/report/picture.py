@@ -1,4 +1,4 @@
-"""Drawing the report where there is something to draw it with."""
+"""Drawing of the report if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pnode_dist.report.turns import write_failure
 
 
 def draw(path: Path, drawing: Callable[[Path], None], mesh: Mesh) -> str:
-    """Let rank 0 do `drawing(path)`; returns the path, or that matplotlib is missing. Collective on the world.
+    """Call `drawing(path)` on rank 0. Returns the path, or a note that matplotlib is missing. Collective on the world.
 
     Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
@@ -21,7 +21,10 @@ def draw(path: Path, drawing: Callable[[Path], None], mesh: Mesh) -> str:
 
 
 def render(path: Path, drawing: Callable[[Path], None]) -> str:
-    """Do `drawing(path)` where there is matplotlib; returns the path, or that it is missing. For one rank."""
+    """Call `drawing(path)` if matplotlib is installed. Returns the path, or a note that it is missing.
+
+    Call on one rank.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return "not drawn, as matplotlib is missing: pip install 'pnode-dist[plot]'"
     try:

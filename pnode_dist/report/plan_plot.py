@@ -1,4 +1,4 @@
-"""The picture of `pnode-dist plan --sweep`: time against memory."""
+"""Plot of `pnode-dist plan --sweep`: time against memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MEASURED_COLOUR = "#1f78b4"
 
 
 def draw_sweep(path: Path, points: Sequence[SweepPoint], title: str) -> None:
-    """Draw predicted and, where there are some, measured seconds of a loss and gradient against memory."""
+    """Draw predicted and, if present, measured seconds of a loss and gradient against memory."""
     with mpl.rc_context(STYLE):
         figure, (above, below) = plt.subplots(
             2, 1, figsize=(8, 6.5), sharex=True, layout="constrained", gridspec_kw={"height_ratios": (3, 2)}

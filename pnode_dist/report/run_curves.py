@@ -1,4 +1,4 @@
-"""The curves of a run's page: what it learnt and what its steps cost, drawn from the metrics file."""
+"""Curves of a run's page: losses, validation and the cost of steps, drawn from the metrics file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MEBIBYTE = 2.0**20
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a picture: a name, where it has values, and the values."""
+    """One line of a plot: a name, positions, and values."""
 
     name: str
     at: Array
@@ -34,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Picture:
-    """Curves over the same axis."""
+    """Curves over a common axis."""
 
     title: str
     across: str
@@ -43,7 +43,7 @@ class Picture:
 
 
 def pictures(records: Sequence[dict[str, Any]]) -> list[Picture]:
-    """The pictures that the records of a metrics file are enough for, in the order of the page."""
+    """Return the plots that the records of a metrics file allow, in the order of the page."""
     steps = [record for record in records if record["kind"] == "step"]
     checks = [record for record in records if record["kind"] == "validation"]
     found = []
@@ -65,7 +65,7 @@ def pictures(records: Sequence[dict[str, Any]]) -> list[Picture]:
 
 
 def _validation(checks: Sequence[dict[str, Any]]) -> Picture:
-    """The headline figure of the validation data, and as many of the others as there are colours for."""
+    """Return the main validation value, and further values up to the number of colours."""
     unit = checks[0]["units"]
     curves = tuple(
         _curve(name.replace("_", " "), checks, [check["figures"].get(name) for check in checks], "step")
@@ -86,18 +86,18 @@ def _of_steps(
 def _curve(
     name: str, records: Sequence[dict[str, Any]], values: Sequence[float | None], at: str, factor: float = 1.0
 ) -> Curve:
-    """A curve of the records that have a value; numbers that were not finite are null in the file."""
+    """Return a curve of the records that have a value. Non-finite numbers are null in the file."""
     pairs = [(record[at], value * factor) for record, value in zip(records, values, strict=True) if value is not None]
     where, what = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     return Curve(name, where, what)
 
 
 def _pace(steps: Sequence[dict[str, Any]]) -> Picture:
-    """Seconds from the end of one optimiser step to that of the next; validation between them counts with it."""
+    """Return the seconds from the end of one optimiser step to the end of the next, including validation in between."""
     times = np.array([step["wall_time"] for step in steps])
     numbers = np.array([step["step"] for step in steps], dtype=np.float64)
     taken = np.diff(times, prepend=0.0)
-    # A run that was resumed begins its clock again.
+    # A resumed run restarts its clock.
     goes_on = taken >= 0
     return Picture(
         "Pace", "optimiser step", "seconds a step", (Curve("seconds a step", numbers[goes_on], taken[goes_on]),)
@@ -110,7 +110,7 @@ def _work(steps: Sequence[dict[str, Any]]) -> Picture:
 
 
 def as_svg(picture: Picture) -> bytes:
-    """The picture as an SVG document."""
+    """Return the plot as an SVG document."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
         axis = figure.add_subplot()
@@ -134,7 +134,7 @@ def as_svg(picture: Picture) -> bytes:
 
 
 def _thinned(curve: Curve) -> tuple[Array, Array]:
-    """At most so many points, each the mean of a run of them: a page of a long run is not to be large."""
+    """Reduce a curve to a limited number of points, each the mean of consecutive points, to keep the page small."""
     if len(curve.at) <= _MOST_POINTS:
         return curve.at, curve.values
     at, values = (np.array_split(array, _MOST_POINTS) for array in (curve.at, curve.values))

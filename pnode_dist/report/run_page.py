@@ -1,6 +1,6 @@
-"""One self-contained HTML page of a run: figures, curves, the evaluation, the configuration and the versions.
+"""One self-contained HTML page of a run: key values, curves, the evaluation, the configuration and the versions.
 
-Nothing is loaded from elsewhere, and what comes from the run's files is escaped: the page can be mailed and archived.
+The page loads no external resources and escapes all content of the run's files, so it can be mailed and archived.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ _MEBIBYTE = 2**20
 
 
 def write_page(directory: Path, page: Path | None = None) -> Path:
-    """Write the page of the run in `directory`, by default into it as `report.html`; returns where it is.
+    """Write the page of the run in `directory`, by default as its `report.html`, and return the path of the page.
 
-    Works on a run that is still training, and on one that was not evaluated. Raises `ConfigurationError` for a
-    directory that is not a run's, and for a page that cannot be written. For one process.
+    Works also on a run in training, and on a run without an evaluation.
+
+    Raises `ConfigurationError` for a directory that is not a run's, and for a page that cannot be written. Call on one
+    process.
     """
     page = page or directory / run_directory.PAGE
     html = _html(directory)
@@ -64,7 +66,7 @@ def _html(directory: Path) -> str:
 
 
 def summary(records: Sequence[dict[str, Any]], versions: dict[str, Any]) -> dict[str, Any]:
-    """The figures at the head of the page, by name."""
+    """Return the values at the head of the page, by name."""
     steps = [record for record in records if record["kind"] == "step"]
     checks = [record for record in records if record["kind"] == "validation"]
     found: dict[str, Any] = {}
@@ -84,7 +86,7 @@ def summary(records: Sequence[dict[str, Any]], versions: dict[str, Any]) -> dict
 
 
 def figure(value: Any) -> str:
-    """A value as the page shows it."""
+    """Return a value as text for the page."""
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Writing one file by many ranks without parallel HDF5: one creates it, then each in its turn writes its own part."""
+"""Writing one file from many ranks without parallel HDF5: rank 0 creates it, then each rank writes its part in turn."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from pnode_dist.partition.protocol import Partition
 def in_turn(
     create: Callable[[], None], write_part: Callable[[], None], partition: Partition | None, mesh: Mesh
 ) -> None:
-    """`create` on rank 0, then `write_part` on one rank of the first replica after the other; without a
-    partition there are no parts. Collective on the world.
+    """Call `create` on rank 0, then `write_part` on the ranks of the first replica in turn. Collective on the world.
 
-    A `ConfigurationError` of any rank is raised on all.
+    Without a partition there are no parts to write. A `ConfigurationError` of any rank is raised on all.
     """
     agreed(mesh, lambda: create() if mesh.is_root else None)
     if partition is None:
@@ -28,5 +27,5 @@ def in_turn(
 
 
 def write_failure(path: Path, error: OSError) -> ConfigurationError:
-    """The error to raise for a file that cannot be written."""
+    """Return the error to raise for a file that cannot be written."""
     return ConfigurationError(f"{path}: cannot be written: {error.strerror or error}")

@@ -1,1 +1,1 @@
-"""Both experiments of the PNODE paper with every method they compare."""
+"""Both experiments of the PNODE paper with every gradient method they compare."""

@@ -1,8 +1,8 @@
-"""A problem on which the gradient of the continuous adjoint is wrong: few Euler steps, a right-hand side with kinks.
+"""Problem with a wrong gradient of the continuous adjoint: few Euler steps, a right-hand side with kinks.
 
-The state decays, so that solving it backward in time amplifies what the few steps do not resolve, and the adjoint is
-linearized about states that the forward solve never had. Reverse-accurate ways have no such error, as they use the
-states of the steps.
+The state decays, so a solve backward in time amplifies the discretisation error of the few steps. The adjoint is then
+linearized about states that differ from those of the forward solve. Reverse-accurate methods have no such error,
+because they use the states of the steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ITERATIONS = 150
 _DECAY, _HIDDEN, _SAMPLES, _RATE, _SEED = 6.0, 32, 128, 1e-2, 0
 _SHOWN = 10
 TRAINED = ("NODE-cont", "solution")
-"""The ways that are trained: the continuous adjoint, and this project, whose gradient is the same at every level."""
+"""Trained gradient methods: the continuous adjoint, and this project's, whose gradient is the same at every level."""
 
 
 class DecayingRelu(nn.Module):
@@ -38,7 +38,7 @@ class DecayingRelu(nn.Module):
 
 
 class Regression:
-    """Points in the plane, whose images under a smooth map are to be learnt by one block."""
+    """Regression of a smooth map of points in the plane by one block."""
 
     def __init__(self, way: Way) -> None:
         torch.manual_seed(_SEED)
@@ -50,18 +50,18 @@ class Regression:
         self.images = torch.stack([torch.sin(3 * y), x * x - y], dim=1)
 
     def loss(self) -> torch.Tensor:
-        """The mean squared error."""
+        """Return the mean squared error."""
         error: torch.Tensor = self.block(self.points) - self.images
         return error.square().mean()
 
     def gradient(self) -> torch.Tensor:
-        """The gradient of the loss by all parameters."""
+        """Return the gradient of the loss with respect to all parameters."""
         self.block.zero_grad()
         self.loss().backward()  # type: ignore[no-untyped-call]
         return torch.cat([p.grad.reshape(-1) for p in self.block.parameters() if p.grad is not None])
 
     def trained(self, iterations: int) -> list[float]:
-        """The losses before each of so many iterations of Adam, and after the last."""
+        """Return the losses before each iteration of Adam, and after the last."""
         optimizer = torch.optim.Adam(self.block.parameters(), lr=_RATE)
         losses = []
         for _ in range(iterations):
@@ -77,16 +77,16 @@ class Regression:
 
 @dataclass(frozen=True)
 class Story:
-    """Relative gradient errors of each way, before and after training, and the losses of training."""
+    """Relative gradient errors of each method before and after training, and the training losses."""
 
     errors: Sequence[Row]
     curves: Sequence[Row]
 
 
 def tell(ways: Sequence[Way], iterations: int = ITERATIONS) -> Story:
-    """Train, and compare each way's gradient with back-propagation through the same steps.
+    """Train, and compare the gradient of each method with back-propagation through the same steps.
 
-    The trained parameters are those that this project finds.
+    The comparison after training uses the parameters trained by this project.
     """
     regressions = {name: Regression(WAYS[name]) for name in TRAINED}
     losses = {name: regression.trained(iterations) for name, regression in regressions.items()}

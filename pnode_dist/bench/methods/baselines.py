@@ -1,11 +1,11 @@
-"""The ways to a gradient that a neural ODE is compared with, written plainly on torch and torchdiffeq.
+"""Baseline gradient methods of neural ODEs, implemented directly on torch and torchdiffeq.
 
-Each is a block u(0) -> u(1) of `steps` equal steps of an explicit Runge-Kutta method, whose table stands here apart
-from PETSc's. The state is a tensor or a tuple of tensors.
+Each is a block u(0) -> u(1) of `steps` equal steps of an explicit Runge-Kutta method. The tables here are independent
+of PETSc's. The state is a tensor or a tuple of tensors.
 
 - `Naive`: back-propagation through all steps.
-- `Anode`: a checkpoint for the block, whose steps are all run again (Gholami, Keutzer & Biros, IJCAI 2019).
-- `Aca`: a checkpoint for every step, which is run again by itself (Zhuang et al., ICML 2020).
+- `Anode`: one checkpoint for the block; all of its steps are recomputed (Gholami, Keutzer & Biros, IJCAI 2019).
+- `Aca`: a checkpoint for every step, which is recomputed alone (Zhuang et al., ICML 2020).
 - `Continuous`: the adjoint equation, solved backward in time together with the state by torchdiffeq (Chen et al.,
   NeurIPS 2018). Its gradient is not that of the steps.
 """
@@ -29,9 +29,9 @@ _Parts = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Table:
-    """An explicit Runge-Kutta method of steps of fixed size: `a` below the diagonal, weights `b`, times `c`.
+    """Explicit Runge-Kutta method with fixed steps: `a` below the diagonal, weights `b`, times `c`.
 
-    A last stage without weight, of which an error estimate is made, is left out.
+    Omits a last stage of zero weight that serves only an error estimate.
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -40,7 +40,7 @@ class Table:
 
     @property
     def stages(self) -> int:
-        """The evaluations of f in a step."""
+        """Number of evaluations of f in a step."""
         return len(self.b)
 
 
@@ -64,11 +64,11 @@ TABLES = {
         (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0),
     ),
 }
-"""The methods of the PNODE paper's experiments, under the names that `pnode_dist` has for them."""
+"""Methods of the PNODE paper's experiments, by their names in `pnode_dist`."""
 
 
 def runge_kutta_step(func: nn.Module, table: Table, time: float, size: float, state: _Parts) -> _Parts:
-    """One step of `size` from `state`, of which autograd saves nothing beyond the graphs of `func`."""
+    """Take one step of `size` from `state`. Autograd saves nothing beyond the tapes of `func`."""
     slopes: list[_Parts] = []
     for row, node in zip(table.a, table.c, strict=True):
         stage = _combined(state, size, row, slopes)
@@ -93,9 +93,9 @@ def _state(parts: _Parts) -> State:
 
 
 class Naive(nn.Module):
-    """Back-propagation through all steps: every graph of f is kept.
+    """Back-propagation through all steps. Keeps every tape of f.
 
-    `steps_again` are the steps of the last call that were run again, so far.
+    `steps_again` counts the steps of the last call that were recomputed so far.
     """
 
     def __init__(self, func: nn.Module, method: str, steps: int) -> None:
@@ -104,17 +104,17 @@ class Naive(nn.Module):
         self.steps_again = 0
 
     def forward(self, state: State) -> State:
-        """The state after all steps."""
+        """Return the state after all steps."""
         parts = self.run(_parts(state))
         self.steps_again = 0
         return _state(parts)
 
     def run(self, state: _Parts) -> _Parts:
-        """All steps, the way that their gradient wants it."""
+        """Take all steps, with the storage that the gradient method requires."""
         return self.stepped(0, self.steps, state)
 
     def stepped(self, first: int, last: int, state: _Parts) -> _Parts:
-        """The state after the steps `first` to `last` - 1."""
+        """Return the state after the steps `first` to `last` - 1."""
         size = 1 / self.steps
         for step in range(first, last):
             state = runge_kutta_step(self.func, self.table, step * size, size, state)
@@ -123,26 +123,26 @@ class Naive(nn.Module):
 
 
 class Anode(Naive):
-    """A checkpoint for the block: the backward pass runs all of its steps again, with their graphs."""
+    """One checkpoint for the block. The backward pass recomputes all of its steps with their tapes."""
 
     def run(self, state: _Parts) -> _Parts:
         """See `Naive.run`."""
         return self.checkpointed(0, self.steps, state)
 
     def checkpointed(self, first: int, last: int, state: _Parts) -> _Parts:
-        """The same, kept as the state before them alone."""
+        """As `stepped`, but store only the state before these steps."""
 
         def run(*parts: torch.Tensor) -> _Parts:
             return self.stepped(first, last, parts)
 
-        # Like the published codes: the graph that is reversed is only ever that of what was run again. f draws no
-        # random numbers.
+        # As in the published codes, the backward pass uses only the tape of recomputed steps. f draws no random
+        # numbers.
         found: _Parts = checkpoint(run, *state, use_reentrant=True, preserve_rng_state=False)
         return found
 
 
 class Aca(Anode):
-    """A checkpoint for every step: the backward pass runs one after the other again, with its graph."""
+    """A checkpoint for every step. The backward pass recomputes one step at a time with its tape."""
 
     def run(self, state: _Parts) -> _Parts:
         """See `Naive.run`."""
@@ -152,7 +152,7 @@ class Aca(Anode):
 
 
 class Continuous(nn.Module):
-    """torchdiffeq's `odeint_adjoint`: state and adjoint are solved backward from the end, nothing in between is kept.
+    """torchdiffeq's `odeint_adjoint`. Solves state and adjoint backward from the end and stores no state in between.
 
     Raises `ConfigurationError` if torchdiffeq is not installed.
     """
@@ -163,7 +163,7 @@ class Continuous(nn.Module):
         self._solve, self._method = _torchdiffeq(method)
 
     def forward(self, state: State) -> State:
-        """The state at time 1."""
+        """Return the state at time 1."""
         times = torch.tensor([0.0, 1.0], dtype=_parts(state)[0].dtype)
         options = {"step_size": 1 / self.steps}
         found = self._solve(self.func, state, times, method=self._method, options=options)
@@ -172,7 +172,7 @@ class Continuous(nn.Module):
 
 @cache
 def _torchdiffeq(method: str) -> tuple[Any, str]:
-    """`odeint_adjoint`, and its name of the method: torchdiffeq's table lacks most of them, and gets them here."""
+    """Return `odeint_adjoint` and its name of the method, which is registered in torchdiffeq's table here."""
     try:
         from torchdiffeq import odeint_adjoint
         from torchdiffeq._impl.odeint import SOLVERS

@@ -1,7 +1,7 @@
-"""One cell of the comparison: every way to the gradient of one experiment, with one method and number of steps.
+"""One cell of the comparison: every gradient method on one experiment, with one solver and number of steps.
 
-`auto` runs in shares of the memory that back-propagation takes. In each it is to be as fast as the fastest baseline
-that fits there with the gradient of the steps: then none is faster in that memory, and none that is as fast takes less.
+`auto` runs in shares of the memory of back-propagation. In each share it must be as fast as the fastest
+reverse-accurate baseline that fits. Then no baseline is faster in that memory, and none of equal speed takes less.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ RIVALS = ("NODE-naive", "ANODE", "ACA")
 """The reverse-accurate baselines."""
 REFERENCE = "NODE-naive"
 SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of the reference's memory, in which `auto` runs."""
+"""Shares of the reference's memory in which `auto` runs."""
 SAME_SPEED = 1.05
-"""Times that differ by less are the same."""
+"""Largest ratio of two times that count as equal."""
 MOST_TIMES = 5
-"""As many rounds as were asked for there are at most."""
+"""Largest number of rounds, as a multiple of the requested rounds."""
 _SEED = 0
 
 
 class Candidate:
-    """A way to the gradient of an experiment. `bytes` is the most memory it takes beyond model, data and gradient."""
+    """A gradient method on an experiment. `bytes` is its peak memory beyond model, data and gradient."""
 
     def __init__(self, experiment: Experiment, way: Way, method: str, steps: int) -> None:
         self.way = way
@@ -44,20 +44,20 @@ class Candidate:
 
     @property
     def blocks(self) -> list[Solved]:
-        """The blocks that this project solves."""
+        """Blocks solved by this project."""
         return [module for module in self.model.modules() if isinstance(module, Solved)]
 
     def seconds(self) -> float:
-        """Seconds of processor time of one loss and its gradient: what other programs take does not count."""
+        """Return the processor seconds of one loss and its gradient. Processor time excludes other programs."""
         self.model.zero_grad(set_to_none=False)
         began = time.process_time()
         self.tally.differentiate(self.model())
         return time.process_time() - began
 
     def measure(self) -> None:
-        """Find `bytes`, and count evaluations, in the second loss and gradient: for the first, solvers are made.
+        """Measure `bytes` and count evaluations in the second loss and gradient. The first creates the solvers.
 
-        What is kept from then on counts.
+        Memory still held from then on is included.
         """
         with uncollected():
             before = bytes_in_use()
@@ -69,20 +69,20 @@ class Candidate:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """The last gradient, by all parameters."""
+        """Last gradient with respect to all parameters."""
         return torch.cat(
             [parameter.grad.reshape(-1) for parameter in self.model.parameters() if parameter.grad is not None]
         )
 
     @property
     def steps_again(self) -> int:
-        """The recomputed steps."""
+        """Number of recomputed steps."""
         return steps_run_again(self.model)
 
 
 @dataclass(frozen=True)
 class Result:
-    """The measurements of one gradient method. `seconds` are those of each interleaved round."""
+    """Measurements of one gradient method. `seconds` holds one value per interleaved round."""
 
     way: Way
     seconds: tuple[float, ...]
@@ -94,13 +94,13 @@ class Result:
 
     @property
     def least(self) -> float:
-        """The seconds of the round in which least came in between: what other programs cost is only ever added."""
+        """Seconds of the fastest round. Other programs can only increase a time."""
         return min(self.seconds)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """All results by the names of the ways. `least_bytes` is what `auto` cannot do without."""
+    """All results by the name of the gradient method. `least_bytes` is the least memory of `auto`."""
 
     experiment: str
     method: str
@@ -111,10 +111,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on `auto`: as fast as the fastest baseline that fits into a share of the reference's memory.
+    """Comparison of `auto` with the fastest baseline that fits into a share of the reference's memory.
 
-    `ratio` is its time over that one's, the least of each. It is infinite where `auto` does not fit but a baseline
-    does, and zero where no baseline does. `reason` says what is in the way.
+    `ratio` is the least time of `auto` over the least time of that baseline. It is infinite if only a baseline fits,
+    and zero if no baseline fits. `reason` explains the ratio.
     """
 
     experiment: str
@@ -127,21 +127,21 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """True if `auto` is as fast."""
+        """True if `auto` is at least as fast, within `SAME_SPEED`."""
         return self.ratio <= SAME_SPEED
 
 
 def in_share(share: float) -> str:
-    """The name of `auto` in a share of the reference's memory."""
+    """Return the name of `auto` in a share of the reference's memory."""
     return f"auto in {100 * share:.0f} %"
 
 
 def measure_cell(
     experiment: Experiment, method: str, steps: int, rounds: int, ways: Sequence[Way], enough: float = 0.0
 ) -> Cell:
-    """Measure memory and counts of every way, then of `auto` with its budgets, then the time of all in turns.
+    """Measure memory and counts of every method, then of `auto` with its budgets, then the times of all, interleaved.
 
-    Where `rounds` take less than `enough` seconds of processor time there are more of them, up to `MOST_TIMES` as many.
+    If `rounds` take less than `enough` processor seconds, more rounds run, up to `MOST_TIMES` times as many.
     """
     candidates = {}
     for way in ways:
@@ -173,7 +173,7 @@ def measure_cell(
     for number in range(MOST_TIMES * rounds):
         if number >= rounds and time.process_time() - began > enough:
             break
-        # Whoever comes after one that leaves much memory in the caches does so in every other round alone.
+        # Reverse every other round, so that the state of the caches does not always burden the same candidate.
         for name, candidate in list(candidates.items())[:: -1 if number % 2 else 1]:
             with uncollected():
                 seconds[name].append(candidate.seconds())
@@ -186,14 +186,14 @@ def measure_cell(
 
 @dataclass(frozen=True)
 class _Need:
-    """The bytes of a block's state, and of its graph for one step."""
+    """Bytes of a block's state, and of its tape for one step."""
 
     state: int
     graph: int
 
 
 def _needs(candidates: Mapping[str, Candidate]) -> list[_Need]:
-    """Return the memory that each block needs, the first one first."""
+    """Return the memory needs of each block, in order."""
     states = [
         block.node.last_solve.checkpoint_bytes_peak // max(block.node.last_solve.forward_steps - 1, 1)
         for block in candidates["solution"].blocks
@@ -205,7 +205,7 @@ def _needs(candidates: Mapping[str, Candidate]) -> list[_Need]:
 
 
 def _auto(experiment: Experiment, name: str, method: str, steps: int, budgets: Sequence[int]) -> Candidate:
-    """`auto` with a budget for each block."""
+    """Return `auto` with a budget for each block."""
     left = iter(budgets)
     return Candidate(experiment, Way(name, solved(lambda: CheckpointBudget(ram=next(left)))), method, steps)
 
@@ -219,10 +219,10 @@ def _fitted(
     least: Candidate,
     needs: Sequence[_Need],
 ) -> Candidate | None:
-    """`auto` with the largest budgets that keep it within `allowed` bytes; None if there are none.
+    """Return `auto` with the largest budgets that keep it within `allowed` bytes, or None if none do.
 
-    The first blocks get the least: when they run steps again, those after them have given their memory back. `least`
-    is what it takes with one state for each block, most of which is needed only at times.
+    The first blocks get the smallest budgets: when they recompute steps, later blocks have already freed their memory.
+    `least` is `auto` with one state per block. Most of its memory is in use only temporarily.
     """
     if least.bytes > allowed:
         return None
@@ -244,7 +244,7 @@ def _fitted(
 
 
 def _budgets(needs: Sequence[_Need], steps: int, left_out: int) -> list[int]:
-    """A budget for each block, where of all steps so many, the first ones, are to have no graph but a state."""
+    """Return a budget for each block, where the first `left_out` of all steps store a state in place of a tape."""
     budgets = []
     for number, need in enumerate(needs):
         without = min(max(left_out - number * steps, 0), steps)
@@ -276,7 +276,7 @@ def verdicts(cell: Cell) -> list[Verdict]:
 
 
 def _allowed(share: float, of: int) -> int:
-    """The bytes that are not told apart from that share of the memory."""
+    """Return that share of the memory in bytes, enlarged by the resolution of the peak."""
     return int(share * of * (1 + RESOLUTION))
 
 

@@ -1,8 +1,8 @@
-"""The work and memory of each gradient method, in theory and counted.
+"""Work and memory of each gradient method, in theory and counted.
 
-The theory is that of H. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on
+The theory follows H. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on
 high-level adjoint differentiation, IEEE Trans. Artif. Intell. (2022), arXiv 2206.01298: for Nb blocks of Nt steps with
-Ns evaluations of a right-hand side of Nl layers. It is counted on a chain of such blocks.
+Ns evaluations of a right-hand side of Nl layers. The counts are taken on a chain of such blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WIDTH, _SAMPLES = 3, 2
 
 @dataclass(frozen=True)
 class Sizes:
-    """Blocks, steps of each, evaluations of f in a step, layers of f."""
+    """Number of blocks, steps per block, evaluations of f per step, and layers of f."""
 
     blocks: int
     steps: int
@@ -49,11 +49,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Formulas:
-    """The theory of one way, as products.
+    """Theory of one gradient method, as products.
 
-    `depth`: layers of f that one backward pass of autograd goes through. `recorded`: layers of f whose graphs are there
-    at once. `states`: states kept for the backward pass besides graphs and the blocks' own inputs and outputs.
-    `forward` and `backward`: evaluations of f. `products`: vector-Jacobian products of f. `again`: steps run again.
+    `depth`: layers of f in one backward pass of autograd. `recorded`: layers of f with simultaneous tapes, at most.
+    `states`: states stored for the backward pass besides tapes and the blocks' own inputs and outputs. `forward` and
+    `backward`: evaluations of f. `products`: vector-Jacobian products of f. `again`: recomputed steps.
     """
 
     depth: str
@@ -71,36 +71,37 @@ THEORY = {
     "NODE-naive": Formulas("Nb Nt Ns Nl", "Nb Nt Ns Nl", "0", _ALL, "0", _ALL, "0"),
     "ANODE": Formulas("Nt Ns Nl", "Nt Ns Nl", "0", _ALL, _ALL, _ALL, "Nb Nt"),
     "ACA": Formulas("Ns Nl", "Ns Nl", "Nb (Nt-1)", _ALL, _ALL, _ALL, "Nb Nt"),
-    # A step that is run again is recorded as a graph, and so is the last one of each block at once, which is not.
+    # A recomputed step is recorded on a tape. The last step of each block is recorded in the forward pass and not
+    # recomputed.
     "solution": Formulas("Ns Nl", "Nb Ns Nl", "Nb (Nt-1)", _ALL, "Nb (Nt-1) Ns", _ALL, "Nb (Nt-1)"),
-    # The paper's method. Its code keeps u_n as well, which is the first of the stages: Nb (Nt-1) (Ns+1), the last step
-    # left out.
+    # The paper's method. Its code also stores u_n, which equals the first stage: Nb (Nt-1) (Ns+1), without the last
+    # step.
     "stages": Formulas("Nl", "Nl", "Nb Nt Ns", _ALL, _ALL, _ALL, "0"),
-    # Up to eight steps are one graph.
+    # Up to eight steps share one tape.
     "graph": Formulas("Nt Ns Nl", "Nb Nt Ns Nl", "0", _ALL, "0", _ALL, "0"),
 }
-"""By the names of `WAYS`."""
+"""Formulas by the names of `WAYS`."""
 
 QUANTITIES = tuple(field.name for field in fields(Formulas))
 
 
 class Tally:
-    """The counters during a loss and its gradient."""
+    """Counters of a loss and its gradient."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Count from nothing."""
+        """Reset all counters."""
         self.evaluations: Counter[str] = Counter()
         self.phase = "forward"
         self.is_in_f = False
-        # Of layers that are marked: those reversed by each run of autograd, and those with a graph.
+        # Marked layers: the number in each backward pass of autograd, and the number with a tape.
         self.reversed_by: Counter[int] = Counter()
         self.recorded = self.most_recorded = 0
 
     def differentiate(self, loss: torch.Tensor) -> None:
-        """The backward pass of `loss`."""
+        """Run the backward pass of `loss`."""
         self.phase = "backward"
         try:
             loss.backward()  # type: ignore[no-untyped-call]
@@ -109,7 +110,7 @@ class Tally:
 
 
 class Counted(nn.Module):
-    """f, whose evaluations are counted."""
+    """f with counted evaluations."""
 
     def __init__(self, func: nn.Module, tally: Tally) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class Counted(nn.Module):
 
 
 class _Recorded:
-    """Exists as long as the graph of a layer."""
+    """Token that lives as long as the tape of a layer."""
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
@@ -139,7 +140,7 @@ class _Recorded:
 
 
 class _Mark(torch.autograd.Function):
-    """The identity, which sees its graph come, be reversed, and go."""
+    """Identity that counts the creation, the backward pass and the release of its tape."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, tally: Tally) -> torch.Tensor:
@@ -175,7 +176,7 @@ def count(way: Way, method: str, sizes: Sizes) -> dict[str, int]:
     tally = Tally()
     blocks = [way.block(Counted(_Layers(sizes.layers, tally), tally), method, sizes.steps) for _ in range(sizes.blocks)]
     u = torch.randn(_SAMPLES, _WIDTH, dtype=torch.float64, requires_grad=True)
-    # The first solve also measures what a recorded step takes.
+    # The first solve also measures the memory of a recorded step.
     for block in blocks:
         block(u).sum().backward()
     tally.reset()
@@ -205,7 +206,7 @@ def count(way: Way, method: str, sizes: Sizes) -> dict[str, int]:
 
 @contextmanager
 def _kept_states(tally: Tally, like: torch.Tensor) -> Iterator[dict[int, int]]:
-    """The entries of states that are saved for the backward pass outside of f, by storage, which are kept alive."""
+    """Collect the entries of states saved for the backward pass outside of f, by storage. The storages stay alive."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -218,7 +219,7 @@ def _kept_states(tally: Tally, like: torch.Tensor) -> Iterator[dict[int, int]]:
 
 
 def compare(method: str, sizes: Sizes) -> tuple[list[Row], int]:
-    """Rows of the theory beside what was counted, and how many figures differ."""
+    """Return rows of the theory beside the counts, and the number of differing entries."""
     rows: list[Row] = []
     wrong = 0
     for name, formulas in THEORY.items():

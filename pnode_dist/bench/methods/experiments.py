@@ -1,7 +1,7 @@
-"""The two experiments of `pnode-dist bench methods`, on data that is drawn: images, and a continuous normalizing flow.
+"""The two experiments of `pnode-dist bench methods` on random data: images, and a continuous normalizing flow.
 
-They are those of the PNODE paper in small, all in float64: the parameters' own type is PETSc's then, every way computes
-the same numbers, and their memory compares.
+They repeat those of the PNODE paper at small size, all in float64. The dtype of the parameters is then PETSc's, every
+gradient method computes the same numbers, and their memory is comparable.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from pnode_dist.problems.flows.model import FlowDynamics, Parts, standard_normal
 from pnode_dist.problems.images.model import SqueezeNext
 
 MakeSolve = Callable[[nn.Module], nn.Module]
-"""Makes of a right-hand side f(t, u) the block u(0) -> u(1)."""
+"""Makes the block u(0) -> u(1) from a right-hand side f(t, u)."""
 
 _POINTS, _COLOURS, _CLASSES = 32, 3, 10
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """`build(solve)` is a model with its data, whose call without arguments is the loss; `steps` are those compared."""
+    """A model to compare gradient methods on.
+
+    `build(solve)` returns the model with its data. A call of the model without arguments returns the loss. `steps` are
+    the numbers of steps to compare.
+    """
 
     name: str
     build: Callable[[MakeSolve], nn.Module]
@@ -46,7 +50,7 @@ class _ImagesLoss(nn.Module):
 
 
 class _Contiguous(nn.Module):
-    """A block that starts from a contiguous state, whose steps then are so as well, whoever takes them."""
+    """Block that starts from a contiguous state, so that the steps of every gradient method are contiguous."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -58,7 +62,7 @@ class _Contiguous(nn.Module):
 
 
 class _WithNoise(nn.Module):
-    """The right-hand side of a flow with noise that stays the same, for Hutchinson's estimate of the trace."""
+    """Right-hand side of a flow with fixed noise for Hutchinson's estimate of the trace."""
 
     noise: torch.Tensor
 
@@ -73,7 +77,7 @@ class _WithNoise(nn.Module):
 
 
 class _FlowLoss(nn.Module):
-    """Nats for each sample, of flows one after another (FFJORD)."""
+    """Nats per sample of consecutive flows (FFJORD)."""
 
     def __init__(self, solve: MakeSolve, samples: int, dimension: int, hidden: tuple[int, ...], flows: int) -> None:
         super().__init__()
@@ -92,10 +96,10 @@ class _FlowLoss(nn.Module):
 
 
 def images(steps: tuple[int, ...], samples: int, stem: int, widths: tuple[int, ...], features: int) -> Experiment:
-    """Images of the shape of CIFAR's through SqueezeNext with a block for each of `widths`."""
+    """Return the experiment of CIFAR-shaped images through SqueezeNext, with a block for each of `widths`."""
     return Experiment("images", lambda solve: _ImagesLoss(solve, samples, stem, widths, features), steps)
 
 
 def flow(steps: tuple[int, ...], samples: int, dimension: int, hidden: tuple[int, ...], flows: int) -> Experiment:
-    """Samples through continuous flows, with Hutchinson's estimate: the state is (z, log p)."""
+    """Return the experiment of samples through continuous flows, by Hutchinson's estimate. The state is (z, log p)."""
     return Experiment("flow", lambda solve: _FlowLoss(solve, samples, dimension, hidden, flows), steps)

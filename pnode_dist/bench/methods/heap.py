@@ -1,7 +1,7 @@
-"""The memory that this process has in use, to the byte, and its peak during computations with tensors.
+"""Memory in use by this process, to the byte, and its peak during computations with tensors.
 
-The figures are the C library's, by whom torch's tensors, PETSc's vectors and NumPy's arrays are allocated alike. Unlike
-resident memory they depend neither on what was freed before nor on the size of pages: all runs have the same peak.
+The values come from the C library, which allocates torch tensors, PETSc vectors and NumPy arrays alike. Unlike resident
+memory they depend neither on earlier frees nor on the page size, so all runs have the same peak.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pnode_dist.errors import ConfigurationError
 
 _MOST_UNASKED = 256
 RESOLUTION = 2e-4
-"""A peak may be higher than was seen by this share of it."""
+"""Relative resolution of a peak: the true peak may exceed the measured one by this share."""
 
 
 class _Mallinfo(ctypes.Structure):
@@ -47,16 +47,17 @@ def _mallinfo() -> Callable[[], Any]:
 
 
 def bytes_in_use() -> int:
-    """All that was allocated and not freed. Raises `ConfigurationError` where the C library does not say."""
+    """Return the bytes allocated and not freed. Raises `ConfigurationError` if the C library does not report them."""
     info = _mallinfo()()
     return int(info.uordblks + info.hblkhd)
 
 
 class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered: `bytes` is the most memory in use after any of torch's operations, of backward passes too.
+    """Context that records in `bytes` the most memory in use after any torch operation, backward passes included.
 
-    The C library counts by walking through all that is free: it is asked where results since then could make a
-    new peak, by some kilobytes at least, and else every so many operations, as others than torch allocate too.
+    A query of the C library walks through all free memory and is slow. It runs only if the results since the last query
+    could make a new peak, beyond the resolution. It also runs after a fixed number of operations, because code outside
+    torch allocates too.
     """
 
     def __init__(self) -> None:
@@ -79,9 +80,9 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the cyclic garbage collector, whose moment is chance, after all garbage is gone.
+    """Collect all garbage, then disable the cyclic garbage collector, whose timing is arbitrary.
 
-    Within another such block that takes little time: what was there before the outer one is not looked at again.
+    A nested block is fast: objects from before the outer block are not scanned again.
     """
     gc.collect()
     outermost = gc.isenabled()

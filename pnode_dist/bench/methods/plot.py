@@ -1,4 +1,4 @@
-"""Memory and time of every way to the gradient against steps, in the form of the PNODE paper's figures."""
+"""Memory and time of every gradient method against steps, in the form of the PNODE paper's figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _QUANTITIES = {"MiB": "MiB", "ms": "milliseconds"}
 
 
 def draw_methods(figure: Figure, report: Report) -> None:
-    """A column for each method of steps; for each experiment a line of panels for memory and one for time."""
+    """Draw a column for each solver, and for each experiment a row of panels for memory and one for time."""
     experiments = _different(report.rows, "experiment")
     solvers = _different(report.rows, "solver")
     panels = [(experiment, key) for experiment in experiments for key in _QUANTITIES]

@@ -1,4 +1,4 @@
-"""The PNODE paper's experiments with every method that they compare: time, memory, work and gradient errors.
+"""The PNODE paper's experiments with every gradient method: time, memory, work and gradient errors.
 
 H. Zhang, W. Zhao: A memory-efficient neural ordinary differential equation framework based on high-level adjoint
 differentiation, IEEE Trans. Artif. Intell. (2022), arXiv 2206.01298, figures of time and memory against steps.
@@ -37,7 +37,7 @@ SOLUTION_OVER_NAIVE = 0.25
 MANY_STEPS = 50
 ROUNDS = 4
 SECONDS = 10.0
-"""Of processor time that the rounds of a cell take at least, unless that would be too many of them."""
+"""Least processor seconds of the rounds of a cell, up to the limit on rounds."""
 SHORT = (
     images((2, 4), samples=32, stem=16, widths=(8, 16, 32, 64), features=32),
     flow((2, 4), samples=2048, dimension=6, hidden=(64, 64, 64), flows=2),
@@ -46,13 +46,13 @@ FULL = (
     images((2, 4, 8, 16), samples=32, stem=64, widths=(32, 64, 128, 256), features=128),
     flow((5, 10, 20, 40), samples=1000, dimension=6, hidden=(60, 60, 60), flows=5),
 )
-"""The networks of the paper: SqNxt_23_1x with 199,800 parameters in right-hand sides, and FFJORD's for POWER."""
+"""Networks of the paper: SqNxt_23_1x with 199,800 parameters in right-hand sides, and FFJORD's for POWER."""
 _CHAIN = ("dopri5", 4, 5, 3)
-"""Method, blocks, steps and layers of the chain on which the theory is counted."""
+"""Solver, blocks, steps and layers of the chain used for the counts."""
 
 
 def run(full: bool = False) -> Report:
-    """Measure on one thread of one rank: small networks in some 10 minutes, or with `full` the paper's, in hours."""
+    """Measure on one thread of one rank: small networks in some 10 minutes, or with `full` the paper's in hours."""
     if MPI.COMM_WORLD.size > 1:
         raise ConfigurationError(f"bench methods runs on 1 rank, not on {MPI.COMM_WORLD.size}")
     threads = torch.get_num_threads()
@@ -95,8 +95,8 @@ def run(full: bool = False) -> Report:
 
 
 def measure(experiments: Sequence[Experiment], methods: Sequence[str], rounds: int) -> list[Cell]:
-    """All cells of the table."""
-    # What torch and the libraries behind it load and keep on first use belongs to no method.
+    """Measure all cells of the table."""
+    # Exclude the memory that torch and its libraries allocate on first use and keep.
     for experiment in experiments:
         for name in (REFERENCE, "graph"):
             Candidate(experiment, WAYS[name], "euler", 1).measure()
@@ -110,7 +110,7 @@ def measure(experiments: Sequence[Experiment], methods: Sequence[str], rounds: i
 
 
 def many_steps(experiment: Experiment) -> dict[str, int]:
-    """The most memory that back-propagation and `solution` take for many steps of Dopri5."""
+    """Measure the peak memory of back-propagation and `solution` for many steps of Dopri5."""
     found = {}
     for name in (REFERENCE, "solution"):
         candidate = Candidate(experiment, WAYS[name], "dopri5", MANY_STEPS)
@@ -120,13 +120,13 @@ def many_steps(experiment: Experiment) -> dict[str, int]:
 
 
 def theory_beside_counts() -> tuple[list[Row], int]:
-    """Rows of the paper's table, and how many of their figures differ from what was counted."""
+    """Return rows of the paper's table, and the number of entries that differ from the counts."""
     method, blocks, steps, layers = _CHAIN
     return compare(method, Sizes(blocks, steps, TABLES[method].stages, layers))
 
 
 def cell_rows(cell: Cell) -> list[Row]:
-    """A row for each way."""
+    """Return a row for each gradient method."""
     reference = cell.results[REFERENCE]
     return [
         {
@@ -148,7 +148,7 @@ def cell_rows(cell: Cell) -> list[Row]:
 
 
 def verdict_row(verdict: Verdict) -> Row:
-    """A cell that was lost, and why."""
+    """Return the row of a verdict."""
     return {
         "experiment": verdict.experiment,
         "solver": verdict.method,

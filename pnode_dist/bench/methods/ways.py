@@ -1,6 +1,6 @@
-"""The gradient methods that `pnode-dist bench methods` compares.
+"""Gradient methods compared by `pnode-dist bench methods`.
 
-They have the names of their papers, and those of `CheckpointBudget.keep`.
+Names are those of the methods' papers and of `CheckpointBudget.keep`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pnode_dist.ode.odeint import NeuralODE
 _AMPLE = "64GiB"
 
 MakeBlock = Callable[[nn.Module, str, int], nn.Module]
-"""Makes of f, a method and a number of steps the block u(0) -> u(1)."""
+"""Makes the block u(0) -> u(1) from f, a solver and a number of steps."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to a gradient. `reverse_accurate`: it is that of the steps; `ours`: this project's."""
+    """A gradient method. `reverse_accurate`: its gradient is that of the steps. `ours`: implemented by this project."""
 
     name: str
     block: MakeBlock
@@ -31,20 +31,20 @@ class Way:
 
 
 class Solved(nn.Module):
-    """A block that this project solves."""
+    """Block solved by this project."""
 
     def __init__(self, func: nn.Module, method: str, steps: int, trajectory: CheckpointBudget) -> None:
         super().__init__()
         self.node = NeuralODE(func, method=method, step_size=1 / steps, trajectory=trajectory, last_only=True)
 
     def forward(self, state: State) -> State:
-        """u(1)."""
+        """Return u(1)."""
         found: State = self.node(state, (0.0, 1.0))
         return found
 
 
 def solved(trajectory: Callable[[], CheckpointBudget]) -> MakeBlock:
-    """Blocks of this project, each with a budget of its own."""
+    """Return a maker of blocks solved by this project, each with its own budget."""
     return lambda func, method, steps: Solved(func, method, steps, trajectory())
 
 
@@ -58,14 +58,14 @@ WAYS = {
         Way("solution", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="solution"))),
         Way("stages", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="stages"))),
         Way("graph", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="graph"))),
-        # Two states in memory, the others on disk.
+        # Two states in memory, the other states on disk.
         Way(
             "spilled",
             solved(lambda: CheckpointBudget(ram_slots=2, disk="1GiB", keep="solution", schedule="multistage")),
         ),
     )
 }
-"""All of them, but for `auto`, whose budgets follow from what the others take."""
+"""All gradient methods except `auto`, whose budgets follow from the memory of the others."""
 
 
 def steps_run_again(block: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The data of the field problem: what is open, the time axis, and each rank's own part, normalised."""
+"""Data of the field problem: the open source, the time axis, and each rank's own part, normalised."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NO_VALUE = "all values are missing at"
 
 @dataclass(frozen=True)
 class Source:
-    """A field that is open but not read, its time axis and the name of its mask variable, if it has one."""
+    """A field that is open but not read, its time axis and the name of its mask variable, if any."""
 
     data: GriddedData
     time: TimeAxis
@@ -47,9 +47,9 @@ class Source:
         return self.data.channels
 
     def read(self, owned: Sequence[tuple[int, int]]) -> tuple[Array, Array | None]:
-        """The rows and columns `owned` of the field, `[time, y, x, channel]`, and of its mask variable.
+        """Read the rows and columns `owned` of the field, `[time, y, x, channel]`, and of its mask variable.
 
-        NaN at the times that the data lack.
+        Values are NaN at times missing from the data.
         """
         rows, columns = owned
         values = self.data.read((0, len(self.data.stamps)), rows, columns)
@@ -62,14 +62,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Field:
-    """This rank's part of a field, and what is known of the whole.
+    """This rank's part of a field, and properties of the whole field.
 
     `values` `[time, ny_local, nx_local, channel]` are normalised by the training part's `mean` and `deviation`
-    `[channel]` and 0 outside the mask and where they are missing; `inside` `[ny_local, nx_local, 1]` is 1 inside and 0
-    outside, and `cells` counts the cells inside on all ranks. `present`, shaped like `values`, is 1 where there is a
-    value inside and 0 elsewhere, and None where nothing inside is missing. All are float64. `counts`
-    `[time, channel]` counts the values inside on all ranks. The first `training` times are for training, the rest for
-    validation.
+    `[channel]`. They are 0 outside the mask and at missing values. `inside` `[ny_local, nx_local, 1]` is 1 inside the
+    mask and 0 outside. `cells` counts the cells inside on all ranks. `present`, shaped like `values`, is 1 at a value
+    inside and 0 elsewhere, or None if no value inside is missing. All are float64. `counts` `[time, channel]` counts
+    the values inside on all ranks. The first `training` times are for training, the rest for validation.
     """
 
     values: torch.Tensor
@@ -90,52 +89,54 @@ class Field:
 
     @property
     def name(self) -> str:
-        """The names of the variables."""
+        """Names of the variables."""
         return ", ".join(variable.name for variable in self.data.variables)
 
     @property
     def units(self) -> str:
-        """The units of figures over all channels: the channels' own if they share them."""
+        """Units of errors over all channels: the channels' own units if they agree."""
         return common_units(self.data)
 
     @property
     def figure_scale(self) -> torch.Tensor:
-        """What a normalised difference is multiplied by for figures in `units`, `[channel]`."""
+        """Factors `[channel]` from a normalised difference to an error in `units`."""
         return self.deviation if len(set(self.data.units)) == 1 else torch.ones_like(self.deviation)
 
     @property
     def weights(self) -> torch.Tensor:
-        """1 where there is a value and 0 elsewhere; shaped like `values`, or so that it spreads over them."""
+        """Weights that are 1 at a value and 0 elsewhere, shaped like `values` or broadcastable to them."""
         return self.inside if self.present is None else self.present
 
     @property
     def complete(self) -> torch.Tensor:
-        """For each time, whether no value inside is missing on any rank."""
+        """Mask `[time]` of the times at which no value inside is missing on any rank."""
         return (self.counts == self.cells).all(dim=-1)
 
     def physical(self, values: torch.Tensor) -> torch.Tensor:
-        """Normalised values `[..., channel]` in the field's units, as float64."""
+        """Convert normalised values `[..., channel]` to the field's units, as float64."""
         return values.double() * self.deviation + self.mean
 
     def starts(self, candidates: range, steps: int) -> Sequence[int]:
-        """Those of the times number `candidates` at which no value is missing and some later one, within `steps`, is
-        there."""
+        """Select from the time indices `candidates` the possible starts of a forecast.
+
+        No value is missing at a start, and a value exists at some later time within `steps`.
+        """
         if self.present is None:
             return candidates
         known, complete = self.counts.sum(dim=-1) > 0, self.complete
         return [start for start in candidates if complete[start] and known[start + 1 : start + 1 + steps].any()]
 
     def missing(self) -> str:
-        """How much is missing inside, for people."""
+        """Readable summary of the missing values inside."""
         whole = int((self.counts.sum(dim=-1) == 0).sum())
         single = int((self.cells - self.counts[self.counts.sum(dim=-1) > 0]).sum())
         return f"{whole} of {len(self.time)} times, and {single} single values at others"
 
     def climatology(self) -> torch.Tensor:
-        """For each time, the mean of the same season (calendar month) over the training part; shaped like `values`.
+        """Return the training mean of the season (calendar month) of each time, shaped like `values`.
 
-        The mean over all training times where they do not cover every season, and in the cells in which a season has
-        no value.
+        Falls back to the mean over all training times if these do not cover every season, and in cells without a value
+        in a season.
         """
         seasons = torch.from_numpy(self.time.seasons)
         learnt = seasons[: self.training]
@@ -153,15 +154,15 @@ class Field:
 
 
 def common_units(data: GriddedData) -> str:
-    """The units that all channels share, or else those of normalised values."""
+    """Return the common units of all channels, or the units of normalised values if they differ."""
     return data.units[0] if len(set(data.units)) == 1 else NO_COMMON_UNITS
 
 
 def open_source(config: FieldConfig) -> Source:
-    """Open the configured field; coordinates are read, the field itself is not.
+    """Open the configured field. Reads the coordinates, but not the field itself.
 
-    Raises `ConfigurationError` for what `open_gridded` and `time_axis` refuse, for a boundary that the grid does not
-    have, variables that cannot be added up, and a split or window that the times do not allow.
+    Raises `ConfigurationError` for input that `open_gridded` or `time_axis` rejects, for a boundary that the grid does
+    not have, for variables that cannot be added up, and for a split or window that the times do not allow.
     """
     data = open_gridded(config.paths, _choice(config))
     for axis, boundary in zip((data.y, data.x), config.boundary, strict=True):
@@ -209,10 +210,11 @@ def _check_split(config: FieldConfig, times: int) -> None:
 
 
 def read_field(config: FieldConfig, source: Source, partition: GridPartition, mesh: Mesh) -> Field:
-    """Each rank's own part of the field, normalised alike on all. Collective on the world.
+    """Read each rank's own part of the field, with the same normalisation on all ranks. Collective on the world.
 
-    A rank reads no more than the rows and columns it owns. Mean and standard deviation are over the values inside
-    the mask at the training times of all ranks.
+    A rank reads only the rows and columns it owns. Mean and standard deviation cover the values inside the mask at the
+    training times of all ranks.
+
     Raises `ConfigurationError` on all ranks when no cell lies inside the mask, or values inside are missing or not
     finite and the configuration does not allow for that.
     """
@@ -264,7 +266,7 @@ def read_field(config: FieldConfig, source: Source, partition: GridPartition, me
 
 
 def _refuse_missing_times(values: Array, time: TimeAxis, mesh: Mesh) -> None:
-    """Raise `ConfigurationError` for times at which a channel that has values at others has none anywhere."""
+    """Raise `ConfigurationError` for times without any value of a channel that has values at other times."""
     counts = mesh.sum(torch.from_numpy((~np.isnan(values)).sum(axis=(1, 2))), over="state")
     lacking = ((counts == 0) & (counts.sum(dim=0) > 0)).any(dim=-1).numpy()
     if lacking.any():
@@ -272,7 +274,7 @@ def _refuse_missing_times(values: Array, time: TimeAxis, mesh: Mesh) -> None:
 
 
 def _inside(config: FieldConfig, values: Array, mask: Array | None, training: int) -> Array:
-    """Which of this rank's cells lie inside the mask."""
+    """Return the mask of this rank's cells, true inside."""
     inside = np.ones(values.shape[1:3], dtype=bool)
     if config.mask == "nan":
         missing = np.isnan(values)
@@ -286,7 +288,7 @@ def _inside(config: FieldConfig, values: Array, mask: Array | None, training: in
 def _moments(
     field: torch.Tensor, weights: torch.Tensor, count: torch.Tensor, mesh: Mesh
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each channel over the state ranks; a deviation of 0 counts as 1."""
+    """Return mean and standard deviation of each channel over the state ranks. A deviation of 0 is replaced by 1."""
     mean = mesh.sum(field.sum(dim=(0, 1, 2)), over="state") / count
     squares = ((field - mean) * weights).square().sum(dim=(0, 1, 2))
     deviation = (mesh.sum(squares, over="state") / count).sqrt()

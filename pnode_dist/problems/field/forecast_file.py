@@ -1,4 +1,4 @@
-"""The forecasts of a field as one NetCDF-4 file, with the dates and the coordinates of the field's own files."""
+"""Forecasts of a field as one NetCDF-4 file, with the dates and the coordinates of the field's own files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pnode_dist.report.dataset_file import OtherChannels, Variable, write_datase
 
 @dataclass(frozen=True)
 class Forecast:
-    """This rank's part of the forecasts from the times number `starts`, and of what came true.
+    """This rank's part of the forecasts from the time indices `starts`, and of the truth.
 
     `forecast` and `truth` are `[start, lead, ny_local, nx_local, channel]` in the field's units, NaN outside its mask.
     """
@@ -32,16 +32,17 @@ class Forecast:
 
     @property
     def leads(self) -> int:
-        """The longest lead."""
+        """Longest lead."""
         return self.forecast.shape[1]
 
 
 def write_forecast(path: Path, contents: Forecast, partition: GridPartition, mesh: Mesh) -> None:
     """Write all ranks' parts as one file. Collective on the world.
 
-    The variables `forecast` and `truth`, or of several variables `NAME_forecast` and `NAME_truth` of each, have the
-    dimensions start, lead, y, x and where levels were channels level, the last three named as in the data and with
-    their coordinates. No rank holds more than its own part.
+    The variables are `forecast` and `truth`, or `NAME_forecast` and `NAME_truth` for each of several variables. Their
+    dimensions are start, lead, y, x, and level if levels are channels. The last three have the names and coordinates of
+    the data. No rank holds more than its own part.
+
     Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
     data = contents.field.data
@@ -64,7 +65,7 @@ def _levels(field: Field) -> dict[str, Any]:
 def _stored(
     source: Source, values: torch.Tensor, attributes: Mapping[str, Any], field: Field, partition: GridPartition
 ) -> Variable:
-    """The channels of one variable of the field, along its levels if it has some."""
+    """Return the channels of one variable of the field, along its levels if it has levels."""
     part = values[..., source.channels]
     level = () if source.level is None else (source.level.name,)
     names = tuple(_free(name) for name in (field.data.y.name, field.data.x.name, *level))
@@ -73,12 +74,12 @@ def _stored(
 
 
 def _free(name: str) -> str:
-    """A name of the data that none of the file's own names is."""
+    """Return a name of the data, prefixed if it clashes with a name of the file itself."""
     return f"field_{name}" if name in ("start", "lead", "valid_time", "forecast", "truth") else name
 
 
 def _coordinates(contents: Forecast) -> dict[str, Variable]:
-    """Dates of starts and forecasts, leads, and all coordinates of the field that a file can hold."""
+    """Return the dates of starts and forecasts, the leads, and all coordinates of the field that a file can hold."""
     time, data = contents.field.time, contents.field.data
     starts, leads = np.array(contents.starts), np.arange(1, contents.leads + 1)
     found = {

@@ -1,4 +1,4 @@
-"""The model of the field problem: a seasonal cycle fitted in each cell, and a learnt tendency of departures from it."""
+"""Model of the field problem: a seasonal cycle fitted in each cell, and a learnt tendency of departures from it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SMALLEST_EIGENVALUE = 1e-6
 
 @dataclass(frozen=True)
 class Windows:
-    """Stretches of the field that are forecast together.
+    """A batch of time windows of the field.
 
-    `initial` `[window, ny_local, nx_local, channel]` are the states at the times number `starts`, `phase`
-    `[window]` the positions of these times in the seasonal cycle, and `targets`
-    `[lead, window, ny_local, nx_local, channel]` the states 1, 2, ... steps later, all normalised. `present`, shaped
-    like these, is 1 where there is a value and 0 elsewhere; None where none is missing inside. `elapsed`
-    `[window, 1 + lead]` are the times since each start where steps are unequal, else None.
+    `initial` `[window, ny_local, nx_local, channel]` are the states at the time indices `starts`. `phase` `[window]`
+    are the positions of these times in the seasonal cycle. `targets` `[lead, window, ny_local, nx_local, channel]` are
+    the states 1, 2, ... steps later. States are normalised. `present`, shaped like `targets`, is 1 at a value and 0
+    elsewhere, or None if no value inside is missing. `elapsed` `[window, 1 + lead]` are the times since each start for
+    unequal steps, else None.
     """
 
     starts: tuple[int, ...]
@@ -47,7 +47,7 @@ class Windows:
 
 
 def windows(field: Field, starts: list[int] | tuple[int, ...], steps: int, dtype: torch.dtype) -> Windows:
-    """The windows of `steps` steps that begin at the times number `starts`."""
+    """Return the windows of `steps` steps that begin at the time indices `starts`."""
     first = torch.tensor(starts, dtype=torch.int64)
     targets = torch.stack([field.values[first + lead] for lead in range(1, steps + 1)])
     phase = torch.from_numpy(field.time.phases)[first]
@@ -62,10 +62,10 @@ def windows(field: Field, starts: list[int] | tuple[int, ...], steps: int, dtype
 
 
 def number_of_harmonics(model: FieldModelConfig, time: TimeAxis, known: Sequence[int]) -> int:
-    """The configured harmonics of the seasonal cycle, by default 2 where there is a cycle and 0 where there is none.
+    """Return the configured number of harmonics of the seasonal cycle, by default 2 with a cycle and 0 without.
 
-    Raises `ConfigurationError` when there is no cycle, or the training times number `known`, which have values, are too
-    few to tell them apart.
+    Raises `ConfigurationError` if there is no cycle, or if the training times `known`, those with values, are too few
+    to determine the harmonics.
     """
     harmonics = model.harmonics
     if harmonics is None:
@@ -88,13 +88,13 @@ def number_of_harmonics(model: FieldModelConfig, time: TimeAxis, known: Sequence
 
 
 def _harmonic_basis(phase: torch.Tensor, harmonics: int) -> torch.Tensor:
-    """1, cos and sin of each harmonic at the phases `[...]`: `[..., 1 + 2 harmonics]`."""
+    """Return 1, cos and sin of each harmonic at the phases `[...]`: `[..., 1 + 2 harmonics]`."""
     angles = 2 * math.pi * phase.unsqueeze(-1) * torch.arange(1, harmonics + 1, dtype=phase.dtype)
     return torch.cat([torch.ones_like(phase).unsqueeze(-1), torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
 class SeasonalCycle(nn.Module):
-    """The mean and `harmonics` harmonics of the cycle in each cell, by least squares over the training part.
+    """Mean and `harmonics` harmonics of the cycle in each cell, by least squares over the training part.
 
     Each rank fits the cells it owns. Phases are counted in cycles.
     """
@@ -113,12 +113,12 @@ class SeasonalCycle(nn.Module):
         self.register_buffer("coefficients", coefficients, persistent=False)
 
     def forward(self, phase: torch.Tensor) -> torch.Tensor:
-        """The state of the cycle at the phases `[window]`: `[window, ny_local, nx_local, channel]`."""
+        """Return the state of the cycle at the phases `[window]`: `[window, ny_local, nx_local, channel]`."""
         state: torch.Tensor = torch.tensordot(_harmonic_basis(phase, self.harmonics), self.coefficients, dims=1)
         return state
 
     def derivative(self, phase: torch.Tensor) -> torch.Tensor:
-        """Its derivative by the phase, in the same shape."""
+        """Return the derivative of the state with respect to the phase, in the same shape."""
         numbers = 2 * math.pi * torch.arange(1, self.harmonics + 1, dtype=phase.dtype)
         angles = phase.unsqueeze(-1) * numbers
         basis = torch.cat([-numbers * torch.sin(angles), numbers * torch.cos(angles)], dim=-1)
@@ -127,7 +127,7 @@ class SeasonalCycle(nn.Module):
 
 
 def _fit_where_present(design: torch.Tensor, learnt: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Least squares over the values that are there, cell by cell; the shortest solution where they are too few."""
+    """Fit each cell by least squares over its present values. Too few values give the minimum-norm solution."""
     normal = torch.einsum("tp,tq,tyxc->yxcpq", design, design, present)
     moments = torch.einsum("tp,tyxc->yxcp", design, learnt)
     inverse = torch.linalg.pinv(normal, rtol=_SMALLEST_EIGENVALUE, hermitian=True)
@@ -138,9 +138,9 @@ def _fit_where_present(design: torch.Tensor, learnt: torch.Tensor, present: torc
 class Tendency(nn.Module):
     """du/dt = dS/dt + (s N(a / s, season, place) - c a) / step, with the departure a = u - S(t) from the cycle S.
 
-    N is a residual stack of convolutions, s the departures' standard deviation over the training part, c a learnt
-    rate of damping for each channel, and `step` the time between two states of the data. All of it is 0 outside the
-    mask. Collective on the partition's communicator.
+    N is a residual stack of convolutions, s the departures' standard deviation over the training part, c a learnt rate
+    of damping for each channel, and `step` the time between two states of the data. The rate is 0 outside the mask.
+    Collective on the partition's communicator.
     """
 
     inside: torch.Tensor
@@ -169,7 +169,7 @@ class Tendency(nn.Module):
         self.output = nn.Linear(width, channels, dtype=torch.float64)
         self.damping = nn.Parameter(torch.full((channels,), _FIRST_DAMPING, dtype=torch.float64))
         with torch.no_grad():
-            # Damping alone is a fair forecast: the network starts as a small correction of it.
+            # Damping alone is a fair forecast, so the network starts as a small correction to it.
             self.output.weight.mul_(_FIRST_OUTPUT)
             self.output.bias.zero_()
 
@@ -181,11 +181,12 @@ class Tendency(nn.Module):
         elapsed: torch.Tensor | None = None,
         slope: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """du/dt `[window, ny_local, nx_local, channel]` at the time `t` since each window's start, which was at
-        `start_phase` `[window]` of the seasonal cycle.
+        """Return du/dt `[window, ny_local, nx_local, channel]` at the time `t` since each window's start.
 
-        With `elapsed` and its `slope`, `t` is the common clock of `own_times`, and so is what u is differentiated with
-        respect to.
+        `start_phase` `[window]` is the position of each start in the seasonal cycle.
+
+        With `elapsed` and its `slope`, `t` is the common clock of `own_times`, and u is differentiated with respect to
+        that clock.
         """
         if elapsed is not None and slope is not None:
             time, advance = own_time(t, elapsed, slope, self.interval)
@@ -214,9 +215,9 @@ class Tendency(nn.Module):
 
 
 def _place(partition: GridPartition) -> torch.Tensor:
-    """Where each cell lies across the domain, `[ny_local, nx_local, features]`: -1 to 1 along each bounded axis.
+    """Return the position of each cell, `[ny_local, nx_local, features]`: -1 to 1 along each bounded axis.
 
-    A periodic axis has no place that differs from another, and no feature.
+    All positions of a periodic axis are equivalent, so it has no feature.
     """
     features = []
     for axis, (start, stop) in enumerate(partition.owned):
@@ -229,7 +230,7 @@ def _place(partition: GridPartition) -> torch.Tensor:
 
 
 def _departure_deviation(cycle: SeasonalCycle, field: Field, mesh: Mesh) -> torch.Tensor:
-    """The standard deviation `[channel]` of the training part from the cycle, over all ranks; 1 where it is 0."""
+    """Return the standard deviation `[channel]` of the training part from the cycle, over all ranks, with 1 for 0."""
     phases = torch.from_numpy(field.time.phases[: field.training])
     departures = field.values[: field.training] - cycle(phases)
     if field.present is not None:
@@ -240,7 +241,7 @@ def _departure_deviation(cycle: SeasonalCycle, field: Field, mesh: Mesh) -> torc
 
 
 class FieldModel(nn.Module):
-    """Forecasts windows of a field: `model(windows)` is `[lead, window, ny_local, nx_local, channel]`, normalised.
+    """Forecast model: `model(windows)` returns normalised states `[lead, window, ny_local, nx_local, channel]`.
 
     `solve` is the NeuralODE over the windows. Collective on the partition's communicator.
     """
@@ -251,17 +252,17 @@ class FieldModel(nn.Module):
         self.interval = interval
 
     def forward(self, batch: Windows) -> torch.Tensor:
-        """The states at the leads 1, 2, ... of the windows' targets."""
+        """Return the states at the leads 1, 2, ... of the windows' targets."""
         states = self.solve(batch.initial, self.times(batch), *self.arguments(batch))
         forecast: torch.Tensor = states[1:]
         return forecast
 
     def times(self, batch: Windows) -> list[float]:
-        """The outputs of the windows' solve: their times since the start, or those of their common clock."""
+        """Return the output times of the windows' solve, since the start or on the common clock."""
         return [number * self.interval for number in range(len(batch.targets) + 1)]
 
     def arguments(self, batch: Windows) -> tuple[torch.Tensor, ...]:
-        """What the right-hand side is given beside time and state."""
+        """Return the arguments of the right-hand side besides time and state."""
         if batch.elapsed is None:
             return (batch.phase,)
         return batch.phase, batch.elapsed, slopes(batch.elapsed, self.interval)

@@ -1,4 +1,4 @@
-"""The picture of a run: how it was learnt, one forecast beside what came true, and errors by lead."""
+"""Plot of a run: training curves, one forecast beside the truth, and errors by lead."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _FAR = 45.0
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str, Any]) -> None:
-    """Draw `report.png` from the forecast file, the metrics file if there is one, and evaluate's table. For one rank.
+    """Draw `report.png` from the forecast file, the metrics file if present, and evaluate's table. Call on one rank.
 
-    Maps show the first variable, or beside each other the first two, of each the first channel, at lead 3 or the
-    longest lead if it is shorter. They start in the middle of the starts for which there is a truth.
+    Maps show the first channel of the first variable, or of the first two side by side. The lead is 3, or the longest
+    lead if that is shorter. The start is the middle one of the starts with a known truth.
     """
-    # Only this picture is to look like this, and no display is to be needed.
+    # Restrict the style to this plot. Drawing must not require a display.
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, hspace=0.03)
         figure = Figure(figsize=_SIZE, dpi=_DPI, layout=layout)
@@ -65,7 +65,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, table: dict[str,
 
 
 def _shown_variables(data: xarray.Dataset) -> list[tuple[str, str]]:
-    """What the forecasts of the first variables are called in the file up to their end, and their units."""
+    """Return the name prefixes of the first variables' forecasts in the file, and their units."""
     names = [str(name).removesuffix("forecast") for name in data.data_vars if str(name).endswith("forecast")]
     return [(name, str(data[f"{name}forecast"].attrs.get("units", ""))) for name in names[:_MOST_COLUMNS]]
 
@@ -73,7 +73,7 @@ def _shown_variables(data: xarray.Dataset) -> list[tuple[str, str]]:
 def _draw_maps(
     figure: Figure, grid: GridSpec, place: slice, data: xarray.Dataset, table: dict[str, Any], variable: str, units: str
 ) -> None:
-    """Forecast, truth and their difference, one above the other."""
+    """Draw forecast, truth and their difference, one above the other."""
     lead = min(_SHOWN_LEAD, data.sizes["lead"])
     fields = data[[f"{variable}forecast", f"{variable}truth"]].isel(lead=lead - 1)
     dimensions = fields[f"{variable}forecast"].dims
@@ -84,7 +84,7 @@ def _draw_maps(
     forecast, truth = (shown[f"{variable}{kind}"].to_numpy().astype(np.float64) for kind in ("forecast", "truth"))
     name = variable.removesuffix("_") or table["variable"]
     error = forecast - truth
-    # A few extreme cells must not wash out the rest.
+    # Limit the colour range, so that a few extreme cells do not hide the others.
     low, high = np.nanpercentile(np.concatenate([forecast.ravel(), truth.ravel()]), [1, 99])
     differs = error[np.isfinite(error)] if np.isfinite(error).any() else np.zeros(1)
     largest = max(float(np.percentile(np.abs(differs), 99)), 1e-12)
@@ -123,9 +123,9 @@ def _difference(largest: float) -> dict[str, Any]:
 
 
 def _map(axis: Axes, values: Array, data: xarray.DataArray, **colours: Any) -> Any:
-    """One field as coloured cells, grey outside the mask, stretched to fill the width where it is a narrow strip.
+    """Draw one field as coloured cells, grey outside the mask. A narrow strip is stretched to fill the width.
 
-    Cells lie where two-dimensional coordinates or unequal spacings put them; else in equal rows and columns.
+    Two-dimensional coordinates or unequal spacings determine the cells' places. Otherwise rows and columns are equal.
     """
     names = [str(name) for name in data.dims[2:4]]
     axis.set_facecolor(_LAND)
@@ -133,7 +133,7 @@ def _map(axis: Axes, values: Array, data: xarray.DataArray, **colours: Any) -> A
     image: ScalarMappable
     if plane is not None:
         x, y, labels = plane
-        # A cell between a pole of the grid and its far side would be drawn across the map.
+        # A cell between a pole of the grid and its far side would extend across the whole map.
         values = np.where(_jumps(x), np.nan, values)
         image = axis.pcolormesh(x, y, values, shading="nearest", rasterized=True, **colours)
         if x.ndim == 2 and np.isfinite(values).any():
@@ -151,13 +151,13 @@ def _map(axis: Axes, values: Array, data: xarray.DataArray, **colours: Any) -> A
 
 
 def _plane(data: xarray.DataArray, names: list[str]) -> tuple[Array, Array, tuple[str, str]] | None:
-    """Where the cells' centres lie, and what to call that, where rows and columns do not tell it."""
+    """Return the cells' centres and axis labels, or None if equal rows and columns describe them."""
     flat = {str(name): value for name, value in data.coords.items() if set(map(str, value.dims)) == set(names)}
     for x_name, longitude in flat.items():
         for y_name, latitude in flat.items():
             if is_longitude(longitude.attrs) and latitude.attrs.get("standard_name") == "latitude":
                 x, y = (value.transpose(*names).to_numpy().astype(np.float64) for value in (longitude, latitude))
-                # Cells without a place cannot be drawn.
+                # Cells without finite coordinates cannot be drawn.
                 if np.isfinite(x).all() and np.isfinite(y).all():
                     return _unwrapped(x), y, (_label(data, x_name), _label(data, y_name))
     centres = [_centres(data, name) for name in names]
@@ -171,14 +171,14 @@ def _plane(data: xarray.DataArray, names: list[str]) -> tuple[Array, Array, tupl
 
 
 def _unwrapped(longitudes: Array) -> Array:
-    """Two-dimensional longitudes without jumps along the first column and along every row."""
+    """Return two-dimensional longitudes without jumps along the first column and along every row."""
     turns = unwrapped(longitudes[:, 0]) - longitudes[:, 0]
     rows: Array = unwrapped(longitudes) + turns[:, None]
     return rows
 
 
 def _jumps(x: Array) -> Array:
-    """The cells that are far from one of their neighbours, in a plane of longitudes; none for a row of them."""
+    """Return the mask of cells far from a neighbour, for two-dimensional longitudes. All false for one dimension."""
     far: Array = np.zeros(x.shape if x.ndim == 2 else (1, 1), dtype=bool)
     for along in (0, 1) if x.ndim == 2 else ():
         wide = np.abs(np.diff(x, axis=along)) > _FAR
@@ -187,7 +187,7 @@ def _jumps(x: Array) -> Array:
 
 
 def _centres(data: xarray.DataArray, name: str) -> Array | None:
-    """The coordinates of the cells along a dimension, longitudes without jumps; None where there are none."""
+    """Return the cells' coordinates along a dimension, longitudes without jumps, or None without coordinates."""
     if name not in data.coords or data[name].dtype.kind not in "fiu":
         return None
     values = data[name].to_numpy().astype(np.float64)
@@ -200,7 +200,7 @@ def _is_even(values: Array) -> bool:
 
 
 def _edges(data: xarray.DataArray, name: str) -> tuple[float, float]:
-    """The outer edges of the first and the last cell along a dimension."""
+    """Return the outer edges of the first and the last cell along a dimension."""
     values = _centres(data, name)
     if values is None:
         values = np.arange(float(data.sizes[name]))
@@ -215,7 +215,7 @@ def _label(data: xarray.DataArray, name: str) -> str:
 
 
 def _draw_errors(axis: Axes, table: dict[str, Any]) -> None:
-    """The error of the model and of the simple forecasts at each lead."""
+    """Draw the errors of the model and of the simple forecasts at each lead."""
     rows = table["rmse"]
     leads = [row["lead"] for row in rows]
     for name, style in _CURVES.items():

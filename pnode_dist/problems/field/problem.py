@@ -1,4 +1,4 @@
-"""The field problem: learn the tendency of a field on a grid from its past, forecast its last part, and compare."""
+"""Field problem: learn the tendency of a gridded field from its past, forecast its last part, and compare."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ FORECAST, REPORT = "forecast.h5", "report.png"
 
 
 def build_field(config: FieldRun, mesh: Mesh, dtype: torch.dtype) -> FieldProblem:
-    """The configured field problem, its model computing in `dtype`. Collective on the world.
+    """Build the configured field problem with a model that computes in `dtype`. Collective on the world.
 
-    Raises `ConfigurationError` on all ranks for whatever the data or the number of ranks do not allow.
+    Raises `ConfigurationError` on all ranks if the data or the number of ranks do not allow the configuration.
     """
     problem, model = config.problem, config.model
     source = agreed(mesh, lambda: open_source(problem))
@@ -56,7 +56,7 @@ def build_field(config: FieldRun, mesh: Mesh, dtype: torch.dtype) -> FieldProble
     harmonics = number_of_harmonics(model, source.time, known)
     check_replicas(config, mesh, len(field.starts(range(training - problem.window), problem.window)))
     _check_leads(config, field)
-    # From the seed alone, and in float64, so that every rank and every dtype starts from the same parameters.
+    # Draw from the seed alone and in float64, so that every rank and every dtype starts from the same parameters.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         tendency = Tendency(model, field, partition, mesh, harmonics)
@@ -66,7 +66,7 @@ def build_field(config: FieldRun, mesh: Mesh, dtype: torch.dtype) -> FieldProble
 
 
 def _check_leads(config: FieldRun, field: Field) -> None:
-    """Raise `ConfigurationError` if missing times leave no forecast to start, or none to be judged at some lead."""
+    """Raise `ConfigurationError` if missing times leave no forecast start, or no truth at some lead."""
     starts = list(forecast_starts(config, field))
     if not starts:
         raise ConfigurationError(
@@ -82,7 +82,7 @@ def _check_leads(config: FieldRun, field: Field) -> None:
 
 
 def forecast_starts(config: FieldRun, field: Field) -> Sequence[int]:
-    """The times number ... at which forecasts of the validation part start: no value is missing there."""
+    """Return the time indices at which forecasts of the validation part start. No value is missing there."""
     longest = max(config.evaluation.leads)
     return field.starts(range(field.training - 1, len(field.time) - longest), longest)
 
@@ -99,7 +99,7 @@ def _partition(config: FieldRun, source: Source, mesh: Mesh) -> GridPartition:
 
 @dataclass(frozen=True)
 class FieldProblem:
-    """A field, its model, and how one is learnt and judged by the other. See `pnode_dist.train.problem.Problem`."""
+    """A field and its model, with training and evaluation. See `pnode_dist.train.problem.Problem`."""
 
     config: FieldRun
     mesh: Mesh
@@ -110,16 +110,16 @@ class FieldProblem:
 
     @property
     def name(self) -> str:
-        """The variables' names."""
+        """Names of the variables."""
         return self.field.name
 
     @property
     def units(self) -> str:
-        """The units of figures over all channels."""
+        """Units of errors over all channels."""
         return self.field.units
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Windows]:
-        """This replica's training windows of an epoch, shuffled.
+        """Return this replica's training windows of an epoch, shuffled.
 
         No window touches the validation part or starts where values are missing.
         """
@@ -129,17 +129,19 @@ class FieldProblem:
             yield windows(self.field, starts, window, self.dtype)
 
     def loss(self, model: nn.Module, batch: Windows) -> torch.Tensor:
-        """This rank's share of the mean square error, normalised, over the values inside of all windows, leads and
-        channels."""
+        """Return this rank's share of the mean square error over the values inside.
+
+        Errors are normalised. The mean is over all windows, leads and channels.
+        """
         error: torch.Tensor = model(batch) - batch.targets
         if batch.present is not None:
             error = error * batch.present
         return share_of_mean(error.square().sum(), int(self._terms(batch).sum()), self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
-        """Root mean square errors of forecasts of the validation part, over all leads and for each evaluated lead.
+        """Return root mean square errors of forecasts of the validation part, over all leads and by evaluated lead.
 
-        Of several variables also those of each, over all leads.
+        With several variables, also returns the error of each over all leads.
         """
         forecast, batch = self._forecast(model)
         squares, terms = self._squares(forecast, batch), self._terms(batch)
@@ -154,16 +156,16 @@ class FieldProblem:
         return figures
 
     def solve_statistics(self) -> SolveStatistics:
-        """The counts of the model's last call."""
+        """Return the counts of the model's last call."""
         return self.model.solve.last_solve
 
     def solve_case(self) -> SolveCase:
-        """The solve of the first training batch."""
+        """Return the solve of the first training batch."""
         batch = next(self.batches(1))
         return SolveCase(self.model.solve, batch.initial, self.model.times(batch), self.model.arguments(batch))
 
     def gradcheck_case(self) -> GradcheckCase:
-        """The training loss of the first window, as a function of its initial state."""
+        """Return the training loss of the first window as a function of its initial state."""
         window = self.config.problem.window
         first = self.field.starts(range(self.field.training - window), window)[0]
         batch = windows(self.field, [first], window, self.dtype)
@@ -176,15 +178,14 @@ class FieldProblem:
         )
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
-        """The errors of the model and of four simple forecasts at each lead; writes `forecast.h5` and `report.png`.
+        """Return the errors of the model and of four simple forecasts by lead. Writes `forecast.h5` and `report.png`.
 
-        A forecast starts from a time such that all that it forecasts, up to the longest lead, lies in the validation
-        part; the first starts from the last training time. Errors are root mean squares over all starts and all
-        values inside the mask, not weighted by area. Those of each channel are in its own units; those of all are in
-        the units that the channels share, or else of normalised values, in standard deviations. Persistence keeps the
-        start's field; climatology is the mean of the same season in the training part; anomaly persistence adds the
-        start's departure from climatology to it, and damped persistence only as much of it as persists from one step
-        to the next in the training part.
+        All leads of a forecast lie in the validation part; the first forecast starts from the last training time.
+        Errors are root mean squares over all starts and all values inside the mask, without area weights. Errors of one
+        channel are in its own units. Errors over all channels are in their common units, or else in standard deviations
+        of normalised values. Persistence repeats the field of the start. Climatology is the mean of the same season in
+        the training part. Anomaly persistence adds the start's departure from climatology. Damped persistence scales
+        this departure by its lag-one correlation in the training part, to the power of the lead.
         """
         forecast, batch = self._forecast(model)
         forecasts = {"model": forecast, **baselines(self.field, batch, self.mesh)}
@@ -219,7 +220,7 @@ class FieldProblem:
         draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"), result)
 
     def _forecast(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
-        """Forecasts `[lead, start, ny_local, nx_local, channel]` of the validation part, and what they are to be."""
+        """Return forecasts `[lead, start, ny_local, nx_local, channel]` of the validation part, and their windows."""
         longest = max(self.config.evaluation.leads)
         starts = forecast_starts(self.config, self.field)
         size = self.config.training.batch_size
@@ -229,19 +230,19 @@ class FieldProblem:
         return torch.cat(parts, dim=1), windows(self.field, list(starts), longest, torch.float64)
 
     def _squares(self, forecast: torch.Tensor, batch: Windows) -> torch.Tensor:
-        """The sums of square errors `[lead, channel]` in the figures' units. Collective on the state ranks."""
+        """Return sums of square errors `[lead, channel]` in the units of the errors. Collective on the state ranks."""
         weights = self.field.inside if batch.present is None else batch.present
         error = (forecast.double() - batch.targets) * self.field.figure_scale * weights
         return self.mesh.sum(error.square().sum(dim=(1, 2, 3)), over="state")
 
     def _terms(self, batch: Windows) -> torch.Tensor:
-        """How many values such a sum is over, on all state ranks, `[lead, channel]`."""
+        """Return the numbers of values `[lead, channel]` in these sums, over all state ranks."""
         starts = torch.tensor(batch.starts, dtype=torch.int64)
         leads = range(1, len(batch.targets) + 1)
         return torch.stack([self.field.counts[starts + lead].sum(dim=0) for lead in leads])
 
     def _by_channel(self, squares: dict[str, torch.Tensor], terms: torch.Tensor) -> list[dict[str, Any]]:
-        """The errors of each channel at each lead, in its own units."""
+        """Return the errors of each channel at each lead, in its own units."""
         data, field = self.field.data, self.field
         own = field.deviation / field.figure_scale
         return [
@@ -272,23 +273,23 @@ class FieldProblem:
 
 
 def _root(squares: torch.Tensor, terms: torch.Tensor) -> float:
-    """The root mean square over all entries; NaN over none."""
+    """Return the root mean square over all entries, or NaN without entries."""
     total = int(terms.sum())
     return math.sqrt(squares.sum().item() / total) if total else math.nan
 
 
 def baselines(field: Field, batch: Windows, mesh: Mesh) -> dict[str, torch.Tensor]:
-    """What a forecast is to beat, for each of the windows' leads, normalised and shaped like their targets.
+    """Return the simple forecasts for each lead of the windows, normalised and shaped like the targets.
 
-    Damping is by each channel's lag-one correlation of the training part's departures from climatology, to the power
-    of the lead. Collective on the state ranks.
+    Damping uses each channel's lag-one correlation of the training part's departures from climatology, to the power of
+    the lead. Collective on the state ranks.
     """
     climatology = field.climatology()
     weights = field.inside if field.present is None else field.present[: field.training]
     departures = (field.values - climatology)[: field.training] * weights
     products, squares = departures[:-1] * departures[1:], departures[:-1].square()
     if field.present is not None:
-        # Of pairs that lack one value, the square counts no more than the product.
+        # Exclude the square of a pair with a missing value, as its product is excluded.
         squares = squares * field.present[1 : field.training]
     moments = torch.stack([products.sum(dim=(0, 1, 2)), squares.sum(dim=(0, 1, 2))])
     covariance, variance = mesh.sum(moments, over="state")

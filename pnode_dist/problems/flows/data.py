@@ -1,4 +1,4 @@
-"""The data of the flows problem: rows to learn from and rows to judge by, and what is known of their density."""
+"""Data of the flows problem: rows for training, validation and test, and their true density if known."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Rows = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class FlowsData:
-    """All rows `[row, dimension]`, on every rank: to learn from, to validate with, to test on.
+    """All rows `[row, dimension]`, on every rank: for training, validation and test.
 
-    `log_density` is the true one of rows in float64, in nats, where it is known. `fitted` is the normal distribution
-    with the mean and covariance of the rows to learn from.
+    `log_density` returns the true log density of float64 rows in nats, if it is known. `fitted` is the normal
+    distribution with the mean and covariance of the training rows.
     """
 
     training: Rows
@@ -34,24 +34,24 @@ class FlowsData:
 
     @property
     def dimension(self) -> int:
-        """The entries of a row."""
+        """Number of entries of a row."""
         return int(self.training.shape[1])
 
 
 @dataclass(frozen=True)
 class Normal:
-    """The normal distribution of this mean, with a covariance whose Cholesky factor is `factor`."""
+    """Normal distribution with this mean. `factor` is the Cholesky factor of its covariance."""
 
     mean: Array
     factor: Array
 
     def sample(self, count: int, generator: np.random.Generator) -> Array:
-        """So many points `[count, dimension]`."""
+        """Draw `count` points `[count, dimension]`."""
         drawn: Array = self.mean + generator.normal(size=(count, len(self.mean))) @ self.factor.T
         return drawn
 
     def log_density(self, points: Array) -> Array:
-        """The log density `[point]` in nats."""
+        """Return the log density `[point]` in nats."""
         whitened = np.linalg.solve(self.factor, (points - self.mean).T)
         scale = np.log(np.diagonal(self.factor)).sum() + len(self.mean) * math.log(2 * math.pi) / 2
         found: Array = -(whitened**2).sum(axis=0) / 2 - scale
@@ -59,10 +59,10 @@ class Normal:
 
 
 def load(config: FlowsConfig) -> FlowsData:
-    """The configured rows. Every rank gets the same; not collective.
+    """Load the configured rows, the same on every rank. Not collective.
 
-    Raises `ConfigurationError` for a covariance that is none, for files that are missing or damaged, and where
-    scikit-learn is needed and missing.
+    Raises `ConfigurationError` for an invalid covariance matrix, for missing or damaged files, and if scikit-learn is
+    needed but missing.
     """
     name, truth = config.density, None
     if name in FILES:
@@ -95,7 +95,7 @@ def _given(config: FlowsConfig) -> Density:
 
 
 def _fitted(rows: Rows) -> Normal:
-    """The most likely normal distribution; raises `ConfigurationError` where rows fill no volume."""
+    """Fit the normal distribution of maximum likelihood. Raises `ConfigurationError` if the covariance is singular."""
     exact = rows.astype(np.float64)
     try:
         factor = np.linalg.cholesky(np.atleast_2d(np.cov(exact, rowvar=False, bias=True)))

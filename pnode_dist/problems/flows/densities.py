@@ -1,6 +1,6 @@
-"""Densities in the plane to learn: seeded samples, and the logarithm of the density where a formula gives it.
+"""Densities in the plane: seeded samples, and the log density where a formula exists.
 
-They have the shapes and sizes of those in FFJORD's experiments (W. Grathwohl et al., ICLR 2019, figure 2).
+Shapes and sizes are those of FFJORD's experiments (W. Grathwohl et al., ICLR 2019, figure 2).
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ _AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Density:
-    """`sample(count, generator)` draws points `[count, dimension]`; `log_density` of points `[point, dimension]` is in
-    nats, None where no formula gives it."""
+    """A density with its sampler: `sample(count, generator)` draws points `[count, dimension]`.
+
+    `log_density` takes points `[point, dimension]` and returns nats. It is None if no formula exists.
+    """
 
     sample: Callable[[int, np.random.Generator], Array]
     log_density: LogDensity | None
 
 
 def mixture_log_density(points: Array, centres: Array, weights: Array, deviation: float) -> Array:
-    """The log density `[point]` of normal distributions around `centres` of one deviation, as likely as `weights`."""
+    """Return the log density `[point]` of a mixture of normals around `centres`, with one deviation and `weights`."""
     found = np.empty(len(points))
     for begin in range(0, len(points), _AT_ONCE):
         block = points[begin : begin + _AT_ONCE]
@@ -43,9 +45,9 @@ def mixture_log_density(points: Array, centres: Array, weights: Array, deviation
 
 
 def _moons() -> Density:
-    """Half circles of radius 2, the second turned round and moved into the first, with normal noise.
+    """Half circles of radius 2 with normal noise. The second is rotated by 180 degrees and shifted into the first.
 
-    The density is an integral along both, by Gauss's rule to rounding.
+    The density is an integral along both arcs, evaluated by Gauss quadrature to rounding error.
     """
 
     def curve(lower: npt.NDArray[np.bool_], angle: Array) -> Array:
@@ -65,9 +67,9 @@ def _moons() -> Density:
 
 
 def _rings() -> Density:
-    """Circles around the origin with normal noise, each as likely as the others.
+    """Circles around the origin with normal noise, of equal probability.
 
-    Of one of radius R the density at a distance r is exp(-(r^2 + R^2) / 2 s^2) I0(r R / s^2) / 2 pi s^2.
+    For a circle of radius R, the density at a distance r is exp(-(r^2 + R^2) / 2 s^2) I0(r R / s^2) / 2 pi s^2.
     """
     radii = np.array(_RADII)
 
@@ -87,7 +89,7 @@ def _rings() -> Density:
 
 
 def _pinwheel(count: int, generator: np.random.Generator) -> Array:
-    """Five arms: clouds that are longer than wide, turned the further the further out."""
+    """Five arms: elongated clouds, with a rotation that grows with the distance from the origin."""
     along, across = generator.normal(size=(2, count)) * [[0.3], [0.1]] + [[1.0], [0.0]]
     angle = 2 * math.pi * generator.integers(0, 5, count) / 5 + 0.25 * np.exp(along)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -95,7 +97,7 @@ def _pinwheel(count: int, generator: np.random.Generator) -> Array:
 
 
 def _eight_gaussians() -> Density:
-    """Normal distributions around eight points of a circle."""
+    """Normal distributions centred on eight points of a circle."""
     angle = math.pi * np.arange(8) / 4
     centres = 2 * math.sqrt(2) * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
 
@@ -131,4 +133,4 @@ PLANAR_DENSITIES: dict[str, Callable[[], Density]] = {
     "8gaussians": _eight_gaussians,
     "checkerboard": _checkerboard,
 }
-"""The densities by the names that configurations use."""
+"""Densities by their names in configurations."""

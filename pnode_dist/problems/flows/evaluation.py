@@ -1,6 +1,6 @@
-"""The evaluation of a flow: the likelihood of unseen rows, samples of the flow, and the integral of its density.
+"""Evaluation of a flow: the likelihood of unseen rows, samples of the flow, and the integral of its density.
 
-Each state rank takes a part of the rows; what it finds is gathered on all of them, so that every figure is the same on
+Each state rank processes a part of the rows. Results are gathered on all state ranks, so every value is the same on
 every rank. All traces are exact.
 """
 
@@ -29,8 +29,10 @@ _PATHS, _PIECES = 60, 12
 
 @dataclass(frozen=True)
 class SpreadFlow:
-    """A flow, computing in `dtype`, of samples that are spread over the state ranks of `mesh`: so many as
-    `partition_of` says, which gives one object for each number of samples."""
+    """A flow in `dtype` of samples distributed over the state ranks of `mesh`.
+
+    `partition_of` returns the distribution of a number of samples, always the same object for the same number.
+    """
 
     flow: ContinuousFlow
     mesh: Mesh
@@ -38,13 +40,14 @@ class SpreadFlow:
     dtype: torch.dtype
 
     def log_density(self, rows: Rows) -> Array:
-        """The log density `[row]` in nats of whole `rows` `[row, dimension]`. Collective on the state ranks."""
+        """Return the log density `[row]` in nats of all `rows` `[row, dimension]`. Collective on the state ranks."""
         return self.over(lambda part: (self.flow(part).log_density,), rows)[0]
 
     def over(self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], rows: Rows) -> tuple[Array, ...]:
-        """Apply `function` to each of the `rows`; whole on every rank, in float64. Collective on the state ranks.
+        """Apply `function` to all `rows`. Returns whole results on every rank, float64. Collective on the state ranks.
 
-        They are taken in blocks, whose size the derivatives of each row allow, and each rank does its part of a block.
+        Processes the rows in blocks, each rank its part of a block. The number of derivatives per row limits the block
+        size.
         """
         blocks = math.ceil(rows.size / (_DERIVATIVES_AT_ONCE * self.mesh.state_ranks))
         found = []
@@ -60,14 +63,15 @@ class SpreadFlow:
 def judge(
     spread: SpreadFlow, data: FlowsData, base: Array, cells: int | None
 ) -> tuple[dict[str, Any], dict[str, Variable]]:
-    """The figures of a flow, and the variables of its file. Collective on the state ranks.
+    """Return the evaluation of a flow, and the variables of its file. Collective on the state ranks.
 
     Log-likelihoods are means over the test rows with their standard errors, in nats: of the flow, of the normal
-    distribution that fits the rows to learn from best, and of the true density where it is known; `short_of_truth` is
-    what the flow lacks of that. Samples are drawn from the flow for the noise `base`; going back from them,
-    `inversion_error` is the largest difference to that noise, and `log_density_error` the largest to the log density
-    that drawing them found. With `cells`, for a density in the plane, it is mapped on so many cells along each axis of
-    a box that reaches beyond all rows by a quarter of their width on each side, and `integral` is its sum over them.
+    distribution fitted to the training rows, and of the true density if known. `short_of_truth` is the shortfall of the
+    flow against the true density. The flow maps the noise `base` to samples. The inverse map of these samples gives
+    `inversion_error`, the largest difference to `base`, and `log_density_error`, the largest difference to the log
+    density found in sampling. With `cells`, a density in the plane is mapped on that many cells along each axis of a
+    box. The box extends beyond all rows by a quarter of their width on each side. `integral` is the integral of the
+    density over the box.
     """
     flow, test = spread.flow, data.test.astype(np.float64)
     known = {
@@ -103,7 +107,7 @@ def judge(
 
 
 def _map(spread: SpreadFlow, data: FlowsData, cells: int) -> dict[str, Variable]:
-    """Log densities `[y, x]` at the centres of cells, the true one if it is known."""
+    """Return log densities `[y, x]` at the cell centres, with the true one if it is known."""
     rows = np.concatenate([data.training, data.validation, data.test]).astype(np.float64)
     low, high = rows.min(axis=0), rows.max(axis=0)
     width = (1 + 2 * _MARGIN) * float((high - low).max())
@@ -118,6 +122,6 @@ def _map(spread: SpreadFlow, data: FlowsData, cells: int) -> dict[str, Variable]
 
 
 def _moments(values: Array) -> dict[str, float]:
-    """The mean, and its standard error."""
+    """Return the mean and its standard error."""
     error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return {"nats": float(values.mean()), "standard_error": error}

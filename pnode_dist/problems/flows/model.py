@@ -1,12 +1,12 @@
-"""Continuous normalizing flows: samples and their log density, carried along by a learnt velocity.
+"""Continuous normalizing flows: samples and their log density, transported by a learnt velocity.
 
 W. Grathwohl et al.: FFJORD: free-form continuous dynamics for scalable reversible generative models, ICLR 2019 (here
 "FFJORD"). C. Finlay et al.: How to train your neural ODE: the world of Jacobian and kinetic regularization, ICML 2020
 ("RNODE").
 
-`FlowDynamics` is a right-hand side and independent of solvers; `ContinuousFlow` is made of solves of such, which are
-called as `pnode_dist.NeuralODE` is, by whatever method. Nothing here communicates by itself: a rank
-holds whole samples.
+`FlowDynamics` is a right-hand side and independent of solvers. `ContinuousFlow` consists of solves of such right-hand
+sides, with the call signature of `pnode_dist.NeuralODE` and any method. This module does not communicate by itself: a
+rank holds whole samples.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FIRST_OUTPUT = 0.5
 
 
 class Velocity(Protocol):
-    """A module that gives a velocity field and its derivatives, see `ConcatSquashPerceptron.with_tangents`."""
+    """Interface of a velocity field with derivatives, see `ConcatSquashPerceptron.with_tangents`."""
 
     def with_tangents(
         self, t: torch.Tensor, x: torch.Tensor, tangents: torch.Tensor
@@ -44,12 +44,12 @@ class FlowDynamics(nn.Module):
     """d/dt (z, log p, ...) of samples z `[sample, dimension]` with log densities `[sample]` in a velocity v(t, z).
 
     dz/dt = v and d log p/dt = -tr(dv/dz) (R. T. Q. Chen et al.: Neural ordinary differential equations, NeurIPS 2018,
-    theorem 1). `charges` names further parts of the state, `[sample]` each, that add up over time: `kinetic` |v|^2,
-    `jacobian` the squared Frobenius norm of dv/dz (RNODE).
+    theorem 1). `charges` names further parts of the state, `[sample]` each, that are integrals over time: `kinetic` of
+    |v|^2, `jacobian` of the squared Frobenius norm of dv/dz (RNODE).
 
     With noise e `[sample, dimension]`, of zero mean and unit covariance and the same during a solve, e.(dv/dz) e and
-    |(dv/dz) e|^2 stand for trace and norm, whose expectations they are (M. F. Hutchinson 1990; FFJORD, section 3.1).
-    Without noise both are exact, at the cost of a derivative for each dimension. Neither needs gradients to be on.
+    |(dv/dz) e|^2 are unbiased estimates of trace and norm (M. F. Hutchinson 1990; FFJORD, section 3.1). Without noise
+    both are exact, at the cost of one derivative per dimension. Neither requires gradients to be enabled.
     """
 
     basis: torch.Tensor
@@ -61,12 +61,12 @@ class FlowDynamics(nn.Module):
         self.register_buffer("basis", torch.eye(dimension, dtype=torch.float64).unsqueeze(1), persistent=False)
 
     def start(self, samples: torch.Tensor, log_density: torch.Tensor | None = None) -> Parts:
-        """The state of `samples` at the start of a solve, with a log density of zero unless it is given."""
+        """Return the initial state of `samples` for a solve, with a log density of zero unless it is given."""
         zero = samples.new_zeros(len(samples))
         return (samples, zero if log_density is None else log_density, *(zero for _ in self.charges))
 
     def forward(self, t: torch.Tensor, state: Parts, noise: torch.Tensor | None = None) -> Parts:
-        """The rates of change, part by part. Not collective."""
+        """Return the rates of change, part by part. Not collective."""
         directions = self.basis if noise is None else noise.unsqueeze(0)
         velocity, derivatives = self.velocity.with_tangents(t, state[0], directions)
         if noise is None:
@@ -80,7 +80,7 @@ class FlowDynamics(nn.Module):
 
 
 class Whitening(nn.Module):
-    """The linear map of rows x = m + L y with the `mean` m `[dimension]` and the lower triangular `factor` L to y."""
+    """Linear map from rows x = m + L y to y, with the `mean` m `[dimension]` and the lower triangular `factor` L."""
 
     mean: torch.Tensor
     factor: torch.Tensor
@@ -91,22 +91,25 @@ class Whitening(nn.Module):
         self.register_buffer("factor", factor, persistent=False)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """The white rows `[row, dimension]`."""
+        """Return the whitened rows `[row, dimension]`."""
         white: torch.Tensor = torch.linalg.solve_triangular(self.factor, (rows - self.mean).T, upper=False).T
         return white
 
     def back(self, white: torch.Tensor) -> torch.Tensor:
-        """The rows `[..., dimension]` of white ones."""
+        """Return the rows `[..., dimension]` of whitened rows."""
         return self.mean + white @ self.factor.T
 
     def log_volume(self) -> torch.Tensor:
-        """By how much log densities of rows are less than those of white rows."""
+        """Return log det L, the log density of whitened rows less that of the rows."""
         return self.factor.diagonal().log().sum()
 
 
 class FlowDensity(NamedTuple):
-    """Densities of samples by a flow: their places in the base space `[sample, dimension]`, the log of their density
-    `[sample]` in nats, and the integrals of the charges `[sample]` each."""
+    """Densities of samples by a flow.
+
+    `base` `[sample, dimension]` are the samples' positions in the base space, `log_density` `[sample]` is in nats, and
+    `charges` are the integrals of the charges, `[sample]` each.
+    """
 
     base: torch.Tensor
     log_density: torch.Tensor
@@ -114,12 +117,12 @@ class FlowDensity(NamedTuple):
 
 
 class ContinuousFlow(nn.Module):
-    """Flows one after another from data at time 0 to standard normal noise at `time`, and back.
+    """Consecutive flows from data at time 0 to standard normal noise at `time`, and back.
 
-    `solves` are modules that are called as `solve(state, times, *args)`, with a tuple of parts and two times, and
-    return each part at the second, like a `NeuralODE` with `last_only`; `dynamics` are the right-hand sides that they
-    solve, in the same order, called as `dynamics(t, state, *args)`. With `whitening` the first takes samples that it
-    has made white. Collective as the solves are.
+    `solves` are modules called as `solve(state, times, *args)`, with a tuple of parts and two times. Each returns the
+    parts at the second time, like a `NeuralODE` with `last_only`. `dynamics` are their right-hand sides in the same
+    order, called as `dynamics(t, state, *args)`. With `whitening`, the first flow starts from whitened samples.
+    Collective as the solves are.
     """
 
     def __init__(
@@ -131,31 +134,36 @@ class ContinuousFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.solves = nn.ModuleList(solves)
-        # Their parameters are those of the solves.
+        # A tuple keeps them unregistered: their parameters belong to the solves.
         self._dynamics = tuple(dynamics)
         self.time = time
         self.whitening = whitening
 
     def spread_over(self, partition: Partition) -> None:
-        """Say how the samples of the next calls lie on ranks: one object for each way, the same on all of them."""
+        """Set the distribution of samples over ranks for the next calls.
+
+        All ranks pass the same distribution, and the same object each time.
+        """
         for solve in self.solves:
             cast("NeuralODE", solve).partition = partition
 
     @property
     def charges(self) -> tuple[str, ...]:
-        """The names of what the flow is charged for."""
+        """Names of the charges of the flow."""
         return self._dynamics[0].charges
 
     def start(self, samples: torch.Tensor) -> Parts:
-        """The state at the start of the first solve: `samples`, and the change of their log density so far."""
+        """Return the initial state of the first solve: `samples`, and the change of log density due to whitening."""
         if self.whitening is None:
             return self._dynamics[0].start(samples)
         volume = self.whitening.log_volume().expand(len(samples))
         return self._dynamics[0].start(self.whitening(samples), volume)
 
     def forward(self, samples: torch.Tensor, noise: torch.Tensor | None = None) -> FlowDensity:
-        """Where `samples` `[sample, dimension]` come from, and how likely they are; with `noise` by Hutchinson's
-        estimate."""
+        """Map `samples` `[sample, dimension]` to the base space, and return their densities.
+
+        With `noise`, uses Hutchinson's estimate.
+        """
         state = self.start(samples)
         for solve in self.solves:
             state = solve(state, (0.0, self.time), *(() if noise is None else (noise,)))
@@ -163,7 +171,7 @@ class ContinuousFlow(nn.Module):
         return FlowDensity(base, standard_normal(base) - change, tuple(charges))
 
     def sample(self, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The samples that the flow makes of noise `base` `[sample, dimension]`, and their log densities `[sample]`."""
+        """Map noise `base` `[sample, dimension]` to samples, and return these and their log densities `[sample]`."""
         state = self._dynamics[-1].start(base, standard_normal(base))
         for solve in reversed(self.solves):
             state = solve(state, (self.time, 0.0))
@@ -172,7 +180,7 @@ class ContinuousFlow(nn.Module):
         return self.whitening.back(state[0]), state[1] - self.whitening.log_volume()
 
     def paths(self, base: torch.Tensor, pieces: int) -> torch.Tensor:
-        """The ways `[time, sample, dimension]` from noise to samples, each flow's at `pieces` later times."""
+        """Return the paths `[time, sample, dimension]` from noise to samples, with `pieces` further times per flow."""
         state, passed = self._dynamics[-1].start(base), [base.unsqueeze(0)]
         times = [self.time * (1 - number / pieces) for number in range(pieces + 1)]
         for solve in reversed(self.solves):
@@ -191,9 +199,9 @@ def continuous_flow(
     solve: Callable[[FlowDynamics], nn.Module],
     whitening: Whitening | None = None,
 ) -> ContinuousFlow:
-    """The configured flow of samples with `dimension` entries, computing in `dtype`, its parameters fixed by `seed`.
+    """Build the configured flow of samples with `dimension` entries in `dtype`. `seed` determines its parameters.
 
-    `solve` makes of each right-hand side the module that solves it; see `ContinuousFlow`, also for `whitening`. Not
+    `solve` makes the solving module of each right-hand side. See `ContinuousFlow` for `solve` and `whitening`. Not
     collective.
     """
     charges = tuple(name for name in (KINETIC, JACOBIAN) if getattr(config, name) > 0)
@@ -209,5 +217,5 @@ def continuous_flow(
 
 
 def standard_normal(z: torch.Tensor) -> torch.Tensor:
-    """The log of the standard normal density `[sample]` at `z` `[sample, dimension]`."""
+    """Return the log of the standard normal density `[sample]` at `z` `[sample, dimension]`."""
     return -0.5 * (z.square().sum(dim=-1) + z.shape[-1] * math.log(2 * math.pi))

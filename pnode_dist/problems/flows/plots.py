@@ -1,4 +1,4 @@
-"""The picture of a flow: what it draws beside the data, the density that it has learnt, and how well it fits."""
+"""Plot of a flow: its samples beside the data, the learnt density, and the quality of the fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PAIRS = 4
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
-    """Draw `report.png` from the forecast file, evaluate's table and the metrics file if there is one. For one rank."""
+    """Draw `report.png` from the forecast file, evaluate's table and the metrics file if present. Call on one rank."""
     with report_figure(path, forecast, _SIZE) as (figure, file):
         (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.1, 1))
         if "log_density" in file:
@@ -49,7 +49,7 @@ def _title(result: Mapping[str, Any]) -> str:
 
 
 def _draw_plane(figure: SubFigure, file: h5py.File) -> None:
-    """Test rows, samples, and maps of the learnt and, if it is known, of the true density."""
+    """Draw test rows, samples, and maps of the learnt and, if known, of the true density."""
     x, y = file["x"][:], file["y"][:]
     extent = (1.5 * x[0] - 0.5 * x[1], 1.5 * x[-1] - 0.5 * x[-2], 1.5 * y[0] - 0.5 * y[1], 1.5 * y[-1] - 0.5 * y[-2])
     maps = {"log_density": "Density of the flow", "true_log_density": "True density"}
@@ -72,7 +72,7 @@ def _draw_plane(figure: SubFigure, file: h5py.File) -> None:
 
 
 def _draw_pairs(figure: SubFigure, file: h5py.File) -> None:
-    """Test rows beside samples, some pairs of columns."""
+    """Draw test rows beside samples for some pairs of columns."""
     test, samples = file["test"][:_SHOWN], file["samples"][:_SHOWN]
     columns = test.shape[1]
     pairs = [(first, (first + 1) % columns) for first in range(0, columns, 2)][:_PAIRS]
@@ -80,7 +80,7 @@ def _draw_pairs(figure: SubFigure, file: h5py.File) -> None:
         size = 4 if len(test) > 300 else 12
         axis.scatter(samples[:, first], samples[:, second], s=5, color=MODEL_COLOUR, alpha=0.5, linewidths=0)
         axis.scatter(test[:, first], test[:, second], s=size, color=OTHER_COLOUR, alpha=0.6, linewidths=0)
-        # A few far samples must not hide the rest.
+        # Limit the range, so that a few far samples do not hide the others.
         both = np.concatenate([test[:, (first, second)], samples[:, (first, second)]])
         low, high = np.percentile(both, [0.3, 99.7], axis=0)
         margin = 0.12 * (high - low)
@@ -93,7 +93,7 @@ def _draw_pairs(figure: SubFigure, file: h5py.File) -> None:
 
 
 def _draw_training(axis: Axes, metrics_file: Path) -> None:
-    """The training loss of each step, which may be negative, and the validation rows' negative log-likelihood."""
+    """Draw the training loss of each step, which may be negative, and the validation rows' negative log-likelihood."""
     records = list(metrics.read(metrics_file)) if metrics_file.exists() else []
     steps = [record for record in records if record["kind"] == "step" and record["loss"] is not None]
     axis.set_title("Training")
@@ -113,7 +113,7 @@ def _draw_training(axis: Axes, metrics_file: Path) -> None:
         markersize=4,
         label="validation rows",
     )
-    # The first steps are far off, and are not what is to be seen.
+    # Losses of the first steps are far larger and would hide the later ones.
     low, high = np.percentile(np.concatenate([losses, figures]), [0, 97])
     axis.set_ylim(low - 0.06 * (high - low), high + 0.15 * (high - low))
     axis.set_xlabel("optimiser step")
@@ -123,7 +123,7 @@ def _draw_training(axis: Axes, metrics_file: Path) -> None:
 
 
 def _draw_fit(axis: Axes, file: h5py.File) -> None:
-    """The flow's log density of each test row against the true one, or that of the fitted normal distribution."""
+    """Draw the flow's log density of each test row against the true one, or that of the fitted normal distribution."""
     name = "truth" if "test_log_density_truth" in file else "fitted_normal"
     across, learnt = file[f"test_log_density_{name}"][:], file["test_log_density_flow"][:]
     axis.scatter(across, learnt, s=6, color=MODEL_COLOUR, alpha=0.4, linewidths=0)
@@ -141,7 +141,7 @@ def _draw_fit(axis: Axes, file: h5py.File) -> None:
 
 
 def _draw_paths(axis: Axes, file: h5py.File) -> None:
-    """The ways on which samples come from noise."""
+    """Draw the paths from noise to samples."""
     paths = file["paths"][:]
     axis.plot(*np.moveaxis(paths, -1, 0), color=TRUTH_COLOUR, linewidth=0.8, alpha=0.7)
     for points, colour, label in ((paths[0], TRUTH_COLOUR, "noise"), (paths[-1], MODEL_COLOUR, "samples")):
@@ -152,7 +152,7 @@ def _draw_paths(axis: Axes, file: h5py.File) -> None:
 
 
 def _draw_histograms(axis: Axes, file: h5py.File) -> None:
-    """The distributions of the log densities of test rows and of samples."""
+    """Draw the distributions of the log densities of test rows and of samples."""
     test, samples = file["test_log_density_flow"][:], file["sample_log_density"][:]
     low, high = np.percentile(np.concatenate([test, samples]), [0.5, 100])
     bins = np.linspace(low, high + 0.02 * (high - low), 40)

@@ -1,4 +1,4 @@
-"""The flows problem: learn the density of samples by a continuous normalizing flow, and draw from it."""
+"""Flows problem: learn the density of samples by a continuous normalizing flow, and draw from it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ _CHECKED = 64
 class SampleBatch:
     """This rank's part of a replica's share of a batch.
 
-    `samples` are `[sample_local, dimension]`, `noise` of the same shape is Hutchinson's, None for exact traces. `count`
-    are the samples of the replica, and `partition` how they lie on its ranks.
+    `samples` are `[sample_local, dimension]`. `noise` of the same shape is for Hutchinson's estimate, None for exact
+    traces. `count` is the number of samples of the replica, and `partition` their distribution over its ranks.
     """
 
     samples: torch.Tensor
@@ -59,7 +59,7 @@ class FlowsProblem(TrainableProblem):
     units = "nats"
 
     def __init__(self, config: FlowsRun, mesh: Mesh, dtype: torch.dtype) -> None:
-        # The trajectories of all flows wait for the backward pass together.
+        # The trajectories of all flows are stored at the same time, until the backward pass.
         trajectory = config.trajectory.model_copy(update={"solves": config.trajectory.solves * config.model.flows})
         super().__init__(config.model_copy(update={"trajectory": trajectory}), mesh, dtype)
         self.data = agreed(mesh, lambda: load(config.problem))
@@ -72,10 +72,10 @@ class FlowsProblem(TrainableProblem):
         self.spread = SpreadFlow(self._model, mesh, self.partition_of, dtype)
 
     def partition_of(self, count: int) -> BatchPartition:
-        """The distribution of so many samples, one object for each number. Collective on the state ranks.
+        """Return the distribution of `count` samples, one object for each number. Collective on the state ranks.
 
-        By the object the ranks know which of their solvers belong together, also where a rank has as many samples of
-        one number as of another, or a replica none.
+        Solvers are cached by this object, so that ranks pair the same solvers. The local number of samples cannot serve
+        as the key: it may be equal for two different totals, and a replica may have no samples.
         """
         if count not in self._partitions:
             self._partitions[count] = BatchPartition(self.mesh, max(count, 1), (self.data.dimension,))
@@ -83,13 +83,13 @@ class FlowsProblem(TrainableProblem):
 
     @property
     def partition(self) -> BatchPartition:
-        """The distribution of a replica's share of a whole batch."""
+        """Distribution of a replica's share of a whole batch."""
         size = min(self.config.training.batch_size, len(self.data.training))
         return self.partition_of(math.ceil(size / self.mesh.data_replicas))
 
     @property
     def model(self) -> ContinuousFlow:
-        """The flow."""
+        """Model of the problem, a flow."""
         return self._model
 
     def _solve(self, dynamics: FlowDynamics) -> NeuralODE:
@@ -98,9 +98,9 @@ class FlowsProblem(TrainableProblem):
         return self.neural_ode(dynamics, self.partition, last_only=True)
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[SampleBatch]:
-        """This replica's shares of an epoch's shuffled batches, of which each state rank has a part.
+        """Return this replica's shares of an epoch's shuffled batches, of which each state rank has a part.
 
-        The noise is drawn for whole batches, and fixed by the run's seed, the epoch and the batch.
+        The noise is drawn for whole batches. The run's seed, the epoch and the batch determine it.
         """
         rows, size = len(self.data.training), self.config.training.batch_size
         for number, share in enumerate(shared(range(rows), self.config, self.mesh, epoch, done), done):
@@ -109,7 +109,7 @@ class FlowsProblem(TrainableProblem):
             yield self._batch(np.array(share, dtype=np.int64), noise)
 
     def loss(self, model: nn.Module, batch: SampleBatch) -> torch.Tensor:
-        """This rank's share of the mean negative log density in nats, with what the flow is charged for."""
+        """Return this rank's share of the mean negative log density in nats, with the weighted charges of the flow."""
         self.model.spread_over(batch.partition)
         density: FlowDensity = model(batch.samples, batch.noise)
         total = -density.log_density.sum()
@@ -118,11 +118,11 @@ class FlowsProblem(TrainableProblem):
         return share_of_mean(total, batch.count, self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
-        """The mean negative log density of the validation rows, in nats, with exact traces."""
+        """Return the mean negative log density of the validation rows, in nats, with exact traces."""
         return {"validation_nll": -float(self.spread.log_density(self.data.validation).mean())}
 
     def solve_case(self) -> SolveCase:
-        """The first flow's solve of the first training batch."""
+        """Return the first flow's solve of the first training batch."""
         batch = next(self.batches(1))
         args = () if batch.noise is None else (batch.noise,)
         self.model.spread_over(batch.partition)
@@ -131,7 +131,7 @@ class FlowsProblem(TrainableProblem):
         )
 
     def gradcheck_case(self) -> GradcheckCase:
-        """The training loss of the first rows to learn from, as a function of them."""
+        """Return the training loss of the first training rows as a function of these rows."""
         count = min(_CHECKED, len(self.data.training))
         batch = self._batch(np.arange(count), self._noise((0, 0), count))
 
@@ -141,8 +141,10 @@ class FlowsProblem(TrainableProblem):
         return GradcheckCase(batch.samples.requires_grad_(), loss, tuple(self.model.parameters()), batch.partition)
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
-        """The log-likelihood of the test rows, beside what is known of it, and samples; writes `forecast.h5` and
-        `report.png`. See `pnode_dist.problems.flows.evaluation.judge`."""
+        """Return the log-likelihood of the test rows with references. Writes `forecast.h5` and `report.png`.
+
+        See `pnode_dist.problems.flows.evaluation.judge`.
+        """
         settings = self.config.evaluation
         shape = (settings.samples, self.data.dimension)
         base = np.random.default_rng([_BASE, self.config.run.seed]).normal(size=shape)
@@ -153,7 +155,7 @@ class FlowsProblem(TrainableProblem):
         return self.illustrated(result, run_directory)
 
     def _noise(self, key: tuple[int, int], count: int) -> Rows | None:
-        """Hutchinson's noise for so many samples, as the run's seed and `key` fix it; None for exact traces."""
+        """Draw Hutchinson's noise from the run's seed and `key`, or return None for exact traces."""
         settings = self.config.model
         if settings.trace == "exact":
             return None
@@ -163,7 +165,7 @@ class FlowsProblem(TrainableProblem):
         return 2.0 * generator.integers(0, 2, shape) - 1
 
     def _batch(self, rows: Rows, noise: Rows | None) -> SampleBatch:
-        """This state rank's part of the rows of these numbers, and of the noise that goes with them."""
+        """Return this state rank's part of the rows with these indices, and of their noise."""
         own = slice(*even_ranges(len(rows), self.mesh.state_ranks)[self.mesh.state_rank])
         return SampleBatch(
             torch.from_numpy(self.data.training[rows[own]]).to(self.dtype),

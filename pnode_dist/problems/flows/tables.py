@@ -1,7 +1,7 @@
-"""Tables to learn the density of: MAF's files, and tables that scikit-learn brings with it.
+"""Tables for density estimation: MAF's files, and tables included in scikit-learn.
 
 G. Papamakarios, T. Pavlakou, I. Murray: Masked autoregressive flow for density estimation, NeurIPS 2017 (MAF), with the
-steps of the code published with it. Rows are split and scaled here; nothing here communicates.
+steps of the code published with it. This module splits and scales the rows. It does not communicate.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _COLUMNS = {"power": 8, "miniboone": 43, "bsds300": 63}
 _FEWEST_ROWS = 20
 _SHUFFLE_SEED = 42
 _FEWEST_VALUES = 20
-# A value stands out if such a share of rows has it, and its density times the standard deviation of the column is so
-# large; for a normal distribution that is 0.4 at most.
+# A value stands out if its share of the rows exceeds `_COMMON`, and its density times the standard deviation of the
+# column exceeds `_SPIKE`. For a normal distribution that product is 0.4 at most.
 _COMMON, _SPIKE = 0.05, 5.0
 _CORRELATED = 0.98
 _TEST, _VALIDATION = 0.2, 0.1
 
 
 class Split(NamedTuple):
-    """Rows `[row, column]` to learn from, to validate with and to test on."""
+    """Rows `[row, column]` for training, validation and test."""
 
     training: Array
     validation: Array
@@ -41,9 +41,9 @@ class Split(NamedTuple):
 
 
 def published(name: str, directory: str) -> Split:
-    """`power`, `miniboone` or `bsds300` as MAF splits and scales it, in float32.
+    """Load `power`, `miniboone` or `bsds300`, split and scaled as in MAF, in float32.
 
-    Raises `ConfigurationError`, one line with the file, where it is missing, damaged or another table.
+    Raises `ConfigurationError`, one line with the file, if it is missing, damaged or another table.
     """
     path = Path(directory) / FILES[name]
     if not path.is_file():
@@ -57,7 +57,7 @@ def published(name: str, directory: str) -> Split:
         case "miniboone":
             rows = _array(path, _COLUMNS[name])
         case _:
-            # Patches of images, split and scaled before they were stored.
+            # The file holds patches of images that are already split and scaled.
             return Split(*(rows.astype(np.float32) for rows in _groups(path, _COLUMNS[name])))
     whole = _tenths(rows)
     known = np.concatenate([whole.training, whole.validation])
@@ -102,7 +102,7 @@ def _reason(error: Exception) -> str:
 
 
 def _without_ties(rows: Array) -> Array:
-    """POWER shuffled, without two of its columns, with noise as wide as the steps in which it was measured."""
+    """Return POWER shuffled, without two of its columns, with noise as wide as its measurement steps."""
     generator = np.random.RandomState(_SHUFFLE_SEED)
     generator.shuffle(rows)
     rows = np.delete(rows, (1, 3), axis=1)
@@ -115,7 +115,7 @@ def _without_ties(rows: Array) -> Array:
 
 
 def _tenths(rows: Array) -> Split:
-    """The last tenth to test on, the last tenth of the others to validate with."""
+    """Split off the last tenth for test, and the last tenth of the others for validation."""
     rest, test = rows[: -(len(rows) // 10)], rows[-(len(rows) // 10) :]
     return Split(rest[: -(len(rest) // 10)], rest[-(len(rest) // 10) :], test)
 
@@ -124,11 +124,13 @@ def _tenths(rows: Array) -> Split:
 
 
 def embedded(name: str, seed: int) -> Split:
-    """One of scikit-learn's tables in float64, split at random as `seed` says, scaled by the rows to learn from.
+    """Load one of scikit-learn's tables in float64, split at random by `seed` and scaled by the training rows.
 
-    Columns of few values are left out, and those with a value that stands out, and of two that are correlated by more
-    than 0.98 the second. Each value is moved by less than the smallest step of its column, at random: a density of
-    values that are rounded would have no bound. Raises `ConfigurationError` where scikit-learn is missing.
+    Omits columns with few distinct values, columns with a value that stands out, and the second of two columns with a
+    correlation above 0.98. Adds to each value random noise below the smallest step of its column, because the density
+    of rounded values is unbounded.
+
+    Raises `ConfigurationError` if scikit-learn is missing.
     """
     generator = np.random.default_rng(seed)
     rows = _continuous(_loader(name)(), generator)
@@ -151,12 +153,12 @@ def _loader(name: str) -> Callable[[], Array]:
 
 
 def _continuous(rows: Array, generator: np.random.Generator) -> Array:
-    """The columns that may have a density, without ties."""
+    """Return the columns that can have a density, without ties."""
     kept: list[Array] = []
     for column in rows.T:
         values, counts = np.unique(column, return_counts=True)
         steps = np.diff(values)
-        # Of steps that rounding alone has made there is nothing to fill.
+        # Ignore steps that stem from rounding errors alone.
         step = steps[steps > 1e-9 * np.abs(values).max()].min()
         share = counts.max() / len(column)
         stands_out = share > _COMMON and share / step > _SPIKE / column.std()
@@ -169,7 +171,7 @@ def _continuous(rows: Array, generator: np.random.Generator) -> Array:
 
 
 def _scaled(whole: Split, known: Array, dtype: Any) -> Split:
-    """All rows with zero mean and unit deviation of the `known` ones."""
+    """Scale all rows to zero mean and unit deviation of the `known` rows."""
     mean, deviation = known.mean(axis=0), known.std(axis=0)
     if not (deviation > 0).all():
         raise ConfigurationError(f"the table's column {int(np.argmin(deviation))} is constant: it has no density")

@@ -1,4 +1,4 @@
-"""CIFAR-10 as it is published, in its binary and in its Python form.
+"""Reader of CIFAR-10 as published, in its binary and in its Python form.
 
 A. Krizhevsky: Learning multiple layers of features from tiny images, technical report, University of Toronto (2009).
 Five files of 10,000 training images and one of test images: records of a label and 3,072 bytes, or a pickle of a
@@ -21,7 +21,7 @@ from pnode_dist.errors import ConfigurationError
 
 Bytes = npt.NDArray[np.uint8]
 Part = tuple[Bytes, npt.NDArray[np.int64]]
-"""Images `[samples, y, x, channels]` and their labels `[samples]`."""
+"""Images `[samples, y, x, channels]` and labels `[samples]`."""
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 RECORDS = 10_000
@@ -32,9 +32,10 @@ _FOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py")
 
 
 def read_cifar10(path: str) -> tuple[Part, Part]:
-    """The training and the test images in a folder, or in that of its folders that the published archive makes.
+    """Read the training and the test images from a folder, or from its subfolder created by the published archive.
 
-    Raises `ConfigurationError` in one line for a file that is missing, or is not what is published. Not collective.
+    Raises `ConfigurationError` in one line for a file that is missing or differs from the published form. Not
+    collective.
     """
     folder, suffix, read = _find(Path(path))
     try:
@@ -46,7 +47,7 @@ def read_cifar10(path: str) -> tuple[Part, Part]:
 
 
 def _find(path: Path) -> tuple[Path, str, Callable[[Path], Part]]:
-    """The folder that has files of one form, how their names end, and what reads one."""
+    """Return the folder with files of one form, the suffix of their names, and the reader of a file."""
     for folder in (path / name for name in _FOLDERS):
         for suffix, read in ((".bin", _read_binary), ("", _read_python)):
             if any((folder / f"{name}{suffix}").is_file() for name in _NAMES):
@@ -80,12 +81,12 @@ def _read_binary(path: Path) -> Part:
 
 def _read_python(path: Path) -> Part:
     try:
-        # Strings of Python 2 stay bytes.
+        # Keep strings of Python 2 as bytes.
         found = _Unpickler(io.BytesIO(_content(path)), encoding="bytes").load()
         pixels, labels = found[b"data"], found[b"labels"]
     except ConfigurationError:
         raise
-    except Exception as error:  # What a damaged pickle raises can be anything.
+    except Exception as error:  # A damaged pickle can raise any exception.
         raise ConfigurationError(
             f"{path.name} is damaged: must be a pickle of CIFAR-10's data and labels ({type(error).__name__})"
         ) from None
@@ -97,7 +98,7 @@ def _read_python(path: Path) -> Part:
 
 
 def _checked(path: Path, pixels: Bytes, labels: npt.NDArray[Any]) -> Part:
-    """Rows of bytes as images, and their labels if they are those of classes."""
+    """Return rows of bytes as images, with their labels. Checks that each label is a class."""
     wrong = np.flatnonzero((labels < 0) | (labels >= len(CLASSES)))
     if wrong.size:
         raise ConfigurationError(
@@ -108,13 +109,13 @@ def _checked(path: Path, pixels: Bytes, labels: npt.NDArray[Any]) -> Part:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles what the published files consist of: lists, dictionaries, numbers, strings and numpy's arrays.
+    """Unpickler restricted to the types in the published files: lists, dictionaries, numbers, strings and NumPy arrays.
 
-    A pickle can name nothing else, and so cannot run code.
+    A pickle cannot refer to any other object, and so cannot run code.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may name. Raises `UnpicklingError` for anything else."""
+        """Return an object that a pickle may refer to. Raises `UnpicklingError` for any other."""
         if (module, name) not in _NAMEABLE:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
         return _NAMEABLE[module, name]

@@ -1,4 +1,4 @@
-"""The data of the images problem: labelled images in three parts, and how those to learn from are varied."""
+"""Data of the images problem: labelled images in three parts, and random variations of the training images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SYNTHETIC_EDGE, _SYNTHETIC_WAVES, _NOISE = 32, 4, 40.0
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images `[samples, y, x, channels]` of bytes, and the numbers of their classes `[samples]`."""
+    """Images `[samples, y, x, channels]` of bytes, and their class indices `[samples]`."""
 
     images: npt.NDArray[np.uint8]
     labels: Integers
@@ -33,16 +33,16 @@ class LabelledImages:
         return len(self.labels)
 
     def at(self, numbers: Integers) -> LabelledImages:
-        """Those of the given numbers, in that order."""
+        """Return the images with the given indices, in that order."""
         return LabelledImages(self.images[numbers], self.labels[numbers])
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """All images, whole on every rank: to learn from, to watch training with, and to judge by.
+    """All images, whole on every rank: for training, validation and test.
 
-    Without a validation part that is the test part. `mean` and `deviation` `[channels]`, float64, are those of the
-    training images' points.
+    Without a validation part, `validation` is the test part. `mean` and `deviation` `[channels]`, float64, are over the
+    points of the training images.
     """
 
     training: LabelledImages
@@ -54,17 +54,17 @@ class ImageData:
 
     @property
     def watched(self) -> str:
-        """The name of the part that `validation` is."""
+        """Name of the part used as `validation`."""
         return "test" if self.validation is self.test else "validation"
 
     def normalised(self, images: npt.NDArray[np.uint8], dtype: torch.dtype) -> torch.Tensor:
-        """Images less the mean, over the deviation, of each channel, in `dtype`."""
+        """Subtract the mean of each channel and divide by its deviation, in `dtype`."""
         return ((torch.from_numpy(images).double() - self.mean) / self.deviation).to(dtype)
 
 
 @dataclass(frozen=True)
 class Moves:
-    """Variations of each training image in one epoch: the points it is moved by in y and x, and if it is mirrored.
+    """Variations of each training image in one epoch: shifts in y and x in points, and reflections.
 
     `shifts` is `[samples, 2]`, `mirrored` `[samples]`.
     """
@@ -73,7 +73,7 @@ class Moves:
     mirrored: npt.NDArray[np.bool_]
 
     def of(self, images: npt.NDArray[np.uint8], numbers: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """The images of these numbers, varied; what comes in at an edge is 0."""
+        """Return the varied images with these indices. Points shifted in at an edge are 0."""
         shifts, mirrored = self.shifts[list(numbers)], self.mirrored[list(numbers)]
         edge = int(np.abs(self.shifts).max(initial=0))
         padded = np.pad(images, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
@@ -87,7 +87,7 @@ class Moves:
 
 
 def draw_moves(config: ImagesConfig, samples: int, seed: int, epoch: int) -> Moves:
-    """The variations of the training images in an epoch, which `seed` and `epoch` fix. Not collective."""
+    """Draw the variations of the training images in an epoch from `seed` and `epoch`. Not collective."""
     generator = np.random.default_rng([_MOVES, seed, epoch])
     shifts = generator.integers(-config.shift, config.shift, (samples, 2), endpoint=True)
     mirrored = generator.random(samples) < 0.5
@@ -95,10 +95,10 @@ def draw_moves(config: ImagesConfig, samples: int, seed: int, epoch: int) -> Mov
 
 
 def load_images(config: ImagesConfig, mesh: Mesh) -> ImageData:
-    """The configured images, split and ready. Collective on the world.
+    """Load and split the configured images. Collective on the world.
 
-    Raises `ConfigurationError` on all ranks where files are missing or damaged, where scikit-learn is missing, and
-    where a part would have no image.
+    Raises `ConfigurationError` on all ranks if files are missing or damaged, if scikit-learn is needed but missing, or
+    if a part would have no image.
     """
     return agreed(mesh, lambda: _load(config))
 
@@ -123,9 +123,9 @@ def _load(config: ImagesConfig) -> ImageData:
 def split(
     whole: LabelledImages, share: float, name: str, generator: np.random.Generator
 ) -> tuple[LabelledImages, LabelledImages]:
-    """The rest, and a part in which every class has `share` of its images, both in the order of the whole.
+    """Split off a part with `share` of the images of every class. Returns the rest and the part, in original order.
 
-    Raises `ConfigurationError` where one of them has no image.
+    Raises `ConfigurationError` if either has no image.
     """
     taken = np.zeros(len(whole), dtype=bool)
     for label in np.unique(whole.labels):
@@ -150,7 +150,7 @@ def _digits() -> tuple[LabelledImages, tuple[str, ...]]:
 
 
 def _synthetic(config: ImagesConfig) -> tuple[LabelledImages, tuple[str, ...]]:
-    """Ten waves of colours under noise, in turn."""
+    """Generate images of ten coloured waves with noise, with the classes in turn."""
     generator = np.random.default_rng([_SYNTHETIC, config.seed])
     labels = np.arange(config.synthetic_images) % 10
     y, x = np.meshgrid(*2 * [np.arange(_SYNTHETIC_EDGE) / _SYNTHETIC_EDGE], indexing="ij")

@@ -1,12 +1,12 @@
-"""The network of the images problem: SqueezeNext, whose residual groups are solves of ordinary differential equations.
+"""Network of the images problem: SqueezeNext with residual groups as solves of ordinary differential equations.
 
 A. Gholami, K. Kwon, B. Wu, Z. Tai, X. Yue, P. Jin, S. Zhao, K. Keutzer: SqueezeNext: hardware-aware neural network
-design, CVPR workshops (2018), arXiv 1803.10615. As in the PNODE paper (see `pnode_dist.ode.odeint`) a group is an
-ordinary block that changes the numbers of channels and points, and then, in place of the blocks that change neither,
-u(1) of du/dt = f(t, u), u(0) = its output.
+design, CVPR workshops (2018), arXiv 1803.10615. As in the PNODE paper (see `pnode_dist.ode.odeint`) a group starts with
+an ordinary block that changes the numbers of channels and points. The blocks that change neither are replaced by u(1)
+of du/dt = f(t, u), where u(0) is the output of the ordinary block.
 
-States and images have their channels last, `[samples, y, x, channels]`. Convolutions see the same memory in torch's
-order of axes, which is its channels_last format.
+States and images have their channels last, `[samples, y, x, channels]`. Convolutions use the same memory in torch's
+order of axes, its channels_last format.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.batch import BatchPartition
 
 Block = Callable[[nn.Module], nn.Module]
-"""Makes of a right-hand side f(t, u) a module u(0) -> u(1)."""
+"""Makes a module u(0) -> u(1) from a right-hand side f(t, u)."""
 
 Normalisation = Callable[[int], nn.Module]
-"""Makes the normalisation of so many channels, `[samples, channels, y, x]`."""
+"""Makes the normalisation of a number of channels, `[samples, channels, y, x]`."""
 
 _AXES = 2
 
@@ -79,10 +79,9 @@ class Bottleneck(nn.Module):
 class SqueezedRate(nn.Module):
     """f(t, u) of a residual group: a `Bottleneck` that keeps the shape of `u` `[samples, y, x, channels]`.
 
-    Each sample is normalised by itself (torch.nn.GroupNorm with one group), where the paper's code has batch norms
-    with as many parameters: f must not depend on the other samples of a batch, or on how often it has been evaluated.
-    It does not depend on t. At first its mean square is 1/16, so that many groups in a row are not rough in their
-    parameters.
+    Each sample is normalised alone (torch.nn.GroupNorm with one group). The paper's code uses batch norms with the same
+    number of parameters, but f must not depend on the other samples of a batch or on the number of evaluations. f does
+    not depend on t. Its initial mean square is 1/16, so that a chain of many groups depends smoothly on its parameters.
     """
 
     def __init__(self, channels: int, activation: str) -> None:
@@ -100,10 +99,10 @@ class SqueezedRate(nn.Module):
 
 
 class Transition(nn.Module):
-    """An ordinary residual block: a `Bottleneck` beside a 1x1 convolution, to other numbers of channels and points.
+    """Ordinary residual block that changes the numbers of channels and points: a `Bottleneck` beside a 1x1 convolution.
 
-    It squeezes by a quarter where channels become fewer, not at all where points do, and else by half, as the paper's
-    code does.
+    Squeezes to a quarter if the number of channels decreases, not at all if the number of points decreases, and to half
+    otherwise, as in the paper's code.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, activation: str, normalisation: Normalisation) -> None:
@@ -116,18 +115,19 @@ class Transition(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[samples, inputs, y, x]` -> `[samples, outputs, y / stride, x / stride]`."""
-        # All that 1x1 convolutions with a stride would look at; oneDNN corrupts memory in some of their derivatives.
+        # Select the points that a strided 1x1 convolution would use: oneDNN corrupts memory in some derivatives of
+        # those.
         x = x[:, :, :: self.stride, :: self.stride]
         return self.activation(self.bottleneck(x) + self.shortcut(x))
 
 
 class SqueezeNext(nn.Module):
-    """Images `[samples, y, x, channels]` -> scores `[samples, classes]`, of which softmax makes probabilities.
+    """Images `[samples, y, x, channels]` -> scores `[samples, classes]`. Softmax turns scores into probabilities.
 
-    A stem of `stem` channels, a group for each of `widths`, whose first layer has the stride of `strides`, and a head
-    of `features` channels, averaged over the image. `block(f)` makes the solve of a group from its right-hand side;
-    `normalisation(channels)` the normalisation of the ordinary layers, which on several ranks has to be
-    `pnode_dist.nn.SyncBatchNorm`. `widths` and `stem` are multiples of 4.
+    Consists of a stem of `stem` channels, a group for each of `widths`, and a head of `features` channels that is
+    averaged over the image. The first layer of a group has its stride from `strides`. `block(f)` makes the solve of a
+    group from its right-hand side. `normalisation(channels)` makes the normalisation of the ordinary layers. On several
+    ranks it must be `pnode_dist.nn.SyncBatchNorm`. `widths` and `stem` are multiples of 4.
 
     The defaults are those of SqNxt_23_1x as the PNODE paper uses it for images of 3 x 32 x 32: 459,474 parameters, of
     which the right-hand sides have 199,800, the paper's number. Parameters are drawn from torch's generator.
@@ -164,12 +164,12 @@ class SqueezeNext(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def first_state(self, images: torch.Tensor) -> torch.Tensor:
-        """The initial state of the first group's solve. Collective as the normalisations are."""
+        """Return the initial state of the first group's solve. Collective as the normalisations are."""
         x = self.activation(self.stem(channels_first(images, _AXES)))
         return channels_last(self.transitions[0](x), images, _AXES)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The scores. Collective as the blocks and the normalisations are."""
+        """Return the scores. Collective as the blocks and the normalisations are."""
         u = self.blocks[0](self.first_state(images))
         for transition, block in zip(self.transitions[1:], self.blocks[1:], strict=True):
             u = block(channels_last(transition(channels_first(u, _AXES)), u, _AXES))
@@ -179,10 +179,12 @@ class SqueezeNext(nn.Module):
 
 
 class OdeBlock(nn.Module):
-    """u(0) -> u(1) by a `NeuralODE` with `last_only`, of samples that are spread over the state ranks of a mesh.
+    """u(0) -> u(1) by a `NeuralODE` with `last_only`, for samples distributed over the state ranks of a mesh.
 
-    Consecutive samples are on each rank, as `BatchPartition` splits their number. `forward` is collective on the state
-    ranks, and so is its backward. Raises `ValueError` where a rank has another share of the samples.
+    Each rank holds consecutive samples, split as by `BatchPartition`. `forward` and its backward pass are collective on
+    the state ranks.
+
+    Raises `ValueError` if a rank holds a different share of the samples.
     """
 
     def __init__(self, solve: NeuralODE, mesh: Mesh) -> None:
@@ -192,15 +194,15 @@ class OdeBlock(nn.Module):
         self._partitions: dict[tuple[int, tuple[int, ...]], BatchPartition] = {}
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
-        """u(1). Collective on the state ranks."""
+        """Return u(1). Collective on the state ranks."""
         self.place(u)
         after: torch.Tensor = self.solve(u, (0.0, 1.0))
         return after
 
     def place(self, u: torch.Tensor) -> None:
-        """Tell the solve how the samples of `u` lie on the ranks. Collective on the state ranks.
+        """Set the partition of the solve to the distribution of the samples of `u`. Collective on the state ranks.
 
-        A replica without samples has nothing to communicate.
+        A replica without samples does not communicate and gets no partition.
         """
         samples = int(self._mesh.sum(torch.tensor([len(u)]), over="state").item())
         self.solve.partition = self._partition(samples, tuple(u.shape[1:])) if samples else None
@@ -212,7 +214,7 @@ class OdeBlock(nn.Module):
             )
 
     def _partition(self, samples: int, shape: tuple[int, ...]) -> BatchPartition:
-        # Solves are remembered by their partition.
+        # Reuse the object: solves are cached by their partition.
         if (samples, shape) not in self._partitions:
             self._partitions[samples, shape] = BatchPartition(self._mesh, samples, shape)
         return self._partitions[samples, shape]

@@ -1,4 +1,4 @@
-"""The picture of an images run: how it was learnt, which classes are taken for which, and the missed images."""
+"""Plot of an images run: training curves, the confusion matrix, and misclassified images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLOURS = "Blues"
 
 
 def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[str, Any]) -> None:
-    """Draw `report.png` from the forecast file and the metrics file if there is one. For one rank."""
+    """Draw `report.png` from the forecast file and the metrics file if present. Call on one rank."""
     with report_figure(path, forecast, _SIZE) as (figure, file):
         labels, probabilities, images = (file[name][:] for name in ("label", "probability", "image"))
         classes = [name.decode() for name in file["class"][:]]
@@ -37,11 +37,11 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
 
 
 def _draw_confusion(axis: Axes, labels: Array, taken: Array, classes: list[str]) -> None:
-    """The confusion matrix: images of a class in each row, counted by predicted class, coloured by their share."""
+    """Draw the confusion matrix: images of a class in each row, counted by predicted class, coloured by their share."""
     counts = np.zeros(2 * (len(classes),), dtype=int)
     np.add.at(counts, (labels, taken), 1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # The few that are missed are to be seen beside the many that are not.
+    # Keep the few misclassified images visible beside the many correct ones.
     axis.imshow(np.sqrt(shares), cmap=_COLOURS, vmin=0, vmax=1)
     for row, column in np.argwhere(counts):
         shade = "white" if shares[row, column] > 0.4 else "black"
@@ -57,7 +57,7 @@ def _draw_confusion(axis: Axes, labels: Array, taken: Array, classes: list[str])
 
 
 def _draw_missed(panel: SubFigure, images: Array, labels: Array, probabilities: Array, classes: list[str]) -> None:
-    """The missed images of which the network was surest."""
+    """Draw the misclassified images with the highest predicted probability."""
     taken = probabilities.argmax(axis=1)
     missed = np.flatnonzero(taken != labels)
     missed = missed[np.argsort(-probabilities[missed, taken[missed]], kind="stable")][:_SHOWN]

@@ -1,4 +1,4 @@
-"""The images problem: learn to tell classes of images apart by a network that solves equations in between."""
+"""Images problem: classify images by a convolutional network with ODE blocks."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _CHECKED_IMAGES = 32
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """This rank's images of a batch, normalised, `[samples_local, y, x, channels]`, and their classes.
+    """This rank's images of a batch, normalised, `[samples_local, y, x, channels]`, and their class indices.
 
-    `numbers` are those of the replica's images in their part, of which consecutive ones are on each state rank.
+    `numbers` are the indices of the replica's images in their part. Each state rank holds consecutive ones.
     """
 
     images: torch.Tensor
@@ -69,7 +69,7 @@ def _check_sizes(config: ImagesRun, data: ImageData, mesh: Mesh) -> None:
 
 
 def _model(config: ImagesRun, data: ImageData, mesh: Mesh, dtype: torch.dtype) -> SqueezeNext:
-    """The network with the parameters that the run's seed fixes. Its solves share one budget."""
+    """Build the network, with parameters determined by the run's seed. Its solves share one budget."""
     settings = config.model
     trajectory = config.trajectory.build(len(settings.widths))
 
@@ -91,21 +91,22 @@ def _model(config: ImagesRun, data: ImageData, mesh: Mesh, dtype: torch.dtype) -
         )
     network.to(dtype)
     for value in network.parameters():
-        # Convolutions of channels-last images give theirs in another layout than DistributedDataParallel keeps.
+        # Convolutions of channels-last images return gradients in a different layout than DistributedDataParallel
+        # keeps.
         value.register_hook(_in_order_of_axes)  # type: ignore[no-untyped-call]
     return network
 
 
 def _in_order_of_axes(gradient: torch.Tensor) -> torch.Tensor:
-    """The same values in plain strides, those of axes of length 1 too."""
+    """Return the same values with contiguous strides, also along axes of length 1."""
     return gradient.flatten().view(gradient.shape)
 
 
 class ImagesProblem(TrainableProblem):
-    """Tell images of classes apart by a convolutional network with ODE blocks.
+    """Classification of images by a convolutional network with ODE blocks.
 
-    A state is a batch of images, whose samples are spread over the state ranks. Batch norms take their statistics over
-    all ranks, so that the replicas train as one.
+    A state is a batch of images with its samples distributed over the state ranks. Batch norms use statistics over all
+    ranks, so the replicas train as one model.
     """
 
     config: ImagesRun
@@ -125,17 +126,17 @@ class ImagesProblem(TrainableProblem):
 
     @property
     def model(self) -> SqueezeNext:
-        """The network."""
+        """Network of the problem."""
         return self._model
 
     @property
     def partition(self) -> BatchPartition:
-        """The distribution of the largest share of a batch over the state ranks."""
+        """Distribution of the largest share of a batch over the state ranks."""
         share = math.ceil(self.config.training.batch_size / self.mesh.data_replicas)
         return BatchPartition(self.mesh, share, self.data.training.images.shape[1:])
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[ImageBatch]:
-        """This rank's training images of an epoch, shuffled and varied as (seed, epoch) say."""
+        """Return this rank's training images of an epoch, shuffled and varied by (seed, epoch)."""
         training = self.data.training
         moves = draw_moves(self.config.problem, len(training), self.config.run.seed, epoch)
         for numbers in shared(range(len(training)), self.config, self.mesh, epoch, done):
@@ -145,12 +146,12 @@ class ImagesProblem(TrainableProblem):
             yield dataclasses.replace(batch, images=self.data.normalised(varied, self.dtype))
 
     def loss(self, model: nn.Module, batch: ImageBatch) -> torch.Tensor:
-        """This rank's share of the mean cross entropy, in nats."""
+        """Return this rank's share of the mean cross entropy, in nats."""
         entropy = functional.cross_entropy(model(batch.images), batch.labels, reduction="sum")
         return share_of_mean(entropy, len(batch.numbers), self.mesh)
 
     def validation(self, model: nn.Module) -> dict[str, float]:
-        """The share of the validation images that are taken for another class, and their mean cross entropy."""
+        """Return the share of misclassified validation images, and the mean cross entropy."""
         part, name = self.data.validation, self.data.watched
         scores = self._scores(model, part)
         labels = torch.from_numpy(part.labels)
@@ -160,7 +161,7 @@ class ImagesProblem(TrainableProblem):
         }
 
     def solve_case(self) -> SolveCase:
-        """The first group's solve of the first training batch."""
+        """Return the first group's solve of the first training batch."""
         block = self.model.blocks[0]
         assert isinstance(block, OdeBlock)
         with torch.no_grad():
@@ -169,9 +170,9 @@ class ImagesProblem(TrainableProblem):
         return SolveCase(block.solve, state, (0.0, 1.0))
 
     def gradcheck_case(self) -> GradcheckCase:
-        """The training loss of the first images, as a function of them.
+        """Return the training loss of the first images as a function of these images.
 
-        Raises `ConfigurationError` for an activation with a kink, at which there is no derivative to compare with.
+        Raises `ConfigurationError` for an activation with a kink, where the derivative does not exist.
         """
         if self.config.model.activation == "relu":
             raise ConfigurationError(
@@ -190,9 +191,9 @@ class ImagesProblem(TrainableProblem):
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """Count the test images of each class that are classified correctly; writes `forecast.h5` and `report.png`.
 
-        The recall of a class is the share of its images that are taken for it, the precision that of the images taken
-        for it that are of it, None if there are none. Row by row the confusion matrix counts the images of a class by
-        the class that they are taken for.
+        The recall of a class is the share of its images that are predicted as this class. The precision is the share of
+        the images predicted as this class that belong to it, or None without such images. Each row of the confusion
+        matrix counts the images of a class by predicted class.
         """
         test, classes = self.data.test, self.data.classes
         scores = self._scores(model, test)
@@ -233,20 +234,20 @@ class ImagesProblem(TrainableProblem):
         return self.illustrated(result, run_directory)
 
     def _mine(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Those of a replica's images that are this rank's."""
+        """Return the indices of this rank's images among those of a replica."""
         begin, end = even_ranges(len(numbers), self.mesh.state_ranks)[self.mesh.state_rank]
         return numbers[begin:end]
 
     def _batch(self, part: LabelledImages, numbers: Sequence[int]) -> ImageBatch:
-        """This rank's images of those with the given numbers, as they are."""
+        """Return this rank's images of those with the given indices, without variations."""
         mine = part.at(np.array(self._mine(numbers), dtype=np.int64))
         images = self.data.normalised(mine.images, self.dtype)
         return ImageBatch(images, torch.from_numpy(mine.labels), tuple(numbers))
 
     def _scores(self, model: nn.Module, part: LabelledImages) -> torch.Tensor:
-        """The scores `[samples, classes]` of all images of a part, on every rank, float64; the replicas share the work.
+        """Return the scores `[samples, classes]` of all images of a part, on every rank, float64.
 
-        Collective on the world.
+        The replicas share the work. Collective on the world.
         """
         scores = torch.zeros(len(part), len(self.data.classes), dtype=torch.float64)
         size = math.ceil(self.config.evaluation.batch_size / self.mesh.data_replicas)
