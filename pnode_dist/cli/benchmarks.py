@@ -59,7 +59,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _of_problem(arguments: argparse.Namespace) -> Report:
     """The benchmark of the configured problem. Collective on the world."""
     from pnode_dist.bench import training
-    from pnode_dist.cli.configured import configured
+    from pnode_dist.train.configured import configured
 
     config, found = configured(arguments.config, arguments.overrides)
     return training.run(config, found)

@@ -54,7 +54,7 @@ def _gradcheck(arguments: argparse.Namespace) -> int:
         return _check_methods(arguments)
     if arguments.config is None:
         raise ConfigurationError("gradcheck: needs a CONFIG, or --all-methods")
-    from pnode_dist.cli.configured import configured
+    from pnode_dist.train.configured import configured
 
     config, found = configured(arguments.config, arguments.overrides)
     import torch
@@ -123,7 +123,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         if value is not None:
             overrides.append(f"trajectory.{key}={json.dumps(value)}")
             slots[f"{key}_slots"] = None
-    from pnode_dist.cli.configured import configured
+    from pnode_dist.train.configured import configured
 
     config, found = configured(arguments.config, overrides)
     # A size on the command line stands above a number of checkpoints in the file.

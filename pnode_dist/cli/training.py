@@ -59,7 +59,7 @@ def _train(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.run_dir is not None:
         overrides.append(f"run.directory={json.dumps(arguments.run_dir)}")
-    from pnode_dist.cli.configured import configured
+    from pnode_dist.train.configured import configured
 
     config, found = configured(arguments.config, overrides)
     from mpi4py import MPI
@@ -84,7 +84,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from pnode_dist.runs import directory as run_directory
 
     directory: Path = arguments.run_dir
-    from pnode_dist.cli.configured import configured
+    from pnode_dist.train.configured import configured
 
     config, found = configured(directory / run_directory.CONFIG, arguments.overrides)
     import torch

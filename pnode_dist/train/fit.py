@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from pnode_dist.config import load as configuration
 from pnode_dist.config.registry import Registered, definition_of, resolve
+from pnode_dist.config.tables import Config
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.runs import directory as run_directory
 from pnode_dist.train.callbacks import Callback
+from pnode_dist.train.configured import configured
 from pnode_dist.train.outcome import Outcome
 from pnode_dist.train.run import RunRequest, build_problem, mesh_of, run
 
@@ -45,7 +46,7 @@ def fit(
     Raises `ConfigurationError` for an invalid configuration, and the errors of `pnode_dist.train.loop.train`.
     Collective on the world.
     """
-    found, settings = _configured(problem, config, overrides)
+    settings, found = _configured(problem, config, overrides)
     request = RunRequest(resume, overwrite, accept_changed_problem, tuple(callbacks))
     outcome, _ = run(settings, found, request)
     return Fitted(settings.run.path, outcome)
@@ -59,7 +60,7 @@ def evaluate(run_dir: str | Path, problem: Any = None, overrides: Sequence[str] 
     Raises `ConfigurationError` if `run_dir` is not the directory of a trained run.
     """
     directory = Path(run_dir)
-    found, config = _configured(problem, directory / run_directory.CONFIG, overrides)
+    config, found = _configured(problem, directory / run_directory.CONFIG, overrides)
     with mesh_of(config) as mesh:
         built = build_problem(config, mesh, found=found)
         run_directory.load_parameters(built.model, directory / run_directory.MODEL)
@@ -72,17 +73,13 @@ def evaluate(run_dir: str | Path, problem: Any = None, overrides: Sequence[str] 
 
 def _configured(
     problem: Any, config: str | Path | Mapping[str, Any], overrides: Sequence[str]
-) -> tuple[Registered, Any]:
-    if isinstance(config, Mapping):
-        name = problem if isinstance(problem, str) else getattr(problem, "__name__", "run")
-        raw = configuration.from_tables(config, name.rpartition(":")[2], overrides)
-    else:
-        raw = configuration.read(config, overrides)
+) -> tuple[Config, Registered]:
+    """Return the configuration and the problem, the same on every rank. Collective on the world."""
     if problem is None:
-        settings = configuration.validated(raw)
-        return resolve(settings.kind, Path()), settings
-    found = resolve(problem, Path()) if isinstance(problem, str) else _of_class(problem)
-    return found, configuration.validated(raw, found)
+        return configured(config, overrides)
+    if isinstance(problem, str):
+        return configured(config, overrides, lambda: resolve(problem, Path()), problem.rpartition(":")[2])
+    return configured(config, overrides, lambda: _of_class(problem), getattr(problem, "__name__", "run"))
 
 
 def _of_class(problem: Any) -> Registered:

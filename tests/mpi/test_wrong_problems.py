@@ -27,6 +27,14 @@ RANK_DEPENDENT = {
         TOML,
         r"Own\.load_data: 7 values are not finite",
     ),
+    "data of another type on one rank": (
+        changed(
+            "return TrajectoryData(starts",
+            "starts = starts if self.mesh.rank == 0 else np.full((4, 1, 5), 1j)\n        return TrajectoryData(starts",
+        ),
+        TOML,
+        r"Own\.load_data: values are of type complex128: must be real numbers",
+    ),
     "an import that fails on one rank": (
         "from mpi4py import MPI\nif MPI.COMM_WORLD.rank == 1: raise OSError('no disk')\n" + SOURCE,
         TOML,

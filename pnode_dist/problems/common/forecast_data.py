@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition.protocol import Partition
@@ -161,7 +162,7 @@ def samples_of(data: TrajectoryData, partition: Partition, mesh: Mesh, source: s
     Raises `ConfigurationError` on all ranks for shapes that do not fit the partition, times that do not increase,
     values that are not finite, and ranks that were given data of different lengths.
     """
-    values = _array(data.values, source)
+    values = agreed(mesh, lambda: _array(data.values, source))
     shape = tuple(partition.local_shape if data.local else partition.global_shape)
     leading = values.ndim - len(shape)
     wrong = ""
@@ -264,9 +265,12 @@ def _counts(shape: tuple[int, ...]) -> str:
 
 def _raise_on_all(wrong: str, mesh: Mesh) -> None:
     """Raise `ConfigurationError` on all ranks if something is wrong on one of them. Collective on the world."""
-    first = int(mesh.max(torch.tensor([mesh.size - mesh.rank if wrong else 0])).item())
-    if first:
-        raise ConfigurationError(mesh.broadcast_object(wrong, source=mesh.size - first))
+
+    def check() -> None:
+        if wrong:
+            raise ConfigurationError(wrong)
+
+    agreed(mesh, check)
 
 
 def _described(value: Any) -> str:

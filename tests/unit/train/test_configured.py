@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pnode_dist.cli.configured import configured
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.train.configured import configured
 from tests.unit.config.own_problems import FORECAST, TABLES, written
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -56,7 +56,7 @@ def test_the_file_is_read_on_the_first_rank_alone(path: Path, mpirun: Run) -> No
         path.with_name("program.py"),
         "import sys\n"
         "from mpi4py import MPI\n"
-        "from pnode_dist.cli.configured import configured\n"
+        "from pnode_dist.train.configured import configured\n"
         "path = sys.argv[1] if MPI.COMM_WORLD.rank == 0 else 'nowhere.toml'\n"
         "config, found = configured(path, ['model.width=5'])\n"
         "kinds = MPI.COMM_WORLD.gather((config.model.width, found.kind))\n"
