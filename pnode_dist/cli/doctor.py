@@ -47,7 +47,7 @@ _SCRATCH_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank says of itself. Speeds in bytes per second, memory in bytes (None: no limit was found)."""
+    """The facts about one rank. Speeds in bytes per second, memory in bytes (None: no limit was found)."""
 
     rank: int
     host: str
@@ -190,7 +190,7 @@ def ring_problem(comm: MPI.Comm) -> str | None:
 
 
 def find_problems(facts: list[RankFacts], ring: str | None) -> list[str]:
-    """What is wrong, one line each."""
+    """Return the faults, one line each."""
     problems = [] if ring is None else [ring]
     problems += [f"rank {rank.rank} on {rank.host}: {rank.problem}" for rank in facts if rank.problem]
     for host in sorted({rank.host for rank in facts}):

@@ -95,7 +95,7 @@ def _end(error: Exception, code: int, together: MPI.Intracomm) -> int:
 
 
 def is_closed_pipe(error: BaseException) -> bool:
-    """Whether an error says that nobody reads this process' standard output or error any more."""
+    """Return True for an error of a closed standard output or error."""
     if isinstance(error, SystemExit):
         # rich has replaced the standard output and exits with a code of its own.
         return isinstance(error.__context__, BrokenPipeError)
@@ -124,5 +124,5 @@ def complain(error: Exception, rank: str = "") -> None:
 
 
 def is_first(comm: MPI.Intracomm) -> bool:
-    """Whether this rank speaks for all."""
+    """Return True on the rank that prints for all."""
     return comm.rank == 0 and (comm.size > 1 or launched_rank() == 0)

@@ -1,4 +1,4 @@
-"""What commands print: figures as tables for people, or one JSON object."""
+"""The output of commands: figures as tables for people, or one JSON object."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _FILE_WIDTH = 160
 
 @contextlib.contextmanager
 def output(as_json: bool, shown: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What prints a command's result as JSON on standard output. With `as_json`, all else goes to standard error.
+    """Yield a function that prints a command's result as JSON on standard output.
 
-    That includes what libraries written in C print, now and when PETSc is finalised.
+    With `as_json`, all other output goes to standard error, also that of libraries written in C, now and when PETSc is
+    finalised.
     """
     if not as_json:
         yield lambda result: None

@@ -51,7 +51,7 @@ def installed() -> dict[str, EntryPoint]:
 
 
 def is_built_in(kind: Any) -> bool:
-    """Whether a kind is registered by this package."""
+    """Return True if a kind is registered by this package."""
     entry = installed().get(kind) if isinstance(kind, str) else None
     return entry is not None and entry.module.partition(".")[0] == "pnode_dist"
 

@@ -141,7 +141,7 @@ class SolverConfig(Table):
     compute_dtype: Literal["float64", "float32", "bfloat16"] | None = None
     """The type in which the right-hand side computes. Parameters and data stay in `[training] dtype`, the default."""
     on_mismatch: Literal["raise", "warn", "ignore"] = "raise"
-    """What to do when a step recomputed for the gradient differs from the forward pass."""
+    """The action if a step recomputed for the gradient differs from the forward pass."""
     preserve_rng_state: bool = True
     """Draw the same random numbers in recomputed steps. `false` saves time if the model draws none."""
     reach: Count = 1
@@ -175,10 +175,10 @@ class TrajectoryConfig(Table):
     disk_slots: CountOrNone | None = None
     """The number of checkpoints on disk, instead of `disk`."""
     keep: Literal["auto", "solution", "stages", "graph"] = "auto"
-    """What to store of a step. `solution` stores checkpoint states only and recomputes each step. `stages` also stores
-    the stage values. `graph` stores the autograd tape of every step. `auto` is the fastest within `ram`."""
+    """The part of a step to store. `solution` stores checkpoint states only; each step is recomputed. `stages` also
+    stores the stage values. `graph` stores the autograd tape of every step. `auto` is the fastest within `ram`."""
     schedule: Literal["auto", "all", "revolve", "multistage", "h-revolve"] = "auto"
-    """Which checkpoints to store. `all`: the state before every step. `revolve`: binomial, in memory. `multistage`:
+    """The checkpoints to store. `all`: the state before every step. `revolve`: binomial, in memory. `multistage`:
     binomial, in memory and on disk. `h-revolve`: the same, with the measured cost of the disk. `auto`: the schedule
     with the shortest predicted time."""
     checkpoint_dtype: Literal["float64", "float32"] = "float64"
@@ -186,7 +186,7 @@ class TrajectoryConfig(Table):
     solves: Count = 1
     """The number of solves that share the budget at the same time."""
     on_spill_error: Literal["recompute", "raise"] = "recompute"
-    """What to do when the disk fails: recompute steps instead, or end the run."""
+    """The action if the disk fails: recompute steps instead, or end the run."""
 
     def build(self, solves: int = 1) -> Trajectory:
         """The budget as `odeint` takes it, for a model of so many solves."""

@@ -1,4 +1,4 @@
-"""Which dimension of a variable is time, y, x or level, by the CF conventions.
+"""The roles of dimensions, time, y, x or level, by the CF conventions.
 
 A dimension gets its role from, in this order: the configuration; the attributes of its coordinates (axis,
 standard_name, units, positive); dates in its coordinate; a plain name such as `time` or `lat`. Position decides
@@ -165,7 +165,7 @@ def _roles_by_attributes(variable: xarray.DataArray) -> dict[str, dict[Role, str
 
 
 def _value_coordinate(variable: xarray.DataArray, dimension: str, names: list[str], role: Role) -> str:
-    """Which of several coordinates of a dimension has its values; dates go before numbers."""
+    """Return the one of several coordinates of a dimension that has its values; dates go before numbers."""
     if role == "time":
         dated = [name for name in names if _has_dates(variable.coords[name])]
         names = dated or names

@@ -82,7 +82,7 @@ class Samples:
 
     @property
     def is_regular(self) -> bool:
-        """Whether the times are at equal intervals, up to rounding."""
+        """True if the times are at equal intervals, up to rounding."""
         steps = self.times.diff()
         return bool(len(steps) == 0 or (steps - steps[0]).abs().max() <= _EQUAL_INTERVALS * steps[0])
 
@@ -97,7 +97,7 @@ class Samples:
         ]
 
     def usable_times(self) -> torch.Tensor:
-        """Whether `[trajectory, time]` a state can be started from: nothing is missing that is there at other times.
+        """Return a mask `[trajectory, time]` of the states to start from: those that lack no value of other times.
 
         Collective on the partition's communicator.
         """
@@ -158,7 +158,7 @@ def windows(samples: Samples, starts: Sequence[Start], steps: int, dtype: torch.
 def samples_of(data: TrajectoryData, partition: Partition, mesh: Mesh, source: str, missing: str) -> Samples:
     """This rank's part of the trajectories, checked. Collective on the world.
 
-    `source` names the data in errors. `missing`, `refuse` or `mask`, says what follows a value that is not a number.
+    `source` names the data in errors. `missing`, `refuse` or `mask`, is the action on a value that is not a number.
     Raises `ConfigurationError` on all ranks for shapes that do not fit the partition, times that do not increase,
     values that are not finite, and ranks that were given data of different lengths.
     """

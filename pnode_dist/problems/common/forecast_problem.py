@@ -182,7 +182,7 @@ class ForecastProblem(TrainableProblem):
 
     @property
     def is_split_in_time(self) -> bool:
-        """Whether the validation samples are the last times of the only trajectory."""
+        """True if the validation samples are the last times of the only trajectory."""
         return self._parts.in_time
 
     def physical(self, states: torch.Tensor) -> torch.Tensor:

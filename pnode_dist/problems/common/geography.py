@@ -1,4 +1,4 @@
-"""Whether the rows and columns of a grid lie as the configuration says: in order, and around the globe or not."""
+"""Checks that the rows and columns of a grid lie as the configuration says: in order, and around the globe or not."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _CIRCLE = 360.0
 
 
 def is_longitude(attributes: dict[str, Any]) -> bool:
-    """Whether a coordinate with these attributes is an angle around the globe, true or of a rotated grid."""
+    """Return True if a coordinate with these attributes is an angle around the globe, also of a rotated grid."""
     return _is(attributes, "longitude", "degreeseast", "degreese")
 
 
 def is_latitude(attributes: dict[str, Any]) -> bool:
-    """Whether a coordinate with these attributes is an angle from the equator, true or of a rotated grid."""
+    """Return True if a coordinate with these attributes is an angle from the equator, also of a rotated grid."""
     return _is(attributes, "latitude", "degreesnorth", "degreesn")
 
 

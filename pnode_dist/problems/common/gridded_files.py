@@ -30,7 +30,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class GriddedChoice:
-    """What to read: the variables, the names of axes that attributes do not tell, and the levels.
+    """The choice of data to read: the variables, the names of axes that attributes do not tell, and the levels.
 
     `units` are those to report in place of the files' own. `engine` is xarray's, by default that of the file's format.
     """
@@ -90,7 +90,7 @@ def open_gridded(source: str | Sequence[str] | xarray.Dataset, choice: GriddedCh
 
 
 def _is_shared(coordinate: Coordinate, others: Sequence[_Described]) -> bool:
-    """Whether a coordinate without dimensions is the same in all parts; those on the grid were compared before."""
+    """Return True if a coordinate without dimensions is the same in all parts; others were compared before."""
     if coordinate.dimensions:
         return True
     values = [entry.load() for part in others for entry in part.coordinates if entry.name == coordinate.name]

@@ -1,4 +1,4 @@
-"""Which levels of a variable become channels."""
+"""The choice of the levels of a variable that become channels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LevelChoice:
 
     @property
     def is_all(self) -> bool:
-        """Whether no level is chosen."""
+        """True if no level is chosen."""
         return self.values is None and self.indices is None
 
 

@@ -13,7 +13,7 @@ PACKAGE = "package:"
 
 
 def resolve_paths(paths: str | Sequence[str]) -> tuple[Path, ...]:
-    """Where the configured files lie; each entry is a path, a glob, or either behind `package:NAME/`.
+    """Return the paths of the configured files; each entry is a path, a glob, or either behind `package:NAME/`.
 
     Raises `ConfigurationError` when the package is not installed or an entry names nothing.
     """
@@ -22,7 +22,7 @@ def resolve_paths(paths: str | Sequence[str]) -> tuple[Path, ...]:
 
 
 def resolve_path(path: str) -> Path:
-    """Where a single configured file lies.
+    """Return the path of a single configured file.
 
     Raises `ConfigurationError` as `resolve_paths` does, and for a glob of several files.
     """

@@ -70,7 +70,7 @@ class TimeAxis:
 
     @property
     def step_name(self) -> str:
-        """What one step is called in the plural: months, days, ..., or steps where it is nothing of the kind."""
+        """The name of a step in the plural: months, days, ..., or steps where it is nothing of the kind."""
         days = self.step * DAYS_PER_YEAR if self.units == YEARS and self.regular else 0.0
         return next((name for name, length in _STEPS.items() if abs(days / length - 1) < IRREGULARITY), "steps")
 
@@ -122,7 +122,7 @@ def missing_times(axis: TimeAxis, lacking: Array, reason: str) -> ConfigurationE
 
 
 def _whole_steps(values: Array) -> Array | None:
-    """How many equal steps each spacing is, or None where there is no such step."""
+    """Return each spacing as a number of equal steps, or None if there is no such step."""
     spacing = np.diff(values)
     step = float(np.median(spacing))
     for _ in range(2):

@@ -72,7 +72,7 @@ class TrainableProblem:
 
     @classmethod
     def _defines(cls, name: str) -> bool:
-        """Whether a subclass of the base that demands it gives the method or property."""
+        """Return True if a subclass of the base that demands it gives the method or property."""
         base = next(base for base in cls.__mro__ if "_must_define" in vars(base))
         return any(name in vars(given) for given in cls.__mro__[: cls.__mro__.index(base)])
 

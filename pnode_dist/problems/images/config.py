@@ -85,7 +85,7 @@ class ImagesConfig(ProblemTable):
 
     @property
     def synthetic_images(self) -> int:
-        """How many images to make."""
+        """The number of images to make."""
         return SYNTHETIC_IMAGES if self.images is None else self.images
 
 

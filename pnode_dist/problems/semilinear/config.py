@@ -33,7 +33,7 @@ class LineEquation:
 
 
 class LineConfig(ComputedTable):
-    """What the tables `[problem]` of both equations hold: trajectories that are computed, to learn them from.
+    """Base class of the tables `[problem]` of both equations: trajectories that are computed, to learn them from.
 
     A sample is the state at one time, and samples of a trajectory are `interval` apart.
     """
