@@ -39,6 +39,7 @@ done
 shopt -s nullglob globstar
 pages=(README.md docs/problems/*.md docs/**/*.md)
 # The blocks of `sh` but those with a mark directly above them (see tests/documents.py), and each command once.
+# shellcheck disable=SC2016  # $0 is awk's
 shown='
     /^```/ {inside = !inside; run = inside && $0 == "```sh" && !marked; next}
     run && $0 != "" && !seen[$0]++

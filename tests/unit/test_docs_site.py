@@ -93,6 +93,8 @@ def test_files_of_the_root_are_put_into_their_pages() -> None:
 def test_nothing_of_the_site_comes_from_elsewhere_and_dead_links_are_errors() -> None:
     assert SETTINGS["theme"]["font"] is False
     assert not {"extra_javascript", "repo_url"} & set(SETTINGS)
+    # The theme would fetch the program that draws these.
+    assert not any("```mermaid" in page.read_text() for page in DOCS.rglob("*.md"))
     assert set(SETTINGS["validation"]["links"].values()) == {"warn"}
     assert "build --strict" in (ROOT / "launch/docs.sh").read_text()
 
