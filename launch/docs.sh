@@ -40,7 +40,7 @@ import pathlib, tomllib
 print(*tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"], sep="\n")
 EOF
     )
-    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --quiet \
+    "$venv/bin/python" -m pip --disable-pip-version-check --no-input install -qq \
         --constraint launch/constraints.txt "${packages[@]}"
     printf '%s\n' "$wanted" >"$venv/.installed"
 fi
