@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +67,18 @@ def test_the_reference_has_every_public_name_once() -> None:
     public += [f"pnode_dist.nn.{name}" for name in nn.__all__]
     assert set(public) <= set(shown)
     assert "`pnode_dist.Trajectory`" in REFERENCE
+
+
+def test_titles_and_lists_of_a_docstring_become_paragraphs_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    # griffe is installed for the site alone.
+    monkeypatch.setitem(sys.modules, "griffe", SimpleNamespace(Extension=object))
+    laid_out = module("docstrings").laid_out
+    assert laid_out("Solve.\n\nSteps\n    `t` holds\n    times.\n\n    Two: none.\n\nRaises.") == (
+        "Solve.\n\n**Steps**\n\n`t` holds\ntimes.\n\nTwo: none.\n\nRaises."
+    )
+    assert laid_out("One of\n- `a`: first,\n  longer\n- `b`") == "One of\n\n- `a`: first,\n  longer\n- `b`"
+    for docstring in ("One line.", "Two\nlines.", "A list:\n\n- a\n- b"):
+        assert laid_out(docstring) == docstring
 
 
 def test_the_readme_is_an_entrance() -> None:
