@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs everything, which takes hours: all tests in every case, the image and clusters included, then every command that
-# README.md shows, as it is shown there: all trainings in their full length, and all benchmarks.
+# README.md and docs/ show, once, as it is shown there: all trainings in their full length, and all benchmarks.
 #
 #   launch/nightly.sh [--overwrite] [--no-tests] [--list]
 #
 # --overwrite  remove what earlier runs have left in runs/, instead of refusing to start
-# --no-tests   the commands of README.md alone
+# --no-tests   the commands of the documents alone
 # --list       print what would be run, one command a line, and run nothing
 # PNODE_DIST_KILLS says how often the training is killed whose parameters are compared with those of an undisturbed one.
 #
@@ -35,6 +35,17 @@ while [ $# -gt 0 ]; do
     shift
 done
 
+# A page may use the run of a problem, whose own page therefore comes first.
+shopt -s nullglob globstar
+pages=(README.md docs/problems/*.md docs/**/*.md)
+# The blocks of `sh` but those with a mark directly above them (see tests/documents.py), and each command once.
+# shellcheck disable=SC2016  # $0 is awk's
+shown='
+    /^```/ {inside = !inside; run = inside && $0 == "```sh" && !marked; next}
+    run && $0 != "" && !seen[$0]++
+    !inside && $0 != "" {marked = /^<!-- (run by|not run): /}
+    inside {marked = 0}
+'
 commands=()
 [ "$tests" = no ] || commands=("launch/test.sh --nightly")
 while read -r command; do
@@ -44,7 +55,7 @@ while read -r command; do
         "launch/mpirun.sh -n 2 pnode-dist train launch/configs/sea_surface.toml") command+=" --overwrite" ;;
     esac
     commands+=("$command")
-done < <(awk '/^```/ {shown = $0 == "```sh"; next} shown' README.md)
+done < <(awk "$shown" "${pages[@]}")
 
 if [ "$list" = yes ]; then
     printf '%s\n' "${commands[@]}"

@@ -18,7 +18,7 @@ MEANINGS = {
     INTERRUPTED: "interrupted",
     CLOSED_PIPE: "the reader of the output closed it, as `head` does",
 }
-"""The README shows the same table."""
+"""docs/reference/exit_codes.md shows the same table."""
 
 ALWAYS = (DONE, WRONG_USAGE, INTERRUPTED, CLOSED_PIPE)
 """The codes of every command."""

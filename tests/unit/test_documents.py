@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "examples").glob("*/README.md")),
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -30,8 +30,11 @@ _SUFFIXES = (".py", ".md", ".toml", ".sh", ".cff", ".yaml", ".html", ".sbatch")
 _DOTTED = re.compile(r"(?<![\w./-])pnode_dist(?:\.[A-Za-z_]\w*)+(?![\w/-])")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-# Files and folders of a run, and of programs that a reader writes.
-_ELSEWHERE = ("./", "runs/", "snapshots/", "report.html", "reaction.py", "my_package/", "mine.py")
+# Files and folders of a run, of the site, and of programs that a reader writes.
+_ELSEWHERE = (
+    *("./", "runs/", "site/", "snapshots/", "tensorboard/", "config.toml", "report.html"),
+    *("reaction.py", "my_package/", "my.toml", "mine.py"),
+)
 
 
 def missing(text: str, directory: Path) -> list[str]:

@@ -13,7 +13,7 @@ from tests.conftest import PATIENCE, ROOT
 pytestmark = pytest.mark.slow
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 EXAMPLES = ROOT / "examples"
-# As README.md shows it.
+# As the tutorials show it.
 LOOP_COMMAND = "launch/mpirun.sh -n 4 python examples/own_training_loop/train.py 2"
 
 

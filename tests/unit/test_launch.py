@@ -274,7 +274,7 @@ def test_the_scripts_that_run_tests_refuse_what_they_do_not_take(
     assert done.stderr.startswith(f"{script}: {message}")
 
 
-@pytest.mark.parametrize("script", ["test.sh", "nightly.sh", "bootstrap.sh"])
+@pytest.mark.parametrize("script", ["test.sh", "nightly.sh", "bootstrap.sh", "docs.sh"])
 def test_help_is_the_text_at_the_top_of_a_script(script: str) -> None:
     path = ROOT / "launch" / script
     done = subprocess.run([str(path), "--help"], capture_output=True, text=True, check=True)

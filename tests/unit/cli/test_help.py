@@ -58,9 +58,10 @@ def test_a_command_lists_its_exit_codes_with_their_meanings(command: str) -> Non
         assert " ".join(meaning.split()) == MEANINGS[int(code)]
 
 
-def test_the_readme_has_the_same_exit_codes() -> None:
+def test_the_reference_has_the_same_exit_codes() -> None:
     (table,) = re.findall(
-        r"\| exit code \| meaning \|\n\| --- \| --- \|\n((?:\|.*\n)*)", (ROOT / "README.md").read_text()
+        r"\| exit code \| meaning \|\n\| --- \| --- \|\n((?:\|.*\n)*)",
+        (ROOT / "docs/reference/exit_codes.md").read_text(),
     )
 
     rows = re.findall(r"\| (\d+) \| (.*) \|", table)

@@ -1,41 +1,29 @@
-"""What the README shows is what happens."""
+"""Every command that the documents show is run: in short for every change, and in full at night."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import shutil
 import subprocess
-import tomllib
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
-import torch
 
 from pnode_dist.bench import BENCHMARKS, CONFIGURED
 from pnode_dist.bench.methods import run as methods
 from pnode_dist.bench.methods.accuracy import tell
 from pnode_dist.cli.main import main
-from pnode_dist.config.tables import TrainingConfig
-from pnode_dist.train.optimiser import optimiser_of, schedule_of
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
+from tests.documents import Block, all_blocks, blocks_of, report, shown_commands
 from tests.in_short import SMALL
 from tests.unit.test_examples import LOOP_COMMAND
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-README = (ROOT / "README.md").read_text()
-PARTITIONED, PLAIN, IMPLICIT, FITTED = MARKS = (
-    "GridPartition(",
-    "class Oscillator(",
-    "parts = SplitFunction(",
-    "fit(",
-)
-EXAMPLES = {
-    mark: block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) for mark in MARKS if mark in block
-}
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+BLOCKS = all_blocks()
+COMMANDS = shown_commands(BLOCKS)
+SESSIONS = [block for block in BLOCKS if block.language == "console"]
 # Run here; the others are run by .ci/run or the demonstration itself.
 QUICK = [
     "pnode-dist methods",
@@ -45,67 +33,6 @@ QUICK = [
     "pnode-dist config schema burgers",
     "pnode-dist completion bash",
 ]
-
-
-def test_every_example_is_run_by_a_test() -> None:
-    assert set(EXAMPLES) == set(MARKS)
-    assert len(set(EXAMPLES.values())) == README.count("```python") == len(MARKS)
-
-
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.nightly), 2])
-def test_the_partitioned_example_runs_at_any_number_of_ranks_to_the_same_loss(
-    mpirun: Run, tmp_path: Path, ranks: int
-) -> None:
-    total = "total = mesh.sum(loss.double()).item()"
-    script = EXAMPLES[PARTITIONED].replace(
-        "if mesh.is_root:\n        print(", f"{total}\n    if mesh.is_root:\n        print("
-    )
-    (tmp_path / "reaction.py").write_text(script.replace('"loss share of rank 0:", loss.item()', "total"))
-    done = mpirun(ranks, "python", "reaction.py")
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(0.97334791, rel=1e-6)
-
-
-def test_the_first_example_spills_and_counts(mpirun: Run, tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(EXAMPLES[PLAIN])
-    done = mpirun(1, "python", "example.py")
-    assert done.returncode == 0, done.stderr
-    counts = dict(re.findall(r"(\w+)=(\d+)", done.stdout))
-    assert counts["forward_steps"] == counts["adjoint_steps"] == "100"
-    assert int(counts["bytes_written"]) > 0
-
-
-def test_the_implicit_example_solves_its_equations(mpirun: Run, tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(EXAMPLES[IMPLICIT])
-    done = mpirun(1, "python", "example.py")
-    assert done.returncode == 0, done.stderr
-    counts = dict(re.findall(r"(\w+)=(\d+)", done.stdout))
-    assert counts["forward_steps"] == counts["adjoint_steps"] == "20"
-    assert int(counts["adjoint_linear_iterations"]) >= 20
-
-
-def test_the_fit_example_calls_back_and_evaluates_better_than_persistence(mpirun: Run, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    (tmp_path / "example.py").write_text(EXAMPLES[FITTED])
-    done = mpirun(1, "python", "example.py")
-    assert done.returncode == 0, done.stderr
-    *validations, row = [line for line in done.stdout.splitlines() if line.startswith(("epoch 4 ", "epoch 8 ", "{"))]
-    assert [line.split()[1] for line in validations] == ["4", "8"]
-    errors = ast.literal_eval(row)
-    assert 0 < errors["model"] < errors["persistence"]
-
-
-def test_the_optimiser_and_schedule_of_the_toml_example_are_made_as_it_says() -> None:
-    (toml,) = [block for block in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "optimiser =" in block]
-    training = TrainingConfig.model_validate(tomllib.loads(toml)["training"])
-    optimiser = optimiser_of(training, torch.nn.Linear(1, 1))
-    schedule = schedule_of(training, optimiser)
-    assert isinstance(optimiser, torch.optim.NAdam)
-    assert tuple(optimiser.param_groups[0]["betas"]) == (0.9, 0.99)
-    optimiser.step()
-    assert isinstance(schedule, torch.optim.lr_scheduler.ExponentialLR)
-    schedule.step()
-    assert schedule.get_last_lr() == [pytest.approx(0.9 * training.learning_rate)]
 
 
 @pytest.mark.parametrize("command", QUICK)
@@ -150,7 +77,7 @@ def test_the_comparison_of_methods_runs_with_a_small_network(
 
 
 def in_full(command: str) -> str:
-    """A command of .ci/run as the README shows it: there trainings are of few epochs, and benchmarks small."""
+    """A command of .ci/run as the documents show it: there trainings are of few epochs, and benchmarks small."""
     command = command.replace("python tests/in_short.py ", "pnode-dist ")
     return re.sub(r"( --set training.epochs=\d+)$", "", command)
 
@@ -179,6 +106,61 @@ def test_every_other_benchmark_has_a_short_form() -> None:
     assert set(SMALL) == set(BENCHMARKS) - {"gradient", "methods", *CONFIGURED}
 
 
-def test_figures_and_pictures_that_the_readme_shows_exist() -> None:
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / path).stat().st_size > 10_000
+def test_a_command_that_needs_a_run_comes_after_its_training() -> None:
+    trained: set[str] = set()
+    for command in COMMANDS:
+        if match := re.search(r"train (?:\S+/)?(\w+)\.toml(.*)", command):
+            assert match[1] in trained or "--resume" not in match[2], command
+            trained.add(match[1])
+        if command == "launch/demo.sh":
+            trained.add("sea_surface")
+        for name in re.findall(r"(?:evaluate|report|status) runs/(\w+)", command):
+            assert name in trained, command
+
+
+def programs(command: str) -> list[str]:
+    """The scripts that a command runs, or its program."""
+    words = command.split()
+    scripts = [Path(word).name for word in words if re.search(r"\.(sh|sbatch|py)$", word)]
+    return scripts or list(takewhile(lambda word: not word.startswith("-"), words))[:2]
+
+
+@pytest.mark.parametrize("block", SESSIONS, ids=lambda block: f"{block.page}:{block.line}")
+def test_a_session_names_the_files_that_run_its_commands(block: Block) -> None:
+    assert bool(block.run_by) != bool(block.not_run)
+    texts = [(ROOT / name).read_text() for name in block.run_by]
+    for command in block.commands if block.run_by else ():
+        if command.startswith(("export ", "sed ", "source ")):
+            continue
+        assert any(program in text for program in programs(command) for text in texts), command
+
+
+def test_the_session_of_a_configuration_runs_as_it_is(tmp_path: Path) -> None:
+    (session,) = [block for block in SESSIONS if "config schema" in block.text]
+    done = subprocess.run(
+        ["bash", "-euc", "\n".join([*session.commands, "complete -p pnode-dist"])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pnode-dist" in done.stdout
+    assert (tmp_path / "my.toml").read_text().startswith("#:schema ./burgers.schema.json\n")
+    assert json.loads((tmp_path / "burgers.schema.json").read_text())["title"] == "pnode-dist configuration: burgers"
+
+
+def test_blocks_that_nothing_runs_are_listed_with_their_reason() -> None:
+    not_run = "<!-- not run: needs a ship -->\n```console\n$ sail\n```\n"
+    run_elsewhere = "<!-- run by: a.py, b.py -->\n```sh\nswim\n```\n"
+    page = f"{not_run}\n```sh\nrow\n```\n{run_elsewhere}"
+    blocks = blocks_of(page, "sea.md")
+    assert shown_commands(blocks) == ["row"]
+    assert blocks[2].run_by == ("a.py", "b.py")
+    assert report(blocks).splitlines() == [
+        "0 blocks of Python are run as they are, 0 by other tests",
+        "1 blocks of shell are run as they are (1 commands), 1 by other tests",
+        "1 not run:",
+        "  sea.md:2: needs a ship",
+    ]
