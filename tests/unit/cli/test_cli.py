@@ -210,7 +210,9 @@ def test_a_benchmark_is_drawn_where_it_is_asked_to(capfd, monkeypatch, tmp_path)
 
 def test_a_benchmark_runs_in_full_size_or_in_some_cases_where_it_has_them(capfd, monkeypatch):
     asked = []
-    monkeypatch.setattr("pnode_dist.bench.run", lambda name, *given: asked.append(given) or Report(name, [{"a": 1}], []))
+    monkeypatch.setattr(
+        "pnode_dist.bench.run", lambda name, *given: asked.append(given) or Report(name, [{"a": 1}], [])
+    )
 
     assert [main(["bench", "methods", *given]) for given in ([], ["--full"])] == [0, 0]
     assert main(["bench", "peers", "--cases", "tiny, stiff euler"]) == 0
