@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pnode_dist.bench.report import Report
@@ -20,9 +21,10 @@ BENCHMARKS = {
     "precision": "f in float64, float32 and bfloat16: seconds and gradient errors (one rank)",
     "scaling": "strong and weak scaling of a training step, and a projection to more ranks (one or more ranks)",
     "training": "an optimiser step of CONFIG with each way to keep its trajectory (one or more ranks)",
+    "peers": "forward passes and gradients against torchdiffeq, torchode, plain torch and diffrax (one rank)",
     "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
 }
-DRAWN = ("halo", "methods", "overhead", "precision", "scaling", "sync")
+DRAWN = ("halo", "methods", "overhead", "peers", "precision", "scaling", "sync")
 """Benchmarks with a plot."""
 
 
@@ -34,17 +36,25 @@ FULL = ("methods",)
 """Benchmarks that can also run at the problem sizes of the paper they reproduce."""
 
 
+SELECTED = ("peers",)
+"""Benchmarks of which some cases can be chosen."""
+
+
 def module(name: str) -> ModuleType:
     """Import the module whose `run` is the benchmark `name`."""
-    place = "methods.run" if name == "methods" else name.replace("-", "_")
+    place = f"{name}.run" if name in ("methods", "peers") else name.replace("-", "_")
     return import_module(f"pnode_dist.bench.{place}")
 
 
-def run(name: str, full: bool = False) -> Report:
-    """Run a benchmark by name, with `full` in full size (only those in `FULL`). Collective on the world.
+def run(name: str, full: bool = False, cases: Sequence[str] | None = None) -> Report:
+    """Run a benchmark by name, with `full` in full size (only those in `FULL`), or some `cases` (those in `SELECTED`).
 
+    Collective on the world.
     Raises `ConfigurationError` if the benchmark does not support this number of ranks or a peer is not installed.
     """
     benchmark = module(name)
-    report: Report = benchmark.run(full=True) if full else benchmark.run()
+    choices: dict[str, Any] = {"full": True} if full else {}
+    if cases is not None:
+        choices["cases"] = cases
+    report: Report = benchmark.run(**choices)
     return report

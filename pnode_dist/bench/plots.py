@@ -240,10 +240,31 @@ def _sync(figure: Figure, report: Report) -> None:
     axis.legend(fontsize=9)
 
 
+def _peers(figure: Figure, report: Report) -> None:
+    """Draw the time of a gradient, and of the forward pass alone, with a panel for each case."""
+    cases = list(dict.fromkeys(str(row["case"]) for row in report.rows))
+    panels = figure.subplots(math.ceil(len(cases) / 2), 2, squeeze=False).flat
+    for axis, case in zip(panels, cases, strict=False):
+        rows = [row for row in report.rows if row["case"] == case]
+        gradients, forward = _numbers(rows, "gradient"), _numbers(rows, "forward")
+        colours = [MODEL_COLOUR if str(row["solver"]).startswith("pnode_dist") else _OTHER for row in rows]
+        axis.barh(range(len(rows)), gradients, color=colours, label="a gradient")
+        axis.barh(range(len(rows)), forward, 0.3, color=_WORK, label="forward alone")
+        _named(axis, [str(row["solver"]) for row in rows])
+        _written(axis, gradients, gradients, "{:.3g}")
+        axis.set_xlim(0, 1.15 * max(*gradients, *forward))
+        axis.set_title(case)
+        axis.set_xlabel("milliseconds of processor time, median")
+    for axis in list(panels):
+        axis.set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+
+
 DRAWINGS: dict[str, tuple[Callable[[Figure, Report], Any], tuple[float, float]]] = {
     "halo": (_halo, (12.0, 5.6)),
     "methods": (draw_methods, (17.0, 12.0)),
     "overhead": (_overhead, (14.0, 7.5)),
+    "peers": (_peers, (14.0, 15.0)),
     "precision": (_precision, (10.0, 3.4)),
     "scaling": (_scaling, (15.0, 4.6)),
     "sync": (_sync, (8.0, 3.0)),

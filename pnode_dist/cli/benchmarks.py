@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pnode_dist.bench import BENCHMARKS, CONFIGURED, DRAWN, FULL
+from pnode_dist.bench import BENCHMARKS, CONFIGURED, DRAWN, FULL, SELECTED
 from pnode_dist.cli.ending import is_first
 from pnode_dist.cli.exit_codes import FAILED
 from pnode_dist.cli.output import console, output, show_table
@@ -24,6 +24,9 @@ def add_commands(commands: Commands) -> None:
     bench.add_argument("config", metavar="CONFIG", nargs="?", help=f"a TOML file ({', '.join(CONFIGURED)})")
     bench.add_argument("--plot", metavar="FILE", type=Path, help=f"also draw it ({', '.join(DRAWN)})")
     bench.add_argument("--full", action="store_true", help=f"in the sizes of the paper, for hours ({', '.join(FULL)})")
+    bench.add_argument(
+        "--cases", metavar="CASE,...", help=f"only these cases, separated by commas ({', '.join(SELECTED)})"
+    )
     add_overrides(bench)
     add_json(bench)
 
@@ -38,13 +41,18 @@ def _bench(arguments: argparse.Namespace) -> int:
         raise ConfigurationError(f"bench {arguments.name} --plot: has no picture: must be one of {', '.join(DRAWN)}")
     if arguments.full and arguments.name not in FULL:
         raise ConfigurationError(f"bench {arguments.name} --full: has one size: must be one of {', '.join(FULL)}")
+    if arguments.cases is not None and arguments.name not in SELECTED:
+        raise ConfigurationError(
+            f"bench {arguments.name} --cases: has no cases to choose: must be one of {', '.join(SELECTED)}"
+        )
+    cases = None if arguments.cases is None else [name.strip() for name in arguments.cases.split(",")]
     is_configured = arguments.name in CONFIGURED
     if is_configured and arguments.config is None:
         raise ConfigurationError(f"bench {arguments.name}: needs a CONFIG")
     if not is_configured and (arguments.config is not None or arguments.overrides):
         raise ConfigurationError(f"bench {arguments.name}: has a problem of its own: takes no CONFIG and no --set")
     with output(arguments.json, first) as emit:
-        report = _of_problem(arguments) if is_configured else run(arguments.name, full=arguments.full)
+        report = _of_problem(arguments) if is_configured else run(arguments.name, arguments.full, cases)
         result = report.as_dict()
         if arguments.plot is not None:
             result["plot"] = _bench_plot(arguments.plot, report)

@@ -77,6 +77,11 @@ ROWS: dict[str, list[Row]] = {
         scaling("projected weak", 4, 2.3),
         scaling("projected weak", 16, 2.3),
     ],
+    "peers": [
+        {"case": "tiny", "solver": "pnode_dist", "forward": 1.0, "gradient": 3.0},
+        {"case": "tiny", "solver": "diffrax", "forward": 2.0, "gradient": 4.0},
+        {"case": "long", "solver": "pnode_dist", "forward": 5.0, "gradient": 6.0},
+    ],
     "precision": [
         {"f in": "float64", "grid": "64x64", "seconds": 9.0, "times as fast": 1.0, "gradient error": 0.0},
         {"f in": "float32", "grid": "64x64", "seconds": 1.0, "times as fast": 9.0, "gradient error": 1e-5},
@@ -108,6 +113,13 @@ def test_bars_of_overheads_begin_where_the_work_ends() -> None:
     assert lengths(figure, 0) == [5.0, 5.0, 5.0, 4.0, 7.0, 14.0]
     assert [bar.get_x() for bar in figure.axes[0].patches[3:]] == [5.0] * 3
     assert lengths(figure, 1) == [20.0, 20.0, 11.0, 0.0]
+
+
+def test_bars_of_peers_are_gradients_and_forward_passes_a_panel_for_each_case() -> None:
+    figure = drawn("peers")
+    assert [axis.get_title() for axis in figure.axes] == ["tiny", "long"]
+    assert lengths(figure, 0) == [3.0, 4.0, 1.0, 2.0]
+    assert lengths(figure, 1) == [6.0, 5.0]
 
 
 def test_bars_of_halos_are_bytes_and_milliseconds() -> None:

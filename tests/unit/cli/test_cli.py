@@ -184,7 +184,7 @@ def test_methods_lists_every_method(capfd):
 
 def test_a_benchmark_reports_its_checks_as_json_and_as_a_table(capfd, monkeypatch):
     report = Report("sync", [{"floats": 10, "mpi": 0.5}], [Check("time", 0.5, 1.0), Check("error", 2.0, 1.0)])
-    monkeypatch.setattr("pnode_dist.bench.run", lambda name, full: report)
+    monkeypatch.setattr("pnode_dist.bench.run", lambda name, full, cases: report)
 
     code, result, _ = run_json(capfd, "bench", "sync")
 
@@ -199,7 +199,7 @@ def test_a_benchmark_reports_its_checks_as_json_and_as_a_table(capfd, monkeypatc
 
 def test_a_benchmark_is_drawn_where_it_is_asked_to(capfd, monkeypatch, tmp_path):
     report = Report("sync", [{"floats": 10, "mpi": 0.5, "gloo": 0.6}], [])
-    monkeypatch.setattr("pnode_dist.bench.run", lambda name, full: report)
+    monkeypatch.setattr("pnode_dist.bench.run", lambda name, full, cases: report)
     path = tmp_path / "plots" / "sync.png"
 
     code, result, _ = run_json(capfd, "bench", "sync", "--plot", path)
@@ -208,21 +208,26 @@ def test_a_benchmark_is_drawn_where_it_is_asked_to(capfd, monkeypatch, tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_benchmark_runs_in_full_size_where_it_has_one(capfd, monkeypatch):
+def test_a_benchmark_runs_in_full_size_or_in_some_cases_where_it_has_them(capfd, monkeypatch):
     asked = []
-    monkeypatch.setattr("pnode_dist.bench.run", lambda name, full: asked.append(full) or Report(name, [{"a": 1}], []))
+    monkeypatch.setattr(
+        "pnode_dist.bench.run", lambda name, *given: asked.append(given) or Report(name, [{"a": 1}], [])
+    )
 
     assert [main(["bench", "methods", *given]) for given in ([], ["--full"])] == [0, 0]
-    assert asked == [False, True]
+    assert main(["bench", "peers", "--cases", "tiny, stiff euler"]) == 0
+    assert asked == [(False, None), (True, None), (False, ["tiny", "stiff euler"])]
     capfd.readouterr()
     assert main(["bench", "sync", "--full"]) == 2
     assert "bench sync --full: has one size: must be one of methods" in capfd.readouterr().err
+    assert main(["bench", "sync", "--cases", "tiny"]) == 2
+    assert "bench sync --cases: has no cases to choose: must be one of peers" in capfd.readouterr().err
 
 
 def test_what_libraries_print_does_not_reach_the_json_output(capfd, monkeypatch):
     import ctypes
 
-    def run(name, full):
+    def run(name, full, cases):
         print("from Python")
         ctypes.CDLL(None).puts(b"from C")
         return Report("sync", [{"floats": 10}], [])
