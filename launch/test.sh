@@ -13,8 +13,8 @@
 #
 # --ranks NUMBERS  the numbers of ranks that tests marked mpi run at
 # --no-lint        without ruff, mypy and lint-imports
-# --every-case     Of a test with several cases 3 and 4 ranks take turns: every case runs at 1, 2 and one of them. With
-#                  this, and with arguments for pytest, all of them run at all of these
+# --every-case     Of a test with several cases, every second one runs at 3 ranks and every fourth at 4 ranks, unless this
+#                  is given. All of them run at 1 rank and 2. With arguments for pytest, too, all of them run at all of these
 # --image          also build the image of docker/Dockerfile, and check a gradient in it
 # Arguments for pytest begin with a path, or stand after --; they select tests in place of the tier's parts. Tests that are
 # left out are counted at the end of each part.
@@ -230,7 +230,7 @@ for ranks in $several; do
     if [ "$ranks" -lt 3 ] || [ "$every_case$selection" != nono ]; then
         part "mpi tests at $ranks ranks" mpi_tests "$ranks" "${at_ranks[@]}"
     else
-        part "mpi tests at $ranks ranks, alternate cases" mpi_tests "$ranks" --alternate-cases tests/mpi
+        part "mpi tests at $ranks ranks, some cases" mpi_tests "$ranks" --alternate-cases tests/mpi
     fi
 done
 if [ "$selection" = yes ]; then cluster_tests "cluster tests" cluster "$@"; fi

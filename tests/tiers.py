@@ -19,7 +19,7 @@ _begun = pytest.StashKey[float]()
 _left_out = pytest.StashKey[list[str]]()
 
 
-def at_night(cases: Iterable[str], but: Collection[str]) -> list[Any]:
+def at_night(cases: Iterable[Any], but: Collection[Any]) -> list[Any]:
     """The cases of a test, all of which run at night, and those in `but` always."""
     return [case if case in but else pytest.param(case, marks=pytest.mark.nightly) for case in cases]
 

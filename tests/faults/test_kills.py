@@ -31,10 +31,14 @@ PER_EPOCH = 6  # of 21 windows in batches of 4
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     """Steps enough for all kills, checkpoints on disk, and a snapshot whenever the disk is free."""
+    return configured(tmp_path, 2 + KILLS)
+
+
+def configured(tmp_path: Path, epochs: int) -> Path:
     (tmp_path / "spill").mkdir()
     tables: dict[str, Any] = {
         "run": {"name": "killed"},
-        "training": {"epochs": 2 + KILLS, "validate_every": 2, "keep": "best", "schedule": "cosine"},
+        "training": {"epochs": epochs, "validate_every": 2, "keep": "best", "schedule": "cosine"},
         "trajectory": {"ram_slots": 1, "disk_slots": 2, "directory": str(tmp_path / "spill")},
         "snapshot": {"every_steps": 1},
     }
@@ -100,8 +104,9 @@ def children_of(launcher: int) -> list[int]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("phases", [(SUM,), pytest.param(tuple(KILLED), id="all", marks=pytest.mark.nightly)])
 def test_a_rank_killed_in_any_phase_ends_all_and_the_run_resumes_to_the_same_end(
-    phases: tuple[str, ...], config_file: Path, tmp_path: Path
+    phases: tuple[str, ...], tmp_path: Path
 ) -> None:
+    config_file = configured(tmp_path, 2 + len(phases) // 2)
     whole, run = tmp_path / "whole", tmp_path / "run"
     ended = train_two(NONE, config_file, whole)
     assert ended.code == 0, ended.said

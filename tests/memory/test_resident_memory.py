@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pnode_dist.ode.methods import METHODS
+from tests.tiers import at_night
 
 PROGRAM = Path(__file__).with_name("resident_memory.py")
 FAMILIES = {
@@ -44,7 +45,7 @@ def test_every_family_of_methods_is_measured() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", at_night([1, 2], but=[2]))
 def test_resident_memory_is_flat_over_300_calls(mpirun: Run, ranks: int) -> None:
     cases = ["dopri5+adaptive", "cn", "rosw_ra34pw2"]
     growth = measured(mpirun, ranks, 300, cases)

@@ -15,6 +15,7 @@ from tests.mpi.grids import block
 from tests.oracles.fields import convolved
 from tests.oracles.right_hand_sides import distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
+from tests.tiers import at_night
 
 pytestmark = pytest.mark.mpi
 
@@ -101,7 +102,7 @@ def test_second_derivatives_are_those_of_the_whole_field(method: str, keep: str,
     assert compared(mesh, partition, parameters, found, wanted) <= 1e-12
 
 
-@pytest.mark.parametrize("method", ["cn", "beuler", "arkimex_3", None])
+@pytest.mark.parametrize("method", at_night(["cn", "beuler", "arkimex_3", None], but=["arkimex_3", None]))
 def test_second_derivatives_do_not_depend_on_the_number_of_ranks(method: str | None, mesh: Mesh) -> None:
     partition = setting(mesh)[0]
     whole, along = random(*SHAPE, 2), random(*SHAPE, 2, seed=6)

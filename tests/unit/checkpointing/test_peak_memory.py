@@ -191,6 +191,7 @@ def test_with_error_control_too_all_that_is_kept_stays_within_the_budget(
     assert 70 * MIB <= found["grown"] - working_set_of_control <= 80 * MIB + SLACK
 
 
+@pytest.mark.nightly
 def test_with_error_control_too_graphs_of_all_steps_are_charged_for(
     run: Callable[..., dict[str, Any]], working_set_of_control: int
 ) -> None:

@@ -14,6 +14,7 @@ from pnode_dist.ode.steppers.preconditioner import Approximate, UserPC
 from tests.oracles.differences import directional_derivative
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
+from tests.tiers import at_night
 
 TIMES = [0.0, 0.4, 1.0]
 TIGHT = {"snes_rtol": 1e-13, "snes_atol": 1e-14, "snes_stol": 1e-15, "ksp_rtol": 1e-13}
@@ -134,7 +135,7 @@ def test_second_derivatives_may_be_asked_for_again() -> None:
 
 
 @pytest.mark.parametrize("method", ["cn", "beuler", "arkimex_3", "dirk_s212"])
-@pytest.mark.parametrize("keep", ["graph", "stages", "solution"])
+@pytest.mark.parametrize("keep", at_night(["graph", "stages", "solution"], but=["solution"]))
 def test_implicit_second_derivatives_are_those_of_difference_quotients(method: str, keep: str) -> None:
     network: nn.Module = Network()
     if method.startswith("arkimex"):
@@ -313,7 +314,9 @@ def twice(node: NeuralODE, u0: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("preconditioner", ["block", Approximate(shifted), UserPC(Scaling())], ids=lambda p: type(p))
-@pytest.mark.parametrize("mass", [None, torch.arange(1.0, 7.0).view(2, 3)], ids=["identity", "mass"])
+@pytest.mark.parametrize(
+    "mass", at_night([None, torch.arange(1.0, 7.0).view(2, 3)], but=[None]), ids=["identity", "mass"]
+)
 def test_a_preconditioner_serves_second_derivatives(preconditioner: Any, mass: torch.Tensor | None) -> None:
     node = NeuralODE(Network(), method="cn", step_size=0.1, options=TIGHT, mass=mass)
     wanted = twice(node, random(2, 3))
