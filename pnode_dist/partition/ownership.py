@@ -45,8 +45,8 @@ def owners(
     """Return the owner rank of each node, on every rank. Collective on `comm`.
 
     `edge_index` and `coordinates` are those of rank 0, and so is an `ownership` that is not a name. Rank 0 computes the
-    owners. Raises `ConfigurationError` on all ranks for an unknown name, for owners that are no ranks, for `metis` without
-    pymetis on rank 0, and where PETSc's partitioner refuses.
+    owners. Raises `ConfigurationError` on all ranks for an unknown name, for owners that are no ranks, for `metis`
+    without pymetis on rank 0, and where PETSc's partitioner refuses.
     """
     name = comm.bcast(ownership if isinstance(ownership, str) else None)
     graph: Adjacency | None = None
