@@ -18,11 +18,11 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def check_movable(tensors: Sequence[torch.Tensor]) -> None:
-    """Raise `NotImplementedError` for a tensor whose memory MPI cannot read: on a device, or sparse."""
+    """Raise `NotImplementedError` for a tensor without values in memory, or a sparse one."""
     for tensor in tensors:
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        if tensor.is_meta or tensor.layout != torch.strided:
             raise NotImplementedError(
-                f"the mpi backend moves dense CPU tensors, got one on {tensor.device} with layout {tensor.layout}"
+                f"the mpi backend moves dense tensors, got one on {tensor.device} with layout {tensor.layout}"
             )
 
 
@@ -34,13 +34,13 @@ def check_dtypes(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the values in contiguous memory, outside the autograd graph: those of `tensor` itself if possible."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous()
+    """Return the values in contiguous memory of the host, without a graph: those of `tensor` itself if possible."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def store(target: torch.Tensor, values: torch.Tensor) -> None:
     """Write `values` to `target`, unless they are in its memory."""
-    if values.data_ptr() != target.data_ptr():
+    if target.device != values.device or values.data_ptr() != target.data_ptr():
         target.detach().copy_(values.view(target.shape))
 
 
@@ -51,7 +51,7 @@ def share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the entries of all tensors, one tensor after the other, as a vector in memory of its own."""
-    return torch.cat([tensor.detach().resolve_conj().resolve_neg().reshape(-1) for tensor in tensors])
+    return torch.cat([tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1) for tensor in tensors])
 
 
 def store_parts(targets: Sequence[torch.Tensor], values: torch.Tensor) -> None:

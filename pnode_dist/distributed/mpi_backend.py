@@ -5,7 +5,8 @@ uses, so gradient sums take the same fabric as halo exchanges and need no socket
 before they return; their `Work` objects only carry the result. Messages between two ranks complete in `wait`. Before a
 collective operation the ranks of the group agree that it is the same on all of them (see
 `pnode_dist.distributed.agreement`), and wait for each other no longer than the timeout. A rank with invalid arguments
-takes part in the agreement, so that all ranks raise its error.
+takes part in the agreement, so that all ranks raise its error. Tensors on a GPU are copied to the host's memory, and
+back.
 """
 
 # torch declares every collective twice, with options and without; its dispatcher calls the form with options only.
@@ -294,4 +295,4 @@ def _create(options: Any, backend_options: Any = None) -> MPIProcessGroup:
 def register() -> None:
     """Register the backend with torch.distributed under the name `mpi4py`. A second call does nothing."""
     if NAME not in dist.Backend.backend_list:
-        dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+        dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu", "cuda"])

@@ -49,7 +49,7 @@ class OwnedGroup(dist.ProcessGroup):
 
     # torch asks the backend of a device for these.
     supports_splitting = supports_coalescing = supports_time_estimate = False
-    _device_types = [torch.device("cpu")]  # noqa: RUF012 (as torch declares it)
+    _device_types = [torch.device("cpu"), torch.device("cuda")]  # noqa: RUF012 (as torch declares it)
 
     def __init__(self, comm: MPI.Intracomm, timeout: float | None = None) -> None:
         super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]
@@ -134,8 +134,6 @@ class OwnedGroup(dist.ProcessGroup):
         return self._group_name
 
     def _get_backend(self, device: torch.device) -> OwnedGroup:
-        if torch.device(device).type != "cpu":
-            raise RuntimeError(f"the mpi backend moves CPU tensors, and none on {device}")
         return self
 
     def supports_tensor_alloc(self, device: torch.device) -> bool:
