@@ -49,7 +49,6 @@ class OwnedGroup(dist.ProcessGroup):
 
     # torch asks the backend of a device for these.
     supports_splitting = supports_coalescing = supports_time_estimate = False
-    _device_types = [torch.device("cpu"), torch.device("cuda")]  # noqa: RUF012 (as torch declares it)
 
     def __init__(self, comm: MPI.Intracomm, timeout: float | None = None) -> None:
         super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]
@@ -132,6 +131,18 @@ class OwnedGroup(dist.ProcessGroup):
     @property
     def group_name(self) -> str:
         return self._group_name
+
+    def getGroupName(self) -> str:
+        return self._group_name
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        try:
+            dist.get_process_group_ranks(self)
+        except (KeyError, ValueError):
+            # Of a group with devices, torch asks for the C++ backend while it makes the group.
+            return []
+        return [torch.device("cpu"), torch.device("cuda")]
 
     def _get_backend(self, device: torch.device) -> OwnedGroup:
         return self
