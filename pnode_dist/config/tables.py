@@ -70,6 +70,13 @@ def _choice_or_path(*names: str) -> Callable[[str], str]:
     return check
 
 
+def _device(name: str) -> str:
+    kind, _, number = name.partition(":")
+    if name not in ("cpu", "cuda", "auto") and not (kind == "cuda" and number.isascii() and number.isdigit()):
+        raise ValueError("must be cpu, cuda, cuda:N with the number of a GPU, or auto")
+    return name
+
+
 def _leads(leads: tuple[int, ...]) -> tuple[int, ...]:
     if list(leads) != sorted(set(leads)):
         raise ValueError("must be increasing")
@@ -225,6 +232,10 @@ class TrainingConfig(Table):
     """Samples per optimiser step, over all replicas. Training is therefore the same on every mesh."""
     dtype: Literal["float32", "float64"] = "float32"
     """The type of parameters and data. Time steps are computed in PETSc's scalar type."""
+    device: Annotated[StrictStr, AfterValidator(_device), _examples("cpu", "cuda", "cuda:0", "auto")] = "cpu"
+    """The device on which the model computes. `cuda`: the GPU with the number of the rank on its node. `cuda:N`: this
+    GPU for all ranks. `auto`: `cuda` if every rank has a GPU, else `cpu`. Data, losses and the states of PETSc stay in
+    the host's memory, and evaluation computes there."""
     gradient_clip: Positive | None = None
     """Scale a gradient with a larger norm, over all ranks, down to this norm. Default: no limit."""
     log_every: Count = 1

@@ -297,8 +297,9 @@ def _heard(tag: int) -> set[int]:
     """Receive all messages with `tag`, and return the ranks that sent them."""
     heard = set()
     status = MPI.Status()
-    while MPI.COMM_WORLD.Iprobe(MPI.ANY_SOURCE, tag, status):
-        MPI.COMM_WORLD.Recv([bytearray(0), 0, MPI.BYTE], status.Get_source(), tag)
+    # A matched probe, because another thread may look at the same time.
+    while (message := MPI.COMM_WORLD.Improbe(MPI.ANY_SOURCE, tag, status)) is not None:
+        message.Recv([bytearray(0), 0, MPI.BYTE])
         heard.add(status.Get_source())
     return heard
 

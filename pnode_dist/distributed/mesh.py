@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
 
-from pnode_dist.distributed import agreement
+from pnode_dist.distributed import agreement, mpi_group
 from pnode_dist.distributed import mpi_backend as mpi_backend
 from pnode_dist.distributed.launcher import hide_from_children, singleton_problem
 from pnode_dist.errors import ConfigurationError
@@ -86,7 +88,7 @@ class _TorchDistributed:
     def acquire(self, world: _World, backend: str, timeout: timedelta) -> None:
         if not dist.is_initialized():
             mpi_backend.register()
-            torch_backend = mpi_backend.NAME if backend == "mpi" else backend
+            torch_backend = mpi_group.NAME if backend == "mpi" else backend
             store = HashStore() if backend == "mpi" else _rendezvous(world, timeout)
             dist.init_process_group(torch_backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
             self.backend = backend
@@ -105,9 +107,11 @@ class _TorchDistributed:
     def release(self, free: bool) -> None:
         self.open_meshes -= 1
         if self.open_meshes == 0 and self.backend is not None:
-            group = dist.group.WORLD
-            if free and isinstance(group, mpi_backend.MPIProcessGroup):
-                group.free()
+            # Also the groups that a user of torch has made: MPI has about two thousand communicators to give.
+            if free:
+                mpi_group.free_all()
+            else:
+                mpi_group.forget_all()
             dist.destroy_process_group()
             self.backend = None
 
@@ -203,7 +207,7 @@ class Mesh:
         self.replica = world.rank // self.state_ranks
         _limit_threads(world)
         uncaught = sys.excepthook
-        _torch_distributed.acquire(world, backend, mpi_backend.timedelta_of(self.timeout))
+        _torch_distributed.acquire(world, backend, mpi_group.timedelta_of(self.timeout))
         # Install this hook after torch.distributed, whose own hook would lose the message.
         self._remove_abort = _install_abort(world, uncaught) if world.size > 1 else _restoring(uncaught)
         source = MPI.COMM_WORLD if world.connected_by_mpi else MPI.COMM_SELF
@@ -219,12 +223,29 @@ class Mesh:
         self._closed = False
 
     def _new_group(self, members: list[list[int]]) -> dist.ProcessGroup:
-        torch_backend = mpi_backend.NAME if self.backend == "mpi" else self.backend
+        torch_backend = mpi_group.NAME if self.backend == "mpi" else self.backend
         group: dist.ProcessGroup
         group, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
-            members, timeout=mpi_backend.timedelta_of(self.timeout), backend=torch_backend
+            members, timeout=mpi_group.timedelta_of(self.timeout), backend=torch_backend
         )
         return group
+
+    @cached_property
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh as torch's DeviceMesh, with the dimensions `replica` and `state`. Not collective.
+
+        Its groups are those of this mesh, so that torch's DTensor, `fully_shard` and distributed checkpoints take
+        `mesh.device_mesh`, or `mesh.device_mesh["state"]` and `mesh.device_mesh["replica"]`. Its device type is `cpu`,
+        or `cuda` with the backend nccl. Raises `ConfigurationError` if the mesh is closed.
+        """
+        if self._closed:
+            raise ConfigurationError("mesh: a closed mesh has no device_mesh")
+        return DeviceMesh.from_group(
+            [self.data_group, self.state_group],
+            "cuda" if self.backend == "nccl" else "cpu",
+            torch.arange(self.size).view(self.data_replicas, self.state_ranks),
+            mesh_dim_names=("replica", "state"),
+        )
 
     @property
     def is_root(self) -> bool:

@@ -30,7 +30,7 @@ class _AlgebraicEquations:
     def __call__(self, t: torch.Tensor, u: State, *args: Any) -> State:
         values = self.func(torch.full_like(t, self.time), u, *args)
         parts = values if isinstance(values, tuple | list) else (values,)
-        kept = tuple(-part * mask for part, mask in zip(parts, self.algebraic, strict=True))
+        kept = tuple(-part * mask.to(part.device) for part, mask in zip(parts, self.algebraic, strict=True))
         return kept if isinstance(u, tuple) else kept[0]
 
 

@@ -45,6 +45,9 @@ class GraphPartition:
 
     `ownership` is one of
     - `bisection`: equal shares with few edges between them; with `coordinates` `[nodes, dimensions]` also compact;
+    - `metis`: nearly equal shares with fewer edges between them, by METIS. Needs the package pymetis on rank 0, which
+      `pip install pnode-dist[graph]` installs. `coordinates` are not used;
+    - `auto`: `metis` where pymetis is installed, else `bisection`. The owners then differ between machines;
     - `contiguous`: equal ranges of node numbers;
     - an array on rank 0 with the owner rank of each node;
     - a type of PETSc's MatPartitioning that this PETSc was built with.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import product
+from itertools import accumulate, pairwise, product
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,13 +19,13 @@ from petsc4py import PETSc
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition import protocol
+from pnode_dist.partition.dmda import Rule as Rule
+from pnode_dist.partition.dmda import check_ranks, facts_of
 from pnode_dist.partition.process_grid import process_grid
 from pnode_dist.petsc import vectors
 
 Boundary = Literal["periodic", "replicate", "reflect", "zero"]
 BOUNDARIES: tuple[str, ...] = get_args(Boundary)
-Rule = str | float
-"""The name of a boundary rule, or the constant value beyond the boundary."""
 _AXES = "zyx"
 
 
@@ -40,6 +40,8 @@ class GridPartition:
     - `processes` are the numbers of ranks along the axes, by default those with the smallest inner surface.
     - `multiple_of` is a number, or one for each axis. Blocks have whole multiples of it, and their sizes differ by at
       most one multiple along an axis. A grid that is to be coarsened by a factor needs blocks of multiples of it.
+    - `ownership` are the numbers of points that the ranks along each axis own, a sequence for each axis, by default as
+      even as `multiple_of` allows. `from_dmda` takes them from a DMDA.
 
     Local states are `[..., nz_local, ny_local, nx_local, channels]`, or have fewer axes accordingly, with any number of
     leading batch axes. `owned` is this rank's owned range along each axis, and `position` its position in the process
@@ -58,6 +60,7 @@ class GridPartition:
         stencil_width: int = 1,
         processes: Sequence[int] | None = None,
         multiple_of: int | Sequence[int] = 1,
+        ownership: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.comm = protocol.communicator(mesh)
         self.shape = tuple(int(n) for n in shape)
@@ -78,21 +81,23 @@ class GridPartition:
         self.multiple_of: tuple[int, ...] = self._for_each_axis("multiple_of", multiple_of)
         if any(step < 1 or n % step for n, step in zip(self.shape, self.multiple_of, strict=True)):
             raise ConfigurationError(f"grid: multiple_of = {self.multiple_of}: must divide the shape {self.shape}")
-        if processes is None:
-            self.processes = process_grid(self.shape, self.comm.size, stencil_width, self.multiple_of)
+        self._ownership = ownership
+        if ownership is not None:
+            self.processes, lengths = self._given_lengths(ownership, processes)
         else:
-            self.processes = self._for_each_axis("processes", tuple(processes))
+            if processes is None:
+                self.processes = process_grid(self.shape, self.comm.size, stencil_width, self.multiple_of)
+            else:
+                self.processes = self._for_each_axis("processes", tuple(processes))
+            lengths = tuple(map(_even_lengths, self.shape, self.processes, self.multiple_of))
         if math.prod(self.processes) != self.comm.size or min(self.processes) < 1:
             raise ConfigurationError(f"grid: processes = {self.processes}: must multiply to {self.comm.size} ranks")
+        self.ranges = tuple(list(pairwise((0, *accumulate(parts)))) for parts in lengths)
         if min(map(self.smallest_block, range(len(self.shape)))) < max(stencil_width, 1):
             raise ConfigurationError(
                 f"grid: processes = {self.processes}: some rank would own fewer than {max(stencil_width, 1)} points "
                 f"along an axis of {self.shape}"
             )
-        self.ranges = tuple(
-            [(start * step, stop * step) for start, stop in protocol.even_ranges(n // step, p)]
-            for n, p, step in zip(self.shape, self.processes, self.multiple_of, strict=True)
-        )
         self._positions = list(product(*map(range, self.processes)))
         self.position = self._positions[self.comm.rank]
         self.owned = tuple(ranges[place] for ranges, place in zip(self.ranges, self.position, strict=True))
@@ -107,6 +112,43 @@ class GridPartition:
                 f"grid: {name} = {value!r}: must have one entry for each of {', '.join(self.axes)}"
             )
         return values
+
+    def _given_lengths(
+        self, ownership: Sequence[Sequence[int]], processes: Sequence[int] | None
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+        """Return the numbers of ranks along the axes, and the points that each of them owns."""
+        lengths: tuple[tuple[int, ...], ...] = tuple(
+            tuple(map(int, parts)) for parts in self._for_each_axis("ownership", ownership)
+        )
+        if processes is not None or max(self.multiple_of) > 1:
+            raise ConfigurationError("grid: ownership: excludes processes and multiple_of, which follow from it")
+        for axis, parts, n in zip(self.axes, lengths, self.shape, strict=True):
+            if sum(parts) != n or min(parts, default=0) < 0:
+                raise ConfigurationError(f"grid: ownership of {axis} = {list(parts)}: must sum to the {n} points")
+        return tuple(map(len, lengths)), lengths
+
+    @classmethod
+    def from_dmda(
+        cls, dmda: PETSc.DMDA, mesh: Mesh | MPI.Comm, boundary: Rule | Sequence[Rule] | None = None
+    ) -> GridPartition:
+        """Return the partition that follows a DMDA of PETSc: its sizes, channels (dof), ranks and owned ranges.
+
+        Global Vecs of the DMDA and of the partition agree entry by entry, and `dm` of the partition is the DMDA. The
+        stencil has the same width. Exchanges include corners, also for a star stencil. A periodic axis of the DMDA is
+        `periodic`, a mirrored one `reflect`. `boundary` are the rules of all axes, by default `zero` where the DMDA has
+        none (`none` and `ghosted`). Collective on the state ranks.
+
+        Raises `ConfigurationError` for a DMDA that is not set up, has other ranks than the mesh, a twisted axis or Vecs
+        on a device, and for a rule that contradicts the DMDA's.
+        """
+        facts = facts_of(dmda)
+        comm = protocol.communicator(mesh)
+        check_ranks(dmda, comm)
+        rules = facts.rules if boundary is None else facts.checked(boundary)
+        partition = cls(comm, facts.shape, facts.dof, rules, facts.width, ownership=facts.ownership)
+        # In place of the DMDA that would be created.
+        partition.__dict__["dm"] = dmda
+        return partition
 
     @cached_property
     def dm(self) -> PETSc.DMDA:
@@ -146,8 +188,7 @@ class GridPartition:
 
     def smallest_block(self, axis: int) -> int:
         """Return the fewest points along `axis` that any rank owns."""
-        step = self.multiple_of[axis]
-        return self.shape[axis] // step // self.processes[axis] * step
+        return min(stop - start for start, stop in self.ranges[axis])
 
     def coarsened(self, factor: int | Sequence[int], channels: int | None = None) -> GridPartition:
         """Return the grid with `factor` times fewer points along each axis. Every rank keeps its part of the domain.
@@ -170,9 +211,11 @@ class GridPartition:
             self.channels if channels is None else channels,
             self.boundary,
             min(self.stencil_width, narrowest),
-            self.processes,
+            None if self._ownership else self.processes,
             # If the factor does not divide the multiple, all blocks are equal.
             [m // step if m % step == 0 else 1 for m, step in zip(self.multiple_of, factors, strict=True)],
+            self._ownership
+            and [[part // step for part in parts] for parts, step in zip(self._ownership, factors, strict=True)],
         )
 
     def refined(self, factor: int | Sequence[int], channels: int | None = None) -> GridPartition:
@@ -187,8 +230,10 @@ class GridPartition:
             self.channels if channels is None else channels,
             self.boundary,
             self.stencil_width,
-            self.processes,
-            [m * step for m, step in zip(self.multiple_of, factors, strict=True)],
+            None if self._ownership else self.processes,
+            1 if self._ownership else [m * step for m, step in zip(self.multiple_of, factors, strict=True)],
+            self._ownership
+            and [[part * step for part in parts] for parts, step in zip(self._ownership, factors, strict=True)],
         )
 
     def _factors(self, factor: int | Sequence[int]) -> tuple[int, ...]:
@@ -212,6 +257,11 @@ class GridPartition:
     def gather(self, local: torch.Tensor, root: int = 0) -> torch.Tensor | None:
         """Return the global array on `root`, None elsewhere. Collective on the state ranks."""
         return protocol.gather(local, self, root)
+
+
+def _even_lengths(points: int, ranks: int, step: int) -> tuple[int, ...]:
+    """Return the points of each rank along an axis, in multiples of `step`."""
+    return tuple((stop - start) * step for start, stop in protocol.even_ranges(points // step, max(ranks, 1)))
 
 
 def _checked(rule: Rule, axis: str) -> Rule:

@@ -11,18 +11,19 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition.bisection import Adjacency, adjacency, bisected
+from pnode_dist.partition.metis import by_metis, has_metis
 from pnode_dist.partition.protocol import Integers, even_ranges
 
-OWN = ("bisection", "contiguous")
+OWN = ("bisection", "contiguous", "auto")
 _PETSC = ("parmetis", "ptscotch", "chaco", "party", "hierarch", "square", "average", "current")
 
 
 def available() -> tuple[str, ...]:
-    """Return the names of partitioners: pnode_dist's own, then the types of MatPartitioning in this build of PETSc.
+    """Return the names of partitioners: pnode_dist's own, METIS, then the types of MatPartitioning in this PETSc.
 
     Not collective.
     """
-    found = list(OWN)
+    found = [*OWN, *(("metis",) if has_metis() else ())]
     partitioning = PETSc.MatPartitioning().create(comm=MPI.COMM_SELF)
     for name in _PETSC:
         try:
@@ -43,9 +44,9 @@ def owners(
 ) -> Integers:
     """Return the owner rank of each node, on every rank. Collective on `comm`.
 
-    `edge_index` and `coordinates` are those of rank 0, and so is an `ownership` that is not a name.
-    Raises `ConfigurationError` on all ranks for an unknown name, for owners that are no ranks, and where PETSc's
-    partitioner refuses.
+    `edge_index` and `coordinates` are those of rank 0, and so is an `ownership` that is not a name. Rank 0 computes the
+    owners. Raises `ConfigurationError` on all ranks for an unknown name, for owners that are no ranks, for `metis`
+    without pymetis on rank 0, and where PETSc's partitioner refuses.
     """
     name = comm.bcast(ownership if isinstance(ownership, str) else None)
     graph: Adjacency | None = None
@@ -57,14 +58,16 @@ def owners(
             places = _places(coordinates, nodes)
             if name is None:
                 owner = _given(ownership, nodes, comm.size)
-            elif name not in available():
+            elif name != "metis" and name not in available():
                 failure = f"ownership = {name!r}: must be the owner of each node, or one of {', '.join(available())}"
-            elif name == "contiguous" or comm.size == 1:
+            elif name == "contiguous" or (comm.size == 1 and (name != "metis" or has_metis())):
                 lengths = [stop - start for start, stop in even_ranges(nodes, comm.size)]
                 owner = np.repeat(np.arange(comm.size), lengths)
             else:
                 graph = adjacency(edge_index, nodes)
-                if name == "bisection":
+                if name == "metis" or (name == "auto" and has_metis()):
+                    owner = by_metis(graph, comm.size)
+                elif name in OWN:
                     owner = bisected(graph, comm.size, places)
         except ConfigurationError as error:
             failure = str(error)

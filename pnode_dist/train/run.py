@@ -25,6 +25,7 @@ from pnode_dist.system import slurm
 from pnode_dist.system.compatibility import difference, facts_here
 from pnode_dist.train import loop
 from pnode_dist.train.callbacks import Callback, RunStart, of_rank
+from pnode_dist.train.device import device_of, place
 from pnode_dist.train.loggers import TensorBoardLogger
 from pnode_dist.train.outcome import Outcome
 from pnode_dist.train.preemption import Preemption
@@ -65,7 +66,9 @@ def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome
         )
         # Reject an invalid start before reading the data.
         run_directory.on_root(mesh, choose)
+        device = device_of(config.training.device, mesh)
         problem = build_problem(config, mesh, found=found)
+        place(problem.model, device)
         with user_code("in the loss of the first batch", found.file, _fallback(found)):
             loop.rehearse(problem, config.training)
         lock = stack.enter_context(run_directory.held(directory, mesh))

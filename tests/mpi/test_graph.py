@@ -14,7 +14,7 @@ from mpi4py import MPI
 from pnode_dist import GraphPartition, Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import gather, scatter, with_ghosts
-from pnode_dist.partition import ownership
+from pnode_dist.partition import metis, ownership
 from pnode_dist.verify.gradcheck import state_direction
 from tests.oracles.graphs import grid_edges, random_edges
 from tests.oracles.right_hand_sides import distance, random
@@ -27,10 +27,12 @@ SIZE = MPI.COMM_WORLD.size
 GIVEN = np.random.default_rng(3).integers(0, max(SIZE - 1, 1), NODES)
 
 
-@pytest.fixture(params=["bisection", "contiguous", "given", "average", "one node"])
+@pytest.fixture(params=["bisection", "contiguous", "given", "average", "one node", "metis"])
 def partition(request: pytest.FixtureRequest, mesh: Mesh) -> GraphPartition:
     """Split in each way. Only rank 0 gives the edges."""
     first = mesh.rank == 0
+    if request.param == "metis" and not metis.has_metis():
+        pytest.skip("pymetis is not installed")
     if request.param == "one node":
         return GraphPartition(mesh, torch.tensor([[0, 0], [0, 0]]) if first else None, 1, FEATURES)
     ownership = request.param if request.param != "given" else GIVEN if first else None

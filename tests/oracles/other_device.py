@@ -39,6 +39,13 @@ class Hidden(torch.Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"Hidden({self.inside!r})"
 
+    # Functions that torch gives to its own devices alone.
+    def tolist(self) -> Any:
+        return self.inside.tolist()
+
+    def new_tensor(self, data: Any, **_: Any) -> Hidden:
+        return Hidden(self.inside.new_tensor(data))
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -89,7 +89,8 @@ def number_of_harmonics(model: FieldModelConfig, time: TimeAxis, known: Sequence
 
 def _harmonic_basis(phase: torch.Tensor, harmonics: int) -> torch.Tensor:
     """Return 1, cos and sin of each harmonic at the phases `[...]`: `[..., 1 + 2 harmonics]`."""
-    angles = 2 * math.pi * phase.unsqueeze(-1) * torch.arange(1, harmonics + 1, dtype=phase.dtype)
+    numbers = torch.arange(1, harmonics + 1, dtype=phase.dtype, device=phase.device)
+    angles = 2 * math.pi * phase.unsqueeze(-1) * numbers
     return torch.cat([torch.ones_like(phase).unsqueeze(-1), torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
@@ -119,7 +120,7 @@ class SeasonalCycle(nn.Module):
 
     def derivative(self, phase: torch.Tensor) -> torch.Tensor:
         """Return the derivative of the state with respect to the phase, in the same shape."""
-        numbers = 2 * math.pi * torch.arange(1, self.harmonics + 1, dtype=phase.dtype)
+        numbers = 2 * math.pi * torch.arange(1, self.harmonics + 1, dtype=phase.dtype, device=phase.device)
         angles = phase.unsqueeze(-1) * numbers
         basis = torch.cat([-numbers * torch.sin(angles), numbers * torch.cos(angles)], dim=-1)
         rate: torch.Tensor = torch.tensordot(basis, self.coefficients[1:], dims=1)

@@ -206,7 +206,8 @@ with Mesh(state=1, data=world.size, timeout=5) as mesh:
     said = waiting(job)
     assert set(said) == {0, 1}
     assert all(
-        "of a process group (kind all_reduce, numbers 6, dtype torch.float32; program.py:" in t for t in said.values()
+        "of a process group (kind all_reduce, numbers 6, dtype torch.float32, reduction SUM; program.py:" in text
+        for text in said.values()
     )
 
 
