@@ -33,7 +33,7 @@ from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.rhs.mass import Mass
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.tangent import checked_direction, stacked, with_tangent
-from pnode_dist.ode.settings import Settings, Times
+from pnode_dist.ode.settings import WITHOUT_ARGUMENT, Settings, Times
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_lock import solve_lock
 from pnode_dist.ode.solve_plans import measured_plans
@@ -194,7 +194,7 @@ def odeint(
     return differentiable_solve(NoSolvers(), NoSolvers(), func, u0, t, settings, args)[0]
 
 
-_settings_of = attrgetter(*(field.name for field in fields(Settings) if field.name != "grid"))
+_settings_of = attrgetter(*(field.name for field in fields(Settings) if field.name not in WITHOUT_ARGUMENT))
 
 
 class NeuralODE(nn.Module):
