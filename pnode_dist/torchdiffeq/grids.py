@@ -58,7 +58,10 @@ def brackets(func: Any, y0: State, t: torch.Tensor, options: FixedOptions) -> Br
         while sign * nodes[end] < sign * when:
             end += 1
         ends.append(end)
-    starts = [end if nodes[end] == when else end - 1 for end, when in zip(ends, wanted, strict=True)]
+    # A cubic has a slope in time also where a step ends.
+    always = t.requires_grad and options.interp == "cubic"
+    lands = [end == 0 or (nodes[end] == when and not always) for end, when in zip(ends, wanted, strict=True)]
+    starts = [end if at_end else end - 1 for end, at_end in zip(ends, lands, strict=True)]
     # Every node is a time if the nodes depend on t: a step within an interval moves with the ends of the interval.
     kept = list(range(len(nodes))) if grid.requires_grad else sorted({0, len(nodes) - 1, *starts, *ends})
     numbers = {node: number for number, node in enumerate(kept)}

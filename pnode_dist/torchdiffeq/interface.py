@@ -104,7 +104,7 @@ def odeint_adjoint(
             f"{', '.join(given)}: no effect: the gradient is exact for the steps of the forward pass, and no adjoint "
             "equation is solved",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,  # the caller of the function that `outside_graphs` made
         )
     params = None if adjoint_params is None else _checked_parameters(func, tuple(adjoint_params))
     return solved(Call(func, y0, t, rtol, atol, named(method), options, partition, trajectory, params))

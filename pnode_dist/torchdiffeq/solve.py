@@ -70,7 +70,7 @@ def _with_error_control(call: Call, settings: Settings, options: AdaptiveOptions
             "options: 'norm': a function of this rank's part alone cannot be the norm of a whole state"
         )
     rtol, atol = (_tolerance(name, getattr(call, name), call.y0) for name in ("rtol", "atol"))
-    if rtol == 0.0 and atol == 0.0:
+    if isinstance(rtol, float) and isinstance(atol, float) and rtol == atol == 0:
         raise ConfigurationError("rtol = 0.0, atol = 0.0: one of them must be positive")
     first = None if options.first_step is None else options.rule.limited(options.first_step)
     settings = replace(settings, rtol=rtol, atol=atol, step_size=first, rule=options.rule)
