@@ -43,9 +43,7 @@ def train(iterations: int = 5) -> tuple[list[float], nn.Module]:
     losses = []
     for _ in range(iterations):
         optimiser.zero_grad()
-        angles, _ = odeint(
-            pendulum, (first, start[1]), times, rtol=1e-8, atol=1e-10, method="dopri5", options=options
-        )
+        angles, _ = odeint(pendulum, (first, start[1]), times, rtol=1e-8, atol=1e-10, method="dopri5", options=options)
         loss = (angles - measured).square().mean()
         loss.backward()
         optimiser.step()
