@@ -16,7 +16,6 @@ from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.rhs.parameters import find_parameters
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.torchdiffeq.callbacks import refuse_adjoint_callbacks
-from pnode_dist.torchdiffeq.methods import named
 from pnode_dist.torchdiffeq.solve import Call, solved
 from pnode_dist.torchdiffeq.unsupported import NO_EVENTS
 
@@ -53,7 +52,7 @@ def odeint(
     """
     if event_fn is not None:
         raise ConfigurationError(f"event_fn: {NO_EVENTS}")
-    return solved(Call(func, y0, t, rtol, atol, named(method), options, partition, trajectory))
+    return solved(Call(func, y0, t, rtol, atol, method, options, partition, trajectory))
 
 
 @outside_graphs
@@ -107,7 +106,7 @@ def odeint_adjoint(
             stacklevel=3,  # the caller of the function that `outside_graphs` made
         )
     params = None if adjoint_params is None else _checked_parameters(func, tuple(adjoint_params))
-    return solved(Call(func, y0, t, rtol, atol, named(method), options, partition, trajectory, params))
+    return solved(Call(func, y0, t, rtol, atol, method, options, partition, trajectory, params))
 
 
 def _checked_parameters(func: Function, params: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

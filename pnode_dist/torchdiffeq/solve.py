@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,17 +12,19 @@ import torch
 
 from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.call_agreement import preparation
 from pnode_dist.ode.differentiable_solve import differentiable_solve
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.settings import Settings
+from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.time_grid import output_times
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.torchdiffeq.callbacks import callbacks_of
-from pnode_dist.torchdiffeq.grids import brackets, outputs_at
-from pnode_dist.torchdiffeq.methods import NamedMethod
-from pnode_dist.torchdiffeq.options import AdaptiveOptions, FixedOptions, adaptive_options, fixed_options
-from pnode_dist.torchdiffeq.pieces import pieces, within
+from pnode_dist.torchdiffeq.grids import Brackets, brackets, outputs_at
+from pnode_dist.torchdiffeq.methods import named
+from pnode_dist.torchdiffeq.options import AdaptiveOptions, adaptive_options, fixed_options
+from pnode_dist.torchdiffeq.pieces import Piece, pieces, within
 
 # The solvers of a function are reused at its next call, and are freed with the function.
 _SOLVERS: WeakKeyDictionary[Any, tuple[KeptSolvers, KeptSolvers]] = WeakKeyDictionary()
@@ -36,7 +39,7 @@ class Call:
     t: torch.Tensor
     rtol: Any
     atol: Any
-    method: NamedMethod
+    method: str | None
     options: Mapping[str, Any] | None
     partition: Partition | None
     trajectory: CheckpointBudget | None
@@ -44,27 +47,39 @@ class Call:
 
 
 def solved(call: Call) -> State:
-    """Return the outputs of a call. Collective on the partition's communicator."""
+    """Return the outputs of a call. Collective on the partition's communicator.
+
+    An error in the arguments on one rank is raised on all.
+    """
+    with preparation(communicator(call.partition)) as preparing:
+        solve = _checked(call)
+        preparing.later()
+    return solve()
+
+
+def _checked(call: Call) -> Callable[[], State]:
+    """Return the function that solves. Raises `ConfigurationError` for a wrong argument."""
+    method = named(call.method)
     if not isinstance(call.t, torch.Tensor) or not call.t.is_floating_point():
         kind = call.t.dtype if isinstance(call.t, torch.Tensor) else type(call.t).__name__
         raise ConfigurationError(f"t must be a one-dimensional floating-point tensor, got {kind}")
     output_times(call.t)
-    settings = Settings(
-        call.method.native, None, None, None, "basic", call.partition, call.trajectory, call.params, None
-    )
-    settings = replace(settings, callbacks=callbacks_of(call.func, call.method))
-    if not call.method.adaptive:
-        return _with_given_steps(call, settings, fixed_options(call.method, call.options))
-    return _with_error_control(call, settings, adaptive_options(call.method, call.options))
+    settings = Settings(method.native, None, None, None, "basic", call.partition, call.trajectory, call.params, None)
+    settings = replace(settings, callbacks=callbacks_of(call.func, method))
+    if method.adaptive:
+        adaptive = adaptive_options(method, call.options)
+        return partial(_with_error_control, call, _controlled(call, settings, adaptive), pieces(call.t, adaptive))
+    options = fixed_options(method, call.options)
+    return partial(_with_given_steps, call, settings, brackets(call.func, call.y0, call.t, options), options.interp)
 
 
-def _with_given_steps(call: Call, settings: Settings, options: FixedOptions) -> State:
-    places = brackets(call.func, call.y0, call.t, options)
+def _with_given_steps(call: Call, settings: Settings, places: Brackets, interp: str) -> State:
     states = _solve(call.func, call.y0, places.times, replace(settings, grid=places.steps))
-    return outputs_at(places, call.func, states, options.interp)
+    return outputs_at(places, call.func, states, interp)
 
 
-def _with_error_control(call: Call, settings: Settings, options: AdaptiveOptions) -> State:
+def _controlled(call: Call, settings: Settings, options: AdaptiveOptions) -> Settings:
+    """Return the settings of a solve with error control."""
     if call.partition is not None and call.partition.comm.size > 1 and options.rule.norm is not None:
         raise ConfigurationError(
             "options: 'norm': a function of this rank's part alone cannot be the norm of a whole state"
@@ -73,9 +88,12 @@ def _with_error_control(call: Call, settings: Settings, options: AdaptiveOptions
     if isinstance(rtol, float) and isinstance(atol, float) and rtol == atol == 0:
         raise ConfigurationError("rtol = 0.0, atol = 0.0: one of them must be positive")
     first = None if options.first_step is None else options.rule.limited(options.first_step)
-    settings = replace(settings, rtol=rtol, atol=atol, step_size=first, rule=options.rule)
+    return replace(settings, rtol=rtol, atol=atol, step_size=first, rule=options.rule)
+
+
+def _with_error_control(call: Call, settings: Settings, parts: list[Piece]) -> State:
     y, found = call.y0, []
-    for piece in pieces(call.t, options):
+    for piece in parts:
         states = _solve(within(call.func, piece), y, piece.times, settings, call.func)
         y = _row(states, -1)
         whole = len(piece.wanted) == len(piece.times)
