@@ -11,7 +11,6 @@ from torch import nn
 
 from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.autograd.outside_graphs import outside_graphs
 from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.rhs.parameters import find_parameters
 from pnode_dist.partition.protocol import Partition
@@ -23,7 +22,6 @@ Function = Callable[..., Any]
 Tolerance = float | torch.Tensor | Iterable[float | torch.Tensor]
 
 
-@outside_graphs
 def odeint(
     func: Function,
     y0: State,
@@ -55,7 +53,6 @@ def odeint(
     return solved(Call(func, y0, t, rtol, atol, method, options, partition, trajectory))
 
 
-@outside_graphs
 def odeint_adjoint(
     func: Function,
     y0: State,
@@ -103,7 +100,7 @@ def odeint_adjoint(
             f"{', '.join(given)}: no effect: the gradient is exact for the steps of the forward pass, and no adjoint "
             "equation is solved",
             UserWarning,
-            stacklevel=3,  # the caller of the function that `outside_graphs` made
+            stacklevel=2,
         )
     params = None if adjoint_params is None else _checked_parameters(func, tuple(adjoint_params))
     return solved(Call(func, y0, t, rtol, atol, method, options, partition, trajectory, params))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +12,7 @@ import torch
 
 from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.autograd.outside_graphs import outside_graphs
 from pnode_dist.ode.call_agreement import preparation
 from pnode_dist.ode.differentiable_solve import differentiable_solve
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
@@ -46,13 +47,14 @@ class Call:
     params: tuple[torch.Tensor, ...] | None = None
 
 
+@outside_graphs
 def solved(call: Call) -> State:
     """Return the outputs of a call. Collective on the partition's communicator.
 
     An error in the arguments on one rank is raised on all.
     """
     with preparation(communicator(call.partition)) as preparing:
-        solve = _checked(call)
+        solve = _checked(replace(call, y0=_of_one_type(call.y0)))
         preparing.later()
     return solve()
 
@@ -113,6 +115,14 @@ def _kept_for(func: Any) -> tuple[KeptSolvers, KeptSolvers]:
     except TypeError:
         # A function that cannot be a key, such as a frozen object with a dictionary inside.
         return NoSolvers(), NoSolvers()
+
+
+def _of_one_type(y0: State) -> State:
+    """Return the state with parts of different floating types promoted to one, as torchdiffeq does."""
+    if isinstance(y0, torch.Tensor) or not all(isinstance(part, torch.Tensor) for part in y0):
+        return y0
+    common = reduce(torch.promote_types, (part.dtype for part in y0))
+    return tuple(part.to(common) for part in y0)
 
 
 def _joined(found: list[State]) -> State:

@@ -45,6 +45,7 @@ def test_arguments_and_defaults_are_those_of_torchdiffeq_and_two_more(name: str)
     assert [*ours][len(theirs) :] == ["partition", "trajectory"]
 
 
+@pytest.mark.slow
 def test_a_spiral_that_needs_small_steps_is_solved_by_default() -> None:
     matrix = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]])
     t = torch.linspace(0.0, 10.0, 20)
@@ -155,6 +156,55 @@ def test_tolerances_of_a_tensor_state_may_differ_between_entries() -> None:
     atol[0, 0] = 1e-10
     odeint(network, U0, TIMES[[0, 3]], rtol=0.0, atol=atol)
     assert len(network.accepted) - loose > 2 * loose
+
+
+def test_parts_of_different_types_are_promoted_to_one() -> None:
+    start = torch.ones(2), torch.ones(3, dtype=torch.float64)
+    found = odeint(lambda t, y: (-y[0], -y[1]), start, TIMES)
+    wanted = torchdiffeq.odeint(lambda t, y: (-y[0], -y[1]), start, TIMES)
+    for part, exact in zip(found, wanted, strict=True):
+        assert part.dtype == exact.dtype == torch.float64
+        assert distance(part, exact) < 1e-6
+    with pytest.raises(TypeError, match=r"one floating-point type, got torch\.complex64"):
+        odeint(lambda t, y: 1j * y, torch.ones(2, dtype=torch.complex64), TIMES)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        pytest.param("dopri5", {"jump_t": [0.7]}, marks=pytest.mark.nightly),
+        ("rk4", {"step_size": 0.3, "interp": "cubic"}),
+    ],
+)
+def test_second_derivatives_and_transforms_go_through_pieces_and_interpolation(
+    method: str, options: dict[str, Any]
+) -> None:
+    network = Network()
+
+    def loss(solver: Callable[..., Any], u: torch.Tensor, **tolerances: float) -> torch.Tensor:
+        return torch.sin(solver(network, u, TIMES, method=method, options=options, **tolerances)).sum()
+
+    def second(solver: Callable[..., Any], **tolerances: float) -> torch.Tensor:
+        u = U0.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(solver, u, **tolerances), u, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), u)[0]
+
+    wanted = second(torchdiffeq.odeint, rtol=1e-10, atol=1e-12)
+    assert distance(second(odeint), wanted) < 1e-5
+    (gradient,) = torch.autograd.grad(loss(odeint, start := U0.clone().requires_grad_()), start)
+    along = torch.func.jvp(lambda u: loss(odeint, u), (U0,), (torch.ones_like(U0),))[1]
+    assert distance(along, gradient.sum()) < 1e-12
+    assert distance(torch.func.grad(lambda u: loss(odeint, u))(U0), gradient) < 1e-12
+
+
+@pytest.mark.nightly
+def test_compiled_code_calls_the_solve_outside_its_graph() -> None:
+    network = Network()
+
+    def doubled(u: torch.Tensor) -> torch.Tensor:
+        return 2 * odeint_adjoint(network, 3 * u, TIMES)[-1]
+
+    assert torch.equal(torch.compile(doubled, backend="eager")(U0), doubled(U0))
 
 
 def test_one_time_returns_the_initial_state() -> None:

@@ -11,9 +11,11 @@ import torchdiffeq
 
 from tests.conftest import ROOT
 from tests.oracles.right_hand_sides import distance
+from tests.tiers import at_night
 
 pytestmark = pytest.mark.slow
-PROGRAMS = sorted((ROOT / "examples/coming_from_torchdiffeq").glob("*.py"))
+PROGRAMS = ROOT / "examples/coming_from_torchdiffeq"
+NAMES = ["flow", "hidden_physics", "latent_ode", "spiral"]
 OURS, THEIRS = "from pnode_dist.torchdiffeq import", "from torchdiffeq import"
 
 
@@ -27,9 +29,9 @@ def trained(source: str, odeint: Callable[..., Any] | None = None) -> tuple[list
     return losses, [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_a_program_runs_with_the_import_line_alone_changed(path: Any) -> None:
-    source = path.read_text()
+@pytest.mark.parametrize("name", at_night(NAMES, ["flow", "latent_ode"]))
+def test_a_program_runs_with_the_import_line_alone_changed(name: str) -> None:
+    source = (PROGRAMS / f"{name}.py").read_text()
     assert source.count(OURS) == 1
     theirs = source.replace(OURS, THEIRS)
     losses, gradients = trained(source)
@@ -43,5 +45,5 @@ def test_a_program_runs_with_the_import_line_alone_changed(path: Any) -> None:
         assert distance(found, wanted) < 1e-5
 
 
-def test_there_is_a_program_for_each_kind_of_model() -> None:
-    assert [path.stem for path in PROGRAMS] == ["flow", "hidden_physics", "latent_ode", "spiral"]
+def test_every_program_is_run() -> None:
+    assert {path.stem for path in PROGRAMS.glob("*.py")} == set(NAMES)
