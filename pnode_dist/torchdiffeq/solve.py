@@ -119,7 +119,7 @@ def _kept_for(func: Any) -> tuple[KeptSolvers, KeptSolvers]:
 
 def _of_one_type(y0: State) -> State:
     """Return the state with parts of different floating types promoted to one, as torchdiffeq does."""
-    if isinstance(y0, torch.Tensor) or not all(isinstance(part, torch.Tensor) for part in y0):
+    if not isinstance(y0, tuple | list) or not y0 or not all(isinstance(part, torch.Tensor) for part in y0):
         return y0
     common = reduce(torch.promote_types, (part.dtype for part in y0))
     return tuple(part.to(common) for part in y0)

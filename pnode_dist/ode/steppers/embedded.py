@@ -1,6 +1,6 @@
 """Attempts of explicit steps on tensors, with the error of the embedded method and a `StepRule`.
 
-PETSc takes no part in an attempt, which saves a third of the time of small steps.
+PETSc takes no part in an attempt: its adaptors have neither this rule nor a norm of the caller's.
 """
 
 from __future__ import annotations
