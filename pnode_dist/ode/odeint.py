@@ -120,7 +120,8 @@ def odeint(
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
     Collective on the partition's communicator, and so is the backward pass. Returns `[len(t), *u0.shape]`, or a tuple
-    of such tensors if u0 is a tuple.
+    of such tensors if u0 is a tuple. `pnode_dist.torchdiffeq` has this solve with torchdiffeq's
+    arguments and defaults.
 
     Right-hand side
         `func(t, u, *args)` gets a 0-dimensional tensor and this rank's part of the state. It returns du/dt in the shape

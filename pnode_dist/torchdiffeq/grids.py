@@ -63,7 +63,8 @@ def brackets(func: Any, y0: State, t: torch.Tensor, options: FixedOptions) -> Br
     lands = [end == 0 or (nodes[end] == when and not always) for end, when in zip(ends, wanted, strict=True)]
     starts = [end if at_end else end - 1 for end, at_end in zip(ends, lands, strict=True)]
     # Every node is a time if the nodes depend on t: a step within an interval moves with the ends of the interval.
-    kept = list(range(len(nodes))) if grid.requires_grad else sorted({0, len(nodes) - 1, *starts, *ends})
+    every = grid.requires_grad or options.perturb
+    kept = list(range(len(nodes))) if every else sorted({0, len(nodes) - 1, *starts, *ends})
     numbers = {node: number for number, node in enumerate(kept)}
     sizes = tuple(end - begin for begin, end in pairwise(nodes))
     before, after = [numbers[node] for node in starts], [numbers[node] for node in ends]

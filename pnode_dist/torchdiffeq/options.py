@@ -46,11 +46,15 @@ class AdaptiveOptions:
 
 @dataclass(frozen=True)
 class FixedOptions:
-    """The options of a method with given steps. `interp` is `linear` or `cubic`."""
+    """The options of a method with given steps. `interp` is `linear` or `cubic`.
+
+    `perturb`: f may jump where a step ends, and is evaluated inside of each step.
+    """
 
     step_size: float | None
     grid_constructor: Callable[..., torch.Tensor] | None
     interp: str
+    perturb: bool = False
 
 
 def adaptive_options(method: NamedMethod, given: Mapping[str, Any] | None) -> AdaptiveOptions:
@@ -94,11 +98,14 @@ def fixed_options(method: NamedMethod, given: Mapping[str, Any] | None) -> Fixed
         raise _wrong("grid_constructor", grid, "a function of func, y0 and t")
     if options.get("interp", "linear") not in ("linear", "cubic"):
         raise _wrong("interp", options["interp"], "'linear' or 'cubic'")
-    if options.get("perturb", False):
+    perturb, interp = options.get("perturb", False), options.get("interp", "linear")
+    if not isinstance(perturb, bool):
+        raise _wrong("perturb", perturb, "True or False")
+    if perturb and interp == "cubic":
         raise ConfigurationError(
-            "options: 'perturb': times are not perturbed here: use 'dopri5' with jump_t, or solve from jump to jump"
+            "options: interp = 'cubic': must be 'linear' with perturb, where func has no one slope"
         )
-    return FixedOptions(None if size is None else _positive("step_size", size), grid, options.get("interp", "linear"))
+    return FixedOptions(None if size is None else _positive("step_size", size), grid, interp, perturb)
 
 
 def _known(method: NamedMethod, given: Mapping[str, Any] | None, names: tuple[str, ...]) -> dict[str, Any]:

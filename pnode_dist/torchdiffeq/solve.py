@@ -19,12 +19,12 @@ from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.settings import Settings
 from pnode_dist.ode.solver import communicator
-from pnode_dist.ode.time_grid import output_times
+from pnode_dist.ode.time_grid import TimeGrid, output_times
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.torchdiffeq.callbacks import callbacks_of
 from pnode_dist.torchdiffeq.grids import Brackets, brackets, outputs_at
 from pnode_dist.torchdiffeq.methods import named
-from pnode_dist.torchdiffeq.options import AdaptiveOptions, adaptive_options, fixed_options
+from pnode_dist.torchdiffeq.options import AdaptiveOptions, FixedOptions, adaptive_options, fixed_options
 from pnode_dist.torchdiffeq.pieces import Piece, pieces, within
 
 # The solvers of a function are reused at its next call, and are freed with the function.
@@ -72,12 +72,27 @@ def _checked(call: Call) -> Callable[[], State]:
         adaptive = adaptive_options(method, call.options)
         return partial(_with_error_control, call, _controlled(call, settings, adaptive), pieces(call.t, adaptive))
     options = fixed_options(method, call.options)
-    return partial(_with_given_steps, call, settings, brackets(call.func, call.y0, call.t, options), options.interp)
+    return partial(_with_given_steps, call, settings, brackets(call.func, call.y0, call.t, options), options)
 
 
-def _with_given_steps(call: Call, settings: Settings, places: Brackets, interp: str) -> State:
-    states = _solve(call.func, call.y0, places.times, replace(settings, grid=places.steps))
-    return outputs_at(places, call.func, states, interp)
+def _with_given_steps(call: Call, settings: Settings, places: Brackets, options: FixedOptions) -> State:
+    if options.perturb and len(places.times) > 1:
+        states = _step_by_step(call, settings, places)
+    else:
+        states = _solve(call.func, call.y0, places.times, replace(settings, grid=places.steps))
+    return outputs_at(places, call.func, states, options.interp)
+
+
+def _step_by_step(call: Call, settings: Settings, places: Brackets) -> State:
+    """Return the states at all ends of steps, with a solve for each step, because f may jump between two steps."""
+    y, found = call.y0, []
+    for number, (start, size) in enumerate(zip(places.steps.starts, places.steps.sizes, strict=True)):
+        piece = Piece(places.times[number : number + 2], [0, 1] if number == 0 else [1], True, True)
+        grid = TimeGrid((start,), (size,), {0: 0, 1: 1})
+        states = _solve(within(call.func, piece), y, piece.times, replace(settings, grid=grid), call.func)
+        y = _row(states, -1)
+        found.append(_row(states, piece.wanted))
+    return _joined(found)
 
 
 def _controlled(call: Call, settings: Settings, options: AdaptiveOptions) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,6 +100,31 @@ def test_a_jump_of_f_costs_no_accuracy_where_jump_t_names_it(method: str, decrea
     assert distance(jumping.rates.grad, lengths * torch.exp(growth[-1])) < 1e-8
 
 
+@pytest.mark.parametrize("method", ["euler", "heun2", "rk4"])
+@pytest.mark.parametrize("decreasing", [False, True])
+def test_perturbed_steps_and_their_gradients_are_those_of_torchdiffeq(method: str, decreasing: bool) -> None:
+    t = torch.tensor([0.0, 0.35, 0.7, 1.3], dtype=torch.float64)
+    grid = torch.tensor([0.0, 0.3, 0.7, 1.0, 1.3], dtype=torch.float64)
+    if decreasing:
+        t, grid = t.flip(0), grid.flip(0)
+
+    def solved(solver: Callable[..., Any], perturb: bool) -> tuple[Jumping, torch.Tensor]:
+        options = {"perturb": perturb, "grid_constructor": lambda func, y0, t: grid}
+        jumping = Jumping()
+        y = solver(jumping, torch.ones(1, dtype=torch.float64), t, method=method, options=options)
+        y.square().sum().backward()
+        return jumping, y.detach()
+
+    (ours, found), (theirs, wanted), (_, plain) = (
+        solved(solver, perturb) for solver, perturb in ((odeint, True), (torchdiffeq.odeint, True), (odeint, False))
+    )
+    assert distance(found, wanted) < 1e-13
+    assert distance(ours.rates.grad, theirs.rates.grad) < 1e-13
+    # Euler's method evaluates at the starts of steps alone. The rate at a jump is that before it.
+    assert (distance(found, plain) > 1e-2) == (method != "euler" or not decreasing)
+    assert {0.7, 1.3}.isdisjoint(ours.times)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -123,7 +149,8 @@ def test_a_jump_of_f_costs_no_accuracy_where_jump_t_names_it(method: str, decrea
         ("rk4", {"jump_t": [0.3]}, "use 'dopri5', or solve from jump to jump"),
         ("rk4", {"step_t": [0.3]}, "put such times into the grid"),
         ("rk4", {"norm": largest}, "without an error to measure"),
-        ("rk4", {"perturb": True}, "'perturb': times are not perturbed here"),
+        ("rk4", {"perturb": 1}, "perturb = 1: must be True or False"),
+        ("rk4", {"perturb": True, "interp": "cubic"}, "interp = 'cubic': must be 'linear' with perturb"),
         ("rk4", {"interp": "quintic"}, "interp = 'quintic': must be 'linear' or 'cubic'"),
         ("rk4", {"step_size": 0}, "step_size = 0: must be positive"),
         ("rk4", {"step_size": "fine"}, "step_size = 'fine': must be a number"),
