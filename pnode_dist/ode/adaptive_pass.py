@@ -27,7 +27,7 @@ def adaptive_steps(solve: Solve, output: Callable[[int], None]) -> None:
     assert solve.control is not None
     stepper, budget = solve.solver.stepper, solve.solver.trajectory
     slots = slots_of(solve, None)
-    adaptive = solve.solver.adaptive_stepper(solve.control.adaptor)
+    adaptive = solve.solver.adaptive_stepper(solve.control)
     starts: list[float] = []
     sizes: list[float] = []
     ends = {0: 0}

@@ -24,6 +24,7 @@ from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.layout import StateLayout
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import WithTangent
+from pnode_dist.ode.steppers.step_rule import StepRule
 from pnode_dist.ode.steppers.tolerances import Tolerance
 from pnode_dist.ode.time_grid import TimeGrid
 from pnode_dist.partition.protocol import Partition
@@ -247,6 +248,8 @@ class Settings(Protocol):
     def grid(self) -> TimeGrid | None: ...
     @property
     def fixed_plan(self) -> Plan | None: ...
+    @property
+    def rule(self) -> StepRule | None: ...
 
 
 def facts(
@@ -271,7 +274,7 @@ def facts(
         ("number of steps", None if settings.grid is None else settings.grid.steps),
         ("rtol", _in_words(settings.rtol)),
         ("atol", _in_words(settings.atol)),
-        ("adaptor", settings.adaptor),
+        ("adaptor", settings.adaptor if settings.rule is None else str(settings.rule)),
         ("func", _form(func)),
         ("mass", "none" if settings.mass is None else "given"),
         ("preconditioner", _name(settings.preconditioner)),

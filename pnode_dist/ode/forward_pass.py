@@ -12,6 +12,7 @@ from pnode_dist.ode import safe_points
 from pnode_dist.ode.adaptive_pass import adaptive_steps
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_plans import plans, slots_of
+from pnode_dist.ode.steppers.step_rule import call_back
 from pnode_dist.petsc import log
 
 
@@ -70,6 +71,11 @@ def _given_steps(solve: Solve, output: Callable[[int], None]) -> None:
     """Take the steps of the solve's grid, and keep the checkpoints and tapes of its plan."""
     stepper, grid = solve.solver.stepper, solve.steps
 
+    def begin(step: int) -> None:
+        if step < grid.steps:
+            callback = solve.callbacks.step
+            call_back(callback, stepper.layout, grid.starts[step], stepper.current.parts, grid.sizes[step])
+
     def reached(step: int) -> None:
         number = grid.outputs.get(step)
         if number is not None:
@@ -78,9 +84,11 @@ def _given_steps(solve: Solve, output: Callable[[int], None]) -> None:
             last = min(step, grid.steps - 1)
             size = grid.sizes[last]
             stepper.monitor(step, grid.starts[last] + (step - last) * size, size)
+        begin(step)
 
     slots = slots_of(solve, grid.steps)
     stepper.monitor(0, grid.starts[0], grid.sizes[0])
+    begin(0)
     if not solve.keeps_trajectory:
         for step in range(grid.steps):
             solve.advance(step)

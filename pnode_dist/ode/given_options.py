@@ -19,6 +19,7 @@ from pnode_dist.errors import ConfigurationError
 
 _NO_OPTION = "is an argument of its own:"
 _TIMES = "put such times into t, where steps end exactly"
+_OR_ELSE = "pnode_dist.torchdiffeq.odeint takes it"
 _TO_ARGUMENTS: dict[str, str] = {
     # Arguments of odeint.
     "method": f"{_NO_OPTION} method={{value!r}}",
@@ -36,14 +37,15 @@ _TO_ARGUMENTS: dict[str, str] = {
     # Options of torchdiffeq.
     "first_step": "use step_size={value!r} with rtol= or atol=, which is the size of the first step",
     "grid_points": _TIMES,
-    "grid_constructor": "put the times that it makes into t, or use step_size=",
+    "grid_constructor": f"put the times that it makes into t, or use step_size=; {_OR_ELSE}",
     "step_t": _TIMES,
-    "jump_t": f"{_TIMES}, and solve from jump to jump where f is not to be evaluated on both sides",
+    "jump_t": f"{_TIMES}, and solve from jump to jump where f is not to be evaluated on both sides; {_OR_ELSE}",
     "perturb": "solve from jump to jump, each with its own f: times are not perturbed here",
-    "interp": "nothing is interpolated: steps end at every time of t",
-    "norm": "rtol= and atol= may be tensors of the state's shape; the norm is the root mean square over all ranks",
+    "interp": f"nothing is interpolated: steps end at every time of t; {_OR_ELSE}",
+    "norm": "rtol= and atol= may be tensors of the state's shape; the norm is the root mean square over all ranks; "
+    f"{_OR_ELSE}",
     "dtype": "times are doubles; compute_dtype= is the type that f computes in",
-    "max_num_steps": "a solve with error control ends with StepSizeError where steps become too small",
+    "max_num_steps": f"a solve with error control ends with StepSizeError where steps become too small; {_OR_ELSE}",
     "min_step": "use options={{'ts_adapt_dt_min': {value!r}}} with rtol= or atol=",
     "max_step": "use options={{'ts_adapt_dt_max': {value!r}}} with rtol= or atol=",
     "safety": "use options={{'ts_adapt_safety': {value!r}}} with rtol= or atol=",
@@ -127,9 +129,10 @@ def without_adaptation(options: Mapping[str, Any] | None) -> dict[str, Any]:
 def check_read(unread: Iterable[str], later: bool = False) -> None:
     """Raise `ConfigurationError` for options that PETSc has not read.
 
-    With `later`, except for those that it reads in its first linear solve.
+    With `later`, except for those that it may read in its first linear solve. Names without a prefix are read at the
+    set-up, so a misspelled one is an error then.
     """
-    names = [name for name in unread if not (later and _READ_LATER.search(_bare(name)))]
+    names = [name for name in unread if not (later and _READ_LATER.search(_bare(name))) or _is_misspelled(_bare(name))]
     if names:
         words = (f"{name!r}: {_unknown(_bare(name))}" for name in sorted(names))
         raise ConfigurationError(f"options: {'; '.join(words)}")
@@ -167,6 +170,13 @@ def _refusal(name: str, family: str, adaptive: bool) -> str | None:
             return "explicit methods solve no equations: it is for implicit ones (see `pnode-dist methods`)"
         return _escaped(_unknown(bare))
     return None
+
+
+def _is_misspelled(bare: str) -> bool:
+    """Return True for a name without a prefix that is no known option of a solver of equations, but nearly one."""
+    if bare in _KNOWN or not bare.startswith(("snes_", "ksp_", "pc_")):
+        return False
+    return bool(get_close_matches(bare, _KNOWN, n=1, cutoff=0.85))
 
 
 def _unknown(bare: str) -> str:

@@ -1,6 +1,7 @@
 """The table of time-stepping methods.
 
 A method is data: its name in PETSc, and the facts that decide on gradients, error control and mass matrices.
+`pnode_dist.ode.steppers.own_tables` adds some explicit methods to PETSc's.
 """
 
 from __future__ import annotations
@@ -97,9 +98,12 @@ METHODS: dict[str, Method] = {
         _explicit("euler", "1fe", 1, 1, False, True, False, "Euler 1768"),
         _explicit("heun", "2a", 2, 2, False, True, True, "Heun 1900, the explicit trapezoidal rule"),
         _explicit("midpoint", "2b", 2, 2, False, True, False, "Runge 1895, the explicit midpoint rule"),
+        _explicit("fehlberg2", "2f", 2, 3, False, True, True, "Fehlberg, NASA TR R-315 (1969), 2(1)"),
         _explicit("rk3", "3", 3, 3, False, True, False, "PETSc TSRK3, three stages at 0, 2/3, 2/3"),
+        _explicit("heun3", "3h", 3, 3, False, True, False, "Heun 1900, three stages at 0, 1/3, 2/3"),
         _explicit("bosh3", "3bs", 3, 4, True, False, True, "Bogacki & Shampine, Appl. Math. Lett. 2 (1989)"),
         _explicit("rk4", "4", 4, 4, False, True, False, "Kutta 1901, the classical method"),
+        _explicit("rk4_38", "4k", 4, 4, False, True, False, "Kutta 1901, the 3/8 rule"),
         _explicit("fehlberg5", "5f", 5, 6, False, True, True, "Fehlberg, NASA TR R-315 (1969)"),
         _explicit("dopri5", "5dp", 5, 7, True, False, True, "Dormand & Prince, J. Comput. Appl. Math. 6 (1980)"),
         _explicit("bosh5", "5bs", 5, 8, True, False, True, "Bogacki & Shampine, Comput. Math. Appl. 32 (1996)"),
@@ -110,6 +114,7 @@ METHODS: dict[str, Method] = {
         _explicit(
             "verner8", "8vr", 8, 13, False, False, True, "Verner's robust 8(7) pair, Numer. Algorithms 53 (2010)"
         ),
+        _explicit("dopri8", "8dp", 8, 13, False, True, True, "Prince & Dormand, J. Comput. Appl. Math. 7 (1981), 8(7)"),
         _theta("beuler", 1, 1, True, "the implicit Euler method"),
         _theta("cn", 2, 2, True, "Crank & Nicolson, Proc. Camb. Phil. Soc. 43 (1947), the trapezoidal rule"),
         _theta("theta", 2, 1, False, "PETSc TSTHETA, by default the implicit midpoint rule"),
@@ -179,15 +184,15 @@ def by_petsc_name(petsc_name: str) -> Method:
 def resolve(name: str) -> Method:
     """Return the method of a usual name (`rk4`, `cn`, `arkimex_3`) or of TSRK's own name (`4`).
 
-    `rk4` is the classical method; torchdiffeq's `rk4` is Kutta's 3/8 rule.
+    `rk4` is the classical method; torchdiffeq's `rk4` is Kutta's 3/8 rule, `rk4_38`.
     Raises `ConfigurationError` with the allowed names.
     """
     if name in METHODS:
         return METHODS[name]
     if name in _EXPLICIT:
         return _EXPLICIT[name]
-    near = difflib.get_close_matches(str(name), [*METHODS, *_EXPLICIT], n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    near = sorted(difflib.get_close_matches(str(name), [*METHODS, *_EXPLICIT], n=2))
+    hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
     raise ConfigurationError(f"method = {name!r}{hint}: must be one of {_allowed()} (`pnode-dist methods` lists all)")
 
 

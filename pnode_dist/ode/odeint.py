@@ -33,7 +33,7 @@ from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.rhs.mass import Mass
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.tangent import checked_direction, stacked, with_tangent
-from pnode_dist.ode.settings import Settings, Times
+from pnode_dist.ode.settings import WITHOUT_ARGUMENT, Settings, Times
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_lock import solve_lock
 from pnode_dist.ode.solve_plans import measured_plans
@@ -120,7 +120,8 @@ def odeint(
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
     Collective on the partition's communicator, and so is the backward pass. Returns `[len(t), *u0.shape]`, or a tuple
-    of such tensors if u0 is a tuple.
+    of such tensors if u0 is a tuple. `pnode_dist.torchdiffeq` has this solve with torchdiffeq's
+    arguments and defaults.
 
     Right-hand side
         `func(t, u, *args)` gets a 0-dimensional tensor and this rank's part of the state. It returns du/dt in the shape
@@ -194,7 +195,7 @@ def odeint(
     return differentiable_solve(NoSolvers(), NoSolvers(), func, u0, t, settings, args)[0]
 
 
-_settings_of = attrgetter(*(field.name for field in fields(Settings) if field.name != "grid"))
+_settings_of = attrgetter(*(field.name for field in fields(Settings) if field.name not in WITHOUT_ARGUMENT))
 
 
 class NeuralODE(nn.Module):

@@ -177,6 +177,7 @@ def _prepared_with(
         surroundings,
         settings.on_mismatch,
         agreed,
+        settings.callbacks,
     )
     return solve, layout, tensors
 

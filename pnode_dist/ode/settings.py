@@ -13,16 +13,23 @@ from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.mass import Mass
 from pnode_dist.ode.steppers.base import PetscOptions
 from pnode_dist.ode.steppers.preconditioner import Preconditioner
+from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks, StepRule
 from pnode_dist.ode.steppers.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, Tolerance
 from pnode_dist.ode.time_grid import TimeGrid
 from pnode_dist.partition.protocol import Partition
 
+WITHOUT_ARGUMENT = ("grid", "rule", "callbacks")
+"""The settings, the last ones, that are no arguments of `odeint`."""
 Times = torch.Tensor | Sequence[float]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The keyword arguments of `odeint`. See there."""
+    """The keyword arguments of `odeint`, see there, and settings without one.
+
+    `grid` are the steps, in place of `step_size`. `rule` chooses the sizes of steps with error control, in place of
+    PETSc's `adaptor`. `callbacks` are called at each step.
+    """
 
     method: str | None
     step_size: float | None
@@ -42,6 +49,8 @@ class Settings:
     fixed_plan: Plan | None = None
     compiler: Compiler | None = None
     grid: TimeGrid | None = None
+    rule: StepRule | None = None
+    callbacks: StepCallbacks = NO_CALLBACKS
 
     def control(self) -> ErrorControl | None:
         """Return the error control; None for steps of fixed size."""
@@ -49,4 +58,4 @@ class Settings:
             return None
         rtol = DEFAULT_RTOL if self.rtol is None else self.rtol
         atol = DEFAULT_ATOL if self.atol is None else self.atol
-        return ErrorControl(rtol, atol, self.adaptor, self.step_size)
+        return ErrorControl(rtol, atol, self.adaptor, self.step_size, self.rule, self.callbacks)

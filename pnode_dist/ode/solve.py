@@ -27,6 +27,7 @@ from pnode_dist.ode.recomputation.guard import Guard, tolerance_of
 from pnode_dist.ode.recomputation.surroundings import Surroundings
 from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.solver import Solver
+from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl
 from pnode_dist.ode.time_grid import TimeGrid
@@ -41,7 +42,7 @@ class Solve:
     `parameters` are the tensors that the gradient is taken with respect to; `bound` may use copies of another type.
     With `last_only` the only output is the state at the last time. `surroundings` holds f's inputs besides its
     arguments. `on_mismatch` is the action if a recomputed step differs: `raise`, `warn` or `ignore`.
-    `agreed` is the agreement of all ranks on this solve, None on one rank.
+    `agreed` is the agreement of all ranks on this solve, None on one rank. `callbacks` are called at each step.
     `has_trajectory`: a forward pass has stored everything that a backward pass needs.
     `outcome` is the fingerprint of the result, set if torch.utils.checkpoint may recompute this solve.
     `first_step` is a first step taken before there was a plan, to measure its tape: the state after it, and the tape.
@@ -62,6 +63,7 @@ class Solve:
     surroundings: Surroundings | None = None
     on_mismatch: str = "raise"
     agreed: Agreed | None = None
+    callbacks: StepCallbacks = NO_CALLBACKS
     has_trajectory: bool = field(default=False, init=False)
     outcome: float | None = field(default=None, init=False)
     plan: Plan | None = None

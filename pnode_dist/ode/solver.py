@@ -24,10 +24,12 @@ from pnode_dist.ode.solver_key import Contents
 from pnode_dist.ode.steppers.adaptive import AdaptiveStepper, ExplicitAttempts
 from pnode_dist.ode.steppers.adaptive_implicit import ImplicitAttempts
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper
+from pnode_dist.ode.steppers.embedded import EmbeddedAttempts
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
 from pnode_dist.ode.steppers.preconditioner import Preconditioner
 from pnode_dist.ode.steppers.ssp import SspStepper
+from pnode_dist.ode.steppers.tolerances import ErrorControl
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.petsc.objects import PetscObjects, destroy_left
 
@@ -170,14 +172,18 @@ class Solver:
         """The size of a checkpoint on this rank."""
         return self.stepper.layout.size * np.dtype(self.trajectory.checkpoint_dtype).itemsize
 
-    def adaptive_stepper(self, adaptor: str) -> AdaptiveStepper:
+    def adaptive_stepper(self, control: ErrorControl) -> AdaptiveStepper:
         """Return the stepper with error control, which is made at the first call. Collective."""
-        if adaptor not in self.adaptive:
-            stepper = self.stepper
-            self.adaptive[adaptor] = made = (
-                ImplicitAttempts(stepper, adaptor, self.options)
-                if isinstance(stepper, ImplicitStepper)
-                else ExplicitAttempts(stepper, adaptor, self.options)
-            )
+        kind = control.adaptor if control.rule is None else "rule"
+        if kind not in self.adaptive:
+            self.adaptive[kind] = made = self._attempts(control)
             self.objects.add(made)
-        return self.adaptive[adaptor]
+        return self.adaptive[kind]
+
+    def _attempts(self, control: ErrorControl) -> AdaptiveStepper:
+        stepper = self.stepper
+        if control.rule is not None:
+            return EmbeddedAttempts(stepper)
+        if isinstance(stepper, ImplicitStepper):
+            return ImplicitAttempts(stepper, control.adaptor, self.options)
+        return ExplicitAttempts(stepper, control.adaptor, self.options)

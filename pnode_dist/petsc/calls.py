@@ -41,17 +41,35 @@ def one_blas_thread() -> None:
             limit(1)
 
 
-def runge_kutta_tableau(
-    ts: PETSc.TS,
-) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...], tuple[float, ...]]:
-    """Return the coefficients A, b and c of a TS of type `rk` (TSRKGetTableau). Not collective."""
+Row = tuple[float, ...]
+
+
+def register_runge_kutta(name: str, order: int, a: tuple[Row, ...], b: Row, c: Row, embedded: Row | None) -> None:
+    """Add an explicit method to TSRK, which copies the coefficients (TSRKRegister). Not collective.
+
+    `a` has one row of `len(b)` entries for each stage. `embedded` are the weights of the embedded method.
+    """
+    stages, entries = _integer(), ctypes.c_double * len(b)
+    stages.value = len(b)
+    order_, dense = _integer(), _integer()
+    order_.value = order
+    rows = (ctypes.c_double * len(b) ** 2)(*(entry for row in a for entry in row))
+    weights = None if embedded is None else entries(*embedded)
+    _check(_library().TSRKRegister(name.encode(), order_, stages, rows, entries(*b), entries(*c), weights, dense, None))
+
+
+def runge_kutta_tableau(ts: PETSc.TS) -> tuple[tuple[Row, ...], Row, Row, Row | None]:
+    """Return the coefficients of a TS of type `rk`: A, b, c and the embedded weights (TSRKGetTableau). Not collective.
+
+    The embedded weights are None for a method without an error estimate.
+    """
     stages, order, fsal = _integer(), _integer(), ctypes.c_int()
     a, b, c, embedded, interpolant = (ctypes.POINTER(ctypes.c_double)() for _ in range(5))
     every = (stages, a, b, c, embedded, order, interpolant, fsal)
     _check(_library().TSRKGetTableau(ctypes.c_void_p(ts.handle), *map(ctypes.byref, every)))
     count = int(stages.value)
     rows = tuple(tuple(a[row * count : (row + 1) * count]) for row in range(count))
-    return rows, tuple(b[:count]), tuple(c[:count])
+    return rows, tuple(b[:count]), tuple(c[:count]), tuple(embedded[:count]) if embedded else None
 
 
 def stage_handles(ts: PETSc.TS) -> list[int]:

@@ -266,7 +266,8 @@ def integrate(
     """Step through `times`, and end a step at each of them. Returns the number of rejected attempts. Collective.
 
     `before(number, time)` is called before each step, and returns True to record its tape. `after` is called after each
-    accepted step. Raises `StepSizeError` if a step becomes too small to change the time.
+    accepted step. Raises `StepSizeError` if a step becomes too small to change the time, or if there are more attempts
+    between two outputs than a step rule allows.
     """
     adaptive.begin(control)
     time, number, rejected = times[0], 0, 0
@@ -274,7 +275,13 @@ def integrate(
         with carried.aside():
             wanted = control.first_size or adaptive.first_size(time, times[1] - time)
         for output, target in enumerate(times[1:], start=1):
+            attempts = 0
             while time != target:
+                if control.rule is not None and attempts >= control.rule.max_num_steps:
+                    raise StepSizeError(
+                        f"max_num_steps = {control.rule.max_num_steps}: more steps between two output times are needed "
+                        f"at t = {time:.6g}"
+                    )
                 tape: Tape | None = [] if before(number, time) else None
                 size, wanted, rejections = _accepted(adaptive, number, time, target, wanted, tape)
                 lands = size == target - time
@@ -282,6 +289,7 @@ def integrate(
                 time = target if lands else time + size
                 number += 1
                 rejected += rejections
+                attempts += 1 + rejections
     finally:
         adaptive.end()
     return rejected

@@ -29,6 +29,7 @@ from pnode_dist.ode.rhs.products import pull_back, step_cotangents, vjp
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums, Products
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.current_state import TensorState
+from pnode_dist.ode.steppers.own_tables import register_own_tables
 from pnode_dist.ode.steppers.pruning import prune
 from pnode_dist.ode.steppers.tableau import tableau_of
 from pnode_dist.ode.steppers.tape import Tape, stages_of
@@ -79,6 +80,7 @@ class ExplicitStepper(Stepper):
         self._prunes = comm.size == 1 and len(layout.shapes) > 1
 
     def _create_ts(self, method: Method, options: PetscOptions) -> PETSc.TS:
+        register_own_tables()
         ts = PETSc.TS().create(comm=self.comm)
         ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
         ts.setType(PETSc.TS.Type.RK)

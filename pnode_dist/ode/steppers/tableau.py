@@ -1,4 +1,4 @@
-"""The coefficients of explicit Runge-Kutta methods, from PETSc's tables."""
+"""The coefficients of explicit Runge-Kutta methods, from the tables of PETSc's TSRK."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ Terms = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Tableau:
-    """The method k_i = f(t + c_i h, u + h sum_j a_ij k_j), with the result u + h sum_i b_i k_i."""
+    """The method k_i = f(t + c_i h, u + h sum_j a_ij k_j), with the result u + h sum_i b_i k_i.
+
+    `embedded` are the weights of the embedded method; None for a method without an error estimate.
+    """
 
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     c: tuple[float, ...]
+    embedded: tuple[float, ...] | None = None
 
     @cached_property
     def stage_terms(self) -> tuple[Terms, ...]:
@@ -30,6 +34,14 @@ class Tableau:
     def result_terms(self) -> Terms:
         """The stages that the result uses, in order."""
         return _terms(self.b)
+
+    @cached_property
+    def error_terms(self) -> Terms:
+        """The stages that the error estimate uses, in order: the result minus that of the embedded method.
+
+        Empty for a method without an error estimate.
+        """
+        return _terms([weight - other for weight, other in zip(self.b, self.embedded or self.b, strict=True)])
 
     @cached_property
     def uses(self) -> tuple[Terms, ...]:

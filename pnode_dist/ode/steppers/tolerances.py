@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from petsc4py import PETSc
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.layout import State, StateLayout
 from pnode_dist.ode.steppers.base import Stepper
+from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks, StepRule
 from pnode_dist.petsc import vectors
 
 ADAPTORS = ("basic", "dsp")
@@ -30,25 +32,32 @@ class ErrorControl:
     Tolerances are numbers, or tensors that broadcast to this rank's part of the state (for a tuple one for each part).
     `adaptor` is PETSc's: `basic`, or `dsp` (digital signal processing control: Soederlind, ACM Trans. Math. Softw. 29,
     2003). `first_size` is the size of the first step; with None it follows from f and its change (Hairer, Norsett &
-    Wanner, Solving ODEs I, II.4). Raises `ConfigurationError` for tolerances that are not positive or an unknown
-    adaptor.
+    Wanner, Solving ODEs I, II.4). A `rule` replaces PETSc's adaptor for explicit methods; then a tolerance may be zero,
+    and `callbacks` are called. Raises `ConfigurationError` for tolerances that are not positive or an unknown adaptor.
     """
 
     rtol: Tolerance = DEFAULT_RTOL
     atol: Tolerance = DEFAULT_ATOL
     adaptor: str = "basic"
     first_size: float | None = None
+    rule: StepRule | None = None
+    callbacks: StepCallbacks = NO_CALLBACKS
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
-                raise ConfigurationError(f"{name} = {value!r}: must be positive")
+            wanted = "positive" if self.rule is None else "positive or zero"
+            if isinstance(value, int | float) and not (math.isfinite(value) and self._allows(value)):
+                raise ConfigurationError(f"{name} = {value!r}: must be {wanted}")
             parts = value if isinstance(value, tuple | list) else [value]
-            if any(isinstance(part, torch.Tensor) and not bool((part > 0).all()) for part in parts):
-                raise ConfigurationError(f"{name}: every entry must be positive")
+            if any(isinstance(part, torch.Tensor) and not self._allows(part) for part in parts):
+                raise ConfigurationError(f"{name}: every entry must be {wanted}")
         if self.adaptor not in ADAPTORS:
             raise ConfigurationError(f"adaptor = {self.adaptor!r}: must be one of {', '.join(ADAPTORS)}")
+
+    def _allows(self, values: float | torch.Tensor) -> bool:
+        allowed = torch.as_tensor(values) > 0 if self.rule is None else torch.as_tensor(values) >= 0
+        return bool(allowed.all())
 
 
 class Tolerances:
@@ -123,6 +132,18 @@ def check_shapes(control: ErrorControl, layout: StateLayout) -> None:
     for name, tolerance in (("rtol", control.rtol), ("atol", control.atol)):
         if not isinstance(tolerance, int | float):
             _spread(name, tolerance, layout, torch.empty(layout.size))
+
+
+def of_parts(name: str, tolerance: Tolerance, layout: StateLayout) -> Sequence[torch.Tensor | float]:
+    """Return a tolerance for each part of the state: a number, or a tensor of the part's shape.
+
+    Raises `ConfigurationError` if it does not fit the state on this rank.
+    """
+    if isinstance(tolerance, int | float):
+        return (float(tolerance),) * len(layout.shapes)
+    flat = torch.empty(layout.size, dtype=vectors.scalar_dtype(), device=layout.vec_device)
+    _spread(name, tolerance, layout, flat)
+    return layout.parts(flat)
 
 
 def _destroy(tolerances: list[Any]) -> None:

@@ -51,6 +51,7 @@ def test_options_that_nothing_reads_are_all_named() -> None:
         ("step_t", "into t"),
         ("perturb", "from jump to jump"),
         ("interp", "nothing is interpolated"),
+        ("jump_t", "pnode_dist.torchdiffeq.odeint takes it"),
         ("norm", "rtol= and atol="),
         ("dtype", "compute_dtype="),
         ("max_num_steps", "StepSizeError"),
@@ -119,6 +120,12 @@ def test_options_that_no_solver_of_equations_reads_are_refused(
     option: str, instead: str, control: dict[str, Any]
 ) -> None:
     assert instead in refused({option: "1e-3"}, method="cn", **control)
+
+
+@pytest.mark.parametrize("option", ["ksp_typ", "pc_typ", "snes_rtl", "ksp_max_its", "snes_linesearch_typ"])
+def test_a_misspelled_option_is_refused_before_a_step_is_taken(option: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"'{option}': nothing reads it: did you mean {option[:4]}"):
+        NeuralODE(Network(), method="cn", options={option: 1})(U0, TIMES[:1])
 
 
 def test_a_solver_that_was_refused_stays_refused() -> None:

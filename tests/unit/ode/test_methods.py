@@ -11,10 +11,14 @@ USUAL_NAMES = {
     "euler": "1fe",
     "heun": "2a",
     "midpoint": "2b",
+    "fehlberg2": "2f",
+    "heun3": "3h",
     "bosh3": "3bs",
     "rk4": "4",
+    "rk4_38": "4k",
     "fehlberg5": "5f",
     "dopri5": "5dp",
+    "dopri8": "8dp",
 }
 
 

@@ -38,6 +38,14 @@ def test_the_tableau_is_that_of_the_textbook(
     np.testing.assert_allclose(found[2], c, rtol=1e-15)
 
 
+def test_a_registered_method_is_read_back_as_it_was_given() -> None:
+    a, b, c = ((0.0, 0.0), (0.75, 0.0)), (1 / 3, 2 / 3), (0.0, 0.75)
+    calls.register_runge_kutta("ralston of the tests", 2, a, b, c, (1.0, 0.0))
+    assert calls.runge_kutta_tableau(runge_kutta("ralston of the tests")) == (a, b, c, (1.0, 0.0))
+    calls.register_runge_kutta("ralston without an estimate", 2, a, b, c, None)
+    assert calls.runge_kutta_tableau(runge_kutta("ralston without an estimate")) == (a, b, c, None)
+
+
 def test_the_tableau_of_a_ts_of_another_type_is_an_error() -> None:
     ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
     ts.setType(PETSc.TS.Type.EULER)

@@ -1,0 +1,158 @@
+"""Attempts of explicit steps on tensors, with the error of the embedded method and a `StepRule`.
+
+PETSc takes no part in an attempt: its adaptors have neither this rule nor a norm of the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.methods import METHODS
+from pnode_dist.ode.rhs.layout import Parts
+from pnode_dist.ode.steppers.base import Stepper
+from pnode_dist.ode.steppers.explicit import ExplicitStepper, Slopes
+from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepRule, call_back
+from pnode_dist.ode.steppers.tape import Tape
+from pnode_dist.ode.steppers.tape_segment import combined
+from pnode_dist.ode.steppers.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, of_parts
+
+Factors = Sequence[torch.Tensor | float]
+
+
+class EmbeddedAttempts:
+    """Attempts of steps on the state of `stepper`, see `AdaptiveStepper`. Collective on its communicator.
+
+    Raises `ConfigurationError` for a method without an error estimate.
+    """
+
+    def __init__(self, stepper: Stepper) -> None:
+        if not (isinstance(stepper, ExplicitStepper) and stepper.tableau.error_terms):
+            able = ", ".join(
+                name for name, method in METHODS.items() if method.family == "rk" and method.estimates_error
+            )
+            raise ConfigurationError(
+                f"method = {stepper.method.name!r}: has no error estimate for a step rule: must be one of {able}"
+            )
+        self._stepper = stepper
+        self._rule, self._callbacks = StepRule(), NO_CALLBACKS
+        parts = len(stepper.layout.shapes)
+        self._rtol: Factors = (DEFAULT_RTOL,) * parts
+        self._atol: Factors = (DEFAULT_ATOL,) * parts
+        self._first: tuple[Parts, Any] | None = None
+
+    def begin(self, control: ErrorControl) -> None:
+        """See `AdaptiveStepper.begin`."""
+        assert control.rule is not None
+        layout = self._stepper.layout
+        self._rule, self._callbacks, self._first = control.rule, control.callbacks, None
+        self._rtol = of_parts("rtol", control.rtol, layout)
+        self._atol = of_parts("atol", control.atol, layout)
+
+    def end(self) -> None:
+        """End a solve, and drop the evaluation that is kept for the next step."""
+        self._first, self._rule, self._callbacks = None, StepRule(), NO_CALLBACKS
+
+    def destroy(self) -> None:
+        """See `AdaptiveStepper.destroy`: there are no PETSc objects."""
+
+    def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
+        """See `AdaptiveStepper.attempt`."""
+        stepper, rule, callbacks = self._stepper, self._rule, self._callbacks
+        before = stepper.current.parts
+        call_back(callbacks.step, stepper.layout, time, before, size)
+        kept: Tape | None = None if tape is None else []
+        stepper.stepping = True
+        try:
+            with torch.no_grad():
+                slopes = self._slopes(time, size, end, kept)
+                ratio = self._error_ratio(size, slopes)
+        finally:
+            stepper.stepping = False
+        accepted = rule.accepts(abs(size), ratio)
+        proposed = math.copysign(rule.next_size(abs(size), ratio, stepper.method.order), size)
+        call_back(callbacks.accept if accepted else callbacks.reject, stepper.layout, time, before, size)
+        if not accepted:
+            self._first = slopes[0], kept[0] if kept else None
+            return False, proposed
+        self._first = (slopes[-1], kept[-1] if kept else None) if stepper.method.fsal else None
+        stepper.form_result(size, slopes)
+        if tape is not None:
+            assert kept is not None
+            tape += [graph if needed else None for graph, needed in zip(kept, stepper.tableau.counts, strict=True)]
+        return True, proposed
+
+    def first_size(self, time: float, span: float) -> float:
+        """See `AdaptiveStepper.first_size`: the choice of torchdiffeq, two evaluations of f."""
+        stepper, order, sign = self._stepper, self._stepper.method.order, math.copysign(1.0, span)
+        state = stepper.current.parts
+        with torch.no_grad():
+            scales = self._scales(state, state)
+            slopes = stepper.slope(time, stepper.stage_state(0, sign, [], False), None, "graph")
+            size, speed = self._norm(state, scales), self._norm(slopes, scales)
+            first = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
+            later = stepper.slope(
+                time + sign * first, combined(state, sign * first, ((0, 1.0),), [slopes]), None, "graph"
+            )
+            changes = tuple(after - before for after, before in zip(later, slopes, strict=True))
+            bend = self._norm(changes, scales) / first
+        # The first step begins with the same evaluation, unless it is put on a tape.
+        self._first = slopes, None
+        steepest = max(speed, bend)
+        second = max(1e-6, first * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / order)
+        chosen = min(100 * first, second)
+        return self._rule.limited(chosen if math.isfinite(chosen) else abs(span) * 1e-6)
+
+    def _slopes(self, time: float, size: float, end: float, tape: Tape | None) -> Slopes:
+        """Return f at all stages. Append the graphs of the stages to `tape`, if given."""
+        stepper, slopes = self._stepper, []
+        if self._first is not None and (tape is None or self._first[1] is not None):
+            value, graph = self._first
+            slopes.append(value)
+            if tape is not None:
+                tape.append(graph)
+        nodes = stepper.tableau.c
+        for stage in range(len(slopes), len(nodes)):
+            state = stepper.stage_state(stage, size, slopes, tape is not None)
+            # The last stage of a FSAL method is the first of the next step, whose time can differ in the last bit.
+            is_next = stepper.method.fsal and stage == len(nodes) - 1
+            slopes.append(stepper.slope(end if is_next else time + nodes[stage] * size, state, tape, "graph"))
+        return slopes
+
+    def _error_ratio(self, size: float, slopes: Slopes) -> float:
+        """Return the norm of the error estimate relative to the tolerances."""
+        tableau, before = self._stepper.tableau, self._stepper.current.parts
+        scaled = size * self._rule.error_scale
+        (first, weight), *others = tableau.error_terms
+        errors = [torch.mul(slope, scaled * weight) for slope in slopes[first]]
+        for stage, other in others:
+            for error, slope in zip(errors, slopes[stage], strict=True):
+                error.add_(slope, alpha=scaled * other)
+        after = combined(before, size, tableau.result_terms, slopes)
+        return self._norm(errors, self._scales(before, after))
+
+    def _scales(self, before: Parts, after: Parts) -> Parts:
+        """Return the tolerated error of each entry of a step from `before` to `after`."""
+        tolerances = zip(before, after, self._rtol, self._atol, strict=True)
+        return tuple(
+            torch.maximum(start.abs(), end.abs()).mul_(rtol).add_(atol) for start, end, rtol, atol in tolerances
+        )
+
+    def _norm(self, values: Sequence[torch.Tensor], scales: Parts) -> float:
+        """Return the norm of `values / scales`. Collective if the state is distributed."""
+        stepper = self._stepper
+        ratios = [value / scale for value, scale in zip(values, scales, strict=True)]
+        if self._rule.norm is not None:
+            return abs(float(self._rule.norm(stepper.layout.as_state(ratios))))
+        if stepper.comm.size == 1:
+            return max(math.sqrt(ratio.square().sum().item() / max(ratio.numel(), 1)) for ratio in ratios)
+        sums = np.array([(ratio.square().sum().item(), ratio.numel()) for ratio in ratios])
+        stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
+        # NumPy's maximum is NaN if an entry is.
+        return float(np.sqrt(sums[:, 0] / np.maximum(sums[:, 1], 1)).max())

@@ -1,0 +1,81 @@
+"""The rule of torchdiffeq that accepts steps and chooses their sizes, and the functions that are called at each step.
+
+E. Hairer, S. P. Norsett, G. Wanner: Solving Ordinary Differential Equations I, 2nd ed., section II.4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pnode_dist.ode.rhs.layout import Parts, StateLayout
+
+StepCallback = Callable[[torch.Tensor, Any, torch.Tensor], Any]
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """The settings of the rule. Sizes of steps are positive, also where time decreases.
+
+    - `safety`: the share of the size at which the error would meet the tolerance. `ifactor`, `dfactor`: the largest and
+      the least ratio of a size to the one before.
+    - `min_step`, `max_step`: the bounds of sizes. A step that is not longer than `min_step` is always accepted.
+    - `max_num_steps`: the most attempts between two output times.
+    - `error_scale`: a factor of the method's error estimate.
+    - `norm`: the norm of the error relative to the tolerances, of a state as f gets it. By default the root mean square
+      over all entries of a part on all ranks, and the largest of these over the parts.
+    """
+
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_num_steps: int = 2**31 - 1
+    error_scale: float = 1.0
+    norm: Callable[[Any], Any] | None = None
+
+    def accepts(self, size: float, ratio: float) -> bool:
+        """Return True for a step of this size whose error is `ratio` times the tolerance."""
+        return ratio <= 1 or (size <= self.min_step and math.isfinite(ratio))
+
+    def next_size(self, size: float, ratio: float, order: int) -> float:
+        """Return the size that follows a step of a method of this order; NaN if the error is not finite."""
+        if not math.isfinite(ratio):
+            return math.nan
+        least = 1.0 if ratio < 1 else self.dfactor
+        wanted = math.inf if ratio == 0 else self.safety / ratio ** (1 / order)
+        return self.limited(size * min(self.ifactor, max(wanted, least)))
+
+    def limited(self, size: float) -> float:
+        """Return the size within `min_step` and `max_step`."""
+        return min(max(size, self.min_step), self.max_step)
+
+
+@dataclass(frozen=True)
+class StepCallbacks:
+    """Functions `callback(t, u, h)` that are called in the forward pass, not where a step is recomputed.
+
+    `step` is called before each attempt of a step of size h from the state u at t, `accept` and `reject` after it.
+    u is a copy in the form and type of the caller's state. h is positive. t and h are doubles.
+    """
+
+    step: StepCallback | None = None
+    accept: StepCallback | None = None
+    reject: StepCallback | None = None
+
+
+NO_CALLBACKS = StepCallbacks()
+
+
+def call_back(callback: StepCallback | None, layout: StateLayout, time: float, parts: Parts, size: float) -> None:
+    """Call `callback` for a step from the state `parts`, if there is one."""
+    if callback is None:
+        return
+    copies = tuple(part.detach().to(layout.device, layout.dtype, copy=True) for part in parts)
+    when, length = (torch.tensor(x, dtype=torch.float64, device=layout.device) for x in (time, abs(size)))
+    callback(when, layout.as_state(copies), length)

@@ -1,0 +1,119 @@
+"""`odeint` and `odeint_adjoint` with the signatures of torchdiffeq."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pnode_dist.checkpointing.budget import CheckpointBudget
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.rhs.layout import State
+from pnode_dist.ode.rhs.parameters import find_parameters
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.torchdiffeq.callbacks import refuse_adjoint_callbacks
+from pnode_dist.torchdiffeq.solve import Call, solved
+from pnode_dist.torchdiffeq.unsupported import NO_EVENTS
+
+Function = Callable[..., Any]
+Tolerance = float | torch.Tensor | Iterable[float | torch.Tensor]
+
+
+def odeint(
+    func: Function,
+    y0: State,
+    t: torch.Tensor,
+    *,
+    rtol: Tolerance = 1e-7,
+    atol: Tolerance = 1e-9,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    event_fn: None = None,
+    partition: Partition | None = None,
+    trajectory: CheckpointBudget | None = None,
+) -> State:
+    """Solve dy/dt = func(t, y) from y(t[0]) = y0, like `torchdiffeq.odeint`; differentiable in y0, parameters and t.
+
+    Returns `[len(t), *y0.shape]`, or a tuple of such tensors if y0 is a tuple. `rtol` and `atol` are numbers, tensors
+    that broadcast to y0, or one of these for each part of a tuple. `method` is a name of torchdiffeq's, by default the
+    adaptive `dopri5`. `options` are those of torchdiffeq for the method. Tensors that func computes with get the
+    gradient of the steps taken.
+
+    `partition` and `trajectory` are those of `pnode_dist.odeint`: y0 is this rank's part of the state, and checkpoints
+    stay within a budget. Collective on the partition's communicator.
+
+    Raises `ConfigurationError` for a method, an option, a callback or an event function that is not supported, with
+    what to use instead; otherwise like `pnode_dist.odeint`.
+    """
+    if event_fn is not None:
+        raise ConfigurationError(f"event_fn: {NO_EVENTS}")
+    return solved(Call(func, y0, t, rtol, atol, method, options, partition, trajectory))
+
+
+def odeint_adjoint(
+    func: Function,
+    y0: State,
+    t: torch.Tensor,
+    *,
+    rtol: Tolerance = 1e-7,
+    atol: Tolerance = 1e-9,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    event_fn: None = None,
+    adjoint_rtol: Tolerance | None = None,
+    adjoint_atol: Tolerance | None = None,
+    adjoint_method: str | None = None,
+    adjoint_options: Mapping[str, Any] | None = None,
+    adjoint_params: Iterable[torch.Tensor] | None = None,
+    partition: Partition | None = None,
+    trajectory: CheckpointBudget | None = None,
+) -> State:
+    """Solve like `odeint`, with the arguments of `torchdiffeq.odeint_adjoint`.
+
+    The gradient is that of `odeint`: exact for the steps of the forward pass, in the memory of `trajectory`. No adjoint
+    equation is solved, so a warning reports that its settings (`adjoint_rtol`, `adjoint_atol`, `adjoint_method`,
+    `adjoint_options`) have no effect. `adjoint_params` are the tensors that get a gradient besides y0 and t, by default
+    the parameters of the module func.
+
+    Raises `ConfigurationError` like `odeint`, for a func that is no module without `adjoint_params`, for
+    `adjoint_params` that leave out a parameter of func, and for callbacks of the adjoint equation.
+    """
+    if event_fn is not None:
+        raise ConfigurationError(f"event_fn: {NO_EVENTS}")
+    if adjoint_params is None and not isinstance(func, nn.Module):
+        raise ConfigurationError(
+            "func must be an instance of nn.Module, or adjoint_params must hold its parameters: () if it has none"
+        )
+    refuse_adjoint_callbacks(func)
+    without_effect = {
+        "adjoint_rtol": adjoint_rtol,
+        "adjoint_atol": adjoint_atol,
+        "adjoint_method": adjoint_method,
+        "adjoint_options": adjoint_options,
+    }
+    given = [name for name, value in without_effect.items() if value is not None]
+    if given:
+        warnings.warn(
+            f"{', '.join(given)}: no effect: the gradient is exact for the steps of the forward pass, and no adjoint "
+            "equation is solved",
+            UserWarning,
+            stacklevel=2,
+        )
+    params = None if adjoint_params is None else _checked_parameters(func, tuple(adjoint_params))
+    return solved(Call(func, y0, t, rtol, atol, method, options, partition, trajectory, params))
+
+
+def _checked_parameters(func: Function, params: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return those tensors that require a gradient. Raises `ConfigurationError` if they leave out one of func's."""
+    named_here = {id(tensor) for tensor in params}
+    left_out = [tensor for tensor in find_parameters(func, ()) if id(tensor) not in named_here]
+    if left_out:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in left_out)
+        raise ConfigurationError(
+            f"adjoint_params: leaves out {len(left_out)} tensors of func that require a gradient, of shapes {shapes}: "
+            "name them too, or call requires_grad_(False) on them"
+        )
+    return tuple(tensor for tensor in params if tensor.requires_grad)

@@ -1,0 +1,174 @@
+"""One call of torchdiffeq's functions: its arguments in this package's terms, and the solves that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from pnode_dist.checkpointing.budget import CheckpointBudget
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.autograd.outside_graphs import outside_graphs
+from pnode_dist.ode.call_agreement import preparation
+from pnode_dist.ode.differentiable_solve import differentiable_solve
+from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
+from pnode_dist.ode.rhs.layout import State
+from pnode_dist.ode.settings import Settings
+from pnode_dist.ode.solver import communicator
+from pnode_dist.ode.time_grid import TimeGrid, output_times
+from pnode_dist.partition.protocol import Partition
+from pnode_dist.torchdiffeq.callbacks import callbacks_of
+from pnode_dist.torchdiffeq.grids import Brackets, brackets, outputs_at
+from pnode_dist.torchdiffeq.methods import named
+from pnode_dist.torchdiffeq.options import AdaptiveOptions, FixedOptions, adaptive_options, fixed_options
+from pnode_dist.torchdiffeq.pieces import Piece, pieces, within
+
+# The solvers of a function are reused at its next call, and are freed with the function.
+_SOLVERS: WeakKeyDictionary[Any, tuple[KeptSolvers, KeptSolvers]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call. `params` are tensors that get a gradient besides those found in `func`."""
+
+    func: Callable[..., Any]
+    y0: State
+    t: torch.Tensor
+    rtol: Any
+    atol: Any
+    method: str | None
+    options: Mapping[str, Any] | None
+    partition: Partition | None
+    trajectory: CheckpointBudget | None
+    params: tuple[torch.Tensor, ...] | None = None
+
+
+@outside_graphs
+def solved(call: Call) -> State:
+    """Return the outputs of a call. Collective on the partition's communicator.
+
+    An error in the arguments on one rank is raised on all.
+    """
+    with preparation(communicator(call.partition)) as preparing:
+        solve = _checked(replace(call, y0=_of_one_type(call.y0)))
+        preparing.later()
+    return solve()
+
+
+def _checked(call: Call) -> Callable[[], State]:
+    """Return the function that solves. Raises `ConfigurationError` for a wrong argument."""
+    method = named(call.method)
+    if not isinstance(call.t, torch.Tensor) or not call.t.is_floating_point():
+        kind = call.t.dtype if isinstance(call.t, torch.Tensor) else type(call.t).__name__
+        raise ConfigurationError(f"t must be a one-dimensional floating-point tensor, got {kind}")
+    output_times(call.t)
+    settings = Settings(method.native, None, None, None, "basic", call.partition, call.trajectory, call.params, None)
+    settings = replace(settings, callbacks=callbacks_of(call.func, method))
+    if method.adaptive:
+        adaptive = adaptive_options(method, call.options)
+        return partial(_with_error_control, call, _controlled(call, settings, adaptive), pieces(call.t, adaptive))
+    options = fixed_options(method, call.options)
+    return partial(_with_given_steps, call, settings, brackets(call.func, call.y0, call.t, options), options)
+
+
+def _with_given_steps(call: Call, settings: Settings, places: Brackets, options: FixedOptions) -> State:
+    if options.perturb and len(places.times) > 1:
+        states = _step_by_step(call, settings, places)
+    else:
+        states = _solve(call.func, call.y0, places.times, replace(settings, grid=places.steps))
+    return outputs_at(places, call.func, states, options.interp)
+
+
+def _step_by_step(call: Call, settings: Settings, places: Brackets) -> State:
+    """Return the states at all ends of steps, with a solve for each step, because f may jump between two steps."""
+    y, found = call.y0, []
+    for number, (start, size) in enumerate(zip(places.steps.starts, places.steps.sizes, strict=True)):
+        piece = Piece(places.times[number : number + 2], [0, 1] if number == 0 else [1], True, True)
+        grid = TimeGrid((start,), (size,), {0: 0, 1: 1})
+        states = _solve(within(call.func, piece), y, piece.times, replace(settings, grid=grid), call.func)
+        y = _row(states, -1)
+        found.append(_row(states, piece.wanted))
+    return _joined(found)
+
+
+def _controlled(call: Call, settings: Settings, options: AdaptiveOptions) -> Settings:
+    """Return the settings of a solve with error control."""
+    if call.partition is not None and call.partition.comm.size > 1 and options.rule.norm is not None:
+        raise ConfigurationError(
+            "options: 'norm': a function of this rank's part alone cannot be the norm of a whole state"
+        )
+    rtol, atol = (_tolerance(name, getattr(call, name), call.y0) for name in ("rtol", "atol"))
+    if isinstance(rtol, float) and isinstance(atol, float) and rtol == atol == 0:
+        raise ConfigurationError("rtol = 0.0, atol = 0.0: one of them must be positive")
+    first = None if options.first_step is None else options.rule.limited(options.first_step)
+    return replace(settings, rtol=rtol, atol=atol, step_size=first, rule=options.rule)
+
+
+def _with_error_control(call: Call, settings: Settings, parts: list[Piece]) -> State:
+    y, found = call.y0, []
+    for piece in parts:
+        states = _solve(within(call.func, piece), y, piece.times, settings, call.func)
+        y = _row(states, -1)
+        whole = len(piece.wanted) == len(piece.times)
+        found.append(states if whole else _row(states, piece.wanted))
+    return found[0] if len(found) == 1 else _joined(found)
+
+
+def _solve(func: Any, y0: State, t: torch.Tensor, settings: Settings, owner: Any = None) -> State:
+    """Solve with the solvers that are kept for `owner`, by default `func`."""
+    solvers, tangents = _kept_for(func if owner is None else owner)
+    return differentiable_solve(solvers, tangents, func, y0, t, settings, ())[0]
+
+
+def _kept_for(func: Any) -> tuple[KeptSolvers, KeptSolvers]:
+    try:
+        return _SOLVERS.setdefault(func, (KeptSolvers(), KeptSolvers()))
+    except TypeError:
+        # A function that cannot be a key, such as a frozen object with a dictionary inside.
+        return NoSolvers(), NoSolvers()
+
+
+def _of_one_type(y0: State) -> State:
+    """Return the state with parts of different floating types promoted to one, as torchdiffeq does."""
+    if not isinstance(y0, tuple | list) or not y0 or not all(isinstance(part, torch.Tensor) for part in y0):
+        return y0
+    common = reduce(torch.promote_types, (part.dtype for part in y0))
+    return tuple(part.to(common) for part in y0)
+
+
+def _joined(found: list[State]) -> State:
+    """Return the outputs of successive pieces as those of one solve."""
+    if isinstance(found[0], torch.Tensor):
+        return torch.cat([states for states in found if isinstance(states, torch.Tensor)])
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def _row(states: State, rows: int | list[int]) -> State:
+    return states[rows] if isinstance(states, torch.Tensor) else tuple(part[rows] for part in states)
+
+
+def _tolerance(name: str, given: Any, y0: State) -> Any:
+    """Return a tolerance as a number, a tensor, or a tuple of one for each part of the state."""
+    if isinstance(given, torch.Tensor):
+        if given.requires_grad:
+            raise ConfigurationError(f"{name}: cannot require a gradient")
+        if given.dim() == 0 or isinstance(y0, torch.Tensor):
+            return given.item() if given.dim() == 0 else given
+    if isinstance(given, int | float):
+        return float(given)
+    if isinstance(y0, torch.Tensor):
+        return torch.as_tensor(given)
+    if not isinstance(given, Iterable):
+        raise ConfigurationError(f"{name} = {given!r}: must be a number, a tensor, or one for each part of y0")
+    parts = [torch.as_tensor(part) for part in given]
+    if len(parts) != len(y0):
+        raise ConfigurationError(f"{name}: {len(parts)} tolerances for a state of {len(y0)} parts")
+    # torchdiffeq takes a flat tensor with an entry for each of the part.
+    return tuple(
+        part.reshape(state.shape) if part.dim() == 1 and part.numel() == state.numel() else part
+        for part, state in zip(parts, y0, strict=True)
+    )
