@@ -20,7 +20,7 @@ choices=$venv/.pnode-dist-choices
 wheels=$venv/.pnode-dist-wheels
 constraints=launch/constraints.txt
 default_options="--with-fc=0 --with-debugging=0 COPTFLAGS=-O3 CXXOPTFLAGS=-O3 --with-x=0 --with-ssl=0"
-floor=3.26 # PETSc's, as in pnode_dist/system/compatibility.py
+floor=3.22 # PETSc's, as in pnode_dist/system/compatibility.py
 
 # Where .venv is activated, its own interpreter must not be taken for the one to make it with.
 PATH=:$PATH:

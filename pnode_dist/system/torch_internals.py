@@ -67,8 +67,8 @@ tensor_references: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # ty
 """Return the number of references to the C++ tensor."""
 storage_pointer: Callable[[torch.UntypedStorage], int] = attrgetter("_cdata")
 """Return a number that identifies a storage, on any device and for storages without memory."""
-storage_references: Callable[[int], int] = torch._C._storage_Use_Count
-"""Return the number of references to the storage of this pointer."""
+storage_references: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+"""Return the number of references to the storage of this pointer. None in builds of torch 2.6 without CUDA."""
 
 
 def add_in_place(targets: list[torch.Tensor], terms: list[torch.Tensor]) -> None:

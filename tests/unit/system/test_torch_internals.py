@@ -87,6 +87,8 @@ def test_backward_passes_have_different_numbers() -> None:
 def test_references_to_tensors_and_storages_are_counted() -> None:
     tensor = torch.ones(3)
     pointer = internals.storage_pointer(tensor.untyped_storage())
+    if internals.storage_references is None:
+        pytest.skip("this build of torch does not count the references to a storage")
     alone = internals.storage_references(pointer)
     assert internals.tensor_references(tensor) == 1
     view = tensor[1:]
