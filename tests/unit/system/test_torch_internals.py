@@ -98,6 +98,11 @@ def test_references_to_tensors_and_storages_are_counted() -> None:
     assert (internals.storage_references(pointer), internals.tensor_references(tensor)) == (alone, 1)
 
 
+def test_a_count_that_does_not_follow_the_references_is_not_used() -> None:
+    assert internals._counts(lambda pointer: 1) is False
+    assert internals.storage_references is None or internals._counts(internals.storage_references)
+
+
 def test_the_storage_pointer_is_that_of_the_memory_and_not_of_the_tensor() -> None:
     tensor = torch.ones(4)
     pointers = [internals.storage_pointer(other.untyped_storage()) for other in (tensor, tensor[2:], tensor.clone())]
