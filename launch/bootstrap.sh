@@ -299,7 +299,7 @@ PATH=${mpicc:+$(dirname "$mpicc"):}$short/bin:$PATH
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 
 # What is not pinned here stands as the stack of one's own has it.
-if [ -n "$own_stack" ] || [ -n "${choice[petsc_dir]}" ]; then
+if [ -n "$own_stack" ] || [ -n "${choice[petsc_dir]}" ] || [ "${choice[stack]}" = prebuilt ]; then
     unpinned='^(petsc|petsc4py)=='
     [ -z "$own_stack" ] || unpinned='^(petsc|petsc4py|mpi4py|mpich|numpy)=='
     grep -v -i -E "$unpinned" "$constraints" >"$venv/.pnode-dist-constraints"
@@ -385,6 +385,8 @@ EOF
 }
 
 if [ "${choice[stack]}" = prebuilt ]; then
+    # An error is better than a second PETSc beside that of the wheel.
+    export PIP_ONLY_BINARY=petsc,petsc4py
     phase "installing PETSc, MPICH and mpi4py as wheels (a minute)" install_prebuilt
 elif [ -z "$own_stack" ]; then
     # PETSc has to find MPI when it is configured, and mpi4py has to load the same one. pip keeps the wheels it builds,
