@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Makes .venv with MPI, PETSc, petsc4py and pnode_dist itself; does nothing when all of it is there.
 #
-#   launch/bootstrap.sh [--use-system-mpi] [--python PYTHON]
+#   launch/bootstrap.sh [--system | --prebuilt | --compile] [--use-system-mpi] [--python PYTHON]
 #
+# --system           use Debian's packages of PETSc, MPI, torch and Python; as root, install them with apt-get
+# --prebuilt         use the PETSc 3.25 inside the binary wheel dolfinx-solver-real (Python 3.12 or newer)
+# --compile          compile PETSc also where PYTHON can import a petsc4py
 # --use-system-mpi   build on the mpicc that is on the PATH instead of installing MPICH into .venv
 # --python PYTHON    the interpreter to use (3.11 or newer); by default python3
-# PETSC_DIR and PETSC_ARCH, if set, name a PETSc of your own: petsc4py and mpi4py are then built on it and its MPI. A
-# petsc4py that PYTHON can already import is used as it is. PETSC_CONFIGURE_OPTIONS replaces the options PETSc is
-# configured with. .venv remembers these choices, so that later runs need not repeat them; other choices make it anew.
+# Without one of the first three, a petsc4py that PYTHON can import is used as it is; else PETSc is compiled, or taken
+# from pip's cache. PETSC_DIR and PETSC_ARCH, if set, name a PETSc of your own: petsc4py and mpi4py are then built on it
+# and its MPI. PETSC_CONFIGURE_OPTIONS replaces the options PETSc is configured with. .venv remembers these choices, so
+# that later runs need not repeat them; other choices make it anew. docs/guides/install.md compares the ways.
 set -euo pipefail
 
 called_in=$PWD
@@ -20,7 +24,12 @@ choices=$venv/.pnode-dist-choices
 wheels=$venv/.pnode-dist-wheels
 constraints=launch/constraints.txt
 default_options="--with-fc=0 --with-debugging=0 COPTFLAGS=-O3 CXXOPTFLAGS=-O3 --with-x=0 --with-ssl=0"
-floor=3.26 # PETSc's, as in pnode_dist/system/compatibility.py
+floor=3.22 # PETSc's, as in pnode_dist/system/compatibility.py
+
+prebuilt=dolfinx-solver-real==0.11.0.post0
+# The compiled packages among those that pnode_dist needs; pip installs the others.
+system_packages=(python3-venv python3-petsc4py python3-mpi4py openmpi-bin python3-torch python3-h5py python3-isal
+    python3-scipy python3-matplotlib python3-xarray python3-sklearn)
 
 # Where .venv is activated, its own interpreter must not be taken for the one to make it with.
 PATH=:$PATH:
@@ -37,12 +46,19 @@ fail() {
 # A path as it was meant where this was called; a bare name stands for a program on the PATH.
 absolute() { case $1 in */*) (cd "$called_in" && realpath -ms -- "$1") ;; *) printf '%s' "$1" ;; esac; }
 
+at_least() { [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
+
 # What decides which stack goes into .venv; `asked` lists what this call itself says about it.
-declare -A choice=([python]=python3 [system_mpi]=no [petsc_dir]="" [petsc_arch]="" [configure_options]="" [own_stack]="")
+declare -A choice=([stack]="" [python]=python3 [system_mpi]=no [petsc_dir]="" [petsc_arch]="" [configure_options]="" [own_stack]="")
 choice[pins]=$(grep -i -E '^(petsc|petsc4py|mpi4py|mpich|numpy)==' "$constraints" | sort | tr '\n' ' ')
 asked=(pins)
 while [ $# -gt 0 ]; do
     case $1 in
+        --system | --prebuilt | --compile)
+            [ "${choice[stack]:-${1#--}}" = "${1#--}" ] || fail "$1: --${choice[stack]} was given already: choose one"
+            choice[stack]=${1#--}
+            asked+=(stack)
+            ;;
         --use-system-mpi)
             choice[system_mpi]=yes
             asked+=(system_mpi)
@@ -54,10 +70,10 @@ while [ $# -gt 0 ]; do
             shift
             ;;
         -h | --help)
-            sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+            sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
             exit 0
             ;;
-        *) fail "unknown argument '$1' (known: --use-system-mpi, --python PYTHON)" ;;
+        *) fail "unknown argument '$1' (known: --system, --prebuilt, --compile, --use-system-mpi, --python PYTHON)" ;;
     esac
     shift
 done
@@ -69,6 +85,17 @@ if [ -n "${PETSC_CONFIGURE_OPTIONS-}" ]; then
     choice[configure_options]=$PETSC_CONFIGURE_OPTIONS
     asked+=(configure_options)
 fi
+for key in "${asked[@]}"; do
+    case ${choice[stack]}-$key in
+        system-python) fail "--python: --system uses Debian's /usr/bin/python3, which its packages are for" ;;
+        system-system_mpi | prebuilt-system_mpi) fail "--use-system-mpi: --${choice[stack]} has an MPI of its own" ;;
+        system-petsc_dir | prebuilt-petsc_dir) fail "PETSC_DIR is set: --${choice[stack]} has a PETSc of its own" ;;
+        system-configure_options | prebuilt-configure_options)
+            fail "PETSC_CONFIGURE_OPTIONS is set: --${choice[stack]} configures no PETSc"
+            ;;
+    esac
+done
+if [ "${choice[stack]}" = system ]; then choice[python]=/usr/bin/python3; fi
 
 # Runs one phase with its output in the log; shows the log's end if it fails.
 phase() {
@@ -124,9 +151,36 @@ if recall_choices; then
 fi
 : >"$log"
 
+apt_get=(env DEBIAN_FRONTEND=noninteractive apt-get -qy -o DPkg::Lock::Timeout=300)
+install_packages() { "${apt_get[@]}" install --no-install-recommends "$@"; }
+
+# The packages are looked at before the interpreter, which is one of them.
+install_system_packages() {
+    command -v apt-get >/dev/null || fail "--system: there is no apt-get here: it takes Debian's packages"
+    local package offered missing=()
+    for package in "${system_packages[@]}"; do
+        [ "$(dpkg-query --show --showformat='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+            missing+=("$package")
+    done
+    if [ ${#missing[@]} = 0 ]; then return; fi
+    if [ "$(id -u)" = 0 ]; then phase "updating apt-get's lists (seconds)" "${apt_get[@]}" update; fi
+    offered=$(apt-cache policy python3-petsc4py | sed -n 's/^ *Candidate: //p')
+    case $offered in
+        '' | '(none)') fail "--system: apt-get has no package python3-petsc4py; Debian 13 has it" ;;
+    esac
+    at_least "$floor" "$offered" ||
+        fail "--system: apt-get has petsc4py $offered, and $floor or newer is needed, as in Debian 13; leave --system out"
+    [ "$(id -u)" = 0 ] || fail "--system: as root, run: apt-get install --no-install-recommends ${missing[*]}"
+    phase "installing ${#missing[@]} of Debian's packages and what they need (2 minutes)" install_packages "${missing[@]}"
+}
+if [ "$have_venv" = no ] && [ "${choice[stack]}" = system ]; then install_system_packages; fi
+
 python=${choice[python]}
 version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null) ||
     fail "'$python' is not Python 3.11 or newer (choose one with --python)"
+if [ "${choice[stack]}" = prebuilt ] && ! at_least python3.12 "$version"; then
+    fail "--prebuilt: the wheel is for Python 3.12 or newer, and '$python' is $version (choose one with --python)"
+fi
 
 mpicc=""
 if [ -n "${choice[petsc_dir]}" ]; then
@@ -138,16 +192,18 @@ if [ -n "${choice[petsc_dir]}" ]; then
         fail "PETSC_DIR=$petsc_dir: this PETSc was configured without MPI"
     fi
     petsc_version=$(awk '/#define PETSC_VERSION_(MAJOR|MINOR) / {printf "%s%s", dot, $3; dot = "."}' "$petsc_dir/include/petscversion.h")
-    [ "$(printf '%s\n' "$floor" "$petsc_version" | sort -V | head -n 1)" = "$floor" ] ||
+    at_least "$floor" "$petsc_version" ||
         fail "PETSC_DIR=$petsc_dir is PETSc $petsc_version; pnode_dist needs $floor or newer"
     mpicc=$(awk '$1 == "PCC" && $2 == "=" {print $3}' "$built/lib/petsc/conf/petscvariables" 2>/dev/null) || true
     mpicc=$(command -v "${mpicc:-mpicc}") || fail "PETSC_DIR=$petsc_dir: its MPI compiler is not there: '${mpicc:-mpicc}'"
 elif [ "${choice[system_mpi]}" = yes ]; then
     mpicc=$(command -v mpicc) || fail "--use-system-mpi: there is no mpicc on the PATH"
-elif [ "$have_venv" = no ]; then
+elif [ "$have_venv" = no ] && [[ ${choice[stack]} != [cp]* ]]; then
     # Where the interpreter has what is needed, those directories are put on .venv's path.
-    own=$("$python" - 2>/dev/null <<'EOF'
-import pathlib, re
+    own=$("$python" - 2>>"$log" <<'EOF'
+import pathlib, re, sys
+# Debian's petsc4py, which Python itself finds only through a link of PETSc's development package.
+sys.path += sorted(map(str, pathlib.Path("/usr/lib/petscdir").glob("*/*-real/lib/python3/dist-packages")))[-1:]
 import mpi4py.MPI, numpy, petsc4py.PETSc
 directories = {str(pathlib.Path(package.__file__).parents[1]): None for package in (petsc4py, mpi4py, numpy)}
 mapped = re.search(r"/.*/libmpi(ch)?\.so[.\d]*$", pathlib.Path("/proc/self/maps").read_text(), re.MULTILINE)
@@ -156,20 +212,32 @@ EOF
     ) || own=""
     if [ -n "$own" ]; then
         { read -r own_version; read -r own_directories; read -r own_mpi; } <<<"$own"$'\n'
-        if [ "$(printf '%s\n' "$floor" "$own_version" | sort -V | head -n 1)" = "$floor" ]; then
+        if at_least "$floor" "$own_version"; then
             choice[own_stack]=$own_directories
-            say "using the petsc4py $own_version, mpi4py and numpy that $python has"
+            say "using the petsc4py $own_version, mpi4py and numpy that $python has: nothing is compiled"
         else
             say "not using the petsc4py of $python: it is $own_version, and $floor or newer is needed"
         fi
     fi
 fi
 own_stack=${choice[own_stack]}
+if [ "${choice[stack]}" = system ] && [ -z "$own_stack" ]; then
+    fail "--system: $python cannot import petsc4py, mpi4py and numpy of Debian's packages (the error is in $log)"
+fi
+if [ "${choice[stack]}" = prebuilt ]; then
+    say "using the PETSc of the wheel $prebuilt, as --prebuilt says: nothing is compiled"
+elif [ "$have_venv" = no ] && [ -z "$own_stack" ]; then
+    because="$python imports no petsc4py that fits"
+    [ "${choice[stack]}" != compile ] || because="--compile says so"
+    say "compiling PETSc or petsc4py where pip has kept no wheel: $because"
+    [ "${choice[stack]}" = compile ] ||
+        say "  quicker: --system on Debian 13; --prebuilt on Python 3.12 or newer (PETSc 3.25: no gradients of DIRK)"
+fi
 
 # What compiling PETSc and petsc4py needs, as Debian names it.
 needs=()
 has_blas() { printf 'int dgemm_(void); int main(void) { return dgemm_ == 0; }' | cc -x c - -lblas -llapack -o /dev/null; }
-if [ -z "$own_stack" ]; then
+if [ -z "$own_stack" ] && [ "${choice[stack]}" != prebuilt ]; then
     command -v cc >/dev/null || needs+=(gcc libc6-dev)
     command -v c++ >/dev/null || needs+=(g++)
     command -v make >/dev/null || needs+=(make)
@@ -182,11 +250,8 @@ fi
 "$python" -c 'import ensurepip, venv' 2>/dev/null || needs+=("$version-venv")
 if [ ${#needs[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        install_packages() {
-            local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -qy -o DPkg::Lock::Timeout=300)
-            "${apt[@]}" update && "${apt[@]}" install --no-install-recommends "$@"
-        }
-        phase "installing the system packages ${needs[*]} (under a minute)" install_packages "${needs[@]}"
+        update_and_install() { "${apt_get[@]}" update && install_packages "$@"; }
+        phase "installing the system packages ${needs[*]} (under a minute)" update_and_install "${needs[@]}"
     else
         fail "these system packages are missing (Debian's names): ${needs[*]}; install them and run this again"
     fi
@@ -234,11 +299,27 @@ PATH=${mpicc:+$(dirname "$mpicc"):}$short/bin:$PATH
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 
 # What is not pinned here stands as the stack of one's own has it.
-if [ -n "$own_stack" ] || [ -n "${choice[petsc_dir]}" ]; then
+if [ -n "$own_stack" ] || [ -n "${choice[petsc_dir]}" ] || [ "${choice[stack]}" = prebuilt ]; then
     unpinned='^(petsc|petsc4py)=='
     [ -z "$own_stack" ] || unpinned='^(petsc|petsc4py|mpi4py|mpich|numpy)=='
     grep -v -i -E "$unpinned" "$constraints" >"$venv/.pnode-dist-constraints"
     [ -z "${petsc_version-}" ] || printf 'petsc4py==%s.*\n' "$petsc_version" >>"$venv/.pnode-dist-constraints"
+    # Packages of Debian's stay where they fit, and no other version may come before those that are linked together.
+    if [ "${choice[stack]}" = system ]; then
+        "$venv/bin/python" - "$venv/.pnode-dist-constraints" <<'EOF'
+import pathlib, sys
+from importlib import metadata
+def found(name):
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+path = pathlib.Path(sys.argv[1])
+pins = [line for line in path.read_text().splitlines() if "==" in line and found(line.partition("==")[0]) is None]
+kept = ("petsc4py", "mpi4py", "numpy", "torch", "h5py", "scipy")
+path.write_text("".join(f"{pin}\n" for pin in [*pins, *(f"{name}=={found(name)}" for name in kept)]))
+EOF
+    fi
     constraints=.venv/.pnode-dist-constraints
 fi
 # Of the packages that build others, too. (A relative path, because pip splits these at blanks.)
@@ -287,7 +368,27 @@ compile_petsc() {
     if [ -z "$mpicc" ]; then phase "pointing PETSc at the MPI of .venv (seconds)" relocate; fi
 }
 
-if [ -z "$own_stack" ]; then
+# pip learns which petsc4py the wheel carries: it would compile another PETSc for the requirement of pnode_dist.
+install_prebuilt() {
+    "${pip[@]}" install --no-deps "$prebuilt" && "${pip[@]}" install mpich mpi4py numpy && stack_loads || return
+    "$venv/bin/python" - "$site" "$prebuilt" <<'EOF'
+import pathlib, sys
+import petsc4py
+version = petsc4py.__version__
+record = pathlib.Path(sys.argv[1], f"petsc4py-{version}.dist-info")
+record.mkdir(exist_ok=True)
+summary = f"part of {sys.argv[2]}"
+(record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: petsc4py\nVersion: {version}\nSummary: {summary}\n")
+(record / "INSTALLER").write_text("launch/bootstrap.sh\n")
+(record / "RECORD").write_text("".join(f"{record.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")))
+EOF
+}
+
+if [ "${choice[stack]}" = prebuilt ]; then
+    # An error is better than a second PETSc beside that of the wheel.
+    export PIP_ONLY_BINARY=petsc,petsc4py
+    phase "installing PETSc, MPICH and mpi4py as wheels (a minute)" install_prebuilt
+elif [ -z "$own_stack" ]; then
     # PETSc has to find MPI when it is configured, and mpi4py has to load the same one. pip keeps the wheels it builds,
     # for the next environment, by their source alone: one for another MPI or with other options must not come of that.
     if [ -n "$mpicc" ]; then
@@ -320,4 +421,4 @@ install_the_rest() {
 phase "installing pnode_dist and its other packages (2 minutes)" install_the_rest
 phase "checking that it all loads (seconds)" all_loads
 printf '%s\n' "$wanted" >"$stamp"
-say "ready: launch/mpirun.sh -n 2 pnode-dist doctor"
+say "ready after $SECONDS s: launch/mpirun.sh -n 2 pnode-dist doctor"

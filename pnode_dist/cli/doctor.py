@@ -27,13 +27,12 @@ from rich.table import Table
 
 from pnode_dist.checkpointing.budget import Trajectory
 from pnode_dist.distributed.launcher import launched_rank, singleton_problem
-from pnode_dist.system.compatibility import check_mpi
+from pnode_dist.system.compatibility import check_mpi, petsc4py_version, petsc_header
 from pnode_dist.system.memory import memory_limit
 from pnode_dist.system.sizes import format_size
 
 PACKAGES = (
     "torch",
-    "petsc4py",
     "mpi4py",
     "h5py",
     "isal",
@@ -101,6 +100,7 @@ def versions() -> dict[str, str | None]:
         from petsc4py import PETSc
 
         found["petsc"] = ".".join(map(str, PETSc.Sys.getVersion()))
+    found["petsc4py"] = petsc4py_version()
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -116,16 +116,15 @@ def petsc_build() -> dict[str, Any]:
     except ImportError:
         return {}
     configured = ""
-    directory = petsc4py.get_config().get("PETSC_DIR", "")
-    arch = petsc4py.get_config().get("PETSC_ARCH", "")
-    header = Path(directory) / arch / "include" / "petscconfiginfo.h"
-    if header.is_file():
+    header = petsc_header("petscconfiginfo.h")
+    if header is not None:
         text = header.read_text(errors="replace")
         configured = text.partition('"')[2].rpartition('"')[0]
     return {
         "scalar": str(PETSc.ScalarType().dtype),
         "integer": str(PETSc.IntType().dtype),
-        "directory": directory,
+        # A binary wheel names no directory.
+        "directory": petsc4py.get_config()["PETSC_DIR"] or str(Path(petsc4py.__file__).parent),
         "configure_options": configured,
     }
 

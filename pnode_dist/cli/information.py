@@ -26,9 +26,9 @@ def add_commands(commands: Commands) -> None:
 def _methods(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from pnode_dist.ode.methods import METHODS
+    from pnode_dist.ode.methods import METHODS, adjoint_here
 
-    rows = [asdict(method) for method in METHODS.values()]
+    rows = [{**asdict(method), "adjoint": adjoint_here(method)} for method in METHODS.values()]
     if launched_rank() == 0:
         if arguments.json:
             print(json_line({"methods": rows}))

@@ -60,6 +60,8 @@ def _initialise_petsc(options: list[str] | None) -> None:
         return
     if not options[0].startswith("-"):
         raise ConfigurationError(f"{options[0]!r} after --: must be a PETSc option, such as -ts_monitor")
+    # The PETSc of a binary wheel finds the MPI library only where mpi4py has loaded it.
+    import mpi4py.MPI  # noqa: F401
     import petsc4py
 
     petsc4py.init([PROGRAM, *options])

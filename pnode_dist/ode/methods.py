@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.system.compatibility import petsc4py_version, petsc_release
 
 Family = Literal["rk", "theta", "arkimex", "dirk", "rosw", "bdf", "ssp"]
 FAMILIES: dict[Family, str] = {
@@ -22,6 +23,9 @@ FAMILIES: dict[Family, str] = {
     "bdf": "backward differentiation formulas",
     "ssp": "explicit, strong stability preserving",
 }
+_WITH_ADJOINT: tuple[Family, ...] = ("rk", "theta", "arkimex", "dirk")
+ADJOINT_FLOORS: dict[Family, tuple[int, int]] = {"dirk": (3, 26)}
+"""The first PETSc with an adjoint of a family, where older ones that are supported crash in it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Method:
     - `estimates_error`: the method has an error estimate.
     - `stiffly_accurate`: the step's result is its last stage, which stiff problems and algebraic equations need.
     - `adjoint`: the kind of adjoint, "none" for methods that solve forward only because PETSc has no adjoint of them.
-      The tests compare all gradients with an independent implementation.
+      The tests compare all gradients with an independent implementation. `has_adjoint` also considers the installed
+      PETSc.
     - `source`: the publication of the method.
     """
 
@@ -206,9 +211,31 @@ def _allowed() -> str:
     return ", ".join(names)
 
 
-def gradient_refusal(method: Method) -> str:
-    """Return the error message for a gradient of a method without an adjoint."""
-    return (
-        f"method = {method.name!r}: PETSc has no discrete adjoint of it: solve under torch.no_grad(), or choose a "
-        "method of the families rk, theta, arkimex or dirk"
-    )
+def adjoint_here(method: Method) -> str:
+    """Return `method.adjoint`, or "refused: needs PETSc 3.26" where the installed PETSc is older than the adjoint."""
+    floor = _missing_release(method.family)
+    return method.adjoint if floor is None else f"refused: needs PETSc {floor}"
+
+
+def has_adjoint(method: Method) -> bool:
+    """Return True if the installed PETSc has an adjoint of `method`."""
+    return adjoint_here(method) == "verified"
+
+
+def gradient_refusal(method: Method) -> str | None:
+    """Return the error message for a gradient of `method`, or None if the installed PETSc has an adjoint of it."""
+    if has_adjoint(method):
+        return None
+    *families, last = (family for family in _WITH_ADJOINT if _missing_release(family) is None)
+    instead = f"solve under torch.no_grad(), or choose a method of the families {', '.join(families)} or {last}"
+    floor = _missing_release(method.family)
+    if floor is None:
+        return f"method = {method.name!r}: PETSc has no discrete adjoint of it: {instead}"
+    found = petsc4py_version()
+    return f"method = {method.name!r}: its gradient needs PETSc {floor} or newer and found {found}: {instead}"
+
+
+def _missing_release(family: Family) -> str | None:
+    """Return the PETSc that the adjoint of a family needs, if the installed one is older."""
+    floor = ADJOINT_FLOORS.get(family)
+    return None if floor is None or petsc_release() >= floor else ".".join(map(str, floor))

@@ -347,8 +347,8 @@ class NeuralODE(nn.Module):
             solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
             if solve.control is not None:
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
-            if solve.solver.stepper.method.adjoint == "none":
-                raise ConfigurationError(methods.gradient_refusal(solve.solver.stepper.method))
+            if refusal := methods.gradient_refusal(solve.solver.stepper.method):
+                raise ConfigurationError(refusal)
             with torch.no_grad(), solve.bound.copies.in_place():
                 return measured_plans(solve, tensors[: len(layout.shapes)])
 

@@ -96,8 +96,8 @@ def _prepared_with(
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
     if needs_gradient:
         refuse_fully_sharded(func, args, parameters.tensors)
-    if needs_gradient and table.adjoint == "none":
-        raise ConfigurationError(methods.gradient_refusal(table))
+    if needs_gradient and (refusal := methods.gradient_refusal(table)):
+        raise ConfigurationError(refusal)
     if settings.mass is not None and not table.implicit:
         raise ConfigurationError(
             f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of beuler, cn, theta"

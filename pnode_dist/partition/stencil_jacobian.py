@@ -12,7 +12,7 @@ from petsc4py import PETSc
 
 from pnode_dist.partition.colouring import NONE, Integers, colour_grid
 from pnode_dist.partition.grid import GridPartition
-from pnode_dist.petsc import vectors
+from pnode_dist.petsc import calls, vectors
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -72,7 +72,7 @@ class StencilJacobian:
         start = blocks.first[self.partition.position]
         rows = np.arange(start, start + self._size, dtype=PETSc.IntType)
         columns = self._columns(blocks)
-        matrix.setPreallocationCOO(np.broadcast_to(rows, columns.shape).reshape(-1), columns.reshape(-1))
+        calls.preallocate_coordinates(matrix, np.broadcast_to(rows, columns.shape).reshape(-1), columns.reshape(-1))
         return matrix
 
     def _columns(self, blocks: _Blocks) -> Integers:
@@ -122,7 +122,7 @@ class StencilJacobian:
                 number += 1
         on_diagonal = torch.full((self._size,), shift, dtype=torch.float64) if mass is None else shift * mass.double()
         values.view(-1)[self._diagonal] += on_diagonal
-        self.matrix.setValuesCOO(values.numpy().reshape(-1))
+        calls.set_coordinate_values(self.matrix, values.numpy().reshape(-1))
         return self.matrix
 
     def missed(self, jvp: Product, shift: float, mass: torch.Tensor | None = None) -> float:

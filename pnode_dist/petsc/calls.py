@@ -100,6 +100,38 @@ def local_array(handle: int, size: int) -> np.ndarray[Any, Any]:
     return found
 
 
+def option_was_read(name: str) -> bool:
+    """Return True if PETSc has read the option `name`, given without its hyphen (PetscOptionsUsed)."""
+    found = ctypes.c_int()
+    _check(_library().PetscOptionsUsed(None, name.encode(), ctypes.byref(found)))
+    return bool(found.value)
+
+
+def preallocate_coordinates(matrix: PETSc.Mat, rows: np.ndarray[Any, Any], columns: np.ndarray[Any, Any]) -> None:
+    """Give `matrix` the nonzero pattern of its entries `(rows[i], columns[i])` (MatSetPreallocationCOO).
+
+    Negative indices are skipped. Collective on the matrix's communicator. petsc4py 3.22 lacks it.
+    """
+    # PETSc reorders the indices in place.
+    i, j = (np.array(indices, dtype=PETSc.IntType) for indices in (rows, columns))
+    count = ctypes.c_ssize_t(i.size)
+    _check(_library().MatSetPreallocationCOO(ctypes.c_void_p(matrix.handle), count, *map(_address, (i, j))))
+
+
+def set_coordinate_values(matrix: PETSc.Mat, values: np.ndarray[Any, Any]) -> None:
+    """Set the entries of `preallocate_coordinates`, in the same order, and assemble `matrix` (MatSetValuesCOO).
+
+    Collective on the matrix's communicator.
+    """
+    entries = np.ascontiguousarray(values, dtype=PETSc.ScalarType)
+    insert = ctypes.c_int(int(PETSc.InsertMode.INSERT_VALUES))
+    _check(_library().MatSetValuesCOO(ctypes.c_void_p(matrix.handle), _address(entries), insert))
+
+
+def _address(array: np.ndarray[Any, Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
 def total_linear_iterations(ksp: PETSc.KSP) -> int:
     """Return the number of all iterations of `ksp`, transposed solves included (KSPGetTotalIterations)."""
     count = _integer()

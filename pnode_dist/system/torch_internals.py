@@ -7,6 +7,7 @@ The module belongs to this low layer because `distributed`, `exchange` and `ode`
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import CodeType
@@ -67,8 +68,32 @@ tensor_references: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # ty
 """Return the number of references to the C++ tensor."""
 storage_pointer: Callable[[torch.UntypedStorage], int] = attrgetter("_cdata")
 """Return a number that identifies a storage, on any device and for storages without memory."""
-storage_references: Callable[[int], int] = torch._C._storage_Use_Count
-"""Return the number of references to the storage of this pointer."""
+
+
+def _count_in_memory(pointer: int) -> int:
+    """Return the reference count that follows the first pointer of a c10::StorageImpl, as torch 2.6 lays it out."""
+    return ctypes.c_uint32.from_address(pointer + ctypes.sizeof(ctypes.c_void_p)).value
+
+
+def _counts(count: Callable[[int], int]) -> bool:
+    """Return True if `count` follows the references to a storage."""
+    tensor = torch.empty(1)
+    pointer = storage_pointer(tensor.untyped_storage())
+    alone = count(pointer)
+    views = [tensor.view(1) for _ in range(3)]
+    several = count(pointer)
+    del views
+    return several == alone + 3 and count(pointer) == alone
+
+
+def _storage_counter() -> Callable[[int], int] | None:
+    # Builds of torch 2.6 without CUDA, such as Debian's, lack the function.
+    found: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", _count_in_memory)
+    return found if _counts(found) else None
+
+
+storage_references = _storage_counter()
+"""Return the number of references to the storage of this pointer. None if this build of torch does not tell it."""
 
 
 def add_in_place(targets: list[torch.Tensor], terms: list[torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import DensePartition, odeint
-from pnode_dist.ode.methods import METHODS
+from pnode_dist.ode.methods import METHODS, has_adjoint
 from pnode_dist.petsc.objects import destroy_left
 
 WARM_UP, MIB = 100, 2**20
@@ -44,7 +44,7 @@ def growth(case: str, calls: int, entries: int) -> float:
     """By how much the fullest rank grows: in turns a gradient, a graph that is dropped and a solve without one."""
     comm = MPI.COMM_WORLD
     name, _, kind = case.partition("+")
-    differentiable = METHODS[name].adjoint != "none"
+    differentiable = has_adjoint(METHODS[name])
     partition = DensePartition(comm, entries * comm.size) if comm.size > 1 else None
     rate = torch.full((1,), 0.5, dtype=D, requires_grad=differentiable)
     u0 = torch.ones(entries, dtype=D)

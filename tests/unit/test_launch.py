@@ -221,6 +221,9 @@ def test_bootstrap_refuses_what_it_does_not_know(copy: Path) -> None:
         (["--frobnicate"], "unknown argument '--frobnicate'"),
         (["--python"], "--python needs an interpreter"),
         (["--python", "/bin/false"], "'/bin/false' is not Python 3.11 or newer"),
+        (["--system", "--compile"], "--compile: --system was given already: choose one"),
+        (["--system", "--python", "python3"], "--python: --system uses Debian's /usr/bin/python3"),
+        (["--prebuilt", "--use-system-mpi"], "--use-system-mpi: --prebuilt has an MPI of its own"),
     ]:
         done = bootstrap(copy, *arguments)
         assert done.returncode == 1
@@ -243,7 +246,60 @@ def test_bootstrap_refuses_a_petsc_dir_that_does_not_fit(copy: Path) -> None:
     (include / "petscconf.h").write_text("#define PETSC_HAVE_MPIUNI 1\n")
     assert refused() == f"bootstrap: PETSC_DIR={own}: this PETSc was configured without MPI"
     (include / "petscconf.h").write_text("")
-    assert refused() == f"bootstrap: PETSC_DIR={own} is PETSc 3.9; pnode_dist needs 3.26 or newer"
+    assert refused() == f"bootstrap: PETSC_DIR={own} is PETSc 3.9; pnode_dist needs 3.22 or newer"
+
+
+def test_bootstrap_refuses_a_petsc_of_ones_own_beside_a_ready_one(copy: Path) -> None:
+    for way in ("--system", "--prebuilt"):
+        done = bootstrap(copy, way, PETSC_DIR="petsc")
+        assert (done.returncode, done.stderr) == (1, f"bootstrap: PETSC_DIR is set: {way} has a PETSc of its own\n")
+        done = bootstrap(copy, way, PETSC_CONFIGURE_OPTIONS="--with-debugging=0")
+        assert done.stderr == f"bootstrap: PETSC_CONFIGURE_OPTIONS is set: {way} configures no PETSc\n"
+
+
+def test_bootstrap_refuses_the_prebuilt_wheel_for_an_older_python(copy: Path) -> None:
+    stand_in(copy, "python3.11", "echo python3.11")
+    done = bootstrap(copy, "--prebuilt", "--python", str(copy / "python3.11"))
+    wanted = (
+        f"--prebuilt: the wheel is for Python 3.12 or newer, and '{copy}/python3.11' is python3.11 (choose one with "
+    )
+    assert (done.returncode, done.stderr) == (1, f"bootstrap: {wanted}--python)\n")
+
+
+@pytest.mark.parametrize(
+    ("offered", "user", "message"),
+    [
+        ("3.18.1-1+b2", 0, "apt-get has petsc4py 3.18.1-1+b2, and 3.22 or newer is needed, as in Debian 13; leave "),
+        ("(none)", 0, "apt-get has no package python3-petsc4py; Debian 13 has it"),
+        ("3.22.4-1", 1, "as root, run: apt-get install --no-install-recommends python3-venv python3-petsc4py "),
+    ],
+)
+def test_bootstrap_system_refuses_packages_that_do_not_serve(copy: Path, offered: str, user: int, message: str) -> None:
+    programs = copy / "programs"
+    programs.mkdir()
+    stand_in(programs, "apt-get", f'echo "$*" >>"{copy}/ran"')
+    stand_in(programs, "apt-cache", f"echo '  Candidate: {offered}'")
+    stand_in(programs, "dpkg-query", "exit 1")
+    stand_in(programs, "id", f"echo {user}")
+    done = bootstrap(copy, "--system", PATH=f"{programs}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"bootstrap: --system: {message}")
+    ran = (copy / "ran").read_text().split() if user == 0 else []
+    assert "install" not in ran
+
+
+def test_bootstrap_says_which_way_it_takes_and_why(copy: Path) -> None:
+    def said(*arguments: str) -> str:
+        # An interpreter that imports no petsc4py, and has no module venv: nothing is installed.
+        stand_in(copy, "python3", 'case "$*" in *version_info*) echo python3.12 ;; *) exit 1 ;; esac')
+        done = bootstrap(copy, "--python", str(copy / "python3"), *arguments, PATH=f"{copy}:{os.environ['PATH']}")
+        assert done.returncode == 1
+        return done.stdout
+
+    stand_in(copy, "id", "echo 1")
+    assert re.search(r"compiling PETSc .*: \S.*python3 imports no petsc4py.*\n.* quicker: --system on ", said())
+    assert re.search(r"^bootstrap: compiling PETSc .*: --compile says so$", said("--compile"), re.MULTILINE)
+    assert re.search(r"^bootstrap: using the PETSc of the wheel dolfinx-solver-real==", said("--prebuilt"))
 
 
 def test_bootstrap_asks_for_the_floor_that_the_package_checks() -> None:

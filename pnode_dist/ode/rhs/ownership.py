@@ -21,8 +21,12 @@ _saved_names: dict[type, tuple[str, ...]] = {}
 def owned(values: Parts) -> Parts:
     """Return the values, with copies of those whose memory other objects can reach.
 
-    The caller must hold the values in this tuple alone. Copies have a graph if gradients are enabled.
+    The caller must hold the values in this tuple alone. Copies have a graph if gradients are enabled. All values are
+    copied where torch does not count the references to a storage.
     """
+    if storage_references is None:
+        # Nothing tells a value alone from one that others can reach.
+        return tuple([value.clone() for value in values])
     shared = 0
     try:
         # An evaluation of a small f takes little longer than a few calls: keep this code inline.
@@ -91,7 +95,7 @@ def _references(values: Parts) -> int:
 def _tensor_and_storage(value: torch.Tensor) -> int:
     """Count the references to a storage that only a tensor and a Python storage object hold."""
     storage = value.untyped_storage()
-    return int(storage_references(storage_pointer(storage)))
+    return 0 if storage_references is None else int(storage_references(storage_pointer(storage)))
 
 
 _ALONE = _references((torch.empty(0),))

@@ -48,7 +48,7 @@ def options_database(options: PetscOptions, unread: set[str] | None = None) -> I
         yield
     finally:
         if unread:
-            unread -= {name for name in unread if database.used(name)}
+            unread -= {name for name in unread if calls.option_was_read(name.removeprefix("-"))}
             # PETSc replaces a deprecated name by the new one.
             renamed = {name for name in unread if not database.hasName(name)}
             unread -= renamed

@@ -12,7 +12,7 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError, ConvergenceError
 from pnode_dist.ode.given_options import check_read, check_read_by_all, read_at_set_up
-from pnode_dist.ode.methods import Method
+from pnode_dist.ode.methods import Method, has_adjoint
 from pnode_dist.ode.rhs.evaluation import BoundFunction, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.linearisation import Part, Place, Point
@@ -107,7 +107,7 @@ class ImplicitStepper(Stepper):
         stop_at_failure(self._ts)
         self.method = chosen_method(self._ts, method)
         self.set_up(self._ts)
-        if method.adjoint != "none":
+        if has_adjoint(method):
             set_up_adjoint(self._ts)
         check_read(self._unread, later=True)
         self._variant = theta_variant(self._ts)
@@ -162,7 +162,7 @@ class ImplicitStepper(Stepper):
         if function.solves_for_slope:
             ts.getSNES().setInitialGuess(function.initial_guess)
         ts.setUp()
-        if self.method.adjoint != "none":
+        if has_adjoint(self.method):
             function.stage_handles.update(calls.stage_handles(ts))
 
     # Steps

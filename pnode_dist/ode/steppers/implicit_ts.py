@@ -11,7 +11,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.methods import METHODS, Method
+from pnode_dist.ode.methods import METHODS, Method, has_adjoint
 from pnode_dist.ode.rhs.linearisation import Part
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions
 from pnode_dist.ode.steppers.petsc_callbacks import (
@@ -60,7 +60,7 @@ class TsParts:
             ts.setType(_TYPES[method.family])
             if method.family in ("arkimex", "dirk"):
                 (ts.setARKIMEXType if method.family == "arkimex" else ts.setDIRKType)(method.petsc_name)
-        if function.mass is None and method.adjoint != "none":
+        if function.mass is None and has_adjoint(method):
             # With any other equation type PETSc's adjoints of ARKIMEX are silently wrong.
             ts.setEquationType(PETSc.TS.EquationType.ODE_EXPLICIT)
         operator = self._state_operator(ShiftedOperator(function))
@@ -71,7 +71,7 @@ class TsParts:
             explicit = self._state_operator(ExplicitOperator(function))
             ts.setRHSFunction(function.explicit, self.state.duplicate())
             ts.setRHSJacobian(function.explicit_jacobian, explicit, explicit)
-        if method.adjoint != "none":
+        if has_adjoint(method):
             self._set_adjoint(ts)
         ts.setSolution(self.state)
         ts.setExactFinalTime(PETSc.TS.ExactFinalTime.STEPOVER)

@@ -295,3 +295,14 @@ def test_an_unexpected_error_keeps_its_traceback(config_file, monkeypatch):
     monkeypatch.setattr("pnode_dist.train.run.build_problem", broken)
     with pytest.raises(ZeroDivisionError, match="inside"):
         main(["gradcheck", str(config_file)])
+
+
+def test_mpi_is_loaded_before_petsc_is_given_its_options(tmp_path) -> None:
+    program = (
+        "import sys, petsc4py\n"
+        "petsc4py.init = lambda options: print('mpi4py.MPI' in sys.modules, options)\n"
+        "from pnode_dist.cli.main import main\n"
+        "main(['problems', '--', '-ts_monitor'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "True ['pnode-dist', '-ts_monitor']"

@@ -1,10 +1,13 @@
 """The table of methods: what it holds, what it is called, and what is said to a wrong name."""
 
+import petsc4py
 import pytest
+import torch
 from petsc4py import PETSc
 
+from pnode_dist import odeint
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.methods import METHODS, resolve
+from pnode_dist.ode.methods import ADJOINT_FLOORS, METHODS, adjoint_here, gradient_refusal, resolve
 from tests.oracles.runge_kutta import TABLEAUX
 
 USUAL_NAMES = {
@@ -57,3 +60,33 @@ def test_an_unknown_name_is_answered_with_all_that_are_known(wrong: str) -> None
 def test_a_near_miss_is_recognised() -> None:
     with pytest.raises(ConfigurationError, match="did you mean 'dopri5'"):
         resolve("dopri")
+
+
+@pytest.mark.parametrize("version", ["3.22.4", "3.25.5"])
+def test_dirk_solves_forward_and_refuses_gradients_below_petsc_3_26(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(petsc4py, "__version__", version)
+    u0 = torch.ones(2, dtype=torch.float64)
+    ends = odeint(lambda t, u: -u, u0, [0.0, 0.5], method="dirk_es324sal", step_size=0.05)[-1]
+    torch.testing.assert_close(ends, torch.exp(-0.5 * u0), rtol=1e-5, atol=0)
+    with pytest.raises(ConfigurationError) as caught:
+        odeint(lambda t, u: -u, u0.requires_grad_(), [0.0, 0.5], method="dirk_es324sal", step_size=0.05)
+    assert str(caught.value) == (
+        f"method = 'dirk_es324sal': its gradient needs PETSc 3.26 or newer and found {version}: solve under "
+        "torch.no_grad(), or choose a method of the families rk, theta or arkimex"
+    )
+
+
+@pytest.mark.parametrize("version", ["3.26.0", "3.27.1", "4.0.0"])
+def test_no_adjoint_is_refused_from_petsc_3_26_on(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(petsc4py, "__version__", version)
+    for method in METHODS.values():
+        assert adjoint_here(method) == method.adjoint
+        assert (gradient_refusal(method) is None) == (method.adjoint == "verified")
+
+
+def test_below_petsc_3_26_only_the_adjoints_of_dirk_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(petsc4py, "__version__", "3.22.0")
+    refused = {method.family for method in METHODS.values() if adjoint_here(method) == "refused: needs PETSc 3.26"}
+    assert refused == set(ADJOINT_FLOORS) == {"dirk"}

@@ -125,3 +125,25 @@ def test_all_iterations_of_a_linear_solver_are_counted() -> None:
         solve(b, x)
         total += ksp.getIterationNumber()
     assert calls.total_linear_iterations(ksp) == total > 3
+
+
+def test_an_option_counts_as_read_once_petsc_has_looked_it_up() -> None:
+    database = PETSc.Options()
+    database.setValue("pnode_probe", "3")
+    assert not calls.option_was_read("pnode_probe")
+    assert database.getInt("pnode_probe") == 3
+    assert calls.option_was_read("pnode_probe")
+    database.delValue("pnode_probe")
+    assert not calls.option_was_read("pnode_probe")
+
+
+def test_a_matrix_of_coordinates_holds_the_values_at_them() -> None:
+    matrix = PETSc.Mat().create(comm=PETSc.COMM_SELF)
+    matrix.setSizes((2, 3))
+    matrix.setType(PETSc.Mat.Type.AIJ)
+    rows, columns = np.array([1, 0, 1, 1]), np.array([2, 0, -1, 0])
+    calls.preallocate_coordinates(matrix, rows, columns)
+    for factor in (1.0, 2.0):
+        calls.set_coordinate_values(matrix, factor * np.array([5.0, 3.0, 9.0, 4.0]))
+        np.testing.assert_array_equal(matrix[:, :], factor * np.array([[3.0, 0.0, 0.0], [4.0, 0.0, 5.0]]))
+    np.testing.assert_array_equal(rows, [1, 0, 1, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import petsc4py
 import pytest
@@ -19,24 +20,56 @@ def test_the_installed_stack_fits() -> None:
     compatibility.check_mpi()
 
 
-@pytest.mark.parametrize("version", ["3.26.0", "3.26.1", "3.27", "4.0"])
+@pytest.mark.parametrize("version", ["3.22.0", "3.22.4", "3.25.5", "3.26.1", "4.0"])
 def test_petsc4py_from_the_floor_on_is_accepted(version: str) -> None:
     assert compatibility.petsc4py_problem(version) is None
 
 
 def test_an_old_petsc4py_is_refused_at_import_naming_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", lambda package: "3.20.5")
-    with pytest.raises(ImportError, match=r"needs petsc4py 3\.26 or newer and found 3\.20\.5: launch/bootstrap\.sh"):
+    monkeypatch.setattr(petsc4py, "__version__", "3.21.6")
+    with pytest.raises(ImportError, match=r"needs petsc4py 3\.22 or newer and found 3\.21\.6: launch/bootstrap\.sh"):
         compatibility.check_versions()
+
+
+def test_a_petsc4py_without_metadata_of_its_own_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(package: str) -> str:
+        if package == "petsc4py":
+            raise metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", unknown)
+    compatibility.check_versions()
+    assert compatibility.facts_here()["petsc4py"] == petsc4py.__version__
 
 
 def test_a_missing_petsc4py_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(package: str) -> str:
-        raise metadata.PackageNotFoundError(package)
-
-    monkeypatch.setattr(metadata, "version", missing)
+    monkeypatch.setitem(sys.modules, "petsc4py", None)  # importing it fails
+    monkeypatch.setattr(compatibility, "DEBIAN_DIRECTORIES", Path("/nowhere"))
     with pytest.raises(ImportError, match=r"needs petsc4py, which is not installed: launch/bootstrap\.sh"):
         compatibility.check_versions()
+
+
+def test_a_petsc4py_of_debian_that_python_does_not_find_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "petsc3.22" / "x86_64-linux-gnu-real" / "lib" / "python3" / "dist-packages"
+    (place / "petsc4py").mkdir(parents=True)
+    monkeypatch.setitem(sys.modules, "petsc4py", None)
+    monkeypatch.setattr(compatibility, "DEBIAN_DIRECTORIES", tmp_path)
+    with pytest.raises(ImportError, match=f"which is in {place}, where Python does not look: add this directory to "):
+        compatibility.check_versions()
+
+
+@pytest.mark.parametrize("directory", ["", "/nowhere"])
+def test_a_petsc_without_headers_has_none_to_read(
+    directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "petscconf.h").write_text("#define PETSC_HAVE_MPIUNI 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(petsc4py, "get_config", lambda: {"PETSC_DIR": directory, "PETSC_ARCH": ""})
+    assert compatibility.petsc_header("petscconf.h") is None
+    compatibility.check_mpi()
 
 
 def test_complex_scalars_are_refused() -> None:

@@ -87,6 +87,8 @@ def test_backward_passes_have_different_numbers() -> None:
 def test_references_to_tensors_and_storages_are_counted() -> None:
     tensor = torch.ones(3)
     pointer = internals.storage_pointer(tensor.untyped_storage())
+    if internals.storage_references is None:
+        pytest.skip("this build of torch does not count the references to a storage")
     alone = internals.storage_references(pointer)
     assert internals.tensor_references(tensor) == 1
     view = tensor[1:]
@@ -94,6 +96,11 @@ def test_references_to_tensors_and_storages_are_counted() -> None:
     assert internals.tensor_references(tensor) == 2
     del view
     assert (internals.storage_references(pointer), internals.tensor_references(tensor)) == (alone, 1)
+
+
+def test_a_count_that_does_not_follow_the_references_is_not_used() -> None:
+    assert internals._counts(lambda pointer: 1) is False
+    assert internals.storage_references is None or internals._counts(internals.storage_references)
 
 
 def test_the_storage_pointer_is_that_of_the_memory_and_not_of_the_tensor() -> None:

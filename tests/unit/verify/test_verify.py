@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import math
 
+import petsc4py
 import pytest
 import torch
 from torch import nn
 
 from pnode_dist import BatchPartition, Mesh
+from pnode_dist.verify import methods
 from pnode_dist.verify.gradcheck import GradcheckCase, extrapolate, gradcheck, orders, state_direction
 
 
@@ -146,3 +148,12 @@ def test_extrapolation_passes_over_steps_that_are_too_long():
 
 def test_orders_are_the_logarithms_of_ratios_and_none_near_rounding():
     assert orders([1.0, 0.25, 0.125, 1e-17], smallest=1e-10) == [2.0, 1.0, None]
+
+
+def test_refused_adjoints_are_marked_and_are_no_failures(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(petsc4py, "__version__", "3.25.5")
+    monkeypatch.setattr(methods, "METHODS", {name: methods.METHODS[name] for name in ("beuler", "dirk_s212", "bdf")})
+    rows = list(methods.check_methods(mesh))
+    assert [row["adjoint"] for row in rows] == ["verified", "refused: needs PETSc 3.26", "none"]
+    assert [row["gradient error"] is None for row in rows] == [False, True, True]
+    assert methods.failures(rows) == []

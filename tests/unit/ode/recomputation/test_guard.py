@@ -124,7 +124,7 @@ def test_an_unknown_policy_is_refused() -> None:
         gradient_after(solve, w, lambda: None)
 
 
-@pytest.mark.parametrize("size", [0, 1, 5, 4096, 4097, 20_000, 3 * 4096])
+@pytest.mark.parametrize("size", [0, 1, 5, 256, 257, 4096, 4097, 20_000, 3 * 4096])
 def test_a_fingerprint_sees_every_entry_and_their_order(size: int) -> None:
     values = random(max(size, 1))[:size]
     base = fingerprint([values])
@@ -138,6 +138,24 @@ def test_a_fingerprint_sees_every_entry_and_their_order(size: int) -> None:
         assert fingerprint([values[: size // 2], values[size // 2 :]]) != fingerprint(
             [values[size // 2 :], values[: size // 2]]
         )
+
+
+def in_order(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The sums over the last axis as a BLAS without blocks forms them: entry after entry."""
+    found: np.ndarray[Any, Any] = np.cumsum(left * right, axis=-1)[..., -1]
+    return found
+
+
+@pytest.mark.parametrize("size", [255, 4096, 2**17])
+def test_a_fingerprint_is_linear_to_rounding_with_a_blas_that_sums_in_order(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(np, "vdot", lambda left, right: in_order(left.ravel(), right.ravel()))
+    monkeypatch.setattr(torch, "mv", lambda rows, row: torch.from_numpy(in_order(rows.numpy(), row.numpy())))
+    # Of a constant one, the errors of the sums do not cancel.
+    state, slope = torch.ones(size, dtype=torch.float64), torch.full((size,), -0.5, dtype=torch.float64)
+    whole = fingerprint([state + 0.01 * slope])
+    assert abs(fingerprint([state]) + 0.01 * fingerprint([slope]) - whole) <= 5e-15 * whole
 
 
 def test_a_fingerprint_of_not_a_number_equals_itself_for_the_guard() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pnode_dist import NeuralODE, Trajectory, odeint
+from pnode_dist.ode.rhs import ownership
 from pnode_dist.ode.rhs.ownership import owned
 from tests.oracles.right_hand_sides import distance
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
@@ -182,6 +183,14 @@ def test_a_value_that_nobody_else_holds_is_not_copied(name: str, gradients: bool
         values = (MADE[name](start),)
         kept = owned(values)
     assert kept[0] is values[0]
+
+
+def test_every_value_is_copied_where_torch_does_not_count_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "storage_references", None)
+    values = (fresh(torch.tensor(0.0), START),)
+    kept = owned(values)
+    assert kept[0] is not values[0]
+    torch.testing.assert_close(kept[0], values[0], rtol=0, atol=0)
 
 
 class _Copies(TorchDispatchMode):
