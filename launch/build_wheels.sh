@@ -48,7 +48,7 @@ while [ $# -gt 0 ]; do
 done
 case $python in */*) python=$(cd "$called_in" && realpath -ms -- "$python") ;; esac
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-    fail "--python $python: is not Python 3.11 or newer"
+    code=2 fail "--python $python: is not Python 3.11 or newer"
 mkdir -p "$output"
 
 work=$(mktemp -d)
