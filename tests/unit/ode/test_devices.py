@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI  # noqa: F401  # first: petsc4py may rely on MPI's library being loaded in this new process
 from petsc4py import PETSc
 
 from pnode_dist import NeuralODE, Trajectory, odeint
