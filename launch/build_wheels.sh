@@ -78,18 +78,24 @@ add_wheel() {
     python -m wheel unpack --dest "$work/unpacked" "$wheel" >/dev/null
     unpacked=$(echo "$work/unpacked/$package"-[0-9]*)
     relocate_petsc "$unpacked" patchelf
-    [ "$package" != petsc ] || use_compilers_on_the_path "$unpacked/petsc"
+    forget_build_environment "$unpacked"
     rm -f "$output/$package"-[0-9]*"-${wheel#*-*-}"
     python -m wheel pack --dest-dir "$output" "$unpacked" >/dev/null
     say "  done in $((SECONDS - started)) s"
 }
 
-# What is compiled against PETSc later asks these files for the compiler, which they record in the build environment.
-use_compilers_on_the_path() {
-    local petsc=$1 recorded
-    recorded=$(awk '$1 == "PCC" && $2 == "=" {print $3}' "$petsc/lib/petsc/conf/petscvariables")
-    recorded=${recorded%/bin/mpicc}
-    grep -rlIF "$recorded/" "$petsc" | xargs -r sed -i -e "s|$recorded/bin/||g" -e "s|$recorded|\${VIRTUAL_ENV}|g"
+# What is compiled against PETSc later reads these files. They record the environment that PETSc was built in: let them
+# name compilers that are looked for on the PATH, and let petsc4py ask the package petsc for its directory.
+forget_build_environment() {
+    local variables=$1/petsc/lib/petsc/conf/petscvariables recorded
+    if [ -f "$variables" ]; then
+        recorded=$(awk '$1 == "PCC" && $2 == "=" {print $3}' "$variables")
+        [ "$recorded" != mpicc ] || return 0
+        recorded=${recorded%/bin/mpicc}
+        grep -rlIF "$recorded/" "$1/petsc" | xargs sed -i -e "s|$recorded/bin/||g" -e "s|$recorded|\${VIRTUAL_ENV}|g"
+    else
+        sed -i 's|^PETSC_DIR .*|PETSC_DIR =|' "$1/petsc4py/lib/petsc.cfg"
+    fi
 }
 
 if compgen -G "$output/petsc-[0-9]*.whl" >/dev/null; then

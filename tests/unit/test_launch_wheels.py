@@ -112,6 +112,8 @@ def test_the_wheels_work_in_an_environment_elsewhere_without_a_compiler(tmp_path
     packages = ("petsc", "petsc4py", "mpich", "mpi4py")
     subprocess.run([*install, *constraints, *packages], check=True, timeout=PATIENCE, env={**only, **options})
     (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    assert "\nPCC = mpicc\n" in (site / "petsc/lib/petsc/conf/petscvariables").read_text()
+    assert "PETSC_DIR =\n" in (site / "petsc4py/lib/petsc.cfg").read_text()
     (site / "others.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}\n")
     program = "import petsc4py, pnode_dist.cli.main as m; print(petsc4py.__file__); m.main(['doctor'])"
     ranks = [programs / "mpiexec", "-n", "2", programs / "python", "-c", program]
