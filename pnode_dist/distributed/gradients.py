@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.distributed.sharding import shards_of
 from pnode_dist.system.torch_internals import at_end_of_backward, ignore_in_data_parallel, tree_map_only
+from pnode_dist.system.torch_releases import known_options
 
 
 class _Completion:
@@ -144,8 +145,9 @@ def parallel(module: nn.Module, mesh: Mesh) -> DistributedDataParallel:
             module,
             process_group=mesh.world_group if replicated else mesh.data_group,
             broadcast_buffers=False,
-            init_sync=False,
             gradient_as_bucket_view=True,
+            # torch 2.6 broadcasts the parameters here once more: they are the same already.
+            **known_options(DistributedDataParallel.__init__, init_sync=False),
         )
     sharded = [value for name, value in trained.items() if name in shards]
     if replicated and (mesh.state_ranks > 1 or sharded):

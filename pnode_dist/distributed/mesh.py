@@ -147,6 +147,7 @@ def _rendezvous(world: _World, timeout: timedelta) -> Store:
                 timeout=timeout,
                 wait_for_workers=False,
                 master_listen_fd=listener.detach(),
+                use_libuv=False,  # libuv's server takes no listening socket in torch 2.6
             )
     address = comm.bcast(address, root=0)
     if isinstance(address, str):

@@ -8,9 +8,10 @@ The module belongs to this low layer because `distributed`, `exchange` and `ode`
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -196,10 +197,29 @@ saved_tensor_hooks_refusal: Callable[[], str | None] = (
 """Return the reason why hooks on saved tensors are disabled, None if they are allowed."""
 allow_saved_tensor_hooks: Callable[[], None] = torch._C._autograd._saved_tensors_hooks_enable
 refuse_saved_tensor_hooks: Callable[[str], None] = torch._C._autograd._saved_tensors_hooks_disable
-top_saved_tensor_hooks: Callable[[bool], Any] | None = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", None
-)
-"""Return the innermost pair of hooks on saved tensors, None if there is none. Older releases lack this function."""
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def is_checkpointing() -> bool:
+    """Return True if the innermost hooks on saved tensors are those of `torch.utils.checkpoint`.
+
+    torch 2.6 does not return its hooks. There, return True within non-reentrant checkpointing, also if other hooks were
+    set in it.
+    """
+    if _top_hooks is None:
+        return is_called_by_checkpoint()
+    hooks = _top_hooks(False)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def is_called_by_checkpoint() -> bool:
+    """Return True within a function that non-reentrant `torch.utils.checkpoint` calls, first or again."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return frame.f_code.co_name in ("checkpoint", "recompute_fn")
+        frame = frame.f_back
+    return False
 
 
 # The compiler, whose modules take seconds to load

@@ -98,8 +98,8 @@ def test_every_other_command_is_run_in_short_for_every_change() -> None:
 def test_every_command_is_run_in_full_at_night() -> None:
     listed = subprocess.run([ROOT / "launch/nightly.sh", "--list"], capture_output=True, text=True, check=True)
     at_night = [line.removesuffix(" --overwrite") for line in listed.stdout.splitlines()]
-    assert at_night[0] == "launch/test.sh --nightly"
-    assert at_night[1:] == [command for command in COMMANDS if command != "launch/test.sh"]
+    assert at_night[:2] == ["launch/test.sh --nightly", "launch/matrix.sh"]
+    assert at_night[2:] == [command for command in COMMANDS if command != "launch/test.sh"]
 
 
 def test_every_other_benchmark_has_a_short_form() -> None:

@@ -200,7 +200,7 @@ def copy(tmp_path: Path) -> Path:
     """A copy of what bootstrap.sh reads, in a folder with a blank in its name and without a .venv."""
     copy = tmp_path / "a copy"
     (copy / "launch").mkdir(parents=True)
-    for name in ("pyproject.toml", "launch/bootstrap.sh", "launch/constraints.txt"):
+    for name in ("pyproject.toml", "launch/bootstrap.sh", "launch/petsc_wheels.sh", "launch/constraints.txt"):
         (copy / name).write_bytes((ROOT / name).read_bytes())
     return copy
 

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from pnode_dist.system.torch_internals import mark_as_not_traced
+from pnode_dist.system.torch_releases import known_options
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +37,9 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function, reason=_REASON))  # type: ignore[no-untyped-call]
+            # torch 2.6 names another reason in the error of fullgraph=True.
+            reason = known_options(torch.compiler.disable, reason=_REASON)
+            disabled.append(torch.compiler.disable(function, **reason))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
 
     # The call breaks the graph.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from pnode_dist.system.torch_internals import top_saved_tensor_hooks
+from pnode_dist.system.torch_internals import is_checkpointing
 
 
 class _Ticket(ctypes.c_int64):
@@ -57,12 +57,11 @@ def hidden_from_checkpoint() -> Iterator[bool]:
     Yields True if `torch.utils.checkpoint` is active. Other hooks on saved tensors, such as those that move them to the
     host, still apply.
     """
-    hooks = None if top_saved_tensor_hooks is None else top_saved_tensor_hooks(False)
-    if hooks is None or hooks[0].__module__ != "torch.utils.checkpoint":
-        yield False
-    else:
+    if is_checkpointing():
         with saved_tensors_hooks(_same, _same):
             yield True
+    else:
+        yield False
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

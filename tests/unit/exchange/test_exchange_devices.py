@@ -9,9 +9,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.oracles.other_device import needs_other_device
+
 SCRIPT = Path(__file__).parents[2] / "oracles" / "exchanges_elsewhere.py"
 
 
+@needs_other_device
 def test_exchanges_and_their_transposes_there_are_those_of_the_cpu(
     mpirun: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

@@ -14,16 +14,17 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI  # noqa: F401  # first: petsc4py may rely on MPI's library being loaded in this new process
 from petsc4py import PETSc
 
 from pnode_dist import NeuralODE, Trajectory, odeint
 from pnode_dist.ode import prepare
 from pnode_dist.petsc import vectors
 from tests.conftest import PATIENCE
-from tests.oracles.other_device import Hidden, other_device, transfers
+from tests.oracles.other_device import Hidden, needs_other_device, other_device, transfers
 from tests.oracles.right_hand_sides import Network, random
 
-pytestmark = pytest.mark.slow  # in a process of its own
+pytestmark = [pytest.mark.slow, needs_other_device]  # in a process of its own
 TIMES = [0.0, 0.5, 1.0]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from pnode_dist.system import torch_internals as internals
 
@@ -174,14 +176,18 @@ def test_the_mark_against_tracing_is_that_of_the_public_decorator() -> None:
     program = """
 import torch
 from pnode_dist.system.torch_internals import mark_as_not_traced
+from pnode_dist.system.torch_releases import known_options
 def plain(x): return x
-marked = torch.compiler.disable(plain, reason="why")
+reason = known_options(torch.compiler.disable, reason="why")
+marked = torch.compiler.disable(plain, **reason)
 other = lambda x: x
 mark_as_not_traced(other, "why")
-print(all(vars(other)[name] == vars(marked)[name] for name in vars(other)), len(vars(other)))
+if not reason:
+    del other._torchdynamo_disable_msg  # which that release does not read
+print(all(vars(other)[name] == vars(marked)[name] for name in vars(other)), len(vars(other)) - len(reason))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "2"]
+    assert done.stdout.split() == ["True", "1"]
 
 
 def test_wrappers_of_torch_func_are_seen_inside_a_transform_alone() -> None:
@@ -275,15 +281,36 @@ def test_hooks_on_saved_tensors_can_be_refused_and_allowed() -> None:
             pass
 
 
-def test_the_innermost_hooks_on_saved_tensors_are_found() -> None:
-    assert internals.top_saved_tensor_hooks is not None
-    assert internals.top_saved_tensor_hooks(False) is None
+@pytest.mark.parametrize("asked", [internals.is_checkpointing, internals.is_called_by_checkpoint])
+def test_checkpointing_is_found_in_the_first_call_and_in_the_second(asked: Callable[[], bool]) -> None:
+    def piece(x: torch.Tensor) -> torch.Tensor:
+        found.append(asked())
+        return x.sin()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def called(**options: Any) -> list[bool]:
+        found.clear()
+        checkpoint(piece, torch.ones(1, requires_grad=True), **options).backward()
+        return list(found)
 
-    with saved_tensors_hooks(lambda x: x, lambda x: x), saved_tensors_hooks(pack, pack):
-        assert internals.top_saved_tensor_hooks(False) == (pack, pack)
+    found: list[bool] = []
+    assert not asked()
+    assert called(use_reentrant=False) == [True, True]
+    assert called(use_reentrant=True) == [False, False]
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
+    reason=f"torch {torch.__version__} does not return its hooks on saved tensors",
+)
+def test_other_hooks_within_checkpointing_are_not_taken_for_it() -> None:
+    def piece(x: torch.Tensor) -> torch.Tensor:
+        with saved_tensors_hooks(lambda x: x, lambda x: x):
+            found.append(internals.is_checkpointing())
+        return x.sin()
+
+    found: list[bool] = []
+    checkpoint(piece, torch.ones(1, requires_grad=True), use_reentrant=False)
+    assert found == [False]
 
 
 @pytest.mark.slow
