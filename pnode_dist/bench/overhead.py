@@ -73,7 +73,7 @@ def subjects() -> list[Subject]:
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One solver: `solve(steps)` returns the final state.
 
     `graphs` is true if the forward pass records the tape of f. `backward` is the work on f per stage of the backward
@@ -100,7 +100,7 @@ class Way:
         return forward, time.process_time() - began
 
 
-def ways(subject: Subject, odeint: Any, odeint_adjoint: Any) -> list[Way]:
+def variants(subject: Subject, odeint: Any, odeint_adjoint: Any) -> list[Variant]:
     """Return the solvers of this project, of torchdiffeq, and of torchode if it is installed."""
     func, state = subject.func, subject.state
     options = {"step_size": STEP_SIZE}
@@ -113,17 +113,20 @@ def ways(subject: Subject, odeint: Any, odeint_adjoint: Any) -> list[Way]:
         return lambda steps: odeint(func, state, _times(steps), method="rk4", options=options)[-1]
 
     found = [
-        Way("pnode_dist", "nothing", ours(), False, "none"),
-        Way("pnode_dist", "graph", ours(keep="graph"), True, "product"),
-        Way("pnode_dist", "stages", ours(keep="stages", schedule="all"), False, "evaluation and product"),
-        Way("pnode_dist", "solution", ours(keep="solution", schedule="all"), False, "evaluation and product"),
-        Way("torchdiffeq", "nothing", theirs(odeint), False, "none"),
-        Way("torchdiffeq", "graph", theirs(odeint), True, "product"),
-        Way("torchdiffeq", "nothing (adjoint)", theirs(odeint_adjoint), False, "evaluation and product"),
+        Variant("pnode_dist", "nothing", ours(), False, "none"),
+        Variant("pnode_dist", "graph", ours(keep="graph"), True, "product"),
+        Variant("pnode_dist", "stages", ours(keep="stages", schedule="all"), False, "evaluation and product"),
+        Variant("pnode_dist", "solution", ours(keep="solution", schedule="all"), False, "evaluation and product"),
+        Variant("torchdiffeq", "nothing", theirs(odeint), False, "none"),
+        Variant("torchdiffeq", "graph", theirs(odeint), True, "product"),
+        Variant("torchdiffeq", "nothing (adjoint)", theirs(odeint_adjoint), False, "evaluation and product"),
     ]
     if importlib.util.find_spec("torchode") is not None:
         solve = _torchode(subject)
-        found += [Way("torchode", "nothing", solve, False, "none"), Way("torchode", "graph", solve, True, "product")]
+        found += [
+            Variant("torchode", "nothing", solve, False, "none"),
+            Variant("torchode", "graph", solve, True, "product"),
+        ]
     return found
 
 
@@ -241,22 +244,22 @@ def measure(
     return {name: line(values) for name, values in least.items()}
 
 
-def row(subject: Subject, way: Way, found: Line, alone: Mapping[str, Line]) -> Row:
+def row(subject: Subject, variant: Variant, found: Line, alone: Mapping[str, Line]) -> Row:
     """Return a solver's microseconds per stage, and the remainder without the work on f."""
-    of_f = alone["product"].stage[0] if way.graphs else alone["evaluation"].stage[0]
+    of_f = alone["product"].stage[0] if variant.graphs else alone["evaluation"].stage[0]
     result: Row = {
         "problem": subject.name,
-        "solver": way.solver,
-        "keeps": way.keeps,
+        "solver": variant.solver,
+        "keeps": variant.keeps,
         "forward": found.stage[0],
         "f": of_f,
         "overhead": found.stage[0] - of_f,
     }
-    if way.backward == "none":
+    if variant.backward == "none":
         nothing = float("nan")
         result |= {"adjoint": nothing, "f, grad": nothing, "adjoint overhead": nothing}
     else:
-        of_grad = alone[way.backward].stage[1]
+        of_grad = alone[variant.backward].stage[1]
         result |= {"adjoint": found.stage[1], "f, grad": of_grad, "adjoint overhead": found.stage[1] - of_grad}
     result["a solve"] = sum(found.solve)
     return result
@@ -289,11 +292,11 @@ def run() -> Report:
     rows: list[Row] = []
     try:
         for subject in subjects():
-            candidates = ways(subject, torchdiffeq.odeint, torchdiffeq.odeint_adjoint)
+            candidates = variants(subject, torchdiffeq.odeint, torchdiffeq.odeint_adjoint)
             turns: dict[str, Callable[[int], Turn]] = dict(work(subject))
-            turns |= {str(n): _turn(way, subject) for n, way in enumerate(candidates)}
+            turns |= {str(n): _turn(variant, subject) for n, variant in enumerate(candidates)}
             found = measure(turns)
-            rows += [row(subject, way, found[str(n)], found) for n, way in enumerate(candidates)]
+            rows += [row(subject, variant, found[str(n)], found) for n, variant in enumerate(candidates)]
     finally:
         torch.set_num_threads(threads)
     notes = [
@@ -308,5 +311,5 @@ def run() -> Report:
     return Report("overhead", rows, checks(rows), notes)
 
 
-def _turn(way: Way, subject: Subject) -> Callable[[int], Turn]:
-    return lambda steps: way.turn(subject, steps)
+def _turn(variant: Variant, subject: Subject) -> Callable[[int], Turn]:
+    return lambda steps: variant.turn(subject, steps)

@@ -204,7 +204,7 @@ class _SlotFile:
             self._thread.join()
         self._remove()
 
-    def give_up_failed(self) -> None:
+    def drop_failed_file(self) -> None:
         """Remove a file that failed, if no slot in it is needed. The next slot is then in a new file."""
         with self.changed:
             if self._failed and all(slot.given_back for slot in self.slots):
@@ -255,7 +255,7 @@ class SpillPool:
 
     def acquire(self) -> int:
         slots = self._file.slots
-        self._file.give_up_failed()
+        self._file.drop_failed_file()
         with suppress(OSError):
             # An error occurs again when the slot is written, and is raised when it is read.
             self._file.open()

@@ -28,7 +28,7 @@ def run_alone(command: Command, arguments: argparse.Namespace) -> int:
         return command(arguments)
     except ConfigurationError as error:
         if launched_rank() == 0:
-            complain(error)
+            print_error(error)
         return WRONG_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -86,11 +86,11 @@ def _end(error: Exception, code: int, together: MPI.Intracomm) -> int:
     patient_until = time.monotonic() + _PATIENCE
     while not everyone.Test():
         if time.monotonic() > patient_until:
-            complain(error, f"[rank {together.rank} on {socket.gethostname()}] ")
+            print_error(error, f"[rank {together.rank} on {socket.gethostname()}] ")
             abort(code, together)
         time.sleep(0.005)
     if is_first(together):
-        complain(error)
+        print_error(error)
     return code
 
 
@@ -117,7 +117,7 @@ def leave_output() -> None:
     os.close(nowhere)
 
 
-def complain(error: Exception, rank: str = "") -> None:
+def print_error(error: Exception, rank: str = "") -> None:
     """Print an error as one line on standard error."""
     line = " ".join(str(error).split())
     print(f"{rank}{PROGRAM}: error: {line}", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from pnode_dist.cli import benchmarks, checking, completion, configuration, information, training
-from pnode_dist.cli.ending import complain, is_closed_pipe, leave_output, run_alone, run_together
+from pnode_dist.cli.ending import is_closed_pipe, leave_output, print_error, run_alone, run_together
 from pnode_dist.cli.exit_codes import CLOSED_PIPE, WRONG_USAGE
 from pnode_dist.cli.parser import EPILOG, PROGRAM, Command, Commands, Parser, formatter
 from pnode_dist.config.user_code import show_tracebacks
@@ -36,7 +36,7 @@ def _run(argv: list[str]) -> int:
         _initialise_petsc(petsc_options)
     except ConfigurationError as error:
         if launched_rank() == 0:
-            complain(error)
+            print_error(error)
         return WRONG_USAGE
     except SystemExit as end:  # --help and --version
         return int(end.code or 0)

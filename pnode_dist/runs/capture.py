@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.distributed.sharding import Shard, shards_of
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.runs.rank_state import RankState, as_plain, for_rank, put_back
+from pnode_dist.runs.rank_state import RankState, as_plain, for_rank, restore_rank_state
 from pnode_dist.runs.snapshot import Best, Position, Snapshot, Tensors
 
 
@@ -87,7 +87,7 @@ def restore(snapshot: Snapshot, trained: Trained, mesh: Mesh) -> Best | None:
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(part(name, snapshot.parameters[name]))
-        put_back(for_rank(snapshot.ranks, snapshot.state_ranks, mesh), trained.model)
+        restore_rank_state(for_rank(snapshot.ranks, snapshot.state_ranks, mesh), trained.model)
     trained.optimiser.state.clear()
     for name, entries in snapshot.optimiser.items():
         trained.optimiser.state[parameters[name]] = {

@@ -26,7 +26,7 @@ INTERVAL = 5.0
 
 
 @dataclass(frozen=True)
-class Beat:
+class HeartbeatRecord:
     """Status of a run at one time.
 
     `state` is `running`, `finished`, `preempted` or `failed`, and `message` gives the reason. `written` and `stepped`
@@ -57,19 +57,19 @@ class Beat:
 
 
 class Heartbeat:
-    """Thread that writes the `Beat` and renews the lock every few seconds; `directory=None` disables it.
+    """Thread that writes the `HeartbeatRecord` and renews the lock every few seconds; `directory=None` disables it.
 
     `failure` describes the first failed write or renewal; None if there was none.
     """
 
-    def __init__(self, directory: Path | None, beat: Beat, renew: Callable[[], None]) -> None:
+    def __init__(self, directory: Path | None, beat: HeartbeatRecord, renew: Callable[[], None]) -> None:
         self._directory, self._beat, self._renew = directory, beat, renew
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="pnode-dist-heartbeat", daemon=True)
         self.failure: str | None = None
 
     def update(self, **changes: object) -> None:
-        """Change fields of the `Beat`."""
+        """Change fields of the `HeartbeatRecord`."""
         self._beat = replace(self._beat, **changes)  # type: ignore[arg-type]
 
     def stepped(self, record: StepRecord, first: StepRecord) -> None:
@@ -119,7 +119,7 @@ class Heartbeat:
 def of_run(directory: Path, lock: RunLock | None, mesh: Mesh, epochs: int) -> Heartbeat:
     """Create the heartbeat of a starting run; rank 0 writes it and renews `lock`. Collective on the world."""
     hosts = mesh.gather_object(socket.gethostname()) or ()
-    beat = Beat(
+    beat = HeartbeatRecord(
         socket.gethostname(),
         os.getpid(),
         os.environ.get("SLURM_JOB_ID", ""),
@@ -132,9 +132,9 @@ def of_run(directory: Path, lock: RunLock | None, mesh: Mesh, epochs: int) -> He
     return Heartbeat(None if lock is None else directory, beat, lambda: None if lock is None else lock.renew())
 
 
-def read_beat(directory: Path) -> Beat | None:
+def read_heartbeat(directory: Path) -> HeartbeatRecord | None:
     """Read the last heartbeat of a run; None if there is none."""
     try:
-        return Beat(**json.loads((directory / HEARTBEAT).read_bytes()))
+        return HeartbeatRecord(**json.loads((directory / HEARTBEAT).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None

@@ -28,8 +28,8 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
-class Holder:
-    """Holder of a lock: a process on a host.
+class LockHolder:
+    """LockHolder of a lock: a process on a host.
 
     `boot` identifies the boot of the host, `job` the Slurm job, if any, and `restarts` counts its requeues.
     """
@@ -46,10 +46,10 @@ class Holder:
         return f"process {self.pid} on {self.host}{job}"
 
 
-def this_process() -> Holder:
+def this_process() -> LockHolder:
     """Return a holder for this process, with a new token."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "")
-    return Holder(
+    return LockHolder(
         secrets.token_hex(8),
         socket.gethostname(),
         _boot(),
@@ -118,15 +118,15 @@ class RunLock:
             self._descriptor = None
 
 
-def read_holder(directory: Path) -> Holder | None:
+def read_holder(directory: Path) -> LockHolder | None:
     """Return the holder of the lock of a run directory; None if there is none."""
     try:
-        return Holder(**json.loads((directory / LOCK).read_bytes()))
+        return LockHolder(**json.loads((directory / LOCK).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def is_alive(directory: Path, holder: Holder, patience: float = 0.0) -> bool:
+def is_alive(directory: Path, holder: LockHolder, patience: float = 0.0) -> bool:
     """Return True if the holder of a lock is alive; wait up to `patience` seconds if only a renewal can show it."""
     path, own = directory / LOCK, this_process()
     if (holder.job, holder.restarts) < (own.job, own.restarts) and holder.job == own.job:
@@ -170,7 +170,7 @@ def _renewed(path: Path) -> float | None:
         return None
 
 
-def _set_aside(path: Path, holder: Holder | None) -> None:
+def _set_aside(path: Path, holder: LockHolder | None) -> None:
     """Remove the lock of a dead holder, but keep a lock acquired by another process in the meantime."""
     aside = path.with_name(f".{LOCK}.{secrets.token_hex(4)}")
     try:
@@ -178,7 +178,7 @@ def _set_aside(path: Path, holder: Holder | None) -> None:
     except FileNotFoundError:
         return
     try:
-        found = Holder(**json.loads(aside.read_bytes()))
+        found = LockHolder(**json.loads(aside.read_bytes()))
     except (ValueError, TypeError):
         found = None
     if found != holder:

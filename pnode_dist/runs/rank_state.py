@@ -66,17 +66,17 @@ def as_plain(state: RankState) -> RankState:
     )
 
 
-def put_back(state: RankState, model: nn.Module) -> None:
+def restore_rank_state(state: RankState, model: nn.Module) -> None:
     """Restore this rank's state. Raises `ConfigurationError` if the buffers do not match those of the model."""
     torch.set_rng_state(state.torch_state.clone())
     keys, position, has_gauss, gauss = state.numpy_state
     np.random.set_state((_FORMAT, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state.python_state
     random.setstate((version, tuple(internal), gauss_next))
-    put_back_buffers(state.buffers, model)
+    restore_buffers(state.buffers, model)
 
 
-def put_back_buffers(buffers: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+def restore_buffers(buffers: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     """Copy `buffers` into those of the model. Raises `ConfigurationError` if a name or shape does not match."""
     own = dict(model.named_buffers())
     for name, value in buffers.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.runs.heartbeat import HEARTBEAT, INTERVAL, Beat, read_beat
+from pnode_dist.runs.heartbeat import HEARTBEAT, INTERVAL, HeartbeatRecord, read_heartbeat
 from pnode_dist.runs.lock import is_alive, read_holder
 from pnode_dist.system.file_clock import clock_of
 from pnode_dist.system.sizes import format_size
@@ -55,7 +55,7 @@ def status_of(directory: Path) -> Status:
         tables = tomllib.loads((directory / "config.toml").read_text())
     except (OSError, ValueError):
         raise ConfigurationError(f"{directory}: there is no run in this directory") from None
-    beat = read_beat(directory)
+    beat = read_heartbeat(directory)
     trajectory = tables.get("trajectory", {})
     budget = f"{trajectory.get('ram', 'auto')} memory, {trajectory.get('disk', 0)} disk per rank"
     snapshot = _last_snapshot(directory)
@@ -91,7 +91,7 @@ def status_of(directory: Path) -> Status:
     )
 
 
-def _progress(beat: Beat) -> tuple[float, int]:
+def _progress(beat: HeartbeatRecord) -> tuple[float, int]:
     """Return the completed fraction of the run, and its number of steps, 0 if unknown."""
     if beat.epoch > beat.epochs:
         return 1.0, beat.step
@@ -99,7 +99,7 @@ def _progress(beat: Beat) -> tuple[float, int]:
     return (beat.step / steps if steps else (beat.epoch - 1) / beat.epochs), steps
 
 
-def _idle_seconds(directory: Path, beat: Beat) -> float:
+def _idle_seconds(directory: Path, beat: HeartbeatRecord) -> float:
     """Return the seconds since the last step.
 
     The clock of the run measures the time up to the last heartbeat, that of the file system the time since then.

@@ -20,7 +20,7 @@ from pnode_dist.system.atomic_file import sync
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StepRequests:
     """Requests of any rank to all ranks after a step: stop, take a snapshot, or end because a write has failed."""
 
     stop: bool = False
@@ -32,9 +32,9 @@ class Wishes:
         return [float(self.stop), float(self.snapshot), float(self.failed)]
 
 
-def wishes_of(sums: Sequence[float]) -> Wishes:
+def requests_of(sums: Sequence[float]) -> StepRequests:
     """Return the requests of all ranks, given the sums of their numbers."""
-    return Wishes(*(value > 0 for value in sums))
+    return StepRequests(*(value > 0 for value in sums))
 
 
 class Journal:

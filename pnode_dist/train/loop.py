@@ -24,15 +24,15 @@ from pnode_dist.runs.metrics import ValidationRecord
 from pnode_dist.runs.snapshot import Best, Position, Snapshot
 from pnode_dist.train import optimiser
 from pnode_dist.train.callbacks import Callbacks
-from pnode_dist.train.journal import Journal, Wishes
+from pnode_dist.train.journal import Journal, StepRequests
 from pnode_dist.train.optimisation import ERRORS_OF_SOLVES, Optimisation, on_all_ranks
 from pnode_dist.train.outcome import Outcome
-from pnode_dist.train.preemption import GivenUp, Preemption
+from pnode_dist.train.preemption import Preemption, SolveAbandoned
 from pnode_dist.train.problem import Problem
 from pnode_dist.train.progress import EpochSummary, reporter
 
 
-def rehearse(problem: Problem, training: TrainingConfig | None = None) -> None:
+def check_first_batch(problem: Problem, training: TrainingConfig | None = None) -> None:
     """Compute the loss of one batch in evaluation mode, without its gradient. Collective on the world.
 
     Called before a run writes or replaces any file, to detect configuration errors that only the solver can detect.
@@ -110,7 +110,7 @@ class _Run:
         """Train the rest of an epoch and validate. Collective on the world."""
         try:
             return self._train_epoch()
-        except GivenUp:
+        except SolveAbandoned:
             # The abandoned step or validation is not counted, and the parameters are those before it.
             self._stop()
 
@@ -119,13 +119,13 @@ class _Run:
         for batch in self._problem.batches(self.epoch, done):
             self._journal.check()
             due = self._journal.due(self._optimiser.steps + 1)
-            wishes = Wishes(
+            requests = StepRequests(
                 stop=self._preemption is not None and self._preemption.wanted,
                 snapshot=due,
                 failed=self._journal.failure is not None,
             )
             try:
-                record, agreed = self._optimiser.step(batch, self.epoch, wishes)
+                record, agreed = self._optimiser.step(batch, self.epoch, requests)
             except (DivergenceError, *ERRORS_OF_SOLVES) as error:
                 if not on_all_ranks(error, self._mesh):
                     raise

@@ -18,29 +18,29 @@ from torch import nn
 
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.system.torch_internals import tree_leaves
-from pnode_dist.train.preemption import GivenUp
+from pnode_dist.train.preemption import SolveAbandoned
 from pnode_dist.train.problem import Batch, Problem
 
 
 @dataclass(frozen=True)
-class _Sight:
+class _Finding:
     """First non-finite value on a rank, and the index of its inspection; all ranks inspect in the same order."""
 
-    looks: int
+    inspections: int
     words: str
 
 
-class _Lookout:
-    """Inspect the inputs and outputs of the modules of a model inside the context `posted`."""
+class _Inspector:
+    """Inspect the inputs and outputs of the modules of a model inside the context `inspecting`."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._times: list[str] = []
-        self._looks = 0
-        self.seen: _Sight | None = None
+        self._inspections = 0
+        self.seen: _Finding | None = None
 
     @contextmanager
-    def posted(self) -> Iterator[None]:
+    def inspecting(self) -> Iterator[None]:
         """Register the hooks on all modules, and remove them on exit."""
         hooks = []
         for name, module in self._model.named_modules():
@@ -53,11 +53,11 @@ class _Lookout:
             for hook in hooks:
                 hook.remove()
 
-    def look(self, values: Any, words: str) -> None:
+    def inspect(self, values: Any, words: str) -> None:
         """Record `words` if some of `values` are not finite and nothing was recorded before."""
-        self._looks += 1
+        self._inspections += 1
         if self.seen is None and not _finite(values):
-            self.seen = _Sight(self._looks, words)
+            self.seen = _Finding(self._inspections, words)
 
     @property
     def _at(self) -> str:
@@ -67,14 +67,14 @@ class _Lookout:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if _is_right_hand_side(inputs):
                 self._times.append(f" at t = {float(inputs[0]):.6g}")
-                self.look(inputs[1], f"the state that {name} is given{self._at}")
+                self.inspect(inputs[1], f"the state that {name} is given{self._at}")
 
         return hook
 
     def _after(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             what = "value" if self.seen or _finite(inputs) else "input"
-            self.look(output, f"the {what} of {name}{self._at}")
+            self.inspect(output, f"the {what} of {name}{self._at}")
             if _is_right_hand_side(inputs):
                 # A backward pass computes the gradient with respect to the value before that with respect to the state.
                 self._look_back(output, f"the gradient by the value of {name}{self._at}")
@@ -86,7 +86,7 @@ class _Lookout:
     def _look_back(self, values: Any, words: str) -> None:
         for value in tree_leaves(values):
             if isinstance(value, torch.Tensor) and value.requires_grad:
-                value.register_hook(lambda gradient: self.look(gradient, words))  # type: ignore[no-untyped-call]
+                value.register_hook(lambda gradient: self.inspect(gradient, words))  # type: ignore[no-untyped-call]
 
 
 def _is_right_hand_side(inputs: tuple[Any, ...]) -> bool:
@@ -106,33 +106,33 @@ def origin(problem: Problem, batch: Batch, share: float, mesh: Mesh, backward: b
     `share` is this rank's share of the loss, as computed from `batch`. The loss is recomputed, with its gradient if
     `backward`. The text is the same on all ranks. Collective on the world.
     """
-    lookout = _Lookout(problem.model)
+    inspector = _Inspector(problem.model)
     # The solver may fail for such values, or a request to stop may arrive; both are raised on all ranks.
-    with lookout.posted(), suppress(ArithmeticError, GivenUp):
-        _again(problem, batch, lookout, backward)
-    found = mesh.gather_object((socket.gethostname(), math.isfinite(share), lookout.seen)) or ()
+    with inspector.inspecting(), suppress(ArithmeticError, SolveAbandoned):
+        _again(problem, batch, inspector, backward)
+    found = mesh.gather_object((socket.gethostname(), math.isfinite(share), inspector.seen)) or ()
     return str(mesh.broadcast_object(_in_words(list(found))))
 
 
-def _again(problem: Problem, batch: Batch, lookout: _Lookout, backward: bool) -> None:
+def _again(problem: Problem, batch: Batch, inspector: _Inspector, backward: bool) -> None:
     with torch.set_grad_enabled(backward):
         share = problem.loss(problem.model, batch)
-    lookout.look(share, "the loss")
+    inspector.inspect(share, "the loss")
     if not backward:
         return
     named = [(name, value) for name, value in problem.model.named_parameters() if value.requires_grad]
     gradients = torch.autograd.grad(share, [value for _, value in named], allow_unused=True)
     for (name, _), gradient in zip(named, gradients, strict=True):
-        lookout.look(gradient, f"the gradient by {name}")
+        inspector.inspect(gradient, f"the gradient by {name}")
 
 
-def _in_words(ranks: list[tuple[str, bool, _Sight | None]]) -> str:
+def _in_words(ranks: list[tuple[str, bool, _Finding | None]]) -> str:
     """Describe the first occurrence from each rank's host, whether its share was finite, and its recorded value."""
-    sights = [sight for _, _, sight in ranks if sight is not None]
-    first = min(sights, key=lambda sight: sight.looks, default=None)
+    findings = [finding for _, _, finding in ranks if finding is not None]
+    first = min(findings, key=lambda finding: finding.inspections, default=None)
     named = []
-    for rank, (host, finite, sight) in enumerate(ranks):
-        if not finite if first is None else sight is not None and sight.looks == first.looks:
+    for rank, (host, finite, finding) in enumerate(ranks):
+        if not finite if first is None else finding is not None and finding.inspections == first.inspections:
             named.append(f"rank {rank} ({host})")
     if not named:
         return ""

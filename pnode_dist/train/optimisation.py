@@ -16,11 +16,11 @@ from pnode_dist.errors import ConvergenceError, StepSizeError
 from pnode_dist.runs.capture import Trained, restore
 from pnode_dist.runs.endings import DivergenceError
 from pnode_dist.runs.metrics import StepRecord, peak_memory
-from pnode_dist.runs.rank_state import put_back, rank_state, versions_of_buffers
+from pnode_dist.runs.rank_state import rank_state, restore_rank_state, versions_of_buffers
 from pnode_dist.runs.snapshot import Best, Snapshot
 from pnode_dist.system.torch_internals import set_step_was_taken
 from pnode_dist.train import not_finite
-from pnode_dist.train.journal import Wishes, wishes_of
+from pnode_dist.train.journal import StepRequests, requests_of
 from pnode_dist.train.optimiser import (
     follow_longer_run,
     follows_validation,
@@ -76,7 +76,7 @@ class Optimisation:
         """Seconds since training began."""
         return time.perf_counter() - self._began
 
-    def step(self, batch: Batch, epoch: int, wishes: Wishes) -> tuple[StepRecord, Wishes]:
+    def step(self, batch: Batch, epoch: int, requests: StepRequests) -> tuple[StepRecord, StepRequests]:
         """Take one step; return its record and the requests of all ranks after it. Collective on the world.
 
         Raises `DivergenceError` on all ranks before the parameters are changed, and the errors of the solver on all
@@ -86,7 +86,7 @@ class Optimisation:
         # Past this point the step is no longer abandoned.
         self.steps += 1
         totals = self._mesh.sum(
-            torch.tensor([share, solve.bytes_written, solve.bytes_read, *wishes.as_numbers()], dtype=torch.float64)
+            torch.tensor([share, solve.bytes_written, solve.bytes_read, *requests.as_numbers()], dtype=torch.float64)
         )
         loss = totals[0].item() / self._mesh.data_replicas
         norm = self._clipped_norm()
@@ -126,7 +126,7 @@ class Optimisation:
             largest_rounding=solve.largest_rounding,
         )
         self.mark()
-        return record, wishes_of(totals[3:].tolist())
+        return record, requests_of(totals[3:].tolist())
 
     def _share_and_gradient(self, batch: Batch, epoch: int) -> tuple[float, SolveStatistics]:
         """Compute the gradient; return this rank's share of the loss and the solve costs. Collective on the world."""
@@ -174,7 +174,7 @@ class Optimisation:
 
     def _origin(self, batch: Batch, share: float, backward: bool) -> str:
         """Restore the state before the step and call `not_finite.origin`. Collective on the world."""
-        put_back(self.before, self._problem.model)
+        restore_rank_state(self.before, self._problem.model)
         return not_finite.origin(self._problem, batch, share, self._mesh, backward)
 
     def end_epoch(self, figure: float | None) -> None:

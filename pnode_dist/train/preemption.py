@@ -25,11 +25,11 @@ from mpi4py import MPI
 from pnode_dist.distributed.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_BETWEEN_QUESTIONS = 0.5
-_FASTER = 4
+_SECONDS_BETWEEN_EXCHANGES = 0.5
+_LARGEST_GROWTH = 4
 
 
-class GivenUp(Exception):  # noqa: N818
+class SolveAbandoned(Exception):  # noqa: N818
     """The current solve was abandoned on all ranks because of a request to stop."""
 
 
@@ -43,20 +43,20 @@ class Preemption:
     def __init__(self, mesh: Mesh, end: float | None = None) -> None:
         self._mesh, self._end = mesh, end
         self._reason: str | None = None
-        self._heard = False
+        self._received = False
         self._before: dict[signal.Signals, Any] = {}
         self._ranks = mesh.state_comm.Dup()
         self._world = MPI.COMM_WORLD.Dup() if mesh.data_replicas > 1 and mesh.size == MPI.COMM_WORLD.size else None
-        self._told: list[MPI.Request] = []
-        self._steps, self._until_question = 0, 1
-        self._asked = time.monotonic()
+        self._sent: list[MPI.Request] = []
+        self._steps, self._steps_until_exchange = 0, 1
+        self._last_exchange = time.monotonic()
 
     @property
     def wanted(self) -> bool:
         """True if this rank has received a request to stop."""
         if self._reason is None and self._end is not None and time.time() >= self._end:
             self._reason = "the end of the job's time"
-        return self._heard or self._reason is not None
+        return self._received or self._reason is not None
 
     def reason(self) -> str:
         """Describe the request of the lowest rank that received one; the same text on all ranks.
@@ -69,54 +69,54 @@ class Preemption:
         return found
 
     def between_steps(self, comm: MPI.Comm) -> None:
-        """See `pnode_dist.ode.safe_points`. Raises `GivenUp` on all ranks after a request to any of them."""
+        """See `pnode_dist.ode.safe_points`. Raises `SolveAbandoned` on all ranks after a request to any of them."""
         if comm.size != self._ranks.size:
             return
         self._steps += 1
-        if self._steps < self._until_question:
+        if self._steps < self._steps_until_exchange:
             return
         now = time.monotonic()
-        self._hear()
-        seconds, wanted = self._ranks.allreduce((now - self._asked, self.wanted), _both_largest)
-        share = _BETWEEN_QUESTIONS / max(seconds, 1e-9)
-        self._until_question = max(1, int(self._steps * min(share, _FASTER)))
-        self._steps, self._asked = 0, now
+        self._receive_request()
+        seconds, wanted = self._ranks.allreduce((now - self._last_exchange, self.wanted), _maximum_of_both)
+        share = _SECONDS_BETWEEN_EXCHANGES / max(seconds, 1e-9)
+        self._steps_until_exchange = max(1, int(self._steps * min(share, _LARGEST_GROWTH)))
+        self._steps, self._last_exchange = 0, now
         if wanted:
             self._vote()
-            raise GivenUp
+            raise SolveAbandoned
 
     def after_solve(self, comm: MPI.Comm) -> None:
-        """See `pnode_dist.ode.safe_points`. Raises `GivenUp` on all ranks if a replica has abandoned its solve."""
+        """See `pnode_dist.ode.safe_points`. Raises `SolveAbandoned` on all ranks if a replica has."""
         if comm.size == self._ranks.size and self._world is not None and self._vote():
-            raise GivenUp
+            raise SolveAbandoned
 
     def _vote(self) -> bool:
         """Return True if any rank has a request to stop. Collective on the world."""
         if self._world is None:
             return self.wanted
-        self._tell()
+        self._send_request()
         stop: bool = self._world.allreduce(self.wanted, MPI.LOR)
         return stop
 
-    def _tell(self) -> None:
+    def _send_request(self) -> None:
         """Send a request received on this rank to all other ranks, once."""
-        if self._world is not None and self._reason is not None and not self._told:
+        if self._world is not None and self._reason is not None and not self._sent:
             others = [rank for rank in range(self._world.size) if rank != self._world.rank]
-            self._told = [self._world.isend(None, rank) for rank in others]
+            self._sent = [self._world.isend(None, rank) for rank in others]
 
-    def _hear(self) -> None:
+    def _receive_request(self) -> None:
         if self._world is not None:
-            self._tell()
+            self._send_request()
             if self._world.iprobe():
                 self._world.recv()
-                self._heard = True
+                self._received = True
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record_signal(self, number: int, frame: FrameType | None) -> None:
         self._reason = self._reason or signal.Signals(number).name
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._record_signal) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -128,5 +128,5 @@ class Preemption:
             self._ranks.Free()
 
 
-def _both_largest(one: tuple[float, bool], other: tuple[float, bool]) -> tuple[float, bool]:
+def _maximum_of_both(one: tuple[float, bool], other: tuple[float, bool]) -> tuple[float, bool]:
     return max(one[0], other[0]), one[1] or other[1]

@@ -40,14 +40,14 @@ class Reporter(Protocol):
         ...
 
 
-class Silence:
+class SilentReporter:
     """Reporter without output, for all ranks but 0."""
 
     def epoch(self, summary: EpochSummary) -> None:
         """Do nothing."""
 
 
-class Lines:
+class LineReporter:
     """Print a line every `every` epochs, and after each validation."""
 
     def __init__(self, stream: TextIO, every: int) -> None:
@@ -60,7 +60,7 @@ class Lines:
             print(f"epoch {summary.epoch}/{summary.epochs}  {summary.text()}", file=self._stream, flush=True)
 
 
-class Bar:
+class BarReporter:
     """Display a progress bar over the epochs; print each epoch with a validation figure as a line above it."""
 
     def __init__(self, console: Console, epochs: int) -> None:
@@ -80,7 +80,7 @@ class Bar:
             self._progress.console.print(f"epoch {summary.epoch}/{summary.epochs}  {summary.text()}", highlight=False)
         self._progress.update(self._task, completed=summary.epoch, description=summary.text())
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> BarReporter:
         self._progress.start()
         return self
 
@@ -93,8 +93,8 @@ class Bar:
 def reporter(shown: bool, epochs: int, every: int) -> AbstractContextManager[Reporter]:
     """Create a bar if standard error is a terminal, lines otherwise; show nothing unless `shown`."""
     if not shown:
-        return nullcontext(Silence())
+        return nullcontext(SilentReporter())
     console = Console(stderr=True)
     if console.is_terminal:
-        return Bar(console, epochs)
-    return nullcontext(Lines(sys.stderr, every))
+        return BarReporter(console, epochs)
+    return nullcontext(LineReporter(sys.stderr, every))

@@ -70,7 +70,7 @@ def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome
         problem = build_problem(config, mesh, found=found)
         place(problem.model, device)
         with user_code("in the loss of the first batch", found.file, _fallback(found)):
-            loop.rehearse(problem, config.training)
+            loop.check_first_batch(problem, config.training)
         lock = stack.enter_context(run_directory.held(directory, mesh))
         # The lock now excludes other runs, so this choice is final.
         start = run_directory.on_root(mesh, choose)

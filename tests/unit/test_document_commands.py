@@ -13,7 +13,7 @@ import pytest
 
 from pnode_dist.bench import BENCHMARKS, CONFIGURED
 from pnode_dist.bench.methods import run as methods
-from pnode_dist.bench.methods.accuracy import tell
+from pnode_dist.bench.methods.accuracy import compare_while_training
 from pnode_dist.cli.main import main
 from tests.conftest import PATIENCE, ROOT
 from tests.documents import Block, all_blocks, blocks_of, report, shown_commands
@@ -66,7 +66,7 @@ def test_the_comparison_of_methods_runs_with_a_small_network(
     monkeypatch.setattr(methods, "ROUNDS", 1)
     monkeypatch.setattr(methods, "SECONDS", 0.0)
     monkeypatch.setattr(methods, "MANY_STEPS", 4)
-    monkeypatch.setattr(methods, "tell", lambda ways: tell(ways, iterations=2))
+    monkeypatch.setattr(methods, "compare_while_training", lambda each: compare_while_training(each, iterations=2))
     assert main(["bench", "methods", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     naive = [row for row in found["rows"] if row["method"] == "NODE-naive"]

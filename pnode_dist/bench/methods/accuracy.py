@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pnode_dist.bench.methods.ways import WAYS, Way
+from pnode_dist.bench.methods.gradient_methods import GRADIENT_METHODS, GradientMethod
 from pnode_dist.bench.report import Row
 
 METHOD, STEPS = "euler", 8
@@ -40,10 +40,10 @@ class DecayingRelu(nn.Module):
 class Regression:
     """Regression of a smooth map of points in the plane by one block."""
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, gradient_method: GradientMethod) -> None:
         torch.manual_seed(_SEED)
         self.func = DecayingRelu()
-        self.block = way.block(self.func, METHOD, STEPS)
+        self.block = gradient_method.block(self.func, METHOD, STEPS)
         self.points = 2 * torch.rand(_SAMPLES, 2, dtype=torch.float64) - 1
         self.points.requires_grad_()
         x, y = self.points.detach().unbind(dim=1)
@@ -76,38 +76,38 @@ class Regression:
 
 
 @dataclass(frozen=True)
-class Story:
+class TrainingHistory:
     """Relative gradient errors of each method before and after training, and the training losses."""
 
     errors: Sequence[Row]
     curves: Sequence[Row]
 
 
-def tell(ways: Sequence[Way], iterations: int = ITERATIONS) -> Story:
+def compare_while_training(gradient_methods: Sequence[GradientMethod], iterations: int = ITERATIONS) -> TrainingHistory:
     """Train, and compare the gradient of each method with back-propagation through the same steps.
 
     The comparison after training uses the parameters trained by this project.
     """
-    regressions = {name: Regression(WAYS[name]) for name in TRAINED}
+    regressions = {name: Regression(GRADIENT_METHODS[name]) for name in TRAINED}
     losses = {name: regression.trained(iterations) for name, regression in regressions.items()}
     trained = regressions[TRAINED[-1]].func.state_dict()
-    naive = WAYS["NODE-naive"]
+    naive = GRADIENT_METHODS["NODE-naive"]
     before, after = _gradient(naive, None), _gradient(naive, trained)
     errors: list[Row] = [
         {
-            "method": way.name,
-            "untrained": _error(_gradient(way, None), before),
-            "trained": _error(_gradient(way, trained), after),
+            "method": gradient_method.name,
+            "untrained": _error(_gradient(gradient_method, None), before),
+            "trained": _error(_gradient(gradient_method, trained), after),
         }
-        for way in ways
+        for gradient_method in gradient_methods
     ]
     shown = range(0, iterations + 1, max(iterations // _SHOWN, 1))
     curves: list[Row] = [{"iteration": n, **{name: found[n] for name, found in losses.items()}} for n in shown]
-    return Story(errors, curves)
+    return TrainingHistory(errors, curves)
 
 
-def _gradient(way: Way, parameters: dict[str, torch.Tensor] | None) -> torch.Tensor:
-    regression = Regression(way)
+def _gradient(gradient_method: GradientMethod, parameters: dict[str, torch.Tensor] | None) -> torch.Tensor:
+    regression = Regression(gradient_method)
     if parameters is not None:
         regression.func.load_state_dict(parameters)
     return regression.gradient()

@@ -14,8 +14,8 @@ import torch
 
 from pnode_dist.bench.methods.counts import Counted, Tally
 from pnode_dist.bench.methods.experiments import Experiment
+from pnode_dist.bench.methods.gradient_methods import GradientMethod, Solved, recomputed_steps, solved
 from pnode_dist.bench.methods.heap import RESOLUTION, Peak, bytes_in_use, uncollected
-from pnode_dist.bench.methods.ways import Solved, Way, solved, steps_run_again
 from pnode_dist.checkpointing.budget import CheckpointBudget
 
 RIVALS = ("NODE-naive", "ANODE", "ACA")
@@ -33,11 +33,11 @@ _SEED = 0
 class Candidate:
     """A gradient method on an experiment. `bytes` is its peak memory beyond model, data and gradient."""
 
-    def __init__(self, experiment: Experiment, way: Way, method: str, steps: int) -> None:
-        self.way = way
+    def __init__(self, experiment: Experiment, gradient_method: GradientMethod, method: str, steps: int) -> None:
+        self.gradient_method = gradient_method
         self.tally = Tally()
         torch.manual_seed(_SEED)
-        self.model = experiment.build(lambda func: way.block(Counted(func, self.tally), method, steps))
+        self.model = experiment.build(lambda func: gradient_method.block(Counted(func, self.tally), method, steps))
         self.bytes = 0
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -77,14 +77,14 @@ class Candidate:
     @property
     def steps_again(self) -> int:
         """Number of recomputed steps."""
-        return steps_run_again(self.model)
+        return recomputed_steps(self.model)
 
 
 @dataclass(frozen=True)
 class Result:
     """Measurements of one gradient method. `seconds` holds one value per interleaved round."""
 
-    way: Way
+    gradient_method: GradientMethod
     seconds: tuple[float, ...]
     bytes: int
     forward: int
@@ -137,16 +137,21 @@ def in_share(share: float) -> str:
 
 
 def measure_cell(
-    experiment: Experiment, method: str, steps: int, rounds: int, ways: Sequence[Way], enough: float = 0.0
+    experiment: Experiment,
+    method: str,
+    steps: int,
+    rounds: int,
+    gradient_methods: Sequence[GradientMethod],
+    enough: float = 0.0,
 ) -> Cell:
     """Measure memory and counts of every method, then of `auto` with its budgets, then the times of all, interleaved.
 
     If `rounds` take less than `enough` processor seconds, more rounds run, up to `MOST_TIMES` times as many.
     """
     candidates = {}
-    for way in ways:
-        candidates[way.name] = Candidate(experiment, way, method, steps)
-        candidates[way.name].measure()
+    for gradient_method in gradient_methods:
+        candidates[gradient_method.name] = Candidate(experiment, gradient_method, method, steps)
+        candidates[gradient_method.name].measure()
     reference = candidates[REFERENCE].gradient.clone()
     needs = _needs(candidates)
     least = _auto(experiment, "auto", method, steps, [need.state for need in needs])
@@ -178,7 +183,7 @@ def measure_cell(
             with uncollected():
                 seconds[name].append(candidate.seconds())
     results = {
-        name: Result(candidate.way, tuple(seconds[name]), candidate.bytes, *counts[name], errors[name])
+        name: Result(candidate.gradient_method, tuple(seconds[name]), candidate.bytes, *counts[name], errors[name])
         for name, candidate in candidates.items()
     }
     return Cell(experiment.name, method, steps, results, least.bytes)
@@ -207,7 +212,7 @@ def _needs(candidates: Mapping[str, Candidate]) -> list[_Need]:
 def _auto(experiment: Experiment, name: str, method: str, steps: int, budgets: Sequence[int]) -> Candidate:
     """Return `auto` with a budget for each block."""
     left = iter(budgets)
-    return Candidate(experiment, Way(name, solved(lambda: CheckpointBudget(ram=next(left)))), method, steps)
+    return Candidate(experiment, GradientMethod(name, solved(lambda: CheckpointBudget(ram=next(left)))), method, steps)
 
 
 def _fitted(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pnode_dist.bench.methods.ways import WAYS, Way, steps_run_again
+from pnode_dist.bench.methods.gradient_methods import GRADIENT_METHODS, GradientMethod, recomputed_steps
 from pnode_dist.bench.report import Row
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.system.torch_internals import backward_pass_number, storage_pointer
@@ -80,7 +80,7 @@ THEORY = {
     # Up to eight steps share one tape.
     "graph": Formulas("Nt Ns Nl", "Nb Nt Ns Nl", "0", _ALL, "0", _ALL, "0"),
 }
-"""Formulas by the names of `WAYS`."""
+"""Formulas by the names of `GRADIENT_METHODS`."""
 
 QUANTITIES = tuple(field.name for field in fields(Formulas))
 
@@ -170,11 +170,14 @@ class _Layers(nn.Module):
         return u
 
 
-def count(way: Way, method: str, sizes: Sizes) -> dict[str, int]:
+def count(gradient_method: GradientMethod, method: str, sizes: Sizes) -> dict[str, int]:
     """Count each of the `QUANTITIES` in one loss and gradient of a chain of blocks."""
     torch.manual_seed(0)
     tally = Tally()
-    blocks = [way.block(Counted(_Layers(sizes.layers, tally), tally), method, sizes.steps) for _ in range(sizes.blocks)]
+    blocks = [
+        gradient_method.block(Counted(_Layers(sizes.layers, tally), tally), method, sizes.steps)
+        for _ in range(sizes.blocks)
+    ]
     u = torch.randn(_SAMPLES, _WIDTH, dtype=torch.float64, requires_grad=True)
     # The first solve also measures the memory of a recorded step.
     for block in blocks:
@@ -191,7 +194,7 @@ def count(way: Way, method: str, sizes: Sizes) -> dict[str, int]:
     solves = [module.last_solve for block in blocks for module in block.modules() if isinstance(module, NeuralODE)]
     size = u.numel() * u.element_size()
     stored = sum(solve.checkpoint_bytes_peak for solve in solves) // size
-    if way.name == "stages":
+    if gradient_method.name == "stages":
         stored += sum(solve.graph_bytes for solve in solves) // size
     return {
         "depth": max(tally.reversed_by.values()),
@@ -200,7 +203,7 @@ def count(way: Way, method: str, sizes: Sizes) -> dict[str, int]:
         "forward": tally.evaluations["forward"],
         "backward": tally.evaluations["backward"],
         "products": tally.reversed_by.total() // sizes.layers,
-        "again": sum(map(steps_run_again, blocks)),
+        "again": sum(map(recomputed_steps, blocks)),
     }
 
 
@@ -223,7 +226,7 @@ def compare(method: str, sizes: Sizes) -> tuple[list[Row], int]:
     rows: list[Row] = []
     wrong = 0
     for name, formulas in THEORY.items():
-        found = count(WAYS[name], method, sizes)
+        found = count(GRADIENT_METHODS[name], method, sizes)
         row: Row = {"method": name}
         for quantity in QUANTITIES:
             formula: str = getattr(formulas, quantity)

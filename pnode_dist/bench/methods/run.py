@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from mpi4py import MPI
 
-from pnode_dist.bench.methods.accuracy import ITERATIONS, METHOD, STEPS, tell
+from pnode_dist.bench.methods.accuracy import ITERATIONS, METHOD, STEPS, compare_while_training
 from pnode_dist.bench.methods.baselines import TABLES
 from pnode_dist.bench.methods.cell import (
     MOST_TIMES,
@@ -26,8 +26,8 @@ from pnode_dist.bench.methods.cell import (
 )
 from pnode_dist.bench.methods.counts import Sizes, compare
 from pnode_dist.bench.methods.experiments import Experiment, flow, images
+from pnode_dist.bench.methods.gradient_methods import GRADIENT_METHODS
 from pnode_dist.bench.methods.heap import RESOLUTION, uncollected
-from pnode_dist.bench.methods.ways import WAYS
 from pnode_dist.bench.report import Check, Report, Row
 from pnode_dist.errors import ConfigurationError
 
@@ -61,7 +61,7 @@ def run(full: bool = False) -> Report:
         cells = measure(FULL if full else SHORT, tuple(TABLES), ROUNDS)
         peaks = many_steps(SHORT[0])
         theory, wrong = theory_beside_counts()
-        story = tell(list(WAYS.values()))
+        story = compare_while_training(list(GRADIENT_METHODS.values()))
     finally:
         torch.set_num_threads(threads)
     found = [verdict for cell in cells for verdict in verdicts(cell)]
@@ -99,10 +99,10 @@ def measure(experiments: Sequence[Experiment], methods: Sequence[str], rounds: i
     # Exclude the memory that torch and its libraries allocate on first use and keep.
     for experiment in experiments:
         for name in (REFERENCE, "graph"):
-            Candidate(experiment, WAYS[name], "euler", 1).measure()
+            Candidate(experiment, GRADIENT_METHODS[name], "euler", 1).measure()
     with uncollected():
         return [
-            measure_cell(experiment, method, steps, rounds, list(WAYS.values()), SECONDS)
+            measure_cell(experiment, method, steps, rounds, list(GRADIENT_METHODS.values()), SECONDS)
             for experiment in experiments
             for method in methods
             for steps in experiment.steps
@@ -113,7 +113,7 @@ def many_steps(experiment: Experiment) -> dict[str, int]:
     """Measure the peak memory of back-propagation and `solution` for many steps of Dopri5."""
     found = {}
     for name in (REFERENCE, "solution"):
-        candidate = Candidate(experiment, WAYS[name], "dopri5", MANY_STEPS)
+        candidate = Candidate(experiment, GRADIENT_METHODS[name], "dopri5", MANY_STEPS)
         candidate.measure()
         found[name] = candidate.bytes
     return found
@@ -179,4 +179,6 @@ def notes() -> tuple[str, ...]:
 
 
 def _largest_error(cells: Sequence[Cell]) -> float:
-    return max(result.error for cell in cells for result in cell.results.values() if result.way.reverse_accurate)
+    return max(
+        result.error for cell in cells for result in cell.results.values() if result.gradient_method.reverse_accurate
+    )

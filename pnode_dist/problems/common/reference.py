@@ -44,7 +44,9 @@ def integrator(comm: Any, prefix: str, kind: str, most_steps: int, first_step: f
     return ts
 
 
-def followed(ts: PETSc.TS, solution: PETSc.Vec, times: Iterable[float], sample: Callable[[], Sample]) -> list[Sample]:
+def sampled_solve(
+    ts: PETSc.TS, solution: PETSc.Vec, times: Iterable[float], sample: Callable[[], Sample]
+) -> list[Sample]:
     """The results of `sample()` at each of the increasing times, with `solution` solved up to it.
 
     Destroys the solver. Raises `NotIntegrableError` on all its ranks if the step control fails or the steps are too
@@ -91,4 +93,4 @@ def reference(
     ts.setTolerances(rtol=_TOLERANCE, atol=_TOLERANCE)
     state.copy_(initial)
     solution.stateIncrease()
-    return torch.stack(followed(ts, solution, [number * interval for number in range(times)], state.clone))
+    return torch.stack(sampled_solve(ts, solution, [number * interval for number in range(times)], state.clone))

@@ -28,7 +28,7 @@ _PATHS, _PIECES = 60, 12
 
 
 @dataclass(frozen=True)
-class SpreadFlow:
+class DistributedFlow:
     """A flow in `dtype` of samples distributed over the state ranks of `mesh`.
 
     `partition_of` returns the distribution of a number of samples, always the same object for the same number.
@@ -53,15 +53,15 @@ class SpreadFlow:
         found = []
         for first, last in even_ranges(len(rows), blocks):
             partition = self.partition_of(last - first)
-            self.flow.spread_over(partition)
+            self.flow.distribute_over(partition)
             own = torch.from_numpy(rows[first:last][slice(*partition.owned)]).to(self.dtype)
             parts = [part.detach().double().numpy() for part in function(own)]
             found.append([np.concatenate(self.mesh.state_comm.allgather(part)) for part in parts])
         return tuple(np.concatenate(pieces) for pieces in zip(*found, strict=True))
 
 
-def judge(
-    spread: SpreadFlow, data: FlowsData, base: Array, cells: int | None
+def evaluate_flow(
+    spread: DistributedFlow, data: FlowsData, base: Array, cells: int | None
 ) -> tuple[dict[str, Any], dict[str, Variable]]:
     """Return the evaluation of a flow, and the variables of its file. Collective on the state ranks.
 
@@ -106,7 +106,7 @@ def judge(
     return figures, variables
 
 
-def _map(spread: SpreadFlow, data: FlowsData, cells: int) -> dict[str, Variable]:
+def _map(spread: DistributedFlow, data: FlowsData, cells: int) -> dict[str, Variable]:
     """Return log densities `[y, x]` at the cell centres, with the true one if it is known."""
     rows = np.concatenate([data.training, data.validation, data.test]).astype(np.float64)
     low, high = rows.min(axis=0), rows.max(axis=0)

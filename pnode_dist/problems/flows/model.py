@@ -139,7 +139,7 @@ class ContinuousFlow(nn.Module):
         self.time = time
         self.whitening = whitening
 
-    def spread_over(self, partition: Partition) -> None:
+    def distribute_over(self, partition: Partition) -> None:
         """Set the distribution of samples over ranks for the next calls.
 
         All ranks pass the same distribution, and the same object each time.

@@ -25,7 +25,7 @@ from pnode_dist.problems.common.solver import check_checkpoint
 from pnode_dist.problems.common.trainable import FORECAST, TrainableProblem
 from pnode_dist.problems.flows.config import PLANAR
 from pnode_dist.problems.flows.data import Rows, load
-from pnode_dist.problems.flows.evaluation import SpreadFlow, judge
+from pnode_dist.problems.flows.evaluation import DistributedFlow, evaluate_flow
 from pnode_dist.problems.flows.model import ContinuousFlow, FlowDensity, FlowDynamics, Whitening, continuous_flow
 from pnode_dist.report.dataset_file import write_dataset
 from pnode_dist.verify.gradcheck import GradcheckCase
@@ -69,7 +69,7 @@ class FlowsProblem(TrainableProblem):
         if config.model.whiten:
             whitening = Whitening(torch.from_numpy(fitted.mean), torch.from_numpy(fitted.factor))
         self._model = continuous_flow(config.model, self.data.dimension, config.run.seed, dtype, self._solve, whitening)
-        self.spread = SpreadFlow(self._model, mesh, self.partition_of, dtype)
+        self.spread = DistributedFlow(self._model, mesh, self.partition_of, dtype)
 
     def partition_of(self, count: int) -> BatchPartition:
         """Return the distribution of `count` samples, one object for each number. Collective on the state ranks.
@@ -110,7 +110,7 @@ class FlowsProblem(TrainableProblem):
 
     def loss(self, model: nn.Module, batch: SampleBatch) -> torch.Tensor:
         """Return this rank's share of the mean negative log density in nats, with the weighted charges of the flow."""
-        self.model.spread_over(batch.partition)
+        self.model.distribute_over(batch.partition)
         density: FlowDensity = model(batch.samples, batch.noise)
         total = -density.log_density.sum()
         for name, charge in zip(self.model.charges, density.charges, strict=True):
@@ -125,7 +125,7 @@ class FlowsProblem(TrainableProblem):
         """Return the first flow's solve of the first training batch."""
         batch = next(self.batches(1))
         args = () if batch.noise is None else (batch.noise,)
-        self.model.spread_over(batch.partition)
+        self.model.distribute_over(batch.partition)
         return SolveCase(
             cast("NeuralODE", self.model.solves[0]), self.model.start(batch.samples), (0.0, self.model.time), args
         )
@@ -143,13 +143,13 @@ class FlowsProblem(TrainableProblem):
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """Return the log-likelihood of the test rows with references. Writes `forecast.h5` and `report.png`.
 
-        See `pnode_dist.problems.flows.evaluation.judge`.
+        See `pnode_dist.problems.flows.evaluation.evaluate_flow`.
         """
         settings = self.config.evaluation
         shape = (settings.samples, self.data.dimension)
         base = np.random.default_rng([_BASE, self.config.run.seed]).normal(size=shape)
         cells = settings.cells if self.config.problem.density in PLANAR else None
-        figures, variables = judge(self.spread, self.data, base, cells)
+        figures, variables = evaluate_flow(self.spread, self.data, base, cells)
         write_dataset(run_directory / FORECAST, variables, self.mesh)
         result = {"problem": self.name, "density": self.config.problem.density, **figures}
         return self.illustrated(result, run_directory)

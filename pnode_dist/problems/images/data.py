@@ -63,7 +63,7 @@ class ImageData:
 
 
 @dataclass(frozen=True)
-class Moves:
+class Augmentation:
     """Variations of each training image in one epoch: shifts in y and x in points, and reflections.
 
     `shifts` is `[samples, 2]`, `mirrored` `[samples]`.
@@ -86,12 +86,12 @@ class Moves:
         return moved
 
 
-def draw_moves(config: ImagesConfig, samples: int, seed: int, epoch: int) -> Moves:
+def draw_augmentation(config: ImagesConfig, samples: int, seed: int, epoch: int) -> Augmentation:
     """Draw the variations of the training images in an epoch from `seed` and `epoch`. Not collective."""
     generator = np.random.default_rng([_MOVES, seed, epoch])
     shifts = generator.integers(-config.shift, config.shift, (samples, 2), endpoint=True)
     mirrored = generator.random(samples) < 0.5
-    return Moves(shifts, mirrored & config.flip)
+    return Augmentation(shifts, mirrored & config.flip)
 
 
 def load_images(config: ImagesConfig, mesh: Mesh) -> ImageData:

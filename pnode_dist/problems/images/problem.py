@@ -25,7 +25,7 @@ from pnode_dist.partition.protocol import even_ranges
 from pnode_dist.problems.common.batches import check_replicas, shared
 from pnode_dist.problems.common.solver import check_checkpoint, neural_ode
 from pnode_dist.problems.common.trainable import FORECAST, TrainableProblem
-from pnode_dist.problems.images.data import ImageData, LabelledImages, draw_moves, load_images
+from pnode_dist.problems.images.data import ImageData, LabelledImages, draw_augmentation, load_images
 from pnode_dist.problems.images.model import OdeBlock, SqueezeNext
 from pnode_dist.report.dataset_file import Variable, write_dataset
 from pnode_dist.verify.gradcheck import GradcheckCase
@@ -138,7 +138,7 @@ class ImagesProblem(TrainableProblem):
     def batches(self, epoch: int, done: int = 0) -> Iterator[ImageBatch]:
         """Return this rank's training images of an epoch, shuffled and varied by (seed, epoch)."""
         training = self.data.training
-        moves = draw_moves(self.config.problem, len(training), self.config.run.seed, epoch)
+        moves = draw_augmentation(self.config.problem, len(training), self.config.run.seed, epoch)
         for numbers in shared(range(len(training)), self.config, self.mesh, epoch, done):
             mine = self._mine(numbers)
             batch = self._batch(training, numbers)

@@ -16,7 +16,7 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.steppers.base import options_database
-from pnode_dist.problems.common.reference import NotIntegrableError, followed, integrator
+from pnode_dist.problems.common.reference import NotIntegrableError, integrator, sampled_solve
 from pnode_dist.problems.pendulum.config import PendulumParameters
 
 Array = npt.NDArray[np.float64]
@@ -93,7 +93,7 @@ def motion(initial: Array, times: Sequence[float], parameters: PendulumParameter
         return found
 
     try:
-        return np.stack(followed(ts, solution, times, sample))
+        return np.stack(sampled_solve(ts, solution, times, sample))
     except NotIntegrableError as error:
         raise ConfigurationError(
             f"[problem]: the motion cannot be followed to {times[-1]:g} s, but to {error.reached:g} s: gravity, drag "

@@ -25,7 +25,7 @@ _REFINEMENT = 16
 
 
 @dataclass(frozen=True)
-class Pursuit:
+class SolveOutcome:
     """The result of a solve from output time to output time.
 
     `states` `[1 + reached, ...]` are the initial state and the states at the reached times. `steps` are the cumulative
@@ -44,9 +44,9 @@ class Pursuit:
         return len(self.steps) - 1
 
 
-def pursue(
+def solve_to_outputs(
     solve: NeuralODE, initial: torch.Tensor, times: Sequence[float], args: tuple[Any, ...], most_steps: int
-) -> Pursuit:
+) -> SolveOutcome:
     """Solve from each time to the next, until the last time or until `most_steps` or more steps are taken.
 
     A step size that becomes too small also ends the solve, without an error. Collective on the solve's partition.
@@ -65,10 +65,12 @@ def pursue(
             break
         cost = cost + solve.last_solve
         steps.append(cost.forward_steps)
-    return Pursuit(torch.stack(states), tuple(steps), cost, stopped)
+    return SolveOutcome(torch.stack(states), tuple(steps), cost, stopped)
 
 
-def pursuits_of(config: RobertsonRun, model: RobertsonModel, batch: Windows, dtype: torch.dtype) -> dict[str, Pursuit]:
+def outcomes_of(
+    config: RobertsonRun, model: RobertsonModel, batch: Windows, dtype: torch.dtype
+) -> dict[str, SolveOutcome]:
     """Solve the batch with the configured solver, with its method and 16 steps per sample interval, and with the rival.
 
     Collective on the batch's partition.
@@ -93,5 +95,5 @@ def pursuits_of(config: RobertsonRun, model: RobertsonModel, batch: Windows, dty
     for name, (changes, most_steps) in ways.items():
         way = config.model_copy(update={"solver": solver.model_copy(update=changes)})
         solve = neural_ode(way, model.solve.func, batch.samples.partition)
-        found[name] = pursue(solve, batch.initial.to(dtype), group.times, group.args, most_steps)
+        found[name] = solve_to_outputs(solve, batch.initial.to(dtype), group.times, group.args, most_steps)
     return found

@@ -11,7 +11,7 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.steppers.base import options_database
-from pnode_dist.problems.common.reference import NotIntegrableError, followed, integrator
+from pnode_dist.problems.common.reference import NotIntegrableError, integrator, sampled_solve
 
 Array = npt.NDArray[np.float64]
 
@@ -94,7 +94,7 @@ def reference(initial: Array, times: Sequence[float], rates: Sequence[float], at
         ts.setFromOptions()
     solution.array[:] = initial.reshape(-1)
     try:
-        return np.stack(followed(ts, solution, times, lambda: solution.array_r.reshape(initial.shape).copy()))
+        return np.stack(sampled_solve(ts, solution, times, lambda: solution.array_r.reshape(initial.shape).copy()))
     except NotIntegrableError as error:
         raise ConfigurationError(
             f"[problem]: the reactions cannot be followed beyond time {error.reached:g}: rates, highest or last is too "

@@ -14,7 +14,7 @@ from pnode_dist.problems.common.computed_problem import EnsembleProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Windows
 from pnode_dist.problems.common.forecast_errors import mean_share, means_by_lead
 from pnode_dist.problems.common.forecast_parts import Scaling
-from pnode_dist.problems.robertson.comparison import FINELY, RIVAL, Pursuit, pursuits_of
+from pnode_dist.problems.robertson.comparison import FINELY, RIVAL, SolveOutcome, outcomes_of
 from pnode_dist.problems.robertson.data import decades, fastest_rate, generate, range_of, sample_times
 from pnode_dist.problems.robertson.model import LogTimeRate, RobertsonModel, right_hand_side
 from pnode_dist.problems.robertson.physics import SPECIES
@@ -93,7 +93,7 @@ class RobertsonProblem(EnsembleProblem):
         """
         forecast, batch = self.rollouts(model)
         forecasts = {"model": forecast, **self.baselines(batch)}
-        pursuits = pursuits_of(self.config, self.model, batch, self.dtype)
+        pursuits = outcomes_of(self.config, self.model, batch, self.dtype)
         figures = {
             "all_leads_from_1_0_0": {name: self._first_error(values, batch) for name, values in forecasts.items()},
             "solves": self._compared(pursuits, batch),
@@ -112,7 +112,7 @@ class RobertsonProblem(EnsembleProblem):
         first = (rollout - batch.targets).abs()[:, 0, :own]
         return self.mesh.sum(first.sum(), over="state").item() / (len(batch.targets) * len(SPECIES))
 
-    def _compared(self, pursuits: Mapping[str, Pursuit], batch: Windows) -> list[dict[str, Any]]:
+    def _compared(self, pursuits: Mapping[str, SolveOutcome], batch: Windows) -> list[dict[str, Any]]:
         """Return one row for each solve of the trained model. Collective on the state ranks.
 
         A row holds the cost on this rank, the time and reason of an early end, and the errors relative to the truth and

@@ -11,7 +11,7 @@ from petsc4py import PETSc
 from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.problems.common.reference import NotIntegrableError, followed, integrator
+from pnode_dist.problems.common.reference import NotIntegrableError, integrator, sampled_solve
 from pnode_dist.problems.semilinear.config import LineConfig, LineEquation
 from pnode_dist.problems.semilinear.equation import convection_stencil, initial_state, linear_stencil
 from pnode_dist.problems.semilinear.periodic_line import line, operator
@@ -93,7 +93,7 @@ def reference(
     solution.stateIncrease()
     sampled = [spin_up + number * interval for number in range(times)]
     try:
-        return torch.stack(followed(ts, solution, sampled, lambda: state.flatten().clone()))
+        return torch.stack(sampled_solve(ts, solution, sampled, lambda: state.flatten().clone()))
     except NotIntegrableError as error:
         raise ConfigurationError(
             f"[problem]: the {equation.title} equation on {points} points {error} in {_MOST_STEPS} steps of an "

@@ -1,4 +1,4 @@
-"""The benchmark of overheads takes from a solve the work on f that its way needs, and its checks can fail."""
+"""The benchmark of overheads takes from a solve the work on f that its variant needs, and its checks can fail."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ PEERS = (torchdiffeq.odeint, torchdiffeq.odeint_adjoint)
 
 @pytest.mark.parametrize("subject", bench.subjects(), ids=lambda subject: subject.name)
 def test_all_ways_solve_the_same_problem_to_the_same_gradient(subject: bench.Subject) -> None:
-    ways = bench.ways(subject, *PEERS)
-    assert {way.solver for way in ways} == {"pnode_dist", "torchdiffeq", "torchode"}
-    ends = [way.solve(3).detach() for way in ways]
+    variants = bench.variants(subject, *PEERS)
+    assert {variant.solver for variant in variants} == {"pnode_dist", "torchdiffeq", "torchode"}
+    ends = [variant.solve(3).detach() for variant in variants]
     assert (ends[0] - subject.state).abs().max() > 1e-4
     # Two methods of fourth order differ by the fifth power of a step of 2^-10.
     assert all(torch.allclose(one, other, rtol=0, atol=1e-14) for one, other in pairwise(ends))
     gradients = [
-        torch.autograd.grad(way.solve(3).square().sum(), subject.wanted) for way in ways if way.backward != "none"
+        torch.autograd.grad(variant.solve(3).square().sum(), subject.wanted)
+        for variant in variants
+        if variant.backward != "none"
     ]
     assert len(gradients) == 6
     for one, other in pairwise(gradients):
@@ -35,16 +37,16 @@ def test_each_way_does_the_work_on_f_that_is_taken_from_it() -> None:
     subject = bench.subjects()[0]
     evaluations: Counter[bool] = Counter()
     subject.func.register_forward_hook(lambda *_: evaluations.update([torch.is_grad_enabled()]))
-    for way in bench.ways(subject, *PEERS):
-        way.turn(subject, 2)  # The first solve also measures.
+    for variant in bench.variants(subject, *PEERS):
+        variant.turn(subject, 2)  # The first solve also measures.
         evaluations.clear()
-        way.turn(subject, 5)
+        variant.turn(subject, 5)
         stages = 5 * bench.STAGES
-        again = way.backward == "evaluation and product"
-        assert evaluations[True] == stages * (way.graphs + again), way
+        again = variant.backward == "evaluation and product"
+        assert evaluations[True] == stages * (variant.graphs + again), variant
         # The last step is not run again: once in a solve, its graphs are kept.
-        last = bench.STAGES if way.keeps == "solution" else 0
-        assert evaluations[False] == stages * (not way.graphs) - last, way
+        last = bench.STAGES if variant.keeps == "solution" else 0
+        assert evaluations[False] == stages * (not variant.graphs) - last, variant
 
 
 def test_the_work_alone_is_as_many_evaluations_as_there_are_stages() -> None:
@@ -71,7 +73,9 @@ def test_the_least_of_all_repeats_but_the_first_counts() -> None:
 
 def test_the_checks_fail_for_what_takes_longer() -> None:
     subject = bench.subjects()[0]
-    ways = [way for way in bench.ways(subject, *PEERS) if way.keeps in ("nothing", "graph", "solution")]
+    variants = [
+        variant for variant in bench.variants(subject, *PEERS) if variant.keeps in ("nothing", "graph", "solution")
+    ]
     alone = {
         "evaluation": bench.Line((5.0, 0.0), (0.0, 0.0)),
         "product": bench.Line((9.0, 20.0), (0.0, 0.0)),
@@ -84,7 +88,7 @@ def test_the_checks_fail_for_what_takes_longer() -> None:
             "graph": bench.Line((9.0 + forward, 20.0 + adjoint), (100.0, 200.0)),
             "solution": bench.Line((5.0 + forward, 29.0 + adjoint), (100.0, 200.0)),
         }
-        rows = [bench.row(subject, way, lines[way.keeps], alone) for way in ways]
+        rows = [bench.row(subject, variant, lines[variant.keeps], alone) for variant in variants]
         return [check.holds for check in bench.checks(rows)]
 
     assert verdicts(4.9, 14.9) == [True] * 5

@@ -151,17 +151,17 @@ def test_a_loss_that_is_not_finite_stops_training_and_names_the_step(decay, mesh
 def test_a_problem_without_a_training_batch_is_refused_before_training(decay):
     decay.batches_per_epoch = 0
     with pytest.raises(ConfigurationError, match="there is no training batch: make batch_size smaller"):
-        loop.rehearse(decay)
+        loop.check_first_batch(decay)
 
 
 def test_a_rehearsal_finds_what_only_the_solver_can_find_wrong_and_changes_nothing(decay):
-    loop.rehearse(decay)
+    loop.check_first_batch(decay)
     assert decay.rate == 0.2
     assert decay.model.func.rate.grad is None
 
     decay.model.options = {"ts_type": "bdf"}
     with pytest.raises(ConfigurationError, match="ts_type"):
-        loop.rehearse(decay)
+        loop.check_first_batch(decay)
 
 
 def test_a_rehearsal_leaves_running_statistics_alone(decay):
@@ -169,7 +169,7 @@ def test_a_rehearsal_leaves_running_statistics_alone(decay):
     honest = decay.loss
     decay.loss = lambda model, batch: honest(model, batch) + 0 * model.normalise(batch).sum()
 
-    loop.rehearse(decay)
+    loop.check_first_batch(decay)
 
     assert decay.model.normalise.num_batches_tracked == 0
     assert decay.model.training

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from pnode_dist.train.progress import Bar, EpochSummary, Lines, Silence, reporter
+from pnode_dist.train.progress import BarReporter, EpochSummary, LineReporter, SilentReporter, reporter
 
 
 def summary(epoch: int, validation=None) -> EpochSummary:
@@ -13,7 +13,7 @@ def summary(epoch: int, validation=None) -> EpochSummary:
 
 def test_lines_come_as_often_as_asked_at_both_ends_and_at_every_validation():
     stream = io.StringIO()
-    lines = Lines(stream, every=4)
+    lines = LineReporter(stream, every=4)
     for epoch in range(1, 11):
         lines.epoch(summary(epoch, ("rmse", 0.25) if epoch == 6 else None))
 
@@ -24,7 +24,7 @@ def test_lines_come_as_often_as_asked_at_both_ends_and_at_every_validation():
 
 def test_a_bar_counts_epochs_and_keeps_validation_figures_above_it():
     stream = io.StringIO()
-    with Bar(Console(file=stream, force_terminal=True, width=140), epochs=10) as bar:
+    with BarReporter(Console(file=stream, force_terminal=True, width=140), epochs=10) as bar:
         bar.epoch(summary(3, ("rmse_3_months", 0.25)))
 
     assert "3/10" in stream.getvalue()
@@ -34,7 +34,7 @@ def test_a_bar_counts_epochs_and_keeps_validation_figures_above_it():
 def test_only_the_first_rank_shows_anything(capfd):
     with reporter(shown=False, epochs=10, every=1) as report:
         report.epoch(summary(1))
-        assert isinstance(report, Silence)
+        assert isinstance(report, SilentReporter)
     assert capfd.readouterr() == ("", "")
 
 

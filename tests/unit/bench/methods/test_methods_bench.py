@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pnode_dist.bench.methods import run as bench
-from pnode_dist.bench.methods.accuracy import TRAINED, tell
+from pnode_dist.bench.methods.accuracy import TRAINED, compare_while_training
 from pnode_dist.bench.methods.cell import SHARES, Cell, Result, in_share, measure_cell, verdicts
 from pnode_dist.bench.methods.counts import Sizes, compare
 from pnode_dist.bench.methods.experiments import Experiment, flow, images
+from pnode_dist.bench.methods.gradient_methods import GRADIENT_METHODS
 from pnode_dist.bench.methods.heap import Peak, bytes_in_use
-from pnode_dist.bench.methods.ways import WAYS
 
 MIB = 2**20
 
@@ -23,7 +23,7 @@ def test_what_is_counted_is_the_paper_s_table(method: str, stages: int) -> None:
     rows, wrong = compare(method, Sizes(blocks=2, steps=3, stages=stages, layers=2))
     assert wrong == 0
     counted = {str(row["method"]): row for row in rows}
-    assert set(counted) == set(WAYS) - {"spilled"}
+    assert set(counted) == set(GRADIENT_METHODS) - {"spilled"}
     everything = 2 * 3 * stages
     assert counted["NODE-naive"]["depth"] == f"Nb Nt Ns Nl = {2 * everything}, {2 * everything}"
     assert counted["ACA"]["again"] == "Nb Nt = 6, 6"
@@ -59,23 +59,23 @@ def test_the_peak_is_that_of_the_tensors_that_were_alive_at_once() -> None:
     ids=lambda experiment: experiment.name,
 )
 def test_all_ways_of_an_experiment_have_one_gradient_and_the_work_of_the_theory(experiment: Experiment) -> None:
-    cell = measure_cell(experiment, "midpoint", 3, 1, list(WAYS.values()))
+    cell = measure_cell(experiment, "midpoint", 3, 1, list(GRADIENT_METHODS.values()))
     blocks = 4 if experiment.name == "images" else 2
     evaluations = blocks * 3 * 2
-    assert set(WAYS) <= set(cell.results)
+    assert set(GRADIENT_METHODS) <= set(cell.results)
     for name, result in cell.results.items():
         assert result.forward == evaluations, name
-        if result.way.reverse_accurate:
+        if result.gradient_method.reverse_accurate:
             assert result.error <= bench.LARGEST_GRADIENT_ERROR, name
         assert result.bytes > 0
         assert result.seconds[0] > 0
     assert cell.results["NODE-cont"].error > 1e-6
-    again = {name: cell.results[name].again for name in WAYS}
+    again = {name: cell.results[name].again for name in GRADIENT_METHODS}
     run_again = {"ANODE": 3 * blocks, "ACA": 3 * blocks, "solution": 2 * blocks, "spilled": 2 * blocks}
-    assert again == {name: run_again.get(name, 0) for name in WAYS}
+    assert again == {name: run_again.get(name, 0) for name in GRADIENT_METHODS}
     backward = {"NODE-naive": 0, "graph": 0, "solution": evaluations - 2 * blocks, "spilled": evaluations - 2 * blocks}
-    assert {name: cell.results[name].backward for name in WAYS} == {
-        name: backward.get(name, evaluations) for name in WAYS
+    assert {name: cell.results[name].backward for name in GRADIENT_METHODS} == {
+        name: backward.get(name, evaluations) for name in GRADIENT_METHODS
     }
     assert len(bench.cell_rows(cell)) == len(cell.results)
 
@@ -84,7 +84,7 @@ def cell(**results: tuple[float, float]) -> Cell:
     """A cell of the seconds and MiB of NODE-naive, ANODE, ACA and of auto in all of the reference's memory."""
     names = {"naive": "NODE-naive", "anode": "ANODE", "aca": "ACA", "all": in_share(1.0), "half": in_share(0.5)}
     found = {
-        names[key]: Result(WAYS["graph"], (seconds,) * 3, int(size * MIB), 10, 0, 0, 0.0)
+        names[key]: Result(GRADIENT_METHODS["graph"], (seconds,) * 3, int(size * MIB), 10, 0, 0, 0.0)
         for key, (seconds, size) in results.items()
     }
     return Cell("images", "rk4", 4, found, 3 * MIB)
@@ -115,11 +115,11 @@ def test_auto_has_lost_where_it_does_not_fit_and_a_baseline_does() -> None:
 
 
 def test_the_continuous_adjoint_is_wrong_where_the_others_are_not() -> None:
-    story = tell(list(WAYS.values()), iterations=20)
+    story = compare_while_training(list(GRADIENT_METHODS.values()), iterations=20)
     errors = {str(row["method"]): row for row in story.errors}
-    assert set(errors) == set(WAYS)
+    assert set(errors) == set(GRADIENT_METHODS)
     for name, row in errors.items():
-        if WAYS[name].reverse_accurate:
+        if GRADIENT_METHODS[name].reverse_accurate:
             assert row["untrained"] <= 1e-12
             assert row["trained"] <= 1e-12
     assert errors["NODE-cont"]["trained"] > 1e-4
@@ -133,7 +133,7 @@ def test_the_report_says_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "measure", lambda *_: [won])
     monkeypatch.setattr(bench, "many_steps", lambda _: {"NODE-naive": 100, "solution": 25})
     monkeypatch.setattr(bench, "theory_beside_counts", lambda: ([], 1))
-    monkeypatch.setattr(bench, "tell", lambda ways: tell(ways, iterations=2))
+    monkeypatch.setattr(bench, "compare_while_training", lambda each: compare_while_training(each, iterations=2))
     report = bench.run()
     # Of four shares one does not fit and three quarters do not fit either: the other two are as fast as asked for.
     assert [(check.value, check.holds) for check in report.checks] == [

@@ -12,7 +12,7 @@ import torch
 from pnode_dist import Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.problems.images.config import ImagesConfig
-from pnode_dist.problems.images.data import LabelledImages, draw_moves, load_images, split
+from pnode_dist.problems.images.data import LabelledImages, draw_augmentation, load_images, split
 from tests.unit.problems.images.plain_images import moved
 
 
@@ -81,7 +81,7 @@ def test_a_part_without_images_is_refused(share: float) -> None:
 
 def test_images_are_moved_and_mirrored_as_drawn() -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 5, 6, 3), dtype=np.uint8)
-    moves = draw_moves(settings(shift=2, flip=True), 40, seed=7, epoch=3)
+    moves = draw_augmentation(settings(shift=2, flip=True), 40, seed=7, epoch=3)
     numbers = range(10, 30)
     found = moves.of(images, numbers)
     for image, number, varied in zip(images, numbers, found, strict=True):
@@ -94,13 +94,13 @@ def test_images_are_moved_and_mirrored_as_drawn() -> None:
 
 def test_each_epoch_varies_images_in_its_own_way_that_the_seed_fixes() -> None:
     def drawn(seed: int, epoch: int) -> np.ndarray:
-        return draw_moves(settings(shift=2), 50, seed, epoch).shifts
+        return draw_augmentation(settings(shift=2), 50, seed, epoch).shifts
 
     assert np.array_equal(drawn(0, 1), drawn(0, 1))
     assert not np.array_equal(drawn(0, 1), drawn(0, 2))
     assert not np.array_equal(drawn(0, 1), drawn(1, 1))
     images = np.ones((3, 4, 4, 1), np.uint8)
-    assert np.array_equal(draw_moves(settings(), 3, 0, 1).of(images, range(3)), images)
+    assert np.array_equal(draw_augmentation(settings(), 3, 0, 1).of(images, range(3)), images)
 
 
 def test_synthetic_images_have_the_shape_of_cifar10_and_classes_that_differ(mesh: Mesh) -> None:

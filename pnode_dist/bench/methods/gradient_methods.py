@@ -21,7 +21,7 @@ MakeBlock = Callable[[nn.Module, str, int], nn.Module]
 
 
 @dataclass(frozen=True)
-class Way:
+class GradientMethod:
     """A gradient method. `reverse_accurate`: its gradient is that of the steps. `ours`: implemented by this project."""
 
     name: str
@@ -48,18 +48,18 @@ def solved(trajectory: Callable[[], CheckpointBudget]) -> MakeBlock:
     return lambda func, method, steps: Solved(func, method, steps, trajectory())
 
 
-WAYS = {
-    way.name: way
-    for way in (
-        Way("NODE-cont", Continuous, reverse_accurate=False, ours=False),
-        Way("NODE-naive", Naive, ours=False),
-        Way("ANODE", Anode, ours=False),
-        Way("ACA", Aca, ours=False),
-        Way("solution", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="solution"))),
-        Way("stages", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="stages"))),
-        Way("graph", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="graph"))),
+GRADIENT_METHODS = {
+    gradient_method.name: gradient_method
+    for gradient_method in (
+        GradientMethod("NODE-cont", Continuous, reverse_accurate=False, ours=False),
+        GradientMethod("NODE-naive", Naive, ours=False),
+        GradientMethod("ANODE", Anode, ours=False),
+        GradientMethod("ACA", Aca, ours=False),
+        GradientMethod("solution", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="solution"))),
+        GradientMethod("stages", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="stages"))),
+        GradientMethod("graph", solved(lambda: CheckpointBudget(ram=_AMPLE, keep="graph"))),
         # Two states in memory, the other states on disk.
-        Way(
+        GradientMethod(
             "spilled",
             solved(lambda: CheckpointBudget(ram_slots=2, disk="1GiB", keep="solution", schedule="multistage")),
         ),
@@ -68,7 +68,7 @@ WAYS = {
 """All gradient methods except `auto`, whose budgets follow from the memory of the others."""
 
 
-def steps_run_again(block: nn.Module) -> int:
+def recomputed_steps(block: nn.Module) -> int:
     """Return the number of steps that the last backward pass of a block recomputed."""
     again = 0
     for module in block.modules():
