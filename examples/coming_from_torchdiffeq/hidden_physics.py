@@ -39,11 +39,11 @@ def train(iterations: int = 5) -> tuple[list[float], nn.Module]:
     measured = angles + 0.01 * torch.randn_like(angles)
     pendulum = Pendulum(3.0, 0.1)
     first = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
-    optimiser = torch.optim.Adam([*pendulum.parameters(), first], lr=0.05)
+    optimiser = torch.optim.Adam([*pendulum.parameters(), first], lr=0.1)
     losses = []
     for _ in range(iterations):
         optimiser.zero_grad()
-        angles, _ = odeint(pendulum, (first, start[1]), times, rtol=1e-8, atol=1e-10, method="dopri5", options=options)
+        angles, _ = odeint(pendulum, (first, start[1]), times, method="dopri5", options=options)
         loss = (angles - measured).square().mean()
         loss.backward()
         optimiser.step()
@@ -52,5 +52,6 @@ def train(iterations: int = 5) -> tuple[list[float], nn.Module]:
 
 
 if __name__ == "__main__":
-    found, model = train(100)
-    print(f"loss {found[0]:.6f} -> {found[-1]:.6f}, stiffness {model.stiffness:.3f}, damping {model.damping:.3f}")
+    found, model = train(40)
+    constants = {name: round(value.item(), 3) for name, value in model.named_parameters()}
+    print(f"loss {found[0]:.6f} -> {found[-1]:.6f}, {constants}")

@@ -38,9 +38,9 @@ _TO_ARGUMENTS: dict[str, str] = {
     "first_step": "use step_size={value!r} with rtol= or atol=, which is the size of the first step",
     "grid_points": _TIMES,
     "grid_constructor": f"put the times that it makes into t, or use step_size=; {_OR_ELSE}",
-    "step_t": _TIMES,
+    "step_t": f"{_TIMES}; {_OR_ELSE}",
     "jump_t": f"{_TIMES}, and solve from jump to jump where f is not to be evaluated on both sides; {_OR_ELSE}",
-    "perturb": "solve from jump to jump, each with its own f: times are not perturbed here",
+    "perturb": f"solve from jump to jump, each with its own f: times are not perturbed here; {_OR_ELSE}",
     "interp": f"nothing is interpolated: steps end at every time of t; {_OR_ELSE}",
     "norm": "rtol= and atol= may be tensors of the state's shape; the norm is the root mean square over all ranks; "
     f"{_OR_ELSE}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +45,20 @@ def test_a_program_runs_with_the_import_line_alone_changed(name: str) -> None:
 
     for found, wanted in zip(gradients, trained(theirs, precise)[1], strict=True):
         assert distance(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", at_night(NAMES, ["flow"]))
+def test_a_program_prints_what_it_has_learnt(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(PROGRAMS / f"{name}.py"), run_name="__main__")
+    numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
+    if name == "hidden_physics":
+        first, last, stiffness, damping = numbers
+        assert last < first / 50
+        assert stiffness == pytest.approx(4.0, rel=0.05)
+        assert damping == pytest.approx(0.3, rel=0.15)
+    else:
+        assert len(numbers) in (3, 5)
+        assert min(numbers[1:]) < numbers[0]
 
 
 def test_every_program_is_run() -> None:
