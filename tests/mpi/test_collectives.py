@@ -48,6 +48,9 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def array(tensor: torch.Tensor) -> Array:
+    if tensor.dtype == torch.bool:
+        # A boolean must be stored as 0 or 1.
+        assert tensor.contiguous().view(torch.uint8).le(1).all()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 

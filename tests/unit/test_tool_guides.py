@@ -13,7 +13,8 @@ from tests.conftest import ROOT
 
 GUIDES = [ROOT / "docs" / "guides" / f"{name}.md" for name in ("torch_tools", "petsc_users")]
 PROGRAMS = [
-    pytest.param(block, id=f"{guide.stem} {number}")
+    # torch's tools take seconds to load.
+    pytest.param(block, id=f"{guide.stem} {number}", marks=[pytest.mark.slow] * (guide.stem == "torch_tools"))
     for guide in GUIDES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL), 1)
 ]
@@ -31,7 +32,7 @@ def test_a_program_of_a_guide_runs(program: str, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("program", PROGRAMS[:4] + PROGRAMS[5:6])
+@pytest.mark.parametrize("program", [*PROGRAMS[:4], PROGRAMS[5]])
 def test_a_program_of_a_guide_runs_on_two_ranks(
     program: str, tmp_path: Path, mpirun: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

@@ -42,7 +42,8 @@ class GraphDiffusionConfig(ComputedTable):
     mesh_seed: Seed = 0
     """Seed of the positions of the nodes."""
     ownership: StrictStr = "bisection"
-    """The split of the nodes over the state ranks: `bisection`, `contiguous`, or the name of a partitioner of PETSc."""
+    """The split of the nodes over the state ranks: `bisection`, `contiguous`, `metis` (needs pymetis), `auto`, or the
+    name of a partitioner of PETSc."""
     conductivity: tuple[NotNegative, NotNegative] = DiffusionParameters.conductivity
     """The coefficients (k0, k2) of the conductivity k0 + k2 u^2 of an edge, dimensionless."""
     interval: Positive
