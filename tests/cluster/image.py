@@ -176,17 +176,22 @@ def _finish(downloads: list[subprocess.Popen[bytes]]) -> None:
         raise RuntimeError(f"pip cannot get the pinned packages: exit codes {failed}")
 
 
-def _make_base(directory: Path) -> Path:
-    """A minimal Debian as debian:bookworm-slim is one, from the archive that this machine uses, as a tar file."""
+def debian_archive() -> str:
+    """The address of the archive of Debian that this machine uses. It holds all releases."""
     wanted = ("--format", "$(CODENAME) $(REPO_URI)", "Created-By: Packages")
     listed = subprocess.run(["apt-get", "indextargets", *wanted], capture_output=True, text=True, check=True).stdout
     archives = [line.partition(" ")[2] for line in listed.splitlines() if line.startswith("bookworm ")]
     if not archives:
         raise RuntimeError("apt-get knows no archive of Debian bookworm")
+    return archives[0]
+
+
+def _make_base(directory: Path) -> Path:
+    """A minimal Debian as debian:bookworm-slim is one, from the archive that this machine uses, as a tar file."""
     (directory / "base").mkdir()
     packed = directory / "base.tar"
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-euc", _MAKE_BASE, "sh", archives[0], directory / "base", packed, *_ACCESS],
+        ["unshare", "--mount", "sh", "-euc", _MAKE_BASE, "sh", debian_archive(), directory / "base", packed, *_ACCESS],
         capture_output=True,
         text=True,
         timeout=_BUILDS,

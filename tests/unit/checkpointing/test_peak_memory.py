@@ -13,8 +13,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "debian" in torch.__version__,
+        reason="with Debian's build of torch the process keeps what it frees, so that its peaks do not add up",
+    ),
+]
 
 MIB = 2**20
 STATE = 4 * MIB
