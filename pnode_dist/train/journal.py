@@ -15,7 +15,7 @@ from pnode_dist.runs import directory as run_directory
 from pnode_dist.runs import snapshot_files
 from pnode_dist.runs.heartbeat import Heartbeat
 from pnode_dist.runs.metrics import MetricsFile, Record, StepRecord
-from pnode_dist.runs.snapshot import Snapshot
+from pnode_dist.runs.snapshot import Position, Snapshot
 from pnode_dist.system.atomic_file import sync
 
 
@@ -72,6 +72,12 @@ class Journal:
             self._metrics.write(record)
         except OSError as error:
             self.fail("metrics", error)
+
+    def begin(self, position: Position) -> None:
+        """Record the position that the run starts from."""
+        if self._heartbeat is not None:
+            loss = position.loss if math.isfinite(position.loss) else None
+            self._heartbeat.update(step=position.step, epoch=position.epoch, loss=loss)
 
     def end_epoch(self, epoch: int, steps: int) -> None:
         """Record the end of an epoch of `steps` steps."""

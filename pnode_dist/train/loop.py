@@ -104,6 +104,7 @@ class _Run:
         self._best = None if start is None else self._optimiser.resume(start)
         position = Position() if start is None else start.position
         self.epoch = position.epoch
+        journal.begin(position)
         self._losses, self._loss, self._figures = list(position.losses), position.loss, dict(position.figures)
 
     def train_epoch(self) -> EpochSummary:

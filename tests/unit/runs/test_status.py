@@ -37,6 +37,12 @@ def test_a_finished_run_is_known_by_its_directory(config_file, tmp_path, capfd):
     assert found["peak_memory"] > 10 * 2**20
     assert not (tmp_path / "run" / "lock.json").exists()
 
+    # A resumed run that has nothing left to do is where it was.
+    assert main(["train", str(config_file), "--resume", "auto"]) == 0
+    again = status_of(tmp_path / "run")
+    assert (again.state, again.step, again.epoch, again.progress) == ("finished", 12, "2/2", 1.0)
+    assert again.loss is not None
+
 
 def test_a_run_under_way_tells_its_rate_and_the_time_left(run, mesh):
     lock = RunLock(run)
