@@ -114,8 +114,8 @@ class BuiltCopies:
         """y = P^-T x."""
         self._each(self._pc.applyTranspose, x, y)
 
-    def destroy(self) -> None:
-        """Destroy the PETSc objects of the preconditioner. Collective."""
+    def destroy(self, pc: PETSc.PC | None = None) -> None:
+        """Destroy the PETSc objects of the preconditioner. Collective. PETSc passes the PC whose context this is."""
         destroy = getattr(self._built, "destroy", None)
         if destroy is not None:
             destroy()

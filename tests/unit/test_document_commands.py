@@ -130,6 +130,9 @@ def programs(command: str) -> list[str]:
 def test_a_session_names_the_files_that_run_its_commands(block: Block) -> None:
     assert bool(block.run_by) != bool(block.not_run)
     texts = [(ROOT / name).read_text() for name in block.run_by]
+    if any(Path(block.page).name in text for text in texts):
+        # That test takes its commands from the page.
+        return
     for command in block.commands if block.run_by else ():
         if command.startswith(("export ", "sed ", "source ")):
             continue

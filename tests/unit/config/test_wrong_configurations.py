@@ -35,7 +35,10 @@ WRONG_SETTINGS = {
     "an infinite number": ("training.learning_rate=inf", "= Infinity: must be a number greater than 0, and finite"),
     "a truth value for a number": ("run.seed=true", "[run] seed = true: must be an integer of at least 0"),
     "an unknown choice": ("training.dtype=float16", '[training] dtype = "float16": must be one of float32, float64'),
-    "an unknown method": ("solver.method=rk5", '[solver] method = "rk5": must be one of euler, heun, midpoint, rk3,'),
+    "an unknown method": (
+        "solver.method=rk5",
+        '[solver] method = "rk5": must be one of euler, heun, midpoint, fehlberg2, rk3,',
+    ),
     "a step of no length": ("solver.step_size=0", "[solver] step_size = 0: must be a number greater than 0"),
     "a size without a unit": (
         "trajectory.ram=64 parsecs",

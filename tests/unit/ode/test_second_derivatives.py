@@ -1,5 +1,7 @@
 """Second and third derivatives of a solve, against plain back-propagation through its steps."""
 
+import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -322,6 +324,16 @@ def test_a_preconditioner_serves_second_derivatives(preconditioner: Any, mass: t
     wanted = twice(node, random(2, 3))
     node.preconditioner = preconditioner
     assert distance(twice(node, random(2, 3)), wanted) <= 1e-9
+
+
+def test_a_preconditioner_of_second_derivatives_is_destroyed_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    node = NeuralODE(Network(), method="cn", step_size=0.1, options=TIGHT, preconditioner=Approximate(shifted))
+    twice(node, random(2, 3))
+    del node
+    gc.collect()
+    assert not raised
 
 
 def test_an_assembled_preconditioner_serves_second_derivatives(mesh: Mesh) -> None:
