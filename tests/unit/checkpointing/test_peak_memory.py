@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiers import at_night
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -186,7 +188,7 @@ def working_set_of_control(run: Callable[..., dict[str, Any]]) -> int:
     return working_set
 
 
-@pytest.mark.parametrize("keep", ["solution", "auto"])
+@pytest.mark.parametrize("keep", at_night(["solution", "auto"], but=["solution"]))
 def test_with_error_control_too_all_that_is_kept_stays_within_the_budget(
     keep: str, run: Callable[..., dict[str, Any]], working_set_of_control: int
 ) -> None:

@@ -54,7 +54,7 @@ def test_the_peak_is_that_of_the_tensors_that_were_alive_at_once() -> None:
     "experiment",
     [
         pytest.param(images((3,), samples=1, stem=4, widths=(4, 8, 8, 8), features=4), marks=pytest.mark.nightly),
-        flow((3,), samples=8, dimension=2, hidden=(8, 8), flows=2),
+        pytest.param(flow((3,), samples=8, dimension=2, hidden=(8, 8), flows=2), marks=pytest.mark.nightly),
     ],
     ids=lambda experiment: experiment.name,
 )
