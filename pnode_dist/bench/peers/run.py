@@ -50,6 +50,8 @@ def measure(case: PeerCase, solvers: Mapping[str, Path], core: int) -> tuple[dic
             try:
                 worker = stack.enter_context(Worker(case.name, solver, python, core))
                 first[solver] = (worker.ask("forward")["seconds"], worker.ask("gradient")["seconds"])
+                # What compilation takes is not the memory of a gradient.
+                worker.ask("reset")
                 workers[solver] = worker
             except WorkerError as error:
                 failed[solver] = str(error)

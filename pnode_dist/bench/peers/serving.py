@@ -1,8 +1,8 @@
 """A worker's side of the comparison: solve on request, one JSON line for each. Imports NumPy alone.
 
-Requests are `forward`, `gradient`, `memory` and `save FILE`. The first two answer with processor seconds. `memory`
-answers with the largest resident memory of one gradient above that before the first solve. `save` writes the final
-state `end` and the gradients by name.
+Requests are `forward`, `gradient`, `reset`, `memory` and `save FILE`. The first two answer with processor seconds.
+`memory` answers with the largest resident memory since `reset` above that before the first solve. `save` writes the
+final state `end` and the gradients by name, of the last gradient.
 """
 
 from __future__ import annotations
@@ -49,19 +49,24 @@ def serve(prepare: Callable[[str, str], Solved]) -> None:
     try:
         forward, gradient = prepare(case, solver)
         before = resident_bytes()
+        last: Arrays = {}
         answer(ready=True)
         for line in sys.stdin:
             request, _, argument = line.strip().partition(" ")
-            if request == "memory":
+            if request == "reset":
                 Path("/proc/self/clear_refs").write_text("5")
-                gradient()
+                answer(reset=True)
+            elif request == "memory":
                 answer(bytes=resident_bytes("VmHWM") - before)
             elif request == "save":
-                np.savez(argument, **gradient())  # type: ignore[arg-type]
+                np.savez(argument, **last)  # type: ignore[arg-type]
                 answer(saved=argument)
             else:
                 began = time.process_time()
-                (forward if request == "forward" else gradient)()
+                if request == "gradient":
+                    last = gradient()
+                else:
+                    forward()
                 answer(seconds=time.process_time() - began)
     except Exception as error:
         traceback.print_exc()
