@@ -167,7 +167,7 @@ def run(cases: Sequence[str] | None = None) -> Report:
     notes = [
         "forward, gradient: milliseconds of processor time on one core, medians of interleaved rounds; x: pnode_dist "
         "(eager) over the solver; first: seconds of the first forward and the first gradient, compilation included; "
-        "MiB: peak of a gradient above the memory before the first solve, compiled code included; state, grad: largest "
+        "MiB: peak of the rounds above the memory before the first solve, compiled code included; state, grad: largest "
         "relative difference to plain torch, or to diffrax where plain torch is not measured.",
         "torchdiffeq's rk4 is Kutta's 3/8 rule. Continuous adjoints (adjoint, backsolve) are not exact.",
     ]
