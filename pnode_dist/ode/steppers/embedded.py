@@ -150,9 +150,8 @@ class EmbeddedAttempts:
         ratios = [value / scale for value, scale in zip(values, scales, strict=True)]
         if self._rule.norm is not None:
             return abs(float(self._rule.norm(stepper.layout.as_state(ratios))))
-        if stepper.comm.size == 1:
-            return max(math.sqrt(ratio.square().sum().item() / max(ratio.numel(), 1)) for ratio in ratios)
         sums = np.array([(ratio.square().sum().item(), ratio.numel()) for ratio in ratios])
-        stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
-        # NumPy's maximum is NaN if an entry is.
+        if stepper.comm.size > 1:
+            stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
+        # NumPy's maximum is NaN if any entry is; Python's is not.
         return float(np.sqrt(sums[:, 0] / np.maximum(sums[:, 1], 1)).max())

@@ -16,6 +16,7 @@ from torch import nn
 
 from pnode_dist import ConfigurationError, Trajectory
 from pnode_dist import torchdiffeq as here
+from pnode_dist.errors import StepSizeError
 from pnode_dist.torchdiffeq import odeint, odeint_adjoint
 from tests.oracles.right_hand_sides import Network, distance, gradients, identical, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
@@ -142,6 +143,15 @@ def test_a_tuple_state_and_its_tolerances_are_those_of_torchdiffeq(tolerances: d
     assert isinstance(found, tuple)
     for part, exact in zip(found, wanted, strict=True):
         assert distance(part, exact) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_part_of_a_tuple_that_becomes_nan_is_an_error_wherever_it_is(bad: int) -> None:
+    def func(t: torch.Tensor, y: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.log(0.5 - t) * part if number == bad else -part for number, part in enumerate(y))
+
+    with pytest.raises(StepSizeError, match=r"its size fell to .* infinite there$"):
+        odeint(func, (U0, U0), TIMES)
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
