@@ -62,7 +62,8 @@ def distance(found: Any, wanted: Any) -> float:
         scale = float(wanted.detach().abs().max())
         return error / scale if scale > 0 else error
     # Python's maximum would lose a NaN.
-    return float(torch.tensor([distance(f, w) for f, w in zip(found, wanted, strict=True)]).max())
+    parts = [distance(f, w) for f, w in zip(found, wanted, strict=True)]
+    return float(torch.tensor(parts, dtype=torch.float64).max())
 
 
 def identical(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> bool:
