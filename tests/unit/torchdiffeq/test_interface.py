@@ -37,6 +37,12 @@ class GivenSteps(Network):
         self.taken.append((t.item(), y.detach().clone(), h.item()))
 
 
+class Uncallable(Network):
+    """`Network` with a callback that is no function."""
+
+    callback_step = 3
+
+
 @pytest.mark.parametrize("name", ["odeint", "odeint_adjoint"])
 def test_arguments_and_defaults_are_those_of_torchdiffeq_and_two_more(name: str) -> None:
     theirs = inspect.signature(getattr(torchdiffeq, name)).parameters.values()
@@ -244,6 +250,14 @@ def test_one_time_returns_the_initial_state() -> None:
         ({"y0": ()}, "u0 must be a tensor or a tuple of tensors"),
         ({"y0": 1.0}, "u0 must be a tensor or a tuple of tensors"),
         ({"y0": (U0, U0), "rtol": None}, "rtol = None: must be a number"),
+        ({"rtol": None}, "rtol = None: must be a number, a tensor, or one for each part of y0"),
+        ({"atol": "small", "method": "rk4"}, "atol = 'small': must be a number"),
+        ({"y0": (U0, U0), "atol": (1e-3, "small")}, r"atol = \(0.001, 'small'\): must be a number"),
+        ({"partition": 3}, "partition = 3: must be a partition of pnode_dist, or None"),
+        ({"trajectory": "graph"}, "trajectory = 'graph': must be a pnode_dist.Trajectory, or None"),
+        ({"options": {"norm": lambda y: y}}, r"norm returned a tensor of shape \(2, 3\): must return a number"),
+        ({"options": {"norm": lambda y: None}}, "norm returned NoneType: must return a number"),
+        ({"func": Uncallable()}, "func.callback_step = 3: must be a function of t, y and the size of the step"),
         ({"event_fn": lambda t, y: y.sum()}, "event_fn: events are not supported yet"),
     ],
 )
@@ -291,6 +305,20 @@ def test_a_function_names_its_parameters_by_adjoint_params() -> None:
         odeint_adjoint(function, U0, TIMES, adjoint_params=())
     network.outer.requires_grad_(False)
     assert odeint_adjoint(network, U0, TIMES, adjoint_params=parameters).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("params", "got"),
+    [
+        (3, "got int"),
+        (torch.ones(2), "got Tensor"),
+        (["w"], "got an entry of type str"),
+        (Network().named_parameters(), "got an entry of type tuple"),
+    ],
+)
+def test_adjoint_params_that_are_no_tensors_are_refused(params: Any, got: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"adjoint_params: must be a sequence of tensors, .*, {got}$"):
+        odeint_adjoint(Network(), U0, TIMES, adjoint_params=params)
 
 
 def test_callbacks_that_nothing_would_call_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,8 @@ def test_a_jump_at_a_time_of_t_keeps_the_gradient_in_t() -> None:
         ("dopri5", {"max_step": 0.0}, "max_step = 0.0: must be positive"),
         ("dopri5", {"first_step": -0.1}, "first_step = -0.1: must be positive"),
         ("dopri5", {"max_num_steps": 0}, "max_num_steps = 0: must be at least 1"),
+        ("dopri5", {"max_num_steps": math.inf}, "max_num_steps = inf: must be at least 1, and a whole number"),
+        ("dopri5", {"max_num_steps": 2.5}, "max_num_steps = 2.5: must be at least 1, and a whole number"),
         ("dopri5", {"norm": "rms"}, "norm = 'rms': must be a function"),
         ("dopri5", {"step_t": 0.3}, "step_t = 0.3: must be a one-dimensional tensor"),
         ("dopri5", {"step_t": [0.3], "jump_t": [0.3]}, "a time is repeated"),

@@ -105,6 +105,30 @@ def test_leaves_among_plain_attributes_of_modules_get_gradients() -> None:
     assert distance(found, wanted) < 1e-12
 
 
+class Bounded(nn.Module):
+    """A module with an intermediate result as an attribute."""
+
+    def __init__(self, w: torch.Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w)
+        self.bounded = torch.tanh(self.w)
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return -self.bounded * u + self.w * t
+
+
+def test_a_result_that_a_module_holds_is_asked_for_and_right_when_named() -> None:
+    plain, refused, named = (Bounded(random(3, seed=5)) for _ in range(3))
+    wanted = gradients(lambda u: torchdiffeq.odeint(plain, u, TIMES, method="rk4"), U0, [plain.w])
+    with pytest.raises(ValueError, match=r"with adjoint_params=\(\.\.\.\) of pnode_dist.torchdiffeq.odeint_adjoint"):
+        gradients(lambda u: here.odeint(refused, u, TIMES, method="rk4"), U0, [refused.w])
+    params = (named.w, named.bounded)
+    found = gradients(
+        lambda u: here.odeint_adjoint(named, u, TIMES, method="rk4", adjoint_params=params), U0, [named.w]
+    )
+    assert distance(found, wanted) < 1e-12
+
+
 class Problem:
     """A plain object that has a right-hand side, and tensors that it does not use."""
 
