@@ -250,6 +250,8 @@ class Settings(Protocol):
     def fixed_plan(self) -> Plan | None: ...
     @property
     def rule(self) -> StepRule | None: ...
+    @property
+    def compared(self) -> Facts: ...
 
 
 def facts(
@@ -284,6 +286,7 @@ def facts(
         ("gradient", needs_gradient),
         ("gradient with respect to t", needs_time_gradient),
         ("fixed_plan", None if settings.fixed_plan is None else settings.fixed_plan.work),
+        *settings.compared,
     ]
     trajectory = settings.trajectory or budget.DEFAULT
     if needs_gradient:

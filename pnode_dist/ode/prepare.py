@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pnode_dist.checkpointing import budget
-from pnode_dist.checkpointing.budget import slot_bounds
+from pnode_dist.checkpointing.budget import CheckpointBudget, slot_bounds
 from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
@@ -82,7 +82,9 @@ def _prepared_with(
     if not table.implicit and (device := vec_device(layout.device)) != layout.vec_device:
         layout = replace(layout, vec_device=device)
     partition = settings.partition
-    trajectory = settings.trajectory or budget.DEFAULT
+    trajectory = budget.DEFAULT if settings.trajectory is None else settings.trajectory
+    if not isinstance(trajectory, CheckpointBudget):
+        raise ConfigurationError(f"trajectory = {trajectory!r}: must be a pnode_dist.Trajectory, or None")
     parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
     sizes = tuple(parameter.numel() for parameter in parameters.tensors)
     check_options(settings.options, table.family, control is not None)

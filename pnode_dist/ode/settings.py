@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from pnode_dist.ode.steppers.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, Error
 from pnode_dist.ode.time_grid import TimeGrid
 from pnode_dist.partition.protocol import Partition
 
-WITHOUT_ARGUMENT = ("grid", "rule", "callbacks")
+WITHOUT_ARGUMENT = ("grid", "rule", "callbacks", "compared")
 """The settings, the last ones, that are no arguments of `odeint`."""
 Times = torch.Tensor | Sequence[float]
 
@@ -28,7 +29,8 @@ class Settings:
     """The keyword arguments of `odeint`, see there, and settings without one.
 
     `grid` are the steps, in place of `step_size`. `rule` chooses the sizes of steps with error control, in place of
-    PETSc's `adaptor`. `callbacks` are called at each step.
+    PETSc's `adaptor`. `callbacks` are called at each step. `compared` are the names and values of further
+    settings of the caller, which must be equal on all ranks.
     """
 
     method: str | None
@@ -51,6 +53,7 @@ class Settings:
     grid: TimeGrid | None = None
     rule: StepRule | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
+    compared: tuple[tuple[str, Any], ...] = ()
 
     def control(self) -> ErrorControl | None:
         """Return the error control; None for steps of fixed size."""

@@ -15,6 +15,7 @@ from pnode_dist.checkpointing.plan import Plans, best
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.checkpointing.spill import SpillPool
 from pnode_dist.checkpointing.store import MemoryPool, SlotPool
+from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.recomputation.carried import KnownTensors
 from pnode_dist.ode.rhs.layout import StateLayout
@@ -35,7 +36,12 @@ from pnode_dist.petsc.objects import PetscObjects, destroy_left
 
 
 def communicator(partition: Partition | None) -> MPI.Comm:
-    """Return the communicator of the ranks that share a state: that of its partition, or this rank alone."""
+    """Return the communicator of the ranks that share a state: that of its partition, or this rank alone.
+
+    Raises `ConfigurationError` for anything but a partition.
+    """
+    if partition is not None and not isinstance(getattr(partition, "comm", None), MPI.Comm):
+        raise ConfigurationError(f"partition = {partition!r}: must be a partition of pnode_dist, or None")
     return MPI.COMM_SELF if partition is None else partition.comm
 
 

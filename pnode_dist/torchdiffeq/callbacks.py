@@ -13,9 +13,14 @@ _NAMES = ("callback_step", *_ATTEMPTS)
 
 
 def callbacks_of(func: Any, method: NamedMethod) -> StepCallbacks:
-    """Return func's callbacks. Raises `ConfigurationError` for those that a method with given steps never calls."""
+    """Return func's callbacks.
+
+    Raises `ConfigurationError` for anything but functions, and for those that a method with given steps never calls.
+    """
     step, accept, reject = found = [getattr(func, name, None) for name in _NAMES]
     for name, callback in zip(_NAMES, found, strict=True):
+        if callback is not None and not callable(callback):
+            raise ConfigurationError(f"func.{name} = {callback!r}: must be a function of t, y and the size of the step")
         if callback is not None and name in _ATTEMPTS and not method.adaptive:
             raise ConfigurationError(
                 f"func.{name}: method = {method.name!r} takes given steps, and accepts every one: define "

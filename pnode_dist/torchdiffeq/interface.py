@@ -7,16 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from pnode_dist.checkpointing.budget import CheckpointBudget
-from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.layout import State
-from pnode_dist.ode.rhs.parameters import find_parameters
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.torchdiffeq.callbacks import refuse_adjoint_callbacks
 from pnode_dist.torchdiffeq.solve import Call, solved
-from pnode_dist.torchdiffeq.unsupported import NO_EVENTS
 
 Function = Callable[..., Any]
 Tolerance = float | torch.Tensor | Iterable[float | torch.Tensor]
@@ -42,15 +37,15 @@ def odeint(
     adaptive `dopri5`. `options` are those of torchdiffeq for the method. Tensors that func computes with get the
     gradient of the steps taken.
 
+    Methods with given steps take those of `options` and do not use the tolerances.
+
     `partition` and `trajectory` are those of `pnode_dist.odeint`: y0 is this rank's part of the state, and checkpoints
     stay within a budget. Collective on the partition's communicator.
 
     Raises `ConfigurationError` for a method, an option, a callback or an event function that is not supported, with
     what to use instead; otherwise like `pnode_dist.odeint`.
     """
-    if event_fn is not None:
-        raise ConfigurationError(f"event_fn: {NO_EVENTS}")
-    return solved(Call(func, y0, t, rtol, atol, method, options, partition, trajectory))
+    return solved(Call(func, y0, t, rtol, atol, method, options, partition, trajectory, event_fn))
 
 
 def odeint_adjoint(
@@ -81,13 +76,6 @@ def odeint_adjoint(
     Raises `ConfigurationError` like `odeint`, for a func that is no module without `adjoint_params`, for
     `adjoint_params` that leave out a parameter of func, and for callbacks of the adjoint equation.
     """
-    if event_fn is not None:
-        raise ConfigurationError(f"event_fn: {NO_EVENTS}")
-    if adjoint_params is None and not isinstance(func, nn.Module):
-        raise ConfigurationError(
-            "func must be an instance of nn.Module, or adjoint_params must hold its parameters: () if it has none"
-        )
-    refuse_adjoint_callbacks(func)
     without_effect = {
         "adjoint_rtol": adjoint_rtol,
         "adjoint_atol": adjoint_atol,
@@ -102,18 +90,5 @@ def odeint_adjoint(
             UserWarning,
             stacklevel=2,
         )
-    params = None if adjoint_params is None else _checked_parameters(func, tuple(adjoint_params))
-    return solved(Call(func, y0, t, rtol, atol, method, options, partition, trajectory, params))
-
-
-def _checked_parameters(func: Function, params: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Return those tensors that require a gradient. Raises `ConfigurationError` if they leave out one of func's."""
-    named_here = {id(tensor) for tensor in params}
-    left_out = [tensor for tensor in find_parameters(func, ()) if id(tensor) not in named_here]
-    if left_out:
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in left_out)
-        raise ConfigurationError(
-            f"adjoint_params: leaves out {len(left_out)} tensors of func that require a gradient, of shapes {shapes}: "
-            "name them too, or call requires_grad_(False) on them"
-        )
-    return tuple(tensor for tensor in params if tensor.requires_grad)
+    call = Call(func, y0, t, rtol, atol, method, options, partition, trajectory, event_fn, True, adjoint_params)
+    return solved(call)

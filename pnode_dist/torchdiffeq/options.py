@@ -72,15 +72,15 @@ def adaptive_options(method: NamedMethod, given: Mapping[str, Any] | None) -> Ad
     if not numbers.get("max_step", math.inf) > 0:
         raise _wrong("max_step", numbers["max_step"], "positive")
     first = options.get("first_step")
-    most = int(_number("max_num_steps", options.get("max_num_steps", StepRule.max_num_steps)))
-    if most < 1:
-        raise _wrong("max_num_steps", most, "at least 1")
+    most = _number("max_num_steps", options.get("max_num_steps", StepRule.max_num_steps))
+    if not (most >= 1 and most.is_integer()):
+        raise _wrong("max_num_steps", options["max_num_steps"], "at least 1, and a whole number")
     if options.get("dtype", torch.float64) is not torch.float64:
         raise _wrong("dtype", options["dtype"], "torch.float64, the type of times and sizes of steps")
     norm = options.get("norm")
     if norm is not None and not callable(norm):
         raise _wrong("norm", norm, "a function of a state")
-    rule = StepRule(**numbers, max_num_steps=most, error_scale=method.error_scale, norm=norm)
+    rule = StepRule(**numbers, max_num_steps=int(most), error_scale=method.error_scale, norm=norm)
     step_t, jump_t = _times("step_t", options.get("step_t")), _times("jump_t", options.get("jump_t"))
     repeated = set(step_t) & set(jump_t)
     if repeated or len({*step_t, *jump_t}) < len(step_t) + len(jump_t):

@@ -68,7 +68,10 @@ def within(func: Callable[..., Any], piece: Piece) -> Callable[..., Any]:
     upper = most if bounded[most] else math.inf
 
     def inside(t: torch.Tensor, y: Any) -> Any:
-        low, high = torch.full_like(t.detach(), lower), torch.full_like(t.detach(), upper)
-        return func(t.clamp(torch.nextafter(low, high), torch.nextafter(high, low)), y)
+        value = t.detach()
+        low, high = torch.full_like(value, lower), torch.full_like(value, upper)
+        moved = value.clamp(torch.nextafter(low, high), torch.nextafter(high, low))
+        # The derivative with respect to t is that of func also where the time is moved.
+        return func(moved + (t - value), y)
 
     return inside

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
@@ -21,11 +21,13 @@ from pnode_dist.ode.settings import Settings
 from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.time_grid import TimeGrid, output_times
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.torchdiffeq.callbacks import callbacks_of
+from pnode_dist.torchdiffeq.adjoint import adjoint_parameters
+from pnode_dist.torchdiffeq.callbacks import callbacks_of, refuse_adjoint_callbacks
 from pnode_dist.torchdiffeq.grids import Brackets, brackets, outputs_at
 from pnode_dist.torchdiffeq.methods import named
 from pnode_dist.torchdiffeq.options import AdaptiveOptions, FixedOptions, adaptive_options, fixed_options
 from pnode_dist.torchdiffeq.pieces import Piece, pieces, within
+from pnode_dist.torchdiffeq.unsupported import NO_EVENTS
 
 # The solvers of a function are reused at its next call, and are freed with the function.
 _SOLVERS: WeakKeyDictionary[Any, tuple[KeptSolvers, KeptSolvers]] = WeakKeyDictionary()
@@ -33,7 +35,7 @@ _SOLVERS: WeakKeyDictionary[Any, tuple[KeptSolvers, KeptSolvers]] = WeakKeyDicti
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a call. `params` are tensors that get a gradient besides those found in `func`."""
+    """The arguments of a call, not yet checked. `is_adjoint`: the call is one of `odeint_adjoint`."""
 
     func: Callable[..., Any]
     y0: State
@@ -44,7 +46,9 @@ class Call:
     options: Mapping[str, Any] | None
     partition: Partition | None
     trajectory: CheckpointBudget | None
-    params: tuple[torch.Tensor, ...] | None = None
+    event_fn: Any = None
+    is_adjoint: bool = False
+    adjoint_params: Any = None
 
 
 @outside_graphs
@@ -61,17 +65,26 @@ def solved(call: Call) -> State:
 
 def _checked(call: Call) -> Callable[[], State]:
     """Return the function that solves. Raises `ConfigurationError` for a wrong argument."""
+    if call.event_fn is not None:
+        raise ConfigurationError(f"event_fn: {NO_EVENTS}")
+    params = None
+    if call.is_adjoint:
+        params = adjoint_parameters(call.func, call.adjoint_params)
+        refuse_adjoint_callbacks(call.func)
     method = named(call.method)
     if not isinstance(call.t, torch.Tensor) or not call.t.is_floating_point():
         kind = call.t.dtype if isinstance(call.t, torch.Tensor) else type(call.t).__name__
         raise ConfigurationError(f"t must be a one-dimensional floating-point tensor, got {kind}")
     output_times(call.t)
-    settings = Settings(method.native, None, None, None, "basic", call.partition, call.trajectory, call.params, None)
+    settings = Settings(method.native, None, None, None, "basic", call.partition, call.trajectory, params, None)
     settings = replace(settings, callbacks=callbacks_of(call.func, method))
     if method.adaptive:
         adaptive = adaptive_options(method, call.options)
         return partial(_with_error_control, call, _controlled(call, settings, adaptive), pieces(call.t, adaptive))
+    _tolerances(call)
     options = fixed_options(method, call.options)
+    # They decide on the number of solves, and on evaluations of func after a solve.
+    settings = replace(settings, compared=(("interp", options.interp), ("perturb", options.perturb)))
     return partial(_with_given_steps, call, settings, brackets(call.func, call.y0, call.t, options), options)
 
 
@@ -101,7 +114,7 @@ def _controlled(call: Call, settings: Settings, options: AdaptiveOptions) -> Set
         raise ConfigurationError(
             "options: 'norm': a function of this rank's part alone cannot be the norm of a whole state"
         )
-    rtol, atol = (_tolerance(name, getattr(call, name), call.y0) for name in ("rtol", "atol"))
+    rtol, atol = _tolerances(call)
     if isinstance(rtol, float) and isinstance(atol, float) and rtol == atol == 0:
         raise ConfigurationError("rtol = 0.0, atol = 0.0: one of them must be positive")
     first = None if options.first_step is None else options.rule.limited(options.first_step)
@@ -151,6 +164,10 @@ def _row(states: State, rows: int | list[int]) -> State:
     return states[rows] if isinstance(states, torch.Tensor) else tuple(part[rows] for part in states)
 
 
+def _tolerances(call: Call) -> tuple[Any, Any]:
+    return _tolerance("rtol", call.rtol, call.y0), _tolerance("atol", call.atol, call.y0)
+
+
 def _tolerance(name: str, given: Any, y0: State) -> Any:
     """Return a tolerance as a number, a tensor, or a tuple of one for each part of the state."""
     if isinstance(given, torch.Tensor):
@@ -160,11 +177,14 @@ def _tolerance(name: str, given: Any, y0: State) -> Any:
             return given.item() if given.dim() == 0 else given
     if isinstance(given, int | float):
         return float(given)
-    if isinstance(y0, torch.Tensor):
-        return torch.as_tensor(given)
-    if not isinstance(given, Iterable):
-        raise ConfigurationError(f"{name} = {given!r}: must be a number, a tensor, or one for each part of y0")
-    parts = [torch.as_tensor(part) for part in given]
+    try:
+        if isinstance(y0, torch.Tensor):
+            return torch.as_tensor(given)
+        parts = [torch.as_tensor(part) for part in given]
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigurationError(
+            f"{name} = {given!r}: must be a number, a tensor, or one for each part of y0"
+        ) from None
     if len(parts) != len(y0):
         raise ConfigurationError(f"{name}: {len(parts)} tolerances for a state of {len(y0)} parts")
     # torchdiffeq takes a flat tensor with an entry for each of the part.

@@ -7,7 +7,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from pnode_dist import BatchPartition, ConfigurationError, Mesh
+from pnode_dist import BatchPartition, ConfigurationError, DisagreementError, Mesh
 from pnode_dist.exchange import global_sum
 from pnode_dist.torchdiffeq import odeint_adjoint
 from tests.oracles.right_hand_sides import distance, random
@@ -60,7 +60,15 @@ def test_states_steps_and_gradients_are_those_of_the_whole_state(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"method": "dopri6"}, "method = 'dopri6'"), ({"options": {"safety": 2}}, "safety = 2.0"), ({"rtol": -1}, "rtol")],
+    [
+        ({"method": "dopri6"}, "method = 'dopri6'"),
+        ({"options": {"safety": 2}}, "safety = 2.0"),
+        ({"rtol": -1}, "rtol"),
+        ({"event_fn": len}, "event_fn: events are not supported yet"),
+        ({"adjoint_params": ()}, "adjoint_params: leaves out 1 tensors"),
+        ({"adjoint_params": 3}, "adjoint_params: must be a sequence of tensors"),
+        ({"trajectory": 3}, "trajectory = 3: must be a pnode_dist.Trajectory"),
+    ],
 )
 def test_a_wrong_argument_on_one_rank_is_an_error_on_all(
     arguments: dict[str, object], message: str, mesh: Mesh
@@ -71,6 +79,25 @@ def test_a_wrong_argument_on_one_rank_is_an_error_on_all(
     with pytest.raises(ConfigurationError, match=message):
         odeint_adjoint(func, start, TIMES, partition=partition, **given)
     assert torch.isfinite(odeint_adjoint(func, start, TIMES, partition=partition)).all()
+
+
+@pytest.mark.parametrize(("name", "value", "other"), [("interp", "cubic", "linear"), ("perturb", True, False)])
+def test_an_option_that_differs_between_ranks_is_an_error_on_all(
+    name: str, value: object, other: object, mesh: Mesh
+) -> None:
+    partition, func = BatchPartition(mesh, mesh.size, (3,)), Coupled(mesh.size, mesh.state_comm)
+    start = partition.scatter(random(mesh.size, 3))
+
+    def solve(chosen: object) -> torch.Tensor:
+        options = {"step_size": 0.25, name: chosen}
+        return odeint_adjoint(func, start, TIMES, method="rk4", options=options, partition=partition)
+
+    if mesh.size > 1:
+        with pytest.raises(
+            DisagreementError, match=f"the ranks differ in (.* and in )?{name}: rank 0: {value}; rank 1: {other}"
+        ):
+            solve(value if mesh.rank == 0 else other)
+    assert torch.isfinite(solve(value)).all()
 
 
 def test_a_norm_of_one_rank_s_part_is_refused_on_several_ranks(mesh: Mesh) -> None:

@@ -61,7 +61,9 @@ def distance(found: Any, wanted: Any) -> float:
         error = float((found.detach() - wanted.detach()).abs().max())
         scale = float(wanted.detach().abs().max())
         return error / scale if scale > 0 else error
-    return max(distance(f, w) for f, w in zip(found, wanted, strict=True))
+    # Python's maximum would lose a NaN.
+    parts = [distance(f, w) for f, w in zip(found, wanted, strict=True)]
+    return float(torch.tensor(parts, dtype=torch.float64).max())
 
 
 def identical(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> bool:

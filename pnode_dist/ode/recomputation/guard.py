@@ -92,10 +92,11 @@ class Guard:
 
         Raises `RecomputationError` on all ranks alike.
         """
-        worst = np.array([self.worst if self.where else 0.0])
+        # Not the size of the difference: it may be NaN, whose maximum depends on the rank.
+        differs = np.array([1.0 if self.where else 0.0])
         if self._comm.size > 1:
-            self._comm.Allreduce(MPI.IN_PLACE, worst, MPI.MAX)
-        if worst[0] == 0.0:
+            self._comm.Allreduce(MPI.IN_PLACE, differs, MPI.MAX)
+        if differs[0] == 0.0:
             return
         found = self._comm.allgather((self.where, self.worst, self._reasons()))
         rank = next(rank for rank, (where, _, _) in enumerate(found) if where)

@@ -1,7 +1,8 @@
 """The parameters of a right-hand side: the tensors that it depends on besides the state.
 
-Modules name their parameters. A plain function is searched: its closure, defaults, bound object, partial arguments and
-the globals it reads, through containers and nested functions. A check of the autograd graph of an evaluation detects
+Modules name their parameters. Leaves among their other attributes, and in lists there, are found too. A plain function
+is searched: its closure, defaults, the attributes of its bound object, partial arguments and the globals it reads,
+through containers and nested functions. A check of the autograd graph of an evaluation detects
 parameters that the search has missed, so that none is left out silently.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -19,6 +20,9 @@ from torch import nn
 
 from pnode_dist.ode.rhs.split import SplitFunction
 
+HOW_TO_NAME_IT = "name it with params=(...), or with adjoint_params=(...) of pnode_dist.torchdiffeq.odeint_adjoint"
+_CONTAINERS = (dict, list, tuple)
+Edge = tuple[Any, int]
 _OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType)
 
 
@@ -33,7 +37,7 @@ def find_parameters(
     """
     found: dict[int, torch.Tensor] = {}
     for thing in _search([func, *args]):
-        for tensor in held_tensors(thing) if isinstance(thing, nn.Module) else (thing,):
+        for tensor in (*held_tensors(thing), *_unregistered(thing)) if isinstance(thing, nn.Module) else (thing,):
             if wanted(tensor):
                 found.setdefault(id(tensor), tensor)
     return tuple(found.values())
@@ -44,6 +48,17 @@ def held_tensors(module: nn.Module) -> list[torch.Tensor]:
 
     `parameters()` and `buffers()` build a name for each, and take ten times as long.
     """
+    modules = _modules_in(module)
+    held: list[torch.Tensor | None] = []
+    for inside in modules:
+        held += inside._parameters.values()
+    for inside in modules:
+        held += inside._buffers.values()
+    return [tensor for tensor in held if tensor is not None]
+
+
+def _modules_in(module: nn.Module) -> list[nn.Module]:
+    """Return a module and its submodules, each once."""
     modules: dict[int, nn.Module] = {}
     pending = [module]
     while pending:
@@ -51,12 +66,7 @@ def held_tensors(module: nn.Module) -> list[torch.Tensor]:
         if id(inside) not in modules:
             modules[id(inside)] = inside
             pending.extend(child for child in reversed(inside._modules.values()) if child is not None)
-    held: list[torch.Tensor | None] = []
-    for inside in modules.values():
-        held += inside._parameters.values()
-    for inside in modules.values():
-        held += inside._buffers.values()
-    return [tensor for tensor in held if tensor is not None]
+    return list(modules.values())
 
 
 def find_modules(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[nn.Module, ...]:
@@ -83,6 +93,28 @@ def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor | nn.Module]:
             pending.extend(reversed(list(_inside(thing))))
 
 
+def _unregistered(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the leaves that are plain attributes of a module or of its submodules, or that a list there holds.
+
+    An intermediate result there can be left over from an earlier evaluation, whose graph is freed.
+    """
+    for inside in _modules_in(module):
+        for name, value in vars(inside).items():
+            if isinstance(value, torch.Tensor):
+                yield from _leaves((value,))
+            # Private containers are those of torch: its hooks, and what it has registered.
+            elif value and type(value) in _CONTAINERS and not name.startswith("_"):
+                yield from _leaves(value.values() if isinstance(value, dict) else value)
+
+
+def _leaves(things: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for thing in things:
+        if isinstance(thing, nn.Module):
+            yield from held_tensors(thing)
+        elif isinstance(thing, torch.Tensor) and thing.is_leaf:
+            yield thing
+
+
 def _inside(thing: Any) -> Iterator[Any]:
     if isinstance(thing, dict):
         yield from thing.values()
@@ -92,6 +124,10 @@ def _inside(thing: Any) -> Iterator[Any]:
         yield from (thing.func, thing.args, thing.keywords)
     elif isinstance(thing, types.MethodType):
         yield from (thing.__self__, thing.__func__)
+        code = getattr(thing.__func__, "__code__", None)
+        attributes = getattr(thing.__self__, "__dict__", {})
+        if code is not None and not isinstance(thing.__self__, nn.Module):
+            yield from (attributes[name] for name in code.co_names if name in attributes)
     elif isinstance(thing, types.FunctionType):
         for cell in thing.__closure__ or ():
             try:
@@ -126,24 +162,16 @@ def independent(tensors: Iterable[torch.Tensor]) -> Parameters:
 
     Otherwise the path through such a result would count twice: for the result and for its origin.
     """
-    tensors = tuple(tensors)
-    if all(tensor.grad_fn is None for tensor in tensors):
-        return Parameters(tuple({id(tensor): tensor for tensor in tensors}.values()), shares_graph=False)
-    leaves = {id(tensor): tensor for tensor in tensors if tensor.grad_fn is None}
-    results = {tensor.grad_fn: tensor for tensor in tensors if tensor.grad_fn is not None}
-    kept = dict(leaves)
-    shares_graph = False
-    for node, tensor in results.items():
-        origins, through = _upstream(node)
-        if through & results.keys() - {node} or origins.keys() & leaves.keys():
-            kept.update(origins)
-            shares_graph = True
-        else:
-            kept[id(tensor)] = tensor
-    if shares_graph:
-        # The new leaves may be origins of results that were kept so far.
-        return Parameters(tuple(_leaves_of(tensors).values()), shares_graph=True)
-    return Parameters(tuple(kept[id(tensor)] for tensor in tensors), shares_graph=False)
+    tensors = tuple({id(tensor): tensor for tensor in tensors}.values())
+    results = [tensor for tensor in tensors if tensor.grad_fn is not None]
+    leaves = {id(tensor) for tensor in tensors if tensor.grad_fn is None}
+    # Several results may be outputs of one node, such as the parts that `chunk` returns.
+    nodes = {result.grad_fn for result in results}
+    for result in results:
+        origins, through = _upstream(result.grad_fn)
+        if through & nodes - {result.grad_fn} or origins.keys() & leaves:
+            return Parameters(tuple(_leaves_of(tensors).values()), shares_graph=True)
+    return Parameters(tensors, shares_graph=False)
 
 
 def _leaves_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -156,21 +184,25 @@ def _leaves_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
 def _upstream(start: Any) -> tuple[dict[int, torch.Tensor], set[Any]]:
     """Return the leaf tensors that a node of the autograd graph depends on, and the nodes in between."""
     seen: set[Any] = set()
-    leaves = {id(leaf): leaf for leaf in _leaves_above([start], seen)}
+    leaves = {id(leaf): leaf for leaf in _leaves_above([(start, 0)], frozenset(), seen)}
     return leaves, seen
 
 
-def _leaves_above(starts: Iterable[Any], seen: set[Any]) -> Iterator[torch.Tensor]:
-    """Yield the leaves of the autograd graph above `starts`. Stops at nodes in `seen`, and adds those visited."""
+def _leaves_above(starts: Iterable[Edge], boundary: Set[Edge], seen: set[Any]) -> Iterator[torch.Tensor]:
+    """Yield the leaves of the autograd graph above `starts`: nodes with the number of one of their outputs.
+
+    Stops at outputs in `boundary` and at nodes in `seen`, and adds the nodes visited to `seen`.
+    """
     pending = list(starts)
     while pending:
-        node = pending.pop()
-        if node in seen:
+        edge = pending.pop()
+        node = edge[0]
+        if node in seen or edge in boundary:
             continue
         seen.add(node)
         parents = node.next_functions
         if parents:
-            pending.extend([parent for parent, _ in parents if parent is not None and parent not in seen])
+            pending.extend([parent for parent in parents if parent[0] is not None and parent[0] not in seen])
         else:
             leaf = getattr(node, "variable", None)
             if leaf is not None:
@@ -184,13 +216,13 @@ def completeness_check(parameters: Parameters) -> Callable[[Sequence[torch.Tenso
     search has missed.
     """
     known = {id(tensor) for tensor in parameters.tensors}
-    boundary = {tensor.grad_fn for tensor in parameters.tensors if tensor.grad_fn is not None}
+    boundary = {(tensor.grad_fn, tensor.output_nr) for tensor in parameters.tensors if tensor.grad_fn is not None}
 
     def check(outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         expected = known.union(id(tensor) for tensor in inputs)
-        nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+        edges = [(output.grad_fn, output.output_nr) for output in outputs if output.grad_fn is not None]
         direct = [output for output in outputs if output.grad_fn is None and output.requires_grad]
-        for leaf in (*direct, *_leaves_above(nodes, set(boundary))):
+        for leaf in (*direct, *_leaves_above(edges, boundary, set())):
             if id(leaf) not in expected:
                 _refuse(leaf)
 
@@ -200,5 +232,5 @@ def completeness_check(parameters: Parameters) -> Callable[[Sequence[torch.Tenso
 def _refuse(leaf: torch.Tensor) -> None:
     raise ValueError(
         f"func depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and was not found among its "
-        "parameters: name it with params=(...)"
+        f"parameters: {HOW_TO_NAME_IT}"
     )

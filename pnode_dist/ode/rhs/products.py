@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.rhs.parameters import HOW_TO_NAME_IT
 from pnode_dist.petsc import log
 from pnode_dist.system.torch_internals import gradients
 
@@ -103,7 +104,7 @@ def pull_back(
             raise
         raise ValueError(
             "func depends on an intermediate result that was computed before the solve and was not found among its "
-            "parameters: name it with params=(...)"
+            f"parameters: {HOW_TO_NAME_IT}"
         ) from None
     finally:
         bound.in_backward = False

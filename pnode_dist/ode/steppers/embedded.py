@@ -149,10 +149,18 @@ class EmbeddedAttempts:
         stepper = self._stepper
         ratios = [value / scale for value, scale in zip(values, scales, strict=True)]
         if self._rule.norm is not None:
-            return abs(float(self._rule.norm(stepper.layout.as_state(ratios))))
-        if stepper.comm.size == 1:
-            return max(math.sqrt(ratio.square().sum().item() / max(ratio.numel(), 1)) for ratio in ratios)
+            return _number(self._rule.norm(stepper.layout.as_state(ratios)))
         sums = np.array([(ratio.square().sum().item(), ratio.numel()) for ratio in ratios])
-        stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
-        # NumPy's maximum is NaN if an entry is.
+        if stepper.comm.size > 1:
+            stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
+        # NumPy's maximum is NaN if any entry is; Python's is not.
         return float(np.sqrt(sums[:, 0] / np.maximum(sums[:, 1], 1)).max())
+
+
+def _number(norm: Any) -> float:
+    """Return the result of the caller's norm as a number."""
+    try:
+        return abs(float(norm))
+    except (TypeError, ValueError, RuntimeError):
+        found = f"a tensor of shape {tuple(norm.shape)}" if isinstance(norm, torch.Tensor) else type(norm).__name__
+        raise ConfigurationError(f"options: norm returned {found}: must return a number") from None

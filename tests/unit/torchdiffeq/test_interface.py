@@ -16,6 +16,7 @@ from torch import nn
 
 from pnode_dist import ConfigurationError, Trajectory
 from pnode_dist import torchdiffeq as here
+from pnode_dist.errors import StepSizeError
 from pnode_dist.torchdiffeq import odeint, odeint_adjoint
 from tests.oracles.right_hand_sides import Network, distance, gradients, identical, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
@@ -34,6 +35,12 @@ class GivenSteps(Network):
 
     def callback_step(self, t: torch.Tensor, y: torch.Tensor, h: torch.Tensor) -> None:
         self.taken.append((t.item(), y.detach().clone(), h.item()))
+
+
+class Uncallable(Network):
+    """`Network` with a callback that is no function."""
+
+    callback_step = 3
 
 
 @pytest.mark.parametrize("name", ["odeint", "odeint_adjoint"])
@@ -144,6 +151,15 @@ def test_a_tuple_state_and_its_tolerances_are_those_of_torchdiffeq(tolerances: d
         assert distance(part, exact) < 1e-6
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_part_of_a_tuple_that_becomes_nan_is_an_error_wherever_it_is(bad: int) -> None:
+    def func(t: torch.Tensor, y: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.log(0.5 - t) * part if number == bad else -part for number, part in enumerate(y))
+
+    with pytest.raises(StepSizeError, match=r"its size fell to .* infinite there$"):
+        odeint(func, (U0, U0), TIMES)
+
+
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
 def test_a_tuple_state_is_interpolated_part_by_part(interp: str) -> None:
     pair, start = Pair(), (U0, torch.tensor(0.5, dtype=torch.float64))
@@ -234,6 +250,14 @@ def test_one_time_returns_the_initial_state() -> None:
         ({"y0": ()}, "u0 must be a tensor or a tuple of tensors"),
         ({"y0": 1.0}, "u0 must be a tensor or a tuple of tensors"),
         ({"y0": (U0, U0), "rtol": None}, "rtol = None: must be a number"),
+        ({"rtol": None}, "rtol = None: must be a number, a tensor, or one for each part of y0"),
+        ({"atol": "small", "method": "rk4"}, "atol = 'small': must be a number"),
+        ({"y0": (U0, U0), "atol": (1e-3, "small")}, r"atol = \(0.001, 'small'\): must be a number"),
+        ({"partition": 3}, "partition = 3: must be a partition of pnode_dist, or None"),
+        ({"trajectory": "graph"}, "trajectory = 'graph': must be a pnode_dist.Trajectory, or None"),
+        ({"options": {"norm": lambda y: y}}, r"norm returned a tensor of shape \(2, 3\): must return a number"),
+        ({"options": {"norm": lambda y: None}}, "norm returned NoneType: must return a number"),
+        ({"func": Uncallable()}, "func.callback_step = 3: must be a function of t, y and the size of the step"),
         ({"event_fn": lambda t, y: y.sum()}, "event_fn: events are not supported yet"),
     ],
 )
@@ -281,6 +305,20 @@ def test_a_function_names_its_parameters_by_adjoint_params() -> None:
         odeint_adjoint(function, U0, TIMES, adjoint_params=())
     network.outer.requires_grad_(False)
     assert odeint_adjoint(network, U0, TIMES, adjoint_params=parameters).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("params", "got"),
+    [
+        (3, "got int"),
+        (torch.ones(2), "got Tensor"),
+        (["w"], "got an entry of type str"),
+        (Network().named_parameters(), "got an entry of type tuple"),
+    ],
+)
+def test_adjoint_params_that_are_no_tensors_are_refused(params: Any, got: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"adjoint_params: must be a sequence of tensors, .*, {got}$"):
+        odeint_adjoint(Network(), U0, TIMES, adjoint_params=params)
 
 
 def test_callbacks_that_nothing_would_call_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,13 +47,13 @@ def test_an_option_leads_to_the_steps_of_torchdiffeq(options: dict[str, Any], de
         # From the last such time on, to see the steps before it alone.
         t = torch.tensor([1.4, 0.0] if decreasing else [0.0, 1.4], dtype=torch.float64)
     ours, theirs, plain = Recorded(), Recorded(), Recorded()
-    odeint(ours, U0, t, method="dopri5", options=options)
-    torchdiffeq.odeint(theirs, U0, t, method="dopri5", options=options)
+    found = odeint(ours, U0, t, method="dopri5", options=options)
+    exact = torchdiffeq.odeint(theirs, U0, t, method="dopri5", options=options)
     odeint(plain, U0, t)
     if "step_t" in options:
         assert {0.61, 1.3} <= {time for time, _ in ours.accepted}
         assert not {0.61, 1.3} & {time for time, _ in plain.accepted}
-        assert distance(ours.states[-1], theirs.states[-1]) < 1
+        assert distance(found[-1], exact[-1]) < 1e-6
         return
     taken, wanted, without = (
         [h for time, h in f.taken if abs(time - t[0].item()) < until] for f in (ours, theirs, plain)
@@ -125,6 +126,29 @@ def test_perturbed_steps_and_their_gradients_are_those_of_torchdiffeq(method: st
     assert {0.7, 1.3}.isdisjoint(ours.times)
 
 
+def wave(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.cos(3 * t) * y
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_the_gradient_in_t_of_perturbed_steps_is_that_of_torchdiffeq(method: str) -> None:
+    found, wanted = (torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for solver, t in ((odeint, found), (torchdiffeq.odeint, wanted)):
+        y = solver(wave, torch.ones(1, dtype=torch.float64), t, method=method, options={"perturb": True})
+        y[-1].sum().backward()
+    assert distance(found.grad, wanted.grad) < 1e-12
+
+
+def test_a_jump_at_a_time_of_t_keeps_the_gradient_in_t() -> None:
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    options = {"jump_t": torch.tensor([0.5], dtype=torch.float64)}
+    odeint(wave, torch.ones(1, dtype=torch.float64), t, rtol=1e-9, atol=1e-11, options=options)[-1].sum().backward()
+    # The exact solution is exp((sin(3 t) - sin(3 t[0])) / 3).
+    growth = torch.exp(torch.sin(torch.tensor(3.0, dtype=torch.float64)) / 3)
+    exact = growth * torch.stack([-torch.cos(3 * t[0]), 0 * t[1], torch.cos(3 * t[2])]).detach()
+    assert distance(t.grad, exact) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -141,6 +165,8 @@ def test_perturbed_steps_and_their_gradients_are_those_of_torchdiffeq(method: st
         ("dopri5", {"max_step": 0.0}, "max_step = 0.0: must be positive"),
         ("dopri5", {"first_step": -0.1}, "first_step = -0.1: must be positive"),
         ("dopri5", {"max_num_steps": 0}, "max_num_steps = 0: must be at least 1"),
+        ("dopri5", {"max_num_steps": math.inf}, "max_num_steps = inf: must be at least 1, and a whole number"),
+        ("dopri5", {"max_num_steps": 2.5}, "max_num_steps = 2.5: must be at least 1, and a whole number"),
         ("dopri5", {"norm": "rms"}, "norm = 'rms': must be a function"),
         ("dopri5", {"step_t": 0.3}, "step_t = 0.3: must be a one-dimensional tensor"),
         ("dopri5", {"step_t": [0.3], "jump_t": [0.3]}, "a time is repeated"),
