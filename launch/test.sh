@@ -13,8 +13,8 @@
 #
 # --ranks NUMBERS  the numbers of ranks that tests marked mpi run at
 # --no-lint        without ruff, mypy and lint-imports
-# --every-case     Of a test with several cases, every second one runs at 3 ranks and every fourth at 4 ranks, unless this
-#                  is given. All of them run at 1 rank and 2. With arguments for pytest, too, all of them run at all of these
+# --every-case     Of a test with many cases up to four run, two of them at 3 ranks and one at 4 ranks, unless this is given.
+#                  With it, and with arguments for pytest, all of them run at every number of ranks
 # --image          also build the image of docker/Dockerfile, and check a gradient in it
 # Arguments for pytest begin with a path, or stand after --; they select tests in place of the tier's parts. Tests that are
 # left out are counted at the end of each part.
@@ -72,7 +72,11 @@ fi
 core=(tests/unit/ode tests/unit/checkpointing tests/unit/partition tests/unit/nn)
 core_at_ranks=(tests/mpi/test_{adaptive,conv,exchange,graph,implicit,linear,odeint,partition,sync,trajectory}.py)
 tiers=()
-[ "$tier" = normal ] || tiers=("--$tier")
+if [ "$tier" != normal ]; then
+    tiers=("--$tier")
+elif [ "$every_case$selection" = nono ]; then
+    tiers=(--some-cases)
+fi
 if [ "$tier" = nightly ]; then
     every_case=yes
     # How many impure right-hand sides tests/mpi/test_recomputation.py draws.

@@ -1,9 +1,9 @@
 """Which tests run when, and what each of them costs.
 
 All run but those marked `nightly`, unless these are asked for: by `--nightly`, by a mark expression that names the mark
-(`-m nightly`), or by node id (`test_x.py::test_that_is_long`). With `--quick` neither do those run that are marked
-`slow` or start ranks of their own, and of a test with many cases three: the first, the last and one between. What is
-left out is counted at the end.
+(`-m nightly`), or by node id (`test_x.py::test_that_is_long`). With `--some-cases` of a test with many cases four run:
+the first, the last and two between. With `--quick` three run, and neither do those that are marked `slow` or start
+ranks of their own. What is left out is counted at the end.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def at_night(cases: Iterable[Any], but: Collection[Any]) -> list[Any]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--nightly", action="store_true", help="also run the tests marked nightly")
+    parser.addoption("--some-cases", action="store_true", help="run up to four cases of each test")
     parser.addoption("--quick", action="store_true", help="run up to three cases of each test that is not slow")
     parser.addoption(
         "--processor-times",
@@ -43,8 +44,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--nightly") and "nightly" not in config.getoption("markexpr"):
         long = [item for item in items if "nightly" in item.keywords and not _is_one_of(item, named)]
         leave_out(config, items, long, "nightly tests, which --nightly runs")
+    if config.getoption("--some-cases"):
+        some = {item for cases in cases_by_test(items) for item in spread(cases, 4)}
+        rest = [item for item in items if item not in some and not _is_one_of(item, named)]
+        leave_out(config, items, rest, "further cases, which run without --some-cases")
     if config.getoption("--quick"):
-        quick = {item for cases in cases_by_test(items) for item in (cases[0], cases[len(cases) // 2], cases[-1])}
+        quick = {item for cases in cases_by_test(items) for item in spread(cases, 3)}
         rest = [item for item in items if (item not in quick or _is_slow(item)) and not _is_one_of(item, named)]
         leave_out(config, items, rest, "slow tests and further cases, which run without --quick")
 
@@ -64,6 +69,13 @@ def cases_by_test(items: list[pytest.Item]) -> list[list[pytest.Item]]:
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     return list(tests.values())
+
+
+def spread(cases: list[pytest.Item], most: int) -> list[pytest.Item]:
+    """Up to `most` of the cases: the first, the last, and those at equal distances between."""
+    if len(cases) <= most:
+        return cases
+    return [cases[round(number * (len(cases) - 1) / (most - 1))] for number in range(most)]
 
 
 def _is_slow(item: pytest.Item) -> bool:

@@ -379,7 +379,7 @@ def parts_of(directory: Path, *arguments: str) -> tuple[int, list[str], str]:
 
 def test_the_tiers_run_what_they_say(tmp_path: Path) -> None:
     lint = ["lint-imports --no-logo", "mypy", "ruff check .", "ruff format --check ."]
-    slurm = "python -m pytest -m cluster and not image tests/cluster"
+    slurm = "python -m pytest --some-cases -m cluster and not image tests/cluster"
 
     def ran(name: str, *arguments: str) -> list[str]:
         code, programs, said = parts_of(tmp_path / name, *arguments)
@@ -393,10 +393,13 @@ def test_the_tiers_run_what_they_say(tmp_path: Path) -> None:
     two, alone = ran("quick", "--quick")
     assert two.startswith("-n 2 python tests/mpi/run_rank.py --quick tests/mpi/test_adaptive.py ")
     assert alone.startswith("python -m pytest --quick -m not cluster --with-mpi ... tests/unit/ode ")
-    several = [f"-n {ranks} python tests/mpi/run_rank.py --alternate-cases tests/mpi" for ranks in (3, 4)]
-    normal = ["-n 2 python tests/mpi/run_rank.py", *several, "python -m pytest -m not cluster --with-mpi ..."]
+    several = [f"-n {ranks} python tests/mpi/run_rank.py --some-cases --alternate-cases tests/mpi" for ranks in (3, 4)]
+    normal = ["-n 2 python tests/mpi/run_rank.py --some-cases", *several]
+    normal.append("python -m pytest --some-cases -m not cluster --with-mpi ...")
     assert ran("normal") == sorted([*normal, slurm])
-    image = "python -m pytest -m cluster tests/cluster/test_image.py::test_two_ranks_in_it_check_the_gradient"
+    image = (
+        "python -m pytest --some-cases -m cluster tests/cluster/test_image.py::test_two_ranks_in_it_check_the_gradient"
+    )
     assert ran("image", "--image") == sorted([*normal, slurm, image])
     assert ran("night", "--nightly") == sorted(
         [

@@ -74,6 +74,12 @@ def test_what_is_left_out_is_counted_where_processes_share_the_tests_too(tmp_pat
     assert "left out: 2 nightly tests, which --nightly runs\n" in said
 
 
+def test_some_cases_are_four_of_each_test_at_equal_distances(tmp_path: Path) -> None:
+    found, said = run(tmp_path, "--some-cases")
+    assert found == NORMAL - {CASES[2]}
+    assert "left out: 1 further cases, which run without --some-cases\n" in said
+
+
 def test_the_quick_tier_takes_three_cases_of_each_test_that_is_not_slow(tmp_path: Path) -> None:
     found, said = run(tmp_path, "--quick")
     assert found == {CASES[0], CASES[2], CASES[4], "test_with_one_case_at_night[0]"}
