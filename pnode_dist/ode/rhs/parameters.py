@@ -103,8 +103,11 @@ def _unregistered(module: nn.Module) -> Iterator[torch.Tensor]:
             if isinstance(value, torch.Tensor):
                 yield from _leaves((value,))
             # Private containers are those of torch: its hooks, and what it has registered.
-            elif value and type(value) in _CONTAINERS and not name.startswith("_"):
-                yield from _leaves(value.values() if isinstance(value, dict) else value)
+            elif type(value) in _CONTAINERS and value and not name.startswith("_"):
+                things = value.values() if isinstance(value, dict) else value
+                # A list of other things, such as samples, may be long.
+                if isinstance(next(iter(things)), torch.Tensor | nn.Module):
+                    yield from _leaves(things)
 
 
 def _leaves(things: Iterable[Any]) -> Iterator[torch.Tensor]:

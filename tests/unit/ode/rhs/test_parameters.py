@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchdiffeq
@@ -115,6 +116,15 @@ class Bounded(nn.Module):
 
     def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return -self.bounded * u + self.w * t
+
+
+def test_other_attributes_of_modules_are_left_alone() -> None:
+    layer = torch.nn.Linear(2, 2, dtype=torch.float64)
+    for name, value in {"array": np.ones(3), "empty": [], "numbers": [1.0, 2.0], "names": {"a": "b"}}.items():
+        setattr(layer, name, value)
+    start = torch.ones(2, dtype=torch.float64)
+    odeint(lambda t, u: layer(u), start, TIMES, method="rk4").sum().backward()
+    assert layer.weight.grad is not None
 
 
 def test_a_result_that_a_module_holds_is_asked_for_and_right_when_named() -> None:
