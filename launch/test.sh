@@ -3,7 +3,7 @@
 #
 #   launch/test.sh --quick    at each edit, about 2 minutes: ruff, mypy, lint-imports, and the core (steps and their adjoints,
 #                             checkpoints, partitions and exchanges) at 1 rank and at 2, of each test up to 3 cases
-#   launch/test.sh            before a change is handed in, about 14 minutes on two cores: ruff, mypy, lint-imports, and all
+#   launch/test.sh            before a change is handed in, about 16 minutes on two cores: ruff, mypy, lint-imports, and all
 #                             tests but those marked nightly, at 1, 2, 3 and 4 ranks and on a Slurm of two nodes
 #   launch/test.sh --nightly  everything: every case at every number of ranks, long tests, and the image, in which the tests
 #                             run as well
