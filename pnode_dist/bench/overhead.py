@@ -20,6 +20,7 @@ from torch import nn
 
 from pnode_dist.bench.gradient import Case, RightHandSide
 from pnode_dist.bench.report import Check, Report, Row
+from pnode_dist.bench.torchode_classical import classical
 from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.odeint import NeuralODE
@@ -135,25 +136,11 @@ def _times(steps: int) -> torch.Tensor:
 
 
 def _torchode(subject: Subject) -> Callable[[int], torch.Tensor]:
-    """Define the classical method for torchode's Runge-Kutta steps. torchode does not include it."""
+    """Return the solve of torchode by the classical method."""
     import torchode
-    from torchode.interpolation import ThirdOrderPolynomialInterpolation
-    from torchode.single_step_methods.runge_kutta import ButcherTableau, ExplicitRungeKutta
-
-    weights = [1 / 6, 1 / 3, 1 / 3, 1 / 6]
-    table = ButcherTableau.from_lists(
-        c=[0.0, 0.5, 0.5, 1.0], a=[[], [0.5], [0.0, 0.5], [0.0, 0.0, 1.0]], b=weights, b_err=[0.0] * 4
-    )
-
-    class Classical(ExplicitRungeKutta):  # type: ignore[misc]
-        def convergence_order(self) -> int:
-            return 4
-
-        def build_interpolation(self, data: Any) -> Any:
-            return ThirdOrderPolynomialInterpolation.from_k(data.t0, data.dt, data.y0, data.y1, data.k)
 
     term = torchode.ODETerm(subject.func, with_stats=False)
-    solver = torchode.AutoDiffAdjoint(Classical(term, table), torchode.FixedStepController())
+    solver = torchode.AutoDiffAdjoint(classical(term), torchode.FixedStepController())
     batch = len(subject.state)
     start, size = torch.zeros(batch, dtype=torch.float64), torch.full((batch,), STEP_SIZE, dtype=torch.float64)
 

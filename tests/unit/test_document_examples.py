@@ -36,7 +36,7 @@ _NUMBER = re.compile(r"-?\d+\.\d+(?:e[-+]?\d+)?")
 
 
 def printed_by(blocks: list[Block]) -> list[str]:
-    """What each of the blocks of a page prints, which share their names."""
+    """Return the output of each block of a page. The blocks share their names."""
     names: dict[str, Any] = {"__name__": "__main__"}
     outputs = []
     for block in blocks:

@@ -11,6 +11,7 @@ from torch import nn
 from pnode_dist.bench.gradient import classical_rk4
 from pnode_dist.bench.peers.cases import Arrays, PeerCase, arrays_of, case_of, solvers_of
 from pnode_dist.bench.peers.serving import Solved, serve
+from pnode_dist.bench.torchode_classical import classical
 from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.rhs.split import SplitFunction
@@ -180,24 +181,10 @@ def torchdiffeq_of(case: PeerCase, adjoint: bool) -> Solve:
 def torchode_of(case: PeerCase) -> Solve:
     """Return torchode's solve of a batch of vectors, each with steps of its own under error control."""
     import torchode
-    from torchode.interpolation import ThirdOrderPolynomialInterpolation
-    from torchode.single_step_methods.runge_kutta import ButcherTableau, ExplicitRungeKutta
-
-    weights = [1 / 6, 1 / 3, 1 / 3, 1 / 6]
-    table = ButcherTableau.from_lists(
-        c=[0.0, 0.5, 0.5, 1.0], a=[[], [0.5], [0.0, 0.5], [0.0, 0.0, 1.0]], b=weights, b_err=[0.0] * 4
-    )
-
-    class Classical(ExplicitRungeKutta):  # type: ignore[misc]
-        def convergence_order(self) -> int:
-            return 4
-
-        def build_interpolation(self, data: Any) -> Any:
-            return ThirdOrderPolynomialInterpolation.from_k(data.t0, data.dt, data.y0, data.y1, data.k)
 
     def solved(func: nn.Module, u0: torch.Tensor) -> torch.Tensor:
         term = torchode.ODETerm(func, with_stats=False)
-        method: Any = Classical(term, table) if case.method == "rk4" else torchode.Dopri5(term=term)
+        method: Any = classical(term) if case.method == "rk4" else torchode.Dopri5(term=term)
         control: Any = torchode.FixedStepController()
         if not case.steps:
             control = torchode.IntegralController(atol=case.tolerance, rtol=case.tolerance, term=term)

@@ -1,4 +1,4 @@
-"""What torch asks of a process group besides its collectives, on one rank."""
+"""Requests of torch to a process group besides collectives, on one rank."""
 
 from __future__ import annotations
 
