@@ -121,16 +121,16 @@ class CheckpointBudget:
         `disk_slots` set the number of checkpoints of each solve, instead of bytes.
 
     `keep`: the data of a step to keep besides the state before it
-        - `solution`: checkpoint states only; recompute each step but the last.
+        - `solution`: checkpoint states only; recompute each step, but the last if its tape fits.
         - `stages`: keep the states of the stages; evaluate f on them again.
         - `graph`: keep the autograd graph of every step, like back-propagation. An error if `ram` is too small.
         - `auto`: keep graphs of the last steps and checkpoints for the others, in the fastest way within the budget.
           With `ram_slots` set, `auto` is `solution`.
 
-        A recomputed step is recorded as graphs, or with `stages` as stages. The tape of one step is the working set. It
-        comes on top of the budget, and is smallest with `stages`. Every solve holds the tape of its last step from its
-        forward pass on. `auto` charges the budget for that tape too, or does not keep it, and needs no checkpoint of
-        the initial state. So a network of many blocks holds no more than their budgets between the passes.
+        A recomputed step is recorded as graphs, or with `stages` as stages. The tape of that step is the working set.
+        It comes on top of the budget while the step is reversed, and is smallest with `stages`. The initial state needs
+        no checkpoint. Every tape that is held between the passes is charged, that of the last step too, which is not
+        kept if it does not fit. So a network of many blocks holds no more than their budgets between the passes.
 
     `schedule`: the checkpoints to hold
         - `all`: the state before every step. An error if they do not fit.
@@ -209,11 +209,6 @@ class CheckpointBudget:
         if self.keep == AUTO:
             return self.ram_slots is None and self.schedule != "all"
         return self.keep != "solution"
-
-    @property
-    def charges_all_tapes(self) -> bool:
-        """True if the budget is charged for every tape that is kept from the forward pass, the last step's included."""
-        return self.keep == AUTO and self.keeps_steps
 
     @property
     def checkpoint_itemsize(self) -> int:

@@ -11,6 +11,7 @@ from pnode_dist.checkpointing.plan import Plans, best, needs_costs
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.ode.probe import measured_tape, probe
 from pnode_dist.ode.solve import Solve
+from pnode_dist.petsc import log
 
 
 def slots_of(solve: Solve, steps: int | None) -> Slots:
@@ -66,16 +67,15 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
     slots = slots or slots_of(solve, grid.steps)
     budget = _without_disk(solver.trajectory) if solver.disk_is_lost else solver.trajectory
     counts = solve.bound.counts()
-    size_matters = grid.steps > 1 or budget.charges_all_tapes
-    if budget.keeps_steps and size_matters and solver.tape_bytes is None:
-        tape, solver.tape_bytes = measured_tape(stepper, solve.bound, grid.starts[0], grid.sizes[0], budget.level)
+    if solver.tape_bytes is None:
+        with log.event(log.STEP, solve.logs):
+            tape, solver.tape_bytes = measured_tape(stepper, solve.bound, grid.starts[0], grid.sizes[0], budget.level)
         solve.first_step = (stepper.current.array.copy(), tape)
         stepper.current.set(solve.initial)
-    tape_bytes = (solver.tape_bytes or 0) if budget.keeps_steps else None
-    if not (measure or needs_costs(budget, slots, grid.steps, tape_bytes)):
+    if not (measure or needs_costs(budget, slots, grid.steps, solver.tape_bytes)):
         if budget is solver.trajectory:
-            return solver.planned(slots, grid.steps, tape_bytes)
-        return best(budget, slots, grid.steps, tape_bytes, None)
+            return solver.planned(slots, grid.steps, solver.tape_bytes)
+        return best(budget, slots, grid.steps, solver.tape_bytes, None)
     # Costs that were measured without a disk do not cover it.
     if solver.costs is None or (slots.disk and solver.costs.write == 0):
         solve.first_step = None
@@ -83,7 +83,7 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
         pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
         solver.costs = probe(stepper, solve.bound, solve.initial, grid.starts[0], grid.sizes[0], pools)
         solve.carried.restart()
-    return best(budget, slots, grid.steps, tape_bytes, solver.costs)
+    return best(budget, slots, grid.steps, solver.costs.levels[budget.level].bytes, solver.costs)
 
 
 def _without_disk(budget: CheckpointBudget) -> CheckpointBudget:

@@ -76,7 +76,7 @@ class Solver:
     has_spilt: bool = False
     solves: int = 0
     known: KnownTensors = field(default_factory=KnownTensors)
-    plans: dict[tuple[Slots, int, int | None], Plans] = field(default_factory=dict)
+    plans: dict[tuple[Slots, int, int], Plans] = field(default_factory=dict)
     adaptive: dict[str, AdaptiveStepper] = field(default_factory=dict)
     contents: Contents | None = None
     kept: bool = False
@@ -159,7 +159,7 @@ class Solver:
         if not self.stepper.stepping:
             self.close()
 
-    def planned(self, slots: Slots, steps: int, tape_bytes: int | None) -> Plans:
+    def planned(self, slots: Slots, steps: int, tape_bytes: int) -> Plans:
         """Return the best plan that needs no costs, see `plan.best`. Cached: a model repeats a few solves."""
         key = slots, steps, tape_bytes
         if key not in self.plans:

@@ -14,7 +14,7 @@ from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import global_sum
 from pnode_dist.nn import Conv2d
-from tests.oracles.checkpointing import fewest_steps
+from tests.oracles.checkpointing import fewest_solve_steps
 from tests.oracles.right_hand_sides import identical, random
 
 pytestmark = pytest.mark.mpi
@@ -75,7 +75,7 @@ def test_the_gradient_of_a_flow_has_the_same_bits_under_every_budget(method: str
         node.trajectory = Trajectory(ram_slots=ram, disk_slots=disk, directory=scratch)
         assert identical(gradient(node, u0), ample), (ram, disk)
         solve = node.last_solve
-        assert solve.forward_steps + solve.recomputed_steps == fewest_steps(STEPS, ram + disk)
+        assert solve.forward_steps + solve.recomputed_steps == fewest_solve_steps(STEPS, ram + disk)
         assert (solve.bytes_written > 0) == (disk > 0)
 
 
@@ -108,7 +108,8 @@ def test_ranks_with_uneven_shares_follow_the_schedule_of_the_fullest(
     u0 = partition.scatter(random(samples, 3))
     found = gradient(node, u0)
     solve = node.last_solve
-    assert solve.forward_steps + solve.recomputed_steps == fewest_steps(STEPS, 5 if disk else 3)
+    # A tape is larger than the budget.
+    assert solve.forward_steps + solve.recomputed_steps == fewest_solve_steps(STEPS, 5 if disk else 3, tapes=0)
     assert (solve.bytes_written > 0) == disk
     assert solve.checkpoint_bytes_peak == (5 if disk else 3) * partition.local_shape[0] * 3 * NUMBER
     node.trajectory = None
@@ -122,7 +123,8 @@ def test_a_rank_that_owns_nothing_limits_nobody_and_follows(mesh: Mesh, comm: MP
     node = NeuralODE(Coupled(comm, 1), step_size=0.1, partition=partition, trajectory=trajectory)
     u0 = partition.scatter(random(1, 3))
     found = gradient(node, u0)
-    assert node.last_solve.forward_steps + node.last_solve.recomputed_steps == fewest_steps(STEPS, 4)
+    solve = node.last_solve
+    assert solve.forward_steps + solve.recomputed_steps == fewest_solve_steps(STEPS, 4, tapes=0)
     node.trajectory = None
     assert identical(found, gradient(node, u0))
 

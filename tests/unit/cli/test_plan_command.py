@@ -19,7 +19,7 @@ from tests.unit.problems.gray_scott.plain_gray_scott import config as gray_scott
 Capture = pytest.CaptureFixture[str]
 CANDIDATE_KEYS = {
     "name", "steps", "level", "kept", "schedule", "ram", "disk", "forward_steps", "recomputed_steps", "disk_writes",
-    "disk_reads", "ram_bytes", "disk_bytes", "seconds", "from_start",
+    "disk_reads", "ram_bytes", "disk_bytes", "seconds",
 }  # fmt: skip
 # A window of 2 intervals of 4 in steps of 1; a batch of 2 states of 10 x 13 points with 2 components.
 STEPS, CHECKPOINT = 8, 2 * 10 * 13 * 2 * 8
