@@ -7,13 +7,16 @@ adjoint step is run once in every plan.
 Every plan may restart from the initial state, which autograd keeps alive: a slot that costs nothing. Every tape that is
 held between the passes is charged to the budget. If none fits, the forward pass ends without one, and the backward pass
 recomputes the last step too.
+
+A schedule acts on units: segments of so many successive steps, of which the last may be shorter. Tapes and checkpoints
+belong to units. With segments of one step a unit is a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
 
 from mpi4py import MPI
 
@@ -29,13 +32,14 @@ _MOST_DIVISIONS = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan to solve `steps` steps and reverse them.
+    """A plan to solve `steps` steps in units of `segment`, and to reverse them.
 
-    The tapes of the last `kept` steps are kept from the forward pass, at the given `level`. The steps before them are
+    The tapes of the last `kept` units are kept from the forward pass, at the given `level`. The units before them are
     reversed by `schedule` from the initial state, and from `ram` and `disk` checkpoints. `forward_steps` counts all
     runs of a step, the first one included. `disk_writes` and `disk_reads` count checkpoints. `ram_bytes` and
-    `disk_bytes` are the memory that the checkpoints and tapes occupy between the passes on the fullest rank. `seconds`
-    is the predicted time on the slowest rank, None if nothing was measured.
+    `disk_bytes` are the memory that the checkpoints and tapes occupy between the passes on the fullest rank, with a
+    full tape for a shorter last unit. `seconds` is the predicted time on the slowest rank, None if nothing was
+    measured.
     """
 
     name: str
@@ -52,6 +56,17 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     hierarchy: HierarchicalSchedule | None = None
+    segment: int = 1
+
+    @property
+    def units(self) -> int:
+        """The number of units that the schedule acts on."""
+        return -(-self.steps // self.segment)
+
+    @property
+    def kept_steps(self) -> int:
+        """The number of steps whose tapes are kept from the forward pass."""
+        return self.steps - (self.units - self.kept) * self.segment if self.kept else 0
 
     @property
     def recomputed_steps(self) -> int:
@@ -64,12 +79,12 @@ class Plan:
         return self.level, self.kept, self.forward_steps, self.disk_writes, self.disk_reads
 
     def actions(self) -> Iterator[Action]:
-        """Return the schedule of the whole solve."""
+        """Return the schedule of the whole solve. Its steps are units: unit n begins with step n x `segment`."""
         if self.hierarchy is not None:
             head = self.hierarchy.actions()
         else:
-            head = multistage(_reversed_by_schedule(self.steps, self.kept), self.ram, self.disk)
-        return whole_solve(head, self.steps, self.kept)
+            head = multistage(_reversed_by_schedule(self.units, self.kept), self.ram, self.disk)
+        return whole_solve(head, self.units, self.kept)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan for JSON."""
@@ -97,7 +112,23 @@ class Plans:
         }
 
 
-def plan(budget: CheckpointBudget, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm) -> Plans:
+@dataclass(frozen=True)
+class _Task:
+    """A solve to plan: its slots, its steps in units of `segment`, and the measured costs."""
+
+    slots: Slots
+    steps: int
+    segment: int
+    costs: Costs | None
+
+    @property
+    def units(self) -> int:
+        return -(-self.steps // self.segment)
+
+
+def plan(
+    budget: CheckpointBudget, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm, segment: int = 1
+) -> Plans:
     """Return the candidate plans for a solve of `steps` steps within `budget`, and the best one. Collective on `comm`.
 
     `checkpoint_bytes` is the size of this rank's part of a checkpoint. `costs` are this rank's measurements. All ranks
@@ -105,17 +136,23 @@ def plan(budget: CheckpointBudget, checkpoint_bytes: int, steps: int, costs: Cos
     """
     slots = agree_on_slots(budget, checkpoint_bytes, steps, True, comm)
     agreed = costs.agreed(comm)
-    return best(budget, slots, steps, agreed.levels[budget.level].bytes, agreed)
+    return best(budget, slots, steps, agreed.levels[budget.level].bytes, agreed, segment)
 
 
-def best(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int, costs: Costs | None) -> Plans:
+def best(
+    budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int, costs: Costs | None, segment: int = 1
+) -> Plans:
     """Choose the plan with the least predicted time; without costs that with the fewest steps and disk accesses.
 
-    `tape_bytes` is the size of a step's tape at the level of the budget. Raises `ConfigurationError` if a setting of
-    the budget asks for more than fits.
+    `tape_bytes` is the size of a step's tape at the level of the budget. `segment` is the number of steps in a unit of
+    the schedule; a unit has at most all steps. Raises `ConfigurationError` if a setting of the budget asks for more
+    than fits, and `ValueError` for a segment without steps.
     """
+    if segment < 1:
+        raise ValueError(f"segment = {segment}: must be at least 1")
+    task = _Task(slots, steps, min(segment, steps), costs)
     different: dict[Any, Plan] = {}
-    for candidate in _candidates(budget, slots, steps, tape_bytes, costs):
+    for candidate in _candidates(budget, task, tape_bytes):
         different.setdefault(candidate.work, candidate)
     candidates = tuple(different.values())
     chosen = min(
@@ -125,10 +162,12 @@ def best(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int, co
     return Plans(candidates, chosen, slots, costs)
 
 
-def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
-    """Raise `ConfigurationError` if `plan` is for another number of steps, or needs more than the slots."""
+def check_plan(plan: Plan, steps: int, slots: Slots, segment: int = 1) -> None:
+    """Raise `ConfigurationError` if `plan` is for other steps or segments, or needs more than the slots."""
     if plan.steps != steps:
         raise ConfigurationError(f"plan {plan.name!r} is for {plan.steps} steps, not for {steps}")
+    if plan.segment != min(segment, steps):
+        raise ConfigurationError(f"plan {plan.name!r} is for segments of {plan.segment} steps, not of {segment}")
     # Checkpoints are limited by their number, which may be given instead of bytes.
     too_many = plan.ram > slots.ram or plan.disk > slots.disk
     if too_many or (plan.kept and plan.ram_bytes > slots.ram_bytes):
@@ -137,46 +176,47 @@ def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
         )
 
 
-def needs_costs(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int) -> bool:
-    """Return True if the choice depends on the costs of the disk."""
-    if slots.disk == 0 or slots.ram >= steps - 1 or budget.schedule in ("all", "revolve", "multistage"):
+def needs_costs(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int, segment: int = 1) -> bool:
+    """Return True if the choice depends on the costs of the disk. See `best` for the arguments."""
+    task = _Task(slots, steps, min(segment, steps), None)
+    if slots.disk == 0 or slots.ram >= task.units - 1 or budget.schedule in ("all", "revolve", "multistage"):
         return False
     if budget.schedule == "auto" and (budget.ram_slots, budget.disk_slots) != (None, None):
         return False
-    return not budget.keeps_steps or steps * tape_bytes > slots.ram_bytes
+    return not budget.keeps_steps or task.units * task.segment * tape_bytes > slots.ram_bytes
 
 
-def _candidates(
-    budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int, costs: Costs | None
-) -> Iterator[Plan]:
-    level, schedule = budget.level, budget.schedule
-    all_fit = steps * tape_bytes <= slots.ram_bytes
+def _candidates(budget: CheckpointBudget, task: _Task, tape_bytes: int) -> Iterator[Plan]:
+    level, schedule, slots, units = budget.level, budget.schedule, task.slots, task.units
+    needed = units * task.segment * tape_bytes
     if budget.keep == "graph":
-        if not all_fit:
+        if needed > slots.ram_bytes:
             raise ConfigurationError(
-                f"trajectory: keep = 'graph': the graphs of {steps} steps need ram = "
-                f"{steps * tape_bytes * budget.solves}, more than {_left_of(budget, 'ram')}"
+                f"trajectory: keep = 'graph': the graphs of {task.steps} steps need ram = {needed * budget.solves}, "
+                f"more than {_left_of(budget, 'ram')}"
             )
-        yield _plan(level, slots, steps, (steps, 0, 0), tape_bytes, costs)
+        yield _plan(task, level, (units, 0, 0), tape_bytes)
         return
-    if schedule == "all" and slots.ram + slots.disk < steps - 1:
-        key, needed = "ram", (steps - 1) * slots.checkpoint_bytes * budget.solves
-        if budget.ram_slots is not None:
-            key, needed = "ram_slots", steps - 1
-        raise ConfigurationError(
-            f"trajectory: schedule = 'all': the states of {steps} steps need {key} = {needed}, more than "
-            f"{_left_of(budget, key)} (and disk = {budget.disk!r})"
-        )
-    most_kept = steps if budget.keeps_steps and (all_fit or schedule != "all") else 1
+    if schedule == "all" and slots.ram + slots.disk < units - 1:
+        _refuse_all(budget, task)
+    most_kept = units if budget.keeps_steps and (needed <= slots.ram_bytes or schedule != "all") else 1
     for disk in _disks(schedule, slots):
         for most in (most_kept, 1):
-            division = divide(slots, steps, tape_bytes, most, disk)
-            yield from _plans_of(level, schedule, slots, steps, division, tape_bytes, costs)
-        if budget.keep == "auto" and most_kept > 1 and costs is not None:
-            size = costs.levels["stages"].bytes
-            division = divide(slots, steps, size, most_kept, disk)
-            if division[0]:
-                yield from _plans_of("stages", schedule, slots, steps, division, size, costs)
+            yield from _plans_with(task, level, schedule, tape_bytes, most, disk)
+        if budget.keep == "auto" and most_kept > 1 and task.costs is not None:
+            plans = _plans_with(task, "stages", schedule, task.costs.levels["stages"].bytes, most_kept, disk)
+            yield from (plan for plan in plans if plan.kept)
+
+
+def _refuse_all(budget: CheckpointBudget, task: _Task) -> NoReturn:
+    key, needed = "ram", (task.units - 1) * task.slots.checkpoint_bytes * budget.solves
+    if budget.ram_slots is not None:
+        key, needed = "ram_slots", task.units - 1
+    held = f"{task.units} segments" if task.segment > 1 else f"{task.steps} steps"
+    raise ConfigurationError(
+        f"trajectory: schedule = 'all': the states of {held} need {key} = {needed}, more than "
+        f"{_left_of(budget, key)} (and disk = {budget.disk!r})"
+    )
 
 
 def _left_of(budget: CheckpointBudget, key: str) -> str:
@@ -193,46 +233,35 @@ def _disks(schedule: str, slots: Slots) -> list[int]:
     return on_disk[-1:] if schedule in ("all", "multistage", "h-revolve") else on_disk
 
 
-def _plans_of(
-    level: str,
-    schedule: str,
-    slots: Slots,
-    steps: int,
-    division: tuple[int, int, int],
-    tape_bytes: int,
-    costs: Costs | None,
-) -> Iterator[Plan]:
+def _plans_with(task: _Task, level: str, schedule: str, tape_bytes: int, most_kept: int, disk: int) -> Iterator[Plan]:
     """Yield the plans for one division of the budget: with the fewest steps, and with the least time by the costs."""
+    division = divide(task.slots, task.units, task.segment * tape_bytes, most_kept, disk)
+    yield _plan(task, level, division, tape_bytes)
     kept, _, on_disk = division
-    yield _plan(level, slots, steps, division, tape_bytes, costs)
-    by_costs = costs is not None and schedule in ("auto", "h-revolve")
-    if on_disk and by_costs and is_affordable(_reversed_by_schedule(steps, kept), on_disk):
-        yield _plan(level, slots, steps, division, tape_bytes, costs, by_costs=True)
+    by_costs = task.costs is not None and schedule in ("auto", "h-revolve")
+    if on_disk and by_costs and is_affordable(_reversed_by_schedule(task.units, kept), on_disk):
+        yield _plan(task, level, division, tape_bytes, by_costs=True)
 
 
-def _plan(
-    level: str,
-    slots: Slots,
-    steps: int,
-    division: tuple[int, int, int],
-    tape_bytes: int,
-    costs: Costs | None,
-    by_costs: bool = False,
-) -> Plan:
+def _plan(task: _Task, level: str, division: tuple[int, int, int], tape_bytes: int, by_costs: bool = False) -> Plan:
     kept, ram, disk = division
-    length = _reversed_by_schedule(steps, kept)
+    costs, units, segment = task.costs, task.units, task.segment
+    length = _reversed_by_schedule(units, kept)
     hierarchy = None
     if by_costs:
         assert costs is not None
         write, read = (costs.copy + costs.exposed * seconds for seconds in (costs.write, costs.read))
-        hierarchy = hierarchical(length, ram, disk, write / costs.step, read / costs.step)
+        unit = segment * costs.step
+        hierarchy = hierarchical(length, ram, disk, write / unit, read / unit)
     counts = traffic(length, ram, disk) if hierarchy is None else hierarchy.traffic
-    forward_steps = counts.forward_steps + kept - 1
+    # The last unit runs once with a kept tape, and twice without. It may have fewer steps.
+    missing = (units * segment - task.steps) * (1 if kept else 2)
+    forward_steps = segment * (counts.forward_steps + kept - 1) - missing
     writes, reads = counts.disk_writes, counts.disk_reads
-    schedule = level if kept == steps else _schedule_name(length, kept, ram, disk, by_costs)
-    return Plan(
-        name=f"{level} of {kept} + {schedule}" if 1 < kept < steps else schedule,
-        steps=steps,
+    schedule = level if kept == units else _schedule_name(length, kept, ram, disk, by_costs)
+    found = Plan(
+        name=schedule,
+        steps=task.steps,
         level=level,
         kept=kept,
         schedule=schedule,
@@ -241,11 +270,13 @@ def _plan(
         forward_steps=forward_steps,
         disk_writes=writes,
         disk_reads=reads,
-        ram_bytes=ram * slots.checkpoint_bytes + kept * tape_bytes,
-        disk_bytes=disk * slots.checkpoint_bytes,
-        seconds=costs.seconds(level, steps, forward_steps, counts.copies, writes, reads) if costs else None,
+        ram_bytes=ram * task.slots.checkpoint_bytes + kept * segment * tape_bytes,
+        disk_bytes=disk * task.slots.checkpoint_bytes,
+        seconds=costs.seconds(level, task.steps, forward_steps, counts.copies, writes, reads) if costs else None,
         hierarchy=hierarchy,
+        segment=segment,
     )
+    return replace(found, name=f"{level} of {found.kept_steps} + {schedule}") if 1 < kept < units else found
 
 
 def _schedule_name(length: int, kept: int, ram: int, disk: int, by_costs: bool) -> str:
@@ -258,16 +289,16 @@ def _schedule_name(length: int, kept: int, ram: int, disk: int, by_costs: bool) 
     return "multistage" if disk else "revolve"
 
 
-def _reversed_by_schedule(steps: int, kept: int) -> int:
-    """Return the number of steps that a schedule reverses: those without a kept tape, and the first with one.
+def _reversed_by_schedule(units: int, kept: int) -> int:
+    """Return the number of units that a schedule reverses: those without a kept tape, and the first with one.
 
-    Without tapes an empty step at the end takes the place of the latter.
+    Without tapes an empty unit at the end takes the place of the latter.
     """
-    return steps - kept + 1
+    return units - kept + 1
 
 
-def divide(slots: Slots, steps: int, tape_bytes: int, most_kept: int, disk: int) -> tuple[int, int, int]:
-    """Divide the budget: return the number of tapes of the last steps, and of checkpoints in memory and on disk.
+def divide(slots: Slots, units: int, tape_bytes: int, most_kept: int, disk: int) -> tuple[int, int, int]:
+    """Divide the budget: return the number of tapes of the last units, and of checkpoints in memory and on disk.
 
     There are at most `most_kept` tapes, each of `tape_bytes`, and possibly none. The division needs the fewest steps;
     of equal ones it has the most tapes, because its backward pass starts at once. Considers every number of tapes up to
@@ -277,14 +308,14 @@ def divide(slots: Slots, steps: int, tape_bytes: int, most_kept: int, disk: int)
     numbers = {*range(0, most, max(most // _MOST_DIVISIONS, 1)), most}
 
     def division(kept: int) -> tuple[int, int, int]:
-        useful = places(_reversed_by_schedule(steps, kept))
+        useful = places(_reversed_by_schedule(units, kept))
         ram = min(slots.ram, useful)
         if kept and slots.checkpoint_bytes:
             ram = min(ram, (slots.ram_bytes - kept * tape_bytes) // slots.checkpoint_bytes)
         return kept, ram, min(disk, useful - ram)
 
-    def forward_steps(division: tuple[int, int, int]) -> int:
+    def forward_units(division: tuple[int, int, int]) -> int:
         kept, ram, on_disk = division
-        return optimal_forward_steps(_reversed_by_schedule(steps, kept), ram + on_disk + 1) + kept - 1
+        return optimal_forward_steps(_reversed_by_schedule(units, kept), ram + on_disk + 1) + kept - 1
 
-    return min((division(kept) for kept in sorted(numbers, reverse=True)), key=forward_steps)
+    return min((division(kept) for kept in sorted(numbers, reverse=True)), key=forward_units)

@@ -128,7 +128,8 @@ def as_table(plans: Plans, measured: Sequence[float] | None = None) -> list[dict
     for number, candidate in enumerate(plans.candidates):
         row: dict[str, Any] = {
             "plan": candidate.name,
-            "recorded": candidate.kept,
+            "segment": candidate.segment,
+            "recorded": candidate.kept_steps,
             "in memory": candidate.ram,
             "on disk": candidate.disk,
             "steps": candidate.forward_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random as pseudorandom
 import re
 import shutil
@@ -45,7 +46,9 @@ class Carried:
         held: dict[int, Tier] = {}
         recorded: set[int] = set()
         current: int | None = 0
-        left = plan.steps
+        # The schedule counts in units of steps, of which the last may be shorter.
+        left = end = math.ceil(plan.steps / plan.segment)
+        lengths = [min(plan.segment, plan.steps - unit * plan.segment) for unit in range(end)]
         self.kept = 0
         for action in plan.actions():
             match action:
@@ -56,16 +59,17 @@ class Carried:
                         held[first] = tier
                         self.most[tier] = max(self.most[tier], list(held.values()).count(tier))
                         self.did[f"{tier.value} writes"] += 1
-                    self.did["steps"] += last - first
+                    self.did["steps"] += sum(lengths[first:last])
                     current = last
                 case Record(step):
                     assert current == step < left
                     recorded.add(step)
-                    self.did["steps"] += 1
+                    self.did["steps"] += lengths[step]
                     current = step + 1
                 case EndForward():
-                    assert current == plan.steps
+                    assert current == end
                     self.kept = len(recorded)
+                    self.kept_steps = sum(lengths[step] for step in recorded)
                 case Restore(step, tier, discard):
                     assert held[step] is tier
                     self.did[f"{tier.value} reads"] += 1
@@ -89,7 +93,7 @@ def assert_counts_are_those_predicted(plan: Plan) -> Carried:
     assert (carried.did["disk writes"], carried.did["disk reads"]) == (plan.disk_writes, plan.disk_reads)
     assert carried.most[Tier.RAM] <= plan.ram
     assert carried.most[Tier.DISK] <= plan.disk
-    assert carried.kept == plan.kept
+    assert (carried.kept, carried.kept_steps) == (plan.kept, plan.kept_steps)
     return carried
 
 
@@ -136,18 +140,20 @@ def slots_of(ram: int, disk: int, checkpoint: int, steps: int) -> Slots:
     costs=costs_of_anything,
     schedule=st.sampled_from(["auto", "revolve", "multistage", "h-revolve"]),
     keep=st.sampled_from(["auto", "stages", "solution"]),
+    segment=st.sampled_from([1, 1, 2, 5, 16]),
 )
 def test_every_candidate_fits_does_what_it_predicts_and_the_fastest_is_chosen(
-    steps: int, ram: int, disk: int, checkpoint: int, costs: Costs, schedule: str, keep: str
+    steps: int, ram: int, disk: int, checkpoint: int, costs: Costs, schedule: str, keep: str, segment: int
 ) -> None:
     slots = slots_of(ram, 0 if schedule == "revolve" else disk, checkpoint, steps)
     budget = Trajectory(ram=ram, disk=disk, schedule=schedule, keep=keep)
-    plans = best(budget, slots, steps, costs.levels[budget.level].bytes, costs)
+    plans = best(budget, slots, steps, costs.levels[budget.level].bytes, costs, segment)
     for candidate in plans.candidates:
         carried = assert_counts_are_those_predicted(candidate)
         assert candidate.ram <= slots.ram
         assert candidate.disk <= slots.disk
-        size = costs.levels[candidate.level].bytes
+        assert candidate.segment == min(segment, steps)
+        size = candidate.segment * costs.levels[candidate.level].bytes
         assert candidate.ram_bytes == candidate.ram * checkpoint + candidate.kept * size <= ram
         assert candidate.disk_bytes == candidate.disk * checkpoint <= disk
         assert candidate.seconds == pytest.approx(seconds(candidate, costs, carried), rel=1e-9)
