@@ -155,7 +155,7 @@ class BatchNorm3d(_BatchNorm):
     _axes = 3
 
 
-def follow(layer: nn.modules.batchnorm._BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
+def follow(layer: BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
     """Update a batch norm's running statistics by those of a batch, `[num_features]`, with unbiased variance."""
     assert layer.running_mean is not None
     assert layer.running_var is not None

@@ -231,11 +231,11 @@ def test_the_level_of_forward_mode_rises_inside() -> None:
     assert internals.forward_mode_level() == -1
 
 
-def test_tracing_is_seen_while_it_lasts() -> None:
+def test_dispatch_tracing_is_seen_while_it_lasts() -> None:
     seen = []
 
     def look(x: torch.Tensor) -> torch.Tensor:
-        seen.append((internals.is_dispatch_tracing(), internals.is_jit_tracing()))
+        seen.append(internals.is_dispatch_tracing())
         return x + 1
 
     look(torch.ones(1))
@@ -243,7 +243,7 @@ def test_tracing_is_seen_while_it_lasts() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     make_fx(look)(torch.ones(1))
-    assert seen == [(False, False), (False, True), (True, False)]
+    assert seen == [False, False, True]
 
 
 def test_legacy_batches_are_split_and_joined() -> None:
@@ -311,6 +311,19 @@ def test_other_hooks_within_checkpointing_are_not_taken_for_it() -> None:
     found: list[bool] = []
     checkpoint(piece, torch.ones(1, requires_grad=True), use_reentrant=False)
     assert found == [False]
+
+
+@pytest.mark.slow
+def test_the_compiler_is_loaded_by_its_first_use() -> None:
+    program = """
+import torch
+from pnode_dist.system import torch_internals
+before = torch_internals.compiler_is_loaded()
+torch.compiler.disable(len)
+print(before, torch_internals.compiler_is_loaded())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 @pytest.mark.slow
