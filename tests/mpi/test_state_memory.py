@@ -12,7 +12,7 @@ import torch
 from petsc4py import PETSc
 from torch import nn
 
-from pnode_dist import GridPartition, Mesh, NeuralODE, Trajectory
+from pnode_dist import GridPartition, Mesh, NeuralODE, RecomputationError, Trajectory
 from pnode_dist.ode.steppers.adaptive import ExplicitAttempts
 from pnode_dist.ode.steppers.adaptive_implicit import ImplicitAttempts
 
@@ -192,3 +192,25 @@ def test_a_state_in_float32_is_copied_to_be_converted(method: str, partition: Gr
         stepper_of(node).current.set((state,))
     assert stepper_of(node).current.flat.dtype == torch.float64
     assert state.data_ptr() not in node.func.seen  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("keep", ["graph", "stages", "solution"])
+def test_a_write_of_torch_s_into_the_initial_state_is_refused_by_the_backward_pass(
+    keep: str, partition: GridPartition, vec: PETSc.Vec
+) -> None:
+    node = node_of(partition, EXPLICIT, trajectory=Trajectory("4MiB", keep=keep))
+    start = partition.view(vec)
+    loss = node(start, TIMES).sum()
+    start.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_write_through_the_vec_of_the_initial_state_is_found_in_a_recomputed_step(
+    partition: GridPartition, vec: PETSc.Vec
+) -> None:
+    node = node_of(partition, EXPLICIT, trajectory=Trajectory(ram_slots=1))
+    loss = node(partition.view(vec), TIMES).sum()
+    vec.shift(1.0)
+    with pytest.raises(RecomputationError, match="step 0 from t = 0, recomputed for the gradient, differs"):
+        loss.backward()
