@@ -71,7 +71,7 @@ def test_a_vec_of_a_partition_and_its_tensor_are_the_same_memory(partition: Grid
 
 
 @pytest.mark.parametrize("keep", LEVELS)
-def test_an_explicit_solve_reads_the_initial_state_in_the_memory_of_the_program_s_vec(
+def test_an_explicit_solve_reads_the_initial_state_in_the_memory_of_a_vec(
     keep: str, partition: GridPartition, vec: PETSc.Vec
 ) -> None:
     node = node_of(partition, EXPLICIT, trajectory=Trajectory("4MiB", keep=keep))
@@ -82,7 +82,7 @@ def test_an_explicit_solve_reads_the_initial_state_in_the_memory_of_the_program_
     assert vec.norm(PETSc.NormType.NORM_INFINITY) == 2.0
 
 
-def test_an_implicit_solve_copies_the_initial_state_and_f_reads_the_vecs_of_its_stages(
+def test_an_implicit_solve_copies_the_initial_state_and_f_reads_vecs_of_stages(
     partition: GridPartition, vec: PETSc.Vec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = node_of(partition, IMPLICIT)
@@ -119,7 +119,7 @@ def test_monitors_see_the_state_of_petsc_s_own_steps_and_a_copy_of_an_explicit_o
     assert found == [(copied, True)] * 5
 
 
-def test_adaptors_get_copies_of_explicit_states_and_the_state_itself_of_implicit_ones(
+def test_adaptors_get_copies_of_explicit_states_and_implicit_states_themselves(
     partition: GridPartition, vec: PETSc.Vec
 ) -> None:
     state = partition.view(vec)

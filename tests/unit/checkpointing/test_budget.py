@@ -187,7 +187,7 @@ def test_zero_slots_are_too_few() -> None:
 
 @pytest.mark.parametrize("keep", ["solution", "stages", "auto"])
 @pytest.mark.parametrize(("ram", "again"), [(0, 1), ("1kB", 0)])
-def test_a_single_step_needs_no_checkpoint_and_is_recomputed_if_its_tape_does_not_fit(
+def test_a_single_step_needs_no_checkpoint_and_is_recomputed_if_no_tape_fits(
     ram: int | str, again: int, keep: str
 ) -> None:
     solve = solved(Trajectory(ram=ram, keep=keep), times=(0.0, 0.05)).last_solve
