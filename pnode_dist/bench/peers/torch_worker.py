@@ -146,7 +146,8 @@ def ours(case: PeerCase, func: nn.Module, compiled: bool) -> Solve:
         keywords |= {"rtol": case.tolerance, "atol": case.tolerance}
     budget = CheckpointBudget(ram="4GiB")
     if case.checkpoints:
-        budget = CheckpointBudget(ram="4GiB", ram_slots=case.checkpoints, keep="solution")
+        # The initial state is one more checkpoint.
+        budget = CheckpointBudget(ram="4GiB", ram_slots=case.checkpoints - 1, keep="solution")
     right: nn.Module = func
     if case.method == "arkimex_3":
         assert isinstance(func, Kinetics)
