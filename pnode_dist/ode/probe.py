@@ -155,10 +155,19 @@ def _seconds(work: Callable[[], None]) -> float:
 class _Saved:
     """A detached copy of a saved tensor. The tensor itself would keep alive an operation that saves its own result."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor.detach()
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def unpacked(self) -> torch.Tensor:
+        """Return the tensor. Raises `RuntimeError` if it was written to, which torch does not check under hooks."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor of shape {tuple(self.tensor.shape)}, saved by the first step of a solve"
+            )
+        return self.tensor
 
 
 @contextmanager
@@ -171,7 +180,7 @@ def _saved_tensors() -> Iterator[list[weakref.ref[_Saved]]]:
         found.append(weakref.ref(saved))
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.unpacked):
         yield found
 
 
