@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pnode_dist.system.compile_order import refuse_in_rehearsal
 from pnode_dist.system.torch_internals import under_functorch, unwrap_dead_wrappers
 
 Map = Callable[[torch.Tensor], torch.Tensor]
@@ -27,6 +28,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, forward: Map, transpose: Map) -> torch.Tensor:
+        refuse_in_rehearsal()
         return forward(x)
 
     @staticmethod
@@ -47,7 +49,10 @@ class _Linear(torch.autograd.Function):
 
 
 def linear_map(x: torch.Tensor, forward: Map, transpose: Map) -> torch.Tensor:
-    """Return `forward(x)`, differentiable in reverse and forward mode. Collective if `forward` and `transpose` are."""
+    """Return `forward(x)`, differentiable in reverse and forward mode. Collective if `forward` and `transpose` are.
+
+    For code that is not compiled; `pnode_dist.exchange.compiled.exchange` is for code that is.
+    """
     image: torch.Tensor = _apply(x, forward, transpose)
     return image
 

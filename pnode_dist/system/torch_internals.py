@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from torch._functorch.utils import unwrap_dead_wrappers as unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Modes of autograd
 
@@ -225,6 +227,11 @@ def is_called_by_checkpoint() -> bool:
 # The compiler, whose modules take seconds to load
 
 
+def _release() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def configure_compiler() -> None:
     """Set up torch.compile for right-hand sides. Loads torch's compiler."""
     from torch import _dynamo, _functorch
@@ -233,6 +240,30 @@ def configure_compiler() -> None:
     _dynamo.config.suppress_errors = True
     # A graph is used twice if products with respect to state and parameters are computed separately.
     _functorch.config.donated_buffer = False
+
+
+TRACES_OBJECTS = _release() >= (2, 13)
+"""True if code that is traced may pass any object to a function marked by `evaluated_while_tracing`.
+
+torch 2.6 cannot. 2.13 and later releases were tested."""
+
+
+def evaluated_while_tracing(function: _Function) -> _Function:
+    """Mark a function that torch.compile calls instead of tracing it, and whose result is a constant of the code.
+
+    Compiled code is valid for the same objects as arguments. The mark is that of
+    `torch.compiler.assume_constant_result`, which would load torch's compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def functionalization() -> Any | None:
+    """Return an object that identifies the graph that AOTAutograd traces; None elsewhere.
+
+    It is the same for the forward and the backward pass of one graph.
+    """
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
 
 
 def find_cpp_compiler() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.exchange.linear_map import keep_out_of_compiled_code
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.split import SplitFunction
@@ -18,7 +17,7 @@ from pnode_dist.system.torch_internals import configure_compiler, find_cpp_compi
 class Compiler:
     """Compiler of right-hand sides, by a backend of torch.compile. Compiles each one once.
 
-    Exchanges between ranks are not compiled. They separate the compiled pieces. Code that cannot be compiled runs
+    Exchanges between ranks are part of the compiled code. Code that cannot be compiled runs
     uncompiled, and torch's log reports it. Without a C++ compiler nothing is compiled, with a warning. Raises
     `ConfigurationError` for an unknown backend.
     """
@@ -28,7 +27,6 @@ class Compiler:
         if backend not in known:
             raise ConfigurationError(f"compile = {backend!r}: must be True, False or one of {', '.join(known)}")
         configure_compiler()
-        keep_out_of_compiled_code()
         self._backend = backend
         self._works = backend != "inductor" or _has_cpp_compiler()
         # The values hold the functions, so that their `id` is not reused.
