@@ -150,9 +150,9 @@ _SCHEMA = "exchange_1(Tensor x, Tensor first, int number, bool transposed, int[]
 _library.define(_SCHEMA)  # type: ignore[no-untyped-call]
 _library.impl("exchange_1", _in_order, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 
-_first = torch.zeros(1)
-# A gradient of this tensor is an output of each compiled backward pass.
-_first_differentiable = torch.zeros(1, requires_grad=True)
+_first_without_gradient = torch.zeros(1)
+FIRST_TOKEN = torch.zeros(1, requires_grad=True)
+"""The first token of differentiable exchanges. Its gradient, 0, is an output of each compiled backward pass."""
 _last = torch.zeros(1)
 
 
@@ -162,7 +162,7 @@ def exchange(x: torch.Tensor, number: int, shape: tuple[int, ...]) -> torch.Tens
     Collective if the map is. All ranks must compile the same exchanges in the same order, of tensors with the same
     `requires_grad`.
     """
-    first = _first_differentiable if x.requires_grad else _first
+    first = FIRST_TOKEN if x.requires_grad else _first_without_gradient
     image, token = torch.ops.pnode_dist.exchange_1(x, first, number, False, shape)
     _last.copy_(token.detach())
     return image  # type: ignore[no-any-return]
