@@ -11,7 +11,6 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import DensePartition, GraphPartition, GridPartition, Mesh
-from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import (
     gather,
     gather_vector,
@@ -43,7 +42,6 @@ from pnode_dist.system.torch_internals import TRACES_OBJECTS
 from tests.mpi.grids import block
 from tests.oracles.graphs import random_edges
 from tests.oracles.right_hand_sides import distance, random
-from tests.oracles.shuffled_graphs import Shuffled
 
 pytestmark = [
     pytest.mark.mpi,
@@ -160,3 +158,24 @@ LAYERS = (
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_is_one_graph_with_the_gradients_of_the_layer(name: str, mesh: Mesh) -> None:
     assert_same_when_compiled(*layers(mesh)[name])
+
+
+def test_errors_of_exchanges_are_raised_when_code_is_compiled(mesh: Mesh) -> None:
+    partition = grid(mesh)
+    wrong = {
+        "halo: width": lambda x: halo(x, partition, 9),
+        "halo: got shape": lambda x: halo(x[..., :1, :, :], partition),
+        "scatter: got shape": lambda x: scatter(x[0, 0], partition),
+        "inside torch.compile": lambda x: torch.func.grad(lambda y: halo(y, partition).sum())(x),
+    }
+    for message, function in wrong.items():
+        torch.compiler.reset()
+        with pytest.raises(Exception, match=message):
+            torch.compile(function, fullgraph=True, backend="aot_eager")(field(partition))
+
+
+def test_a_batch_norm_refuses_a_single_value_in_compiled_code(mesh: Mesh) -> None:
+    samples = random(1 if mesh.rank == 0 else 0, 2)
+    layer = torch.compile(SyncBatchNorm(mesh, 2, dtype=torch.float64), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"SyncBatchNorm: 1 value\(s\) in a channel have no variance"):
+        layer(samples)

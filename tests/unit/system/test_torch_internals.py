@@ -190,6 +190,43 @@ print(all(vars(other)[name] == vars(marked)[name] for name in vars(other)), len(
     assert done.stdout.split() == ["True", "1"]
 
 
+def test_the_mark_of_constants_is_that_of_the_public_decorator() -> None:
+    program = """
+import torch
+from pnode_dist.system.torch_internals import evaluated_while_tracing
+public = torch.compiler.assume_constant_result(lambda: 1)
+print(vars(evaluated_while_tracing(lambda: 1)) == vars(public) != {})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+@pytest.mark.slow
+def test_a_graph_has_one_identity_forward_and_backward_and_none_outside() -> None:
+    seen: list[object] = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            seen.append(internals.functionalization())
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: object, cotangent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            seen.append(internals.functionalization())
+            return cotangent * 2
+
+    from functorch.compile import aot_function, nop
+
+    x = torch.ones(2, requires_grad=True)
+    aot_function(Seen.apply, nop)(x).sum().backward()
+    joint = seen[-2:]
+    assert joint[0] is joint[1] is not None
+    seen.clear()
+    Seen.apply(x).sum().backward()
+    assert seen == [None, None]
+
+
 def test_wrappers_of_torch_func_are_seen_inside_a_transform_alone() -> None:
     seen = []
 
