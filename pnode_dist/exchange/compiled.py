@@ -23,7 +23,6 @@ from typing import Any, Sequence  # noqa: UP035
 
 import torch
 
-from pnode_dist.exchange.linear_map import keep_out_of_compiled_code
 from pnode_dist.system.compile_order import is_rehearsal
 from pnode_dist.system.torch_internals import (
     TRACES_OBJECTS,
@@ -180,7 +179,7 @@ def is_compiled() -> bool:
 @evaluated_while_tracing
 def _can_be_compiled() -> bool:
     if not TRACES_OBJECTS:
-        _keep_out_of_compiled_code()
+        _warn_of_old_torch()
         return False
     if under_functorch():
         raise NotImplementedError("exchange between ranks in torch.func inside torch.compile: compile without either")
@@ -188,9 +187,9 @@ def _can_be_compiled() -> bool:
 
 
 @cache
-def _keep_out_of_compiled_code() -> None:
-    keep_out_of_compiled_code()
-    message = (
-        f"torch {torch.__version__} cannot compile exchanges between ranks, they separate compiled pieces: use 2.13"
+def _warn_of_old_torch() -> None:
+    warnings.warn(
+        f"torch {torch.__version__} cannot compile exchanges between ranks, which separate compiled pieces: use 2.13",
+        RuntimeWarning,
+        stacklevel=2,
     )
-    warnings.warn(message, RuntimeWarning, stacklevel=2)

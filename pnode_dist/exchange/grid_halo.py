@@ -21,7 +21,7 @@ from mpi4py import MPI
 from pnode_dist.distributed.buffers import bytes_of
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange.compiled import exchange, is_compiled, number_of
-from pnode_dist.exchange.linear_map import linear_map
+from pnode_dist.exchange.linear_map import linear_map, outside_graphs_of_old_torch
 from pnode_dist.partition.grid import GridPartition, Rule
 from pnode_dist.system.torch_internals import evaluated_while_tracing
 
@@ -156,6 +156,13 @@ def _surrounded(name: str, x: torch.Tensor, partition: GridPartition, width: Wid
     """Return the block with its rim, differentiable, for the function called `name`."""
     if is_compiled():
         return _surrounded_in_compiled_code(name, x, partition, width)
+    return _surrounded_outside_graphs(name, x, partition, width)
+
+
+@outside_graphs_of_old_torch
+def _surrounded_outside_graphs(
+    name: str, x: torch.Tensor, partition: GridPartition, width: Width | None
+) -> torch.Tensor:
     rim = _rim(name, partition, width)
     _check_block(name, tuple(x.shape), partition)
     if not rim.points:

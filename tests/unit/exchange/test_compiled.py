@@ -75,11 +75,12 @@ def test_a_rehearsed_exchange_returns_zeros_without_its_owner() -> None:
 
 @pytest.mark.slow
 def test_an_older_torch_separates_compiled_pieces_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pnode_dist.exchange import linear_map
+    from pnode_dist.exchange import grid_halo, linear_map
 
     monkeypatch.setattr(compiled, "TRACES_OBJECTS", False)
-    monkeypatch.setattr(linear_map, "_apply", linear_map._apply)
-    compiled._keep_out_of_compiled_code.cache_clear()
+    outside = linear_map._outside_graphs(grid_halo._surrounded_outside_graphs)
+    monkeypatch.setattr(grid_halo, "_surrounded_outside_graphs", outside)
+    compiled._warn_of_old_torch.cache_clear()
     torch.compiler.reset()
     pieces: list[Any] = []
 
@@ -90,14 +91,19 @@ def test_an_older_torch_separates_compiled_pieces_with_one_warning(monkeypatch: 
     with Mesh() as mesh, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         partition = GridPartition(mesh, (4, 5), boundary="periodic")
-        x = random(4, 5, 1)
-        function = torch.compile(lambda x: halo(halo(x.sin(), partition)[1:-1, 1:-1].cos(), partition), backend=backend)
-        found = function(x)
-        function(x + 1)
-        wanted = halo(x.sin().cos(), partition)
-    assert torch.equal(found, wanted)
+        x = random(4, 5, 1).requires_grad_()
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            return halo(halo(x.sin(), partition)[1:-1, 1:-1].cos(), partition)
+
+        code = torch.compile(function, backend=backend)
+        found, wanted = code(x), function(x)
+        code(x + 1)
+        assert torch.equal(found, wanted)
+        weight = random(*wanted.shape)
+        assert torch.equal(*(torch.autograd.grad(y, x, weight)[0] for y in (found, wanted)))
     assert len(pieces) == 2
     messages = [str(warning.message) for warning in caught if "cannot compile exchanges" in str(warning.message)]
     assert len(messages) == 1
-    compiled._keep_out_of_compiled_code.cache_clear()
+    compiled._warn_of_old_torch.cache_clear()
     torch.compiler.reset()
