@@ -28,6 +28,7 @@ from pnode_dist.system.torch_internals import (
     TRACES_OBJECTS,
     evaluated_while_tracing,
     functionalization,
+    is_traced_apart,
     under_functorch,
 )
 
@@ -171,7 +172,7 @@ def is_compiled() -> bool:
     """Return True in code that is being compiled by torch.compile.
 
     Return False if this torch cannot compile exchanges. They then separate compiled pieces, with one warning. Raises
-    `NotImplementedError` inside a transform of `torch.func` in such code.
+    `NotImplementedError` inside a transform of `torch.func` or a checkpointed function in such code.
     """
     return torch.compiler.is_dynamo_compiling() and _can_be_compiled()
 
@@ -182,7 +183,13 @@ def _can_be_compiled() -> bool:
         _warn_of_old_torch()
         return False
     if under_functorch():
-        raise NotImplementedError("exchange between ranks in torch.func inside torch.compile: compile without either")
+        raise NotImplementedError("exchange between ranks in torch.func inside torch.compile: leave one of them away")
+    if is_traced_apart():
+        # Exchanges that are recomputed in a backward pass would not be in order with its own.
+        raise NotImplementedError(
+            "exchange between ranks inside torch.compile in a function that is traced by itself, such as that of "
+            "torch.utils.checkpoint, an autograd.Function, cond or while_loop: leave one of them away"
+        )
     return True
 
 

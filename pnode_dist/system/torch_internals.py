@@ -258,6 +258,13 @@ def evaluated_while_tracing(function: _Function) -> _Function:
     return function
 
 
+def is_traced_apart() -> bool:
+    """Return True if torch.compile traces a function by itself within a graph, such as a checkpointed one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+
+
 def functionalization() -> Any | None:
     """Return an object that identifies the graph that AOTAutograd traces; None elsewhere.
 

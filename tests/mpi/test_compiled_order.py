@@ -116,6 +116,7 @@ def test_a_whole_rk4_step_is_one_graph_with_one_order_on_all_ranks(
         assert len({str(order) for order in orders}) == mesh.size
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("backend", ["shuffled", INDUCTOR])
 def test_exchanges_of_all_kinds_keep_their_order(backend: str, mesh: Mesh, sequence: list[int]) -> None:
     graph = GraphPartition(mesh, random_edges(17, 60), 17, 2)
@@ -145,6 +146,7 @@ def test_exchanges_of_all_kinds_keep_their_order(backend: str, mesh: Mesh, seque
     assert len(set(map(tuple, mesh.state_comm.allgather(shared)))) == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("backend", ["shuffled", INDUCTOR])
 def test_ranks_that_own_nothing_take_part_in_compiled_exchanges(backend: str, mesh: Mesh, sequence: list[int]) -> None:
     vector = DensePartition(mesh, max(1, mesh.size - 1))
@@ -166,6 +168,7 @@ def test_ranks_that_own_nothing_take_part_in_compiled_exchanges(backend: str, me
     assert len(set(map(tuple, mesh.state_comm.allgather(sequence)))) == 1
 
 
+@pytest.mark.nightly
 def test_a_second_result_that_needs_no_gradient_keeps_the_order(mesh: Mesh, sequence: list[int]) -> None:
     grid = uneven(mesh)
     fixed = random(*grid.local_shape, seed=mesh.rank)

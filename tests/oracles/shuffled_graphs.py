@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
 
@@ -37,17 +36,20 @@ class Shuffled:
         """Rebuild a graph from nodes drawn among those whose inputs exist."""
         traced.graph.eliminate_dead_code()
         nodes = list(traced.graph.nodes)
-        fixed = [node for node in nodes if node.op in ("placeholder", "get_attr")]
-        pending = [node for node in nodes if node.op not in ("placeholder", "get_attr", "output")]
-        new, copies = fx.Graph(traced), {}
-        for node in fixed:
+        missing = {node: len(node.all_input_nodes) for node in nodes}
+        # Inputs keep their order, and the output is last.
+        first = [node for node in nodes if node.op in ("placeholder", "get_attr")]
+        ready = [node for node in nodes if not missing[node] and node not in first]
+        new = fx.Graph(traced)
+        copies: dict[fx.Node, fx.Node] = {}
+        while first or ready:
+            node = first.pop(0) if first else ready.pop(self._random.randrange(len(ready)))
             copies[node] = new.node_copy(node, copies.__getitem__)
-        while pending:
-            ready = [node for node in pending if all(source in copies for source in node.all_input_nodes)]
-            node = self._random.choice(ready)
-            pending.remove(node)
-            copies[node] = new.node_copy(node, copies.__getitem__)
-        new.output(torch.fx.map_arg(nodes[-1].args[0], copies.__getitem__))
+            for user in node.users:
+                missing[user] -= 1
+                if not missing[user] and user.op != "output":
+                    ready.append(user)
+        new.output(fx.map_arg(nodes[-1].args[0], copies.__getitem__))
         self.orders.append([str(node.target) for node in new.nodes if node.op == "call_function"])
         traced.graph = new
         traced.recompile()
