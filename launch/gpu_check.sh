@@ -42,7 +42,7 @@ if [ "$device" = cuda ] && ! python -c 'import sys, torch; sys.exit(not torch.cu
 fi
 
 # Freed tensors go back to the system, so that resident memory is that of tensors in use.
-if [ "$device" = cpu ]; then export MALLOC_MMAP_THRESHOLD_=65536; fi
+if [ "$device" = cpu ]; then export MALLOC_MMAP_THRESHOLD_=131072; fi
 status=0
 timeout -k 5 270 python "$root/launch/gpu_check.py" one "$device" || status=1
 timeout -k 5 180 "$root/launch/mpirun.sh" -n 2 python "$root/launch/gpu_check.py" two "$device" || status=1
