@@ -1,4 +1,4 @@
-"""The checks of launch/gpu_check.sh: `gpu_check.py one|two cuda|cpu`, on one rank or two."""
+"""The checks of launch/gpu_check.sh: `gpu_check.py one|memory|two cuda|cpu`, `two` on two ranks."""
 
 from __future__ import annotations
 
@@ -239,13 +239,14 @@ def check_halos(device: torch.device) -> None:
 
 
 HOST = torch.device("cpu")
+PARTS = {"one": (check_gradients, check_times), "memory": (check_memory,), "two": (check_halos,)}
 
 
 def main() -> int:
     part, name = sys.argv[1:]
     device = torch.device(name)
     stopped = False
-    for checks in (check_halos,) if part == "two" else (check_gradients, check_times, check_memory):
+    for checks in PARTS[part]:
         try:
             checks(device)
         except Exception as error:

@@ -41,10 +41,10 @@ if [ "$device" = cuda ] && ! python -c 'import sys, torch; sys.exit(not torch.cu
     exit 3
 fi
 
-# Freed tensors go back to the system, so that resident memory is that of tensors in use.
-if [ "$device" = cpu ]; then export MALLOC_MMAP_THRESHOLD_=131072; fi
-status=0
-timeout -k 5 270 python "$root/launch/gpu_check.py" one "$device" || status=1
-timeout -k 5 180 "$root/launch/mpirun.sh" -n 2 python "$root/launch/gpu_check.py" two "$device" || status=1
+check=$root/launch/gpu_check.py status=0
+timeout -k 5 200 python "$check" one "$device" || status=1
+# On the CPU, freed tensors go back to the system, so that resident memory is that of tensors in use.
+MALLOC_MMAP_THRESHOLD_=131072 timeout -k 5 120 python "$check" memory "$device" || status=1
+timeout -k 5 150 "$root/launch/mpirun.sh" -n 2 python "$check" two "$device" || status=1
 if [ $status = 0 ]; then echo "all checks passed on $device"; else echo "some checks FAILED on $device"; fi
 exit $status
