@@ -79,8 +79,9 @@ class Solve:
     def __post_init__(self) -> None:
         self.carried, self.guard = self.bound.carried, None
         if self.keeps_trajectory and self.on_mismatch != "ignore":
-            narrow = self.solver.trajectory.checkpoint_dtype != "float64"
-            tolerance = tolerance_of(self.solver.stepper.layout.compute_dtype, narrow)
+            layout = self.solver.stepper.layout
+            kept = getattr(torch, self.solver.trajectory.checkpoint_dtype)
+            tolerance = tolerance_of(layout.compute_dtype, layout.state_dtype, kept)
             self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, _weakly(self._reasons))
         self.bound.guard = self.guard
         self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics, self.carried)

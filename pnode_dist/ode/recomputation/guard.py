@@ -32,9 +32,10 @@ def check_policy(policy: str) -> None:
         raise ConfigurationError(f"on_mismatch = {policy!r}: must be one of {', '.join(POLICIES)}")
 
 
-def tolerance_of(compute_dtype: torch.dtype, narrow_checkpoints: bool) -> float:
-    """Return the largest relative difference that counts as rounding, for an f that computes in this type."""
-    tolerance = _TOLERANCES.get(compute_dtype, _OF_NARROW_TYPES)
+def tolerance_of(compute_dtype: torch.dtype, state_dtype: torch.dtype, checkpoint_dtype: torch.dtype) -> float:
+    """Return the largest relative difference that counts as rounding, for the types of f, state and checkpoints."""
+    tolerance = max(_TOLERANCES.get(dtype, _OF_NARROW_TYPES) for dtype in (compute_dtype, state_dtype))
+    narrow_checkpoints = checkpoint_dtype.itemsize < state_dtype.itemsize
     return max(tolerance, _OF_NARROW_CHECKPOINTS) if narrow_checkpoints else tolerance
 
 

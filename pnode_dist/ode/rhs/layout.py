@@ -1,10 +1,10 @@
-"""The layout of a state: a tensor or a tuple of tensors for the caller, one local array of scalars for PETSc."""
+"""The layout of a state: a tensor or a tuple of tensors for the caller, one local array of scalars for a solver."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -21,8 +21,9 @@ Parts = tuple[torch.Tensor, ...]
 class StateLayout:
     """The shapes of the parts of this rank's state, and their type. `is_tuple`: the caller's state is a tuple.
 
-    `dtype` and `device` are those of the caller's tensors. f computes on that device, in `compute_dtype`. PETSc's
-    vectors are on `vec_device`.
+    `dtype` and `device` are those of the caller's tensors. f computes on that device, in `compute_dtype`. The state of
+    the solve, its adjoint and its checkpoints are of `state_dtype` on `vec_device`: PETSc's scalar type, and the device
+    of PETSc's vectors.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -31,6 +32,7 @@ class StateLayout:
     compute_dtype: torch.dtype
     device: torch.device = vectors.HOST
     vec_device: torch.device = vectors.HOST
+    state_dtype: torch.dtype = field(default_factory=vectors.scalar_dtype)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -44,8 +46,8 @@ class StateLayout:
 
     @cached_property
     def converts(self) -> bool:
-        """True if f's tensors differ from PETSc's in floating type or device."""
-        return self.compute_dtype != vectors.scalar_dtype() or self.device != self.vec_device
+        """True if f's tensors differ from the state of the solve in floating type or device."""
+        return self.compute_dtype != self.state_dtype or self.device != self.vec_device
 
     def parts(self, flat: torch.Tensor) -> Parts:
         """Return the parts as views of a flat tensor of `size` entries."""
@@ -57,8 +59,8 @@ class StateLayout:
         return tuple(part.to(self.device, self.compute_dtype, copy=copy) for part in parts)
 
     def scalar(self, value: torch.Tensor) -> torch.Tensor:
-        """Convert a result of f to the type and device of PETSc's vectors: the reverse of `inputs`."""
-        return value.to(self.vec_device, vectors.scalar_dtype())
+        """Convert a result of f to the type and device of the state of the solve: the reverse of `inputs`."""
+        return value.to(self.vec_device, self.state_dtype)
 
     def as_state(self, parts: Sequence[torch.Tensor]) -> State:
         """Return the parts as a state of the caller's: a tensor or a tuple."""

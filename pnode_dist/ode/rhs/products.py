@@ -52,7 +52,7 @@ def vjp(
     value = None
     if parameters and bound.needs_time_gradient:
         value = sum(
-            (out.detach().to(part) * part).sum()
+            (out.detach().to(part) * part).sum(dtype=torch.float64)
             for out, part in zip(graph.values, cotangents, strict=True)
             if part is not None
         )

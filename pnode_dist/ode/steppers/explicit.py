@@ -38,7 +38,7 @@ from pnode_dist.petsc import vectors
 from pnode_dist.system.torch_internals import set_grad_enabled
 
 Slopes = list[Parts]
-"""f at the stages of a step so far, in PETSc's scalar type; empty for a stage on which the result does not depend."""
+"""f at the stages of a step so far, in the type of the state; empty for a stage on which the result does not depend."""
 
 
 class ExplicitStepper(Stepper):
@@ -97,9 +97,9 @@ class ExplicitStepper(Stepper):
     def bind(self, bound: BoundFunction) -> None:
         """See `Stepper.bind`."""
         if bound is not self.bound:
-            # Autograd sums in the types of the parameters, which must be PETSc's scalar type.
+            # Autograd sums in the types of the parameters, which must be that of the state.
             self._autograd_sums = not (self.layout.converts or bound.needs_time_gradient) and all(
-                parameter.dtype is vectors.scalar_dtype() and parameter.device == self.layout.vec_device
+                parameter.dtype is self.layout.state_dtype and parameter.device == self.layout.vec_device
                 for parameter in bound.parameters.tensors
             )
             # On several ranks the graphs of a segment could lead to different exchanges.
@@ -169,7 +169,7 @@ class ExplicitStepper(Stepper):
         return combined(state, size, terms, slopes)
 
     def slope(self, time: float, state: Parts, tape: Tape | None, level: str) -> Parts:
-        """Return f at `time` and `state`, in PETSc's scalar type. Append the stage to `tape`, if given.
+        """Return f at `time` and `state`, in the type of the state. Append the stage to `tape`, if given.
 
         Raises `RuntimeError` if f writes into the current state, or into a state on the tape.
         """
