@@ -29,7 +29,7 @@ from pnode_dist.ode.rhs.mass import mass_matrix
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import in_compute_type
-from pnode_dist.ode.settings import Settings, Times
+from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
 from pnode_dist.ode.solver_key import Same, contents_of, object_key
@@ -46,7 +46,7 @@ def prepared(
     func: Function,
     u0: State,
     t: Times,
-    settings: Settings,
+    settings: CallSettings,
     args: tuple[Any, ...],
     kind: str = "solve",
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
@@ -64,7 +64,7 @@ def _prepared_with(
     func: Function,
     u0: State,
     t: Times,
-    settings: Settings,
+    settings: CallSettings,
     args: tuple[Any, ...],
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
     layout, parts = layout_of(u0, settings.compute_dtype)
@@ -196,7 +196,7 @@ def _carried(
     parameters: Parts,
     copies: ComputeCopies,
     layout: StateLayout,
-    settings: Settings,
+    settings: CallSettings,
     known: KnownTensors,
 ) -> Carried:
     """Return the state that the right-hand side carries between evaluations, at the beginning of a solve."""
@@ -215,8 +215,8 @@ def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | Non
 
 
 def settings_of_tangents(
-    settings: Settings, func: Function, is_tuple: bool, before: Callable[[], Solve], copies: int
-) -> Settings:
+    settings: CallSettings, func: Function, is_tuple: bool, before: Callable[[], Solve], copies: int
+) -> CallSettings:
     """Return the settings of the solve of a state with its tangents, `copies` of the state in all.
 
     With error control the steps are those that the solve without tangents, run by `before`, has accepted.
