@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -145,9 +145,10 @@ class CheckpointBudget:
         as long as they fit, otherwise checkpoints are placed online. Stages are not kept. Such a solve reserves its
         whole part of the budget, or half of it with `ram = "auto"`, until its steps are known.
 
-    `checkpoint_dtype = "float32"` halves the checkpoints. Each entry of a restored state then has a relative error of
-    up to 2^-24, which affects the gradient, and the bits of the gradient depend on the budget.
-    `last_solve.largest_rounding` is the error made. `auto` settings never choose it.
+    `checkpoint_dtype` is the widest type of checkpoints, which are never wider than the state. `"float32"` halves those
+    of a float64 state. Each entry of a restored state then has a relative error of up to 2^-24, which affects the
+    gradient, and the bits of the gradient depend on the budget. `last_solve.largest_rounding` is the error made. `auto`
+    settings never choose it.
 
     `on_spill_error` is the action after a disk checkpoint cannot be written or read (a full disk, an I/O error, a wrong
     checksum). `recompute` warns once and continues without the disk, to the same gradient. `raise` ends the solve with
@@ -215,10 +216,9 @@ class CheckpointBudget:
         """True if the budget is charged for every tape that is kept from the forward pass, the last step's included."""
         return self.keep == AUTO and self.keeps_steps
 
-    @property
-    def checkpoint_itemsize(self) -> int:
-        """The size of one entry of a checkpoint, in bytes."""
-        return np.dtype(self.checkpoint_dtype).itemsize
+    def slot_dtype(self, state: np.dtype[Any]) -> np.dtype[Any]:
+        """Return the type of a checkpoint's entries for a state of this type: the narrower of the two."""
+        return min(state, np.dtype(self.checkpoint_dtype), key=lambda dtype: dtype.itemsize)
 
     @property
     def scratch(self) -> Path:

@@ -232,6 +232,7 @@ def facts(
         ("state", state_shape(layout.shapes, settings.partition)),
         ("dtype", layout.dtype),
         ("compute_dtype", None if layout.compute_dtype == layout.dtype else layout.compute_dtype),
+        ("state_dtype", layout.state_dtype),
         ("device of PETSc's vectors", layout.vec_device.type),
         ("t", times),
         ("step_size", None if settings.step_size is None else float(settings.step_size)),

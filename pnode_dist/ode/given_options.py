@@ -31,6 +31,7 @@ _TO_ARGUMENTS: dict[str, str] = {
     "preconditioner": f"{_NO_OPTION} preconditioner={{value!r}}",
     "trajectory": f"{_NO_OPTION} trajectory=",
     "compute_dtype": f"{_NO_OPTION} compute_dtype={{value!r}}",
+    "state_dtype": f"{_NO_OPTION} state_dtype={{value!r}}",
     "last_only": f"{_NO_OPTION} last_only={{value!r}}",
     "params": f"{_NO_OPTION} params=",
     "args": f"{_NO_OPTION} args=",

@@ -99,11 +99,13 @@ def odeint(
 
     State and types
         `u0` is this rank's part of the initial state, a tensor or a tuple of tensors. `func` computes in its floating
-        type unless `compute_dtype` names another one. Steps, checkpoints and adjoints are in PETSc's scalar type.
-        With `compute_dtype` the parameters and buffers of modules, and tensors in `args`, are converted to it once for
-        a solve. Outside they keep their own type, and so do their gradients, which are summed over steps in PETSc's
-        scalar type. `u0` may be on another device: func then computes there. PETSc's vectors are there too for a CUDA
-        device, a PETSc with CUDA and an explicit method. Otherwise states are copied back and forth.
+        type unless `compute_dtype` names another one. With `compute_dtype` the parameters and buffers of modules, and
+        tensors in `args`, are converted to it once for a solve. Outside they keep their own type, and so do their
+        gradients. States, checkpoints and adjoints are of `state_dtype`, for explicit Runge-Kutta methods by default
+        the wider type of `u0` and func, but at least float32; all other methods have PETSc's scalar type. Gradients of
+        parameters are summed over steps in the wider one of that type and their own. `u0` may be on another device:
+        func then computes there. PETSc's vectors are there too for a CUDA device, a PETSc with CUDA and an explicit
+        method. Otherwise states are copied back and forth.
 
     Steps
         `t` holds the output times, strictly increasing or strictly decreasing. Each interval between them is divided

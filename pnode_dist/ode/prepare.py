@@ -24,7 +24,7 @@ from pnode_dist.ode.repeated import Repeated, split_options
 from pnode_dist.ode.rhs.compute_dtype import ComputeCopies, compute_copies
 from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
 from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
-from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
+from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, for_method, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
@@ -38,7 +38,6 @@ from pnode_dist.ode.steppers.preconditioner import resolve as resolve_preconditi
 from pnode_dist.ode.steppers.tolerances import check_shapes
 from pnode_dist.ode.time_grid import check_step_size, divided, output_times
 from pnode_dist.ode.time_rounding import rounding_of
-from pnode_dist.petsc.vectors import vec_device
 
 
 def prepared(
@@ -79,8 +78,7 @@ def _prepared_with(
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
-    if not table.implicit and (device := vec_device(layout.device)) != layout.vec_device:
-        layout = replace(layout, vec_device=device)
+    layout = for_method(layout, table, settings.state_dtype)
     partition = settings.partition
     trajectory = budget.DEFAULT if settings.trajectory is None else settings.trajectory
     if not isinstance(trajectory, CheckpointBudget):
@@ -137,7 +135,7 @@ def _prepared_with(
             known is None,
             slot_bounds(
                 trajectory,
-                layout.size * trajectory.checkpoint_itemsize,
+                layout.size * trajectory.slot_dtype(layout.numpy_dtype).itemsize,
                 steps,
                 needs_gradient,
                 known is not None and known.disk_is_lost,

@@ -63,6 +63,9 @@ class SolverSettings:
     `pnode_dist.ode.steppers.preconditioner`."""
     compute_dtype: torch.dtype | None = None
     """The floating type in which func computes. By default that of u0."""
+    state_dtype: torch.dtype | None = None
+    """The type of state, adjoint and checkpoints: `torch.float32` or `torch.float64`. With None explicit Runge-Kutta
+    methods take the wider type of u0 and func, and at least float32. All others have PETSc's scalar type, float64."""
     last_only: bool = False
     """Return the state at the last time only."""
     on_mismatch: str = "raise"
@@ -86,6 +89,7 @@ class SolverKeywords(TypedDict, total=False):
     mass: Mass | None
     preconditioner: Preconditioner | str | None
     compute_dtype: torch.dtype | None
+    state_dtype: torch.dtype | None
     last_only: bool
     on_mismatch: str
     preserve_rng_state: bool

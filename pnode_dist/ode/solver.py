@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 from mpi4py import MPI
 
 from pnode_dist.checkpointing.budget import CheckpointBudget, Slots
@@ -112,7 +111,7 @@ class Solver:
             )
 
         stepper = make_stepper()
-        dtype = np.dtype(trajectory.checkpoint_dtype)
+        dtype = trajectory.slot_dtype(layout.numpy_dtype)
         memory = MemoryPool(layout.size, dtype)
         trajectory.ledger.pools.add(memory)
         pools: dict[Tier, SlotPool] = {Tier.RAM: memory}
@@ -176,7 +175,8 @@ class Solver:
     @property
     def checkpoint_bytes(self) -> int:
         """The size of a checkpoint on this rank."""
-        return self.stepper.layout.size * np.dtype(self.trajectory.checkpoint_dtype).itemsize
+        layout = self.stepper.layout
+        return layout.size * self.trajectory.slot_dtype(layout.numpy_dtype).itemsize
 
     def adaptive_stepper(self, control: ErrorControl) -> AdaptiveStepper:
         """Return the stepper with error control, which is made at the first call. Collective."""

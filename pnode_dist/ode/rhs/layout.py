@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, reduce
 from typing import Any
 
+import numpy as np
 import torch
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.methods import Method
 from pnode_dist.petsc import vectors
 
+STATE_TYPES = (torch.float32, torch.float64)
 State = torch.Tensor | tuple[torch.Tensor, ...]
 Parts = tuple[torch.Tensor, ...]
 
@@ -22,8 +25,7 @@ class StateLayout:
     """The shapes of the parts of this rank's state, and their type. `is_tuple`: the caller's state is a tuple.
 
     `dtype` and `device` are those of the caller's tensors. f computes on that device, in `compute_dtype`. The state of
-    the solve, its adjoint and its checkpoints are of `state_dtype` on `vec_device`: PETSc's scalar type, and the device
-    of PETSc's vectors.
+    the solve, its adjoint and its checkpoints are of `state_dtype` on `vec_device`, the device of PETSc's vectors.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -43,6 +45,11 @@ class StateLayout:
     def size(self) -> int:
         """The number of entries on this rank."""
         return sum(self.sizes)
+
+    @cached_property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """`state_dtype` as NumPy's type, which is that of the state's arrays."""
+        return torch.empty(0, dtype=self.state_dtype).numpy().dtype
 
     @cached_property
     def converts(self) -> bool:
@@ -91,6 +98,35 @@ def layout_of(u0: State, compute_dtype: torch.dtype | None = None) -> tuple[Stat
     dtype = parts[0].dtype
     shapes = tuple(tuple(part.shape) for part in parts)
     return _interned(shapes, dtype, is_tuple, compute_dtype or dtype, parts[0].device), parts
+
+
+def for_method(layout: StateLayout, method: Method, state_dtype: torch.dtype | None) -> StateLayout:
+    """Return the layout for a solve by `method`, with its state in `state_dtype`, or in the default of the method.
+
+    Methods whose state is a PETSc Vec have PETSc's scalar type. The default of the others is the wider type of u0 and
+    f, and at least float32. Raises `ConfigurationError` for a type that the method cannot have.
+    """
+    if state_dtype is not None and not any(state_dtype is known for known in STATE_TYPES):
+        raise ConfigurationError(
+            f"state_dtype = {state_dtype!r}: must be {', '.join(map(str, STATE_TYPES))}, or None for the default"
+        )
+    scalar = vectors.scalar_dtype()
+    if method.has_vec_state:
+        if state_dtype not in (None, scalar):
+            raise ConfigurationError(
+                f"state_dtype = {state_dtype}: method = {method.name!r} has its state in PETSc's vectors: must be "
+                f"{scalar} or None"
+            )
+        state_dtype = scalar
+    if state_dtype is None:
+        state_dtype = reduce(torch.promote_types, (layout.dtype, layout.compute_dtype, torch.float32))
+    device = vectors.HOST if method.implicit else vectors.vec_device(layout.device)
+    return _with_state(layout, state_dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _with_state(layout: StateLayout, state_dtype: torch.dtype, device: torch.device) -> StateLayout:
+    return replace(layout, state_dtype=state_dtype, vec_device=device)
 
 
 @lru_cache(maxsize=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,13 +135,27 @@ def test_a_checkpoint_that_moves_from_memory_to_disk_is_rounded_once(tmp_path: P
     assert identical(of(ram_slots=1, disk_slots=3), of(ram_slots=4))
 
 
-def test_a_state_that_is_float32_already_still_has_steps_in_float64() -> None:
-    # A step ends between the numbers of float32: checkpoints round it.
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_checkpoints_of_a_float32_state_are_exact_and_no_wider(dtype: str) -> None:
     u0 = random(2, 3, dtype=torch.float32)
-    node = node_of(Trajectory(ram_slots=2, checkpoint_dtype="float32"), dtype=torch.float32)
-    plain = node_of(Trajectory(ram_slots=2), dtype=torch.float32)
+    node = node_of(Trajectory(ram_slots=2, checkpoint_dtype=dtype), dtype=torch.float32)
+    plain = node_of(Trajectory("1MiB", keep="graph"), dtype=torch.float32)
+    assert identical(solved(node, u0), solved(plain, u0))
+    assert node.last_solve.largest_rounding == 0
+    assert node.last_solve.checkpoint_bytes_peak == 2 * SHORT
+
+
+def test_a_float64_state_of_a_float32_function_is_rounded_by_float32_checkpoints() -> None:
+    # A step ends between the numbers of float32.
+    u0 = random(2, 3, dtype=torch.float32)
+    node, plain = (
+        node_of(Trajectory(ram_slots=2, checkpoint_dtype=dtype), dtype=torch.float32)
+        for dtype in ("float32", "float64")
+    )
+    node.state_dtype = plain.state_dtype = torch.float64
     assert distance(solved(node, u0), solved(plain, u0)) < 1e-5
     assert node.last_solve.largest_rounding > 0
+    assert plain.last_solve.checkpoint_bytes_peak == 2 * 2 * SHORT
 
 
 @pytest.mark.parametrize("rtol", [None, 1e-3], ids=["steps of fixed size", "error control"])
@@ -172,7 +187,7 @@ def test_the_key_of_the_configuration_reaches_the_budget(config_file: Path) -> N
     assert load(config_file).trajectory.build().checkpoint_dtype == "float64"
     narrow = load(config_file, ["trajectory.checkpoint_dtype=float32"]).trajectory.build()
     assert narrow.checkpoint_dtype == "float32"
-    assert narrow.checkpoint_itemsize == 4
+    assert narrow.slot_dtype(np.dtype("float64")) == np.float32
     with pytest.raises(ConfigurationError, match="checkpoint_dtype") as caught:
         load(config_file, ["trajectory.checkpoint_dtype=float16"])
     assert "\n" not in str(caught.value)
