@@ -9,7 +9,7 @@ in float32. Its errors are relative to the gradient of plain torch in float64.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,7 +63,7 @@ def run() -> Report:
     return replace(of_f, checks=[*of_f.checks, *checks], notes=notes, further={"f and state": of_state})
 
 
-def states(problems: tuple[PeerCase, ...]) -> tuple[list[Row], list[Check]]:
+def states(problems: Sequence[PeerCase]) -> tuple[list[Row], list[Check]]:
     """Return a row for each problem and type of the state, and checks of the gradients with a float32 state."""
     rows: list[Row] = []
     checks = []

@@ -243,7 +243,7 @@ class TrainingConfig(Table):
     batch_size: Count = 1
     """Samples per optimiser step, over all replicas. Training is therefore the same on every mesh."""
     dtype: Literal["float32", "float64"] = "float32"
-    """The type of parameters and data. Time steps are computed in PETSc's scalar type."""
+    """The type of parameters and data."""
     device: Annotated[StrictStr, AfterValidator(_device), _examples("cpu", "cuda", "cuda:0", "auto")] = "cpu"
     """The device on which the model computes. `cuda`: the GPU with the number of the rank on its node. `cuda:N`: this
     GPU for all ranks. `auto`: `cuda` if every rank has a GPU, else `cpu`. Data, losses and the states of PETSc stay in

@@ -65,7 +65,7 @@ class SolverSettings:
     """The floating type in which func computes. By default that of u0."""
     state_dtype: torch.dtype | None = None
     """The type of state, adjoint and checkpoints: `torch.float32` or `torch.float64`. With None explicit Runge-Kutta
-    methods take the wider type of u0 and func, and at least float32. All others have PETSc's scalar type, float64."""
+    methods take the wider type of u0 and func, and at least float32. All others have PETSc's scalar type."""
     last_only: bool = False
     """Return the state at the last time only."""
     on_mismatch: str = "raise"

@@ -14,8 +14,10 @@ from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import global_sum
 from pnode_dist.nn import Conv2d
+from pnode_dist.ode.methods import resolve
 from tests.oracles.checkpointing import fewest_steps
 from tests.oracles.right_hand_sides import identical, random
+from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
 pytestmark = pytest.mark.mpi
 
@@ -91,6 +93,37 @@ def test_the_gradient_of_coupled_samples_has_the_same_bits_under_every_budget(me
     for ram, disk in ((4, 0), (2, 4), (0, 3)):
         node.trajectory = Trajectory(ram_slots=ram, disk_slots=disk, directory=scratch)
         assert identical(gradient(node, u0), ample), (ram, disk)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_a_float32_state_has_half_the_bytes_and_a_gradient_right_to_rounding(
+    method: str, mesh: Mesh, comm: MPI.Comm, scratch: Path
+) -> None:
+    samples = mesh.size + 1
+    partition, whole = BatchPartition(mesh, samples, (3,)), random(samples, 3, dtype=torch.float32)
+    u0, found, counts = partition.scatter(whole), [], []
+    for dtype in (torch.float32, torch.float64):
+        func = Coupled(comm, samples).float()
+        node = NeuralODE(func, method=method, step_size=0.1, partition=partition, state_dtype=dtype)
+        ample = gradient(node, u0)
+        node.trajectory = Trajectory(ram_slots=2, disk_slots=2, directory=scratch)
+        found.append(gradient(node, u0))
+        assert identical(found[-1], ample)
+        assert {part.dtype for part in ample} == {torch.float32}
+        counts.append(node.last_solve)
+    half, full = counts
+    assert full.checkpoint_bytes_peak == 2 * half.checkpoint_bytes_peak == 4 * partition.local_shape[0] * 3 * NUMBER
+    assert full.bytes_written == 2 * half.bytes_written > 0
+    # Plain torch in float64, on the whole batch.
+    exact = Coupled(MPI.COMM_SELF, samples).float().double()
+    start = whole.double().requires_grad_()
+    solution = odeint_plain(exact, start, TIMES, TABLEAUX[resolve(method).petsc_name], 0.1)
+    by_state, by_matrix = torch.autograd.grad(torch.sin(solution).sum(), [start, exact.matrix])
+    own = slice(*partition.owned)
+    for states, of_state, of_matrix in found:
+        for part, wanted in ((states, solution.detach()[:, own]), (of_state, by_state[own])):
+            assert torch.allclose(part.double(), wanted, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(mesh.sum(of_matrix).double(), by_matrix, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "memory and disk"])
