@@ -286,9 +286,14 @@ class NeuralODE(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Replace a field of `settings`, or set an attribute as torch does."""
         if name in KEYWORDS:
-            self.settings = replace(self.settings, **{name: value})
-        else:
-            super().__setattr__(name, value)
+            name, value = "settings", replace(self.settings, **{name: value})
+        elif name == "settings":
+            value = merged(value, {}, "NeuralODE")
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        """Return the names of all attributes, the fields of `settings` included."""
+        return sorted({*super().__dir__(), *KEYWORDS})  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Return the settings for `repr`."""

@@ -82,6 +82,7 @@ def test_an_attribute_of_a_module_is_a_field_of_its_settings(name: str) -> None:
     assert name not in vars(node)
     node.settings = before
     assert getattr(node, name) is getattr(before, name)
+    assert dir(node).count(name) == 1
 
 
 def test_settings_cannot_be_changed_in_place() -> None:
@@ -111,6 +112,9 @@ def test_settings_of_another_type_are_refused() -> None:
         odeint(Network(), U0, TIMES, "rk4")  # type: ignore[call-overload]
     with pytest.raises(ConfigurationError, match=r"settings = \{'method': 'rk4'\}: must be a pnode_dist"):
         NeuralODE(Network(), {"method": "rk4"})  # type: ignore[arg-type]
+    node = NeuralODE(Network())
+    with pytest.raises(ConfigurationError, match="settings = 'rk4': must be a pnode_dist"):
+        node.settings = "rk4"
 
 
 def test_a_module_saved_whole_has_its_settings_again() -> None:
