@@ -211,7 +211,7 @@ def test_tangents_and_second_derivatives_follow_the_type_of_the_state(dtype: tor
     assert 0 < distance(found[SINGLE], found[DOUBLE]) <= 1e-5
 
 
-def test_gradients_of_float64_parameters_are_summed_in_float64_beside_a_float32_state() -> None:
+def test_gradients_of_float64_parameters_of_a_float32_state_are_summed_in_float64() -> None:
     rate = torch.ones(1, dtype=DOUBLE, requires_grad=True)
 
     def func(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
