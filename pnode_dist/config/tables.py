@@ -149,6 +149,9 @@ class SolverConfig(Table):
     """The type in which the right-hand side computes. Parameters and data stay in `[training] dtype`, the default."""
     on_mismatch: Literal["raise", "warn", "ignore"] = "raise"
     """The action if a step recomputed for the gradient differs from the forward pass."""
+    newton: Literal["auto", "batch", "petsc"] = "auto"
+    """The solver of the equations of implicit methods. `batch` factors the small systems of all samples at once.
+    `petsc` uses PETSc's SNES and KSP. `auto` is `batch` where that is possible."""
     preserve_rng_state: bool = True
     """Draw the same random numbers in recomputed steps. `false` saves time if the model draws none."""
     reach: Count = 1

@@ -241,6 +241,8 @@ class Settings(Protocol):
     @property
     def preconditioner(self) -> Any: ...
     @property
+    def newton(self) -> str: ...
+    @property
     def last_only(self) -> bool: ...
     @property
     def on_mismatch(self) -> str: ...
@@ -280,6 +282,7 @@ def facts(
         ("func", _form(func)),
         ("mass", "none" if settings.mass is None else "given"),
         ("preconditioner", _name(settings.preconditioner)),
+        ("newton", settings.newton),
         ("options", _options(settings.options)),
         ("last_only", settings.last_only),
         ("on_mismatch", settings.on_mismatch),

@@ -66,6 +66,7 @@ def odeint(
     last_only: bool = ...,
     on_mismatch: str = ...,
     preserve_rng_state: bool = ...,
+    newton: str = ...,
 ) -> torch.Tensor: ...
 
 
@@ -91,6 +92,7 @@ def odeint(
     last_only: bool = ...,
     on_mismatch: str = ...,
     preserve_rng_state: bool = ...,
+    newton: str = ...,
 ) -> tuple[torch.Tensor, ...]: ...
 
 
@@ -116,6 +118,7 @@ def odeint(
     last_only: bool = False,
     on_mismatch: str = "raise",
     preserve_rng_state: bool = True,
+    newton: str = "auto",
 ) -> State:
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
@@ -156,6 +159,9 @@ def odeint(
         may be singular (see `mass_matrix`). `preconditioner` is that of the linear systems: `block`, `assembled`, or an
         object of `pnode_dist.ode.steppers.preconditioner`. `options` are PETSc options for the solver, such as
         `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`. An option that PETSc does not read is an error.
+        `newton` chooses the solver of the equations: "petsc", or "batch" for samples (the first axis of the state) of
+        at most 64 components that do not depend on one another. Their dense systems are then factored at once. "auto"
+        is "batch" where that is possible.
 
     Ranks and memory
         `partition` defines the distribution of the state over ranks; with None each rank has a state of its own.
@@ -191,6 +197,7 @@ def odeint(
         last_only,
         on_mismatch,
         preserve_rng_state,
+        newton,
     )
     return differentiable_solve(NoSolvers(), NoSolvers(), func, u0, t, settings, args)[0]
 
@@ -230,6 +237,7 @@ class NeuralODE(nn.Module):
         last_only: bool = False,
         on_mismatch: str = "raise",
         preserve_rng_state: bool = True,
+        newton: str = "auto",
         compile: bool | str = False,
     ) -> None:
         super().__init__()
@@ -251,6 +259,7 @@ class NeuralODE(nn.Module):
         self.last_only = last_only
         self.on_mismatch = on_mismatch
         self.preserve_rng_state = preserve_rng_state
+        self.newton = newton
         self.compiler = None if compile is False else Compiler("inductor" if compile is True else compile)
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
@@ -347,7 +356,7 @@ class NeuralODE(nn.Module):
             solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
             if solve.control is not None:
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
-            if refusal := methods.gradient_refusal(solve.solver.stepper.method):
+            if refusal := solve.solver.gradient_refusal():
                 raise ConfigurationError(refusal)
             with torch.no_grad(), solve.bound.copies.in_place():
                 return measured_plans(solve, tensors[: len(layout.shapes)])

@@ -16,6 +16,7 @@ from pnode_dist.ode import methods
 from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.given_options import check_options, without_adaptation
 from pnode_dist.ode.kept_solvers import KeptSolvers
+from pnode_dist.ode.newton_choice import chosen_newton
 from pnode_dist.ode.recomputation.bindings import Bindings
 from pnode_dist.ode.recomputation.carried import NOTHING_CARRIED, Carried, KnownTensors
 from pnode_dist.ode.recomputation.guard import check_policy
@@ -98,7 +99,11 @@ def _prepared_with(
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
     if needs_gradient:
         refuse_fully_sharded(func, args, parameters.tensors)
-    if needs_gradient and (refusal := methods.gradient_refusal(table)):
+    adaptive, preconditioner = control is not None, resolve_preconditioner(settings.preconditioner)
+    newton = chosen_newton(
+        settings.newton, table, layout, partition, func, settings.mass, preconditioner, options, adaptive
+    )
+    if needs_gradient and newton == "petsc" and (refusal := methods.gradient_refusal(table)):
         raise ConfigurationError(refusal)
     if settings.mass is not None and not table.implicit:
         raise ConfigurationError(
@@ -107,17 +112,18 @@ def _prepared_with(
     copies = ComputeCopies({}, (), args)
     if settings.compute_dtype is not None:
         copies = compute_copies(func, args, layout.compute_dtype)
-    mass, preconditioner = settings.mass, resolve_preconditioner(settings.preconditioner)
+    mass, only_batch = settings.mass, settings.newton == "batch"
     if not table.implicit and preconditioner is not None:
         raise ConfigurationError(
             f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
         )
     linear = _matrix_part(func, table)
     made_of = object_key(func, mass, preconditioner)
-    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of)
+    how = (newton, only_batch)
+    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), how, *made_of)
 
     def create() -> Solver:
-        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
+        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear, *how)
         # A preconditioner that is PETSc's context itself may change its contents while it works.
         works = getattr(made.stepper, "built", None) is preconditioner
         made.contents = contents_of(func, mass, None if works else preconditioner)
@@ -133,7 +139,7 @@ def _prepared_with(
             check_shapes(control, layout)
         steps = 0 if len(times) == 1 else None if grid is None else grid.steps
         agreed = preparing.agree(
-            facts(settings, table, layout, times, func, needs_gradient, needs_time_gradient),
+            facts(replace(settings, newton=newton), table, layout, times, func, needs_gradient, needs_time_gradient),
             known is None,
             slot_bounds(
                 trajectory,

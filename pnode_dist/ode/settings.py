@@ -48,6 +48,7 @@ class Settings:
     last_only: bool = False
     on_mismatch: str = "raise"
     preserve_rng_state: bool = True
+    newton: str = "auto"
     fixed_plan: Plan | None = None
     compiler: Compiler | None = None
     grid: TimeGrid | None = None

@@ -16,6 +16,7 @@ from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.checkpointing.spill import SpillPool
 from pnode_dist.checkpointing.store import MemoryPool, SlotPool
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode import methods
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.recomputation.carried import KnownTensors
 from pnode_dist.ode.rhs.layout import StateLayout
@@ -25,6 +26,8 @@ from pnode_dist.ode.solver_key import Contents
 from pnode_dist.ode.steppers.adaptive import AdaptiveStepper, ExplicitAttempts
 from pnode_dist.ode.steppers.adaptive_implicit import ImplicitAttempts
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper
+from pnode_dist.ode.steppers.batched import BatchedStepper
+from pnode_dist.ode.steppers.batched_samples import split_of
 from pnode_dist.ode.steppers.embedded import EmbeddedAttempts
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
@@ -94,8 +97,13 @@ class Solver:
         mass: Mass | None = None,
         preconditioner: Preconditioner | None = None,
         linear: MatrixFunction | None = None,
+        newton: str = "petsc",
+        only_batch: bool = False,
     ) -> Solver:
-        """Create a stepper with empty pools. Collective on the partition's communicator."""
+        """Create a stepper with empty pools. Collective on the partition's communicator.
+
+        `newton` is "batch" or "petsc", see `chosen_newton`. `only_batch`: PETSc must not take the place of "batch".
+        """
         comm = communicator(partition)
         # A copy: a stepper that is made again for a backward pass needs the mass matrix of the forward pass.
         mass = copy_of_tensors(mass)
@@ -107,9 +115,16 @@ class Solver:
             if method.family == "rk":
                 return ExplicitStepper(comm, layout, method, parameter_sizes, options)
             matrix = mass_matrix(mass, layout)
-            return ImplicitStepper(
-                comm, layout, method, parameter_sizes, options, partition, matrix, preconditioner, linear
-            )
+
+            def by_petsc() -> ImplicitStepper:
+                return ImplicitStepper(
+                    comm, layout, method, parameter_sizes, options, partition, matrix, preconditioner, linear
+                )
+
+            if newton == "petsc":
+                return by_petsc()
+            split = split_of(layout, partition)
+            return BatchedStepper(comm, layout, method, parameter_sizes, options, split, matrix, by_petsc, only_batch)
 
         stepper = make_stepper()
         dtype = np.dtype(trajectory.checkpoint_dtype)
@@ -172,6 +187,10 @@ class Solver:
         """Count a solve. Returns True if it should check a module's graph for unnamed parameters."""
         self.solves += 1
         return self.solves % _SOLVES_BETWEEN_CHECKS == 1
+
+    def gradient_refusal(self) -> str | None:
+        """Return the error message for a gradient of the stepper's steps, or None if they have an adjoint."""
+        return None if isinstance(self.stepper, BatchedStepper) else methods.gradient_refusal(self.stepper.method)
 
     @property
     def checkpoint_bytes(self) -> int:

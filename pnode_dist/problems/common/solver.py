@@ -53,6 +53,7 @@ def neural_ode(
         last_only=last_only,
         on_mismatch=solver.on_mismatch,
         preserve_rng_state=solver.preserve_rng_state,
+        newton=solver.newton,
     )
 
 
