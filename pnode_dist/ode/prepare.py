@@ -163,11 +163,12 @@ def _prepared_with(
         copies.args,
         replace(parameters, tensors=copies.of(parameters.tensors)) if copies.by_original else parameters,
         copies,
-        {} if settings.compiler is None else settings.compiler.compiled(func, table),
+        {} if settings.compiler is None else settings.compiler.compiled(func, table, newton),
         watched=torch.is_grad_enabled() and not needs_gradient,
         needs_time_gradient=needs_time_gradient,
         checks_parameters=solver.checks_parameters(),
         carried=carried,
+        whole=None if settings.compiler is None or newton == "petsc" else settings.compiler.whole,
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(

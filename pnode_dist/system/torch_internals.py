@@ -235,6 +235,13 @@ def configure_compiler() -> None:
     _functorch.config.donated_buffer = False
 
 
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions for code that cannot be compiled in one piece. Loads torch's compiler."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
 def find_cpp_compiler() -> None:
     """Raise an error if torch's compiler finds no C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from pnode_dist.exchange.linear_map import keep_out_of_compiled_code
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.split import SplitFunction
-from pnode_dist.system.torch_internals import configure_compiler, find_cpp_compiler
+from pnode_dist.system.torch_internals import compiler_errors, configure_compiler, find_cpp_compiler
+
+_log = logging.getLogger(__name__)
 
 
 class Compiler:
@@ -33,31 +37,66 @@ class Compiler:
         self._works = backend != "inductor" or _has_cpp_compiler()
         # The values hold the functions, so that their `id` is not reused.
         self._made: dict[int, tuple[Function, Any]] = {}
+        self._whole: dict[Any, Callable[..., Any]] = {}
 
     def __reduce__(self) -> tuple[type[Compiler], tuple[str]]:
         # Copies and pickles of a module compile again.
         return Compiler, (self._backend,)
 
-    def compiled(self, func: Function, method: Method) -> dict[int, Function]:
+    def compiled(self, func: Function, method: Method, newton: str = "petsc") -> dict[int, Function]:
         """Return the compiled functions of the parts of `func`, by the identity of the part.
 
-        A part that the method treats implicitly is not compiled: products with its Jacobian are derivatives of
-        vector-Jacobian products, which compiled code lacks. Raises `ConfigurationError` if no part is left.
+        With PETSc's Newton method (`newton`) a part that the method treats implicitly is not compiled: products with
+        its Jacobian are derivatives of vector-Jacobian products, which compiled code lacks. Raises
+        `ConfigurationError` if no part is left.
         """
         parts: tuple[Function, ...] = (func,)
-        if method.implicit:
-            if method.family != "arkimex" or not isinstance(func, SplitFunction):
+        if method.family == "arkimex" and isinstance(func, SplitFunction):
+            parts = (func.implicit, func.explicit)
+        if method.implicit and newton == "petsc":
+            if len(parts) == 1:
                 raise ConfigurationError(
-                    f"compile: method = {method.name!r} treats all of f implicitly, which takes second derivatives, "
-                    "and compiled code has none: must be False"
+                    f"compile: method = {method.name!r} treats all of f implicitly, which takes second derivatives "
+                    "with newton = 'petsc', and compiled code has none: must be False"
                 )
-            parts = (func.explicit,)
+            parts = parts[1:]
         if not self._works:
             return {}
         for part in parts:
             if id(part) not in self._made:
                 self._made[id(part)] = (part, torch.compile(part, backend=self._backend, dynamic=False))
         return {id(part): self._made[id(part)][1] for part in parts}
+
+    def whole(self, key: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
+        """Return the function of `make()` compiled without breaks, once for each key; None without a compiler.
+
+        The function returns None where it cannot be compiled as a whole, such as code with exchanges. torch's log
+        reports it.
+        """
+        if not self._works:
+            return None
+        if key not in self._whole:
+            compiled = torch.compile(make(), backend=self._backend, dynamic=False, fullgraph=True)
+            self._whole[key] = _none_if_not_whole(compiled)
+        return self._whole[key]
+
+
+def _none_if_not_whole(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    errors = compiler_errors()
+    works = True
+
+    def called(*args: Any) -> Any:
+        nonlocal works
+        if not works:
+            return None
+        try:
+            return compiled(*args)
+        except errors as error:
+            works = False
+            _log.warning("compile: Newton's method runs uncompiled: %s", str(error).strip().partition("\n")[0])
+            return None
+
+    return called
 
 
 def _has_cpp_compiler() -> bool:

@@ -32,6 +32,7 @@ from pnode_dist.ode.steppers.batched_step import (
     pull_back,
     record,
 )
+from pnode_dist.ode.steppers.compiled_stage import compiled_stage
 from pnode_dist.ode.steppers.current_state import TensorState
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
 from pnode_dist.ode.steppers.implicit_ts import chosen_method, newton_tolerances, set_type, theta_variant
@@ -69,7 +70,7 @@ class BatchedStepper(Stepper):
         self._other: ImplicitStepper | None = None
         self._other_has_begun = False
         self._sums = AdjointSums(layout, len(parameter_sizes))
-        self.bound: BoundFunction | None = None
+        self._problem: BatchProblem | None = None
         self.error: BaseException | None = None
 
     def step(
@@ -86,27 +87,41 @@ class BatchedStepper(Stepper):
         Raises `ConvergenceError` on all ranks if the equations of a stage cannot be solved, and `ConfigurationError` if
         samples depend on one another and no other stepper is allowed.
         """
-        problem = self._problem()
+        problem = self._problem
+        assert problem is not None
         bound = problem.bound
         self.stepping = True
         try:
             with torch.no_grad():
                 state = problem.joined(self.current.parts)
                 if bound.coupled is None:
-                    self._compare(problem, time + size / 3, state)
+                    self._compare(problem, time, size, state)
                 if bound.coupled:
                     self._step_by_petsc(number, time, size, tape, isolate, level)
-                elif tape is None:
-                    self._set(problem, advance(problem, time, size, state))
                 else:
-                    after, stages = record(problem, time, size, state, level)
-                    tape.extend(stages)
-                    self._set(problem, after)
+                    self._set(problem, self._step_as_batch(problem, number, time, size, state, tape, level))
             self._store_fingerprint(self.current.parts)
-        except ConvergenceError as error:
-            raise ConvergenceError(str(error).replace("at t", f"step {number} at t", bound.coupled is False)) from None
         finally:
             self.stepping = False
+
+    def _step_as_batch(
+        self,
+        problem: BatchProblem,
+        number: int,
+        time: float,
+        size: float,
+        state: torch.Tensor,
+        tape: Tape | None,
+        level: str,
+    ) -> torch.Tensor:
+        try:
+            if tape is None:
+                return advance(problem, time, size, state)
+            after, stages = record(problem, time, size, state, level)
+        except ConvergenceError as error:
+            raise ConvergenceError(f"step {number} {error}") from None
+        tape.extend(stages)
+        return after
 
     def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
         """See `Stepper.adjoint_step`. Collective on `comm`.
@@ -117,7 +132,8 @@ class BatchedStepper(Stepper):
             with self._by_petsc_alone() as other:
                 other.adjoint_step(number, time, size, tape)
             return
-        problem, sums = self._problem(), self._sums
+        problem, sums = self._problem, self._sums
+        assert problem is not None
         stages = stages_of(tape)
         tape.clear()
         self.stepping = True
@@ -141,9 +157,19 @@ class BatchedStepper(Stepper):
     def end_step(self) -> None:
         """See `Callbacks.end_step`: nothing is held between steps."""
 
+    @property
+    def bound(self) -> BoundFunction | None:
+        """The right-hand side that is bound."""
+        return None if self._problem is None else self._problem.bound
+
+    @bound.setter
+    def bound(self, bound: BoundFunction | None) -> None:
+        self._problem = None if bound is None else self._problem_of(bound)
+
     def bind(self, bound: BoundFunction) -> None:
         """See `Stepper.bind`."""
-        self.bound = bound
+        if bound is not self.bound:
+            self.bound = bound
 
     def close_segment(self) -> None:
         """See `Stepper.close_segment`. Every step has a tape of its own."""
@@ -202,14 +228,17 @@ class BatchedStepper(Stepper):
     def _is_coupled(self) -> bool:
         return self._bound.coupled is True
 
-    def _problem(self) -> BatchProblem:
-        bound, tableau = self._bound, self._tableau
+    def _problem_of(self, bound: BoundFunction) -> BatchProblem:
+        tableau = self._tableau
         implicit, explicit = bound.func, None
         if self.method.family == "arkimex" and isinstance(bound.func, SplitFunction):
             implicit, explicit = bound.func.implicit, bound.func.explicit
         else:
             tableau = tableau.without_explicit_part
         samples, widths = self._split
+        stage = None
+        if bound.whole is not None and self.comm.size == 1:
+            stage = compiled_stage(bound.whole, implicit, self.layout, samples, widths)
         return BatchProblem(
             bound,
             self.layout,
@@ -221,6 +250,7 @@ class BatchedStepper(Stepper):
             tableau,
             self._mass,
             self._tolerances,
+            stage,
         )
 
     def _set(self, problem: BatchProblem, state: torch.Tensor) -> None:
@@ -228,11 +258,11 @@ class BatchedStepper(Stepper):
 
     # Samples that depend on one another
 
-    def _compare(self, problem: BatchProblem, time: float, state: torch.Tensor) -> None:
+    def _compare(self, problem: BatchProblem, time: float, size: float, state: torch.Tensor) -> None:
         """Decide whether PETSc takes the steps of this solve. Collective on `comm`."""
         bound = problem.bound
         counts = bound.counts()
-        bound.coupled = are_coupled(problem, time, state)
+        bound.coupled = are_coupled(problem, time + size / 3, size, state)
         bound.count_from(counts)
         if bound.coupled and self._only:
             raise ConfigurationError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +35,11 @@ class NewtonTolerances:
     absolute: float
     step: float
     iterations: int
+
+    @cached_property
+    def limits(self) -> torch.Tensor:
+        """The three tolerances as a tensor."""
+        return torch.tensor([self.relative, self.absolute, self.step], dtype=torch.float64)
 
 
 class Factors(NamedTuple):

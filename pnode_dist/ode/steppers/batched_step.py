@@ -22,6 +22,7 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.products import Cotangents, step_cotangents
 from pnode_dist.ode.steppers.additive_tableau import AdditiveTableau
 from pnode_dist.ode.steppers.batched_newton import Factors, NewtonTolerances, StageEquations, factored, solve
+from pnode_dist.ode.steppers.compiled_stage import CompiledStage
 from pnode_dist.ode.steppers.tape import Stage
 from pnode_dist.petsc import vectors
 
@@ -49,6 +50,7 @@ class BatchProblem:
     tableau: AdditiveTableau
     mass: torch.Tensor | None
     tolerances: NewtonTolerances
+    compiled: CompiledStage | None = None
 
     @property
     def components(self) -> int:
@@ -218,12 +220,17 @@ def pull_back(
 # Samples
 
 
-def are_coupled(problem: BatchProblem, when: float, states: torch.Tensor) -> bool:
+def are_coupled(problem: BatchProblem, when: float, size: float, states: torch.Tensor) -> bool:
     """Return True if a sample's part of the implicit function depends on another sample, on any rank. Collective.
 
     Compares the product of a random vector and the transposed derivative with that of its blocks. They differ with
     probability 1 if the derivative has any other entry.
     """
+    if problem.compiled is not None:
+        side = torch.rand(states.shape, dtype=states.dtype).add_(0.5)
+        found = problem.compiled.transposed(when, size, states, side, problem.mass, problem.bound.args)
+        if found is not None:
+            return False
     graph = problem.bound.graph(problem.implicit, problem.layout, when, problem.inputs(states))
     blocks = jacobians(problem, graph)
     generator = torch.Generator().manual_seed(problem.comm.rank)
@@ -249,6 +256,12 @@ def _solved(
     factors: Factors | None,
 ) -> tuple[torch.Tensor, Factors | None]:
     """Return the state of a stage, and the factors of its equations. Raises `ConvergenceError` on all ranks."""
+    if problem.compiled is not None:
+        args, limits = problem.bound.args, problem.tolerances
+        quick = problem.compiled.newton(when, reach, base, guess, limits.limits, limits.iterations, problem.mass, args)
+        if quick is not None:
+            problem.bound.newton_iterations += quick[1]
+            return quick[0], None
     equations = StageEquations(
         partial(_value, problem, problem.implicit, when),
         partial(linearised, problem, when),
@@ -356,6 +369,13 @@ def _solved_transposed(
     The blocks of J are a preconditioner: the residual is computed with f's own derivative, and the solution refined
     where samples depend on one another. Raises `ConvergenceError` on all ranks if the refinement does not converge.
     """
+    if problem.compiled is not None:
+        y, args = problem.joined(graph.inputs), problem.bound.args
+        with torch.no_grad():
+            quick = problem.compiled.transposed(graph.when, reach, y, side, problem.mass, args)
+        if quick is not None:
+            differentiated(graph, reach * quick[0])
+            return quick
     factors = factored(jacobians(problem, graph), reach, problem.mass)
     eps = torch.finfo(problem.layout.compute_dtype).eps
     nu = product = None
