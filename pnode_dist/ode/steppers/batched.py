@@ -264,6 +264,9 @@ class BatchedStepper(Stepper):
         counts = bound.counts()
         bound.coupled = are_coupled(problem, time + size / 3, size, state)
         bound.count_from(counts)
+        if bound.coupled:
+            # PETSc's Newton method takes second derivatives, which compiled code lacks.
+            bound.compiled = {key: made for key, made in bound.compiled.items() if key != id(problem.implicit)}
         if bound.coupled and self._only:
             raise ConfigurationError(
                 "newton = 'batch': the derivative of func has entries between samples of the state (its first axis): "

@@ -47,7 +47,7 @@ def test_the_default_backend_makes_code_of_f_and_of_its_products() -> None:
     assert 0 < distance(found, wanted) <= 1e-5
 
 
-def test_the_explicit_part_alone_is_compiled() -> None:
+def test_with_petsc_s_newton_the_explicit_part_alone_is_compiled() -> None:
     called = []
 
     def stiff(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_the_explicit_part_alone_is_compiled() -> None:
     network, u0 = Network(), random(2, 3)
     split = SplitFunction(implicit=stiff, explicit=network)
     parameters = list(network.parameters())
-    settings: dict[str, Any] = {"method": "arkimex_3", "step_size": 0.25}
+    settings: dict[str, Any] = {"method": "arkimex_3", "step_size": 0.25, "newton": "petsc"}
     compiled = NeuralODE(split, compile=BACKEND, **settings)
     found = gradients(lambda u: compiled(u, TIMES), u0, parameters)
     assert not any(called)
@@ -73,9 +73,9 @@ def test_tangents_are_those_of_f_as_it_is() -> None:
     assert torch.equal(*tangents)
 
 
-def test_a_method_that_treats_all_implicitly_is_refused() -> None:
+def test_a_method_that_treats_all_implicitly_is_refused_with_petsc_s_newton() -> None:
     with pytest.raises(ConfigurationError, match="compile: method = 'cn' treats all of f implicitly"):
-        NeuralODE(Network(), method="cn", compile=BACKEND)(random(2, 3), TIMES)
+        NeuralODE(Network(), method="cn", compile=BACKEND, newton="petsc")(random(2, 3), TIMES)
 
 
 def test_a_backend_that_torch_does_not_know_is_refused() -> None:

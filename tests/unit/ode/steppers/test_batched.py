@@ -243,9 +243,10 @@ def test_a_coupling_too_strong_to_refine_is_an_error_of_the_adjoint() -> None:
     def func(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return -u + 30 * (t > 0.25).to(u) * torch.sin(u.roll(1, 0))
 
-    u0 = random(4, 3).requires_grad_()
-    states = odeint(func, u0, [0.0, 0.2, 0.4], method="beuler", options={"snes_rtol": 0.9}, newton="batch")
-    with pytest.raises(ConvergenceError, match=r"the adjoint of step 1 at t = 0\.2.*depend on one another"):
+    # At this equilibrium Newton's method has nothing to solve, and the adjoint a coupled system.
+    u0 = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
+    states = odeint(func, u0, [0.0, 0.2, 0.4], method="beuler", newton="batch")
+    with pytest.raises(ConvergenceError, match=r"^the adjoint of step 1 at t = 0\.2.*depend on one another"):
         states.sum().backward()
 
 
