@@ -43,7 +43,13 @@ def chosen_newton(
     """
     if wanted not in CHOICES:
         raise ConfigurationError(f"newton = {wanted!r}: must be one of {', '.join(CHOICES)}")
-    if wanted == "petsc" or (wanted == "auto" and not method.implicit):
+    if not method.implicit:
+        if wanted != "auto":
+            raise ConfigurationError(
+                f"newton = {wanted!r}: method = {method.name!r} is explicit and solves no equations: must be 'auto'"
+            )
+        return "petsc"
+    if wanted == "petsc":
         return "petsc"
     obstacle = _obstacle(method, layout, partition, func, mass, preconditioner, options, adaptive)
     if obstacle is None:

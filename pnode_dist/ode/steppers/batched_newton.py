@@ -142,7 +142,8 @@ def solve(
             done = done | (norms <= _ROUNDING * torch.finfo(norms.dtype).eps * scale)
             worst = _worst(done, norms, before, comm)
         if worst == 0.0:
-            return Solution(y - update, factors, iteration)
+            # A block without an inverse has no update.
+            return Solution(y - torch.where(torch.isfinite(update), update, 0.0), factors, iteration)
         if not math.isfinite(worst) and not iteration:
             return _failed(y, iteration, "DIVERGED_FUNCTION_NANORINF", residual)
         if iteration == tolerances.iterations:

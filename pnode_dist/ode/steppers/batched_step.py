@@ -122,7 +122,7 @@ def _stages(problem: BatchProblem, time: float, size: float, state: torch.Tensor
         if diagonal == 0:
             stage = base if i else state
             used = tableau.uses_slope[i]
-            slopes.append(_value(problem, problem.implicit, when, stage) if used else None)
+            slopes.append(_slope(problem, problem.implicit, when, stage) if used else None)
         else:
             stage, factors = _solved(problem, time, size, when, diagonal * size, base, stage, factors)
             used = True
@@ -131,7 +131,7 @@ def _stages(problem: BatchProblem, time: float, size: float, state: torch.Tensor
             keep(problem.implicit if used else None, when, stage)
         if explicit is not None:
             when, used = time + tableau.explicit_nodes[i] * size, tableau.uses_explicit_slope[i]
-            explicit_slopes.append(_value(problem, explicit, when, stage) if used else None)
+            explicit_slopes.append(_slope(problem, explicit, when, stage) if used else None)
             if keep is not None:
                 keep(explicit if used else None, when, stage)
     if tableau.ends_in_last_stage:
@@ -226,15 +226,14 @@ def are_coupled(problem: BatchProblem, when: float, size: float, states: torch.T
     Compares the product of a random vector and the transposed derivative with that of its blocks. They differ with
     probability 1 if the derivative has any other entry.
     """
+    generator = torch.Generator().manual_seed(problem.comm.rank)
+    vector = torch.rand(states.shape, dtype=states.dtype, generator=generator).add_(0.5)
     if problem.compiled is not None:
-        side = torch.rand(states.shape, dtype=states.dtype).add_(0.5)
-        found = problem.compiled.transposed(when, size, states, side, problem.mass, problem.bound.args)
+        found = problem.compiled.transposed(when, size, states, vector, problem.mass, problem.bound.args)
         if found is not None:
             return False
     graph = problem.bound.graph(problem.implicit, problem.layout, when, problem.inputs(states))
     blocks = jacobians(problem, graph)
-    generator = torch.Generator().manual_seed(problem.comm.rank)
-    vector = torch.rand(states.shape, dtype=states.dtype, generator=generator).add_(0.5)
     (product,) = transposed_products(problem, graph, vector.unsqueeze(0))
     difference = (product - _multiplied_transposed(blocks, vector)).abs()
     scale = _multiplied_transposed(blocks.abs(), vector) + product.abs()
@@ -286,6 +285,11 @@ def _solved(
 def _value(problem: BatchProblem, func: Function, when: float, states: torch.Tensor) -> torch.Tensor:
     """Return a part of the right-hand side at a state. Collective if it is."""
     return problem.joined(problem.bound.value(func, problem.layout, when, problem.inputs(states)))
+
+
+def _slope(problem: BatchProblem, func: Function, when: float, states: torch.Tensor) -> torch.Tensor:
+    """Return the value of a function in memory that the function does not use again. Collective if it is."""
+    return _value(problem, func, when, states).clone()
 
 
 def linearised(problem: BatchProblem, when: float, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

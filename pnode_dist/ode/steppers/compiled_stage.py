@@ -55,7 +55,9 @@ class StageCode:
             y = y - torch.where(done.unsqueeze(-1), 0.0, update)
         update, norms, done, first = self._iterated(time, reach, base, y, first, tolerances, mass, args)
         worst = torch.where(done, 0.0, norms).amax()
-        y = y - torch.where((done & (worst != 0.0)).unsqueeze(-1), 0.0, update)
+        # A block without an inverse has no update.
+        left = (done & (worst != 0.0)).unsqueeze(-1) | ~torch.isfinite(update)
+        y = y - torch.where(left, 0.0, update)
         return y, worst, first
 
     def transposed(
