@@ -173,8 +173,8 @@ def pull_back(
     else:
         before = adjoint
 
-    def differentiated(func: Function, graph: StageGraph, vector: torch.Tensor) -> torch.Tensor:
-        state, parameters = _product(problem, graph, vector, time)
+    def differentiated(graph: StageGraph, vector: torch.Tensor, states: bool = True) -> torch.Tensor:
+        state, parameters = _product(problem, graph, vector, time, states)
         found.append(parameters)
         return state
 
@@ -185,7 +185,7 @@ def pull_back(
             entry = tape.pop()
             side = _cotangent(size, explicit_weights[i], adjoint, tableau.explicit, bases, i)
             if entry is not None and side is not None:
-                stage = _sum(stage, differentiated(explicit, _graph(problem, entry, explicit), side))
+                stage = _sum(stage, differentiated(_graph(problem, entry, explicit), side))
         entry = tape.pop()
         slope = _cotangent(size, weights[i], adjoint, tableau.implicit, bases, i)
         if entry is None or (stage is None and slope is None):
@@ -194,16 +194,14 @@ def pull_back(
         graph = _graph(problem, entry, problem.implicit)
         if diagonal == 0:
             if slope is not None:
-                stage = _sum(stage, differentiated(problem.implicit, graph, slope))
+                stage = _sum(stage, differentiated(graph, slope))
             bases[i] = stage
             continue
         reach = diagonal * size
         scaled = None if slope is None else slope / reach
         side = _sum(stage, None if scaled is None else _multiplied_transposed(mass, scaled))
         assert side is not None
-        nu, product = _solved_transposed(
-            problem, time, size, graph, reach, side, partial(differentiated, problem.implicit)
-        )
+        nu, product = _solved_transposed(problem, time, size, graph, reach, side, differentiated)
         if mass is None:
             bases[i] = product if stage is None else stage + product
         else:
@@ -349,11 +347,14 @@ def _graph(problem: BatchProblem, stage: Stage, func: Function) -> StageGraph:
 
 
 def _product(
-    problem: BatchProblem, graph: StageGraph, vector: torch.Tensor, start: float
+    problem: BatchProblem, graph: StageGraph, vector: torch.Tensor, start: float, states: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Multiply the transposed derivatives with respect to state and parameters by a vector. Collective if f is."""
+    """Multiply the transposed derivatives with respect to state and parameters by a vector. Collective if f is.
+
+    Without `states` only those with respect to parameters.
+    """
     bound = problem.bound
-    found: Cotangents = products.vjp(bound, graph, problem.parts(vector), keep=True)
+    found: Cotangents = products.vjp(bound, graph, problem.parts(vector), states=states, keep=True)
     state = problem.joined(found.states) if found.states else torch.zeros_like(vector)
     times = step_cotangents(found, graph.when - start) if bound.needs_time_gradient else []
     return state, [*found.parameters, *times]
@@ -366,7 +367,7 @@ def _solved_transposed(
     graph: StageGraph,
     reach: float,
     side: torch.Tensor,
-    differentiated: Callable[[StageGraph, torch.Tensor], torch.Tensor],
+    differentiated: Callable[..., torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Solve (M - reach J)^T nu = side. Returns nu and reach J^T nu.
 
@@ -378,7 +379,7 @@ def _solved_transposed(
         with torch.no_grad():
             quick = problem.compiled.transposed(graph.when, reach, y, side, problem.mass, args)
         if quick is not None:
-            differentiated(graph, reach * quick[0])
+            differentiated(graph, reach * quick[0], states=False)
             return quick
     factors = factored(jacobians(problem, graph), reach, problem.mass)
     eps = torch.finfo(problem.layout.compute_dtype).eps
