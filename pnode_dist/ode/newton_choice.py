@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
@@ -87,6 +88,8 @@ def _obstacle(
         return "mass is a PETSc.Mat"
     if mass is not None and method.family != "theta":
         return f"method = {method.name!r} takes no mass matrix"
+    if layout.compute_dtype not in (torch.float32, torch.float64):
+        return f"f computes in {layout.compute_dtype}, too coarse to tell samples apart"
     samples, widths = split_of(layout, partition)
     components = sum(widths)
     if mass is not None and samples > 1 and any(len(shape) == 1 for shape in layout.shapes):

@@ -24,14 +24,9 @@ from pnode_dist.ode.steppers.additive_tableau import AdditiveTableau, petsc_tabl
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, options_database, set_from_options
 from pnode_dist.ode.steppers.batched_newton import NewtonTolerances
+from pnode_dist.ode.steppers.batched_problem import BatchProblem, are_coupled
 from pnode_dist.ode.steppers.batched_samples import Split, mass_blocks
-from pnode_dist.ode.steppers.batched_step import (
-    BatchProblem,
-    advance,
-    are_coupled,
-    pull_back,
-    record,
-)
+from pnode_dist.ode.steppers.batched_step import advance, pull_back, record
 from pnode_dist.ode.steppers.compiled_stage import compiled_stage
 from pnode_dist.ode.steppers.current_state import TensorState
 from pnode_dist.ode.steppers.implicit import ImplicitStepper

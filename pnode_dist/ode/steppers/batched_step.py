@@ -7,77 +7,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from pnode_dist.errors import ConvergenceError
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.rhs import products
-from pnode_dist.ode.rhs.evaluation import BoundFunction, Function, StageGraph, StageState
-from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.rhs.evaluation import Function, StageGraph, StageState
 from pnode_dist.ode.rhs.products import Cotangents, step_cotangents
-from pnode_dist.ode.steppers.additive_tableau import AdditiveTableau
-from pnode_dist.ode.steppers.batched_newton import Factors, NewtonTolerances, StageEquations, factored, solve
-from pnode_dist.ode.steppers.compiled_stage import CompiledStage
+from pnode_dist.ode.steppers.batched_newton import Factors, StageEquations, factored, solve
+from pnode_dist.ode.steppers.batched_problem import (
+    BatchProblem,
+    holds,
+    jacobians,
+    linearised,
+    multiplied,
+    multiplied_transposed,
+    value,
+)
+from pnode_dist.ode.steppers.compiled_stage import ROUNDING
 from pnode_dist.ode.steppers.tape import Stage
-from pnode_dist.petsc import vectors
 
 _REFINEMENTS = 20
-_ROUNDING = 1e3
-
-
-@dataclass(frozen=True)
-class BatchProblem:
-    """The equations of a batch: the right-hand side, the method, and the split of a state into samples.
-
-    `samples` is this rank's number of samples, and `widths` are the numbers of components that each part of the state
-    has in a sample. `implicit` and `explicit` are the parts of the right-hand side; the second is None if all of it is
-    implicit. `mass`
-    are the blocks of M `[1 or sample, row, column]`, None for the identity. Ranks of `comm` share the batch.
-    """
-
-    bound: BoundFunction
-    layout: StateLayout
-    comm: MPI.Comm
-    samples: int
-    widths: tuple[int, ...]
-    implicit: Function
-    explicit: Function | None
-    tableau: AdditiveTableau
-    mass: torch.Tensor | None
-    tolerances: NewtonTolerances
-    compiled: CompiledStage | None = None
-
-    @property
-    def components(self) -> int:
-        """The number of components of a sample."""
-        return sum(self.widths)
-
-    def joined(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """Return parts of a state, or of a product with f's derivative, as `[sample, component]`. None is zero."""
-        pieces = [
-            torch.zeros(self.samples, width, dtype=vectors.scalar_dtype())
-            if part is None
-            else self.layout.scalar(part.detach()).reshape(self.samples, width)
-            for part, width in zip(parts, self.widths, strict=True)
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-    def parts(self, states: torch.Tensor) -> Parts:
-        """Return the parts of a state `[sample, component]`, in PETSc's scalar type."""
-        shapes = self.layout.shapes
-        if len(shapes) == 1:
-            return (states.reshape(shapes[0]),)
-        pieces = torch.split(states, list(self.widths), dim=1)
-        return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
-
-    def inputs(self, states: torch.Tensor) -> Parts:
-        """Return the parts of a state in f's floating type and on its device."""
-        return self.layout.inputs(self.parts(states))
 
 
 # One step and its adjoint
@@ -112,7 +65,7 @@ def _stages(problem: BatchProblem, time: float, size: float, state: torch.Tensor
     tableau, explicit, mass = problem.tableau, problem.explicit, problem.mass
     slopes: list[torch.Tensor | None] = []
     explicit_slopes: list[torch.Tensor | None] = []
-    start = _multiplied(mass, state)
+    start = multiplied(mass, state)
     stage, factors = state, None
     for i, node in enumerate(tableau.nodes):
         when, diagonal = time + node * size, tableau.implicit[i][i]
@@ -126,7 +79,7 @@ def _stages(problem: BatchProblem, time: float, size: float, state: torch.Tensor
         else:
             stage, factors = _solved(problem, time, size, when, diagonal * size, base, stage, factors)
             used = True
-            slopes.append((_multiplied(mass, stage) - base) / (diagonal * size) if tableau.uses_slope[i] else None)
+            slopes.append((multiplied(mass, stage) - base) / (diagonal * size) if tableau.uses_slope[i] else None)
         if keep is not None:
             keep(problem.implicit if used else None, when, stage)
         if explicit is not None:
@@ -199,7 +152,7 @@ def pull_back(
             continue
         reach = diagonal * size
         scaled = None if slope is None else slope / reach
-        side = _sum(stage, None if scaled is None else _multiplied_transposed(mass, scaled))
+        side = _sum(stage, None if scaled is None else multiplied_transposed(mass, scaled))
         assert side is not None
         nu, product = _solved_transposed(problem, time, size, graph, reach, side, differentiated)
         if mass is None:
@@ -210,33 +163,9 @@ def pull_back(
         if base is not None:
             # The first stage of a method that begins with an explicit one is the state itself.
             at_state = i == 0 and tableau.implicit[0][0] == 0
-            before = _sum(before, base if at_state else _multiplied_transposed(mass, base))
+            before = _sum(before, base if at_state else multiplied_transposed(mass, base))
     tape.clear()
     return (torch.zeros_like(adjoint) if before is None else before), found
-
-
-# Samples
-
-
-def are_coupled(problem: BatchProblem, when: float, size: float, states: torch.Tensor) -> bool:
-    """Return True if a sample's part of the implicit function depends on another sample, on any rank. Collective.
-
-    Compares the product of a random vector and the transposed derivative with that of its blocks. They differ with
-    probability 1 if the derivative has any other entry.
-    """
-    generator = torch.Generator().manual_seed(problem.comm.rank)
-    vector = torch.rand(states.shape, dtype=states.dtype, generator=generator).add_(0.5)
-    if problem.compiled is not None:
-        found = problem.compiled.transposed(when, size, states, vector, problem.mass, problem.bound.args)
-        if found is not None:
-            return False
-    graph = problem.bound.graph(problem.implicit, problem.layout, when, problem.inputs(states))
-    blocks = jacobians(problem, graph)
-    (product,) = transposed_products(problem, graph, vector.unsqueeze(0))
-    difference = (product - _multiplied_transposed(blocks, vector)).abs()
-    scale = _multiplied_transposed(blocks.abs(), vector) + product.abs()
-    eps = torch.finfo(problem.layout.compute_dtype).eps
-    return not _holds(not bool((difference > _ROUNDING * eps * scale).any()), problem.comm)
 
 
 # Details of a step
@@ -260,7 +189,7 @@ def _solved(
             problem.bound.newton_iterations += quick[1]
             return quick[0], None
     equations = StageEquations(
-        partial(_value, problem, problem.implicit, when),
+        partial(value, problem, problem.implicit, when),
         partial(linearised, problem, when),
         reach,
         base,
@@ -280,48 +209,9 @@ def _solved(
     return found.states, found.factors
 
 
-def _value(problem: BatchProblem, func: Function, when: float, states: torch.Tensor) -> torch.Tensor:
-    """Return a part of the right-hand side at a state. Collective if it is."""
-    return problem.joined(problem.bound.value(func, problem.layout, when, problem.inputs(states)))
-
-
 def _slope(problem: BatchProblem, func: Function, when: float, states: torch.Tensor) -> torch.Tensor:
     """Return the value of a function in memory that the function does not use again. Collective if it is."""
-    return _value(problem, func, when, states).clone()
-
-
-def linearised(problem: BatchProblem, when: float, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the implicit part at a state, and its blocks `[sample, row, column]`. Collective if the part is."""
-    graph = problem.bound.graph(problem.implicit, problem.layout, when, problem.inputs(states))
-    return problem.joined(graph.values), jacobians(problem, graph)
-
-
-def jacobians(problem: BatchProblem, graph: StageGraph) -> torch.Tensor:
-    """Return the blocks `[sample, row, column]` of a recorded evaluation. Collective if the function's backward is.
-
-    Row c holds the derivatives of component c of all samples, from one vector-Jacobian product for each component.
-    """
-    samples, components = problem.samples, problem.components
-    seeds = torch.eye(components, dtype=vectors.scalar_dtype()).unsqueeze(1).expand(components, samples, components)
-    return transposed_products(problem, graph, seeds).transpose(0, 1)
-
-
-def transposed_products(problem: BatchProblem, graph: StageGraph, vectors_: torch.Tensor) -> torch.Tensor:
-    """Multiply the transposed derivative by vectors `[vector, sample, component]`, in a batch if torch can.
-
-    Collective if the function's backward is.
-    """
-    bound, layout = problem.bound, problem.layout
-    if bound.batches:
-        try:
-            flats = torch.stack([torch.cat([part.reshape(-1) for part in problem.parts(one)]) for one in vectors_])
-            rows = products.batched_vjp(bound, graph, layout, flats)
-            return torch.stack([problem.joined(layout.parts(row)) for row in rows])
-        except RuntimeError:
-            # An operation of f has no rule for batches.
-            bound.batches = False
-    found = [products.vjp(bound, graph, problem.parts(one), parameters=False, keep=True) for one in vectors_]
-    return torch.stack([problem.joined(one.states) if one.states else torch.zeros_like(vectors_[0]) for one in found])
+    return value(problem, func, when, states).clone()
 
 
 def _stage_graph(problem: BatchProblem, func: Function | None, when: float, states: torch.Tensor) -> Stage:
@@ -331,10 +221,10 @@ def _stage_graph(problem: BatchProblem, func: Function | None, when: float, stat
 def _stage_state(problem: BatchProblem, func: Function | None, when: float, states: torch.Tensor) -> Stage:
     if func is None:
         return None
-    bound, inputs, value = problem.bound, problem.inputs(states), None
+    bound, inputs, mark = problem.bound, problem.inputs(states), None
     if bound.guard is not None:
-        value = fingerprint(bound.value(func, problem.layout, when, inputs))
-    return StageState(when, inputs, fingerprint=value)
+        mark = fingerprint(bound.value(func, problem.layout, when, inputs))
+    return StageState(when, inputs, fingerprint=mark)
 
 
 # Details of the adjoint
@@ -388,23 +278,19 @@ def _solved_transposed(
     for _ in range(_REFINEMENTS):
         change = factors.solve(residual, transposed=True)
         pulled = differentiated(graph, reach * change)
-        moved = _multiplied_transposed(problem.mass, change)
+        moved = multiplied_transposed(problem.mass, change)
         residual = residual - moved + pulled
         nu, product = _sum(nu, change), _sum(product, pulled)
         assert nu is not None
         assert product is not None
         scale = side.abs().amax() + nu.abs().amax() + product.abs().amax() if side.numel() else torch.zeros(())
         largest = residual.abs().amax() if side.numel() else torch.zeros(())
-        if _holds(bool(largest <= _ROUNDING * eps * scale), problem.comm):
+        if holds(bool(largest <= ROUNDING * eps * scale), problem.comm):
             return nu, product
     raise ConvergenceError(
         f"at t = {time:.6g}, {size:.3g} long: a transposed linear system was not solved after {_REFINEMENTS} "
         "refinements, because samples of the state depend on one another or a block is singular: use newton = 'petsc'"
     )
-
-
-def _holds(condition: bool, comm: MPI.Comm) -> bool:
-    return condition if comm.size == 1 else bool(comm.allreduce(condition, MPI.LAND))
 
 
 def _cotangent(
@@ -437,11 +323,3 @@ def _combined(
 
 def _sum(total: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor | None:
     return term if total is None else total if term is None else total + term
-
-
-def _multiplied(mass: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
-    return states if mass is None else torch.matmul(mass, states.unsqueeze(-1)).squeeze(-1)
-
-
-def _multiplied_transposed(mass: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
-    return states if mass is None else torch.matmul(mass.mT, states.unsqueeze(-1)).squeeze(-1)

@@ -21,7 +21,8 @@ Whole = Callable[[Any, Callable[[], Callable[..., Any]]], Callable[..., Any] | N
 """Compiles a function without breaks: takes a key and a maker, and returns the function, or None if that failed."""
 _UPDATES = 3
 """Newton updates in one call of compiled code. Most stages need one call."""
-_ROUNDING = 1e3
+ROUNDING = 1e3
+"""Residuals of products with f's derivative may be this many units of rounding."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class StageCode:
         moved = nu if mass is None else torch.matmul(mass.mT, nu.unsqueeze(-1)).squeeze(-1)
         scale = side.abs().amax() + nu.abs().amax() + product.abs().amax()
         eps = torch.finfo(self.layout.compute_dtype).eps
-        return nu, product, (side - moved + product).abs().amax() <= _ROUNDING * eps * scale
+        return nu, product, (side - moved + product).abs().amax() <= ROUNDING * eps * scale
 
     def _iterated(
         self,

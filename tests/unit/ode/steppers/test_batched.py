@@ -355,6 +355,7 @@ def test_an_operation_without_a_rule_for_batches_is_differentiated_in_turn() -> 
     [
         ({"method": "rk4"}, "method = 'rk4' is explicit and solves no equations: must be 'auto'"),
         ({"method": "bdf"}, "method = 'bdf' is not of the families theta, arkimex or dirk: must be 'auto' or"),
+        ({"compute_dtype": torch.bfloat16}, r"f computes in torch\.bfloat16, too coarse to tell samples apart"),
         ({"rtol": 1e-3}, r"steps with error control \(rtol, atol\) are PETSc's"),
         ({"preconditioner": "block"}, "a preconditioner is for PETSc's linear solvers"),
         ({"options": {"ksp_rtol": 1e-9}}, r"options of PETSc's solvers are given \(ksp_rtol\)"),
