@@ -19,8 +19,8 @@ from pnode_dist.partition.batch import BatchPartition
 from pnode_dist.partition.protocol import Partition
 
 CHOICES = ("auto", "batch", "petsc")
-MOST_COMPONENTS = 64
-"""Larger samples are solved by PETSc: their dense blocks cost more than its iterations."""
+MOST_COMPONENTS = 48
+"""Larger samples are solved by PETSc: in a large batch their dense blocks cost more than its iterations."""
 _MOST_ENTRIES = 2**24
 _ITS_OPTIONS = {"snes_rtol", "snes_atol", "snes_stol", "snes_max_it"}
 _ITS_OPTIONS |= {"ts_theta_theta", "ts_theta_endpoint", "ts_arkimex_type", "ts_dirk_type"}

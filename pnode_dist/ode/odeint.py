@@ -160,7 +160,7 @@ def odeint(
         object of `pnode_dist.ode.steppers.preconditioner`. `options` are PETSc options for the solver, such as
         `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`. An option that PETSc does not read is an error.
         `newton` chooses the solver of the equations: "petsc", or "batch" for samples (the first axis of the state) of
-        at most 64 components that do not depend on one another. Their dense systems are then factored at once. "auto"
+        at most 48 components that do not depend on one another. Their dense systems are then factored at once. "auto"
         is "batch" where that is possible.
 
     Ranks and memory
