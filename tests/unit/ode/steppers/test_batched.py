@@ -168,7 +168,7 @@ def test_the_gradient_has_the_same_bits_under_every_budget(name: str) -> None:
         assert identical(gradient(trajectory), wanted), trajectory
 
 
-def test_a_sample_has_the_same_bits_beside_other_samples() -> None:
+def test_a_sample_has_the_same_result_beside_other_samples() -> None:
     network, u0 = StiffNetwork(), random(4, 3)
     whole = odeint(network, u0, TIMES, method="beuler", step_size=0.1, newton="batch")
     for number in range(4):
