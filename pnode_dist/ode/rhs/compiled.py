@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Compiler:
         return {id(part): self._made[id(part)][1] for part in parts}
 
     def whole(self, key: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
-        """Return the function of `make()` compiled without breaks, once for each key; None without a compiler.
+        """Return the method that `make()` returns compiled without breaks, once for each key; None without a compiler.
 
         The function returns None where it cannot be compiled as a whole, such as code with exchanges. torch's log
         reports it.
@@ -76,9 +77,16 @@ class Compiler:
         if not self._works:
             return None
         if key not in self._whole:
-            compiled = torch.compile(make(), backend=self._backend, dynamic=False, fullgraph=True)
+            compiled = torch.compile(_own_code(make()), backend=self._backend, dynamic=False, fullgraph=True)
             self._whole[key] = _none_if_not_whole(compiled)
         return self._whole[key]
+
+
+def _own_code(method: Any) -> Callable[..., Any]:
+    """Return the method with a code object of its own: torch limits the versions of one code object."""
+    function = method.__func__
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    return MethodType(own, method.__self__)
 
 
 def _none_if_not_whole(compiled: Callable[..., Any]) -> Callable[..., Any]:

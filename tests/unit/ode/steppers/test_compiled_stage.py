@@ -118,6 +118,17 @@ def test_samples_that_depend_on_one_another_are_found_by_compiled_code() -> None
     assert node.last_solve.linear_iterations > 0
 
 
+@pytest.mark.nightly
+def test_many_states_of_different_sizes_are_all_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    network = StiffNetwork()
+    node = NeuralODE(network, method="beuler", step_size=0.25, options=TIGHT, newton="batch", compile="aot_eager")
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        for samples in range(2, 14):
+            node(random(samples, 3), TIMES)
+            assert node.last_solve.function_evaluations == 0, samples
+    assert "uncompiled" not in caplog.text
+
+
 def test_another_size_or_time_of_a_step_needs_no_new_code() -> None:
     made: list[int] = []
 
