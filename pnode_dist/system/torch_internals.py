@@ -237,9 +237,11 @@ def configure_compiler() -> None:
 
 def compiler_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions for code that cannot be compiled in one piece. Loads torch's compiler."""
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo import exc
 
-    return (TorchDynamoException,)
+    # The error for too many versions of one function is no TorchDynamoException.
+    names = ("TorchDynamoException", "FailOnRecompileLimitHit")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
 
 
 def find_cpp_compiler() -> None:

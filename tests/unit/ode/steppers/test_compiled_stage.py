@@ -129,6 +129,20 @@ def test_many_states_of_different_sizes_are_all_compiled(caplog: pytest.LogCaptu
     assert "uncompiled" not in caplog.text
 
 
+@pytest.mark.nightly
+def test_too_many_versions_of_a_function_are_solved_uncompiled() -> None:
+    def func(t: torch.Tensor, u: torch.Tensor, rate: float) -> torch.Tensor:
+        return -rate * u
+
+    node = NeuralODE(func, method="beuler", step_size=0.25, newton="batch", compile="aot_eager")
+    u0 = torch.ones(3, 2, dtype=torch.float64)
+    with torch.no_grad():
+        for number in range(12):
+            rate = 0.1 * number + 0.05
+            ends = node(u0, [0.0, 0.5], rate)[-1]
+            assert torch.allclose(ends, u0 / (1 + 0.25 * rate) ** 2, rtol=1e-12), rate
+
+
 def test_another_size_or_time_of_a_step_needs_no_new_code() -> None:
     made: list[int] = []
 
