@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
     from pnode_dist.ode.rhs.split import SplitFunction as SplitFunction
+    from pnode_dist.ode.settings import SolverSettings as SolverSettings
     from pnode_dist.partition.batch import BatchPartition as BatchPartition
     from pnode_dist.partition.dense import DensePartition as DensePartition
     from pnode_dist.partition.graph import GraphPartition as GraphPartition
@@ -68,6 +69,7 @@ _PUBLIC = {
     "ProblemDefinition": "pnode_dist.config.definition",
     "ProblemTable": "pnode_dist.config.definition",
     "RecomputationError": "pnode_dist.errors",
+    "SolverSettings": "pnode_dist.ode.settings",
     "SplitData": "pnode_dist.problems.common.forecast_data",
     "SplitFunction": "pnode_dist.ode.rhs.split",
     "TrainableProblem": "pnode_dist.problems.common.trainable",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pnode_dist import bench
@@ -26,7 +27,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "halo": {"REPEATS": 1},
     "implicit": {"POINTS": 64, "_SYSTEMS": 8},
     "overhead": {"REPEATS": 1, "STEPS": (5, 10)},
-    "precision": {"POINTS": 64, "REPEATS": 1},
+    "precision": {
+        "POINTS": 64,
+        "REPEATS": 1,
+        "PROBLEMS": lambda problems: [replace(problem, steps=4, rounds=1) for problem in problems[:2]],
+    },
     "scaling": {"POINTS": 64, "ROUNDS": 1, "SMALL": (6,)},
     "semi-implicit": {"_REPEATS": 1, "_BATCHES": 1, "_SPIN_UP": 5.0, "EXPLICIT": ("euler", "rk4")},
     "sync": {"_ROUNDS": 1, "SIZES": {1_000: 2, 100_000: 1}},

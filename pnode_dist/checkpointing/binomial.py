@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import comb
 
-from pnode_dist.checkpointing.schedule import Action, Adjoint, Advance, Record, Restart, Restore, Tier
+from pnode_dist.checkpointing.schedule import Action, Adjoint, Advance, Record, Restart, Restore, Tier, Traffic
 
 
 def repetitions(steps: int, slots: int) -> int:
@@ -43,7 +43,7 @@ def first_advance(steps: int, slots: int) -> int:
 
     Every m is optimal for which the steps after the checkpoint need r repetitions with one slot less, and those before
     it r - 1 with all slots (GW2000, fig. 4). This is the least such m. It uses the checkpoints on disk, which are low
-    on the stack, the least (for 100 steps from 5 + 5 checkpoints 35 times; the largest m uses them 59 times).
+    on the stack, the least (for 100 steps from 5 + 5 checkpoints 45 times; the largest m uses them 65 times).
     """
     if slots == 1:
         return steps - 1
@@ -52,12 +52,12 @@ def first_advance(steps: int, slots: int) -> int:
     return max(comb(slots + r - 2, slots), steps - comb(slots + r - 1, slots - 1), 1)
 
 
-def reversal(first: int, end: int, tiers: Sequence[Tier], held: Sequence[int] = ()) -> Iterator[Action]:
+def reversal(first: int, end: int, tiers: Sequence[Tier | None], held: Sequence[int] = ()) -> Iterator[Action]:
     """Reverse steps `first` to `end - 1` from the state before `first`, with one checkpoint in each of `tiers`.
 
-    `held` lists checkpoints that exist already, in order and in the first of `tiers`. With them the state before
-    `first` is not needed. The steps from the first of them on are reversed, with the fewest forward steps that they
-    allow.
+    The tier None is the place of the initial state, which takes no slot. `held` lists checkpoints that exist already,
+    in order and in the first of `tiers`. With them the state before `first` is not needed. The steps from the first of
+    them on are reversed, with the fewest forward steps that they allow.
     """
     stack = list(held)
     start = first
@@ -84,10 +84,10 @@ def reversal(first: int, end: int, tiers: Sequence[Tier], held: Sequence[int] = 
         yield from _restored(stack, end, tiers)
 
 
-def _restored(stack: list[int], end: int, tiers: Sequence[Tier]) -> Iterator[Action]:
+def _restored(stack: list[int], end: int, tiers: Sequence[Tier | None]) -> Iterator[Action]:
     """Restore the last checkpoint of `stack`, and discard it if only one step is left after it."""
-    start, discard = stack[-1], end - stack[-1] == 1
-    yield Restore(start, tiers[len(stack) - 1], discard)
+    start, tier, discard = stack[-1], tiers[len(stack) - 1], end - stack[-1] == 1
+    yield Restart() if tier is None else Restore(start, tier, discard)
     if discard:
         stack.pop()
 
@@ -102,53 +102,49 @@ def reversal_steps(held: Sequence[int], end: int, slots: int) -> int:
 
 
 def multistage(steps: int, ram_slots: int, disk_slots: int) -> Iterator[Action]:
-    """Reverse `steps` steps with checkpoints in memory and on disk, by the fewest forward steps possible.
+    """Reverse `steps` steps from the initial state and checkpoints, by the fewest forward steps possible.
 
-    The places on the stack of checkpoints that are written and read most often are in memory (Stumm & Walther 2009).
-    Raises `ValueError` if there are several steps and no slot.
+    Raises `ValueError` for no step.
     """
-    if steps < 1 or (steps > 1 and ram_slots + disk_slots < 1):
-        raise ValueError(f"no schedule for {steps} steps with {ram_slots} + {disk_slots} checkpoints")
+    if steps < 1:
+        raise ValueError(f"no schedule for {steps} steps")
     return reversal(0, steps, placement(steps, ram_slots, disk_slots))
 
 
-def placement(steps: int, ram_slots: int, disk_slots: int) -> tuple[Tier, ...]:
-    """Return the tier of each place on the stack of checkpoints. Memory is used before disk."""
-    most = max(steps - 1, 0)
-    ram = min(ram_slots, most)
-    places = min(ram + disk_slots, most)
-    if ram == places or ram == 0:
-        return (Tier.RAM if ram else Tier.DISK,) * places
-    return most_used_in_memory(stack_accesses(steps, places), ram)
+def places(steps: int) -> int:
+    """Return the most checkpoints that are of use for reversing `steps` steps, besides the initial state."""
+    return max(steps - 2, 0)
 
 
-def most_used_in_memory(accesses: Sequence[int], ram_slots: int) -> tuple[Tier, ...]:
-    """Return a tier for each place, given its number of accesses: memory for the `ram_slots` that are used most."""
-    in_ram = set(sorted(range(len(accesses)), key=accesses.__getitem__, reverse=True)[:ram_slots])
-    return tuple(Tier.RAM if place in in_ram else Tier.DISK for place in range(len(accesses)))
+def placement(steps: int, ram_slots: int, disk_slots: int) -> tuple[Tier | None, ...]:
+    """Return the tier of each place on the stack of checkpoints, the initial state's first.
+
+    Memory is used before disk, and for the places that are written and read most often (Stumm & Walther 2009).
+    """
+    ram = min(ram_slots, places(steps))
+    slots = min(ram + disk_slots, places(steps))
+    if ram in (0, slots):
+        return None, *(Tier.RAM if ram else Tier.DISK,) * slots
+    writes, reads = writes_and_reads(steps, slots + 1)
+    accesses = [written + read for written, read in zip(writes, reads, strict=True)]
+    in_ram = set(sorted(range(1, slots + 1), key=accesses.__getitem__, reverse=True)[:ram])
+    return None, *(Tier.RAM if place in in_ram else Tier.DISK for place in range(1, slots + 1))
 
 
-def disk_traffic(steps: int, ram_slots: int, disk_slots: int) -> tuple[int, int]:
-    """Return the numbers of checkpoints that `multistage` writes to disk and reads from it."""
+def traffic(steps: int, ram_slots: int, disk_slots: int) -> Traffic:
+    """Return the counts of `multistage`."""
     tiers = placement(steps, ram_slots, disk_slots)
-    if Tier.DISK not in tiers:
-        return 0, 0
     writes, reads = writes_and_reads(steps, len(tiers))
-    on_disk = [place for place, tier in enumerate(tiers) if tier is Tier.DISK]
-    return sum(writes[place] for place in on_disk), sum(reads[place] for place in on_disk)
 
+    def total(numbers: Sequence[int], tier: Tier) -> int:
+        return sum(number for number, other in zip(numbers, tiers, strict=True) if other is tier)
 
-def memory_traffic(steps: int, ram_slots: int, disk_slots: int) -> int:
-    """Return the number of checkpoints that `multistage` copies to memory and from it."""
-    tiers = placement(steps, ram_slots, disk_slots)
-    accesses = stack_accesses(steps, len(tiers))
-    return sum(accesses[place] for place, tier in enumerate(tiers) if tier is Tier.RAM)
-
-
-def stack_accesses(steps: int, slots: int) -> tuple[int, ...]:
-    """Return the number of accesses, written and read, of each place on the stack of checkpoints."""
-    writes, reads = writes_and_reads(steps, slots)
-    return tuple(written + read for written, read in zip(writes, reads, strict=True))
+    return Traffic(
+        forward_steps=optimal_forward_steps(steps, len(tiers)),
+        disk_writes=total(writes, Tier.DISK),
+        disk_reads=total(reads, Tier.DISK),
+        copies=total(writes, Tier.RAM) + total(reads, Tier.RAM),
+    )
 
 
 @lru_cache(maxsize=64)
@@ -177,26 +173,6 @@ def writes_and_reads(steps: int, slots: int) -> tuple[tuple[int, ...], tuple[int
             stack.pop()
 
 
-def without_checkpoints(steps: int) -> Iterator[Action]:
-    """Reverse `steps` steps without any checkpoint: recompute every step from the initial state."""
-    if steps > 1:
-        yield Advance(0, steps - 1, None)
-    yield Record(steps - 1)
-    yield Adjoint(steps - 1)
-    for step in reversed(range(steps - 1)):
-        yield Restart()
-        if step:
-            yield Advance(0, step, None)
-        yield Record(step)
-        yield Adjoint(step)
-
-
 def from_held_checkpoints(remaining: int, held: Sequence[int], ram_slots: int) -> Iterator[Action]:
-    """Reverse steps `remaining - 1` to 0 from `held`, the steps that still have a checkpoint in memory, in order."""
-    tiers = (Tier.RAM,) * ram_slots
-    if held:
-        yield from reversal(held[0], remaining, tiers, held)
-    start = held[0] if held else remaining
-    if start:
-        yield Restart()
-        yield from reversal(0, start, tiers) if ram_slots or start == 1 else without_checkpoints(start)
+    """Reverse steps `remaining - 1` to 0 from the initial state and `held`, the steps with a checkpoint in memory."""
+    return reversal(0, remaining, (None, *(Tier.RAM,) * ram_slots), (0, *held))

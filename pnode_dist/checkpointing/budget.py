@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -121,16 +121,16 @@ class CheckpointBudget:
         `disk_slots` set the number of checkpoints of each solve, instead of bytes.
 
     `keep`: the data of a step to keep besides the state before it
-        - `solution`: checkpoint states only; recompute each step but the last.
+        - `solution`: checkpoint states only; recompute each step, but the last if its tape fits.
         - `stages`: keep the states of the stages; evaluate f on them again.
         - `graph`: keep the autograd graph of every step, like back-propagation. An error if `ram` is too small.
         - `auto`: keep graphs of the last steps and checkpoints for the others, in the fastest way within the budget.
           With `ram_slots` set, `auto` is `solution`.
 
-        A recomputed step is recorded as graphs, or with `stages` as stages. The tape of one step is the working set. It
-        comes on top of the budget, and is smallest with `stages`. Every solve holds the tape of its last step from its
-        forward pass on. `auto` charges the budget for that tape too, or does not keep it, and needs no checkpoint of
-        the initial state. So a network of many blocks holds no more than their budgets between the passes.
+        A recomputed step is recorded as graphs, or with `stages` as stages. The tape of that step is the working set.
+        It comes on top of the budget while the step is reversed, and is smallest with `stages`. The initial state needs
+        no checkpoint. Every tape that is held between the passes is charged, that of the last step too, which is not
+        kept if it does not fit. So a network of many blocks holds no more than their budgets between the passes.
 
     `schedule`: the checkpoints to hold
         - `all`: the state before every step. An error if they do not fit.
@@ -145,9 +145,10 @@ class CheckpointBudget:
         as long as they fit, otherwise checkpoints are placed online. Stages are not kept. Such a solve reserves its
         whole part of the budget, or half of it with `ram = "auto"`, until its steps are known.
 
-    `checkpoint_dtype = "float32"` halves the checkpoints. Each entry of a restored state then has a relative error of
-    up to 2^-24, which affects the gradient, and the bits of the gradient depend on the budget.
-    `last_solve.largest_rounding` is the error made. `auto` settings never choose it.
+    `checkpoint_dtype` is the widest type of checkpoints, which are never wider than the state. `"float32"` halves those
+    of a float64 state. Each entry of a restored state then has a relative error of up to 2^-24, which affects the
+    gradient, and the bits of the gradient depend on the budget. `last_solve.largest_rounding` is the error made. `auto`
+    settings never choose it.
 
     `on_spill_error` is the action after a disk checkpoint cannot be written or read (a full disk, an I/O error, a wrong
     checksum). `recompute` warns once and continues without the disk, to the same gradient. `raise` ends the solve with
@@ -210,15 +211,9 @@ class CheckpointBudget:
             return self.ram_slots is None and self.schedule != "all"
         return self.keep != "solution"
 
-    @property
-    def charges_all_tapes(self) -> bool:
-        """True if the budget is charged for every tape that is kept from the forward pass, the last step's included."""
-        return self.keep == AUTO and self.keeps_steps
-
-    @property
-    def checkpoint_itemsize(self) -> int:
-        """The size of one entry of a checkpoint, in bytes."""
-        return np.dtype(self.checkpoint_dtype).itemsize
+    def slot_dtype(self, state: np.dtype[Any]) -> np.dtype[Any]:
+        """Return the type of a checkpoint's entries for a state of this type: the narrower of the two."""
+        return min(state, np.dtype(self.checkpoint_dtype), key=lambda dtype: dtype.itemsize)
 
     @property
     def scratch(self) -> Path:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from pnode_dist.checkpointing.binomial import memory_traffic, optimal_forward_steps, reversal
-from pnode_dist.checkpointing.schedule import Action, Adjoint, Advance, Record, Restore, Tier
+from pnode_dist.checkpointing.binomial import optimal_forward_steps, places, reversal
+from pnode_dist.checkpointing.schedule import Action, Advance, Restart, Restore, Tier, Traffic, counted
 
 Costs = np.ndarray[Any, np.dtype[np.float64]]
 MOST_STEPS = 4000
@@ -31,9 +31,9 @@ def is_affordable(steps: int, disk_slots: int) -> bool:
 class HierarchicalSchedule:
     """A schedule for `steps` steps with `ram_slots` and `disk_slots` checkpoints, computed by `hierarchical`.
 
-    `cost` is its cost in forward steps, disk accesses included. `forward_steps`, `disk_writes`, `disk_reads` and
-    `memory_copies` are its counts. `stretches[d][l]` is the number of steps to advance from a state on disk, with l
-    steps to reverse and d more slots on disk, before the rest is reversed; 0: reverse all of them from memory.
+    `cost` is its cost in forward steps, disk accesses included. `stretches[d][l]` is the number of steps to advance
+    from a state on disk, with l steps to reverse and d more slots on disk, before the rest is reversed; 0: reverse all
+    of them from memory. The last of `stretches`, with all slots on disk free, is that of the initial state.
     `spills[d][l]` is True if a current state, with d free slots on disk, is written to disk.
     """
 
@@ -41,40 +41,40 @@ class HierarchicalSchedule:
     ram_slots: int
     disk_slots: int
     cost: float
-    forward_steps: int
-    disk_writes: int
-    disk_reads: int
-    memory_copies: int
     stretches: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
     spills: tuple[np.ndarray[Any, np.dtype[np.bool_]], ...]
 
+    @cached_property
+    def traffic(self) -> Traffic:
+        """The counts of the schedule."""
+        return counted(self.actions())
+
     def actions(self) -> Iterator[Action]:
-        """Reverse all steps from the state before the first."""
-        tiers = (Tier.RAM,) * self.ram_slots
-        # The stack of pending reversals: from the current state, or from one on disk.
-        pending: list[tuple[int, int, int, bool]] = [(0, self.steps, self.disk_slots, False)]
+        """Reverse all steps from the initial state."""
+        in_memory = (Tier.RAM,) * self.ram_slots
+        # The stack of pending reversals, each from the current state, or from one that is held: the initial state or
+        # one on disk.
+        pending: list[tuple[int, int, int, bool]] = [(0, self.steps, self.disk_slots, True)]
         while pending:
-            first, end, free, on_disk = pending.pop()
-            length = end - first
-            if on_disk:
+            first, end, free, held = pending.pop()
+            length, stretch = end - first, 0
+            if held:
                 stretch = int(self.stretches[free][length])
-                yield Restore(first, Tier.DISK, discard=stretch == 0)
+                if first:
+                    yield Restore(first, Tier.DISK, discard=stretch == 0)
+                elif end < self.steps:
+                    yield Restart()
                 if stretch:
                     yield Advance(first, first + stretch, None)
             elif self.spills[free][length]:
                 free -= 1
                 stretch = int(self.stretches[free][length])
                 yield Advance(first, first + stretch, Tier.DISK)
-            else:
-                stretch = 0
             if stretch:
                 pending.append((first, first + stretch, free, True))
                 pending.append((first + stretch, end, free, False))
-            elif length == 1:
-                yield Record(first)
-                yield Adjoint(first)
             else:
-                yield from reversal(first, end, tiers)
+                yield from reversal(first, end, in_memory if first else (None, *in_memory))
 
 
 @lru_cache(maxsize=32)
@@ -83,46 +83,38 @@ def hierarchical(
 ) -> HierarchicalSchedule:
     """Return the cheapest schedule, for disk writes and reads that cost `write_cost` and `read_cost` forward steps.
 
-    Memory costs nothing. Raises `ValueError` if there are several steps and no slot.
+    Memory and the initial state cost nothing. The initial state is treated like a state on a disk that is read free of
+    cost. Raises `ValueError` for no step.
     """
-    if steps < 1 or (steps > 1 and ram_slots + disk_slots < 1):
-        raise ValueError(f"no schedule for {steps} steps with {ram_slots} + {disk_slots} checkpoints")
-    disk_slots = min(disk_slots, max(steps - 1, 0))
-    in_memory: Costs = np.full(steps + 1, np.inf)
-    in_memory[0] = 0.0
-    for length in range(1, steps + 1):
-        if length == 1 or ram_slots:
-            in_memory[length] = optimal_forward_steps(length, ram_slots)
+    if steps < 1:
+        raise ValueError(f"no schedule for {steps} steps")
+    disk_slots = min(disk_slots, places(steps))
+    in_memory = _in_memory(steps, ram_slots)
     at_hand, never = in_memory, np.zeros(steps + 1, dtype=np.bool_)
     spills, stretches = [never], []
-    for free in range(disk_slots + 1):
-        stored, stretch = _from_disk(at_hand, in_memory, read_cost)
+    for _ in range(disk_slots):
+        stored, stretch = _from_held(at_hand, in_memory, read_cost)
         stretches.append(stretch)
-        if free == disk_slots:
-            break
         spilt = write_cost + stored
         # A state on disk that is used with memory alone need not be written.
         spill = (spilt < in_memory) & (stretch > 0)
         at_hand = np.where(spill, spilt, in_memory)
         spills.append(spill)
-    writes, reads, copies = _accesses(steps, ram_slots, disk_slots, stretches, spills)
-    cost = float(at_hand[steps])
-    return HierarchicalSchedule(
-        steps,
-        ram_slots,
-        disk_slots,
-        cost,
-        round(cost - writes * write_cost - reads * read_cost),
-        writes,
-        reads,
-        copies,
-        tuple(stretches),
-        tuple(spills),
-    )
+    cost, stretch = _from_held(at_hand, _in_memory(steps, ram_slots + 1), 0.0)
+    return HierarchicalSchedule(steps, ram_slots, disk_slots, float(cost[steps]), (*stretches, stretch), tuple(spills))
 
 
-def _from_disk(at_hand: Costs, in_memory: Costs, read_cost: float) -> tuple[Costs, np.ndarray[Any, np.dtype[np.int64]]]:
-    """Return the cost for each number of steps from a current state that is on disk too, and the best first advance."""
+def _in_memory(steps: int, slots: int) -> Costs:
+    """Return the cost for each number of steps up to `steps` from a current state, without the disk."""
+    cost: Costs = np.full(steps + 1, np.inf)
+    cost[:2] = 0.0, 1.0
+    if slots:
+        cost[2:] = [optimal_forward_steps(length, slots) for length in range(2, steps + 1)]
+    return cost
+
+
+def _from_held(at_hand: Costs, in_memory: Costs, read_cost: float) -> tuple[Costs, np.ndarray[Any, np.dtype[np.int64]]]:
+    """Return the cost for each number of steps from a current state that is held too, and the best first advance."""
     size = len(at_hand)
     cost = in_memory.copy()
     stretch = np.zeros(size, dtype=np.int64)
@@ -137,27 +129,3 @@ def _from_disk(at_hand: Costs, in_memory: Costs, read_cost: float) -> tuple[Cost
             cost[length], stretch[length] = candidates[best], best + 1
         run[length] = length + read_cost + cost[length]
     return cost, stretch
-
-
-def _accesses(
-    steps: int,
-    ram_slots: int,
-    disk_slots: int,
-    stretches: list[np.ndarray[Any, np.dtype[np.int64]]],
-    spills: list[np.ndarray[Any, np.dtype[np.bool_]]],
-) -> tuple[int, int, int]:
-    """Return the numbers of disk writes, of disk reads, and of copies in memory."""
-    writes = reads = copies = 0
-    pending = [(steps, disk_slots, False)]
-    while pending:
-        length, free, on_disk = pending.pop()
-        reads += on_disk
-        spilt = not on_disk and bool(spills[free][length])
-        writes += spilt
-        free -= spilt
-        stretch = int(stretches[free][length]) if spilt or on_disk else 0
-        if stretch:
-            pending += [(stretch, free, True), (length - stretch, free, False)]
-        elif length > 1:
-            copies += memory_traffic(length, ram_slots, 0)
-    return writes, reads, copies

@@ -11,39 +11,33 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import chain
 
-from pnode_dist.checkpointing.binomial import from_held_checkpoints, reversal
+from pnode_dist.checkpointing.binomial import reversal
 from pnode_dist.checkpointing.schedule import Action, Adjoint, StartBackward, Tier
 from pnode_dist.checkpointing.store import Checkpoints, State
 
 
 class OnlinePlacement:
-    """The choice of at most `slots` checkpoints during the forward pass.
+    """The choice of at most `slots` checkpoints during the forward pass, beside the initial state.
 
     Every checkpoint has a level. A checkpoint is dispensable if a later one has a higher level. A new checkpoint
     replaces a dispensable one. If there is none, it replaces the last checkpoint and has the next higher level. After
     any number of steps, the checkpoints held allow a reversal whose most frequent step runs no more often than in the
-    best schedule for that number of steps (Wang, Moin & Iaccarino 2009, theorem 1). The checkpoint of step 0 is never
-    replaced.
+    best schedule for that number of steps (Wang, Moin & Iaccarino 2009, theorem 1). There the initial state is a
+    checkpoint, which is never replaced.
     """
 
     def __init__(self, slots: int) -> None:
-        if slots < 1:
-            raise ValueError("several steps cannot be reversed without a checkpoint")
         self._slots = slots
         self._held = 0
-        # The checkpoints that are not dispensable, with levels that never increase.
-        self._lasting: list[tuple[int, float]] = []
+        # The initial state, and the checkpoints that are not dispensable, with levels that never increase.
+        self._lasting: list[tuple[int, float]] = [(0, math.inf)]
         self._dispensable: list[int] = []
 
     def before(self, step: int) -> tuple[bool, int | None]:
         """Return True to store the state before `step`, and the step whose checkpoint it replaces.
 
-        Call it for the steps 0, 1, 2, ... in turn.
+        Call it for the steps 1, 2, 3, ... in turn.
         """
-        if step == 0:
-            self._lasting.append((0, math.inf))
-            self._held = 1
-            return True, None
         if self._held < self._slots:
             self._lasting.append((step, 0.0))
             self._held += 1
@@ -67,18 +61,18 @@ class OnlineCheckpoints:
     New checkpoints go to memory. If memory is full, its earliest checkpoint, which the backward pass needs last, moves
     to disk. The backward pass takes the fewest forward steps that the checkpoints at the end allow. In all, these are
     at most 4/3 of the offline optimum plus one (measured for up to 4000 steps and 64 slots; 1.2 is usual for 2 to 8).
-    Without any slot, as after the loss of the disk, every step is recomputed from the initial state.
+    The initial state takes no slot. Without any, every step is recomputed from it.
     """
 
     def __init__(self, checkpoints: Checkpoints, ram_slots: int, disk_slots: int) -> None:
         self._checkpoints = checkpoints
         self._ram, self._disk = ram_slots, disk_slots
-        self._placement = OnlinePlacement(ram_slots + disk_slots) if ram_slots + disk_slots else None
+        self._placement = OnlinePlacement(ram_slots + disk_slots)
         self._in_memory: list[int] = []
 
     def before(self, step: int, time: float, state: State) -> None:
         """Store `state`, the one before `step` at `time`, if the placement asks for it. Call it for every step."""
-        if self._placement is None:
+        if step == 0:
             return
         keep, given_up = self._placement.before(step)
         if given_up is not None:
@@ -102,8 +96,6 @@ class OnlineCheckpoints:
         if recorded:
             self._checkpoints.clear()
             return iter([Adjoint(step) for step in reversed(range(steps))])
-        if self._placement is None:
-            return chain([StartBackward(steps)], from_held_checkpoints(steps, [], 0))
         held = self._checkpoints.held()
         tiers = list(held.values())
         free_disk = self._disk - tiers.count(Tier.DISK)
@@ -111,4 +103,4 @@ class OnlineCheckpoints:
         most = max(steps - 1 - len(tiers), 0)
         ram = min(free_ram, most)
         free = [Tier.DISK] * min(free_disk, most - ram) + [Tier.RAM] * ram
-        return chain([StartBackward(steps)], reversal(0, steps, [*tiers, *free], list(held)))
+        return chain([StartBackward(steps)], reversal(0, steps, [None, *tiers, *free], [0, *held]))

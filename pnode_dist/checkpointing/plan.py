@@ -3,28 +3,28 @@
 A step whose graph is kept from the forward pass is not recomputed. But a graph is many times larger than a checkpoint,
 and a checkpoint saves the recomputation of several steps. The work of a plan is counted in forward steps, because each
 adjoint step is run once in every plan.
+
+Every plan may restart from the initial state, which autograd keeps alive: a slot that costs nothing. Every tape that is
+held between the passes is charged to the budget. If none fits, the forward pass ends without one, and the backward pass
+recomputes the last step too.
+
+A schedule acts on units: segments of so many successive steps, of which the last may be shorter. Tapes and checkpoints
+belong to units. With segments of one step a unit is a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
 
 from mpi4py import MPI
 
-from pnode_dist.checkpointing import from_initial_state
-from pnode_dist.checkpointing.binomial import (
-    disk_traffic,
-    memory_traffic,
-    multistage,
-    optimal_forward_steps,
-    without_checkpoints,
-)
+from pnode_dist.checkpointing.binomial import multistage, optimal_forward_steps, places, traffic
 from pnode_dist.checkpointing.budget import CheckpointBudget, Slots, agree_on_slots
 from pnode_dist.checkpointing.costs import Costs
 from pnode_dist.checkpointing.hierarchical import HierarchicalSchedule, hierarchical, is_affordable
-from pnode_dist.checkpointing.schedule import Action, with_last_recorded
+from pnode_dist.checkpointing.schedule import Action, whole_solve
 from pnode_dist.errors import ConfigurationError
 
 _MOST_DIVISIONS = 256
@@ -32,14 +32,14 @@ _MOST_DIVISIONS = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan to solve `steps` steps and reverse them.
+    """A plan to solve `steps` steps in `units` of at most `segment` steps, and to reverse them.
 
-    The tapes of the last `kept` steps are kept from the forward pass, at the given `level`. The steps before them are
-    reversed by `schedule` from `ram` and `disk` checkpoints, and with `from_start` from the initial state too.
-    `forward_steps` counts all runs of a step, the first one included. `disk_writes` and `disk_reads` count checkpoints.
-    `ram_bytes` and `disk_bytes` are the memory that the plan occupies between its passes on the fullest rank. With
-    `from_start` they include all tapes. Other plans keep at least the last step's tape, and do not include that one.
-    `seconds` is the predicted time on the slowest rank, None if nothing was measured.
+    The tapes of the last `kept` units are kept from the forward pass, at the given `level`. The units before them are
+    reversed by `schedule` from the initial state, and from `ram` and `disk` checkpoints. `forward_steps` counts all
+    runs of a step, the first one included. `disk_writes` and `disk_reads` count checkpoints. `ram_bytes` and
+    `disk_bytes` are the memory that the checkpoints and tapes occupy between the passes on the fullest rank, with a
+    full tape for a shorter last unit. `seconds` is the predicted time on the slowest rank, None if nothing was
+    measured.
     """
 
     name: str
@@ -56,7 +56,15 @@ class Plan:
     disk_bytes: int
     seconds: float | None
     hierarchy: HierarchicalSchedule | None = None
-    from_start: bool = False
+    segment: int = 1
+    units: int = 1
+
+    @property
+    def kept_steps(self) -> int:
+        """The number of steps whose tapes are kept from the forward pass, about that if segments are unequal."""
+        if self.units > -(-self.steps // self.segment):
+            return round(self.kept * self.steps / self.units)
+        return self.steps - (self.units - self.kept) * self.segment if self.kept else 0
 
     @property
     def recomputed_steps(self) -> int:
@@ -69,19 +77,12 @@ class Plan:
         return self.level, self.kept, self.forward_steps, self.disk_writes, self.disk_reads
 
     def actions(self) -> Iterator[Action]:
-        """Return the schedule of the whole solve."""
-        first_kept = self.steps - self.kept + 1
-        if self.from_start:
-            head = from_initial_state.actions(first_kept, from_initial_state.tiers(first_kept, self.ram, self.disk))
-        elif self.hierarchy is not None:
+        """Return the schedule of the whole solve. Its steps are units."""
+        if self.hierarchy is not None:
             head = self.hierarchy.actions()
-        elif self.ram + self.disk:
-            head = multistage(first_kept, self.ram, self.disk)
         else:
-            head = without_checkpoints(first_kept)
-        if self.kept == 0:
-            return from_initial_state.without_tape(head, self.steps)
-        return with_last_recorded(head, first_kept, self.steps)
+            head = multistage(_reversed_by_schedule(self.units, self.kept), self.ram, self.disk)
+        return whole_solve(head, self.units, self.kept)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan for JSON."""
@@ -109,24 +110,56 @@ class Plans:
         }
 
 
-def plan(budget: CheckpointBudget, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm) -> Plans:
+@dataclass(frozen=True)
+class _Task:
+    """A solve to plan: its slots, its steps in `units` of at most `segment` steps, and the measured costs."""
+
+    slots: Slots
+    steps: int
+    segment: int
+    units: int
+    costs: Costs | None
+
+
+def _task(slots: Slots, steps: int, segment: int, units: int | None, costs: Costs | None) -> _Task:
+    segment = min(segment, steps)
+    return _Task(slots, steps, segment, -(-steps // segment) if units is None else units, costs)
+
+
+def plan(
+    budget: CheckpointBudget, checkpoint_bytes: int, steps: int, costs: Costs, comm: MPI.Comm, segment: int = 1
+) -> Plans:
     """Return the candidate plans for a solve of `steps` steps within `budget`, and the best one. Collective on `comm`.
 
     `checkpoint_bytes` is the size of this rank's part of a checkpoint. `costs` are this rank's measurements. All ranks
     get the same plan. Raises `ConfigurationError` if the budget is too small, with the smallest that works.
     """
     slots = agree_on_slots(budget, checkpoint_bytes, steps, True, comm)
-    return best(budget, slots, steps, None, costs.agreed(comm))
+    agreed = costs.agreed(comm)
+    return best(budget, slots, steps, agreed.levels[budget.level].bytes, agreed, segment)
 
 
-def best(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None) -> Plans:
+def best(
+    budget: CheckpointBudget,
+    slots: Slots,
+    steps: int,
+    tape_bytes: int,
+    costs: Costs | None,
+    segment: int = 1,
+    units: int | None = None,
+) -> Plans:
     """Choose the plan with the least predicted time; without costs that with the fewest steps and disk accesses.
 
-    `tape_bytes` is the size of a step's tape, None if at most one tape may be kept. `costs` override it. Raises
-    `ConfigurationError` if a setting of the budget asks for more than fits.
+    `tape_bytes` is the size of a step's tape at the level of the budget. `segment` is the number of steps in a unit of
+    the schedule; a unit has at most all steps. `units` is the number of units, if not all are as long as possible.
+    Raises `ConfigurationError` if a setting of the budget asks for more than fits, and `ValueError` for a segment
+    without steps.
     """
+    if segment < 1:
+        raise ValueError(f"segment = {segment}: must be at least 1")
+    task = _task(slots, steps, segment, units, costs)
     different: dict[Any, Plan] = {}
-    for candidate in _candidates(budget, slots, steps, tape_bytes, costs):
+    for candidate in _candidates(budget, task, tape_bytes):
         different.setdefault(candidate.work, candidate)
     candidates = tuple(different.values())
     chosen = min(
@@ -136,77 +169,65 @@ def best(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | N
     return Plans(candidates, chosen, slots, costs)
 
 
-def check_plan(plan: Plan, steps: int, slots: Slots) -> None:
-    """Raise `ConfigurationError` if `plan` is for another number of steps, or needs more than the slots."""
+def check_plan(plan: Plan, steps: int, slots: Slots, segment: int = 1, units: int | None = None) -> None:
+    """Raise `ConfigurationError` if `plan` is for other steps or segments, or needs more than the slots."""
     if plan.steps != steps:
         raise ConfigurationError(f"plan {plan.name!r} is for {plan.steps} steps, not for {steps}")
+    if plan.segment != min(segment, steps):
+        raise ConfigurationError(f"plan {plan.name!r} is for segments of {plan.segment} steps, not of {segment}")
+    if units is not None and plan.units != units:
+        raise ConfigurationError(f"plan {plan.name!r} is for {plan.units} segments, not for {units}")
     # Checkpoints are limited by their number, which may be given instead of bytes.
     too_many = plan.ram > slots.ram or plan.disk > slots.disk
-    if too_many or (plan.kept > (not plan.from_start) and plan.ram_bytes > slots.ram_bytes):
+    if too_many or (plan.kept and plan.ram_bytes > slots.ram_bytes):
         raise ConfigurationError(
             f"plan {plan.name!r} needs ram = {plan.ram_bytes}, disk = {plan.disk_bytes}: more than the trajectory has"
         )
 
 
-def needs_costs(budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None) -> bool:
-    """Return True if the choice depends on the costs of the disk."""
-    if slots.disk == 0 or slots.ram >= steps - 1 or budget.schedule in ("all", "revolve", "multistage"):
+def needs_costs(
+    budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int, segment: int = 1, units: int | None = None
+) -> bool:
+    """Return True if the choice depends on the costs of the disk. See `best` for the arguments."""
+    task = _task(slots, steps, segment, units, None)
+    if slots.disk == 0 or slots.ram >= task.units - 1 or budget.schedule in ("all", "revolve", "multistage"):
         return False
     if budget.schedule == "auto" and (budget.ram_slots, budget.disk_slots) != (None, None):
         return False
-    return tape_bytes is None or _charged(budget, steps) * tape_bytes > slots.ram_bytes
+    return not budget.keeps_steps or task.units * task.segment * tape_bytes > slots.ram_bytes
 
 
-def _charged(budget: CheckpointBudget, kept: int) -> int:
-    """Return the number of tapes, of `kept` from the forward pass, that the budget is charged for."""
-    return kept if budget.charges_all_tapes else kept - 1
-
-
-def _candidates(
-    budget: CheckpointBudget, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None
-) -> Iterator[Plan]:
-    level, schedule = budget.level, budget.schedule
-    if budget.keeps_steps:
-        if costs is not None:
-            tape_bytes = costs.levels[level].bytes
-        assert tape_bytes is not None
-        if _charged(budget, steps) * tape_bytes <= slots.ram_bytes:
-            division = (steps, 0, 0)
-            yield _plan(level, level, slots, steps, division, tape_bytes, costs, budget.charges_all_tapes)
-        elif budget.keep == "graph":
-            needed = (steps - 1) * tape_bytes * budget.solves
+def _candidates(budget: CheckpointBudget, task: _Task, tape_bytes: int) -> Iterator[Plan]:
+    level, schedule, slots, units = budget.level, budget.schedule, task.slots, task.units
+    needed = units * task.segment * tape_bytes
+    if budget.keep == "graph":
+        if needed > slots.ram_bytes:
             raise ConfigurationError(
-                f"trajectory: keep = 'graph': the graphs of {steps} steps need ram = {needed}, "
+                f"trajectory: keep = 'graph': the graphs of {task.steps} steps need ram = {needed * budget.solves}, "
                 f"more than {_left_of(budget, 'ram')}"
             )
-        if budget.keep == "graph" or (steps == 1 and not budget.charges_all_tapes):
-            return
-        if budget.charges_all_tapes:
-            yield from _plans_from_initial_state(level, schedule, slots, steps, tape_bytes, costs)
-            if costs is not None:
-                stages = costs.levels["stages"].bytes
-                plans = _plans_from_initial_state("stages", schedule, slots, steps, stages, costs)
-                yield from (plan for plan in plans if plan.kept)
-            return
-    most = steps - 1
-    if most and slots.ram + slots.disk == 0:
-        # The disk was lost, and there are no other slots.
-        yield _plan("restart", level, slots, steps, (1, 0, 0), 0, costs)
+        yield _plan(task, level, (units, 0, 0), tape_bytes)
         return
-    if slots.ram + slots.disk >= most and schedule in ("auto", "all"):
-        ram = min(slots.ram, most)
-        yield _plan("all", level, slots, steps, (1, ram, most - ram), 0, costs)
-    if schedule == "all":
-        if slots.ram + slots.disk < most:
-            key, needed = "ram", most * slots.checkpoint_bytes * budget.solves
-            if budget.ram_slots is not None:
-                key, needed = "ram_slots", most
-            raise ConfigurationError(
-                f"trajectory: schedule = 'all': the states of {steps} steps need {key} = {needed}, more than "
-                f"{_left_of(budget, key)} (and disk = {budget.disk!r})"
-            )
-        return
-    yield from _checkpointed(level, schedule, slots, steps, tape_bytes if budget.keeps_steps else None, costs)
+    if schedule == "all" and slots.ram + slots.disk < units - 1:
+        _refuse_all(budget, task)
+    most_kept = units if budget.keeps_steps and (needed <= slots.ram_bytes or schedule != "all") else 1
+    for disk in _disks(schedule, slots):
+        for most in (most_kept, 1):
+            yield from _plans_with(task, level, schedule, tape_bytes, most, disk)
+        if budget.keep == "auto" and most_kept > 1 and task.costs is not None:
+            plans = _plans_with(task, "stages", schedule, task.costs.levels["stages"].bytes, most_kept, disk)
+            yield from (plan for plan in plans if plan.kept)
+
+
+def _refuse_all(budget: CheckpointBudget, task: _Task) -> NoReturn:
+    key, needed = "ram", (task.units - 1) * task.slots.checkpoint_bytes * budget.solves
+    if budget.ram_slots is not None:
+        key, needed = "ram_slots", task.units - 1
+    held = f"{task.units} segments" if task.segment > 1 else f"{task.steps} steps"
+    raise ConfigurationError(
+        f"trajectory: schedule = 'all': the states of {held} need {key} = {needed}, more than "
+        f"{_left_of(budget, key)} (and disk = {budget.disk!r})"
+    )
 
 
 def _left_of(budget: CheckpointBudget, key: str) -> str:
@@ -217,84 +238,45 @@ def _left_of(budget: CheckpointBudget, key: str) -> str:
     return f"the {others} other solve(s) that await their backward pass leave of {given} with solves = {budget.solves}"
 
 
-def _plans_from_initial_state(
-    level: str, schedule: str, slots: Slots, steps: int, tape_bytes: int, costs: Costs | None
-) -> Iterator[Plan]:
-    """Yield the plans that restart from the initial state, with the best number of tapes, which may be none."""
-    for disk in _disks(schedule, slots):
-        kept, ram, on_disk = division = divide_from_initial_state(slots, steps, tape_bytes, disk)
-        name = "multistage" if on_disk else "revolve"
-        yield _plan(name, level, slots, steps, division, tape_bytes, costs, True)
-        if disk and costs is not None and schedule != "multistage":
-            # `hierarchical` needs a checkpoint of the initial state too.
-            left = slots.ram_bytes - kept * tape_bytes
-            places = steps - max(kept, 1) + (kept == 0)
-            ram = min(left // slots.checkpoint_bytes, places) if slots.checkpoint_bytes else places
-            on_disk = min(disk, places - ram)
-            if kept < steps and ram + on_disk and is_affordable(steps - kept + 1, disk):
-                division = (kept, ram, on_disk)
-                yield _plan("h-revolve", level, slots, steps, division, tape_bytes, costs, True, by_costs=True)
-
-
 def _disks(schedule: str, slots: Slots) -> list[int]:
     """Return the numbers of checkpoints on disk to consider."""
     on_disk = [0, slots.disk] if slots.disk else [0]
-    return on_disk[-1:] if schedule in ("multistage", "h-revolve") else on_disk
+    return on_disk[-1:] if schedule in ("all", "multistage", "h-revolve") else on_disk
 
 
-def _checkpointed(
-    level: str, schedule: str, slots: Slots, steps: int, tape_bytes: int | None, costs: Costs | None
-) -> Iterator[Plan]:
-    """Yield the plans with fewer checkpoints than steps, without and with tapes of the last steps."""
-    for disk in _disks(schedule, slots):
-        if slots.ram + disk == 0 and steps > 1:
-            continue
-        for division in dict.fromkeys([divide(slots, steps, tape_bytes, disk), divide(slots, steps, None, disk)]):
-            size = tape_bytes or 0
-            yield _plan("multistage" if disk else "revolve", level, slots, steps, division, size, costs)
-            kept, ram, _ = division
-            if disk and costs is not None and schedule != "multistage" and is_affordable(steps - kept + 1, disk):
-                yield _plan("h-revolve", level, slots, steps, (kept, ram, disk), size, costs, by_costs=True)
+def _plans_with(task: _Task, level: str, schedule: str, tape_bytes: int, most_kept: int, disk: int) -> Iterator[Plan]:
+    """Yield the plans for one division of the budget: with the fewest steps, and with the least time by the costs."""
+    division = divide(task.slots, task.units, task.segment * tape_bytes, most_kept, disk)
+    yield _plan(task, level, division, tape_bytes)
+    kept, _, on_disk = division
+    by_costs = task.costs is not None and schedule in ("auto", "h-revolve")
+    if on_disk and by_costs and is_affordable(_reversed_by_schedule(task.units, kept), on_disk):
+        yield _plan(task, level, division, tape_bytes, by_costs=True)
 
 
-def _plan(
-    schedule: str,
-    level: str,
-    slots: Slots,
-    steps: int,
-    division: tuple[int, int, int],
-    tape_bytes: int,
-    costs: Costs | None,
-    charges_all: bool = False,
-    by_costs: bool = False,
-) -> Plan:
+def _plan(task: _Task, level: str, division: tuple[int, int, int], tape_bytes: int, by_costs: bool = False) -> Plan:
     kept, ram, disk = division
-    first_kept = steps - kept + 1
+    costs, units, segment = task.costs, task.units, task.segment
+    length = _reversed_by_schedule(units, kept)
     hierarchy = None
-    from_start = charges_all and not by_costs
-    if from_start:
-        forward_steps = optimal_forward_steps(first_kept, ram + disk + 1)
-        (writes, reads), copies = from_initial_state.traffic(
-            first_kept, from_initial_state.tiers(first_kept, ram, disk)
-        )
-    elif by_costs:
+    if by_costs:
         assert costs is not None
         write, read = (costs.copy + costs.exposed * seconds for seconds in (costs.write, costs.read))
-        hierarchy = hierarchical(first_kept, ram, disk, write / costs.step, read / costs.step)
-        forward_steps = hierarchy.forward_steps
-        writes, reads, copies = hierarchy.disk_writes, hierarchy.disk_reads, hierarchy.memory_copies
-    elif ram + disk or first_kept == 1:
-        forward_steps = optimal_forward_steps(first_kept, ram + disk)
-        (writes, reads), copies = disk_traffic(first_kept, ram, disk), memory_traffic(first_kept, ram, disk)
+        unit = segment * costs.step
+        hierarchy = hierarchical(length, ram, disk, write / unit, read / unit)
+    counts = traffic(length, ram, disk) if hierarchy is None else hierarchy.traffic
+    runs = counts.forward_steps + kept - 1
+    if units > -(-task.steps // segment):
+        # Outputs cut some segments short. They are taken to be of equal length.
+        forward_steps = round(runs * task.steps / units)
     else:
-        forward_steps, writes, reads, copies = first_kept * (first_kept + 1) // 2, 0, 0, 0
-    forward_steps += kept - 1
-    name = f"{level} of {kept} + {schedule}" if kept > 1 else schedule
-    if kept == steps > 1:
-        name = level
-    return Plan(
-        name=name,
-        steps=steps,
+        # The last unit runs once with a kept tape, and twice without. It may have fewer steps.
+        forward_steps = segment * runs - (units * segment - task.steps) * (1 if kept else 2)
+    writes, reads = counts.disk_writes, counts.disk_reads
+    schedule = level if kept == units else _schedule_name(length, kept, ram, disk, by_costs)
+    found = Plan(
+        name=schedule,
+        steps=task.steps,
         level=level,
         kept=kept,
         schedule=schedule,
@@ -303,57 +285,53 @@ def _plan(
         forward_steps=forward_steps,
         disk_writes=writes,
         disk_reads=reads,
-        ram_bytes=ram * slots.checkpoint_bytes + (kept if charges_all else kept - 1) * tape_bytes,
-        disk_bytes=disk * slots.checkpoint_bytes,
-        seconds=costs.seconds(level, steps, forward_steps, copies, writes, reads) if costs else None,
+        ram_bytes=ram * task.slots.checkpoint_bytes + kept * segment * tape_bytes,
+        disk_bytes=disk * task.slots.checkpoint_bytes,
+        seconds=costs.seconds(level, task.steps, forward_steps, counts.copies, writes, reads) if costs else None,
         hierarchy=hierarchy,
-        from_start=from_start,
+        segment=segment,
+        units=units,
     )
+    return replace(found, name=f"{level} of {found.kept_steps} + {schedule}") if 1 < kept < units else found
 
 
-def divide(slots: Slots, steps: int, tape_bytes: int | None, disk: int) -> tuple[int, int, int]:
-    """Divide the budget: return the number of tapes of the last steps, and of checkpoints in memory and on disk.
+def _schedule_name(length: int, kept: int, ram: int, disk: int, by_costs: bool) -> str:
+    if by_costs:
+        return "h-revolve"
+    if ram + disk == 0:
+        return "restart"
+    if kept <= 1 and ram + disk == places(length):
+        return "all"
+    return "multistage" if disk else "revolve"
 
-    `tape_bytes` is the size of a step's tape. One tape belongs to the working set of every adjoint and is not charged.
-    At least one checkpoint remains unless every step has a tape. Of equal divisions the one with more tapes is chosen,
-    because its backward pass starts at once. Considers every number of tapes up to 256, and as many evenly spaced ones
-    beyond that.
+
+def _reversed_by_schedule(units: int, kept: int) -> int:
+    """Return the number of units that a schedule reverses: those without a kept tape, and the first with one.
+
+    Without tapes an empty unit at the end takes the place of the latter.
     """
-    most = steps - 1
-    chosen = (1, min(slots.ram, most), min(disk, most - min(slots.ram, most)))
-    if tape_bytes is None or steps == 1:
-        return chosen
-    if (steps - 1) * tape_bytes <= slots.ram_bytes:
-        return steps, 0, 0
-    work = optimal_forward_steps(steps, chosen[1] + chosen[2])
-    most_kept = slots.ram_bytes // tape_bytes + 1
-    for kept in range(2, most_kept + 1, -(-most_kept // _MOST_DIVISIONS)):
-        rest = steps - kept
-        left = slots.ram_bytes - (kept - 1) * tape_bytes
-        ram = min(left // slots.checkpoint_bytes, rest, slots.ram) if slots.checkpoint_bytes else rest
-        on_disk = min(disk, rest - ram)
-        if ram + on_disk == 0:
-            break
-        needed = optimal_forward_steps(rest + 1, ram + on_disk) + kept - 1
-        if needed <= work:
-            chosen, work = (kept, ram, on_disk), needed
-    return chosen
+    return units - kept + 1
 
 
-def divide_from_initial_state(slots: Slots, steps: int, tape_bytes: int, disk: int) -> tuple[int, int, int]:
-    """Divide the budget of a solve that can restart from its initial state.
+def divide(slots: Slots, units: int, tape_bytes: int, most_kept: int, disk: int) -> tuple[int, int, int]:
+    """Divide the budget: return the number of tapes of the last units, and of checkpoints in memory and on disk.
 
-    See `divide`. Every tape is charged, and there may be none.
+    There are at most `most_kept` tapes, each of `tape_bytes`, and possibly none. The division needs the fewest steps;
+    of equal ones it has the most tapes, because its backward pass starts at once. Considers every number of tapes up to
+    256, and as many evenly spaced ones beyond that.
     """
-    chosen, work = (0, 0, 0), steps * (steps + 3) // 2
-    most_kept = min(slots.ram_bytes // tape_bytes, steps) if tape_bytes else steps
-    for kept in range(0, most_kept + 1, max(-(-most_kept // _MOST_DIVISIONS), 1)):
-        # The checkpoints besides the initial state.
-        places = max(steps - kept - 1, 0) if kept else steps - 1
-        left = slots.ram_bytes - kept * tape_bytes
-        ram = min(left // slots.checkpoint_bytes, places, slots.ram) if slots.checkpoint_bytes else places
-        on_disk = min(disk, places - ram)
-        needed = optimal_forward_steps(steps - kept + 1, ram + on_disk + 1) + kept - 1
-        if needed <= work:
-            chosen, work = (kept, ram, on_disk), needed
-    return chosen
+    most = min(slots.ram_bytes // tape_bytes, most_kept) if tape_bytes else most_kept
+    numbers = {*range(0, most, max(most // _MOST_DIVISIONS, 1)), most}
+
+    def division(kept: int) -> tuple[int, int, int]:
+        useful = places(_reversed_by_schedule(units, kept))
+        ram = min(slots.ram, useful)
+        if kept and slots.checkpoint_bytes:
+            ram = min(ram, (slots.ram_bytes - kept * tape_bytes) // slots.checkpoint_bytes)
+        return kept, ram, min(disk, useful - ram)
+
+    def forward_units(division: tuple[int, int, int]) -> int:
+        kept, ram, on_disk = division
+        return optimal_forward_steps(_reversed_by_schedule(units, kept), ram + on_disk + 1) + kept - 1
+
+    return min((division(kept) for kept in sorted(numbers, reverse=True)), key=forward_units)

@@ -37,6 +37,10 @@ class Steps(Protocol):
         """Return the time at which `step` begins."""
         ...
 
+    def count(self, step: int) -> int:
+        """Return the number of time steps in `step`, which may be a segment of several."""
+        ...
+
     def overwrite(self, write: Callable[[State], None]) -> None:
         """Replace the current state by calling `write` with an array to fill."""
         ...
@@ -76,11 +80,11 @@ def run_forward(
                     checkpoints.store(first, tier, steps.state, steps.time(first))
                 for step in range(first, last):
                     steps.advance(step)
-                    statistics.forward_steps += 1
+                    statistics.forward_steps += steps.count(step)
                     reached(step + 1)
             case Record(step):
                 steps.record(step)
-                statistics.forward_steps += 1
+                statistics.forward_steps += steps.count(step)
                 reached(step + 1)
             case EndForward():
                 return
@@ -114,10 +118,10 @@ def run_backward(
                     checkpoints.store(first, tier, steps.state, steps.time(first))
                 for step in range(first, last):
                     steps.advance(step, recompute=True)
-                    statistics.recomputed_steps += 1
+                    statistics.recomputed_steps += steps.count(step)
             case Record(step):
                 steps.record(step, recompute=True)
-                statistics.recomputed_steps += 1
+                statistics.recomputed_steps += steps.count(step)
             case StartBackward(count):
                 remaining = count
             case Restart():
@@ -131,7 +135,7 @@ def run_backward(
                     ahead = from_held_checkpoints(remaining, checkpoints.in_memory(), ram_slots)
             case Adjoint(step):
                 steps.adjoint(step)
-                statistics.adjoint_steps += 1
+                statistics.adjoint_steps += steps.count(step)
                 remaining = step
                 reversed_to(step)
             case EndForward():

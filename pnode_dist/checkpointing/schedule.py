@@ -5,7 +5,7 @@ Schedules are independent of `replay`, which executes them, and `replay` is inde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -69,16 +69,48 @@ class Adjoint:
 Action = Advance | Record | EndForward | StartBackward | Restore | Restart | Adjoint
 
 
-def with_last_recorded(head: Iterator[Action], first: int, steps: int) -> Iterator[Action]:
-    """Extend `head`, which reverses steps 0 to `first - 1`, to a whole solve of `steps` steps.
+@dataclass(frozen=True)
+class Traffic:
+    """The counts of a schedule: forward steps, first runs included, accesses of the disk, and copies in memory."""
 
-    The forward pass ends after the first `Record` of `head`. The steps from `first` on are recorded with it.
+    forward_steps: int
+    disk_writes: int
+    disk_reads: int
+    copies: int
+
+
+def counted(actions: Iterable[Action]) -> Traffic:
+    """Return the counts of a schedule."""
+    forward_steps = writes = reads = copies = 0
+    for action in actions:
+        match action:
+            case Advance(first, last, tier):
+                forward_steps += last - first
+                writes += tier is Tier.DISK
+                copies += tier is Tier.RAM
+            case Record():
+                forward_steps += 1
+            case Restore(_, tier, _):
+                reads += tier is Tier.DISK
+                copies += tier is Tier.RAM
+    return Traffic(forward_steps, writes, reads, copies)
+
+
+def whole_solve(head: Iterable[Action], steps: int, kept: int) -> Iterator[Action]:
+    """Extend `head` to a solve of `steps` steps whose forward pass keeps the tapes of the last `kept`.
+
+    `head` reverses the steps up to the first of these. Without any, it reverses one more step, an empty one at the end.
     """
-    forward = True
+    turn = steps - kept
     for action in head:
-        yield action
-        if forward and isinstance(action, Record):
-            forward = False
-            yield from (Record(step) for step in range(first, steps))
-            yield EndForward()
-            yield from (Adjoint(step) for step in reversed(range(first, steps)))
+        match action:
+            case Record(step) if step == turn:
+                yield from (Record(later) for later in range(turn, steps))
+                yield EndForward()
+                if kept == 0:
+                    yield StartBackward(steps)
+                yield from (Adjoint(later) for later in reversed(range(turn + 1, steps)))
+            case Adjoint(step) if step == steps:
+                pass
+            case _:
+                yield action

@@ -64,7 +64,7 @@ def _gradcheck(arguments: argparse.Namespace) -> int:
 
     with mesh_of(config) as mesh, output(arguments.json, mesh.is_root) as emit:
         # Differences say nothing about a gradient in lower precision.
-        solver = config.solver.model_copy(update={"compute_dtype": None})
+        solver = config.solver.model_copy(update={"compute_dtype": None, "state_dtype": "auto"})
         problem = build_problem(config.model_copy(update={"solver": solver}), mesh, torch.float64, found)
         result = gradcheck(problem.gradcheck_case(), mesh, config.run.seed)
         emit({"problem": problem.name, "method": config.solver.method, **result.as_dict()})

@@ -147,8 +147,14 @@ class SolverConfig(Table):
     `petsc_options = { pc_type = "gamg" }` chooses."""
     compute_dtype: Literal["float64", "float32", "bfloat16"] | None = None
     """The type in which the right-hand side computes. Parameters and data stay in `[training] dtype`, the default."""
+    state_dtype: Literal["auto", "float32", "float64"] = "auto"
+    """The type of the solve's state, adjoint and checkpoints. `auto` is the wider one of `[training] dtype` and
+    `compute_dtype` for explicit Runge-Kutta methods, and float64 for all others, which allow no other."""
     on_mismatch: Literal["raise", "warn", "ignore"] = "raise"
     """The action if a step recomputed for the gradient differs from the forward pass."""
+    newton: Literal["auto", "batch", "petsc"] = "auto"
+    """The solver of the equations of implicit methods. `batch` factors the small systems of all samples at once.
+    `petsc` uses PETSc's SNES and KSP. `auto` is `batch` where that is possible."""
     preserve_rng_state: bool = True
     """Draw the same random numbers in recomputed steps. `false` saves time if the model draws none."""
     reach: Count = 1
@@ -156,6 +162,14 @@ class SolverConfig(Table):
     stencil. For a network it is the sum over its layers."""
     petsc_options: Annotated[dict[str, StrictStr | bool | int | float], AfterValidator(_petsc_options)] = {}
     """PETSc options of the solver, by name without the dash. Write `""` for an option without a value."""
+
+    @field_validator("state_dtype")
+    @classmethod
+    def _suits_method(cls, value: str, others: ValidationInfo) -> str:
+        name = others.data.get("method")
+        if value == "float32" and name is not None and methods.resolve(name).has_vec_state:
+            raise ValueError(f'must be "auto" or "float64" with method = "{name}", whose state is in PETSc\'s vectors')
+        return value
 
     @property
     def options(self) -> dict[str, Any]:
@@ -189,7 +203,8 @@ class TrajectoryConfig(Table):
     binomial, in memory and on disk. `h-revolve`: the same, with the measured cost of the disk. `auto`: the schedule
     with the shortest predicted time."""
     checkpoint_dtype: Literal["float64", "float32"] = "float64"
-    """The type of checkpoints. `float32` halves their size and rounds the states that steps are recomputed from."""
+    """The widest type of checkpoints, which are never wider than the state. `float32` halves those of a float64 state,
+    and rounds the states that steps are recomputed from."""
     solves: Count = 1
     """The number of solves that share the budget at the same time."""
     on_spill_error: Literal["recompute", "raise"] = "recompute"
@@ -231,7 +246,7 @@ class TrainingConfig(Table):
     batch_size: Count = 1
     """Samples per optimiser step, over all replicas. Training is therefore the same on every mesh."""
     dtype: Literal["float32", "float64"] = "float32"
-    """The type of parameters and data. Time steps are computed in PETSc's scalar type."""
+    """The type of parameters and data."""
     device: Annotated[StrictStr, AfterValidator(_device), _examples("cpu", "cuda", "cuda:0", "auto")] = "cpu"
     """The device on which the model computes. `cuda`: the GPU with the number of the rank on its node. `cuda:N`: this
     GPU for all ranks. `auto`: `cuda` if every rank has a GPU, else `cpu`. Data, losses and the states of PETSc stay in

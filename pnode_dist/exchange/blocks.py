@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from pnode_dist.exchange.compiled import exchange, is_compiled, number_of
 from pnode_dist.partition import protocol
 from pnode_dist.partition.protocol import Partition
+from pnode_dist.system.compile_order import refuse_in_rehearsal
+from pnode_dist.system.torch_internals import evaluated_while_tracing
 
 
 def scatter(x: torch.Tensor | None, partition: Partition, root: int = 0) -> torch.Tensor:
     """Distribute a global tensor from `root`. Collective on the partition's communicator.
 
     `x` is `[..., *global_shape]` on `root`; its values are ignored elsewhere. The adjoint gathers the cotangents on
-    `root`. Under torch.func the other ranks must pass a tensor under the same transforms, which may be empty.
+    `root`. Under torch.func the other ranks must pass a tensor under the same transforms, which may be empty. In code
+    that torch.compile compiles they must pass a tensor with the leading axes, number of axes, type and `requires_grad`
+    of that on `root`; its other extents may be 0. Raises `ValueError` for another shape.
     """
+    if is_compiled():
+        number, shape = _registered_scatter(None if x is None else tuple(x.shape), partition, root)
+        assert x is not None
+        return exchange(x, number, shape)
+    refuse_in_rehearsal()
     local: torch.Tensor = _Scatter.apply(_source(x, partition, root), partition, root)  # type: ignore[no-untyped-call]
     return local
 
@@ -72,6 +83,9 @@ def gather(x: torch.Tensor, partition: Partition, root: int = 0) -> torch.Tensor
     The adjoint scatters root's cotangent. The other ranks take part if their share of the loss contains the empty
     tensor, for instance as its sum, which is zero.
     """
+    if is_compiled():
+        return exchange(x, *_registered_gather(tuple(x.shape), partition, root))
+    refuse_in_rehearsal()
     whole: torch.Tensor = _Gather.apply(x, partition, root)  # type: ignore[no-untyped-call]
     return whole
 
@@ -93,3 +107,42 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         return gather(tangents[0], ctx.partition, ctx.root)
+
+
+# In code that torch.compile compiles
+
+
+@evaluated_while_tracing
+def _registered_scatter(shape: tuple[int, ...] | None, partition: Partition, root: int) -> tuple[int, tuple[int, ...]]:
+    """Return the number of the map, and the shape of its result."""
+    axes = len(partition.global_shape)
+    at_root = partition.comm.rank == root
+    if shape is None or len(shape) < axes or (at_root and shape[len(shape) - axes :] != partition.global_shape):
+        wanted = ", ".join(map(str, partition.global_shape))
+        raise ValueError(f"scatter: got shape {shape}: must be [..., {wanted}] on rank {root}, as many axes elsewhere")
+    forward = partial(_scattered, root=root)
+    transpose = partial(_gathered, root=root, elsewhere=shape)
+    number = number_of(partition, ("scatter", root, shape), forward, transpose)
+    return number, (*shape[: len(shape) - axes], *partition.local_shape)
+
+
+@evaluated_while_tracing
+def _registered_gather(shape: tuple[int, ...], partition: Partition, root: int) -> tuple[int, tuple[int, ...]]:
+    """Return the number of the map, and the shape of its result."""
+    axes = len(partition.local_shape)
+    if shape[len(shape) - axes :] != partition.local_shape:
+        raise ValueError(f"gather: got shape {shape}: its last axes must be {partition.local_shape}")
+    forward = partial(_gathered, root=root, elsewhere=(0,))
+    number = number_of(partition, ("gather", root), forward, partial(_scattered, root=root))
+    at_root = partition.comm.rank == root
+    return number, (*shape[: len(shape) - axes], *partition.global_shape) if at_root else (0,)
+
+
+def _scattered(x: torch.Tensor, partition: Partition, root: int) -> torch.Tensor:
+    return protocol.scatter(x, partition, root)
+
+
+def _gathered(x: torch.Tensor, partition: Partition, root: int, elsewhere: tuple[int, ...]) -> torch.Tensor:
+    """Return the whole tensor on `root`, and zeros of the shape `elsewhere` on the other ranks."""
+    whole = protocol.gather(x, partition, root)
+    return x.new_zeros(elsewhere) if whole is None else whole

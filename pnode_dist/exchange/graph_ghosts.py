@@ -8,8 +8,10 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.distributed.buffers import bytes_of
+from pnode_dist.exchange.compiled import exchange, is_compiled, number_of
 from pnode_dist.exchange.linear_map import linear_map
 from pnode_dist.partition.graph import GraphPartition
+from pnode_dist.system.torch_internals import evaluated_while_tracing
 
 _NODES = -2
 
@@ -22,13 +24,28 @@ def with_ghosts(x: torch.Tensor, partition: GraphPartition) -> torch.Tensor:
     adjoint sends the cotangents of the ghosts back and adds them in the order of ranks, so its bits do not depend on
     the order of arrival. Raises `ValueError` for another number of nodes.
     """
-    if x.dim() < 2 or x.shape[_NODES] != partition.local_shape[0]:
-        raise ValueError(
-            f"with_ghosts: got shape {tuple(x.shape)}, this rank owns [..., {partition.local_shape[0]}, features]"
-        )
+    if is_compiled():
+        number, shape = _registered(tuple(x.shape), partition)
+        return x if number is None else exchange(x, number, shape)
+    _check(tuple(x.shape), partition)
     if not (partition.sent or partition.received):
         return x
     return linear_map(x, partial(_extended, partition=partition), partial(_folded, partition=partition))
+
+
+def _check(shape: tuple[int, ...], partition: GraphPartition) -> None:
+    if len(shape) < 2 or shape[_NODES] != partition.local_shape[0]:
+        raise ValueError(f"with_ghosts: got shape {shape}, this rank owns [..., {partition.local_shape[0]}, features]")
+
+
+@evaluated_while_tracing
+def _registered(shape: tuple[int, ...], partition: GraphPartition) -> tuple[int | None, tuple[int, ...]]:
+    """Return the number of the map and the shape of its result. No number without neighbours."""
+    _check(shape, partition)
+    if not (partition.sent or partition.received):
+        return None, shape
+    number = number_of(partition, "with_ghosts", _extended, _folded)
+    return number, (*shape[:_NODES], shape[_NODES] + len(partition.ghosts), shape[-1])
 
 
 def _extended(x: torch.Tensor, partition: GraphPartition) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,10 @@ from mpi4py import MPI
 
 from pnode_dist.distributed.buffers import bytes_of
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.exchange.linear_map import linear_map
+from pnode_dist.exchange.compiled import exchange, is_compiled, number_of
+from pnode_dist.exchange.linear_map import linear_map, outside_graphs_of_old_torch
 from pnode_dist.partition.grid import GridPartition, Rule
+from pnode_dist.system.torch_internals import evaluated_while_tracing
 
 Width = int | Sequence[int | tuple[int, int]]
 """A number of points: one for all axes, or for each axis a number or a pair of numbers, below and above."""
@@ -37,9 +39,7 @@ def halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) 
     apply; in corners the rule of the first axis applies last. Raises `ConfigurationError` if the width exceeds the
     smallest block, less one point for `reflect`.
     """
-    rim = _rim("halo", partition, width)
-    _check_block("halo", x, partition, larger=False)
-    return _surrounded(x, rim)
+    return _surrounded("halo", x, partition, width)
 
 
 def neighbour_halo(x: torch.Tensor, partition: GridPartition, width: Width | None = None) -> torch.Tensor:
@@ -49,9 +49,7 @@ def neighbour_halo(x: torch.Tensor, partition: GridPartition, width: Width | Non
     points: `pad_edges(neighbour_halo(x, partition, width), partition, width)` is `halo(x, partition, width)`. Raises
     `ConfigurationError` if the width exceeds the smallest block.
     """
-    rim = _rim("neighbour_halo", partition, width)
-    _check_block("neighbour_halo", x, partition, larger=False)
-    return _surrounded(x, rim)
+    return _surrounded("neighbour_halo", x, partition, width)
 
 
 def pad_edges(x: torch.Tensor, partition: GridPartition, width: Width | None = None) -> torch.Tensor:
@@ -60,9 +58,7 @@ def pad_edges(x: torch.Tensor, partition: GridPartition, width: Width | None = N
     `x` is `[..., *block, channels]`: the rank's own points with any number of its neighbours' points around them.
     Raises `ConfigurationError` if the width exceeds the smallest block, less one point for `reflect`.
     """
-    rim = _rim("pad_edges", partition, width)
-    _check_block("pad_edges", x, partition, larger=True)
-    return _surrounded(x, rim)
+    return _surrounded("pad_edges", x, partition, width)
 
 
 @dataclass(frozen=True)
@@ -95,15 +91,29 @@ class _Rim:
         default_factory=dict
     )
 
+    @cached_property
+    def points(self) -> bool:
+        """True if there is a point to add or to exchange."""
+        return any(any(axis.around) or any(axis.exchanged) for axis in self.axes)
+
+    @cached_property
+    def has_fixed_values(self) -> bool:
+        """True if an edge of the domain has a Dirichlet value."""
+        return any(isinstance(axis.rule, float) for axis in self.axes)
+
 
 def _rim(name: str, partition: GridPartition, width: Width | None) -> _Rim:
     """Return the rim for the function called `name`, from the partition's cache if possible."""
-    given = partition.stencil_width if width is None else width
-    each = (given,) * len(partition.shape) if isinstance(given, int) else tuple(given)
+    each = _each(partition, width)
     found: _Rim | None = partition.rims.get((name, each))
     if found is None:
         found = partition.rims[name, each] = _new_rim(name, partition, each)
     return found
+
+
+def _each(partition: GridPartition, width: Width | None) -> tuple[int | tuple[int, int], ...]:
+    given = partition.stencil_width if width is None else width
+    return (given,) * len(partition.shape) if isinstance(given, int) else tuple(given)
 
 
 def _new_rim(name: str, partition: GridPartition, each: tuple[int | tuple[int, int], ...]) -> _Rim:
@@ -134,24 +144,88 @@ def _new_rim(name: str, partition: GridPartition, each: tuple[int | tuple[int, i
     return _Rim(partition, tuple(axes))
 
 
-def _check_block(name: str, x: torch.Tensor, partition: GridPartition, larger: bool) -> None:
+def _check_block(name: str, shape: tuple[int, ...], partition: GridPartition) -> None:
     own = partition.local_shape[:-1]
-    block = tuple(x.shape[-1 - len(own) : -1])
-    if x.dim() <= len(own) or (any(b < o for b, o in zip(block, own, strict=True)) if larger else block != own):
-        raise ValueError(
-            f"{name}: got shape {tuple(x.shape)}, this rank owns [..., {', '.join(map(str, own))}, channels]"
-        )
+    block = shape[-1 - len(own) : -1]
+    larger = name == "pad_edges"
+    if len(shape) <= len(own) or (any(b < o for b, o in zip(block, own, strict=True)) if larger else block != own):
+        raise ValueError(f"{name}: got shape {shape}, this rank owns [..., {', '.join(map(str, own))}, channels]")
 
 
-def _surrounded(x: torch.Tensor, rim: _Rim) -> torch.Tensor:
-    """Return the block with its rim, differentiable."""
-    if not any(any(axis.around) or any(axis.exchanged) for axis in rim.axes):
+def _surrounded(name: str, x: torch.Tensor, partition: GridPartition, width: Width | None) -> torch.Tensor:
+    """Return the block with its rim, differentiable, for the function called `name`."""
+    if is_compiled():
+        return _surrounded_in_compiled_code(name, x, partition, width)
+    return _surrounded_outside_graphs(name, x, partition, width)
+
+
+@outside_graphs_of_old_torch
+def _surrounded_outside_graphs(
+    name: str, x: torch.Tensor, partition: GridPartition, width: Width | None
+) -> torch.Tensor:
+    rim = _rim(name, partition, width)
+    _check_block(name, tuple(x.shape), partition)
+    if not rim.points:
         return x
     image = linear_map(x, partial(_padded, rim=rim), partial(_folded, rim=rim))
-    if not any(isinstance(axis.rule, float) for axis in rim.axes):
+    if not rim.has_fixed_values:
         return image
     fixed, values = _fixed(rim, tuple(image.shape[-1 - len(rim.axes) : -1]), x.dtype, x.device)
     return torch.where(fixed, values, image)
+
+
+def _surrounded_in_compiled_code(
+    name: str, x: torch.Tensor, partition: GridPartition, width: Width | None
+) -> torch.Tensor:
+    number, shape, fixed = _registered(name, tuple(x.shape), partition, width)
+    if number is None:
+        return x
+    image = exchange(x, number, shape)
+    for axis, start, length, value in fixed:
+        image.narrow(axis, start, length).fill_(value)
+    return image
+
+
+@evaluated_while_tracing
+def _registered(
+    name: str, shape: tuple[int, ...], partition: GridPartition, width: Width | None
+) -> tuple[int | None, tuple[int, ...], tuple[_FixedPoints, ...]]:
+    """Return the rim's number, and shape and fixed values of the result. No number for no rim."""
+    rim = _rim(name, partition, width)
+    _check_block(name, shape, partition)
+    if not rim.points:
+        return None, shape, ()
+    first = len(shape) - 1 - len(rim.axes)
+    block = tuple(n + sum(axis.around) for n, axis in zip(shape[first:-1], rim.axes, strict=True))
+    key = (name, _each(partition, width))
+    number = number_of(partition, key, partial(_padded_by, key=key), partial(_folded_by, key=key))
+    fixed = tuple(_fixed_points(rim, block)) if rim.has_fixed_values else ()
+    return number, (*shape[:first], *block, shape[-1]), fixed
+
+
+def _padded_by(x: torch.Tensor, partition: GridPartition, key: object) -> torch.Tensor:
+    return _padded(x, partition.rims[key])
+
+
+def _folded_by(cotangent: torch.Tensor, partition: GridPartition, key: object) -> torch.Tensor:
+    return _folded(cotangent, partition.rims[key])
+
+
+_FixedPoints = tuple[int, int, int, float]
+"""An axis, counted from the end, the first of the points with a fixed value along it, their number, and the value."""
+
+
+def _fixed_points(rim: _Rim, shape: tuple[int, ...]) -> Iterator[_FixedPoints]:
+    """Yield the fixed points of a padded block of `shape`, in the order in which the rules apply."""
+    # The last axis first, as in the exchange: in corners the rule of the first axis applies last.
+    for number, axis in reversed(list(enumerate(rim.axes))):
+        value = 0.0 if axis.rule == "zero" else axis.rule
+        if isinstance(value, str):
+            continue
+        starts = (0, shape[number] - axis.around[1])
+        for rank, start, width in zip(axis.ranks, starts, axis.around, strict=True):
+            if rank == MPI.PROC_NULL:
+                yield number - len(rim.axes) - 1, start, width, value
 
 
 def _fixed(
@@ -161,16 +235,9 @@ def _fixed(
     key = (shape, dtype, device)
     if key not in rim.fixed:
         fixed, values = torch.zeros(*shape, 1, dtype=torch.bool), torch.zeros(*shape, 1, dtype=dtype)
-        # The last axis first, as in the exchange: in corners the rule of the first axis applies last.
-        for number, axis in reversed(list(enumerate(rim.axes))):
-            value = 0.0 if axis.rule == "zero" else axis.rule
-            if isinstance(value, str):
-                continue
-            starts = (0, shape[number] - axis.around[1])
-            for rank, start, width in zip(axis.ranks, starts, axis.around, strict=True):
-                if rank == MPI.PROC_NULL:
-                    fixed.narrow(number, start, width).fill_(True)
-                    values.narrow(number, start, width).fill_(value)
+        for axis, start, width, value in _fixed_points(rim, shape):
+            fixed.narrow(axis, start, width).fill_(True)
+            values.narrow(axis, start, width).fill_(value)
         rim.fixed[key] = fixed.to(device), values.to(device)
     return rim.fixed[key]
 

@@ -8,7 +8,9 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.distributed.mesh import Extent, Mesh
+from pnode_dist.exchange.compiled import exchange, is_compiled, number_of
 from pnode_dist.exchange.linear_map import linear_map
+from pnode_dist.system.torch_internals import evaluated_while_tracing
 
 
 def global_sum(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
@@ -17,6 +19,8 @@ def global_sum(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
     Its adjoint is the sum of all ranks' cotangents. Weight a loss that contains a global sum, so that the ranks' shares
     add up to it once: `global_sum(x, comm) / comm.size`, or on one rank only.
     """
+    if is_compiled():
+        return exchange(x, _registered_sum(comm), tuple(x.shape))
     add = partial(_summed, comm=comm)
     return linear_map(x, add, add)
 
@@ -28,8 +32,25 @@ def mesh_sum(x: torch.Tensor, mesh: Mesh, over: Extent = "world") -> torch.Tenso
     With data replicas the objective is the mean of theirs. A sum over the world couples them, so every rank must
     differentiate it. See `global_sum`.
     """
+    if is_compiled():
+        return exchange(x, _registered_mesh_sum(mesh, over), tuple(x.shape))
     add = partial(mesh.sum, over=over)
     return linear_map(x, add, add)
+
+
+@evaluated_while_tracing
+def _registered_sum(comm: MPI.Comm) -> int:
+    return number_of(comm, "global_sum", _summed, _summed)
+
+
+@evaluated_while_tracing
+def _registered_mesh_sum(mesh: Mesh, over: Extent) -> int:
+    add = partial(_mesh_summed, over=over)
+    return number_of(mesh, ("mesh_sum", over), add, add)
+
+
+def _mesh_summed(x: torch.Tensor, mesh: Mesh, over: Extent) -> torch.Tensor:
+    return mesh.sum(x, over)
 
 
 def _summed(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:

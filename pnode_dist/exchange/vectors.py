@@ -9,8 +9,10 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.distributed.buffers import bytes_of
+from pnode_dist.exchange.compiled import exchange, is_compiled, number_of
 from pnode_dist.exchange.linear_map import linear_map
 from pnode_dist.partition.dense import DensePartition
+from pnode_dist.system.torch_internals import evaluated_while_tracing
 
 
 def gather_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
@@ -18,6 +20,8 @@ def gather_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
 
     Its adjoint is `reduce_vector`.
     """
+    if is_compiled():
+        return exchange(x, *_registered("gather_vector", tuple(x.shape), partition))
     return linear_map(x, partial(_gathered, partition=partition), partial(_reduced, partition=partition))
 
 
@@ -26,7 +30,18 @@ def reduce_vector(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:
 
     Its adjoint is `gather_vector`.
     """
+    if is_compiled():
+        return exchange(x, *_registered("reduce_vector", tuple(x.shape), partition))
     return linear_map(x, partial(_reduced, partition=partition), partial(_gathered, partition=partition))
+
+
+@evaluated_while_tracing
+def _registered(name: str, shape: tuple[int, ...], partition: DensePartition) -> tuple[int, tuple[int, ...]]:
+    """Return the number of the map of this name, and the shape of its result."""
+    gathers = name == "gather_vector"
+    maps = (_gathered, _reduced) if gathers else (_reduced, _gathered)
+    image = partition.global_shape if gathers else partition.local_shape
+    return number_of(partition, name, *maps), (*shape[:-1], *image)
 
 
 def _gathered(x: torch.Tensor, partition: DensePartition) -> torch.Tensor:

@@ -80,7 +80,9 @@ def aggregate_at_targets(
     total = nodes.index_add(_ROWS, targets, messages)
     if aggregate == "sum":
         return total
-    return total / torch.bincount(targets, minlength=partition.local_shape[0]).clamp(min=1).unsqueeze(-1)
+    # Unlike torch.bincount, whose length depends on its values, this can be compiled.
+    counts = targets.new_zeros(partition.local_shape[0]).index_add(0, targets, torch.ones_like(targets))
+    return total / counts.clamp(min=1).unsqueeze(-1)
 
 
 class GraphConv(nn.Module):

@@ -155,15 +155,17 @@ class BatchNorm3d(_BatchNorm):
     _axes = 3
 
 
-def follow(layer: nn.modules.batchnorm._BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
+def follow(layer: BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
     """Update a batch norm's running statistics by those of a batch, `[num_features]`, with unbiased variance."""
     assert layer.running_mean is not None
     assert layer.running_var is not None
     assert layer.num_batches_tracked is not None
     layer.num_batches_tracked.add_(1)
-    share = 1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
-    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), share)
-    layer.running_var.lerp_(variance.to(layer.running_var.dtype), share)
+    for running, found in ((layer.running_mean, mean), (layer.running_var, variance)):
+        if layer.momentum is None:
+            running.lerp_(found.to(running.dtype), layer.num_batches_tracked.double().reciprocal().to(running.dtype))
+        else:
+            running.lerp_(found.to(running.dtype), layer.momentum)
 
 
 class GlobalMean(nn.Module):

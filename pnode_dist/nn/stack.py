@@ -14,6 +14,7 @@ from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import neighbour_halo, pad_edges
+from pnode_dist.exchange.compiled import is_compiled
 from pnode_dist.nn.activation import POINTWISE
 from pnode_dist.nn.conv import Conv1d, Conv2d, Conv3d
 from pnode_dist.nn.halo_cost import fitted, seconds_apart, seconds_at_once
@@ -34,7 +35,7 @@ class Stack(nn.Sequential):
     agree up to rounding. `exchange="auto"` measures once, for each leading shape and type of the input, what exchanges
     and redundant computing take, and keeps to what `pnode_dist.nn.halo_cost` says is cheaper, the same on all ranks;
     where the last bits must not depend on such a measurement, say which. It is "layer" where a block is too small for
-    the wide halo.
+    the wide halo, and in compiled code unless a call outside compiled code has measured before.
 
     Layers may be in nn.Sequential, in any depth, as `Stack(partition, *convert(module, partition))` has them; a
     state_dict has their names. `forward` is collective on the partition's communicator, and so is its backward.
@@ -66,7 +67,7 @@ class Stack(nn.Sequential):
                 f"Stack: exchange = 'once' needs a halo of {self.halo_width}: must be at most what the smallest block "
                 f"of any rank has, {smallest}"
             )
-        self._chosen: dict[tuple[torch.Size, torch.dtype], bool] = {}
+        self._chosen: dict[tuple[tuple[int, ...], torch.dtype], bool] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply all layers. Collective on the partition's communicator."""
@@ -103,9 +104,11 @@ class Stack(nn.Sequential):
         """Return True to use a single exchange. The same on all ranks."""
         if self.exchange != "auto" or not self._fits or self.partition.comm.size == 1:
             return self.exchange == "once"
-        leading = x.shape[: -1 - len(self.partition.shape)]
-        key = (leading, x.dtype)
+        key = (tuple(x.shape[: -1 - len(self.partition.shape)]), x.dtype)
         if key not in self._chosen:
+            if is_compiled():
+                # Tracing must not communicate: one rank of a node may trace while the others wait.
+                return False
             self._chosen[key] = self._cheaper_at_once(x.shape, x.dtype)
         return self._chosen[key]
 

@@ -6,8 +6,9 @@ import torch
 
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.exchange import mesh_sum
+from pnode_dist.exchange.compiled import exchange, is_compiled, number_of
 from pnode_dist.nn.norm import follow
-from pnode_dist.system.torch_internals import BatchNorm
+from pnode_dist.system.torch_internals import BatchNorm, evaluated_while_tracing
 
 
 class SyncBatchNorm(BatchNorm):
@@ -45,9 +46,12 @@ class SyncBatchNorm(BatchNorm):
         sums = x.sum(axes).double()
         count = sums.new_tensor([x.numel() // self.num_features])
         total = mesh_sum(torch.cat([sums, count]), self._mesh)
+        if is_compiled():
+            # Compiled code cannot depend on a value, but an operation in it can raise an error.
+            total = exchange(total, _registered_check(self._mesh), tuple(total.shape))
+        else:
+            _checked(total.detach(), self._mesh)
         mean, everywhere = total[:-1] / total[-1], total[-1].detach()
-        if everywhere <= 1:
-            raise ValueError(f"SyncBatchNorm: {int(everywhere)} value(s) in a channel have no variance: give it more")
         departure = x - self._channels(mean.to(x.dtype), x)
         variance = mesh_sum(departure.square().sum(axes).double(), self._mesh) / everywhere
         if self.training and self.running_mean is not None:
@@ -66,3 +70,19 @@ class SyncBatchNorm(BatchNorm):
     def _channels(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Reshape values of channels `[num_features]` to broadcast with `like` `[samples, num_features, *shape]`."""
         return values.view(1, -1, *(1,) * (like.dim() - 2))
+
+
+@evaluated_while_tracing
+def _registered_check(mesh: Mesh) -> int:
+    return number_of(mesh, "SyncBatchNorm", _checked, _unchanged)
+
+
+def _checked(total: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Return the sums `[..., num_features + 1]` if the last one, the number of values, allows a variance."""
+    if total[-1] <= 1:
+        raise ValueError(f"SyncBatchNorm: {int(total[-1])} value(s) in a channel have no variance: give it more")
+    return total.clone()
+
+
+def _unchanged(cotangent: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    return cotangent.clone()

@@ -11,6 +11,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import safe_points
 from pnode_dist.ode.probe import measured_tape
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
+from pnode_dist.ode.segments import Segment, divided_into_segments
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_plans import slots_of
 from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
@@ -75,18 +76,16 @@ def adaptive_steps(solve: Solve, output: Callable[[int], None]) -> None:
     with log.event(log.STEP, solve.logs):
         solve.statistics.rejected_steps += integrate(adaptive, solve.times, solve.control, before, after, solve.carried)
     solve.grid = TimeGrid(tuple(starts), tuple(sizes), ends)
+    solve.divided = divided_into_segments(solve.grid, 1)
     if online is not None:
-        _charge_for_held(solve, slots)
         solve.actions = online.reversal(len(starts), recorded=keeps_tapes)
+        _charge_for_held(solve, slots)
         solve.statistics.graph_steps = len(solve.tapes)
         solve.statistics.graph_bytes = len(solve.tapes) * (solve.solver.tape_bytes or 0)
 
 
 def _most_tapes(solve: Solve, adaptive: AdaptiveStepper, slots: Slots) -> int:
-    """Return the number of tapes that fit into memory beside their checkpoints. Collective.
-
-    The tape of one step belongs to the working set and is not charged.
-    """
+    """Return the number of tapes that fit into memory, with a checkpoint for each but the first. Collective."""
     solver, stepper = solve.solver, solve.solver.stepper
     if solver.tape_bytes is None:
         assert solve.control is not None
@@ -94,18 +93,22 @@ def _most_tapes(solve: Solve, adaptive: AdaptiveStepper, slots: Slots) -> int:
         adaptive.begin(solve.control)
         span = solve.times[1] - solve.times[0]
         size = math.copysign(adaptive.first_size(solve.times[0], span), span)
-        _, solver.tape_bytes = measured_tape(stepper, solve.bound, solve.times[0], size, "stage graphs")
+        _, solver.tape_bytes = measured_tape(
+            stepper, solve.bound, Segment(0, (solve.times[0],), (size,)), "stage graphs"
+        )
         stepper.current.set(solve.initial)
         solve.carried.restart()
         solve.bound.count_from(counts)
-    return slots.ram_bytes // max(solver.tape_bytes + slots.checkpoint_bytes, 1) + 1
+    return (slots.ram_bytes + slots.checkpoint_bytes) // max(solver.tape_bytes + slots.checkpoint_bytes, 1)
 
 
 def _charge_for_held(solve: Solve, slots: Slots) -> None:
-    """Charge the budget for the tapes and checkpoints of the steps taken, in place of the worst case."""
+    """Charge the budget for the tapes of the steps taken, or for their checkpoints, in place of the worst case."""
     most = solve.steps.steps - 1
-    tapes = len(solve.tapes) * (solve.solver.tape_bytes or 0)
     assert solve.refund is not None
     solve.refund()
-    size = slots.checkpoint_bytes
-    solve.charge(min(slots.ram, most), tapes + min(slots.ram, most) * size, min(slots.disk, most) * size)
+    ram, disk = min(slots.ram, most), min(slots.disk, most)
+    if solve.tapes:
+        solve.charge(ram, len(solve.tapes) * (solve.solver.tape_bytes or 0), 0)
+    else:
+        solve.charge(ram, ram * slots.checkpoint_bytes, disk * slots.checkpoint_bytes)

@@ -34,9 +34,11 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
     solve.solver.open()
     stepper = solve.solver.stepper
     steps = 0 if solve.grid is None else solve.grid.steps
-    outputs = {0: 0} if solve.grid is None else solve.grid.outputs
+    segments = solve.divided
+    outputs = {0: 0} if segments is None else segments.outputs
+    units = 0 if segments is None else segments.segments
     if solve.last_only:
-        outputs = {steps: 0}
+        outputs = {units: 0}
     solve.bind()
     stepper.start_adjoint()
     solve.size_gradients, solve.start_gradients = [0.0] * steps, [0.0] * steps
@@ -46,7 +48,7 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
         if number is not None:
             stepper.add_to_adjoint([part if part is None or solve.last_only else part[number] for part in cotangents])
 
-    reversed_to(steps)
+    reversed_to(units)
     if steps > 0:
         with hooks_aside(solve.bound.parameters.tensors), log.stage(log.BACKWARD_PASS, solve.logs):
             disk_is_lost = run_backward(

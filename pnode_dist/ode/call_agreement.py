@@ -11,22 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from mpi4py import MPI
 
 from pnode_dist.checkpointing import budget
-from pnode_dist.checkpointing.budget import CheckpointBudget
-from pnode_dist.checkpointing.plan import Plan
 from pnode_dist.distributed import agreement
 from pnode_dist.distributed.agreement import Agreement, Description
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.layout import StateLayout
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import WithTangent
-from pnode_dist.ode.steppers.step_rule import StepRule
+from pnode_dist.ode.settings import CallSettings
 from pnode_dist.ode.steppers.tolerances import Tolerance
-from pnode_dist.ode.time_grid import TimeGrid
 from pnode_dist.partition.protocol import Partition
 
 Facts = tuple[tuple[str, Any], ...]
@@ -219,43 +216,8 @@ def _described(call: str, facts: Facts, failure: tuple[str, str] | None = None) 
 _OF_BUDGET = ("keep", "schedule", "checkpoint_dtype", "ram_slots", "disk_slots", "on_spill_error")
 
 
-class Settings(Protocol):
-    """The settings of a solve that must be equal on all its ranks."""
-
-    @property
-    def partition(self) -> Partition | None: ...
-    @property
-    def step_size(self) -> float | None: ...
-    @property
-    def rtol(self) -> Tolerance | None: ...
-    @property
-    def atol(self) -> Tolerance | None: ...
-    @property
-    def adaptor(self) -> str: ...
-    @property
-    def trajectory(self) -> CheckpointBudget | None: ...
-    @property
-    def options(self) -> Mapping[str, Any] | None: ...
-    @property
-    def mass(self) -> Any: ...
-    @property
-    def preconditioner(self) -> Any: ...
-    @property
-    def last_only(self) -> bool: ...
-    @property
-    def on_mismatch(self) -> str: ...
-    @property
-    def grid(self) -> TimeGrid | None: ...
-    @property
-    def fixed_plan(self) -> Plan | None: ...
-    @property
-    def rule(self) -> StepRule | None: ...
-    @property
-    def compared(self) -> Facts: ...
-
-
 def facts(
-    settings: Settings,
+    settings: CallSettings,
     method: Method,
     layout: StateLayout,
     times: tuple[float, ...],
@@ -270,6 +232,7 @@ def facts(
         ("state", state_shape(layout.shapes, settings.partition)),
         ("dtype", layout.dtype),
         ("compute_dtype", None if layout.compute_dtype == layout.dtype else layout.compute_dtype),
+        ("state_dtype", layout.state_dtype),
         ("device of PETSc's vectors", layout.vec_device.type),
         ("t", times),
         ("step_size", None if settings.step_size is None else float(settings.step_size)),
@@ -280,6 +243,7 @@ def facts(
         ("func", _form(func)),
         ("mass", "none" if settings.mass is None else "given"),
         ("preconditioner", _name(settings.preconditioner)),
+        ("newton", settings.newton),
         ("options", _options(settings.options)),
         ("last_only", settings.last_only),
         ("on_mismatch", settings.on_mismatch),

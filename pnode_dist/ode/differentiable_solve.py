@@ -23,7 +23,7 @@ from pnode_dist.ode.prepare import prepared, settings_of_tangents, usable_outsid
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.tangent import WithTangent, without_tangents
-from pnode_dist.ode.settings import Settings, Times
+from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_lock import solve_lock
 from pnode_dist.ode.solver import communicator
@@ -35,7 +35,7 @@ def differentiable_solve(
     func: Function,
     u0: State,
     t: Times,
-    settings: Settings,
+    settings: CallSettings,
     args: tuple[Any, ...],
 ) -> tuple[State, Solve]:
     """Solve, and return the outputs as a function of state, parameters and times. Collective.
@@ -80,7 +80,7 @@ def differentiable_solve(
 
 
 def _warn_if_step_is_too_long(
-    solve: Solve, func: Function, u0: State, t: Times, settings: Settings, args: tuple[Any, ...], outputs: Parts
+    solve: Solve, func: Function, u0: State, t: Times, settings: CallSettings, args: tuple[Any, ...], outputs: Parts
 ) -> None:
     """Warn once if the only step of a solve is far too long. Collective."""
     if isinstance(func, WithTangent) or not is_first_of_its_kind(solve.solver, func):
@@ -105,7 +105,7 @@ def transformed_call(
     func: Function,
     u0: State,
     t: Times,
-    settings: Settings,
+    settings: CallSettings,
     args: tuple[Any, ...],
 ) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
     """Prepare the solve under torch's transforms, see `transformed`."""
@@ -120,7 +120,7 @@ def transformed_call(
 
 
 def _preparation(
-    solvers: KeptSolvers, tangent_solvers: KeptSolvers, t: Times, settings: Settings, is_tuple: bool, parts: int
+    solvers: KeptSolvers, tangent_solvers: KeptSolvers, t: Times, settings: CallSettings, is_tuple: bool, parts: int
 ) -> Prepare:
     """Return the function that prepares solves with these times and settings, and the solves of their tangents."""
     at = t.detach() if isinstance(t, torch.Tensor) else t

@@ -10,8 +10,9 @@ from pnode_dist.checkpointing.plan import check_plan
 from pnode_dist.checkpointing.replay import run_forward
 from pnode_dist.ode import safe_points
 from pnode_dist.ode.adaptive_pass import adaptive_steps
+from pnode_dist.ode.segments import divided_into_segments
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solve_plans import plans, slots_of
+from pnode_dist.ode.solve_plans import plans, slots_of, steps_per_segment
 from pnode_dist.ode.steppers.step_rule import call_back
 from pnode_dist.petsc import log
 
@@ -70,40 +71,43 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
 def _given_steps(solve: Solve, output: Callable[[int], None]) -> None:
     """Take the steps of the solve's grid, and keep the checkpoints and tapes of its plan."""
     stepper, grid = solve.solver.stepper, solve.steps
+    segments = solve.divided = divided_into_segments(grid, steps_per_segment(solve))
 
     def begin(step: int) -> None:
         if step < grid.steps:
             callback = solve.callbacks.step
             call_back(callback, stepper.layout, grid.starts[step], stepper.current.parts, grid.sizes[step])
 
-    def reached(step: int) -> None:
-        number = grid.outputs.get(step)
+    def reached(unit: int) -> None:
+        number = segments.outputs.get(unit)
         if number is not None:
             output(number)
+        step = segments.bounds[unit]
         if stepper.monitored:
             last = min(step, grid.steps - 1)
             size = grid.sizes[last]
             stepper.monitor(step, grid.starts[last] + (step - last) * size, size)
         begin(step)
 
-    slots = slots_of(solve, grid.steps)
+    slots = slots_of(solve, segments.segments)
     stepper.monitor(0, grid.starts[0], grid.sizes[0])
     begin(0)
     if not solve.keeps_trajectory:
-        for step in range(grid.steps):
-            solve.advance(step)
-            solve.statistics.forward_steps += 1
-            reached(step + 1)
+        for unit in range(segments.segments):
+            solve.advance(unit)
+            solve.statistics.forward_steps += solve.count(unit)
+            reached(unit + 1)
         return
     fixed = solve.fixed_plan
     if fixed is not None and fixed.disk and solve.solver.disk_is_lost:
         fixed = None  # The plan needs the disk that was lost.
     solve.plan = fixed or plans(solve, slots).chosen
     if fixed is not None:
-        check_plan(fixed, grid.steps, slots)
+        check_plan(fixed, grid.steps, slots, segments.longest, segments.segments)
     solve.charge(solve.plan.ram, solve.plan.ram_bytes, solve.plan.disk_bytes)
     solve.solver.has_spilt = solve.solver.has_spilt or solve.plan.disk > 0
     solve.actions = solve.plan.actions()
     run_forward(solve.actions, solve, solve.checkpoints, solve.statistics, reached)
-    solve.statistics.graph_steps = solve.plan.kept
-    solve.statistics.graph_bytes = solve.plan.kept * (solve.solver.tape_bytes or 0)
+    kept = segments.bounds[segments.segments - solve.plan.kept]
+    solve.statistics.graph_steps = grid.steps - kept
+    solve.statistics.graph_bytes = solve.statistics.graph_steps * (solve.solver.tape_bytes or 0)

@@ -31,6 +31,7 @@ _TO_ARGUMENTS: dict[str, str] = {
     "preconditioner": f"{_NO_OPTION} preconditioner={{value!r}}",
     "trajectory": f"{_NO_OPTION} trajectory=",
     "compute_dtype": f"{_NO_OPTION} compute_dtype={{value!r}}",
+    "state_dtype": f"{_NO_OPTION} state_dtype={{value!r}}",
     "last_only": f"{_NO_OPTION} last_only={{value!r}}",
     "params": f"{_NO_OPTION} params=",
     "args": f"{_NO_OPTION} args=",
@@ -44,7 +45,7 @@ _TO_ARGUMENTS: dict[str, str] = {
     "interp": f"nothing is interpolated: steps end at every time of t; {_OR_ELSE}",
     "norm": "rtol= and atol= may be tensors of the state's shape; the norm is the root mean square over all ranks; "
     f"{_OR_ELSE}",
-    "dtype": "times are doubles; compute_dtype= is the type that f computes in",
+    "dtype": "times are doubles; compute_dtype= is the type that f computes in, state_dtype= that of the state",
     "max_num_steps": f"a solve with error control ends with StepSizeError where steps become too small; {_OR_ELSE}",
     "min_step": "use options={{'ts_adapt_dt_min': {value!r}}} with rtol= or atol=",
     "max_step": "use options={{'ts_adapt_dt_max': {value!r}}} with rtol= or atol=",

@@ -57,6 +57,11 @@ class Method:
     source: str
 
     @property
+    def has_vec_state(self) -> bool:
+        """True if the state is in a PETSc Vec, and so of PETSc's scalar type."""
+        return self.family != "rk"
+
+    @property
     def implicit(self) -> bool:
         """True if a step solves equations."""
         return self.family not in ("rk", "ssp")

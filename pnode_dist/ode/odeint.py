@@ -7,15 +7,13 @@ IEEE Trans. Artif. Intell. (2022), arXiv 2206.01298: PNODE.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from operator import attrgetter
-from typing import Any, overload
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Unpack, overload
 
 import torch
 from torch import nn
 
-from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.checkpointing.plan import Plan, Plans
 from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.errors import ConfigurationError
@@ -30,18 +28,21 @@ from pnode_dist.ode.prepare import prepared, settings_of_tangents
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import State
-from pnode_dist.ode.rhs.mass import Mass
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.tangent import checked_direction, stacked, with_tangent
-from pnode_dist.ode.settings import WITHOUT_ARGUMENT, Settings, Times
+from pnode_dist.ode.settings import (
+    KEYWORDS,
+    CallSettings,
+    SolverKeywords,
+    SolverSettings,
+    Times,
+    lists_settings,
+    merged,
+)
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_lock import solve_lock
-from pnode_dist.ode.solve_plans import measured_plans
+from pnode_dist.ode.solve_plans import compile_steps, measured_plans
 from pnode_dist.ode.solver import communicator
-from pnode_dist.ode.steppers.base import PetscOptions
-from pnode_dist.ode.steppers.preconditioner import Preconditioner
-from pnode_dist.ode.steppers.tolerances import Tolerance
-from pnode_dist.partition.protocol import Partition
 
 
 @overload
@@ -49,23 +50,10 @@ def odeint(
     func: Function,
     u0: torch.Tensor,
     t: Times,
+    settings: SolverSettings | None = ...,
     *,
-    method: str | None = ...,
-    step_size: float | None = ...,
-    rtol: Tolerance | None = ...,
-    atol: Tolerance | None = ...,
-    adaptor: str = ...,
-    partition: Partition | None = ...,
-    trajectory: CheckpointBudget | None = ...,
     args: tuple[Any, ...] = ...,
-    params: Sequence[torch.Tensor] | None = ...,
-    options: PetscOptions | None = ...,
-    mass: Mass | None = ...,
-    preconditioner: Preconditioner | str | None = ...,
-    compute_dtype: torch.dtype | None = ...,
-    last_only: bool = ...,
-    on_mismatch: str = ...,
-    preserve_rng_state: bool = ...,
+    **keywords: Unpack[SolverKeywords],
 ) -> torch.Tensor: ...
 
 
@@ -74,54 +62,30 @@ def odeint(
     func: Function,
     u0: tuple[torch.Tensor, ...],
     t: Times,
+    settings: SolverSettings | None = ...,
     *,
-    method: str | None = ...,
-    step_size: float | None = ...,
-    rtol: Tolerance | None = ...,
-    atol: Tolerance | None = ...,
-    adaptor: str = ...,
-    partition: Partition | None = ...,
-    trajectory: CheckpointBudget | None = ...,
     args: tuple[Any, ...] = ...,
-    params: Sequence[torch.Tensor] | None = ...,
-    options: PetscOptions | None = ...,
-    mass: Mass | None = ...,
-    preconditioner: Preconditioner | str | None = ...,
-    compute_dtype: torch.dtype | None = ...,
-    last_only: bool = ...,
-    on_mismatch: str = ...,
-    preserve_rng_state: bool = ...,
+    **keywords: Unpack[SolverKeywords],
 ) -> tuple[torch.Tensor, ...]: ...
 
 
+@lists_settings
 @outside_graphs
 def odeint(
     func: Function,
     u0: State,
     t: Times,
+    settings: SolverSettings | None = None,
     *,
-    method: str | None = None,
-    step_size: float | None = None,
-    rtol: Tolerance | None = None,
-    atol: Tolerance | None = None,
-    adaptor: str = "basic",
-    partition: Partition | None = None,
-    trajectory: CheckpointBudget | None = None,
     args: tuple[Any, ...] = (),
-    params: Sequence[torch.Tensor] | None = None,
-    options: PetscOptions | None = None,
-    mass: Mass | None = None,
-    preconditioner: Preconditioner | str | None = None,
-    compute_dtype: torch.dtype | None = None,
-    last_only: bool = False,
-    on_mismatch: str = "raise",
-    preserve_rng_state: bool = True,
+    **keywords: Unpack[SolverKeywords],
 ) -> State:
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
     Collective on the partition's communicator, and so is the backward pass. Returns `[len(t), *u0.shape]`, or a tuple
-    of such tensors if u0 is a tuple. `pnode_dist.torchdiffeq` has this solve with torchdiffeq's
-    arguments and defaults.
+    of such tensors if u0 is a tuple. `pnode_dist.torchdiffeq` has this solve with torchdiffeq's arguments and defaults.
+    The keyword arguments are the fields of `SolverSettings`. `settings` gives several of them as one object; keyword
+    arguments given beside it take precedence.
 
     Right-hand side
         `func(t, u, *args)` gets a 0-dimensional tensor and this rank's part of the state. It returns du/dt in the shape
@@ -135,11 +99,13 @@ def odeint(
 
     State and types
         `u0` is this rank's part of the initial state, a tensor or a tuple of tensors. `func` computes in its floating
-        type unless `compute_dtype` names another one. Steps, checkpoints and adjoints are in PETSc's scalar type.
-        With `compute_dtype` the parameters and buffers of modules, and tensors in `args`, are converted to it once for
-        a solve. Outside they keep their own type, and so do their gradients, which are summed over steps in PETSc's
-        scalar type. `u0` may be on another device: func then computes there. PETSc's vectors are there too for a CUDA
-        device, a PETSc with CUDA and an explicit method. Otherwise states are copied back and forth.
+        type unless `compute_dtype` names another one. With `compute_dtype` the parameters and buffers of modules, and
+        tensors in `args`, are converted to it once for a solve. Outside they keep their own type, and so do their
+        gradients. States, checkpoints and adjoints are of `state_dtype`, for explicit Runge-Kutta methods by default
+        the wider type of `u0` and func, but at least float32; all other methods have PETSc's scalar type. Gradients of
+        parameters are summed over steps in the wider one of that type and their own. `u0` may be on another device:
+        func then computes there. PETSc's vectors are there too for a CUDA device, a PETSc with CUDA and an explicit
+        method. Otherwise states are copied back and forth.
 
     Steps
         `t` holds the output times, strictly increasing or strictly decreasing. Each interval between them is divided
@@ -156,6 +122,9 @@ def odeint(
         may be singular (see `mass_matrix`). `preconditioner` is that of the linear systems: `block`, `assembled`, or an
         object of `pnode_dist.ode.steppers.preconditioner`. `options` are PETSc options for the solver, such as
         `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`. An option that PETSc does not read is an error.
+        `newton` chooses the solver of the equations: "petsc", or "batch" for samples (the first axis of the state) of
+        at most 48 components that do not depend on one another. Their dense systems are then factored at once. "auto"
+        is "batch" where that is possible.
 
     Ranks and memory
         `partition` defines the distribution of the state over ranks; with None each rank has a state of its own.
@@ -175,82 +144,42 @@ def odeint(
     `ConvergenceError` if the equations of a step or of its adjoint are not solved; `DisagreementError` if the ranks
     make different calls.
     """
-    settings = Settings(
-        method,
-        step_size,
-        rtol,
-        atol,
-        adaptor,
-        partition,
-        trajectory,
-        params,
-        options,
-        mass,
-        preconditioner,
-        compute_dtype,
-        last_only,
-        on_mismatch,
-        preserve_rng_state,
-    )
-    return differentiable_solve(NoSolvers(), NoSolvers(), func, u0, t, settings, args)[0]
-
-
-_settings_of = attrgetter(*(field.name for field in fields(Settings) if field.name not in WITHOUT_ARGUMENT))
+    asked = CallSettings(**vars(merged(settings, keywords, "odeint")))
+    return differentiable_solve(NoSolvers(), NoSolvers(), func, u0, t, asked, args)[0]
 
 
 class NeuralODE(nn.Module):
     """`odeint` as a module, which keeps its PETSc solver between calls.
 
-    The arguments are those of `odeint`. `forward(u0, t, *args)` returns `[len(t), *u0.shape]`, or `u0.shape` with
-    `last_only`. Attributes may be changed between calls. `last_solve` holds the counts of the last call, and after its
-    backward pass also those of that. `last_plan` is the plan of the last call, None without gradients or with error
-    control. Set `fixed_plan` to one of the candidates of `plan` to use it for all solves.
+    The keyword arguments are those of `odeint`: the fields of `settings`, a `SolverSettings`. Each is an attribute of
+    the module too, and may be changed between calls: `node.method = "dopri5"` replaces `settings` by a changed copy.
+    `forward(u0, t, *args)` returns `[len(t), *u0.shape]`, or `u0.shape` with `last_only`. `last_solve` holds the counts
+    of the last call, and after its backward pass also those of that. `last_plan` is the plan of the last call, None
+    without gradients or with error control. Set `fixed_plan` to one of the candidates of `plan` to use it for all
+    solves.
 
-    With `compile` f and its vector-Jacobian products are compiled by torch.compile, with its default backend or the
-    one named (see `pnode_dist.ode.rhs.compiled`). Compilation takes seconds at the first call. It makes an f of many
-    small operations on large states faster, and changes results by rounding.
+    With `compile` a solve runs as generated code of torch.compile, by its default backend or the one named: explicit
+    steps of fixed size and small implicit systems with all their operations, else f and its vector-Jacobian products.
+    Compilation takes seconds at the first call, or in `precompile`. It pays where f is small or has many small
+    operations, and changes results by rounding.
     """
 
+    settings: SolverSettings
+
+    @lists_settings
     def __init__(
         self,
         func: Function,
+        settings: SolverSettings | None = None,
         *,
-        method: str | None = None,
-        step_size: float | None = None,
-        rtol: Tolerance | None = None,
-        atol: Tolerance | None = None,
-        adaptor: str = "basic",
-        partition: Partition | None = None,
-        trajectory: CheckpointBudget | None = None,
-        params: Sequence[torch.Tensor] | None = None,
-        options: PetscOptions | None = None,
-        mass: Mass | None = None,
-        preconditioner: Preconditioner | str | None = None,
-        compute_dtype: torch.dtype | None = None,
-        last_only: bool = False,
-        on_mismatch: str = "raise",
-        preserve_rng_state: bool = True,
         compile: bool | str = False,
+        **keywords: Unpack[SolverKeywords],
     ) -> None:
         super().__init__()
-        if method is not None:
-            methods.resolve(method)
+        self.settings = merged(settings, keywords, "NeuralODE")
+        if self.settings.method is not None:
+            methods.resolve(self.settings.method)
         self.func = func
-        self.method = method
-        self.step_size = step_size
-        self.rtol = rtol
-        self.atol = atol
-        self.adaptor = adaptor
-        self.partition = partition
-        self.trajectory = trajectory
-        self.params = params
-        self.options = options
-        self.mass = mass
-        self.preconditioner = preconditioner
-        self.compute_dtype = compute_dtype
-        self.last_only = last_only
-        self.on_mismatch = on_mismatch
-        self.preserve_rng_state = preserve_rng_state
         self.compiler = None if compile is False else Compiler("inductor" if compile is True else compile)
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
@@ -267,9 +196,7 @@ class NeuralODE(nn.Module):
     @outside_graphs
     def forward(self, u0: State, t: Times, *args: Any) -> State:
         """Return the states at the times `t` from `u0` at `t[0]`. Collective on the partition's communicator."""
-        outputs, solve = differentiable_solve(
-            self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args
-        )
+        outputs, solve = differentiable_solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         return outputs
 
@@ -288,7 +215,7 @@ class NeuralODE(nn.Module):
         Both results are differentiable. With error control the steps are those of the solve without tangents.
         Collective on the partition's communicator.
         """
-        with preparation(communicator(self.partition)) as preparing:
+        with preparation(communicator(self.settings.partition)) as preparing:
             state, is_tuple = stacked(u0, u0_tangent)
             direction = checked_direction(parameter_tangents)
             preparing.later()
@@ -297,12 +224,12 @@ class NeuralODE(nn.Module):
 
         def before() -> Solve:
             with torch.no_grad():
-                return differentiable_solve(
-                    self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args
-                )[1]
+                return differentiable_solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args)[
+                    1
+                ]
 
-        settings = settings_of_tangents(self._settings, self.func, is_tuple, before, 2)
-        every = independent(find_parameters(self.func, (*args, *(self.params or ()))))
+        settings = settings_of_tangents(self._asked, self.func, is_tuple, before, 2)
+        every = independent(find_parameters(self.func, (*args, *(self.settings.params or ()))))
         func = with_tangent(self.func, is_tuple, direction, every)
         outputs, solve = differentiable_solve(
             self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args
@@ -321,7 +248,7 @@ class NeuralODE(nn.Module):
         args: tuple[Any, ...],
     ) -> tuple[State, State]:
         call, layout, tensors = transformed_call(
-            self._solvers, self._tangent_solvers, self.func, u0, t, self._settings, args
+            self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args
         )
         found = dict(zip(map(id, call.asked.parameters), range(call.parameters), strict=True))
         along: list[torch.Tensor | None] = [*tangents, *(None,) * (len(tensors) - len(tangents))]
@@ -344,19 +271,49 @@ class NeuralODE(nn.Module):
         if transforming():
             raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
         with solve_lock():
-            solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._settings, args, "plan")
+            solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._asked, args, "plan")
             if solve.control is not None:
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
-            if refusal := methods.gradient_refusal(solve.solver.stepper.method):
+            if refusal := solve.solver.gradient_refusal():
                 raise ConfigurationError(refusal)
             with torch.no_grad(), solve.bound.copies.in_place():
                 return measured_plans(solve, tensors[: len(layout.shapes)])
 
+    def precompile(self, u0: State, t: Times, *args: Any) -> None:
+        """Compile the steps of solves like this one, which otherwise happens at the first of them.
+
+        Does nothing without `compile`, or where steps are not compiled.
+        f is evaluated, and what it changes is put back. Collective on the partition's communicator.
+        """
+        if transforming():
+            raise ConfigurationError("precompile: not available under torch's transforms: call it before")
+        with solve_lock():
+            solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._asked, args, "precompile")
+            with torch.no_grad(), solve.bound.copies.in_place():
+                compile_steps(solve, tensors[: len(layout.shapes)])
+
     @property
-    def _settings(self) -> Settings:
-        return Settings(*_settings_of(self))
+    def _asked(self) -> CallSettings:
+        return CallSettings(**vars(self.settings), fixed_plan=self.fixed_plan, compiler=self.compiler)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a field of `settings`, or what torch keeps under the name."""
+        return getattr(self.settings, name) if name in KEYWORDS else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Replace a field of `settings`, or set an attribute as torch does."""
+        if name in KEYWORDS:
+            name, value = "settings", replace(self.settings, **{name: value})
+        elif name == "settings":
+            value = merged(value, {}, "NeuralODE")
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        """Return the names of all attributes, the fields of `settings` included."""
+        return sorted({*super().__dir__(), *KEYWORDS})  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Return the settings for `repr`."""
-        control = "" if self.rtol is None and self.atol is None else f", rtol={self.rtol}, atol={self.atol}"
-        return f"method={self.method!r}, step_size={self.step_size}{control}"
+        chosen = self.settings
+        control = "" if chosen.rtol is None and chosen.atol is None else f", rtol={chosen.rtol}, atol={chosen.atol}"
+        return f"method={chosen.method!r}, step_size={chosen.step_size}{control}"

@@ -101,7 +101,7 @@ def sweep(case: SolveCase, measured: bool, points: int = _SWEEP_POINTS) -> list[
     assert plans.costs is not None
     steps = plans.chosen.steps
     least = max(plans.slots.checkpoint_bytes, 1)
-    most = max((steps - 1) * plans.costs.levels[trajectory.level].bytes, 2 * least)
+    most = max(steps * plans.costs.levels[trajectory.level].bytes, 2 * least)
     found = []
     try:
         for ram in dict.fromkeys(int(size) for size in np.geomspace(least, most, points)):
@@ -128,7 +128,8 @@ def as_table(plans: Plans, measured: Sequence[float] | None = None) -> list[dict
     for number, candidate in enumerate(plans.candidates):
         row: dict[str, Any] = {
             "plan": candidate.name,
-            "recorded": candidate.kept,
+            "segment": candidate.segment,
+            "recorded": candidate.kept_steps,
             "in memory": candidate.ram,
             "on disk": candidate.disk,
             "steps": candidate.forward_steps,

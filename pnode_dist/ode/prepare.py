@@ -16,6 +16,7 @@ from pnode_dist.ode import methods
 from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.given_options import check_options, without_adaptation
 from pnode_dist.ode.kept_solvers import KeptSolvers
+from pnode_dist.ode.newton_choice import chosen_newton
 from pnode_dist.ode.recomputation.bindings import Bindings
 from pnode_dist.ode.recomputation.carried import NOTHING_CARRIED, Carried, KnownTensors
 from pnode_dist.ode.recomputation.guard import check_policy
@@ -24,12 +25,12 @@ from pnode_dist.ode.repeated import Repeated, split_options
 from pnode_dist.ode.rhs.compute_dtype import ComputeCopies, compute_copies
 from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
 from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
-from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
+from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, for_method, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import in_compute_type
-from pnode_dist.ode.settings import Settings, Times
+from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
 from pnode_dist.ode.solver_key import Same, contents_of, object_key
@@ -38,7 +39,7 @@ from pnode_dist.ode.steppers.preconditioner import resolve as resolve_preconditi
 from pnode_dist.ode.steppers.tolerances import check_shapes
 from pnode_dist.ode.time_grid import check_step_size, divided, output_times
 from pnode_dist.ode.time_rounding import rounding_of
-from pnode_dist.petsc.vectors import vec_device
+from pnode_dist.system.torch_internals import TRACES_OBJECTS
 
 
 def prepared(
@@ -46,7 +47,7 @@ def prepared(
     func: Function,
     u0: State,
     t: Times,
-    settings: Settings,
+    settings: CallSettings,
     args: tuple[Any, ...],
     kind: str = "solve",
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
@@ -64,7 +65,7 @@ def _prepared_with(
     func: Function,
     u0: State,
     t: Times,
-    settings: Settings,
+    settings: CallSettings,
     args: tuple[Any, ...],
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
     layout, parts = layout_of(u0, settings.compute_dtype)
@@ -79,8 +80,7 @@ def _prepared_with(
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
-    if not table.implicit and (device := vec_device(layout.device)) != layout.vec_device:
-        layout = replace(layout, vec_device=device)
+    layout = for_method(layout, table, settings.state_dtype)
     partition = settings.partition
     trajectory = budget.DEFAULT if settings.trajectory is None else settings.trajectory
     if not isinstance(trajectory, CheckpointBudget):
@@ -98,7 +98,11 @@ def _prepared_with(
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
     if needs_gradient:
         refuse_fully_sharded(func, args, parameters.tensors)
-    if needs_gradient and (refusal := methods.gradient_refusal(table)):
+    adaptive, preconditioner = control is not None, resolve_preconditioner(settings.preconditioner)
+    newton = chosen_newton(
+        settings.newton, table, layout, partition, func, settings.mass, preconditioner, options, adaptive
+    )
+    if needs_gradient and newton == "petsc" and (refusal := methods.gradient_refusal(table)):
         raise ConfigurationError(refusal)
     if settings.mass is not None and not table.implicit:
         raise ConfigurationError(
@@ -107,17 +111,18 @@ def _prepared_with(
     copies = ComputeCopies({}, (), args)
     if settings.compute_dtype is not None:
         copies = compute_copies(func, args, layout.compute_dtype)
-    mass, preconditioner = settings.mass, resolve_preconditioner(settings.preconditioner)
+    mass, only_batch = settings.mass, settings.newton == "batch"
     if not table.implicit and preconditioner is not None:
         raise ConfigurationError(
             f"preconditioner: method = {table.name!r} is explicit and solves no equations: must be None or 'none'"
         )
     linear = _matrix_part(func, table)
     made_of = object_key(func, mass, preconditioner)
-    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), *made_of)
+    how = (newton, only_batch)
+    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), how, *made_of)
 
     def create() -> Solver:
-        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear)
+        made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear, *how)
         # A preconditioner that is PETSc's context itself may change its contents while it works.
         works = getattr(made.stepper, "built", None) is preconditioner
         made.contents = contents_of(func, mass, None if works else preconditioner)
@@ -133,11 +138,11 @@ def _prepared_with(
             check_shapes(control, layout)
         steps = 0 if len(times) == 1 else None if grid is None else grid.steps
         agreed = preparing.agree(
-            facts(settings, table, layout, times, func, needs_gradient, needs_time_gradient),
+            facts(replace(settings, newton=newton), table, layout, times, func, needs_gradient, needs_time_gradient),
             known is None,
             slot_bounds(
                 trajectory,
-                layout.size * trajectory.checkpoint_itemsize,
+                layout.size * trajectory.slot_dtype(layout.numpy_dtype).itemsize,
                 steps,
                 needs_gradient,
                 known is not None and known.disk_is_lost,
@@ -148,8 +153,10 @@ def _prepared_with(
         create,
         afresh=agreed is not None and agreed.creates,
     )
+    # Older releases of torch cannot order the exchanges of f in compiled code.
+    compiles_steps = table.family == "rk" and control is None and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
     surroundings, carried = None, NOTHING_CARRIED
-    if needs_gradient:
+    if needs_gradient or (compiles_steps and settings.compiler is not None):
         surroundings = Surroundings.now(func, args, layout.device)
         carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
     bound = BoundFunction(
@@ -157,11 +164,12 @@ def _prepared_with(
         copies.args,
         replace(parameters, tensors=copies.of(parameters.tensors)) if copies.by_original else parameters,
         copies,
-        {} if settings.compiler is None else settings.compiler.compiled(func, table),
+        {} if compiles_steps or settings.compiler is None else settings.compiler.compiled(func, table, newton),
         watched=torch.is_grad_enabled() and not needs_gradient,
         needs_time_gradient=needs_time_gradient,
         checks_parameters=solver.checks_parameters(),
         carried=carried,
+        whole=None if settings.compiler is None or newton == "petsc" else settings.compiler.whole,
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(
@@ -180,6 +188,7 @@ def _prepared_with(
         settings.on_mismatch,
         agreed,
         settings.callbacks,
+        settings.compiler if compiles_steps else None,
     )
     return solve, layout, tensors
 
@@ -196,7 +205,7 @@ def _carried(
     parameters: Parts,
     copies: ComputeCopies,
     layout: StateLayout,
-    settings: Settings,
+    settings: CallSettings,
     known: KnownTensors,
 ) -> Carried:
     """Return the state that the right-hand side carries between evaluations, at the beginning of a solve."""
@@ -215,8 +224,8 @@ def _matrix_part(func: Function, method: methods.Method) -> MatrixFunction | Non
 
 
 def settings_of_tangents(
-    settings: Settings, func: Function, is_tuple: bool, before: Callable[[], Solve], copies: int
-) -> Settings:
+    settings: CallSettings, func: Function, is_tuple: bool, before: Callable[[], Solve], copies: int
+) -> CallSettings:
     """Return the settings of the solve of a state with its tangents, `copies` of the state in all.
 
     With error control the steps are those that the solve without tangents, run by `before`, has accepted.

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +22,13 @@ from pnode_dist.checkpointing.costs import Costs, LevelCosts
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.checkpointing.store import SlotPool, SpillError
 from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
+from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.base import Stepper
+from pnode_dist.ode.steppers.compiled_segment import CompiledTape
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.system.torch_internals import storage_pointer
 
+_Result = TypeVar("_Result")
 _REPEATS = 5
 _LONG_ENOUGH, _LONG = 0.15, 1.0
 _LEVELS = ("graph", "stages")
@@ -32,14 +36,13 @@ _NEVER = 1e9
 _MOST_STEPS_BETWEEN = 20
 
 
-def measured_tape(stepper: Stepper, bound: BoundFunction, time: float, size: float, level: str) -> tuple[Tape, int]:
-    """Take a step from the current state with a tape. Returns the tape, and its bytes on the rank with the largest one.
+def measured_tape(stepper: Stepper, bound: BoundFunction, segment: Segment, level: str) -> tuple[Tape, int]:
+    """Take a segment from the current state with a tape.
 
-    Collective on the stepper's communicator.
+    Returns the tape, and its bytes on the rank with the largest one. Collective on the stepper's communicator.
     """
-    tape: Tape = []
     with _saved_tensors() as found:
-        stepper.step(0, time, size, tape, isolate=True, level=level)
+        tape = stepper.record(segment, True, level)
     known = {_storage(tensor) for tensor in bound.constants}
     # Graphs that were pruned from the tape are freed by now, with the tensors that they had saved.
     tensors = [held.tensor for held in (reference() for reference in found) if held is not None]
@@ -47,6 +50,7 @@ def measured_tape(stepper: Stepper, bound: BoundFunction, time: float, size: flo
     for stage in tape:
         held = (*stage.inputs, *stage.values) if isinstance(stage, StageGraph) else ()
         held = stage.inputs if isinstance(stage, StageState) else held
+        held = stage.start if isinstance(stage, CompiledTape) else held
         saved.update(map(_sized, held))
     return tape, stepper.comm.allreduce(sum(saved.values()), MPI.MAX)
 
@@ -55,11 +59,10 @@ def probe(
     stepper: Stepper,
     bound: BoundFunction,
     initial: tuple[torch.Tensor, ...],
-    time: float,
-    size: float,
+    segment: Segment,
     pools: dict[Tier, SlotPool],
 ) -> Costs:
-    """Measure the step from `initial` at `time` by `size`, and checkpoints in `pools`. Collective.
+    """Measure the first segment, from `initial`, and checkpoints in `pools`. The costs are those of a step. Collective.
 
     The slot on disk is written once before it is timed. The stepper is left at the initial state.
     """
@@ -68,22 +71,26 @@ def probe(
     stepper.start_adjoint()
     for level in _LEVELS:
         stepper.current.set(initial)
-        tape, held[level] = measured_tape(stepper, bound, time, size, level)
+        tape, held[level] = measured_tape(stepper, bound, segment, level)
         stepper.add_to_adjoint([torch.ones_like(part) for part in stepper.current.parts])
-        stepper.adjoint_step(0, time, size, tape)
+        stepper.pull_back(segment, tape)
     steps: list[float] = []
     records: dict[str, list[float]] = {level: [] for level in _LEVELS}
     adjoints: dict[str, list[float]] = {level: [] for level in _LEVELS}
     # Interleaved, so that a slow moment of the machine affects all of them alike.
     for _ in _enough(stepper.comm):
         stepper.current.set(initial)
-        steps.append(_seconds(partial(stepper.step, 0, time, size)))
+        steps.append(_seconds(partial(stepper.advance, segment)))
         for level in _LEVELS:
             stepper.current.set(initial)
-            tape = []
-            records[level].append(_seconds(partial(stepper.step, 0, time, size, tape, level=level)))
-            adjoints[level].append(_seconds(partial(stepper.adjoint_step, 0, time, size, tape)))
-    levels = {level: LevelCosts(held[level], _usual(records[level]), _usual(adjoints[level])) for level in _LEVELS}
+            seconds, tape = _timed(partial(stepper.record, segment, False, level))
+            records[level].append(seconds)
+            adjoints[level].append(_seconds(partial(stepper.pull_back, segment, tape)))
+    count = len(segment)
+    levels = {
+        level: LevelCosts(-(-held[level] // count), _usual(records[level]) / count, _usual(adjoints[level]) / count)
+        for level in _LEVELS
+    }
     stepper.end_adjoint(())
     stepper.current.set(initial)
     state = stepper.current.array
@@ -94,12 +101,12 @@ def probe(
         def steps_of(count: int) -> None:
             stepper.current.set(initial)
             for _ in range(count):
-                stepper.step(0, time, size)
+                stepper.advance(segment)
 
         write, read, overlapped = _disk(stepper, pools[Tier.DISK], _usual(steps), steps_of)
     bound.count_from(counts)
     stepper.current.set(initial)
-    return Costs(_usual(steps), copy, write, read, overlapped, levels).agreed(stepper.comm)
+    return Costs(_usual(steps) / count, copy, write, read, overlapped, levels).agreed(stepper.comm)
 
 
 def _disk(stepper: Stepper, pool: SlotPool, step: float, steps_of: Callable[[int], None]) -> tuple[float, float, float]:
@@ -146,19 +153,32 @@ def _usual(seconds: list[float]) -> float:
     return sorted(seconds)[len(seconds) // 4]
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
+    return _timed(work)[0]
+
+
+def _timed(work: Callable[[], _Result]) -> tuple[float, _Result]:
     began = clock.perf_counter()
-    work()
-    return clock.perf_counter() - began
+    result = work()
+    return clock.perf_counter() - began, result
 
 
 class _Saved:
     """A detached copy of a saved tensor. The tensor itself would keep alive an operation that saves its own result."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor.detach()
+        self.tensor, self.version = tensor.detach(), tensor._version
+
+    def unpacked(self) -> torch.Tensor:
+        """Return the tensor. Raises `RuntimeError` if it was written to, which torch does not check under hooks."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor of shape {tuple(self.tensor.shape)}, saved by the first step of a solve"
+            )
+        return self.tensor
 
 
 @contextmanager
@@ -171,7 +191,7 @@ def _saved_tensors() -> Iterator[list[weakref.ref[_Saved]]]:
         found.append(weakref.ref(saved))
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.unpacked):
         yield found
 
 

@@ -1,15 +1,21 @@
-"""The settings of a solve: the keyword arguments of `odeint`, which `NeuralODE` stores as attributes."""
+"""The settings of a solve: `SolverSettings` of the user, and `CallSettings` of one call.
+
+`SolverKeywords` has the same names and types as `SolverSettings`, for type checkers (PEP 692). A test compares them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, TypedDict, TypeVar
 
 import torch
 
 from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.checkpointing.plan import Plan
+from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.mass import Mass
 from pnode_dist.ode.steppers.base import PetscOptions
@@ -19,19 +25,60 @@ from pnode_dist.ode.steppers.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, Error
 from pnode_dist.ode.time_grid import TimeGrid
 from pnode_dist.partition.protocol import Partition
 
-WITHOUT_ARGUMENT = ("grid", "rule", "callbacks", "compared")
-"""The settings, the last ones, that are no arguments of `odeint`."""
 Times = torch.Tensor | Sequence[float]
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The keyword arguments of `odeint`, see there, and settings without one.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SolverSettings:
+    """The settings of a solve. `odeint` and `NeuralODE` take them as keyword arguments, or as one object.
 
-    `grid` are the steps, in place of `step_size`. `rule` chooses the sizes of steps with error control, in place of
-    PETSc's `adaptor`. `callbacks` are called at each step. `compared` are the names and values of further
-    settings of the caller, which must be equal on all ranks.
+    They are checked at a solve, on all ranks alike. `dataclasses.replace` returns a changed copy.
     """
+
+    method: str | None = None
+    """The name of a method, see `pnode-dist methods`. By default `rk4`, or `dopri5` with error control."""
+    step_size: float | None = None
+    """The longest step. With None each interval between output times is one step. With error control it is the size of
+    the first step, and None chooses one."""
+    rtol: Tolerance | None = None
+    """Relative tolerance of error control: a number, or tensors that broadcast to this rank's state. Steps have a fixed
+    size unless `rtol` or `atol` is given. By default 1e-6 beside `atol`."""
+    atol: Tolerance | None = None
+    """Absolute tolerance of error control, in the units of the state. By default 1e-9 beside `rtol`."""
+    adaptor: str = "basic"
+    """PETSc's controller of the step size for error control: `basic` or `dsp`."""
+    partition: Partition | None = None
+    """The distribution of the state over ranks. With None each rank has a state of its own."""
+    trajectory: CheckpointBudget | None = None
+    """The budget for checkpoints and tapes. By default half of the memory available to the rank."""
+    params: Sequence[torch.Tensor] | None = None
+    """Parameters of func that cannot be found in it. An error reports if that is needed."""
+    options: PetscOptions | None = None
+    """PETSc options of the solver, by name without the dash; None is the value of an option without one."""
+    mass: Mass | None = None
+    """The constant matrix M of M du/dt = func(t, u), for theta methods. It may be singular, see `mass_matrix`."""
+    preconditioner: Preconditioner | str | None = None
+    """The preconditioner of the linear systems of implicit methods: `none`, `block`, `assembled`, or an object of
+    `pnode_dist.ode.steppers.preconditioner`."""
+    compute_dtype: torch.dtype | None = None
+    """The floating type in which func computes. By default that of u0."""
+    state_dtype: torch.dtype | None = None
+    """The type of state, adjoint and checkpoints: `torch.float32` or `torch.float64`. With None explicit Runge-Kutta
+    methods take the wider type of u0 and func, and at least float32. All others have PETSc's scalar type."""
+    last_only: bool = False
+    """Return the state at the last time only."""
+    on_mismatch: str = "raise"
+    """The action if a step recomputed for the gradient differs from the forward pass: `raise`, `warn` or `ignore`."""
+    preserve_rng_state: bool = True
+    """Draw the same random numbers of torch in recomputed steps. False saves time for a func that draws none."""
+    newton: str = "auto"
+    """The solver of the equations of implicit methods: `petsc`, or `batch` for samples (the first axis of the state) of
+    few components that do not depend on one another. `auto` chooses `batch` where it can."""
+
+
+class SolverKeywords(TypedDict, total=False):
+    """The names and types of `SolverSettings`, as keyword arguments."""
 
     method: str | None
     step_size: float | None
@@ -42,12 +89,28 @@ class Settings:
     trajectory: CheckpointBudget | None
     params: Sequence[torch.Tensor] | None
     options: PetscOptions | None
-    mass: Mass | None = None
-    preconditioner: Preconditioner | str | None = None
-    compute_dtype: torch.dtype | None = None
-    last_only: bool = False
-    on_mismatch: str = "raise"
-    preserve_rng_state: bool = True
+    mass: Mass | None
+    preconditioner: Preconditioner | str | None
+    compute_dtype: torch.dtype | None
+    state_dtype: torch.dtype | None
+    last_only: bool
+    on_mismatch: str
+    preserve_rng_state: bool
+    newton: str
+
+
+KEYWORDS = tuple(field.name for field in fields(SolverSettings))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CallSettings(SolverSettings):
+    """The settings of one call: those of its user, and those that have no keyword.
+
+    `fixed_plan` is the plan to use, and `compiler` compiles f. `grid` are the steps, in place of `step_size`. `rule`
+    chooses the sizes of steps with error control, in place of PETSc's `adaptor`. `callbacks` are called at each step.
+    `compared` are the names and values of further settings of the caller, which must be equal on all ranks.
+    """
+
     fixed_plan: Plan | None = None
     compiler: Compiler | None = None
     grid: TimeGrid | None = None
@@ -62,3 +125,37 @@ class Settings:
         rtol = DEFAULT_RTOL if self.rtol is None else self.rtol
         atol = DEFAULT_ATOL if self.atol is None else self.atol
         return ErrorControl(rtol, atol, self.adaptor, self.step_size, self.rule, self.callbacks)
+
+
+def merged(settings: SolverSettings | None, keywords: Mapping[str, Any], caller: str) -> SolverSettings:
+    """Return `settings` with the keyword arguments of `caller` in place of its fields.
+
+    Raises `TypeError` for an unknown keyword, with the likely one, and `ConfigurationError` for other settings.
+    """
+    for name in keywords:
+        if name not in KEYWORDS:
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}: {_likely(name)}")
+    if settings is None:
+        return SolverSettings(**keywords)
+    if not isinstance(settings, SolverSettings):
+        raise ConfigurationError(
+            f"settings = {settings!r}: must be a pnode_dist.SolverSettings, or None; give single settings by keyword"
+        )
+    return SolverSettings(**{name: getattr(settings, name) for name in KEYWORDS} | dict(keywords))
+
+
+def _likely(name: str) -> str:
+    close = get_close_matches(name, KEYWORDS, n=1) or [known for known in KEYWORDS if name in known]
+    return f"did you mean {' or '.join(close)}?" if close else f"must be one of {', '.join(KEYWORDS)}"
+
+
+def lists_settings(function: _F) -> _F:
+    """Write the keywords of `SolverSettings` into the signature of `function`, for `help` and completion."""
+    signature = inspect.signature(function)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    keywords = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(SolverSettings)
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
+    return function

@@ -25,8 +25,12 @@ from pnode_dist.ode.call_agreement import Agreed
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.recomputation.guard import Guard, tolerance_of
 from pnode_dist.ode.recomputation.surroundings import Surroundings
+from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import BoundFunction
+from pnode_dist.ode.segments import SegmentGrid
 from pnode_dist.ode.solver import Solver
+from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
+from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl
@@ -64,6 +68,7 @@ class Solve:
     on_mismatch: str = "raise"
     agreed: Agreed | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
+    compiler: Compiler | None = None
     has_trajectory: bool = field(default=False, init=False)
     outcome: float | None = field(default=None, init=False)
     plan: Plan | None = None
@@ -72,6 +77,8 @@ class Solve:
     tapes: dict[int, Tape] = field(default_factory=dict)
     first_step: tuple[FlatState, Tape] | None = None
     initial: tuple[torch.Tensor, ...] = ()
+    divided: SegmentGrid | None = None
+    compiled: CompiledSegments | None = None
     refund: Callable[[], None] | None = None
     size_gradients: list[float] = field(default_factory=list, init=False)
     start_gradients: list[float] = field(default_factory=list, init=False)
@@ -79,8 +86,9 @@ class Solve:
     def __post_init__(self) -> None:
         self.carried, self.guard = self.bound.carried, None
         if self.keeps_trajectory and self.on_mismatch != "ignore":
-            narrow = self.solver.trajectory.checkpoint_dtype != "float64"
-            tolerance = tolerance_of(self.solver.stepper.layout.compute_dtype, narrow)
+            layout = self.solver.stepper.layout
+            kept = getattr(torch, self.solver.trajectory.checkpoint_dtype)
+            tolerance = tolerance_of(layout.compute_dtype, layout.state_dtype, kept)
             self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, _weakly(self._reasons))
         self.bound.guard = self.guard
         self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics, self.carried)
@@ -98,8 +106,17 @@ class Solve:
         assert self.grid is not None
         return self.grid
 
-    def time(self, step: int) -> float:
-        return self.steps.starts[step]
+    @property
+    def segments(self) -> SegmentGrid:
+        assert self.divided is not None
+        return self.divided
+
+    def time(self, unit: int) -> float:
+        return self.segments.start(unit)
+
+    def count(self, unit: int) -> int:
+        first, last = self.segments.bounds[unit : unit + 2]
+        return last - first
 
     def overwrite(self, write: Callable[[FlatState], None]) -> None:
         with log.event(log.CHECKPOINT, self.logs):
@@ -109,43 +126,41 @@ class Solve:
         self.solver.stepper.current.set(self.initial)
         self.carried.restart()
 
-    def advance(self, step: int, recompute: bool = False) -> None:
+    def advance(self, unit: int, recompute: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         self.solver.stepper.fingerprints = self.guard is not None
         if not self._use_first_step():
             with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
-                self.solver.stepper.step(step, self.steps.starts[step], self.steps.sizes[step])
-        self._stepped(step, recompute)
+                self.solver.stepper.advance(self.segments[unit])
+        self._stepped(unit, recompute)
 
-    def record(self, step: int, recompute: bool = False) -> None:
+    def record(self, unit: int, recompute: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         # A step whose tape is kept from the forward pass is never recomputed: it needs no fingerprint.
         self.solver.stepper.fingerprints = self.guard is not None and recompute
         tape = self._use_first_step()
         if not tape:
-            tape = []
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
             with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
-                self.solver.stepper.step(
-                    step, self.steps.starts[step], self.steps.sizes[step], tape, not recompute, level
-                )
+                tape = self.solver.stepper.record(self.segments[unit], not recompute, level)
         if recompute:
-            self._stepped(step, recompute)
-        elif step == 0:
+            self._stepped(unit, recompute)
+        elif unit == 0:
             self.first_step_taken()
-        self.tapes[step] = tape
+        self.tapes[unit] = tape
 
-    def _stepped(self, step: int, recompute: bool) -> None:
-        """Store the fingerprint of the state after `step`, or compare it if the step was recomputed."""
-        if step == 0 and not recompute:
+    def _stepped(self, unit: int, recompute: bool) -> None:
+        """Store the fingerprint of the state after a segment, or compare it if the segment was recomputed."""
+        if unit == 0 and not recompute:
             self.first_step_taken()
         stepper = self.solver.stepper
         if self.guard is None or stepper.fingerprint is None:
             return
         if recompute:
-            self.guard.compare_state(step, self.steps.starts[step], stepper.fingerprint, stepper.current.parts)
+            first, time = self.segments.bounds[unit], self.segments.start(unit)
+            self.guard.compare_state(unit, first, time, stepper.fingerprint, stepper.current.parts)
         else:
-            self.guard.keep(step, stepper.fingerprint)
+            self.guard.keep(unit, stepper.fingerprint)
 
     def first_step_taken(self) -> None:
         """Decide whether f carries state from one evaluation to the next.
@@ -170,13 +185,13 @@ class Solve:
                 "several times in a step: draw random numbers before the solve, or use an explicit method"
             )
 
-    def adjoint(self, step: int) -> None:
+    def adjoint(self, unit: int) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
-        tape = self.tapes.pop(step)
+        segment, tape = self.segments[unit], self.tapes.pop(unit)
         with log.event(log.ADJOINT_STEP, self.logs):
-            self.solver.stepper.adjoint_step(step, self.steps.starts[step], self.steps.sizes[step], tape)
-        if self.bound.needs_time_gradient:
-            self.size_gradients[step], self.start_gradients[step] = self.solver.stepper.take_time_gradients()
+            found = self.solver.stepper.pull_back(segment, tape)
+        for step, (by_size, by_start) in enumerate(found, start=segment.first):
+            self.size_gradients[step], self.start_gradients[step] = by_size, by_start
 
     def _use_first_step(self) -> Tape | None:
         if self.first_step is None:
@@ -192,6 +207,8 @@ class Solve:
         stepper = self.solver.stepper
         stepper.bind(self.bound)
         stepper.fingerprints, stepper.fingerprint = self.guard is not None, None
+        if isinstance(stepper, ExplicitStepper):
+            stepper.compiled = self.compiled
 
     def unbind(self) -> None:
         """Unbind the right-hand side: f may lead to PETSc objects that hold the stepper, in a reference cycle."""

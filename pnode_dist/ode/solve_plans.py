@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from mpi4py import MPI
+from torch import nn
 
 from pnode_dist.checkpointing.budget import CheckpointBudget, ScratchError, Slots, agree_on_slots
 from pnode_dist.checkpointing.plan import Plans, best, needs_costs
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.ode.probe import measured_tape, probe
+from pnode_dist.ode.segments import divided_into_segments
 from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
+from pnode_dist.ode.steppers.explicit import ExplicitStepper
+from pnode_dist.petsc import log
 
 
 def slots_of(solve: Solve, steps: int | None) -> Slots:
@@ -56,34 +62,91 @@ def measured_plans(solve: Solve, initial: tuple[torch.Tensor, ...]) -> Plans:
         solve.release()
 
 
+def compile_steps(solve: Solve, initial: tuple[torch.Tensor, ...]) -> None:
+    """Compile the steps of a solve from `initial`, with and without a tape, if they can be compiled. Collective."""
+    solve.solver.open()
+    solve.bind()
+    stepper = solve.solver.stepper
+    stepper.current.set(initial)
+    try:
+        if solve.grid is not None and solve.grid.steps:
+            segments = divided_into_segments(solve.grid, steps_per_segment(solve))
+            if solve.compiled is not None:
+                with solve.carried.aside():
+                    stepper.advance(segments[0])
+    finally:
+        solve.release()
+        stepper.current.release()
+        solve.unbind()
+        solve.solver.done()
+
+
 def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Plans:
     """Choose a plan among the candidates. Collective.
 
     All ranks choose the same one, because it follows from figures that they agree on. With `measure` the costs are
     always measured, otherwise only if the choice depends on them.
     """
-    solver, grid, stepper = solve.solver, solve.steps, solve.solver.stepper
-    slots = slots or slots_of(solve, grid.steps)
+    solver, stepper = solve.solver, solve.solver.stepper
+    if solve.divided is None:
+        solve.divided = divided_into_segments(solve.steps, steps_per_segment(solve))
+    units, first = solve.divided.segments, solve.divided[0]
+    slots = slots or slots_of(solve, units)
     budget = _without_disk(solver.trajectory) if solver.disk_is_lost else solver.trajectory
     counts = solve.bound.counts()
-    size_matters = grid.steps > 1 or budget.charges_all_tapes
-    if budget.keeps_steps and size_matters and solver.tape_bytes is None:
-        tape, solver.tape_bytes = measured_tape(stepper, solve.bound, grid.starts[0], grid.sizes[0], budget.level)
+    steps, segment = solve.steps.steps, solve.divided.longest
+    if solver.tape_bytes is None:
+        if solve.bound.whole is not None:
+            # Newton's method is compiled here, because torch.func cannot be traced while saved tensors are counted.
+            stepper.advance(first)
+            stepper.current.set(solve.initial)
+            solve.bound.count_from(counts)
+            solve.carried.restart()
+        with log.event(log.STEP, solve.logs):
+            tape, nbytes = measured_tape(stepper, solve.bound, first, budget.level)
+        solver.tape_bytes = -(-nbytes // len(first))
         solve.first_step = (stepper.current.array.copy(), tape)
         stepper.current.set(solve.initial)
-    tape_bytes = (solver.tape_bytes or 0) if budget.keeps_steps else None
-    if not (measure or needs_costs(budget, slots, grid.steps, tape_bytes)):
+    if not (measure or needs_costs(budget, slots, steps, solver.tape_bytes, segment, units)):
         if budget is solver.trajectory:
-            return solver.planned(slots, grid.steps, tape_bytes)
-        return best(budget, slots, grid.steps, tape_bytes, None)
+            return solver.planned(slots, steps, solver.tape_bytes, segment, units)
+        return best(budget, slots, steps, solver.tape_bytes, None, segment, units)
     # Costs that were measured without a disk do not cover it.
     if solver.costs is None or (slots.disk and solver.costs.write == 0):
         solve.first_step = None
         solve.bound.count_from(counts)
         pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
-        solver.costs = probe(stepper, solve.bound, solve.initial, grid.starts[0], grid.sizes[0], pools)
+        solver.costs = probe(stepper, solve.bound, solve.initial, first, pools)
         solve.carried.restart()
-    return best(budget, slots, grid.steps, tape_bytes, solver.costs)
+    tape_bytes = solver.costs.levels[budget.level].bytes
+    return best(budget, slots, steps, tape_bytes, solver.costs, segment, units)
+
+
+def steps_per_segment(solve: Solve) -> int:
+    """Return the largest number of steps of a segment. Compiles the segments of the solve where that is possible.
+
+    Monitors and callbacks see the state after each step, so that segments have one step then.
+    """
+    stepper = solve.solver.stepper
+    if solve.compiler is None or not isinstance(stepper, ExplicitStepper):
+        return 1
+    layout, tableau, func, records = stepper.layout, stepper.tableau, solve.bound.func, solve.keeps_trajectory
+    compiler, comm = solve.compiler, stepper.comm
+    # In another mode, such as that of training, f may do what cannot be compiled.
+    modes = tuple(module.training for module in func.modules()) if isinstance(func, nn.Module) else ()
+    compiled = compiler.once(
+        (id(func), modes, layout, tableau, comm.size > 1, records),
+        func,
+        lambda: CompiledSegments(compiler, func, layout, tableau, comm, records),
+    )
+    if comm.allreduce(compiled is None, MPI.LOR) or compiled is None:
+        return 1
+    most = compiled.prepare(solve.bound, stepper.current.parts, solve.steps.starts[0], solve.steps.sizes[0])
+    if not most:
+        return 1
+    solve.compiled = stepper.compiled = compiled
+    sees_steps = stepper.monitored or solve.callbacks.step is not None
+    return 1 if sees_steps else most
 
 
 def _without_disk(budget: CheckpointBudget) -> CheckpointBudget:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 from mpi4py import MPI
 
 from pnode_dist.checkpointing.budget import CheckpointBudget, Slots
@@ -16,6 +15,7 @@ from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.checkpointing.spill import SpillPool
 from pnode_dist.checkpointing.store import MemoryPool, SlotPool
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode import methods
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.recomputation.carried import KnownTensors
 from pnode_dist.ode.rhs.layout import StateLayout
@@ -25,6 +25,8 @@ from pnode_dist.ode.solver_key import Contents
 from pnode_dist.ode.steppers.adaptive import AdaptiveStepper, ExplicitAttempts
 from pnode_dist.ode.steppers.adaptive_implicit import ImplicitAttempts
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper
+from pnode_dist.ode.steppers.batched import BatchedStepper
+from pnode_dist.ode.steppers.batched_samples import split_of
 from pnode_dist.ode.steppers.embedded import EmbeddedAttempts
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
@@ -76,7 +78,7 @@ class Solver:
     has_spilt: bool = False
     solves: int = 0
     known: KnownTensors = field(default_factory=KnownTensors)
-    plans: dict[tuple[Slots, int, int | None], Plans] = field(default_factory=dict)
+    plans: dict[tuple[Slots, int, int, int, int], Plans] = field(default_factory=dict)
     adaptive: dict[str, AdaptiveStepper] = field(default_factory=dict)
     contents: Contents | None = None
     kept: bool = False
@@ -94,8 +96,13 @@ class Solver:
         mass: Mass | None = None,
         preconditioner: Preconditioner | None = None,
         linear: MatrixFunction | None = None,
+        newton: str = "petsc",
+        only_batch: bool = False,
     ) -> Solver:
-        """Create a stepper with empty pools. Collective on the partition's communicator."""
+        """Create a stepper with empty pools. Collective on the partition's communicator.
+
+        `newton` is "batch" or "petsc", see `chosen_newton`. `only_batch`: PETSc must not take the place of "batch".
+        """
         comm = communicator(partition)
         # A copy: a stepper that is made again for a backward pass needs the mass matrix of the forward pass.
         mass = copy_of_tensors(mass)
@@ -107,12 +114,19 @@ class Solver:
             if method.family == "rk":
                 return ExplicitStepper(comm, layout, method, parameter_sizes, options)
             matrix = mass_matrix(mass, layout)
-            return ImplicitStepper(
-                comm, layout, method, parameter_sizes, options, partition, matrix, preconditioner, linear
-            )
+
+            def by_petsc() -> ImplicitStepper:
+                return ImplicitStepper(
+                    comm, layout, method, parameter_sizes, options, partition, matrix, preconditioner, linear
+                )
+
+            if newton == "petsc":
+                return by_petsc()
+            split = split_of(layout, partition)
+            return BatchedStepper(comm, layout, method, parameter_sizes, options, split, matrix, by_petsc, only_batch)
 
         stepper = make_stepper()
-        dtype = np.dtype(trajectory.checkpoint_dtype)
+        dtype = trajectory.slot_dtype(layout.numpy_dtype)
         memory = MemoryPool(layout.size, dtype)
         trajectory.ledger.pools.add(memory)
         pools: dict[Tier, SlotPool] = {Tier.RAM: memory}
@@ -159,13 +173,13 @@ class Solver:
         if not self.stepper.stepping:
             self.close()
 
-    def planned(self, slots: Slots, steps: int, tape_bytes: int | None) -> Plans:
+    def planned(self, slots: Slots, steps: int, tape_bytes: int, segment: int, units: int) -> Plans:
         """Return the best plan that needs no costs, see `plan.best`. Cached: a model repeats a few solves."""
-        key = slots, steps, tape_bytes
+        key = slots, steps, tape_bytes, segment, units
         if key not in self.plans:
             if len(self.plans) == _MOST_PLANS:
                 self.plans.clear()
-            self.plans[key] = best(self.trajectory, slots, steps, tape_bytes, None)
+            self.plans[key] = best(self.trajectory, slots, steps, tape_bytes, None, segment, units)
         return self.plans[key]
 
     def checks_parameters(self) -> bool:
@@ -173,10 +187,15 @@ class Solver:
         self.solves += 1
         return self.solves % _SOLVES_BETWEEN_CHECKS == 1
 
+    def gradient_refusal(self) -> str | None:
+        """Return the error message for a gradient of the stepper's steps, or None if they have an adjoint."""
+        return None if isinstance(self.stepper, BatchedStepper) else methods.gradient_refusal(self.stepper.method)
+
     @property
     def checkpoint_bytes(self) -> int:
         """The size of a checkpoint on this rank."""
-        return self.stepper.layout.size * np.dtype(self.trajectory.checkpoint_dtype).itemsize
+        layout = self.stepper.layout
+        return layout.size * self.trajectory.slot_dtype(layout.numpy_dtype).itemsize
 
     def adaptive_stepper(self, control: ErrorControl) -> AdaptiveStepper:
         """Return the stepper with error control, which is made at the first call. Collective."""

@@ -41,7 +41,7 @@ def draw_sweep(path: Path, points: Sequence[SweepPoint], title: str) -> None:
         )
         below.plot(
             ram,
-            [point.plan.kept for point in points],
+            [point.plan.kept_steps for point in points],
             color="#5aae61",
             marker="^",
             label="recorded in the forward pass",

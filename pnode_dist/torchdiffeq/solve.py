@@ -17,7 +17,7 @@ from pnode_dist.ode.call_agreement import preparation
 from pnode_dist.ode.differentiable_solve import differentiable_solve
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.rhs.layout import State
-from pnode_dist.ode.settings import Settings
+from pnode_dist.ode.settings import CallSettings
 from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.time_grid import TimeGrid, output_times
 from pnode_dist.partition.protocol import Partition
@@ -76,8 +76,13 @@ def _checked(call: Call) -> Callable[[], State]:
         kind = call.t.dtype if isinstance(call.t, torch.Tensor) else type(call.t).__name__
         raise ConfigurationError(f"t must be a one-dimensional floating-point tensor, got {kind}")
     output_times(call.t)
-    settings = Settings(method.native, None, None, None, "basic", call.partition, call.trajectory, params, None)
-    settings = replace(settings, callbacks=callbacks_of(call.func, method))
+    settings = CallSettings(
+        method=method.native,
+        partition=call.partition,
+        trajectory=call.trajectory,
+        params=params,
+        callbacks=callbacks_of(call.func, method),
+    )
     if method.adaptive:
         adaptive = adaptive_options(method, call.options)
         return partial(_with_error_control, call, _controlled(call, settings, adaptive), pieces(call.t, adaptive))
@@ -88,7 +93,7 @@ def _checked(call: Call) -> Callable[[], State]:
     return partial(_with_given_steps, call, settings, brackets(call.func, call.y0, call.t, options), options)
 
 
-def _with_given_steps(call: Call, settings: Settings, places: Brackets, options: FixedOptions) -> State:
+def _with_given_steps(call: Call, settings: CallSettings, places: Brackets, options: FixedOptions) -> State:
     if options.perturb and len(places.times) > 1:
         states = _step_by_step(call, settings, places)
     else:
@@ -96,7 +101,7 @@ def _with_given_steps(call: Call, settings: Settings, places: Brackets, options:
     return outputs_at(places, call.func, states, options.interp)
 
 
-def _step_by_step(call: Call, settings: Settings, places: Brackets) -> State:
+def _step_by_step(call: Call, settings: CallSettings, places: Brackets) -> State:
     """Return the states at all ends of steps, with a solve for each step, because f may jump between two steps."""
     y, found = call.y0, []
     for number, (start, size) in enumerate(zip(places.steps.starts, places.steps.sizes, strict=True)):
@@ -108,7 +113,7 @@ def _step_by_step(call: Call, settings: Settings, places: Brackets) -> State:
     return _joined(found)
 
 
-def _controlled(call: Call, settings: Settings, options: AdaptiveOptions) -> Settings:
+def _controlled(call: Call, settings: CallSettings, options: AdaptiveOptions) -> CallSettings:
     """Return the settings of a solve with error control."""
     if call.partition is not None and call.partition.comm.size > 1 and options.rule.norm is not None:
         raise ConfigurationError(
@@ -121,7 +126,7 @@ def _controlled(call: Call, settings: Settings, options: AdaptiveOptions) -> Set
     return replace(settings, rtol=rtol, atol=atol, step_size=first, rule=options.rule)
 
 
-def _with_error_control(call: Call, settings: Settings, parts: list[Piece]) -> State:
+def _with_error_control(call: Call, settings: CallSettings, parts: list[Piece]) -> State:
     y, found = call.y0, []
     for piece in parts:
         states = _solve(within(call.func, piece), y, piece.times, settings, call.func)
@@ -131,7 +136,7 @@ def _with_error_control(call: Call, settings: Settings, parts: list[Piece]) -> S
     return found[0] if len(found) == 1 else _joined(found)
 
 
-def _solve(func: Any, y0: State, t: torch.Tensor, settings: Settings, owner: Any = None) -> State:
+def _solve(func: Any, y0: State, t: torch.Tensor, settings: CallSettings, owner: Any = None) -> State:
     """Solve with the solvers that are kept for `owner`, by default `func`."""
     solvers, tangents = _kept_for(func if owner is None else owner)
     return differentiable_solve(solvers, tangents, func, y0, t, settings, ())[0]

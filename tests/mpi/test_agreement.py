@@ -75,6 +75,11 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "number of parts": ({"u0": (initial(),) * 2, "func": lambda t, u: u}, {}, "state: rank 0: [4, 3], [4, 3]; "),
     "dtype": ({"u0": initial().float()}, {}, "dtype: rank 0: torch.float32; {others}: torch.float64"),
     "compute_dtype": ({"compute_dtype": torch.float32}, {}, "compute_dtype: rank 0: torch.float32; {others}: None"),
+    "state_dtype": (
+        {"state_dtype": torch.float32},
+        {},
+        "state_dtype: rank 0: torch.float32; {others}: torch.float64",
+    ),
     "step_size": ({"step_size": 0.1}, {"step_size": 0.05}, "step_size: rank 0: 0.1; {others}: 0.05"),
     "tolerances": ({"rtol": 1e-4}, {"rtol": 1e-5}, "rtol: rank 0: 0.0001; {others}: 1e-05"),
     "error control": ({"method": "dopri5"}, {"rtol": 1e-5}, "rtol: rank 0: None; {others}: 1e-05"),

@@ -70,6 +70,64 @@ def fewest_steps_by_search(steps: int, slots: int) -> int:
     raise ValueError("several steps cannot be reversed without a checkpoint")
 
 
+def fewest_solve_steps(steps: int, checkpoints: int, tapes: int = 1) -> int:
+    """The fewest forward steps of a whole solve that keeps the tapes of its last steps from the forward pass.
+
+    The initial state is one more slot of `fewest_steps`. With n - k steps before the first of k tapes, the steps up to
+    that one are reversed like n - k + 1 steps. Without tapes the state after the last step is reached like that before
+    one more step, which is not taken.
+    """
+    return fewest_steps(steps - tapes + 1, checkpoints + 1) + tapes - 1
+
+
+def fewest_solve_steps_within(
+    ram: int, steps: int, checkpoint: int, tape: int, most_tapes: int = 1, disk: int = 0
+) -> int:
+    """The fewest forward steps of a solve with `ram` bytes for checkpoints and tapes, and `disk` more checkpoints."""
+    return min(
+        fewest_solve_steps(steps, (ram - tapes * tape) // checkpoint + disk, tapes)
+        for tapes in range(min(most_tapes, steps) + 1)
+        if tapes * tape <= ram
+    )
+
+
+def fewest_solve_steps_by_search(steps: int, checkpoints: int, tapes: int) -> int:
+    """The same by Dijkstra's algorithm over everything that could be done in a solve at all.
+
+    A position is (current state, checkpoints held, steps not reversed yet; None in the forward pass).
+    """
+    queue: list[tuple[int, int, tuple[int, frozenset[int], int | None]]] = [(0, 0, (0, frozenset(), None))]
+    done: set[Hashable] = set()
+    ticket = 0
+    while queue:
+        cost, _, position = heapq.heappop(queue)
+        if position in done:
+            continue
+        done.add(position)
+        current, held, left = position
+        if left == 0:
+            return cost
+        moves: list[tuple[int, tuple[int, frozenset[int], int | None]]] = []
+        if current > 0 and current not in held and len(held) < checkpoints:
+            moves.append((0, (current, held | {current}, left)))
+        moves.extend((0, (current, held - {one}, left)) for one in held)
+        if left is None:
+            if current < steps:
+                moves.append((1, (current + 1, held, None)))
+            else:
+                moves.append((0, (-1, held, steps - tapes)))
+        else:
+            moves.extend((0, (one, held, left)) for one in (0, *held))
+            if 0 <= current < left - 1:
+                moves.append((1, (current + 1, held, left)))
+            if current == left - 1:
+                moves.append((1, (-1, held, left - 1)))
+        for extra, reached in moves:
+            ticket += 1
+            heapq.heappush(queue, (cost + extra, ticket, reached))
+    raise AssertionError("the initial state is always at hand")
+
+
 class IllegalMoveError(Exception):
     """A schedule asked for what cannot be done."""
 
@@ -79,7 +137,8 @@ class ModelExecutor:
     """Runs a schedule on step numbers alone and raises `IllegalMoveError` where a real run would compute nonsense.
 
     Actions are known by the names of their classes and fields: Advance(first, last, checkpoint), Record(step),
-    EndForward(), Restore(step, tier, discard), Adjoint(step); tiers by their value, "ram" or "disk".
+    EndForward(), StartBackward(steps), Restore(step, tier, discard), Restart(), Adjoint(step); tiers by their value,
+    "ram" or "disk".
     """
 
     steps: int
@@ -140,6 +199,12 @@ class ModelExecutor:
         if action.discard:
             del self.held[action.step]
         self.current = action.step
+
+    def _startbackward(self, action: Any) -> None:
+        self._insist(action.steps == self.steps - len(self.reversed), f"{action.steps} steps are not those left")
+
+    def _restart(self, action: Any) -> None:
+        self.current = 0
 
     def _adjoint(self, action: Any) -> None:
         self._insist(self.forward_ended, "an adjoint step before the end of the forward pass")

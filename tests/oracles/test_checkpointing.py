@@ -9,6 +9,8 @@ import pytest
 from tests.oracles.checkpointing import (
     IllegalMoveError,
     ModelExecutor,
+    fewest_solve_steps,
+    fewest_solve_steps_by_search,
     fewest_steps,
     fewest_steps_by_recursion,
     fewest_steps_by_search,
@@ -71,6 +73,14 @@ def test_the_closed_form_is_what_dynamic_programming_finds(slots: int) -> None:
 def test_no_use_of_the_checkpoints_whatever_beats_the_closed_form(slots: int) -> None:
     for steps in range(1, 9):
         assert fewest_steps(steps, slots) == fewest_steps_by_search(steps, slots), steps
+
+
+@pytest.mark.parametrize("checkpoints", [0, 1, 2, 3])
+def test_no_solve_from_the_initial_state_beats_the_closed_form_with_one_slot_more(checkpoints: int) -> None:
+    for steps in range(1, 8):
+        for tapes in range(steps + 1):
+            found = fewest_solve_steps_by_search(steps, checkpoints, tapes)
+            assert fewest_solve_steps(steps, checkpoints, tapes) == found, (steps, tapes)
 
 
 def test_the_closed_form_has_its_published_values() -> None:

@@ -78,6 +78,7 @@ NEW = (
     "ProblemDefinition",
     "ProblemTable",
     "RecomputationError",
+    "SolverSettings",
     "SplitData",
     "TrainableProblem",
     "TrajectoryData",

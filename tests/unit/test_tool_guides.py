@@ -21,7 +21,7 @@ PROGRAMS = [
 
 
 def test_both_guides_have_programs() -> None:
-    assert len(PROGRAMS) == 7
+    assert len(PROGRAMS) == 8
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -199,10 +199,7 @@ class _Need:
 
 def _needs(candidates: Mapping[str, Candidate]) -> list[_Need]:
     """Return the memory needs of each block, in order."""
-    states = [
-        block.node.last_solve.checkpoint_bytes_peak // max(block.node.last_solve.forward_steps - 1, 1)
-        for block in candidates["solution"].blocks
-    ]
+    states = [block.checkpoint_bytes for block in candidates["solution"].blocks]
     solves = [block.node.last_solve for block in candidates["graph"].blocks]
     return [
         _Need(state, -(-solve.graph_bytes // solve.graph_steps)) for state, solve in zip(states, solves, strict=True)

@@ -40,6 +40,7 @@ class Sizes:
             "Nb": self.blocks,
             "Nt": self.steps,
             "(Nt-1)": self.steps - 1,
+            "(Nt-2)": self.steps - 2,
             "Ns": self.stages,
             "Nl": self.layers,
             "0": 0,
@@ -72,8 +73,8 @@ THEORY = {
     "ANODE": Formulas("Nt Ns Nl", "Nt Ns Nl", "0", _ALL, _ALL, _ALL, "Nb Nt"),
     "ACA": Formulas("Ns Nl", "Ns Nl", "Nb (Nt-1)", _ALL, _ALL, _ALL, "Nb Nt"),
     # A recomputed step is recorded on a tape. The last step of each block is recorded in the forward pass and not
-    # recomputed.
-    "solution": Formulas("Ns Nl", "Nb Ns Nl", "Nb (Nt-1)", _ALL, "Nb (Nt-1) Ns", _ALL, "Nb (Nt-1)"),
+    # recomputed. The first begins at the block's own input, which is no stored state; the paper stores it: Nb (Nt-1).
+    "solution": Formulas("Ns Nl", "Nb Ns Nl", "Nb (Nt-2)", _ALL, "Nb (Nt-1) Ns", _ALL, "Nb (Nt-1)"),
     # The paper's method. Its code also stores u_n, which equals the first stage: Nb (Nt-1) (Ns+1), without the last
     # step.
     "stages": Formulas("Nl", "Nl", "Nb Nt Ns", _ALL, _ALL, _ALL, "0"),

@@ -139,14 +139,14 @@ def ours(case: PeerCase, func: nn.Module, compiled: bool) -> Solve:
     """Return this project's solve."""
     keywords: dict[str, Any] = {"step_size": case.size} if case.steps else {}
     if case.is_implicit:
-        # The blocks of the preconditioner are the systems, so it solves them exactly.
         options = {"snes_rtol": case.tolerance, "snes_atol": case.tolerance, "snes_stol": case.tolerance}
-        keywords |= {"options": options, "preconditioner": "block"}
+        keywords |= {"options": options, "newton": "batch"}
     elif not case.steps:
         keywords |= {"rtol": case.tolerance, "atol": case.tolerance}
     budget = CheckpointBudget(ram="4GiB")
     if case.checkpoints:
-        budget = CheckpointBudget(ram="4GiB", ram_slots=case.checkpoints, keep="solution")
+        # The initial state is one more checkpoint.
+        budget = CheckpointBudget(ram="4GiB", ram_slots=case.checkpoints - 1, keep="solution")
     right: nn.Module = func
     if case.method == "arkimex_3":
         assert isinstance(func, Kinetics)

@@ -6,14 +6,13 @@ PETSc's steps cannot be traced. The graph breaks before the solve and continues 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
 
-from pnode_dist.system.torch_internals import mark_as_not_traced
+from pnode_dist.system.torch_internals import compiler_is_loaded, mark_as_not_traced
 from pnode_dist.system.torch_releases import known_options
 
 P = ParamSpec("P")
@@ -34,7 +33,7 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
+        if not compiler_is_loaded():
             return function(*args, **kwargs)
         if not disabled:
             # torch 2.6 names another reason in the error of fullgraph=True.

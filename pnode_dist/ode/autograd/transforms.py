@@ -101,7 +101,7 @@ def check_not_traced() -> None:
     tracer: str | None = None
     if internals.is_dispatch_tracing():
         tracer = "torch.func.linearize, make_fx or torch.export"
-    elif internals.is_jit_tracing():
+    elif torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         tracer = "torch.jit.trace"
     elif batching_or_tracking() and internals.is_functionalizing():
         tracer = "torch.func.functionalize"

@@ -111,11 +111,11 @@ class Carried:
     def settle(self) -> None:
         """Decide after the first step if marks are needed: only if it has changed anything."""
         if self._active is None:
-            self._active = self._has_changed()
+            self._active = self.has_changed()
 
     def end_forward(self) -> None:
         """Note the changes of a forward pass at its end."""
-        late = not self._active and self._has_changed()
+        late = not self._active and self.has_changed()
         self.draws = self._drawn(self.initial)
         self._known.carries = self._known.carries or late
         for tensor, (version, copy) in zip(self._tensors, self.initial.tensors, strict=True):
@@ -167,12 +167,14 @@ class Carried:
         with torch.no_grad():
             for tensor, (version, copy) in zip(self._tensors, mark.tensors, strict=True):
                 if not _is_as(tensor, version, copy):
-                    tensor.copy_(copy)
+                    # Batch normalisation does not count its writes. To count this one would invalidate graphs.
+                    (tensor.data if tensor._version == version else tensor).copy_(copy)
 
     def _tensors_are_as_in(self, mark: Mark) -> bool:
         return all(_is_as(tensor, *held) for tensor, held in zip(self._tensors, mark.tensors, strict=True))
 
-    def _has_changed(self) -> bool:
+    def has_changed(self) -> bool:
+        """Return True if the present state differs from that at the beginning of the solve."""
         initial = self.initial
         return not self._tensors_are_as_in(initial) or self._drawn(initial) or bool(self._bindings.changes())
 

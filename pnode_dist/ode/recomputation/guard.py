@@ -32,9 +32,10 @@ def check_policy(policy: str) -> None:
         raise ConfigurationError(f"on_mismatch = {policy!r}: must be one of {', '.join(POLICIES)}")
 
 
-def tolerance_of(compute_dtype: torch.dtype, narrow_checkpoints: bool) -> float:
-    """Return the largest relative difference that counts as rounding, for an f that computes in this type."""
-    tolerance = _TOLERANCES.get(compute_dtype, _OF_NARROW_TYPES)
+def tolerance_of(compute_dtype: torch.dtype, state_dtype: torch.dtype, checkpoint_dtype: torch.dtype) -> float:
+    """Return the largest relative difference that counts as rounding, for the types of f, state and checkpoints."""
+    tolerance = max(_TOLERANCES.get(dtype, _OF_NARROW_TYPES) for dtype in (compute_dtype, state_dtype))
+    narrow_checkpoints = checkpoint_dtype.itemsize < state_dtype.itemsize
     return max(tolerance, _OF_NARROW_CHECKPOINTS) if narrow_checkpoints else tolerance
 
 
@@ -55,15 +56,18 @@ class Guard:
         del self._states[:]
         self.worst, self.where = 0.0, ""
 
-    def keep(self, step: int, value: float) -> None:
-        """Store the fingerprint of the state after `step`. Steps come in order; repeated ones are ignored."""
-        if step == len(self._states):
+    def keep(self, unit: int, value: float) -> None:
+        """Store the fingerprint of the state after a segment. Segments come in order; repeated ones are ignored."""
+        if unit == len(self._states):
             self._states.append(value)
 
-    def compare_state(self, step: int, time: float, value: float, parts: Iterable[torch.Tensor]) -> None:
-        """Compare the fingerprint of the state after a recomputed step. `parts` are of about its size."""
-        if step < len(self._states):
-            self._compare(self._states[step], value, parts, f"step {step} from t = {time:.6g}")
+    def compare_state(self, unit: int, step: int, time: float, value: float, parts: Iterable[torch.Tensor]) -> None:
+        """Compare the fingerprint of the state after a recomputed segment, whose first step is `step`.
+
+        `parts` are of about the size of the state.
+        """
+        if unit < len(self._states):
+            self._compare(self._states[unit], value, parts, f"step {step} from t = {time:.6g}")
 
     def compare_value(self, expected: float | None, time: float, values: tuple[torch.Tensor, ...]) -> None:
         """Compare a recomputed value of f at `time` with the fingerprint of the first one; None was not stored."""

@@ -1,8 +1,8 @@
 """Copies of parameters and buffers in the floating type that f computes in.
 
-The parameters of the model keep their own type. States, adjoints and sums of parameter gradients are in PETSc's scalar
-type: only f and its products with vectors need a fast type. The copies are made once for a solve. (P. Micikevicius et
-al.: Mixed precision training, ICLR (2018), keeps master weights in the same way.)
+The parameters of the model keep their own type. States, adjoints and sums of parameter gradients are in the type of the
+state, by default no narrower than u0: only f and its products with vectors need a fast type. The copies are made once
+for a solve. (P. Micikevicius et al.: Mixed precision training, ICLR (2018), keeps master weights in the same way.)
 """
 
 from __future__ import annotations

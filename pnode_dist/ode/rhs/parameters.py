@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pnode_dist.exchange.compiled import FIRST_TOKEN
 from pnode_dist.ode.rhs.split import SplitFunction
 
 HOW_TO_NAME_IT = "name it with params=(...), or with adjoint_params=(...) of pnode_dist.torchdiffeq.odeint_adjoint"
@@ -218,7 +219,8 @@ def completeness_check(parameters: Parameters) -> Callable[[Sequence[torch.Tenso
     It walks the autograd graph of the evaluation to the inputs and the parameters. Any other leaf is a tensor that the
     search has missed.
     """
-    known = {id(tensor) for tensor in parameters.tensors}
+    # Compiled exchanges depend on their first token, whose gradient is 0.
+    known = {id(FIRST_TOKEN), *(id(tensor) for tensor in parameters.tensors)}
     boundary = {(tensor.grad_fn, tensor.output_nr) for tensor in parameters.tensors if tensor.grad_fn is not None}
 
     def check(outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:

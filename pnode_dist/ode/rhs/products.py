@@ -52,7 +52,7 @@ def vjp(
     value = None
     if parameters and bound.needs_time_gradient:
         value = sum(
-            (out.detach().to(part) * part).sum()
+            (out.detach().to(part) * part).sum(dtype=torch.float64)
             for out, part in zip(graph.values, cotangents, strict=True)
             if part is not None
         )
@@ -128,12 +128,16 @@ def batched_vjp(bound: BoundFunction, graph: StageGraph, layout: StateLayout, fl
         graph.inputs,
         along,
         allow_unused=True,
-        materialize_grads=True,
         retain_graph=True,
         is_grads_batched=True,
     )
     bound.vjps += len(flats)
-    return torch.cat([value.reshape(len(flats), -1) for value in found], dim=1).to(flats)
+    # A zero that torch materialises has no axis for the batch.
+    rows = [
+        flats.new_zeros(len(flats), size) if value is None else value.reshape(len(flats), size)
+        for value, size in zip(found, layout.sizes, strict=True)
+    ]
+    return torch.cat([row.to(flats) for row in rows], dim=1)
 
 
 def tangent_map(bound: BoundFunction, graph: StageGraph) -> TangentMap:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
-from pnode_dist.petsc import vectors
 from pnode_dist.system.torch_internals import add_in_place
 
 Products = Sequence[torch.Tensor | None]
@@ -19,7 +18,10 @@ Products = Sequence[torch.Tensor | None]
 
 
 class AdjointSums:
-    """Adjoint and gradient of an explicit solve, part by part, in PETSc's scalar type."""
+    """Adjoint and gradient of an explicit solve, part by part.
+
+    The adjoint has the type of the state. The gradient of a parameter has the wider one of that type and its own.
+    """
 
     def __init__(self, layout: StateLayout, parameters: int) -> None:
         self._layout, self._parameters = layout, parameters
@@ -33,10 +35,9 @@ class AdjointSums:
         self.adjoint, self._owns_adjoint = [], []
         self.gradient, self._owns_gradient = [None] * self._parameters, False
 
-    def replace(self, adjoint: list[torch.Tensor], gradient: list[torch.Tensor | None]) -> None:
-        """Set both sums to tensors that autograd returned."""
+    def replace(self, adjoint: list[torch.Tensor]) -> None:
+        """Set the adjoint to tensors that autograd returned."""
         self.adjoint, self._owns_adjoint = adjoint, [False] * len(adjoint)
-        self.gradient = gradient
 
     def add_to_adjoint(self, parts: Products) -> None:
         """Add to the adjoint. The first parts become the adjoint without a copy."""
@@ -47,7 +48,7 @@ class AdjointSums:
                 if part is not None:
                     self._add_part(number, part)
             return
-        dtype, device = vectors.scalar_dtype(), layout.vec_device
+        dtype, device = layout.state_dtype, layout.vec_device
         self.adjoint = [
             torch.zeros(shape, dtype=dtype, device=device) if part is None else part
             for part, shape in zip(given, layout.shapes, strict=True)
@@ -87,15 +88,19 @@ class AdjointSums:
         every = all(product is not None for product in products)
         if every and self._owns_gradient:
             if layout.device != layout.vec_device:
-                products = [layout.scalar(product) for product in products if product is not None]
+                products = [self._summand(product) for product in products if product is not None]
             add_in_place(gradient, products)  # type: ignore[arg-type]
             return
         self._owns_gradient = every and all(old is not None for old in gradient)
         for number, (old, product) in enumerate(zip(gradient, products, strict=True)):
             if product is not None:
-                # Parameters may be of a narrower type than the state.
-                new = layout.scalar(product)
+                new = self._summand(product)
                 gradient[number] = new if old is None else old + new
+
+    def _summand(self, product: torch.Tensor) -> torch.Tensor:
+        """Convert a product with respect to a parameter to the type and device of its sum."""
+        layout = self._layout
+        return product.to(layout.vec_device, torch.promote_types(product.dtype, layout.state_dtype))
 
     def take_time_gradients(self) -> tuple[float, float]:
         """Return the last two entries of the gradient, each one number, and reset them to zero."""
@@ -105,7 +110,7 @@ class AdjointSums:
 
     def end(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """End the backward pass: return both sums, and keep no reference to them."""
-        dtype, device = vectors.scalar_dtype(), self._layout.vec_device
+        dtype, device = self._layout.state_dtype, self._layout.vec_device
         adjoint = tuple(self.adjoint)
         gradient = [
             torch.zeros(shape, dtype=dtype, device=device) if part is None else part

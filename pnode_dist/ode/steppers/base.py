@@ -24,6 +24,7 @@ from pnode_dist.ode.methods import Method
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.current_state import CurrentState
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.petsc import calls
@@ -116,6 +117,28 @@ class Stepper(ABC):
         until `close_segment` is called.
         A negative `size` goes backward in time. PETSc steps forward only, and then sees du/ds = -f(-s, u), s = -t.
         """
+
+    def advance(self, segment: Segment) -> None:
+        """Advance the current state over the steps of `segment`. Collective on `comm`."""
+        for number, (time, size) in enumerate(zip(segment.starts, segment.sizes, strict=True), start=segment.first):
+            self.step(number, time, size)
+
+    def record(self, segment: Segment, isolate: bool, level: str) -> Tape:
+        """Advance over the only step of `segment`, and return its tape, see `step`. Collective on `comm`."""
+        (time,), (size,) = segment.starts, segment.sizes
+        tape: Tape = []
+        self.step(segment.first, time, size, tape, isolate, level)
+        return tape
+
+    def pull_back(self, segment: Segment, tape: Tape) -> list[tuple[float, float]]:
+        """Take adjoint and gradient back over the only step of `segment`, given its tape. Collective on `comm`.
+
+        Returns h dL/dh and dL/dt_n of each step; nothing if the gradient with respect to times is not needed.
+        """
+        (time,), (size,) = segment.starts, segment.sizes
+        self.adjoint_step(segment.first, time, size, tape)
+        bound = self.callbacks.bound
+        return [self.take_time_gradients()] if bound is not None and bound.needs_time_gradient else []
 
     @abstractmethod
     def close_segment(self) -> None:

@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 
 class CurrentState(Protocol):
-    """This rank's part of the current state, in PETSc's scalar type. All views of it are read-only."""
+    """This rank's part of the current state, in `StateLayout.state_dtype`. All views of it are read-only."""
 
     @property
     def parts(self) -> Parts:
@@ -113,7 +113,7 @@ class TensorState:
 
     def __init__(self, layout: StateLayout) -> None:
         self._layout = layout
-        self._dtype = vectors.scalar_dtype()
+        self._dtype = layout.state_dtype
         self._host = _Host(layout)
         self.parts: Parts = ()
         self._flat: torch.Tensor | None = None
@@ -136,7 +136,7 @@ class TensorState:
         self._shared = self._separate = True
 
     def set_shared(self, parts: Parts) -> None:
-        """Replace the state by shared parts, in PETSc's scalar type."""
+        """Replace the state by shared parts, in the layout's `state_dtype`."""
         self.parts, self._shared, self._separate = parts, True, True
         self._flat = parts[0].view(-1) if len(parts) == 1 else None
 

@@ -150,7 +150,7 @@ class EmbeddedAttempts:
         ratios = [value / scale for value, scale in zip(values, scales, strict=True)]
         if self._rule.norm is not None:
             return _number(self._rule.norm(stepper.layout.as_state(ratios)))
-        sums = np.array([(ratio.square().sum().item(), ratio.numel()) for ratio in ratios])
+        sums = np.array([(ratio.square().sum(dtype=torch.float64).item(), ratio.numel()) for ratio in ratios])
         if stepper.comm.size > 1:
             stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
         # NumPy's maximum is NaN if any entry is; Python's is not.

@@ -26,8 +26,10 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.rhs.products import pull_back, step_cotangents, vjp
+from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums, Products
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
+from pnode_dist.ode.steppers.compiled_segment import CompiledSegments, CompiledTape
 from pnode_dist.ode.steppers.current_state import TensorState
 from pnode_dist.ode.steppers.own_tables import register_own_tables
 from pnode_dist.ode.steppers.pruning import prune
@@ -38,7 +40,7 @@ from pnode_dist.petsc import vectors
 from pnode_dist.system.torch_internals import set_grad_enabled
 
 Slopes = list[Parts]
-"""f at the stages of a step so far, in PETSc's scalar type; empty for a stage on which the result does not depend."""
+"""f at the stages of a step so far, in the type of the state; empty for a stage on which the result does not depend."""
 
 
 class ExplicitStepper(Stepper):
@@ -72,6 +74,7 @@ class ExplicitStepper(Stepper):
             ts.destroy()
         self.bound: BoundFunction | None = None
         self.error: BaseException | None = None
+        self.compiled: CompiledSegments | None = None
         self._sums = AdjointSums(layout, len(parameter_sizes))
         self._segment: weakref.ref[TapeSegment] | None = None
         self._autograd_sums = self._uses_segments = False
@@ -97,14 +100,62 @@ class ExplicitStepper(Stepper):
     def bind(self, bound: BoundFunction) -> None:
         """See `Stepper.bind`."""
         if bound is not self.bound:
-            # Autograd sums in the types of the parameters, which must be PETSc's scalar type.
+            # Autograd sums in the types of the parameters, which must be that of the state.
             self._autograd_sums = not (self.layout.converts or bound.needs_time_gradient) and all(
-                parameter.dtype is vectors.scalar_dtype() and parameter.device == self.layout.vec_device
+                parameter.dtype is self.layout.state_dtype and parameter.device == self.layout.vec_device
                 for parameter in bound.parameters.tensors
             )
             # On several ranks the graphs of a segment could lead to different exchanges.
             self._uses_segments = self._autograd_sums and self._may_use_segments and self.comm.size == 1
         self.bound = bound
+
+    # Compiled segments
+
+    def advance(self, segment: Segment) -> None:
+        """See `Stepper.advance`."""
+        if self.compiled is None:
+            super().advance(segment)
+            return
+        self._take(self.compiled.advance(self._bound, segment, self.current.parts))
+
+    def record(self, segment: Segment, isolate: bool, level: str) -> Tape:
+        """See `Stepper.record`. A compiled segment at the level "stages" has the state before it for a tape."""
+        if self.compiled is None:
+            return super().record(segment, isolate, level)
+        before = self.current.parts
+        if level == "stages":
+            self.current.share()
+            self._take(self.compiled.advance(self._bound, segment, before))
+            return [CompiledTape(before)]
+        after, tape = self.compiled.record(self._bound, segment, before)
+        self._take(after)
+        return [tape]
+
+    def pull_back(self, segment: Segment, tape: Tape) -> list[tuple[float, float]]:
+        """See `Stepper.pull_back`."""
+        recorded = tape[0]
+        if self.compiled is None or not isinstance(recorded, CompiledTape):
+            return super().pull_back(segment, tape)
+        tape.clear()
+        if not recorded.roots:
+            recorded = self.compiled.record(self._bound, segment, recorded.start)[1]
+        sums = self._sums
+        states, parameters, by_times = self.compiled.pull_back(self._bound, recorded, sums.adjoint)
+        sums.replace(
+            [torch.zeros_like(old) if new is None else new for old, new in zip(sums.adjoint, states, strict=True)]
+        )
+        sums.add_to_gradient([*parameters, *((None, None) if self._bound.needs_time_gradient else ())])
+        return by_times
+
+    def _take(self, after: Parts) -> None:
+        """Make the result of a segment the current state."""
+        self.current.set_shared(after)
+        self._store_fingerprint(after)
+
+    @property
+    def _bound(self) -> BoundFunction:
+        assert self.bound is not None
+        return self.bound
 
     # One step and its adjoint
 
@@ -169,7 +220,7 @@ class ExplicitStepper(Stepper):
         return combined(state, size, terms, slopes)
 
     def slope(self, time: float, state: Parts, tape: Tape | None, level: str) -> Parts:
-        """Return f at `time` and `state`, in PETSc's scalar type. Append the stage to `tape`, if given.
+        """Return f at `time` and `state`, in the type of the state. Append the stage to `tape`, if given.
 
         Raises `RuntimeError` if f writes into the current state, or into a state on the tape.
         """
@@ -337,7 +388,8 @@ class ExplicitStepper(Stepper):
             self.stepping = False
         parts = len(segment.start)
         segment.free()
-        sums.replace([part for part in found[:parts] if part is not None], list(found[parts:]))
+        sums.replace([part for part in found[:parts] if part is not None])
+        sums.gradient = list(found[parts:])
 
     # The rest of the interface of `Stepper`
 

@@ -54,12 +54,7 @@ class TsParts:
         method, function, built = self.method, self.function, self.built
         ts = PETSc.TS().create(comm=self.comm)
         ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-        if method.family == "theta":
-            ts.setType(method.petsc_name)
-        else:
-            ts.setType(_TYPES[method.family])
-            if method.family in ("arkimex", "dirk"):
-                (ts.setARKIMEXType if method.family == "arkimex" else ts.setDIRKType)(method.petsc_name)
+        set_type(ts, method)
         if function.mass is None and has_adjoint(method):
             # With any other equation type PETSc's adjoints of ARKIMEX are silently wrong.
             ts.setEquationType(PETSc.TS.EquationType.ODE_EXPLICIT)
@@ -105,12 +100,22 @@ class TsParts:
         return mat
 
 
+def set_type(ts: PETSc.TS, method: Method) -> None:
+    """Set the type of `ts`, and its table if the type has several."""
+    if method.family == "theta":
+        ts.setType(method.petsc_name)
+        return
+    ts.setType(_TYPES[method.family])
+    if method.family in ("arkimex", "dirk"):
+        (ts.setARKIMEXType if method.family == "arkimex" else ts.setDIRKType)(method.petsc_name)
+
+
 def default_options(parts: TsParts, options: PetscOptions, dtype: torch.dtype, linear: bool) -> dict[str, Any]:
     """Return the options that apply where neither the caller nor the command line gives others.
 
     `dtype` is the floating type that f computes in. `linear`: the implicit part is a Mat.
     """
-    rtol, stol = _newton_tolerances(dtype)
+    rtol, stol = newton_tolerances(dtype)
     defaults: dict[str, Any] = {"snes_rtol": rtol, "snes_stol": stol, "ksp_type": "gmres"}
     if parts.built is None:
         defaults["pc_type"] = "none"
@@ -127,7 +132,7 @@ def default_options(parts: TsParts, options: PetscOptions, dtype: torch.dtype, l
     return {name: value for name, value in defaults.items() if not given.hasName(name)}
 
 
-def _newton_tolerances(dtype: torch.dtype) -> tuple[float, float]:
+def newton_tolerances(dtype: torch.dtype) -> tuple[float, float]:
     """Return the relative tolerances of residual and Newton step that an f of this type can reach."""
     if dtype == torch.float64:
         return 1e-9, 1e-12

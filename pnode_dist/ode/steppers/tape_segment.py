@@ -62,7 +62,7 @@ class TapeSegment:
     def record_step(
         self, bound: BoundFunction, layout: StateLayout, tableau: Tableau, time: float, size: float
     ) -> Parts | None:
-        """Record the next step, from `time` by `size`, in PETSc's scalar type. Collective if f is.
+        """Record the next step, from `time` by `size`, in the type of the state. Collective if f is.
 
         Returns the state after it without its graph. Returns None if f itself differentiates with respect to tensors
         that its state was computed from, such as the parameters: inside one graph such a derivative would include the

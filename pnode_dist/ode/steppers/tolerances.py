@@ -122,7 +122,7 @@ class Tolerances:
         return chosen if math.isfinite(chosen) else abs(span) * 1e-6
 
     def _norm(self, values: torch.Tensor) -> float:
-        sums = np.array([values.square().sum().item(), values.numel()])
+        sums = np.array([values.square().sum(dtype=torch.float64).item(), values.numel()])
         self._stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
         return math.sqrt(sums[0] / max(sums[1], 1.0))
 
@@ -141,7 +141,7 @@ def of_parts(name: str, tolerance: Tolerance, layout: StateLayout) -> Sequence[t
     """
     if isinstance(tolerance, int | float):
         return (float(tolerance),) * len(layout.shapes)
-    flat = torch.empty(layout.size, dtype=vectors.scalar_dtype(), device=layout.vec_device)
+    flat = torch.empty(layout.size, dtype=layout.state_dtype, device=layout.vec_device)
     _spread(name, tolerance, layout, flat)
     return layout.parts(flat)
 

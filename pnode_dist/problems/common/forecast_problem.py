@@ -228,7 +228,7 @@ class ForecastProblem(TrainableProblem):
         check_replicas(self.config, self.mesh, windows)
         share = math.ceil(self.config.training.batch_size / self.mesh.data_replicas)
         values = (1 if self._solves_one_by_one else share) * protocol.count(self.partition.local_shape)
-        check_checkpoint(self.config, values, times, self.partition.comm, self._solves)
+        check_checkpoint(self.config, values, self.dtype, times, self.partition.comm, self._solves)
 
     @property
     def _solves_one_by_one(self) -> bool:

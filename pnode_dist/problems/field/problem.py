@@ -60,7 +60,7 @@ def build_field(config: FieldRun, mesh: Mesh, dtype: torch.dtype) -> FieldProble
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         tendency = Tendency(model, field, partition, mesh, harmonics)
-    check_budget(config, partition, field.time.interval, problem.window)
+    check_budget(config, partition, dtype, field.time.interval, problem.window)
     solve = neural_ode(config, tendency.to(dtype), partition)
     return FieldProblem(config, mesh, partition, field, FieldModel(solve, field.time.interval), dtype)
 

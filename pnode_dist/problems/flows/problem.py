@@ -94,7 +94,7 @@ class FlowsProblem(TrainableProblem):
 
     def _solve(self, dynamics: FlowDynamics) -> NeuralODE:
         values = self.partition.local_shape[0] * (self.data.dimension + 1 + len(dynamics.charges))
-        check_checkpoint(self.config, values, [0.0, self.config.model.time], self.partition.comm)
+        check_checkpoint(self.config, values, self.dtype, [0.0, self.config.model.time], self.partition.comm)
         return self.neural_ode(dynamics, self.partition, last_only=True)
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[SampleBatch]:

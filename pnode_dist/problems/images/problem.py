@@ -48,7 +48,7 @@ class ImageBatch:
     numbers: tuple[int, ...]
 
 
-def _check_sizes(config: ImagesRun, data: ImageData, mesh: Mesh) -> None:
+def _check_sizes(config: ImagesRun, data: ImageData, mesh: Mesh, dtype: torch.dtype) -> None:
     """Raise `ConfigurationError` if no checkpoint of a batch fits the trajectory, or a batch has no variance.
 
     Collective on the state ranks.
@@ -65,7 +65,7 @@ def _check_sizes(config: ImagesRun, data: ImageData, mesh: Mesh) -> None:
             "no variance: must be another, or [model] strides smaller"
         )
     samples = -(-math.ceil(size / mesh.data_replicas) // mesh.state_ranks)
-    check_checkpoint(config, samples * values, (0.0, 1.0), mesh.state_comm, solves=len(config.model.widths))
+    check_checkpoint(config, samples * values, dtype, (0.0, 1.0), mesh.state_comm, solves=len(config.model.widths))
 
 
 def _model(config: ImagesRun, data: ImageData, mesh: Mesh, dtype: torch.dtype) -> SqueezeNext:
@@ -121,7 +121,7 @@ class ImagesProblem(TrainableProblem):
             )
         self.data = load_images(config.problem, mesh)
         check_replicas(config, mesh, len(self.data.training), "image")
-        _check_sizes(config, self.data, mesh)
+        _check_sizes(config, self.data, mesh, dtype)
         self._model = _model(config, self.data, mesh, dtype)
 
     @property

@@ -10,7 +10,7 @@ from pnode_dist import CheckpointBudget, NeuralODE, Trajectory
 from pnode_dist.checkpointing.budget import parse_size
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.system.sizes import format_size
-from tests.oracles.checkpointing import fewest_steps
+from tests.oracles.checkpointing import fewest_solve_steps
 from tests.oracles.right_hand_sides import Network, random
 
 # Two by three numbers of 8 bytes.
@@ -114,22 +114,28 @@ def test_a_budget_that_cannot_be_read_is_refused_at_once(settings: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("trajectory", "slots"),
+    ("trajectory", "checkpoints", "tapes"),
     [
-        (Trajectory(ram=CHECKPOINT, keep="solution"), 1),
-        (Trajectory(ram=3 * CHECKPOINT + CHECKPOINT - 1, keep="solution"), 3),
-        (Trajectory(ram="0.1 KiB", keep="solution"), 2),
-        (Trajectory(ram=CHECKPOINT - 1, disk=2 * CHECKPOINT, keep="solution", schedule="multistage"), 2),
-        (Trajectory(ram=2 * CHECKPOINT, disk=4 * CHECKPOINT, keep="solution", schedule="multistage"), 6),
-        (Trajectory(ram="256MiB", keep="solution"), 19),
-        (Trajectory(ram=0, ram_slots=4), 4),
-        (Trajectory(ram=0, ram_slots=1, disk_slots=2), 3),
+        # A tape takes as much as 11 1/3 checkpoints.
+        (Trajectory(ram=CHECKPOINT, keep="solution"), 1, 0),
+        (Trajectory(ram=3 * CHECKPOINT + CHECKPOINT - 1, keep="solution"), 3, 0),
+        (Trajectory(ram="0.1 KiB", keep="solution"), 2, 0),
+        (Trajectory(ram=CHECKPOINT - 1, disk=2 * CHECKPOINT, keep="solution", schedule="multistage"), 2, 0),
+        (Trajectory(ram=2 * CHECKPOINT, disk=4 * CHECKPOINT, keep="solution", schedule="multistage"), 6, 0),
+        (Trajectory(ram=19 * CHECKPOINT, keep="solution"), 19, 0),
+        (Trajectory(ram=30 * CHECKPOINT, keep="solution"), 18, 1),
+        (Trajectory(ram="256MiB", keep="solution"), 18, 1),
+        (Trajectory(ram=0, ram_slots=4), 4, 0),
+        (Trajectory(ram=15 * CHECKPOINT, ram_slots=4), 4, 0),
+        (Trajectory(ram=16 * CHECKPOINT, ram_slots=4), 4, 1),
+        (Trajectory(ram=0, ram_slots=1, disk_slots=2), 3, 0),
     ],
 )
-def test_bytes_pay_for_as_many_checkpoints_as_fit(trajectory: Trajectory, slots: int) -> None:
+def test_bytes_pay_for_as_many_checkpoints_as_fit(trajectory: Trajectory, checkpoints: int, tapes: int) -> None:
     solve = solved(trajectory).last_solve
-    assert solve.forward_steps + solve.recomputed_steps == fewest_steps(20, slots)
-    assert solve.checkpoint_bytes_peak == slots * CHECKPOINT
+    assert solve.forward_steps + solve.recomputed_steps == fewest_solve_steps(20, checkpoints, tapes)
+    assert solve.graph_steps == tapes
+    assert solve.checkpoint_bytes_peak == checkpoints * CHECKPOINT
     assert solve.adjoint_steps == 20
 
 
@@ -147,7 +153,7 @@ def test_a_budget_for_some_graphs_stays_within_itself_and_saves_steps() -> None:
     few, more = (solved(Trajectory(ram=n * one)).last_solve for n in (1, 8))
     bare = solved(Trajectory(ram=8 * one, keep="solution")).last_solve
     assert 1 < more.graph_steps < 20
-    assert more.checkpoint_bytes_peak + (more.graph_steps - 1) * one <= 8 * one
+    assert more.checkpoint_bytes_peak + more.graph_steps * one <= 8 * one
     assert more.recomputed_steps < bare.recomputed_steps
     assert more.recomputed_steps < few.recomputed_steps
 
@@ -179,9 +185,12 @@ def test_zero_slots_are_too_few() -> None:
         solved(Trajectory(ram_slots=0, disk_slots=0))
 
 
-@pytest.mark.parametrize(("keep", "again"), [("solution", 0), ("auto", 1)])
-def test_a_single_step_needs_no_checkpoint_and_is_recomputed_if_its_graph_is_charged(keep: str, again: int) -> None:
-    solve = solved(Trajectory(ram=0, keep=keep), times=(0.0, 0.05)).last_solve
+@pytest.mark.parametrize("keep", ["solution", "stages", "auto"])
+@pytest.mark.parametrize(("ram", "again"), [(0, 1), ("1kB", 0)])
+def test_a_single_step_needs_no_checkpoint_and_is_recomputed_if_no_tape_fits(
+    ram: int | str, again: int, keep: str
+) -> None:
+    solve = solved(Trajectory(ram=ram, keep=keep), times=(0.0, 0.05)).last_solve
     assert (solve.forward_steps, solve.recomputed_steps, solve.adjoint_steps) == (1, again, 1)
     assert solve.checkpoint_bytes_peak == 0
 

@@ -13,6 +13,7 @@ from pnode_dist.checkpointing.binomial import optimal_forward_steps
 from pnode_dist.checkpointing.budget import Slots
 from pnode_dist.checkpointing.plan import Plan, best
 from pnode_dist.checkpointing.schedule import Adjoint, Advance, EndForward, Record
+from tests.oracles.checkpointing import fewest_solve_steps_within
 
 
 def forward_steps(plan: Plan) -> int:
@@ -41,18 +42,10 @@ def test_a_division_fits_the_budget_and_no_other_needs_fewer_steps(
     steps: int, ram: int, disk: int, checkpoint: int, graph: int
 ) -> None:
     base = Slots(min(ram // checkpoint, steps - 1), min(disk, steps - 1), checkpoint, ram)
-    if base.ram + base.disk == 0:
-        return
     chosen = best(Trajectory(ram=ram), base, steps, graph, None).chosen
     assert chosen.ram_bytes == chosen.ram * checkpoint + chosen.kept * graph <= ram
     assert chosen.disk <= disk
-    # Without any graph the state after the last step is reached like that before another one. The initial state is at
-    # hand, as if in one slot more.
-    fewest = min(
-        optimal_forward_steps(steps - graphs + 1, left // checkpoint + disk + 1) + graphs - 1
-        for graphs in range(steps + 1)
-        if (left := ram - graphs * graph) >= 0
-    )
+    fewest = fewest_solve_steps_within(ram, steps, checkpoint, graph, most_tapes=steps, disk=disk)
     assert forward_steps(chosen) == chosen.forward_steps == fewest
 
 

@@ -17,11 +17,12 @@ from pnode_dist import ConfigurationError, NeuralODE, Trajectory
 from pnode_dist.checkpointing import budget
 from pnode_dist.checkpointing.budget import Ledger
 from pnode_dist.checkpointing.store import MemoryPool
-from tests.oracles.checkpointing import fewest_steps
+from tests.oracles.checkpointing import fewest_solve_steps_within
 from tests.oracles.right_hand_sides import Network, gradients, identical, random
 
-# Two by three numbers of 8 bytes; 20 steps.
+# Two by three numbers of 8 bytes; 20 steps. A tape holds the state, the hidden layer of two by five and the time.
 CHECKPOINT, STEPS, TIMES = 48, 20, [0.0, 1.0]
+TAPE = 48 + 80 + 8
 
 
 class OopsError(Exception):
@@ -57,6 +58,11 @@ def in_all(node: NeuralODE) -> int:
     return node.last_solve.forward_steps + node.last_solve.recomputed_steps
 
 
+def fewest(ram: int, disk: int = 0) -> int:
+    """The fewest steps in all with states only, and at most the last step's tape."""
+    return fewest_solve_steps_within(ram, STEPS, CHECKPOINT, TAPE, disk=disk)
+
+
 def books(trajectory: Trajectory) -> tuple[int, int, int]:
     ledger = trajectory.ledger
     return ledger.ram, ledger.disk, ledger.solves
@@ -66,21 +72,22 @@ def books(trajectory: Trajectory) -> tuple[int, int, int]:
 
 
 def test_while_one_solve_awaits_its_backward_pass_the_next_gets_what_is_left() -> None:
-    # Three of five checkpoints go to a solve that can use no more: four steps.
-    trajectory = Trajectory(ram=5 * CHECKPOINT + 7, keep="solution")
+    # A tape and two checkpoints go to a solve that can use no more: four steps.
+    ram, used = 7 * CHECKPOINT + 7, TAPE + 2 * CHECKPOINT
+    trajectory = Trajectory(ram=ram, keep="solution")
     first, second = node_of(trajectory), node_of(trajectory)
     one = first(start(), [0.0, 0.2])
-    assert books(trajectory) == (3 * CHECKPOINT, 0, 1)
+    assert books(trajectory) == (used, 0, 1)
     two = second(start(), TIMES)
-    assert books(trajectory) == (5 * CHECKPOINT, 0, 2)
+    assert books(trajectory) == (used + 2 * CHECKPOINT, 0, 2)
     two.sum().backward()
-    assert in_all(second) == fewest_steps(STEPS, 2)
-    assert books(trajectory) == (3 * CHECKPOINT, 0, 1)
+    assert in_all(second) == fewest(2 * CHECKPOINT)
+    assert books(trajectory) == (used, 0, 1)
     one.sum().backward()
     assert in_all(first) == 4 + 3
     assert books(trajectory) == (0, 0, 0)
     second(start(), TIMES).sum().backward()
-    assert in_all(second) == fewest_steps(STEPS, 5)
+    assert in_all(second) == fewest(ram)
 
 
 def test_every_solve_gets_its_part_where_several_are_announced() -> None:
@@ -90,7 +97,7 @@ def test_every_solve_gets_its_part_where_several_are_announced() -> None:
     assert books(trajectory) == (6 * CHECKPOINT, 0, 2)
     for loss in losses:
         loss.backward()
-    assert [in_all(node) for node in nodes] == [fewest_steps(STEPS, 3)] * 2
+    assert [in_all(node) for node in nodes] == [fewest(3 * CHECKPOINT)] * 2
     assert books(trajectory) == (0, 0, 0)
 
 
@@ -98,7 +105,7 @@ def test_two_solves_of_one_module_share_as_those_of_two_do() -> None:
     trajectory = Trajectory(ram=6 * CHECKPOINT, solves=2, keep="solution")
     node, u0 = node_of(trajectory), start()
     (node(u0, TIMES) + node(u0, TIMES)).sum().backward()
-    assert in_all(node) == fewest_steps(STEPS, 3)
+    assert in_all(node) == fewest(3 * CHECKPOINT)
     assert books(trajectory) == (0, 0, 0)
 
 
@@ -123,6 +130,38 @@ def test_what_is_held_never_exceeds_the_budget(rtol: float | None, keep: str, tm
     # Not because nothing is booked.
     assert max(held for held, _ in most) >= ram - 3 * CHECKPOINT - 3 * 6 * CHECKPOINT
     assert books(trajectory) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("keep", ["solution", "stages", "auto", "graph"])
+@pytest.mark.parametrize("ram", [2, 4, 9, 40, 80])
+def test_the_ledger_holds_every_tape_and_checkpoint_between_the_passes(ram: int, keep: str) -> None:
+    trajectory = Trajectory(ram=ram * CHECKPOINT, keep=keep)
+    node = node_of(trajectory)
+    if keep == "graph" and ram * CHECKPOINT < STEPS * TAPE:
+        with pytest.raises(ConfigurationError, match=f"the graphs of 20 steps need ram = {STEPS * TAPE}, more than"):
+            node(start(), TIMES)
+        return
+    loss = node(start(), TIMES).sum()
+    solve = node.last_solve
+    # The state of the one stage is all that is kept of a step's stages.
+    tapes = solve.graph_steps * (CHECKPOINT if keep == "stages" else TAPE)
+    assert books(trajectory) == (tapes + solve.checkpoint_bytes_peak, 0, 1)
+    assert books(trajectory)[0] <= ram * CHECKPOINT
+    loss.backward()
+    assert solve.recomputed_steps == node.last_plan.recomputed_steps  # type: ignore[union-attr]
+
+
+def test_with_error_control_the_ledger_holds_the_tapes_or_the_checkpoints() -> None:
+    for ram, keeps_tapes in (("1MiB", True), (20 * CHECKPOINT, False)):
+        trajectory = Trajectory(ram=ram)
+        node = NeuralODE(Network(), method="heun", rtol=1e-5, trajectory=trajectory)
+        loss = node(start(), TIMES).sum()
+        solve = node.last_solve
+        assert (solve.graph_steps == solve.forward_steps > 20) == keeps_tapes
+        held = solve.graph_bytes if keeps_tapes else 20 * CHECKPOINT
+        assert books(trajectory) == (held, 0, 1)
+        loss.backward()
+        assert books(trajectory) == (0, 0, 0)
 
 
 def test_where_nothing_is_left_one_line_names_what_to_set() -> None:
@@ -163,7 +202,7 @@ def test_the_disk_is_shared_too(tmp_path: Path) -> None:
     assert books(trajectory) == (2 * CHECKPOINT, 4 * CHECKPOINT, 2)
     for loss in losses:
         loss.backward()
-    assert [in_all(node) for node in nodes] == [fewest_steps(STEPS, 3)] * 2
+    assert [in_all(node) for node in nodes] == [fewest(CHECKPOINT, disk=2)] * 2
     assert books(trajectory) == (0, 0, 0)
 
 
@@ -175,7 +214,7 @@ def test_equal_budgets_that_are_not_one_object_are_not_shared() -> None:
     # The same module, too, must not mistake one for the other.
     node.trajectory = other
     node(start(), TIMES).sum().backward()
-    assert in_all(node) == fewest_steps(STEPS, 3)
+    assert in_all(node) == fewest(3 * CHECKPOINT)
     assert (books(one), books(other)) == ((3 * CHECKPOINT, 0, 1), (0, 0, 0))
     waiting.sum().backward()
     assert books(one) == (0, 0, 0)
@@ -310,7 +349,7 @@ def test_copies_have_a_budget_of_their_own(duplicate: Callable[[Any], Any]) -> N
         assert twin.trajectory.ledger is not trajectory.ledger
         assert books(twin.trajectory) == (0, 0, 0)
         twin(start(), TIMES).sum().backward()
-        assert in_all(twin) == fewest_steps(STEPS, 3)
+        assert in_all(twin) == fewest(3 * CHECKPOINT)
         assert books(trajectory) == (3 * CHECKPOINT, 0, 1)
     waiting.sum().backward()
     assert books(trajectory) == (0, 0, 0)

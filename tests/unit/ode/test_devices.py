@@ -18,7 +18,6 @@ from mpi4py import MPI  # noqa: F401  # first: petsc4py may rely on MPI's librar
 from petsc4py import PETSc
 
 from pnode_dist import NeuralODE, Trajectory, odeint
-from pnode_dist.ode import prepare
 from pnode_dist.petsc import vectors
 from tests.conftest import PATIENCE
 from tests.oracles.other_device import Hidden, needs_other_device, other_device, transfers
@@ -94,7 +93,7 @@ def view_there(vec: PETSc.Vec, shape: tuple[int, ...], device: torch.device = ve
 def with_vectors_there(run: Any, argument: Any) -> Any:
     """Run as on a device that PETSc has vectors on: the memory is the host's, but torch knows it as the device's."""
     with (
-        mock.patch.object(prepare, "vec_device", lambda device: device),
+        mock.patch.object(vectors, "vec_device", lambda device: device),
         mock.patch.object(vectors, "create_vec", lambda comm, size, device: CREATE(comm, size)),
         mock.patch.object(vectors, "view", view_there),
     ):

@@ -1,5 +1,7 @@
 """The table of methods: what it holds, what it is called, and what is said to a wrong name."""
 
+import math
+
 import petsc4py
 import pytest
 import torch
@@ -63,15 +65,21 @@ def test_a_near_miss_is_recognised() -> None:
 
 
 @pytest.mark.parametrize("version", ["3.22.4", "3.25.5"])
-def test_dirk_solves_forward_and_refuses_gradients_below_petsc_3_26(
+def test_petsc_s_dirk_solves_forward_and_refuses_gradients_below_petsc_3_26(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(petsc4py, "__version__", version)
     u0 = torch.ones(2, dtype=torch.float64)
-    ends = odeint(lambda t, u: -u, u0, [0.0, 0.5], method="dirk_es324sal", step_size=0.05)[-1]
-    torch.testing.assert_close(ends, torch.exp(-0.5 * u0), rtol=1e-5, atol=0)
+
+    def solve(newton: str) -> torch.Tensor:
+        return odeint(lambda t, u: -u, u0, [0.0, 0.5], method="dirk_es324sal", step_size=0.05, newton=newton)[-1]
+
+    torch.testing.assert_close(solve("petsc"), torch.exp(-0.5 * u0), rtol=1e-5, atol=0)
+    u0.requires_grad_()
+    (gradient,) = torch.autograd.grad(solve("batch").sum(), u0)
+    torch.testing.assert_close(gradient, torch.full_like(u0, math.exp(-0.5)), rtol=1e-5, atol=0)
     with pytest.raises(ConfigurationError) as caught:
-        odeint(lambda t, u: -u, u0.requires_grad_(), [0.0, 0.5], method="dirk_es324sal", step_size=0.05)
+        solve("petsc")
     assert str(caught.value) == (
         f"method = 'dirk_es324sal': its gradient needs PETSc 3.26 or newer and found {version}: solve under "
         "torch.no_grad(), or choose a method of the families rk, theta or arkimex"

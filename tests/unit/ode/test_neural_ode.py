@@ -13,7 +13,7 @@ import torch
 from pnode_dist import NeuralODE, Trajectory, odeint
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import resolve
-from tests.oracles.checkpointing import fewest_steps
+from tests.oracles.checkpointing import fewest_solve_steps
 from tests.oracles.right_hand_sides import Network, distance, gradients, identical, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
@@ -51,7 +51,7 @@ def test_a_changed_step_size_and_trajectory_take_effect(node: NeuralODE) -> None
     wanted = gradients(lambda u: odeint_plain(node.func, u, TIMES, TABLEAUX["4"], 0.05), U0, list(node.parameters()))
     assert distance(results(node), wanted) <= 1e-12
     assert node.last_solve.forward_steps == 20
-    assert node.last_solve.forward_steps + node.last_solve.recomputed_steps == fewest_steps(20, 3)
+    assert node.last_solve.forward_steps + node.last_solve.recomputed_steps == fewest_solve_steps(20, 3)
 
 
 def test_changed_parameters_take_effect(node: NeuralODE) -> None:

@@ -82,11 +82,21 @@ def test_float32_computes_in_float32_and_answers_in_it() -> None:
     assert distance([f.double() for f in found], wanted) < 5e-6
 
 
-def test_float32_states_are_stepped_in_float64() -> None:
-    # In float32 a thousand additions of 1e-3 * 1e-5 to 1 would be lost.
-    found = odeint(lambda t, u: torch.full_like(u, 1e-5), torch.ones(1), [0.0, 1.0], method="euler", step_size=1e-3)
-    assert float(found[-1]) == pytest.approx(1 + 1e-5, abs=6e-8)
-    assert float(found[-1]) > 1
+def test_small_steps_of_a_float32_state_are_kept_in_float64_on_request() -> None:
+    def end(state_dtype: torch.dtype | None) -> float:
+        found = odeint(
+            lambda t, u: torch.full_like(u, 1e-5),
+            torch.ones(1),
+            [0.0, 1.0],
+            method="euler",
+            step_size=1e-3,
+            state_dtype=state_dtype,
+        )
+        return float(found[-1])
+
+    assert end(torch.float64) == pytest.approx(1 + 1e-5, abs=6e-8)
+    # In float32 a thousand additions of 1e-3 * 1e-5 to 1 are lost, as in plain torch.
+    assert end(torch.float32) == end(None) == 1.0
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (2, 3, 4), (1, 1, 1, 1)])

@@ -190,6 +190,44 @@ print(all(vars(other)[name] == vars(marked)[name] for name in vars(other)), len(
     assert done.stdout.split() == ["True", "1"]
 
 
+def test_the_mark_of_constants_is_that_of_the_public_decorator() -> None:
+    program = """
+import torch
+from pnode_dist.system.torch_internals import evaluated_while_tracing
+public = torch.compiler.assume_constant_result(lambda: 1)
+print(vars(evaluated_while_tracing(lambda: 1)) == vars(public) != {})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not internals.TRACES_OBJECTS, reason="used with later releases of torch alone")
+def test_a_graph_has_one_identity_forward_and_backward_and_none_outside() -> None:
+    seen: list[object] = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            seen.append(internals.functionalization())
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: object, cotangent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            seen.append(internals.functionalization())
+            return cotangent * 2
+
+    from functorch.compile import aot_function, nop
+
+    x = torch.ones(2, requires_grad=True)
+    aot_function(Seen.apply, nop)(x).sum().backward()
+    joint = seen[-2:]
+    assert joint[0] is joint[1] is not None
+    seen.clear()
+    Seen.apply(x).sum().backward()
+    assert seen == [None, None]
+
+
 def test_wrappers_of_torch_func_are_seen_inside_a_transform_alone() -> None:
     seen = []
 
@@ -231,11 +269,11 @@ def test_the_level_of_forward_mode_rises_inside() -> None:
     assert internals.forward_mode_level() == -1
 
 
-def test_tracing_is_seen_while_it_lasts() -> None:
+def test_dispatch_tracing_is_seen_while_it_lasts() -> None:
     seen = []
 
     def look(x: torch.Tensor) -> torch.Tensor:
-        seen.append((internals.is_dispatch_tracing(), internals.is_jit_tracing()))
+        seen.append(internals.is_dispatch_tracing())
         return x + 1
 
     look(torch.ones(1))
@@ -243,7 +281,7 @@ def test_tracing_is_seen_while_it_lasts() -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     make_fx(look)(torch.ones(1))
-    assert seen == [(False, False), (False, True), (True, False)]
+    assert seen == [False, False, True]
 
 
 def test_legacy_batches_are_split_and_joined() -> None:
@@ -311,6 +349,19 @@ def test_other_hooks_within_checkpointing_are_not_taken_for_it() -> None:
     found: list[bool] = []
     checkpoint(piece, torch.ones(1, requires_grad=True), use_reentrant=False)
     assert found == [False]
+
+
+@pytest.mark.slow
+def test_the_compiler_is_loaded_by_its_first_use() -> None:
+    program = """
+import torch
+from pnode_dist.system import torch_internals
+before = torch_internals.compiler_is_loaded()
+torch.compiler.disable(len)
+print(before, torch_internals.compiler_is_loaded())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 @pytest.mark.slow

@@ -48,8 +48,9 @@ def test_traffic_with_disk_checkpoints_is_recorded_in_bytes(decay, mesh, trainin
     first = records(tmp_path, "step")[0]
     checkpoint = 6 * 8
     assert first["bytes_written"] == checkpoint
-    assert first["bytes_read"] == checkpoint * 3
-    assert first["recomputed_steps"] > 0
+    # Four steps from the initial state and one checkpoint, before step 1: it is read for step 2 and for step 1.
+    assert first["bytes_read"] == checkpoint * 2
+    assert first["recomputed_steps"] == 8 - 4
 
 
 def test_the_recorded_loss_and_gradient_norm_are_those_before_the_step(decay, mesh, training, tmp_path):

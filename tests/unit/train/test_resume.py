@@ -272,6 +272,7 @@ def test_a_path_is_that_of_a_snapshot_or_of_another_run(run, tmp_path):
         ("training", "batch_size", 2),
         ("run", "seed", 1),
         ("solver", "method", "dopri5"),
+        ("solver", "state_dtype", "float64"),
         ("trajectory", "checkpoint_dtype", "float32"),
         ("problem", "variable", "salinity"),
         ("model", "channels", 3),

@@ -27,7 +27,7 @@ def test_what_is_counted_is_the_paper_s_table(method: str, stages: int) -> None:
     everything = 2 * 3 * stages
     assert counted["NODE-naive"]["depth"] == f"Nb Nt Ns Nl = {2 * everything}, {2 * everything}"
     assert counted["ACA"]["again"] == "Nb Nt = 6, 6"
-    assert counted["solution"]["states"] == "Nb (Nt-1) = 4, 4"
+    assert counted["solution"]["states"] == "Nb (Nt-2) = 2, 2"
 
 
 def test_a_wrong_theory_is_noticed() -> None:

@@ -31,7 +31,8 @@ def test_a_krylov_solve_that_fails_is_an_error_forward_and_in_the_adjoint() -> N
     few = {"ksp_max_it": 1, "ksp_rtol": 1e-12}
     with pytest.raises(ConvergenceError, match=r"DIVERGED_LINEAR_SOLVE.*DIVERGED_MAX_IT"):
         NeuralODE(StiffNetwork(), method="cn", step_size=0.1, options=few)(random(2, 3), TIMES)
-    node = NeuralODE(StiffNetwork(), method="cn", step_size=0.1, trajectory=Trajectory(ram="1MiB", keep="graph"))
+    keep = Trajectory(ram="1MiB", keep="graph")
+    node = NeuralODE(StiffNetwork(), method="cn", step_size=0.1, trajectory=keep, newton="petsc")
     loss = node(random(2, 3).requires_grad_(), TIMES).square().sum()
     stepper = next(iter(node._solvers._solvers.values())).stepper
     stepper._ts.getSNES().getKSP().setTolerances(max_it=1)  # type: ignore[attr-defined]

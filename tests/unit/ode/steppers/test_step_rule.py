@@ -10,7 +10,7 @@ import torch
 from pnode_dist import ConfigurationError
 from pnode_dist.ode.differentiable_solve import differentiable_solve
 from pnode_dist.ode.kept_solvers import NoSolvers
-from pnode_dist.ode.settings import Settings
+from pnode_dist.ode.settings import CallSettings
 from pnode_dist.ode.steppers.step_rule import StepRule
 from pnode_dist.ode.steppers.tolerances import ErrorControl
 from tests.oracles.right_hand_sides import Network, random
@@ -53,7 +53,7 @@ def test_a_step_of_the_least_size_is_accepted_unless_its_error_is_not_finite() -
 
 
 def test_a_method_without_an_error_estimate_is_refused() -> None:
-    settings = Settings("rk4", None, 1e-3, 1e-3, "basic", None, None, None, None, rule=StepRule())
+    settings = CallSettings(method="rk4", rtol=1e-3, atol=1e-3, rule=StepRule())
     with pytest.raises(ConfigurationError, match="'rk4': has no error estimate for a step rule: must be one of heun, "):
         differentiable_solve(NoSolvers(), NoSolvers(), Network(), random(2, 3), [0.0, 1.0], settings, ())
 

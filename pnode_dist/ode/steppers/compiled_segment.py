@@ -1,0 +1,269 @@
+"""Segments of explicit Runge-Kutta steps as one compiled function, forward and backward.
+
+torch.compile traces the loop over the steps, with the stages and f inside it. Its guards and the Python code of a call
+are then paid once a segment. The code does not grow with the number of steps where torch compiles the loop itself.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from mpi4py import MPI
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from pnode_dist.ode.rhs.compiled import Compiler
+from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
+from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.rhs.products import pull_back
+from pnode_dist.ode.segments import Segment
+from pnode_dist.ode.steppers.adjoint_sums import Products
+from pnode_dist.ode.steppers.step_loop import looping, repeating
+from pnode_dist.ode.steppers.tableau import Tableau
+from pnode_dist.ode.steppers.tape_segment import STATE_WAS_WRITTEN, TapeSegment
+from pnode_dist.system.compile_order import compile_in_turn
+from pnode_dist.system.torch_internals import (
+    compiler_errors,
+    mark_length_as_dynamic,
+    set_grad_enabled,
+    traces_inner_derivatives,
+)
+
+_MOST_IN_LOOP, _MOST_COPIES = 50, 5
+_Steps = Callable[[Parts, torch.Tensor, torch.Tensor, tuple[Any, ...]], Parts]
+
+
+class CompiledTape(NamedTuple):
+    """The graph of a segment: its inputs, which are the state before it and the times of its steps, and its roots.
+
+    Without roots the graph is made when it is needed.
+    """
+
+    start: Parts
+    starts: torch.Tensor | None = None
+    sizes: torch.Tensor | None = None
+    roots: tuple[GradientEdge, ...] = ()
+
+
+class CompiledSegments:
+    """The compiled segments of one right-hand side, layout and method, for solves with or without a gradient.
+
+    `most` is the largest number of steps of a segment. It is 0 if the right-hand side cannot be compiled, None before
+    the first call of `prepare`.
+    """
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        func: Function,
+        layout: StateLayout,
+        tableau: Tableau,
+        comm: MPI.Comm,
+        records: bool,
+    ) -> None:
+        self._layout, self._tableau, self._comm, self._records = layout, tableau, comm, records
+        self._stages = sum(tableau.counts)
+        self._step = _step(func, layout, tableau)
+        self._compile = partial(compiler.compile, self._step, layout.device)
+        self._loops, self._run = False, self._step
+        self.most: int | None = None
+
+    def prepare(self, bound: BoundFunction, state: Parts, start: float, size: float) -> int:
+        """Compile, and return the largest number of steps of a segment, 0 if that is not possible, with a warning.
+
+        Takes steps from `state` at `start` by `size`. Changes nothing that f carries from one evaluation to the next.
+        Collective on the ranks of the solver; all of them get the same number.
+        """
+        if self._comm.allreduce(self.most is None, MPI.LOR):
+            counts = bound.counts()
+            with bound.carried.aside():
+                take = _two_steps if self._records else _one_evaluation
+                reason = take(bound, self._layout, self._tableau, state, start, size)
+                if bound.carried.has_changed():
+                    reason = "func draws random numbers, or changes tensors or attributes"
+                reason = next(filter(None, self._comm.allgather(reason)), None)
+                self.most = 0
+                for loops in (True, False):
+                    # Exchanges between ranks have no order in a loop.
+                    if not (self.most or reason) and not (loops and self._comm.size > 1):
+                        self._loops, self._run = loops, self._compile(looping if loops else repeating)
+                        count = 2 if loops else _MOST_COPIES
+                        segment = Segment(0, (start,) * count, (size,) * count)
+                        error = self._error_of(partial(self._try, bound, state, segment))
+                        self.most = (_MOST_IN_LOOP if loops else _MOST_COPIES) if error is None else 0
+                        reason = None if loops else error
+            bound.count_from(counts)
+            if reason and self._comm.rank == 0:
+                warnings.warn(f"compile: steps are not compiled, because {reason}", RuntimeWarning, stacklevel=2)
+        assert self.most is not None
+        return self.most
+
+    def _error_of(self, call: Callable[[], None]) -> str | None:
+        """Compile what `call` runs. Returns why that is not possible on some rank, or None. Collective."""
+        try:
+            if self._comm.size > 1:
+                compile_in_turn(call, self._comm)
+            else:
+                call()
+        except Exception as error:  # torch's compiler raises many kinds of them
+            return _in_a_line(error)
+        return None
+
+    def _try(self, bound: BoundFunction, state: Parts, segment: Segment) -> None:
+        if not self._records:
+            self.advance(bound, segment, state)
+            return
+        result, tape = self.record(bound, segment, state)
+        adjoint = [torch.zeros_like(part) for part in result]
+        self.pull_back(bound, tape, adjoint)
+
+    def advance(self, bound: BoundFunction, segment: Segment, state: Parts) -> Parts:
+        """Return the state after the steps."""
+        bound.evaluations += self._stages * len(segment)
+        starts, sizes = segment.tensors()
+        with torch.no_grad():
+            return self._steps(bound, state, starts, sizes)
+
+    def record(self, bound: BoundFunction, segment: Segment, state: Parts) -> tuple[Parts, CompiledTape]:
+        """Return the state after the steps, and their tape."""
+        bound.evaluations += self._stages * len(segment)
+        starts, sizes = segment.tensors()
+        if bound.needs_time_gradient:
+            starts.requires_grad_()
+            sizes.requires_grad_()
+        start = tuple(part.detach().requires_grad_() for part in state)
+        before = torch.is_grad_enabled()
+        set_grad_enabled(True)
+        try:
+            result = self._steps(bound, start, starts, sizes)
+        finally:
+            set_grad_enabled(before)
+        bound.check_dependencies(result, (*start, starts, sizes))
+        tape = CompiledTape(start, starts, sizes, tuple(map(get_gradient_edge, result)))
+        return tuple(part.detach() for part in result), tape
+
+    def pull_back(
+        self, bound: BoundFunction, tape: CompiledTape, adjoint: Sequence[torch.Tensor]
+    ) -> tuple[Products, Products, list[tuple[float, float]]]:
+        """Return the adjoint before the steps, their gradient with respect to parameters, and that to their times.
+
+        The last has h dL/dh and dL/dt for each step, and is empty unless it was asked for.
+        """
+        starts, sizes = tape.starts, tape.sizes
+        assert starts is not None
+        assert sizes is not None
+        bound.vjps += self._stages * len(sizes)
+        times = (sizes, starts) if bound.needs_time_gradient else ()
+        found = pull_back(bound, tape.roots, (*tape.start, *bound.parameters.tensors, *times), adjoint)
+        parts, last = len(tape.start), len(found) - len(times)
+        by_times: list[tuple[float, float]] = []
+        if times:
+            by_size, by_start = (
+                torch.zeros_like(time) if part is None else part for part, time in zip(found[last:], times, strict=True)
+            )
+            by_times = list(zip((by_size * sizes).tolist(), by_start.tolist(), strict=True))
+        return found[:parts], found[parts:last], by_times
+
+    def _steps(self, bound: BoundFunction, state: Parts, starts: torch.Tensor, sizes: torch.Tensor) -> Parts:
+        if len(starts) > 1 and self._loops:
+            # One compilation serves all numbers of steps but one.
+            mark_length_as_dynamic(starts)
+            mark_length_as_dynamic(sizes)
+        try:
+            with traces_inner_derivatives():
+                return self._run(state, starts, sizes, bound.args)
+        except compiler_errors() as error:
+            if not self.most:
+                raise
+            # Values that func reads have changed too often, or to what cannot be compiled.
+            warnings.warn(f"compile: steps are no longer compiled, because {_in_a_line(error)}", stacklevel=2)
+            self._run = self._one_by_one
+            return self._run(state, starts, sizes, bound.args)
+
+    def _one_by_one(self, state: Parts, starts: torch.Tensor, sizes: torch.Tensor, args: tuple[Any, ...]) -> Parts:
+        for number in range(len(starts)):
+            state = self._step(state, starts[number:], sizes[number:], args)
+        return state
+
+
+def _step(func: Function, layout: StateLayout, tableau: Tableau) -> _Steps:
+    """Return the first step of a segment as a function that torch can trace, see `step_loop`."""
+
+    # Plain values, because torch's compiler cannot look into the locks of cached properties.
+    is_tuple, shapes, device, dtype = layout.is_tuple, layout.shapes, layout.device, layout.compute_dtype
+    state_device, state_dtype, result_terms = layout.vec_device, layout.state_dtype, tableau.result_terms
+    stages = tuple(zip(tableau.c, tableau.counts, tableau.stage_terms, strict=True))
+
+    def step(state: Parts, starts: torch.Tensor, sizes: torch.Tensor, args: tuple[Any, ...]) -> Parts:
+        start, size = starts[0], sizes[0]
+        slopes: list[Parts] = []
+        for node, counts, terms in stages:
+            if not counts:
+                slopes.append(())
+                continue
+            inputs = [part.to(device, dtype) for part in _sum(state, size, terms, slopes)]
+            time = (start + node * size).to(device, dtype)
+            value = func(time, tuple(inputs) if is_tuple else inputs[0], *args)
+            values = tuple(value) if is_tuple else (value,)
+            for part, shape in zip(values, shapes, strict=True):
+                if part.shape != shape or not part.dtype.is_floating_point:
+                    raise TypeError("func returned another shape or type than its state's")
+            slopes.append(tuple([part.to(state_device, state_dtype) for part in values]))
+        return _sum(state, size, result_terms, slopes)
+
+    return step
+
+
+def _sum(
+    state: Sequence[torch.Tensor], size: torch.Tensor, terms: Sequence[tuple[int, float]], slopes: list[Parts]
+) -> Parts:
+    """Return the state plus `size` times the weighted sum of slopes."""
+    result = []
+    for number, part in enumerate(state):
+        for stage, weight in terms:
+            part = part + (size * weight) * slopes[stage][number]
+        result.append(part)
+    return tuple(result)
+
+
+def _two_steps(
+    bound: BoundFunction, layout: StateLayout, tableau: Tableau, state: Parts, start: float, size: float
+) -> str | None:
+    """Take two steps in one graph, uncompiled. Returns why this cannot be right, or None.
+
+    Raises `RuntimeError` if f writes into its state.
+    """
+    layout = replace(layout, state_dtype=layout.compute_dtype, vec_device=layout.device)
+    trial = TapeSegment(0, layout.inputs(state, copy=True))
+    watches, bound.watches = bound.watches, True
+    try:
+        for _ in range(2):
+            if trial.record_step(bound, layout, tableau, start, size) is None:
+                return "func differentiates with respect to its own parameters"
+    finally:
+        bound.watches, bound.differentiates = watches, False
+    return None
+
+
+def _one_evaluation(
+    bound: BoundFunction, layout: StateLayout, tableau: Tableau, state: Parts, start: float, size: float
+) -> None:
+    """Evaluate f at a copy of the state, uncompiled. Raises `RuntimeError` if it writes into its state."""
+    with torch.inference_mode(False):
+        inputs = layout.inputs(state, copy=True)
+    versions = [part._version for part in inputs]
+    bound.value(bound.func, layout, start, inputs)
+    if [part._version for part in inputs] != versions:
+        raise RuntimeError(STATE_WAS_WRITTEN)
+
+
+def _in_a_line(error: Exception) -> str:
+    """Return the line of an error of torch's compiler that says the most."""
+    error = getattr(error, "inner_exception", error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["without a message"]
+    explained = [line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: ")]
+    return f"torch.compile fails ({type(error).__name__}: {(explained or lines)[0]})"
