@@ -137,11 +137,11 @@ def steps_per_segment(solve: Solve) -> int:
     compiled = compiler.once(
         (id(func), modes, layout, tableau, comm.size > 1, records),
         func,
-        lambda: CompiledSegments(compiler, func, layout, tableau, comm, records),
+        lambda: CompiledSegments(compiler, func, layout, tableau, records),
     )
     if comm.allreduce(compiled is None, MPI.LOR) or compiled is None:
         return 1
-    most = compiled.prepare(solve.bound, stepper.current.parts, solve.steps.starts[0], solve.steps.sizes[0])
+    most = compiled.prepare(comm, solve.bound, stepper.current.parts, solve.steps.starts[0], solve.steps.sizes[0])
     if not most:
         return 1
     solve.compiled = stepper.compiled = compiled

@@ -57,61 +57,44 @@ class CompiledSegments:
     """
 
     def __init__(
-        self,
-        compiler: Compiler,
-        func: Function,
-        layout: StateLayout,
-        tableau: Tableau,
-        comm: MPI.Comm,
-        records: bool,
+        self, compiler: Compiler, func: Function, layout: StateLayout, tableau: Tableau, records: bool
     ) -> None:
-        self._layout, self._tableau, self._comm, self._records = layout, tableau, comm, records
+        self._layout, self._tableau, self._records = layout, tableau, records
         self._stages = sum(tableau.counts)
         self._step = _step(func, layout, tableau)
         self._compile = partial(compiler.compile, self._step, layout.device)
         self._loops, self._run = False, self._step
         self.most: int | None = None
 
-    def prepare(self, bound: BoundFunction, state: Parts, start: float, size: float) -> int:
+    def prepare(self, comm: MPI.Comm, bound: BoundFunction, state: Parts, start: float, size: float) -> int:
         """Compile, and return the largest number of steps of a segment, 0 if that is not possible, with a warning.
 
         Takes steps from `state` at `start` by `size`. Changes nothing that f carries from one evaluation to the next.
-        Collective on the ranks of the solver; all of them get the same number.
+        Collective on `comm`, that of the solver: all of its ranks get the same number.
         """
-        if self._comm.allreduce(self.most is None, MPI.LOR):
+        if comm.allreduce(self.most is None, MPI.LOR):
             counts = bound.counts()
             with bound.carried.aside():
                 take = _two_steps if self._records else _one_evaluation
                 reason = take(bound, self._layout, self._tableau, state, start, size)
                 if bound.carried.has_changed():
                     reason = "func draws random numbers, or changes tensors or attributes"
-                reason = next(filter(None, self._comm.allgather(reason)), None)
+                reason = next(filter(None, comm.allgather(reason)), None)
                 self.most = 0
                 for loops in (True, False):
                     # Exchanges between ranks have no order in a loop.
-                    if not (self.most or reason) and not (loops and self._comm.size > 1):
+                    if not (self.most or reason) and not (loops and comm.size > 1):
                         self._loops, self._run = loops, self._compile(looping if loops else repeating)
                         count = 2 if loops else _MOST_COPIES
                         segment = Segment(0, (start,) * count, (size,) * count)
-                        error = self._error_of(partial(self._try, bound, state, segment))
+                        error = _error_of(partial(self._try, bound, state, segment), comm)
                         self.most = (_MOST_IN_LOOP if loops else _MOST_COPIES) if error is None else 0
                         reason = None if loops else error
             bound.count_from(counts)
-            if reason and self._comm.rank == 0:
+            if reason and comm.rank == 0:
                 warnings.warn(f"compile: steps are not compiled, because {reason}", RuntimeWarning, stacklevel=2)
         assert self.most is not None
         return self.most
-
-    def _error_of(self, call: Callable[[], None]) -> str | None:
-        """Compile what `call` runs. Returns why that is not possible on some rank, or None. Collective."""
-        try:
-            if self._comm.size > 1:
-                compile_in_turn(call, self._comm)
-            else:
-                call()
-        except Exception as error:  # torch's compiler raises many kinds of them
-            return _in_a_line(error)
-        return None
 
     def _try(self, bound: BoundFunction, state: Parts, segment: Segment) -> None:
         if not self._records:
@@ -180,7 +163,8 @@ class CompiledSegments:
             if not self.most:
                 raise
             # Values that func reads have changed too often, or to what cannot be compiled.
-            warnings.warn(f"compile: steps are no longer compiled, because {_in_a_line(error)}", stacklevel=2)
+            text = f"compile: steps are no longer compiled, because {_in_a_line(error)}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
             self._run = self._one_by_one
             return self._run(state, starts, sizes, bound.args)
 
@@ -259,6 +243,18 @@ def _one_evaluation(
     bound.value(bound.func, layout, start, inputs)
     if [part._version for part in inputs] != versions:
         raise RuntimeError(STATE_WAS_WRITTEN)
+
+
+def _error_of(call: Callable[[], None], comm: MPI.Comm) -> str | None:
+    """Compile what `call` runs. Returns why that is not possible on some rank, or None. Collective on `comm`."""
+    try:
+        if comm.size > 1:
+            compile_in_turn(call, comm)
+        else:
+            call()
+    except Exception as error:  # torch's compiler raises many kinds of them
+        return _in_a_line(error)
+    return None
 
 
 def _in_a_line(error: Exception) -> str:
