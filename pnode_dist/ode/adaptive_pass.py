@@ -93,9 +93,7 @@ def _most_tapes(solve: Solve, adaptive: AdaptiveStepper, slots: Slots) -> int:
         adaptive.begin(solve.control)
         span = solve.times[1] - solve.times[0]
         size = math.copysign(adaptive.first_size(solve.times[0], span), span)
-        _, solver.tape_bytes = measured_tape(
-            stepper, solve.bound, Segment(0, (solve.times[0],), (size,)), "stage graphs"
-        )
+        _, solver.tape_bytes = measured_tape(stepper, solve.bound, Segment(0, (solve.times[0],), (size,)), "graph")
         stepper.current.set(solve.initial)
         solve.carried.restart()
         solve.bound.count_from(counts)

@@ -33,7 +33,6 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
 
     def output(number: int) -> None:
         if outputs:
-            stepper.close_segment()
             for values, part in zip(outputs, stepper.current.parts, strict=True):
                 values[number].copy_(part)
 
@@ -56,7 +55,6 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
         solve.update_counts()
         safe_points.after_solve(stepper.comm)
     solve.carried.end_forward()
-    stepper.close_segment()
     if solve.last_only:
         outputs = stepper.current.take()
     else:

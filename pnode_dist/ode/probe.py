@@ -25,6 +25,7 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.base import Stepper
 from pnode_dist.ode.steppers.compiled_segment import CompiledTape
+from pnode_dist.ode.steppers.graph_tape import GraphTape
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.system.torch_internals import storage_pointer
 
@@ -42,15 +43,14 @@ def measured_tape(stepper: Stepper, bound: BoundFunction, segment: Segment, leve
     Returns the tape, and its bytes on the rank with the largest one. Collective on the stepper's communicator.
     """
     with _saved_tensors() as found:
-        tape = stepper.record(segment, True, level)
+        tape = stepper.record(segment, level)
     known = {_storage(tensor) for tensor in bound.constants}
-    # Graphs that were pruned from the tape are freed by now, with the tensors that they had saved.
     tensors = [held.tensor for held in (reference() for reference in found) if held is not None]
     saved = {storage: nbytes for storage, nbytes in map(_sized, tensors) if storage not in known}
     for stage in tape:
         held = (*stage.inputs, *stage.values) if isinstance(stage, StageGraph) else ()
         held = stage.inputs if isinstance(stage, StageState) else held
-        held = stage.start if isinstance(stage, CompiledTape) else held
+        held = stage.start if isinstance(stage, CompiledTape | GraphTape) else held
         saved.update(map(_sized, held))
     return tape, stepper.comm.allreduce(sum(saved.values()), MPI.MAX)
 
@@ -83,7 +83,7 @@ def probe(
         steps.append(_seconds(partial(stepper.advance, segment)))
         for level in _LEVELS:
             stepper.current.set(initial)
-            seconds, tape = _timed(partial(stepper.record, segment, False, level))
+            seconds, tape = _timed(partial(stepper.record, segment, level))
             records[level].append(seconds)
             adjoints[level].append(_seconds(partial(stepper.pull_back, segment, tape)))
     count = len(segment)

@@ -142,7 +142,7 @@ class Solve:
         if not tape:
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
             with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
-                tape = self.solver.stepper.record(self.segments[unit], not recompute, level)
+                tape = self.solver.stepper.record(self.segments[unit], level)
         if recompute:
             self._stepped(unit, recompute)
         elif unit == 0:

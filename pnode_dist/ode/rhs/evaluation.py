@@ -226,16 +226,12 @@ class BoundFunction:
         return StageState(time, inputs, mark, fingerprint(values) if compared else None)
 
     def evaluate_on_tape(self, layout: StateLayout, time: float, state: Parts) -> Parts:
-        """Evaluate f as part of a tape segment, and count the evaluation. Collective if `func` is.
+        """Evaluate f as part of a graph of several stages, and count the evaluation. Collective if `func` is.
 
         Converts no types. Copies values whose memory f may use again.
         """
         self.evaluations += 1
-        values = owned(self.evaluate(self.func, layout, time, state))
-        if len(set(map(id, values))) < len(values):
-            # One view for each part: autograd then sums the parts' cotangents separately, the first part first.
-            values = tuple(value.view_as(value) for value in reversed(values))[::-1]
-        return values
+        return owned(self.evaluate(self.func, layout, time, state))
 
     def check_dependencies(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         """Raise `ValueError` for outputs that depend on more than these inputs and the parameters.

@@ -36,13 +36,11 @@ def vjp(
     states: bool = True,
     parameters: bool = True,
     keep: bool = False,
-    sums: Sequence[torch.Tensor | None] = (),
 ) -> Cotangents:
     """Multiply the cotangents of f's value by its derivatives. Collective if the backward pass of f is.
 
     A cotangent None is zero. `states` and `parameters` select the products. `keep` keeps the graph for another use.
-    The products with respect to parameters are added to `sums`, if given. Raises `ValueError` if the graph leads to a
-    result that was computed, and differentiated, before the solve.
+    Raises `ValueError` if the graph leads to a result that was computed, and differentiated, before the solve.
     """
     roots, along = [], []
     for root, start, part in zip(graph.roots, graph.inputs, cotangents, strict=True):
@@ -59,13 +57,13 @@ def vjp(
     times = () if graph.time is None or not parameters else (graph.time,)
     if not roots:
         # No part of f's value depends on an input: every derivative is zero.
-        none = sums or (None,) * len(bound.parameters.tensors)
+        none = (None,) * len(bound.parameters.tensors)
         return Cotangents((None,) * len(graph.inputs) if states else (), none if parameters else (), value, None)
     bound.vjps += 1
     wanted = (*(graph.inputs if states else ()), *(bound.parameters.tensors if parameters else ()), *times)
     if not wanted:
         return Cotangents((), (), value, None)
-    found = pull_back(bound, roots, wanted, along, keep, sums)
+    found = pull_back(bound, roots, wanted, along, keep)
     split = len(graph.inputs) if states else 0
     last = len(found) - len(times)
     return Cotangents(found[:split], found[split:last], value, found[last] if times else None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.recomputation.carried import Carried
 from pnode_dist.ode.rhs.layout import Parts
+from pnode_dist.ode.steppers.attempt import Attempt, First
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, options_database
-from pnode_dist.ode.steppers.explicit import ExplicitStepper, Slopes
+from pnode_dist.ode.steppers.explicit import ExplicitStepper
+from pnode_dist.ode.steppers.graph_tape import CannotJoinError
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
 from pnode_dist.petsc import vectors
@@ -62,56 +64,32 @@ class AdaptiveStepper(Protocol):
 class _Stages:
     """The RHSFunction of an attempt. Holds no reference to the TS, whose own references could not be collected.
 
-    The stepper forms the states of the stages, as in a recomputed step, because PETSc's sums differ in the last bit.
-    PETSc gets f at these states for its error estimate. `slopes` are those of the attempt.
+    The attempt forms the states of the stages, as in a recomputed step, because PETSc's sums differ in the last bit.
+    PETSc gets f at these states for its error estimate.
     """
 
     def __init__(self, stepper: ExplicitStepper) -> None:
         self._stepper = stepper
         self._views: dict[int, Parts] = {}
-        self.slopes: Slopes = []
+        self.attempt: Attempt | None = None
 
-    def start(
-        self,
-        time: float,
-        size: float,
-        last_time: float,
-        tape: Tape | None,
-        first: tuple[Parts, Any] | None,
-        asks_again: bool,
-    ) -> None:
-        """Begin an attempt. The last stage of a FSAL method is at `last_time`.
-
-        `first` is f at the first stage, with its graph, if an earlier attempt has evaluated it. `asks_again`: PETSc
-        calls the function for the first stage anyway.
-        """
-        self._time, self._size, self._last_time, self._recording = time, size, last_time, tape
-        self._asks_again = asks_again
-        self.slopes = []
-        if first is not None:
-            slopes, graph = first
-            self.slopes.append(slopes)
-            if tape is not None:
-                tape.append(graph)
+    def start(self, attempt: Attempt, asks_again: bool) -> None:
+        """Begin an attempt. `asks_again`: PETSc calls the function for a first stage whose value it has."""
+        self.attempt, self._asks_again = attempt, asks_again
 
     def function(self, ts: PETSc.TS, t: float, u: PETSc.Vec, f: PETSc.Vec) -> None:
         """RHSFunction."""
-        stepper = self._stepper
+        stepper, attempt = self._stepper, self.attempt
+        assert attempt is not None
         # PETSc turns an exception into an error code. The stepper raises the exception stored here instead.
         try:
             if self._asks_again:
                 self._asks_again = False
                 return  # The Vec still holds the value.
-            stage = len(self.slopes)
-            tableau = stepper.tableau
-            fsal_stage = stepper.method.fsal and stage == len(tableau.c) - 1
-            time = self._last_time if fsal_stage else self._time + tableau.c[stage] * self._size
-            state = stepper.stage_state(stage, self._size, self.slopes, self._recording is not None)
-            slopes = stepper.slope(time, state, self._recording, "graph")
-            self.slopes.append(slopes)
+            slopes = attempt.evaluate_next()
             device = stepper.layout.vec_device
             for view, slope in zip(self._of(f), slopes, strict=True):
-                torch.mul(slope, math.copysign(1.0, self._size), out=view)
+                torch.mul(slope.detach(), attempt.direction, out=view)
             vectors.wrote(f, device)
         except BaseException as error:
             stepper.error = error
@@ -119,7 +97,7 @@ class _Stages:
 
     def end(self) -> None:
         """End the attempts, and drop all references to the last one."""
-        self.slopes, self._recording = [], None
+        self.attempt = None
 
     def forget_views(self) -> None:
         """Drop the views of all Vecs: after a TS is destroyed, PETSc may reuse their handles."""
@@ -156,7 +134,7 @@ class ExplicitAttempts:
         self._tolerances = Tolerances(stepper)
         self.first_size = self._tolerances.first_size
         self._fresh, self._rejected = True, False
-        self._first: tuple[Parts, Any] | None = None
+        self._first: First | None = None
         self._options = {**options, "ts_adapt_type": adaptor, "ts_rk_type": method.petsc_name}
         self._unread = set(options) - read_at_set_up(options)
         self._ts = self._create_ts()
@@ -199,49 +177,47 @@ class ExplicitAttempts:
 
     def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`."""
-        stepper, ts, stages = self._stepper, self._ts, self._stages
-        method = stepper.method
-        direction = math.copysign(1.0, size)
-        kept: Tape | None = None if tape is None else []
+        stepper, ts = self._stepper, self._ts
         # PETSc's time of the last stage can differ from the next step's in the last bit, and so could f.
-        stages.start(time, size, end, kept, self._first, self._rejected)
+        attempt = Attempt(stepper, time, size, end, tape is not None, self._first)
+        self._stages.start(attempt, self._rejected)
         vectors.fill(self._solution, stepper.current.flat, stepper.layout.vec_device)
-        ts.setTime(direction * time)
-        ts.setTimeStep(direction * size)
+        ts.setTime(attempt.direction * time)
+        ts.setTimeStep(attempt.direction * size)
         ts.setStepNumber(number)
-        if self._fresh or (self._rejected and method.fsal):
+        if self._fresh or (self._rejected and stepper.method.fsal):
             ts.restartStep()
         try:
             with torch.no_grad(), stepper.errors_of_func():
                 ts.step()
+        except CannotJoinError:
+            self._replace_ts()
+            attempt.again_by_stages()
+            return self.attempt(number, time, size, end, tape)
         except PETSc.Error as error:
             if error.ierr != _NOT_A_NUMBER:
                 raise
-            # The norm of the error is NaN on all ranks alike. The TS cannot be used again; the state is unchanged.
-            stepper.failed = False
-            self._ts.destroy()
-            stages.forget_views()
-            self._ts = self._create_ts()
-            self._tolerances.give(self._ts)
-            self._fresh, self._rejected, self._first = True, False, None
+            # The norm of the error is NaN on all ranks alike. The state is unchanged.
+            self._replace_ts()
             return False, math.nan
-        slopes = stages.slopes
-        stages.end()
+        self._stages.end()
         self._fresh = False
         accepted = ts.getConvergedReason() != PETSc.TS.ConvergedReason.DIVERGED_STEP_REJECTED
-        proposed = direction * ts.getTimeStep()
+        proposed = attempt.direction * ts.getTimeStep()
         self._rejected = not accepted
         if not accepted:
             ts.setConvergedReason(PETSc.TS.ConvergedReason.ITERATING)
-            self._first = slopes[0], kept[0] if kept else None
-            return False, proposed
-        self._first = (slopes[-1], kept[-1] if kept else None) if method.fsal else None
-        stepper.form_result(size, slopes)
-        if tape is not None:
-            assert kept is not None
-            counts = stepper.tableau.counts
-            tape += [graph if needed else None for graph, needed in zip(kept, counts, strict=True)]
-        return True, proposed
+        self._first = attempt.accept(tape) if accepted else attempt.first_again()
+        return accepted, proposed
+
+    def _replace_ts(self) -> None:
+        """Make a new TS, because the present one cannot be used after an error in its step."""
+        self._stepper.failed = False
+        self._ts.destroy()
+        self._stages.forget_views()
+        self._ts = self._create_ts()
+        self._tolerances.give(self._ts)
+        self._fresh, self._rejected, self._first = True, False, None
 
 
 @dataclass(frozen=True)

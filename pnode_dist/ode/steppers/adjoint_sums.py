@@ -18,67 +18,40 @@ Products = Sequence[torch.Tensor | None]
 
 
 class AdjointSums:
-    """Adjoint and gradient of an explicit solve, part by part.
+    """Adjoint and gradient of a solve, part by part.
 
-    The adjoint has the type of the state. The gradient of a parameter has the wider one of that type and its own.
+    `adjoint` is replaced, never written to. It has the type of the state.
+    The gradient of a parameter has the wider one of that type and its own.
     """
 
     def __init__(self, layout: StateLayout, parameters: int) -> None:
         self._layout, self._parameters = layout, parameters
         self.adjoint: list[torch.Tensor] = []
         self.gradient: list[torch.Tensor | None] = []
-        self._owns_adjoint: list[bool] = []
         self._owns_gradient = False
 
     def start(self) -> None:
         """Begin a backward pass with both sums zero."""
-        self.adjoint, self._owns_adjoint = [], []
+        self.adjoint = []
         self.gradient, self._owns_gradient = [None] * self._parameters, False
-
-    def replace(self, adjoint: list[torch.Tensor]) -> None:
-        """Set the adjoint to tensors that autograd returned."""
-        self.adjoint, self._owns_adjoint = adjoint, [False] * len(adjoint)
 
     def add_to_adjoint(self, parts: Products) -> None:
         """Add to the adjoint. The first parts become the adjoint without a copy."""
         layout = self._layout
         given = [None if part is None else layout.scalar(part) for part in parts]
         if self.adjoint:
-            for number, part in enumerate(given):
-                if part is not None:
-                    self._add_part(number, part)
+            pairs = zip(self.adjoint, given, strict=True)
+            self.adjoint = [old if part is None else old + part for old, part in pairs]
             return
         dtype, device = layout.state_dtype, layout.vec_device
         self.adjoint = [
             torch.zeros(shape, dtype=dtype, device=device) if part is None else part
             for part, shape in zip(given, layout.shapes, strict=True)
         ]
-        self._owns_adjoint = [part is None for part in given]
 
-    def add_stages(self, products: dict[int, Products], first_weighted: int) -> None:
-        """Add the products of a step's stages to the adjoint, in the order of a backward pass through its graph.
-
-        In such a pass the adjoint of the result is added after the stages behind `first_weighted`, the first stage that
-        has a weight in the result.
-        """
-        for number in range(len(self.adjoint)):
-            found = [(stage, product) for stage, parts in products.items() if (product := parts[number]) is not None]
-            later = [product for stage, product in found if stage > first_weighted]
-            if later:
-                total = later[0] if len(later) == 1 else later[0] + later[1]
-                for product in later[2:]:
-                    total.add_(product)
-                self._add_part(number, total)
-            for stage, product in found:
-                if stage <= first_weighted:
-                    self._add_part(number, product)
-
-    def _add_part(self, number: int, product: torch.Tensor) -> None:
-        if self._owns_adjoint[number]:
-            self.adjoint[number].add_(product)
-        else:
-            self.adjoint[number] = self.adjoint[number] + product
-            self._owns_adjoint[number] = True
+    def replace_gradient(self, gradient: Sequence[torch.Tensor | None]) -> None:
+        """Set the gradient to tensors that autograd returned."""
+        self.gradient, self._owns_gradient = list(gradient), False
 
     def add_to_gradient(self, products: Products) -> None:
         """Add one product for each parameter to the gradient."""

@@ -1,4 +1,4 @@
-"""The interface of a stepper: one step forward, with or without a tape, and the adjoint of one step.
+"""The interface of a stepper: a segment forward, with or without a tape, and its adjoint.
 
 The caller decides which steps are taken. A step depends on (t, h, u) alone, not on earlier steps, so a recomputed step
 has the same bits as the first one.
@@ -100,51 +100,26 @@ class Stepper(ABC):
         """The callbacks of the stepper's TS."""
 
     @abstractmethod
-    def step(
-        self,
-        number: int,
-        time: float,
-        size: float,
-        tape: Tape | None = None,
-        isolate: bool = False,
-        level: str = "graph",
-    ) -> None:
-        """Advance the current state from `time` by `size`. Collective on `comm`.
-
-        Append to `tape`, if given, the step's data for its adjoint. At the `level` "graph" this is torch's graph of
-        the step, at "stage graphs" one graph for each stage, at "stages" the states of the stages. With `isolate` the
-        tape stays valid after further steps of this stepper. Its graph may then be one segment with the steps before,
-        until `close_segment` is called.
-        A negative `size` goes backward in time. PETSc steps forward only, and then sees du/ds = -f(-s, u), s = -t.
-        """
-
     def advance(self, segment: Segment) -> None:
-        """Advance the current state over the steps of `segment`. Collective on `comm`."""
-        for number, (time, size) in enumerate(zip(segment.starts, segment.sizes, strict=True), start=segment.first):
-            self.step(number, time, size)
+        """Advance the current state over the steps of `segment`. Collective on `comm`.
 
-    def record(self, segment: Segment, isolate: bool, level: str) -> Tape:
-        """Advance over the only step of `segment`, and return its tape, see `step`. Collective on `comm`."""
-        (time,), (size,) = segment.starts, segment.sizes
-        tape: Tape = []
-        self.step(segment.first, time, size, tape, isolate, level)
-        return tape
-
-    def pull_back(self, segment: Segment, tape: Tape) -> list[tuple[float, float]]:
-        """Take adjoint and gradient back over the only step of `segment`, given its tape. Collective on `comm`.
-
-        Returns h dL/dh and dL/dt_n of each step; nothing if the gradient with respect to times is not needed.
+        A step of negative size goes backward in time. PETSc steps forward only, and then sees du/ds = -f(-s, u),
+        s = -t.
         """
-        (time,), (size,) = segment.starts, segment.sizes
-        self.adjoint_step(segment.first, time, size, tape)
-        bound = self.callbacks.bound
-        return [self.take_time_gradients()] if bound is not None and bound.needs_time_gradient else []
 
     @abstractmethod
-    def close_segment(self) -> None:
-        """Close the current tape segment: later steps begin a new one.
+    def record(self, segment: Segment, level: str) -> Tape:
+        """Advance over the steps of `segment`, and return their tape. Collective on `comm`.
 
-        Called where an adjoint begins or is added to, which must not happen inside a segment.
+        At the `level` "graph" the tape is torch's graph of the steps or of each stage, at "stages" the states of the
+        stages.
+        """
+
+    @abstractmethod
+    def pull_back(self, segment: Segment, tape: Tape) -> list[tuple[float, float]]:
+        """Take adjoint and gradient back over the steps of `segment`, given their tape. Collective on `comm`.
+
+        Returns h dL/dh and dL/dt_n of each step; nothing if the gradient with respect to times is not needed.
         """
 
     @abstractmethod
@@ -160,17 +135,6 @@ class Stepper(ABC):
         """End the backward pass. Returns the adjoint, and the gradient with respect to the parameters of `shapes`.
 
         Both are read-only.
-        """
-
-    @abstractmethod
-    def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
-        """Take adjoint and gradient back over step `number`, given its tape. Collective on `comm`."""
-
-    @abstractmethod
-    def take_time_gradients(self) -> tuple[float, float]:
-        """Return the gradient with respect to the last step's size and start, and reset it to zero.
-
-        They are the last two parameters if the gradient with respect to times is needed.
         """
 
     @abstractmethod
@@ -208,6 +172,47 @@ class Stepper(ABC):
         if self.monitored:
             self._petsc.setTimeStep(size)
             self._petsc.monitor(number, time, self._solution())
+
+
+class SingleStepper(Stepper):
+    """A stepper that takes and reverses one step at a time. Its tapes are of segments of one step."""
+
+    @abstractmethod
+    def step(self, number: int, time: float, size: float, tape: Tape | None = None, level: str = "graph") -> None:
+        """Advance the current state from `time` by `size`. Collective on `comm`.
+
+        Append to `tape`, if given, the data of each stage for the adjoint, see `record`.
+        """
+
+    @abstractmethod
+    def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
+        """Take adjoint and gradient back over step `number`, given its tape. Collective on `comm`."""
+
+    @abstractmethod
+    def take_time_gradients(self) -> tuple[float, float]:
+        """Return the gradient with respect to the last step's size and start, and reset it to zero.
+
+        They are the last two parameters if the gradient with respect to times is needed.
+        """
+
+    def advance(self, segment: Segment) -> None:
+        """See `Stepper.advance`."""
+        for number, (time, size) in enumerate(zip(segment.starts, segment.sizes, strict=True), start=segment.first):
+            self.step(number, time, size)
+
+    def record(self, segment: Segment, level: str) -> Tape:
+        """See `Stepper.record`."""
+        (time,), (size,) = segment.starts, segment.sizes
+        tape: Tape = []
+        self.step(segment.first, time, size, tape, level)
+        return tape
+
+    def pull_back(self, segment: Segment, tape: Tape) -> list[tuple[float, float]]:
+        """See `Stepper.pull_back`."""
+        (time,), (size,) = segment.starts, segment.sizes
+        self.adjoint_step(segment.first, time, size, tape)
+        bound = self.callbacks.bound
+        return [self.take_time_gradients()] if bound is not None and bound.needs_time_gradient else []
 
 
 class ErrorsOfFunc:

@@ -22,7 +22,7 @@ from pnode_dist.ode.rhs.mass import MassMatrix
 from pnode_dist.ode.rhs.split import SplitFunction
 from pnode_dist.ode.steppers.additive_tableau import AdditiveTableau, petsc_tableau, theta_tableau
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
-from pnode_dist.ode.steppers.base import PetscOptions, Stepper, options_database, set_from_options
+from pnode_dist.ode.steppers.base import PetscOptions, SingleStepper, options_database, set_from_options
 from pnode_dist.ode.steppers.batched_newton import NewtonTolerances
 from pnode_dist.ode.steppers.batched_problem import BatchProblem, are_coupled
 from pnode_dist.ode.steppers.batched_samples import Split, mass_blocks
@@ -34,7 +34,7 @@ from pnode_dist.ode.steppers.implicit_ts import chosen_method, newton_tolerances
 from pnode_dist.ode.steppers.tape import Tape, stages_of
 
 
-class BatchedStepper(Stepper):
+class BatchedStepper(SingleStepper):
     """A stepper of the families `theta`, `arkimex` and `dirk` for small samples that do not depend on one another.
 
     `split` divides the state into samples. At the first step of a solve the derivative of f is compared with its
@@ -74,10 +74,9 @@ class BatchedStepper(Stepper):
         time: float,
         size: float,
         tape: Tape | None = None,
-        isolate: bool = False,
         level: str = "graph",
     ) -> None:
-        """See `Stepper.step`. Collective on `comm`.
+        """See `SingleStepper.step`. Collective on `comm`.
 
         Raises `ConvergenceError` on all ranks if the equations of a stage cannot be solved, and `ConfigurationError` if
         samples depend on one another and no other stepper is allowed.
@@ -92,7 +91,7 @@ class BatchedStepper(Stepper):
                 if bound.coupled is None:
                     self._compare(problem, time, size, state)
                 if bound.coupled:
-                    self._step_by_petsc(number, time, size, tape, isolate, level)
+                    self._step_by_petsc(number, time, size, tape, level)
                 else:
                     self._set(problem, self._step_as_batch(problem, number, time, size, state, tape, level))
             self._store_fingerprint(self.current.parts)
@@ -119,7 +118,7 @@ class BatchedStepper(Stepper):
         return after
 
     def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
-        """See `Stepper.adjoint_step`. Collective on `comm`.
+        """See `SingleStepper.adjoint_step`. Collective on `comm`.
 
         Raises `ConvergenceError` on all ranks if a transposed linear system cannot be solved.
         """
@@ -140,7 +139,7 @@ class BatchedStepper(Stepper):
             self.stepping = False
         for gradients in found:
             sums.add_to_gradient(gradients)
-        sums.replace(list(problem.parts(before)))
+        sums.adjoint = list(problem.parts(before))
 
     # The rest of the interface of `Stepper`
 
@@ -166,9 +165,6 @@ class BatchedStepper(Stepper):
         if bound is not self.bound:
             self.bound = bound
 
-    def close_segment(self) -> None:
-        """See `Stepper.close_segment`. Every step has a tape of its own."""
-
     def start_adjoint(self) -> None:
         """See `Stepper.start_adjoint`."""
         self._sums.start()
@@ -190,7 +186,7 @@ class BatchedStepper(Stepper):
         return self._sums.end(shapes)
 
     def take_time_gradients(self) -> tuple[float, float]:
-        """See `Stepper.take_time_gradients`."""
+        """See `SingleStepper.take_time_gradients`."""
         if self._is_coupled:
             with self._by_petsc_alone() as other:
                 return other.take_time_gradients()
@@ -268,16 +264,14 @@ class BatchedStepper(Stepper):
                 "must be 'auto' or 'petsc'"
             )
 
-    def _step_by_petsc(
-        self, number: int, time: float, size: float, tape: Tape | None, isolate: bool, level: str
-    ) -> None:
+    def _step_by_petsc(self, number: int, time: float, size: float, tape: Tape | None, level: str) -> None:
         if self._bound.guard is not None or tape is not None:
             refusal = methods.gradient_refusal(self.method)
             if refusal is not None:
                 raise ConfigurationError(refusal)
         with self._by_petsc_alone() as other:
             other.current.set(self.current.parts)
-            other.step(number, time, size, tape, isolate, level)
+            other.step(number, time, size, tape, level)
             self.current.set_flat(other.current.flat)
 
     @contextmanager

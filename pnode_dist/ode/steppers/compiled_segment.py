@@ -22,9 +22,10 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.products import pull_back
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.adjoint_sums import Products
+from pnode_dist.ode.steppers.graph_tape import CannotJoinError, record_graph
+from pnode_dist.ode.steppers.stage_tape import STATE_WAS_WRITTEN
 from pnode_dist.ode.steppers.step_loop import looping, repeating
 from pnode_dist.ode.steppers.tableau import Tableau
-from pnode_dist.ode.steppers.tape_segment import STATE_WAS_WRITTEN, TapeSegment
 from pnode_dist.system.compile_order import compile_in_turn
 from pnode_dist.system.torch_internals import (
     compiler_errors,
@@ -222,12 +223,12 @@ def _two_steps(
     Raises `RuntimeError` if f writes into its state.
     """
     layout = replace(layout, state_dtype=layout.compute_dtype, vec_device=layout.device)
-    trial = TapeSegment(0, layout.inputs(state, copy=True))
     watches, bound.watches = bound.watches, True
     try:
-        for _ in range(2):
-            if trial.record_step(bound, layout, tableau, start, size) is None:
-                return "func differentiates with respect to its own parameters"
+        segment = Segment(0, (start, start), (size, size))
+        record_graph(bound, layout, tableau, segment, layout.inputs(state, copy=True))
+    except CannotJoinError:
+        return "func differentiates with respect to its own parameters"
     finally:
         bound.watches, bound.differentiates = watches, False
     return None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -104,111 +103,76 @@ class VecState:
 
 
 class TensorState:
-    """The current state as tensors, which a tape or the caller may share.
+    """The current state as tensors, which a tape or the caller may share: they are replaced, never written to.
 
-    Shared tensors are never written to: the next state is put into new memory. The initial state of a solve is shared
-    with the caller, and is not copied. The parts lie in one flat tensor until they are shared. After that each part has
-    memory of its own, so that a part on a tape does not keep the other parts alive.
+    The initial state of a solve is shared with the caller, and is not copied.
     """
 
     def __init__(self, layout: StateLayout) -> None:
         self._layout = layout
-        self._dtype = layout.state_dtype
         self._host = _Host(layout)
         self.parts: Parts = ()
-        self._flat: torch.Tensor | None = None
-        self._shared = self._separate = False
+        self._shared = False
 
     @property
     def flat(self) -> torch.Tensor:
         """See `CurrentState.flat`."""
-        if self._flat is None:
-            return torch.cat([part.view(-1) for part in self.parts])
-        return self._flat
+        parts = self.parts
+        return parts[0].reshape(-1) if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
 
     @property
     def array(self) -> Array:
         """See `CurrentState.array`."""
         return self._host.read(self.flat)
 
-    def share(self) -> None:
-        """Mark `parts` as shared: they are not written to from now on."""
-        self._shared = self._separate = True
-
-    def set_shared(self, parts: Parts) -> None:
-        """Replace the state by shared parts, in the layout's `state_dtype`."""
-        self.parts, self._shared, self._separate = parts, True, True
-        self._flat = parts[0].view(-1) if len(parts) == 1 else None
-
-    def unshare(self) -> None:
-        """Mark `parts` as no longer shared."""
-        self._shared = False
+    def replace(self, parts: Parts, shared: bool) -> None:
+        """Replace the state by parts in the layout's `state_dtype`. `shared`: a tape uses them as well."""
+        self.parts, self._shared = parts, shared
 
     def set(self, parts: Parts) -> None:
         """See `CurrentState.set`: shares the parts, and copies them only to convert them."""
         if all(map(self._can_borrow, parts)):
-            self.parts, self._shared, self._separate = tuple(part.detach() for part in parts), True, False
-            self._flat = self.parts[0].view(-1) if len(parts) == 1 else None
+            self.replace(tuple(part.detach() for part in parts), shared=True)
             return
-        self._separate = False
-        self._own(in_a_row=True)
+        self._own()
         for target, part in zip(self.parts, parts, strict=True):
             target.copy_(part)
 
     def set_flat(self, flat: torch.Tensor) -> None:
         """See `CurrentState.set_flat`."""
-        self._own(in_a_row=True)
-        self.flat.copy_(flat)
+        self._own().copy_(flat)
 
     def overwrite(self, write: Callable[[Array], None]) -> None:
         """See `CurrentState.overwrite`."""
-        self._own(in_a_row=True)
-        self._host.write(self.flat, write)
-
-    def add(self, terms: Sequence[tuple[Parts, float]]) -> None:
-        """Add weighted slopes to the state, at least one, one after the other."""
-        before = self.parts
-        self._own(in_a_row=not self._separate)
-        for number, (start, part) in enumerate(zip(before, self.parts, strict=True)):
-            for slopes, weight in terms:
-                torch.add(start, slopes[number], alpha=weight, out=part)
-                start = part
+        self._host.write(self._own(), write)
 
     def take(self) -> Parts:
         """See `CurrentState.take`."""
         layout, parts = self._layout, self.parts
-        # A caller could not write into views of one tensor.
-        copied = self._shared or (len(parts) > 1 and self._flat is not None)
-        taken = tuple(part.to(layout.device, layout.dtype, copy=copied) for part in parts)
+        taken = tuple(part.to(layout.device, layout.dtype, copy=self._shared) for part in parts)
         self.release()
         return taken
 
     def release(self) -> None:
         """See `CurrentState.release`."""
-        self.parts, self._flat, self._shared, self._separate = (), None, False, False
+        self.replace((), shared=False)
 
     def _can_borrow(self, part: torch.Tensor) -> bool:
         # A tensor of inference mode has no version, so a write by f could not be detected.
         return (
-            part.dtype is self._dtype
+            part.dtype is self._layout.state_dtype
             and part.device == self._layout.vec_device
             and part.is_contiguous()
             and not part.is_inference()
         )
 
-    def _own(self, in_a_row: bool) -> None:
-        """Allocate memory that is not shared, with undefined contents, unless the state is already in such memory."""
-        if self.parts and not self._shared and (self._flat is not None or not in_a_row):
-            return
+    def _own(self) -> torch.Tensor:
+        """Replace the state by undefined values in new memory, and return that as a flat tensor."""
         layout = self._layout
-        empty = partial(torch.empty, dtype=self._dtype, device=layout.vec_device)
-        if in_a_row and len(layout.shapes) > 1:
-            self._flat = empty(layout.size)
-            self.parts = layout.parts(self._flat)
-        else:
-            self.parts = tuple(map(empty, layout.shapes))
-            self._flat = self.parts[0].view(-1) if len(layout.shapes) == 1 else None
-        self._shared = False
+        flat = torch.empty(layout.size, dtype=layout.state_dtype, device=layout.vec_device)
+        # A caller could not write into views of one tensor.
+        self.replace(layout.parts(flat), shared=len(layout.shapes) > 1)
+        return flat
 
 
 class _Host:

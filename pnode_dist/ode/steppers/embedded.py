@@ -16,11 +16,12 @@ from mpi4py import MPI
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.rhs.layout import Parts
+from pnode_dist.ode.steppers.attempt import Attempt, First, complete
 from pnode_dist.ode.steppers.base import Stepper
-from pnode_dist.ode.steppers.explicit import ExplicitStepper, Slopes
+from pnode_dist.ode.steppers.explicit import ExplicitStepper
+from pnode_dist.ode.steppers.explicit_step import combined
 from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepRule, call_back
 from pnode_dist.ode.steppers.tape import Tape
-from pnode_dist.ode.steppers.tape_segment import combined
 from pnode_dist.ode.steppers.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, of_parts
 
 Factors = Sequence[torch.Tensor | float]
@@ -45,7 +46,7 @@ class EmbeddedAttempts:
         parts = len(stepper.layout.shapes)
         self._rtol: Factors = (DEFAULT_RTOL,) * parts
         self._atol: Factors = (DEFAULT_ATOL,) * parts
-        self._first: tuple[Parts, Any] | None = None
+        self._first: First | None = None
 
     def begin(self, control: ErrorControl) -> None:
         """See `AdaptiveStepper.begin`."""
@@ -67,26 +68,18 @@ class EmbeddedAttempts:
         stepper, rule, callbacks = self._stepper, self._rule, self._callbacks
         before = stepper.current.parts
         call_back(callbacks.step, stepper.layout, time, before, size)
-        kept: Tape | None = None if tape is None else []
         stepper.stepping = True
         try:
+            attempt = complete(Attempt(stepper, time, size, end, tape is not None, self._first))
             with torch.no_grad():
-                slopes = self._slopes(time, size, end, kept)
-                ratio = self._error_ratio(size, slopes)
+                ratio = self._error_ratio(size, attempt)
         finally:
             stepper.stepping = False
         accepted = rule.accepts(abs(size), ratio)
         proposed = math.copysign(rule.next_size(abs(size), ratio, stepper.method.order), size)
         call_back(callbacks.accept if accepted else callbacks.reject, stepper.layout, time, before, size)
-        if not accepted:
-            self._first = slopes[0], kept[0] if kept else None
-            return False, proposed
-        self._first = (slopes[-1], kept[-1] if kept else None) if stepper.method.fsal else None
-        stepper.form_result(size, slopes)
-        if tape is not None:
-            assert kept is not None
-            tape += [graph if needed else None for graph, needed in zip(kept, stepper.tableau.counts, strict=True)]
-        return True, proposed
+        self._first = attempt.accept(tape) if accepted else attempt.first_again()
+        return accepted, proposed
 
     def first_size(self, time: float, span: float) -> float:
         """See `AdaptiveStepper.first_size`: the choice of torchdiffeq, two evaluations of f."""
@@ -94,48 +87,29 @@ class EmbeddedAttempts:
         state = stepper.current.parts
         with torch.no_grad():
             scales = self._scales(state, state)
-            slopes = stepper.slope(time, stepper.stage_state(0, sign, [], False), None, "graph")
+            slopes = stepper.evaluate(time, state)
             size, speed = self._norm(state, scales), self._norm(slopes, scales)
             first = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
-            later = stepper.slope(
-                time + sign * first, combined(state, sign * first, ((0, 1.0),), [slopes]), None, "graph"
-            )
+            later = stepper.evaluate(time + sign * first, combined(state, sign * first, ((0, 1.0),), [slopes]))
             changes = tuple(after - before for after, before in zip(later, slopes, strict=True))
             bend = self._norm(changes, scales) / first
         # The first step begins with the same evaluation, unless it is put on a tape.
-        self._first = slopes, None
+        self._first = First(slopes)
         steepest = max(speed, bend)
         second = max(1e-6, first * 1e-3) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / order)
         chosen = min(100 * first, second)
         return self._rule.limited(chosen if math.isfinite(chosen) else abs(span) * 1e-6)
 
-    def _slopes(self, time: float, size: float, end: float, tape: Tape | None) -> Slopes:
-        """Return f at all stages. Append the graphs of the stages to `tape`, if given."""
-        stepper, slopes = self._stepper, []
-        if self._first is not None and (tape is None or self._first[1] is not None):
-            value, graph = self._first
-            slopes.append(value)
-            if tape is not None:
-                tape.append(graph)
-        nodes = stepper.tableau.c
-        for stage in range(len(slopes), len(nodes)):
-            state = stepper.stage_state(stage, size, slopes, tape is not None)
-            # The last stage of a FSAL method is the first of the next step, whose time can differ in the last bit.
-            is_next = stepper.method.fsal and stage == len(nodes) - 1
-            slopes.append(stepper.slope(end if is_next else time + nodes[stage] * size, state, tape, "graph"))
-        return slopes
-
-    def _error_ratio(self, size: float, slopes: Slopes) -> float:
+    def _error_ratio(self, size: float, attempt: Attempt) -> float:
         """Return the norm of the error estimate relative to the tolerances."""
-        tableau, before = self._stepper.tableau, self._stepper.current.parts
+        tableau, before, slopes = self._stepper.tableau, self._stepper.current.parts, attempt.slopes
         scaled = size * self._rule.error_scale
         (first, weight), *others = tableau.error_terms
         errors = [torch.mul(slope, scaled * weight) for slope in slopes[first]]
         for stage, other in others:
             for error, slope in zip(errors, slopes[stage], strict=True):
                 error.add_(slope, alpha=scaled * other)
-        after = combined(before, size, tableau.result_terms, slopes)
-        return self._norm(errors, self._scales(before, after))
+        return self._norm(errors, self._scales(before, attempt.result))
 
     def _scales(self, before: Parts, after: Parts) -> Parts:
         """Return the tolerated error of each entry of a step from `before` to `after`."""

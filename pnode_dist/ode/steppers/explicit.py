@@ -1,6 +1,6 @@
-"""Explicit Runge-Kutta steps and their discrete adjoints.
+"""The stepper of explicit Runge-Kutta methods: its set-up, and the choice of the tape of a segment.
 
-The section "One step and its adjoint" of `ExplicitStepper` holds the formulas.
+`explicit_step` has the formulas of a step and of its adjoint.
 
 The coefficients are those of PETSc's TSRK, and PETSc's options, monitors and step-size control apply. The steps
 themselves are taken here, on tensors. TSStep copies each value of f into a Vec, and holds three Vecs for each stage and
@@ -10,37 +10,30 @@ between solves.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
-from torch.autograd.graph import GradientEdge
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import Method, by_petsc_name
-from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
-from pnode_dist.ode.rhs.ownership import owned
-from pnode_dist.ode.rhs.products import pull_back, step_cotangents, vjp
 from pnode_dist.ode.segments import Segment
-from pnode_dist.ode.steppers.adjoint_sums import AdjointSums, Products
+from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments, CompiledTape
 from pnode_dist.ode.steppers.current_state import TensorState
+from pnode_dist.ode.steppers.explicit_step import take_step
+from pnode_dist.ode.steppers.graph_tape import CannotJoinError, GraphTape, pull_back_graph, record_graph
 from pnode_dist.ode.steppers.own_tables import register_own_tables
-from pnode_dist.ode.steppers.pruning import prune
+from pnode_dist.ode.steppers.stage_tape import ByStage, pull_back_stages, record_stages
 from pnode_dist.ode.steppers.tableau import tableau_of
-from pnode_dist.ode.steppers.tape import Tape, stages_of
-from pnode_dist.ode.steppers.tape_segment import STATE_WAS_WRITTEN, TapeSegment, combined
+from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.petsc import vectors
 from pnode_dist.system.torch_internals import set_grad_enabled
-
-Slopes = list[Parts]
-"""f at the stages of a step so far, in the type of the state; empty for a stage on which the result does not depend."""
 
 
 class ExplicitStepper(Stepper):
@@ -76,11 +69,7 @@ class ExplicitStepper(Stepper):
         self.error: BaseException | None = None
         self.compiled: CompiledSegments | None = None
         self._sums = AdjointSums(layout, len(parameter_sizes))
-        self._segment: weakref.ref[TapeSegment] | None = None
-        self._autograd_sums = self._uses_segments = False
-        self._may_use_segments = True
-        # Pruning could differ between ranks, and then an f that communicates would deadlock.
-        self._prunes = comm.size == 1 and len(layout.shapes) > 1
+        self._can_join, self._may_join = False, True
 
     def _create_ts(self, method: Method, options: PetscOptions) -> PETSc.TS:
         register_own_tables()
@@ -100,296 +89,116 @@ class ExplicitStepper(Stepper):
     def bind(self, bound: BoundFunction) -> None:
         """See `Stepper.bind`."""
         if bound is not self.bound:
-            # Autograd sums in the types of the parameters, which must be that of the state.
-            self._autograd_sums = not (self.layout.converts or bound.needs_time_gradient) and all(
-                parameter.dtype is self.layout.state_dtype and parameter.device == self.layout.vec_device
-                for parameter in bound.parameters.tensors
+            # Autograd sums in the types of the parameters, which must be that of the state. On several ranks the graph
+            # of several stages could lead to different exchanges.
+            self._can_join = (
+                self.comm.size == 1
+                and not (self.layout.converts or bound.needs_time_gradient)
+                and all(
+                    parameter.dtype is self.layout.state_dtype and parameter.device == self.layout.vec_device
+                    for parameter in bound.parameters.tensors
+                )
             )
-            # On several ranks the graphs of a segment could lead to different exchanges.
-            self._uses_segments = self._autograd_sums and self._may_use_segments and self.comm.size == 1
         self.bound = bound
 
-    # Compiled segments
+    @property
+    def joins(self) -> bool:
+        """True if the steps of a segment are recorded as one graph, False if each of their stages is."""
+        return self._may_join and self._can_join
+
+    def stop_joining(self) -> None:
+        """Record by stages from now on, because f differentiates through its state (`CannotJoinError`)."""
+        self._may_join = False
 
     def advance(self, segment: Segment) -> None:
         """See `Stepper.advance`."""
-        if self.compiled is None:
-            super().advance(segment)
-            return
-        self._take(self.compiled.advance(self._bound, segment, self.current.parts))
+        state = self.current.parts
+        self.stepping = True
+        try:
+            if self.compiled is not None:
+                state = self.compiled.advance(self.bound_function, segment, state)
+            else:
+                state = self._without_tape(segment, state)
+        finally:
+            self.stepping = False
+        self.current.replace(state, shared=False)
+        self._store_fingerprint(state)
 
-    def record(self, segment: Segment, isolate: bool, level: str) -> Tape:
+    def _without_tape(self, segment: Segment, state: Parts) -> Parts:
+        evaluate, before = ByStage(self.bound_function, self.layout, None), torch.is_grad_enabled()
+        # The context manager torch.no_grad() takes as long as a small stage.
+        set_grad_enabled(False)
+        try:
+            for time, size in zip(segment.starts, segment.sizes, strict=True):
+                state = take_step(self.tableau, time, size, state, evaluate)
+        finally:
+            set_grad_enabled(before)
+        return state
+
+    def record(self, segment: Segment, level: str) -> Tape:
         """See `Stepper.record`. A compiled segment at the level "stages" has the state before it for a tape."""
-        if self.compiled is None:
-            return super().record(segment, isolate, level)
-        before = self.current.parts
-        if level == "stages":
-            self.current.share()
-            self._take(self.compiled.advance(self._bound, segment, before))
-            return [CompiledTape(before)]
-        after, tape = self.compiled.record(self._bound, segment, before)
-        self._take(after)
-        return [tape]
+        self.stepping = True
+        try:
+            after, tape = self._with_tape(segment, self.current.parts, level)
+        finally:
+            self.stepping = False
+        self.current.replace(after, shared=True)
+        self._store_fingerprint(after)
+        return tape
+
+    def _with_tape(self, segment: Segment, before: Parts, level: str) -> tuple[Parts, Tape]:
+        bound, layout = self.bound_function, self.layout
+        if self.compiled is not None:
+            if level == "stages":
+                return self.compiled.advance(bound, segment, before), [CompiledTape(before)]
+            after, compiled = self.compiled.record(bound, segment, before)
+            return after, [compiled]
+        if level == "graph" and self.joins:
+            evaluations, mark = bound.evaluations, bound.carried.mark()
+            try:
+                after, graph = record_graph(bound, layout, self.tableau, segment, before)
+            except CannotJoinError:
+                bound.evaluations = evaluations
+                bound.carried.restore(mark)
+                self.stop_joining()
+            else:
+                return after, [graph]
+        after, stages = record_stages(bound, layout, self.tableau, segment, before, level)
+        return after, [*stages]
 
     def pull_back(self, segment: Segment, tape: Tape) -> list[tuple[float, float]]:
         """See `Stepper.pull_back`."""
-        recorded = tape[0]
-        if self.compiled is None or not isinstance(recorded, CompiledTape):
-            return super().pull_back(segment, tape)
-        tape.clear()
-        if not recorded.roots:
-            recorded = self.compiled.record(self._bound, segment, recorded.start)[1]
-        sums = self._sums
-        states, parameters, by_times = self.compiled.pull_back(self._bound, recorded, sums.adjoint)
-        sums.replace(
-            [torch.zeros_like(old) if new is None else new for old, new in zip(sums.adjoint, states, strict=True)]
-        )
-        sums.add_to_gradient([*parameters, *((None, None) if self._bound.needs_time_gradient else ())])
+        bound, sums, recorded = self.bound_function, self._sums, tape[0]
+        self.stepping = True
+        try:
+            stages = [stage for stage in tape if isinstance(stage, StageGraph | StageState)]
+            tape.clear()
+            if isinstance(recorded, GraphTape):
+                pull_back_graph(bound, recorded, sums)
+                return []
+            if isinstance(recorded, CompiledTape):
+                return self._pull_back_compiled(segment, recorded)
+            return pull_back_stages(bound, self.layout, self.tableau, segment, stages, sums)
+        finally:
+            self.stepping = False
+
+    def _pull_back_compiled(self, segment: Segment, tape: CompiledTape) -> list[tuple[float, float]]:
+        bound, sums, compiled = self.bound_function, self._sums, self.compiled
+        assert compiled is not None
+        if not tape.roots:
+            tape = compiled.record(bound, segment, tape.start)[1]
+        states, parameters, by_times = compiled.pull_back(bound, tape, sums.adjoint)
+        sums.adjoint = [
+            torch.zeros_like(old) if new is None else new for old, new in zip(sums.adjoint, states, strict=True)
+        ]
+        sums.add_to_gradient([*parameters, *((None, None) if bound.needs_time_gradient else ())])
         return by_times
 
-    def _take(self, after: Parts) -> None:
-        """Make the result of a segment the current state."""
-        self.current.set_shared(after)
-        self._store_fingerprint(after)
-
     @property
-    def _bound(self) -> BoundFunction:
+    def bound_function(self) -> BoundFunction:
+        """The right-hand side of the present solve."""
         assert self.bound is not None
         return self.bound
-
-    # One step and its adjoint
-
-    def step(
-        self,
-        number: int,
-        time: float,
-        size: float,
-        tape: Tape | None = None,
-        isolate: bool = False,
-        level: str = "graph",
-    ) -> None:
-        """See `Stepper.step`. Collective on `comm`.
-
-        Stage i evaluates k_i = f(t + c_i h, u + h sum_j a_ij k_j). The result is u + h sum_i b_i k_i.
-        A step with a tape but without `isolate` is recomputed for its adjoint. Its result is known, and is not formed.
-        """
-        if tape is not None and level == "graph" and self._uses_segments:
-            segment = self._record_on_segment(number, time, size, isolate)
-            if segment is not None:
-                tape.append(segment)
-                return
-        if self.fingerprints and tape is not None and not isolate:
-            self._store_fingerprint(self.current.parts)
-        before = torch.is_grad_enabled()
-        # The context manager torch.no_grad() takes as long as a small stage.
-        set_grad_enabled(False)
-        self.stepping = True
-        try:
-            slopes: Slopes = []
-            for stage, node in enumerate(self.tableau.c):
-                if self.tableau.counts[stage]:
-                    state = self.stage_state(stage, size, slopes, isolate)
-                    slopes.append(self.slope(time + node * size, state, tape, level))
-                else:
-                    slopes.append(())
-                    if tape is not None:
-                        tape.append(None)
-            if tape is None or isolate:
-                self.form_result(size, slopes)
-                self._store_fingerprint(self.current.parts)
-            elif self.fingerprints:
-                self._add_fingerprints(size, slopes)
-            if tape is not None and self._prunes and level != "stages":
-                del slopes
-                prune(tape, self.tableau)
-        finally:
-            self.stepping = False
-            set_grad_enabled(before)
-
-    def stage_state(self, stage: int, size: float, slopes: Slopes, isolate: bool) -> Parts:
-        """Return u + h sum_j a_ij k_j for a stage. With `isolate` no later step writes into it."""
-        terms = self.tableau.stage_terms[stage]
-        state = self.current.parts
-        if not terms:
-            # In inference mode tensors have no version, so a write by f into the state could not be detected.
-            if torch.is_inference_mode_enabled():
-                return tuple(part.clone() for part in state)
-            if isolate:
-                self.current.share()
-            return state
-        return combined(state, size, terms, slopes)
-
-    def slope(self, time: float, state: Parts, tape: Tape | None, level: str) -> Parts:
-        """Return f at `time` and `state`, in the type of the state. Append the stage to `tape`, if given.
-
-        Raises `RuntimeError` if f writes into the current state, or into a state on the tape.
-        """
-        bound, layout = self.bound, self.layout
-        assert bound is not None
-        inputs = layout.inputs(state) if layout.converts else state
-        reused = self._reused(state, inputs, tape is not None and level == "stages")
-        versions = [part._version for part in reused]
-        if tape is None:
-            values = bound.value(bound.func, layout, time, inputs)
-        elif level != "stages":
-            graph = bound.graph(bound.func, layout, time, inputs)
-            values = graph.values
-            tape.append(graph if bound.needs_time_gradient else _without_values(graph))
-        else:
-            mark = bound.carried.mark()
-            values = bound.value(bound.func, layout, time, inputs)
-            # Before the fingerprint, which lends the memory to NumPy: after that every value counts as shared.
-            values = values if layout.converts else owned(values)
-            tape.append(bound.stage_checkpoint(time, inputs, mark, values))
-        if reused and [part._version for part in reused] != versions:
-            raise RuntimeError(STATE_WAS_WRITTEN)
-        if layout.converts:
-            values = tuple(map(layout.scalar, values))
-        is_owned = tape is not None and (level != "stages" or not layout.converts)
-        return values if is_owned else owned(values)
-
-    def form_result(self, size: float, slopes: Slopes) -> None:
-        """Replace the current state by the result of the step from it."""
-        self.current.add([(slopes[stage], size * weight) for stage, weight in self.tableau.result_terms])
-
-    def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
-        """See `Stepper.adjoint_step`. Collective on `comm`.
-
-        Let lambda be the adjoint of the step's result and J_i the Jacobian of f at stage i. For i = s, ..., 1,
-        v_i = h (b_i lambda + sum_{j > i} a_ji w_j) and w_i = J_i^T v_i. The adjoint of the state before the step is
-        lambda + sum_i w_i, and (df/dtheta)^T v_i is added to the gradient with respect to the parameters. This is the
-        chain rule, backward through the formulas of `step`.
-        """
-        bound, layout, tableau, sums = self.bound, self.layout, self.tableau, self._sums
-        assert bound is not None
-        if isinstance(tape[0], TapeSegment):
-            self._adjoint_of_segment(number, tape[0])
-            tape.clear()
-            return
-        stages = stages_of(tape)
-        tape.clear()
-        products: dict[int, Products] = {}
-        self.stepping = True
-        try:
-            for stage in reversed(range(len(tableau.b))):
-                graph = stages.pop()
-                if graph is None:
-                    continue
-                uses = [(products[j], size * a_ji) for j, a_ji in reversed(tableau.uses[stage]) if j in products]
-                cotangents = self._stage_cotangents(size * tableau.b[stage], uses)
-                if isinstance(graph, StageState):
-                    graph = bound.recomputed_graph(graph, bound.func, layout)
-                    graph = graph if bound.needs_time_gradient else _without_values(graph)
-                found = vjp(bound, graph, cotangents, sums=sums.gradient if self._autograd_sums else ())
-                if layout.converts:
-                    found = found._replace(states=[None if w is None else layout.scalar(w) for w in found.states])
-                products[stage] = found.states
-                time_products = step_cotangents(found, graph.when - time) if bound.needs_time_gradient else []
-                if self._autograd_sums:
-                    sums.gradient = list(found.parameters)
-                else:
-                    sums.add_to_gradient([*found.parameters, *time_products])
-                # Free this stage's tensors before the next stage's are made.
-                del graph, cotangents, found, time_products
-        finally:
-            self.stepping = False
-        sums.add_stages(products, tableau.result_terms[0][0])
-
-    def _stage_cotangents(self, weight: float, uses: list[tuple[Products, float]]) -> list[torch.Tensor | None]:
-        """Return v_i, part by part: `weight` times the adjoint, plus the weighted products of the later stages `uses`.
-
-        None is a part that is known to be zero.
-        """
-        cotangents: list[torch.Tensor | None] = []
-        for number, part in enumerate(self._sums.adjoint):
-            terms = [(product, h) for products, h in uses if (product := products[number]) is not None]
-            if weight or not (terms or self._prunes):
-                terms.append((part, weight))
-            cotangent = None
-            for product, coefficient in terms:
-                # A fused multiply-add would round differently from autograd.
-                term = torch.mul(product, coefficient)
-                cotangent = term if cotangent is None else cotangent.add_(term)
-            cotangents.append(cotangent)
-        return cotangents
-
-    # Details of a step
-
-    def _add_fingerprints(self, size: float, slopes: Slopes) -> None:
-        """Turn the fingerprint of the state before a step into that of its result, which is not formed."""
-        assert self.fingerprint is not None
-        for stage, weight in self.tableau.result_terms:
-            self.fingerprint += size * weight * fingerprint(slopes[stage])
-
-    def _reused(self, state: Parts, inputs: Parts, keeps_stage: bool) -> Parts:
-        """Return the tensors that are used again after an evaluation of f, and that f must not write into.
-
-        They are those of the current state, or of a stage that is kept on the tape.
-        """
-        if torch.is_inference_mode_enabled():
-            return ()
-        return inputs if keeps_stage else state if state is self.current.parts else ()
-
-    # Tape segments
-
-    def _record_on_segment(self, number: int, time: float, size: float, isolate: bool) -> TapeSegment | None:
-        """Take the step from the current state on a tape segment: that of the steps before it, or a new one.
-
-        Returns None if f's value would depend on being in one graph with earlier steps. No segments are used then, now
-        and later.
-        """
-        bound, segment = self.bound, None if self._segment is None else self._segment()
-        assert bound is not None
-        if segment is None or not (isolate and segment.can_extend(number, self.current.parts)):
-            self.close_segment()
-            segment = TapeSegment(number, self.current.parts)
-        if isolate:
-            self.current.share()
-        evaluations, mark = bound.evaluations, bound.carried.mark()
-        self.stepping = True
-        try:
-            after = segment.record_step(bound, self.layout, self.tableau, time, size)
-        finally:
-            self.stepping = False
-        if after is None:
-            bound.evaluations = evaluations
-            bound.carried.restore(mark)
-            self.close_segment()
-            self._uses_segments = self._may_use_segments = False
-            return None
-        self._store_fingerprint(after)
-        if isolate:
-            self.current.set_shared(after)
-            self._segment = weakref.ref(segment)
-        else:
-            segment.close()
-        return segment
-
-    def close_segment(self) -> None:
-        """See `Stepper.close_segment`."""
-        segment, self._segment = None if self._segment is None else self._segment(), None
-        if segment is not None:
-            if segment.after is self.current.parts:
-                self.current.unshare()
-            segment.close()
-
-    def _adjoint_of_segment(self, number: int, segment: TapeSegment) -> None:
-        """Take the adjoint back over all steps of a segment at once, when its last step is reversed."""
-        bound, sums = self.bound, self._sums
-        assert bound is not None
-        if number != segment.last:
-            return
-        bound.vjps += segment.evaluations
-        self.stepping = True
-        try:
-            wanted: tuple[torch.Tensor | GradientEdge, ...] = (*segment.start, *bound.parameters.tensors)
-            found = pull_back(bound, segment.roots, wanted, sums.adjoint, sums=sums.gradient)
-        finally:
-            self.stepping = False
-        parts = len(segment.start)
-        segment.free()
-        sums.replace([part for part in found[:parts] if part is not None])
-        sums.gradient = list(found[parts:])
 
     # The rest of the interface of `Stepper`
 
@@ -413,14 +222,14 @@ class ExplicitStepper(Stepper):
         """See `Stepper.end_adjoint`."""
         return self._sums.end(shapes)
 
-    def take_time_gradients(self) -> tuple[float, float]:
-        """See `Stepper.take_time_gradients`."""
-        return self._sums.take_time_gradients()
-
     def derivative(self, time: float, direction: float) -> torch.Tensor:
         """See `Stepper.derivative`. Collective on `comm`."""
         with torch.no_grad():
-            return torch.cat([part.reshape(-1) for part in self.slope(time, self.current.parts, None, "graph")])
+            return torch.cat([part.reshape(-1) for part in self.evaluate(time, self.current.parts)])
+
+    def evaluate(self, time: float, state: Parts) -> Parts:
+        """Return f at `time` and `state`, in the type of the state, without a graph. Collective on `comm`."""
+        return ByStage(self.bound_function, self.layout, None)(time, state)
 
     def destroy(self) -> None:
         """See `Stepper.destroy`. PETSc objects exist only if PETSc's monitors are used."""
@@ -437,8 +246,3 @@ class ExplicitStepper(Stepper):
         assert self._vec is not None
         vectors.fill(self._vec, self.current.flat, self.layout.vec_device)
         return self._vec
-
-
-def _without_values(graph: StageGraph) -> StageGraph:
-    """Return the graph without its values, which first-order products do not need."""
-    return StageGraph(graph.inputs, graph.roots, (), graph.when)

@@ -20,7 +20,7 @@ from pnode_dist.ode.rhs.mass import MassMatrix
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.steppers.base import (
     PetscOptions,
-    Stepper,
+    SingleStepper,
     options_database,
     set_from_options,
     set_up_adjoint,
@@ -47,7 +47,7 @@ _MOST_ITERATIONS = 8
 """A preconditioner is rebuilt within a step if a linear solve takes more iterations than this."""
 
 
-class ImplicitStepper(Stepper):
+class ImplicitStepper(SingleStepper):
     """A stepper of the families `theta`, `arkimex` and `dirk`, and forward only of `rosw` and `bdf`.
 
     `options` are PETSc options (without the leading dash) for the TS and its SNES, KSP and PC. They come on top of
@@ -173,10 +173,9 @@ class ImplicitStepper(Stepper):
         time: float,
         size: float,
         tape: Tape | None = None,
-        isolate: bool = False,
         level: str = "graph",
     ) -> None:
-        """See `Stepper.step`. Collective on `comm`.
+        """See `SingleStepper.step`. Collective on `comm`.
 
         Raises `ConvergenceError` on all ranks if the equations of a stage cannot be solved.
         """
@@ -261,9 +260,6 @@ class ImplicitStepper(Stepper):
         for vec in (self._lambda, self._mu):
             vectors.wrote(vec)
 
-    def close_segment(self) -> None:
-        """See `Stepper.close_segment`. Every step has a tape of its own."""
-
     def start_adjoint(self) -> None:
         """See `Stepper.start_adjoint`."""
         self._adjoint.zero_()
@@ -274,7 +270,7 @@ class ImplicitStepper(Stepper):
         return self.current.vec
 
     def take_time_gradients(self) -> tuple[float, float]:
-        """See `Stepper.take_time_gradients`."""
+        """See `SingleStepper.take_time_gradients`."""
         last = self._parameter_gradient[-2:]
         first, second = last.tolist()
         last.zero_()
@@ -296,7 +292,7 @@ class ImplicitStepper(Stepper):
         return self.layout.parts(self._adjoint.clone()), gradient
 
     def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:
-        """See `Stepper.adjoint_step`. Collective on `comm`.
+        """See `SingleStepper.adjoint_step`. Collective on `comm`.
 
         Raises `ConvergenceError` on all ranks if a transposed linear system cannot be solved.
         """

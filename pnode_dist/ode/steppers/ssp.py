@@ -15,13 +15,13 @@ from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
-from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, set_from_options
+from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, SingleStepper, set_from_options
 from pnode_dist.ode.steppers.current_state import VecState
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.petsc import vectors
 
 
-class SspStepper(Stepper):
+class SspStepper(SingleStepper):
     """A stepper of the family `ssp`. Collective on `comm`.
 
     `options` are PETSc options (without the leading dash) for this solver, on top of those on the command line.
@@ -76,10 +76,9 @@ class SspStepper(Stepper):
         time: float,
         size: float,
         tape: Tape | None = None,
-        isolate: bool = False,
         level: str = "graph",
     ) -> None:
-        """See `Stepper.step`. There is no tape. Collective on `comm`."""
+        """See `SingleStepper.step`. There is no tape. Collective on `comm`."""
         assert tape is None
         direction = self._rhs.direction = math.copysign(1.0, size)
         ts = self._ts
@@ -96,9 +95,6 @@ class SspStepper(Stepper):
         with self.errors_of_func():
             self._rhs.function(self._ts, direction * time, self.current.vec, self._slope)
         return direction * vectors.view(self._slope, (self.layout.size,), self.layout.vec_device)
-
-    def close_segment(self) -> None:
-        """See `Stepper.close_segment`. There is no tape."""
 
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> NoReturn:
         """See `adjoint_step`."""

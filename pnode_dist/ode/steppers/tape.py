@@ -1,18 +1,18 @@
-"""The tape of a step: the data for its adjoint."""
+"""The tape of a segment: the data for its adjoint."""
 
 from __future__ import annotations
 
 from pnode_dist.ode.rhs.evaluation import StageGraph, StageState
 from pnode_dist.ode.steppers.compiled_segment import CompiledTape
-from pnode_dist.ode.steppers.tape_segment import TapeSegment
+from pnode_dist.ode.steppers.graph_tape import GraphTape
 
 Stage = StageGraph | StageState | None
-Tape = list[Stage | TapeSegment | CompiledTape]
-"""One entry for each stage, or the single graph of several steps. None is a stage that is not needed."""
+Tape = list[Stage | GraphTape | CompiledTape]
+"""One entry for each stage, or one graph of all steps. None is a stage that is not needed."""
 
 
 def stages_of(tape: Tape) -> list[Stage]:
-    """Return the stages on the tape of a step that is not part of a segment."""
-    stages = [stage for stage in tape if not isinstance(stage, TapeSegment | CompiledTape)]
+    """Return the stages on a tape that is no graph of whole steps."""
+    stages = [stage for stage in tape if not isinstance(stage, GraphTape | CompiledTape)]
     assert len(stages) == len(tape)
     return stages

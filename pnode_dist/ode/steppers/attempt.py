@@ -1,0 +1,139 @@
+"""An attempt of an explicit step, stage by stage, so that its error can be estimated before it is accepted."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from pnode_dist.ode.rhs.evaluation import StageGraph, StageState
+from pnode_dist.ode.rhs.layout import Parts
+from pnode_dist.ode.steppers.explicit import ExplicitStepper
+from pnode_dist.ode.steppers.explicit_step import OpenStep, Slopes
+from pnode_dist.ode.steppers.graph_tape import CannotJoinError, OnGraph, closed, has_gradient, leaves
+from pnode_dist.ode.steppers.stage_tape import ByStage
+from pnode_dist.ode.steppers.tape import Tape
+from pnode_dist.system.torch_internals import set_grad_enabled
+
+
+class First(NamedTuple):
+    """f at the first stage of a step, evaluated before the attempt: by the last stage of the step before, or rejected.
+
+    `start` is the state with the graph of `slope`, if the step will be on the tape as one graph. `stage` is the stage's
+    own tape, if it will be there by stages.
+    """
+
+    slope: Parts
+    start: Parts = ()
+    stage: StageGraph | StageState | None = None
+
+
+class Attempt:
+    """A step of `stepper` from `time` by `size`, in progress. Collective on the stepper's communicator if f is.
+
+    `end` is the time of the step after it, which can differ from `time + size` in the last bit. `records`: the tape is
+    kept if the step is accepted. Raises `RuntimeError` and `CannotJoinError`, see `OnGraph`.
+    """
+
+    def __init__(
+        self, stepper: ExplicitStepper, time: float, size: float, end: float, records: bool, first: First | None
+    ) -> None:
+        self._stepper, self._time, self._size, self._end = stepper, time, size, end
+        self._joins = records and stepper.joins
+        bound, layout, state = stepper.bound_function, stepper.layout, stepper.current.parts
+        self._on_graph = OnGraph(bound, layout)
+        self._by_stage = ByStage(bound, layout, "graph" if records and not self._joins else None)
+        self._begin = bound.evaluations, bound.carried.mark() if self._joins else None
+        self._next: Parts = ()
+        if first is not None and records and not (first.start if self._joins else first.stage):
+            first = None
+        if self._joins:
+            state = leaves(state) if first is None else first.start
+        self._start = state
+        self._step = OpenStep(stepper.tableau, size, state)
+        if first is not None:
+            self._step.append(first.slope if self._joins else tuple(part.detach() for part in first.slope))
+            if first.stage is not None:
+                self._by_stage.stages.append(first.stage)
+
+    @property
+    def slopes(self) -> Slopes:
+        """f at the stages so far."""
+        return self._step.slopes
+
+    @property
+    def direction(self) -> float:
+        """The sign of the step."""
+        return math.copysign(1.0, self._size)
+
+    @property
+    def result(self) -> Parts:
+        """The state after the step."""
+        return self._step.result
+
+    @property
+    def is_complete(self) -> bool:
+        """True if f was evaluated at all stages."""
+        return len(self.slopes) == len(self._stepper.tableau.c)
+
+    def again_by_stages(self) -> Attempt:
+        """Return the same attempt with a tape by stages, after a `CannotJoinError`. Nothing of this one counts."""
+        stepper = self._stepper
+        bound, (evaluations, mark) = stepper.bound_function, self._begin
+        bound.evaluations = evaluations
+        bound.carried.restore(mark)
+        stepper.stop_joining()
+        return Attempt(stepper, self._time, self._size, self._end, True, None)
+
+    def evaluate_next(self) -> Parts:
+        """Evaluate f at the next stage, and return its value."""
+        tableau, stage = self._stepper.tableau, len(self.slopes)
+        time = self._time + tableau.c[stage] * self._size
+        evaluate = self._on_graph if self._joins else self._by_stage
+        before = torch.is_grad_enabled()
+        # The context manager torch.enable_grad() takes as long as a small stage.
+        set_grad_enabled(self._joins)
+        try:
+            if self._stepper.method.fsal and stage == len(tableau.c) - 1:
+                # This is the first stage of the next step: its graph begins here.
+                time, state = self._end, self._step.result
+                self._next = state = leaves(state) if self._joins else state
+            else:
+                state = self._step.next_state()
+            self._step.append(evaluate(time, state))
+        finally:
+            set_grad_enabled(before)
+        return self.slopes[-1]
+
+    def first_again(self) -> First:
+        """Return f at the first stage for another attempt from the same state."""
+        stages = self._by_stage.stages
+        return First(self.slopes[0], self._start if self._joins else (), stages[0] if stages else None)
+
+    def accept(self, tape: Tape | None) -> First | None:
+        """Make the result the current state, and extend `tape`. Returns f at its first stage, if known."""
+        stepper, stages = self._stepper, self._by_stage.stages
+        last = stages[-1] if stages else None
+        counts = stepper.tableau.counts
+        if self._joins:
+            assert tape is not None
+            vjps = sum(has_gradient(slope) for slope, needed in zip(self.slopes, counts, strict=True) if needed)
+            after, graph = closed(stepper.bound_function, self._start, self._step.result, vjps)
+            tape.append(graph)
+        else:
+            after = self._step.result
+            if tape is not None:
+                tape += [stage for stage, needed in zip(stages, counts, strict=True) if needed]
+        stepper.current.replace(after, shared=tape is not None)
+        return First(self.slopes[-1], self._next, last) if stepper.method.fsal else None
+
+
+def complete(attempt: Attempt) -> Attempt:
+    """Evaluate f at all stages. Returns the attempt, or the one by stages if its tape cannot be one graph."""
+    try:
+        while not attempt.is_complete:
+            attempt.evaluate_next()
+    except CannotJoinError:
+        return complete(attempt.again_by_stages())
+    return attempt

@@ -1,0 +1,120 @@
+"""The tape of consecutive explicit steps as one graph of torch.
+
+One backward pass of autograd takes the adjoint back over all of them, and frees the graph while it runs. The result has
+the same bits for any division of the steps into graphs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from pnode_dist.ode.rhs.evaluation import BoundFunction
+from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.rhs.products import pull_back
+from pnode_dist.ode.segments import Segment
+from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
+from pnode_dist.ode.steppers.explicit_step import take_step
+from pnode_dist.ode.steppers.stage_tape import STATE_WAS_WRITTEN
+from pnode_dist.ode.steppers.tableau import Tableau
+
+
+class GraphTape(NamedTuple):
+    """A graph from the state `start` to `roots`. `vjps` counts the evaluations of f that have a gradient."""
+
+    start: Parts
+    roots: tuple[GradientEdge, ...]
+    vjps: int
+
+
+class CannotJoinError(Exception):
+    """f differentiates with respect to tensors that its state was computed from, such as the parameters.
+
+    Inside one graph such a derivative would include the path through the state, so the graph is invalid.
+    """
+
+
+def record_graph(
+    bound: BoundFunction, layout: StateLayout, tableau: Tableau, segment: Segment, state: Parts
+) -> tuple[Parts, GraphTape]:
+    """Return the state after the steps without its graph, and their tape. Collective if f is.
+
+    Raises `RuntimeError` if f writes into a state, and `CannotJoinError`.
+    """
+    start = leaves(state)
+    with torch.enable_grad():
+        evaluate = OnGraph(bound, layout)
+        after = start
+        for time, size in zip(segment.starts, segment.sizes, strict=True):
+            after = take_step(tableau, time, size, after, evaluate)
+    return closed(bound, start, after, evaluate.vjps)
+
+
+def leaves(state: Parts) -> Parts:
+    """Return the same values as the start of a graph."""
+    return tuple(part.detach().requires_grad_() for part in state)
+
+
+def closed(bound: BoundFunction, start: Parts, after: Parts, vjps: int) -> tuple[Parts, GraphTape]:
+    """Return the result `after` of a graph from `start` without its graph, and the tape."""
+    bound.check_dependencies(after, start)
+    return tuple(part.detach() for part in after), GraphTape(start, tuple(map(get_gradient_edge, after)), vjps)
+
+
+def pull_back_graph(bound: BoundFunction, tape: GraphTape, sums: AdjointSums) -> None:
+    """Take adjoint and gradient in `sums` back over the steps of a tape. Collective if f is."""
+    bound.vjps += tape.vjps
+    found = pull_back(bound, tape.roots, (*tape.start, *bound.parameters.tensors), sums.adjoint, sums=sums.gradient)
+    parts = len(tape.start)
+    sums.adjoint = [part for part in found[:parts] if part is not None]
+    sums.replace_gradient(found[parts:])
+
+
+class OnGraph:
+    """The evaluations of f in one graph, counted in `vjps` if they have a gradient. Collective if f is.
+
+    Raises `RuntimeError` if f writes into the state, and `CannotJoinError`.
+    """
+
+    def __init__(self, bound: BoundFunction, layout: StateLayout) -> None:
+        self._bound, self._layout = bound, layout
+        self.vjps = 0
+
+    def __call__(self, time: float, state: Parts) -> Parts:
+        """Return f at `time` and `state`. Gradients must be enabled."""
+        bound = self._bound
+        if bound.watches:
+            state = tuple(_Watched.apply(bound, part) for part in state)  # type: ignore[no-untyped-call]
+        versions = [part._version for part in state]
+        values = bound.evaluate_on_tape(self._layout, time, state)
+        if [part._version for part in state] != versions:
+            raise RuntimeError(STATE_WAS_WRITTEN)
+        if bound.differentiates:
+            raise CannotJoinError
+        self.vjps += has_gradient(values)
+        return values
+
+
+def has_gradient(values: Parts) -> bool:
+    """Return True if any part depends on a tensor that requires a gradient."""
+    return any(value.requires_grad for value in values)
+
+
+class _Watched(torch.autograd.Function):
+    """The identity on a part of a stage's state. Its backward detects derivatives that f takes through the state."""
+
+    @staticmethod
+    def forward(ctx: Any, bound: BoundFunction, part: torch.Tensor) -> torch.Tensor:
+        # Weak, because f may lead to objects that hold this graph.
+        ctx.bound = weakref.ref(bound)
+        return part.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        bound: BoundFunction | None = ctx.bound()
+        if bound is not None and not bound.in_backward:
+            bound.differentiates = True
+        return None, cotangents[0]
