@@ -12,7 +12,7 @@ from pnode_dist.ode import safe_points
 from pnode_dist.ode.adaptive_pass import adaptive_steps
 from pnode_dist.ode.segments import divided_into_segments
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solve_plans import plans, slots_of, steps_per_segment
+from pnode_dist.ode.solve_plans import joined, plans, slots_of, steps_per_segment
 from pnode_dist.ode.steppers.step_rule import call_back
 from pnode_dist.petsc import log
 
@@ -77,10 +77,10 @@ def _given_steps(solve: Solve, output: Callable[[int], None]) -> None:
             call_back(callback, stepper.layout, grid.starts[step], stepper.current.parts, grid.sizes[step])
 
     def reached(unit: int) -> None:
-        number = segments.outputs.get(unit)
+        number = solve.segments.outputs.get(unit)
         if number is not None:
             output(number)
-        step = segments.bounds[unit]
+        step = solve.segments.bounds[unit]
         if stepper.monitored:
             last = min(step, grid.steps - 1)
             size = grid.sizes[last]
@@ -104,8 +104,8 @@ def _given_steps(solve: Solve, output: Callable[[int], None]) -> None:
         check_plan(fixed, grid.steps, slots, segments.longest, segments.segments)
     solve.charge(solve.plan.ram, solve.plan.ram_bytes, solve.plan.disk_bytes)
     solve.solver.has_spilt = solve.solver.has_spilt or solve.plan.disk > 0
-    solve.actions = solve.plan.actions()
-    run_forward(solve.actions, solve, solve.checkpoints, solve.statistics, reached)
     kept = segments.bounds[segments.segments - solve.plan.kept]
+    solve.actions = joined(solve, solve.plan).actions()
+    run_forward(solve.actions, solve, solve.checkpoints, solve.statistics, reached)
     solve.statistics.graph_steps = grid.steps - kept
     solve.statistics.graph_bytes = solve.statistics.graph_steps * (solve.solver.tape_bytes or 0)
