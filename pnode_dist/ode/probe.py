@@ -25,7 +25,6 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.base import Stepper
 from pnode_dist.ode.steppers.compiled_segment import CompiledTape
-from pnode_dist.ode.steppers.graph_tape import GraphTape
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.system.torch_internals import storage_pointer
 
@@ -50,7 +49,7 @@ def measured_tape(stepper: Stepper, bound: BoundFunction, segment: Segment, leve
     for stage in tape:
         held = (*stage.inputs, *stage.values) if isinstance(stage, StageGraph) else ()
         held = stage.inputs if isinstance(stage, StageState) else held
-        held = stage.start if isinstance(stage, CompiledTape | GraphTape) else held
+        held = stage.start if isinstance(stage, CompiledTape) else held
         saved.update(map(_sized, held))
     return tape, stepper.comm.allreduce(sum(saved.values()), MPI.MAX)
 

