@@ -43,8 +43,8 @@ ALLOWED = {
     "ode/rhs/ownership.py": {"_base": OWNERS, "_is_view": OWNERS},
     "ode/rhs/parameters.py": dict.fromkeys(("_buffers", "_modules", "_parameters"), REGISTRIES),
     "ode/steppers/compiled_segment.py": {"_version": WRITES},
-    "ode/steppers/explicit.py": {"_version": WRITES},
-    "ode/steppers/tape_segment.py": {"_version": WRITES},
+    "ode/steppers/graph_tape.py": {"_version": WRITES},
+    "ode/steppers/stage_tape.py": {"_version": WRITES},
     "runs/rank_state.py": {"_version": WRITES},
     "train/device.py": {"_version": WRITES},
 }

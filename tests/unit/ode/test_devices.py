@@ -21,7 +21,7 @@ from pnode_dist import NeuralODE, Trajectory, odeint
 from pnode_dist.petsc import vectors
 from tests.conftest import PATIENCE
 from tests.oracles.other_device import Hidden, needs_other_device, other_device, transfers
-from tests.oracles.right_hand_sides import Network, random
+from tests.oracles.right_hand_sides import Network, distance, random
 
 pytestmark = [pytest.mark.slow, needs_other_device]  # in a process of its own
 TIMES = [0.0, 0.5, 1.0]
@@ -66,7 +66,8 @@ def solved_there(settings: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
 def test_values_and_gradients_are_there_and_are_those_of_the_cpu(settings: dict[str, Any], elsewhere: Executor) -> None:
     there = elsewhere.submit(solved_there, settings).result(PATIENCE)
     here = solved(torch.device("cpu"), settings)
-    assert all(np.array_equal(one, other.numpy()) for one, other in zip(there, here, strict=True))
+    # An explicit step there has a tape by stages: the same numbers are added in another order.
+    assert distance([torch.from_numpy(one) for one in there], here) <= 1e-15
 
 
 def copies(steps: int) -> dict[str, int]:
