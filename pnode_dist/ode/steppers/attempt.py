@@ -11,7 +11,7 @@ from pnode_dist.ode.rhs.evaluation import StageGraph, StageState
 from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.explicit_step import OpenStep, Slopes, viewed
-from pnode_dist.ode.steppers.graph_tape import CannotJoinError, OnGraph, closed, has_gradient, start_of_graph
+from pnode_dist.ode.steppers.graph_tape import CannotJoinError, OnGraph, closed, start_of_graph
 from pnode_dist.ode.steppers.stage_tape import ByStage
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.system.torch_internals import set_grad_enabled
@@ -120,13 +120,14 @@ class Attempt:
         counts = stepper.tableau.counts
         if self._joins:
             assert tape is not None
-            vjps = sum(has_gradient(slope) for slope, needed in zip(self.slopes, counts, strict=True) if needed)
+            needed = [slope for slope, counted in zip(self.slopes, counts, strict=True) if counted]
+            vjps = sum(any(part.requires_grad for part in slope) for slope in needed)
             after, graph = closed(stepper.bound_function, self._start, self._step.result, vjps)
             tape.append(graph)
         else:
             after = self._step.result
             if tape is not None:
-                tape += [stage for stage, needed in zip(stages, counts, strict=True) if needed]
+                tape += [stage for stage, counted in zip(stages, counts, strict=True) if counted]
         stepper.current.replace(after, shared=tape is not None)
         return First(self.slopes[-1], self._next, last) if stepper.method.fsal else None
 
