@@ -13,7 +13,7 @@ from pnode_dist.ode.probe import measured_tape
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.segments import Segment, divided_into_segments
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solve_plans import slots_of
+from pnode_dist.ode.solve_plans import compile_attempts, slots_of
 from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
 from pnode_dist.ode.time_grid import TimeGrid
 from pnode_dist.petsc import log
@@ -29,6 +29,7 @@ def adaptive_steps(solve: Solve, output: Callable[[int], None]) -> None:
     stepper, budget = solve.solver.stepper, solve.solver.trajectory
     slots = slots_of(solve, None)
     adaptive = solve.solver.adaptive_stepper(solve.control)
+    compile_attempts(solve)
     starts: list[float] = []
     sizes: list[float] = []
     ends = {0: 0}

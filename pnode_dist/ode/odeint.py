@@ -159,7 +159,7 @@ class NeuralODE(nn.Module):
     solves.
 
     With `compile` a solve runs as generated code of torch.compile, by its default backend or the one named: explicit
-    steps of fixed size and small implicit systems with all their operations, else f and its vector-Jacobian products.
+    steps and small implicit systems with all their operations, else f and its vector-Jacobian products.
     Compilation takes seconds at the first call, or in `precompile`. It pays where f is small or has many small
     operations, and changes results by rounding.
     """

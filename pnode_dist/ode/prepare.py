@@ -154,7 +154,7 @@ def _prepared_with(
         afresh=agreed is not None and agreed.creates,
     )
     # Older releases of torch cannot order the exchanges of f in compiled code.
-    compiles_steps = table.family == "rk" and control is None and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
+    compiles_steps = table.family == "rk" and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
     surroundings, carried = None, NOTHING_CARRIED
     if needs_gradient or (compiles_steps and settings.compiler is not None):
         surroundings = Surroundings.now(func, args, layout.device)

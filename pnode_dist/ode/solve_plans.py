@@ -76,6 +76,8 @@ def compile_steps(solve: Solve, initial: tuple[torch.Tensor, ...]) -> None:
             if solve.compiled is not None:
                 with solve.carried.aside():
                     stepper.advance(segments[0])
+        elif solve.control is not None:
+            compile_attempts(solve)
     finally:
         solve.release()
         stepper.current.release()
@@ -129,6 +131,19 @@ def steps_per_segment(solve: Solve) -> int:
 
     Monitors and callbacks see the state after each step, so that segments have one step then.
     """
+    most = _compile(solve, solve.steps.starts[0], solve.steps.sizes[0], attempts=False)
+    sees_steps = solve.solver.stepper.monitored or solve.callbacks.step is not None
+    return 1 if sees_steps else most
+
+
+def compile_attempts(solve: Solve) -> None:
+    """Compile the attempts of a solve with error control, where that is possible. Collective."""
+    start = solve.times[0]
+    _compile(solve, start, 1e-3 * (solve.times[1] - start), attempts=True)
+
+
+def _compile(solve: Solve, start: float, size: float, attempts: bool) -> int:
+    """Compile steps from `start` by `size`. Returns the largest number of steps of a segment, 1 if not compiled."""
     stepper = solve.solver.stepper
     if solve.compiler is None or not isinstance(stepper, ExplicitStepper):
         return 1
@@ -137,18 +152,17 @@ def steps_per_segment(solve: Solve) -> int:
     # In another mode, such as that of training, f may do what cannot be compiled.
     modes = tuple(module.training for module in func.modules()) if isinstance(func, nn.Module) else ()
     compiled = compiler.once(
-        (id(func), modes, layout, tableau, comm.size > 1, records),
+        (id(func), modes, layout, tableau, comm.size > 1, records, attempts),
         func,
-        lambda: CompiledSegments(compiler, func, layout, tableau, records),
+        lambda: CompiledSegments(compiler, func, layout, tableau, records, attempts),
     )
     if comm.allreduce(compiled is None, MPI.LOR) or compiled is None:
         return 1
-    most = compiled.prepare(comm, solve.bound, stepper.current.parts, solve.steps.starts[0], solve.steps.sizes[0])
+    most = compiled.prepare(comm, solve.bound, stepper.current.parts, start, size)
     if not most:
         return 1
     solve.compiled = stepper.compiled = compiled
-    sees_steps = stepper.monitored or solve.callbacks.step is not None
-    return 1 if sees_steps else most
+    return most
 
 
 def joined(solve: Solve, plan: Plan) -> Plan:

@@ -19,7 +19,7 @@ from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.recomputation.carried import Carried
 from pnode_dist.ode.rhs.layout import Parts
-from pnode_dist.ode.steppers.attempt import Attempt, First
+from pnode_dist.ode.steppers.attempt import Attempt, CompiledAttempt, First, attempted
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, options_database
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError
@@ -71,9 +71,9 @@ class _Stages:
     def __init__(self, stepper: ExplicitStepper) -> None:
         self._stepper = stepper
         self._views: dict[int, Parts] = {}
-        self.attempt: Attempt | None = None
+        self.attempt: Attempt | CompiledAttempt | None = None
 
-    def start(self, attempt: Attempt, asks_again: bool) -> None:
+    def start(self, attempt: Attempt | CompiledAttempt, asks_again: bool) -> None:
         """Begin an attempt. `asks_again`: PETSc calls the function for a first stage whose value it has."""
         self.attempt, self._asks_again = attempt, asks_again
 
@@ -179,7 +179,7 @@ class ExplicitAttempts:
         """See `AdaptiveStepper.attempt`."""
         stepper, ts = self._stepper, self._ts
         # PETSc's time of the last stage can differ from the next step's in the last bit, and so could f.
-        attempt = Attempt(stepper, time, size, end, tape is not None, self._first)
+        attempt = attempted(stepper, time, size, end, tape is not None, self._first)
         self._stages.start(attempt, self._rejected)
         vectors.fill(self._solution, stepper.current.flat, stepper.layout.vec_device)
         ts.setTime(attempt.direction * time)
@@ -192,6 +192,7 @@ class ExplicitAttempts:
                 ts.step()
         except CannotJoinError:
             self._replace_ts()
+            assert isinstance(attempt, Attempt)
             attempt.again_by_stages()
             return self.attempt(number, time, size, end, tape)
         except PETSc.Error as error:

@@ -9,6 +9,8 @@ import torch
 
 from pnode_dist.ode.rhs.evaluation import StageGraph, StageState
 from pnode_dist.ode.rhs.layout import Parts
+from pnode_dist.ode.segments import Segment
+from pnode_dist.ode.steppers.compiled_segment import CompiledTape
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.explicit_step import OpenStep, Slopes, viewed
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError, OnGraph, closed, start_of_graph
@@ -132,11 +134,73 @@ class Attempt:
         return First(self.slopes[-1], self._next, last) if stepper.method.fsal else None
 
 
-def complete(attempt: Attempt) -> Attempt:
+class CompiledAttempt:
+    """An attempt like `Attempt` whose stages are one compiled function."""
+
+    def __init__(self, stepper: ExplicitStepper, time: float, size: float, records: bool, first: First | None) -> None:
+        self._stepper, self._records = stepper, records
+        self._segment = Segment(0, (time,), (size,))
+        self._found: tuple[Parts, list[Parts], CompiledTape | None] | None = None
+        # The compiled step evaluates this stage again, but the error estimate counts it as given.
+        self.slopes: Slopes = [] if first is None else [first.slope]
+
+    @property
+    def direction(self) -> float:
+        """The sign of the step."""
+        return math.copysign(1.0, self._segment.sizes[0])
+
+    @property
+    def result(self) -> Parts:
+        """The state after the step."""
+        return self._step[0]
+
+    @property
+    def is_complete(self) -> bool:
+        """True if f is known at all stages."""
+        return len(self.slopes) == len(self._stepper.tableau.c)
+
+    @property
+    def _step(self) -> tuple[Parts, list[Parts], CompiledTape | None]:
+        stepper, compiled = self._stepper, self._stepper.compiled
+        if self._found is None:
+            assert compiled is not None
+            self._found = compiled.attempt(stepper.bound_function, self._segment, stepper.current.parts, self._records)
+        return self._found
+
+    def evaluate_next(self) -> Parts:
+        """Return f at the next stage."""
+        self.slopes.append(self._step[1][len(self.slopes)])
+        return self.slopes[-1]
+
+    def first_again(self) -> First:
+        """Return f at the first stage for another attempt from the same state."""
+        return First(self.slopes[0])
+
+    def accept(self, tape: Tape | None) -> First | None:
+        """Make the result the current state, and extend `tape`. Returns f at its first stage, if known."""
+        stepper, (after, slopes, recorded) = self._stepper, self._step
+        if tape is not None:
+            assert recorded is not None
+            tape.append(recorded)
+        stepper.current.replace(after, shared=tape is not None)
+        return First(slopes[-1]) if stepper.method.fsal else None
+
+
+def attempted(
+    stepper: ExplicitStepper, time: float, size: float, end: float, records: bool, first: First | None
+) -> Attempt | CompiledAttempt:
+    """Begin an attempt, see `Attempt`: compiled if the steps of the solve are."""
+    if stepper.compiled is not None:
+        return CompiledAttempt(stepper, time, size, records, first)
+    return Attempt(stepper, time, size, end, records, first)
+
+
+def complete(attempt: Attempt | CompiledAttempt) -> Attempt | CompiledAttempt:
     """Evaluate f at all stages. Returns the attempt, or the one by stages if its tape cannot be one graph."""
     try:
         while not attempt.is_complete:
             attempt.evaluate_next()
     except CannotJoinError:
+        assert isinstance(attempt, Attempt)
         return complete(attempt.again_by_stages())
     return attempt

@@ -24,7 +24,7 @@ from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.adjoint_sums import Products
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError, record_graph
 from pnode_dist.ode.steppers.stage_tape import STATE_WAS_WRITTEN
-from pnode_dist.ode.steppers.step_loop import looping, repeating
+from pnode_dist.ode.steppers.step_loop import Backend, looping, repeating
 from pnode_dist.ode.steppers.tableau import Tableau
 from pnode_dist.system.compile_order import compile_in_turn
 from pnode_dist.system.torch_internals import (
@@ -34,7 +34,10 @@ from pnode_dist.system.torch_internals import (
     traces_inner_derivatives,
 )
 
-_MOST_IN_LOOP, _MOST_COPIES = 50, 5
+_SEGMENTS: tuple[tuple[Callable[[Backend], Backend], int], ...] = ((looping, 50), (repeating, 5))
+_ATTEMPT: tuple[tuple[Callable[[Backend], Backend], int], ...] = ((lambda backend: backend, 1),)
+"""Ways to compile steps, the best one first, and the largest number of steps of each."""
+
 _Steps = Callable[[Parts, torch.Tensor, torch.Tensor, tuple[Any, ...]], Parts]
 
 
@@ -53,16 +56,24 @@ class CompiledTape(NamedTuple):
 class CompiledSegments:
     """The compiled segments of one right-hand side, layout and method, for solves with or without a gradient.
 
+    With `attempts` they have one step each, whose slopes are known too, so that its error can be estimated.
     `most` is the largest number of steps of a segment. It is 0 if the right-hand side cannot be compiled, None before
     the first call of `prepare`.
     """
 
     def __init__(
-        self, compiler: Compiler, func: Function, layout: StateLayout, tableau: Tableau, records: bool
+        self,
+        compiler: Compiler,
+        func: Function,
+        layout: StateLayout,
+        tableau: Tableau,
+        records: bool,
+        attempts: bool = False,
     ) -> None:
-        self._layout, self._tableau, self._records = layout, tableau, records
+        self._layout, self._tableau, self._records, self.attempts = layout, tableau, records, attempts
         self._stages = sum(tableau.counts)
-        self._step = _step(func, layout, tableau)
+        self._evaluations = len(tableau.c) if attempts else self._stages
+        self._step = _step(func, layout, tableau, attempts)
         self._compile = partial(compiler.compile, self._step, layout.device)
         self._loops, self._run = False, self._step
         self.most: int | None = None
@@ -82,15 +93,16 @@ class CompiledSegments:
                     reason = "func draws random numbers, or changes tensors or attributes"
                 reason = next(filter(None, comm.allgather(reason)), None)
                 self.most = 0
-                for loops in (True, False):
+                for transform, most in _ATTEMPT if self.attempts else _SEGMENTS:
+                    self._loops = transform is looping
                     # Exchanges between ranks have no order in a loop.
-                    if not (self.most or reason) and not (loops and comm.size > 1):
-                        self._loops, self._run = loops, self._compile(looping if loops else repeating)
-                        count = 2 if loops else _MOST_COPIES
+                    if not (self.most or reason) and not (self._loops and comm.size > 1):
+                        self._run = self._compile(transform)
+                        count = 2 if self._loops else most
                         segment = Segment(0, (start,) * count, (size,) * count)
                         error = _error_of(partial(self._try, bound, state, segment), comm)
-                        self.most = (_MOST_IN_LOOP if loops else _MOST_COPIES) if error is None else 0
-                        reason = None if loops else error
+                        self.most = most if error is None else 0
+                        reason = None if self._loops else error
             bound.count_from(counts)
             if reason and comm.rank == 0:
                 warnings.warn(f"compile: steps are not compiled, because {reason}", RuntimeWarning, stacklevel=2)
@@ -107,14 +119,31 @@ class CompiledSegments:
 
     def advance(self, bound: BoundFunction, segment: Segment, state: Parts) -> Parts:
         """Return the state after the steps."""
-        bound.evaluations += self._stages * len(segment)
+        return self._without_tape(bound, segment, state)[: len(state)]
+
+    def record(self, bound: BoundFunction, segment: Segment, state: Parts) -> tuple[Parts, CompiledTape]:
+        """Return the state after the steps, and their tape."""
+        found, tape = self._with_tape(bound, segment, state)
+        return found[: len(state)], tape
+
+    def attempt(
+        self, bound: BoundFunction, segment: Segment, state: Parts, records: bool
+    ) -> tuple[Parts, list[Parts], CompiledTape | None]:
+        """Return the state after the only step, f at all of its stages, and its tape if it `records`."""
+        found, tape = self._with_tape(bound, segment, state) if records else (None, None)
+        found = self._without_tape(bound, segment, state) if found is None else found
+        parts = len(state)
+        slopes = [found[first : first + parts] for first in range(parts, len(found), parts)]
+        return found[:parts], slopes, tape
+
+    def _without_tape(self, bound: BoundFunction, segment: Segment, state: Parts) -> Parts:
+        bound.evaluations += self._evaluations * len(segment)
         starts, sizes = segment.tensors()
         with torch.no_grad():
             return self._steps(bound, state, starts, sizes)
 
-    def record(self, bound: BoundFunction, segment: Segment, state: Parts) -> tuple[Parts, CompiledTape]:
-        """Return the state after the steps, and their tape."""
-        bound.evaluations += self._stages * len(segment)
+    def _with_tape(self, bound: BoundFunction, segment: Segment, state: Parts) -> tuple[Parts, CompiledTape]:
+        bound.evaluations += self._evaluations * len(segment)
         starts, sizes = segment.tensors()
         if bound.needs_time_gradient:
             starts.requires_grad_()
@@ -126,8 +155,9 @@ class CompiledSegments:
             result = self._steps(bound, start, starts, sizes)
         finally:
             set_grad_enabled(before)
-        bound.check_dependencies(result, (*start, starts, sizes))
-        tape = CompiledTape(start, starts, sizes, tuple(map(get_gradient_edge, result)))
+        after = result[: len(state)]
+        bound.check_dependencies(after, (*start, starts, sizes))
+        tape = CompiledTape(start, starts, sizes, tuple(map(get_gradient_edge, after)))
         return tuple(part.detach() for part in result), tape
 
     def pull_back(
@@ -175,8 +205,11 @@ class CompiledSegments:
         return state
 
 
-def _step(func: Function, layout: StateLayout, tableau: Tableau) -> _Steps:
-    """Return the first step of a segment as a function that torch can trace, see `step_loop`."""
+def _step(func: Function, layout: StateLayout, tableau: Tableau, attempts: bool) -> _Steps:
+    """Return the first step of a segment as a function that torch can trace, see `step_loop`.
+
+    With `attempts` it also returns f at all stages, also at those that the result does not depend on.
+    """
 
     # Plain values, because torch's compiler cannot look into the locks of cached properties.
     is_tuple, shapes, device, dtype = layout.is_tuple, layout.shapes, layout.device, layout.compute_dtype
@@ -187,7 +220,7 @@ def _step(func: Function, layout: StateLayout, tableau: Tableau) -> _Steps:
         start, size = starts[0], sizes[0]
         slopes: list[Parts] = []
         for node, counts, terms in stages:
-            if not counts:
+            if not (counts or attempts):
                 slopes.append(())
                 continue
             inputs = [part.to(device, dtype) for part in _sum(state, size, terms, slopes)]
@@ -198,7 +231,8 @@ def _step(func: Function, layout: StateLayout, tableau: Tableau) -> _Steps:
                 if part.shape != shape or not part.dtype.is_floating_point:
                     raise TypeError("func returned another shape or type than its state's")
             slopes.append(tuple([part.to(state_device, state_dtype) for part in values]))
-        return _sum(state, size, result_terms, slopes)
+        result = _sum(state, size, result_terms, slopes)
+        return (*result, *[part.detach() for slope in slopes for part in slope]) if attempts else result
 
     return step
 

@@ -16,7 +16,7 @@ from mpi4py import MPI
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.rhs.layout import Parts
-from pnode_dist.ode.steppers.attempt import Attempt, First, complete
+from pnode_dist.ode.steppers.attempt import Attempt, CompiledAttempt, First, attempted, complete
 from pnode_dist.ode.steppers.base import Stepper
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.explicit_step import combined
@@ -70,7 +70,7 @@ class EmbeddedAttempts:
         call_back(callbacks.step, stepper.layout, time, before, size)
         stepper.stepping = True
         try:
-            attempt = complete(Attempt(stepper, time, size, end, tape is not None, self._first))
+            attempt = complete(attempted(stepper, time, size, end, tape is not None, self._first))
             with torch.no_grad():
                 ratio = self._error_ratio(size, attempt)
         finally:
@@ -100,7 +100,7 @@ class EmbeddedAttempts:
         chosen = min(100 * first, second)
         return self._rule.limited(chosen if math.isfinite(chosen) else abs(span) * 1e-6)
 
-    def _error_ratio(self, size: float, attempt: Attempt) -> float:
+    def _error_ratio(self, size: float, attempt: Attempt | CompiledAttempt) -> float:
         """Return the norm of the error estimate relative to the tolerances."""
         tableau, before, slopes = self._stepper.tableau, self._stepper.current.parts, attempt.slopes
         scaled = size * self._rule.error_scale
