@@ -155,6 +155,9 @@ class SolverConfig(Table):
     newton: Literal["auto", "batch", "petsc"] = "auto"
     """The solver of the equations of implicit methods. `batch` factors the small systems of all samples at once.
     `petsc` uses PETSc's SNES and KSP. `auto` is `batch` where that is possible."""
+    compile: Literal[False, True, "auto"] = False
+    """Run solves as generated code of torch.compile, with other rounding. `true` compiles at the first solve. `"auto"`
+    compiles after 20 seconds of solves, and keeps what is faster: runs are then not equal bit for bit."""
     preserve_rng_state: bool = True
     """Draw the same random numbers in recomputed steps. `false` saves time if the model draws none."""
     reach: Count = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time as clock
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
 
     `cotangents` has one tensor for each part of the state, of the shape of that part's outputs; None is zero.
     """
+    began = clock.perf_counter()
     solve.solver.open()
     stepper = solve.solver.stepper
     steps = 0 if solve.grid is None else solve.grid.steps
@@ -71,6 +73,8 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
     adjoint, gradients = stepper.end_adjoint([parameter.shape for parameter in solve.parameters])
     solve.unbind()
     solve.solver.done()
+    if solve.took is not None:
+        solve.took.seconds += clock.perf_counter() - began
     layout = stepper.layout
     states = tuple(part.to(layout.device, layout.dtype) for part in adjoint)
     parameters = tuple(

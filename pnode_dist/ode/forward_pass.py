@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time as clock
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
 
     Returns the outputs of each part of the state, `[len(t), *shape]`, or its last state, `shape`, with `last_only`.
     """
+    began = clock.perf_counter()
     solve.release()
     solve.solver.open()
     stepper = solve.solver.stepper
@@ -61,6 +63,9 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
         stepper.current.release()
     solve.unbind()
     solve.has_trajectory = solve.keeps_trajectory
+    if solve.took is not None:
+        solve.took.seconds += clock.perf_counter() - began
+        solve.took.steps += solve.statistics.forward_steps
     if not solve.keeps_trajectory:
         solve.solver.done()
     return outputs

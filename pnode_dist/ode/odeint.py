@@ -161,7 +161,8 @@ class NeuralODE(nn.Module):
     With `compile` a solve runs as generated code of torch.compile, by its default backend or the one named: explicit
     steps and small implicit systems with all their operations, else f and its vector-Jacobian products.
     Compilation takes seconds at the first call, or in `precompile`. It pays where f is small or has many small
-    operations, and changes results by rounding.
+    operations, and changes results by rounding. With `compile="auto"` solves are compiled once they have taken 20
+    seconds, and no longer if that is not faster.
     """
 
     settings: SolverSettings
@@ -180,7 +181,10 @@ class NeuralODE(nn.Module):
         if self.settings.method is not None:
             methods.resolve(self.settings.method)
         self.func = func
-        self.compiler = None if compile is False else Compiler("inductor" if compile is True else compile)
+        self.compiler = None
+        if compile is not False:
+            backend = "inductor" if compile is True or compile == "auto" else compile
+            self.compiler = Compiler(backend, automatic=compile == "auto")
         self.last_solve = SolveStatistics()
         self.last_plan: Plan | None = None
         self.fixed_plan: Plan | None = None

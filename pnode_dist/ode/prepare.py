@@ -111,6 +111,8 @@ def _prepared_with(
     copies = ComputeCopies({}, (), args)
     if settings.compute_dtype is not None:
         copies = compute_copies(func, args, layout.compute_dtype)
+    if settings.compiler is not None and settings.compiler.automatic and table.implicit and newton == "petsc":
+        settings = replace(settings, compiler=None)  # It can hardly be compiled.
     mass, only_batch = settings.mass, settings.newton == "batch"
     if not table.implicit and preconditioner is not None:
         raise ConfigurationError(
@@ -153,6 +155,11 @@ def _prepared_with(
         create,
         afresh=agreed is not None and agreed.creates,
     )
+    took = None
+    if settings.compiler is not None and settings.compiler.automatic:
+        automatic = settings.compiler.automatic[needs_gradient]
+        took = automatic.next_solve(solver.stepper.comm)
+        settings = settings if automatic.compiles else replace(settings, compiler=None)
     # Older releases of torch cannot order the exchanges of f in compiled code.
     compiles_steps = table.family == "rk" and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
     surroundings, carried = None, NOTHING_CARRIED
@@ -189,6 +196,7 @@ def _prepared_with(
         agreed,
         settings.callbacks,
         settings.compiler if compiles_steps else None,
+        took,
     )
     return solve, layout, tensors
 

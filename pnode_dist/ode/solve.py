@@ -25,6 +25,7 @@ from pnode_dist.ode.call_agreement import Agreed
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.recomputation.guard import Guard, tolerance_of
 from pnode_dist.ode.recomputation.surroundings import Surroundings
+from pnode_dist.ode.rhs.automatic_compilation import Times
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.segments import SegmentGrid
@@ -49,6 +50,7 @@ class Solve:
     `agreed` is the agreement of all ranks on this solve, None on one rank. `callbacks` are called at each step.
     `has_trajectory`: a forward pass has stored everything that a backward pass needs.
     `outcome` is the fingerprint of the result, set if torch.utils.checkpoint may recompute this solve.
+    `took` are the times to which the solve adds its own, None if nobody compares them.
     `first_step` is a first step taken before there was a plan, to measure its tape: the state after it, and the tape.
     `size_gradients` and `start_gradients` are the gradient with respect to the size and the start of each step.
     """
@@ -69,6 +71,7 @@ class Solve:
     agreed: Agreed | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
     compiler: Compiler | None = None
+    took: Times | None = None
     has_trajectory: bool = field(default=False, init=False)
     outcome: float | None = field(default=None, init=False)
     plan: Plan | None = None

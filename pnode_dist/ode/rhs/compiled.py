@@ -12,6 +12,7 @@ import torch
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import Method
+from pnode_dist.ode.rhs.automatic_compilation import AutomaticCompilation
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.split import SplitFunction
 from pnode_dist.system.torch_internals import backend_of, compiler_errors, configure_compiler, find_cpp_compiler
@@ -23,26 +24,28 @@ _Made = TypeVar("_Made")
 class Compiler:
     """Compiler of right-hand sides, by a backend of torch.compile. Compiles each one once.
 
+    `automatic` decides whether a solve is compiled, for solves with a gradient (True) and without; empty: each one is.
     Exchanges between ranks are part of the compiled code. Code that cannot be compiled runs
     uncompiled, and torch's log reports it. Without a C++ compiler nothing is compiled, with a warning. Raises
     `ConfigurationError` for an unknown backend.
     """
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, automatic: bool = False) -> None:
         known = torch.compiler.list_backends(exclude_tags=())
         if backend not in known:
-            raise ConfigurationError(f"compile = {backend!r}: must be True, False or one of {', '.join(known)}")
+            raise ConfigurationError(f"compile = {backend!r}: must be True, False, 'auto' or one of {', '.join(known)}")
         configure_compiler()
         self._backend = backend
+        self.automatic = {records: AutomaticCompilation() for records in (False, True)} if automatic else {}
         self._works = backend != "inductor" or _has_cpp_compiler()
         # The values hold the functions, so that their `id` is not reused.
         self._made: dict[int, tuple[Function, Any]] = {}
         self._segments: dict[Hashable, tuple[Any, Any]] = {}
         self._whole: dict[Any, Callable[..., Any]] = {}
 
-    def __reduce__(self) -> tuple[type[Compiler], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Compiler], tuple[str, bool]]:
         # Copies and pickles of a module compile again.
-        return Compiler, (self._backend,)
+        return Compiler, (self._backend, bool(self.automatic))
 
     def once(self, key: Hashable, held: Any, make: Callable[[], _Made]) -> _Made | None:
         """Return what `make` returned at the first call with this key; None without a C++ compiler.
