@@ -12,6 +12,8 @@ of a small stage. The module belongs to this low layer because `distributed`, `e
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -291,11 +293,40 @@ def backend_of(
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
+    own = "".join(inspect.getsource(function) for function in decompositions.values())
+
     def backend(graph: Any, inputs: Any) -> Any:
-        table = {**select_decomp_table(), **decompositions}
-        return compile_fx(graph, inputs, decompositions=table, config_patches=options)
+        table = _Decompositions(own, {**select_decomp_table(), **decompositions})
+        return compile_fx(graph, inputs, decompositions=table, config_patches={**options, **_cache_options(graph)})
 
     return backend
+
+
+class _Decompositions(dict[Any, Any]):
+    """A table of operations to replace, which inductor's cache compares by the source of `own` entries.
+
+    The functions of the whole table cannot be pickled, and inductor would cache nothing.
+    """
+
+    def __init__(self, own: str, table: dict[Any, Any]) -> None:
+        super().__init__(table)
+        self._own = own
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[str], tuple[str]]:
+        return str, (self._own,)
+
+
+def _cache_options(graph: Any) -> dict[str, Any]:
+    """Return options by which inductor caches the code of a graph with a scan, for other processes.
+
+    By itself inductor caches no graph with a scan, because it does not compare what is scanned. The key here has that.
+    """
+    bodies = [module for module in graph.modules() if module is not graph]
+    if not bodies or any(True for body in bodies for _ in (*body.parameters(), *body.buffers())):
+        return {}
+    key = hashlib.sha256("\n".join(body.code for body in bodies).encode()).hexdigest()
+    scan = scan_operator()
+    return {"unsafe_marked_cacheable_functions": {f"{scan.__module__}.{scan.__name__}": key}}
 
 
 TRACES_OBJECTS = _release() >= (2, 13)
