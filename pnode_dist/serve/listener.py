@@ -10,6 +10,7 @@ import socketserver
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,9 @@ _GET_PATHS = (protocol.INFO, METRICS, HEALTH)
 _KNOWN_PATHS = (*_GET_PATHS, *protocol.PATHS)
 _SECONDS_BETWEEN_LOOKS = 0.1
 _LONGEST_MESSAGE = 500
+_JSON = "application/json"
+# As nginx counts a client that has closed its connection.
+_CLIENT_GONE = 499
 
 
 @dataclass(frozen=True)
@@ -173,25 +177,28 @@ class Handler(BaseHTTPRequestHandler):
         began = time.monotonic()
         self._job = None
         with self.server.answering():
-            kind, headers = "application/json", {}
             try:
-                status, content = 200, self._content()
-                if isinstance(content, str):
-                    kind, content = CONTENT_TYPE, content.encode()
-            except RequestError as error:
-                status, headers = error.status, error.headers
-                message = " ".join(error.message.split())[:_LONGEST_MESSAGE]
-                content = strict_json.written({"error": {"type": error.kind, "message": message}})
-            except ConnectionError:
-                raise
-            except Exception as error:
-                # A mistake in this room or in a model must not leave a client without an answer.
-                status = 500
-                text = f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
-                content = strict_json.written({"error": {"type": "InternalError", "message": text}})
-            self._write(status, content, kind, headers)
+                status, content, kind, headers = self._found()
+                self._write(status, content, kind, headers)
+            except (ConnectionError, TimeoutError):
+                status, self.close_connection = _CLIENT_GONE, True
         computed = 0.0 if self._job is None else self._job.seconds
         self._record(status, time.monotonic() - began, computed)
+
+    def _found(self) -> tuple[int, bytes, str, Mapping[str, str]]:
+        """Return status, body, type and further headers of the answer. Raises `OSError` if the client is gone."""
+        try:
+            content = self._content()
+        except RequestError as error:
+            message = " ".join(error.message.split())[:_LONGEST_MESSAGE]
+            return error.status, _error(error.kind, message), _JSON, error.headers
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception as error:
+            # A mistake in this room or in a model must not leave a client without an answer.
+            log("".join(traceback.format_exception(error)))
+            return 500, _error("InternalError", f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]), _JSON, {}
+        return (200, content.encode(), CONTENT_TYPE, {}) if isinstance(content, str) else (200, content, _JSON, {})
 
     def _content(self) -> bytes | str:
         """Return the body of the answer. Raises `RequestError`."""
@@ -313,8 +320,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer what is not a request of HTTP."""
         self.close_connection = True
         text = message or self.responses.get(code, ("error",))[0]
-        content = strict_json.written({"error": {"type": "InvalidInput", "message": text[:_LONGEST_MESSAGE]}})
-        self._write(code, content, "application/json", {})
+        self._write(code, _error("InvalidInput", text[:_LONGEST_MESSAGE]), _JSON, {})
         self.server.metrics.count("other", code, 0.0, 0.0)
         log(f'{self.client_address[0]} "{_printable(self.requestline)}" {code}')
 
@@ -327,6 +333,10 @@ def log(text: str) -> None:
     moment = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
     sys.stderr.write(f"{moment}Z serve: {text}\n")
     sys.stderr.flush()
+
+
+def _error(kind: str, message: str) -> bytes:
+    return strict_json.written({"error": {"type": kind, "message": message}})
 
 
 def _printable(text: str) -> str:

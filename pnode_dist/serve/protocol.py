@@ -42,10 +42,6 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.kind, self.message, self.headers = status, kind, message, dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """The answer's document."""
-        return {"error": {"type": self.kind, "message": self.message}}
-
 
 def invalid_input(message: str) -> RequestError:
     """Return the error of a request that is not one, or that does not fit the model."""

@@ -81,6 +81,8 @@ class JobQueue:
             if self._closed:
                 raise RequestError(503, "ServiceUnavailable", "the service is ending", {"Retry-After": "60"})
             if len(self._waiting) >= self._capacity:
+                self._waiting = deque(other for other in self._waiting if not other.abandoned)
+            if len(self._waiting) >= self._capacity:
                 seconds = min(max(1, math.ceil(len(self._waiting) * self._usual_seconds)), _LONGEST_RETRY)
                 raise RequestError(
                     503,
