@@ -78,7 +78,9 @@ class Listener(ThreadingHTTPServer):
             raise ConfigurationError(
                 f"serve: --host {host} --port {port}: cannot listen there: {error.strerror or error}"
             ) from None
-        self._thread = threading.Thread(target=self.serve_forever, name="pnode-dist-listener", daemon=True)
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(_SECONDS_BETWEEN_LOOKS,), name="pnode-dist-listener", daemon=True
+        )
 
     @property
     def url(self) -> str:
@@ -151,8 +153,6 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Listener
     protocol_version = "HTTP/1.1"
-    server_version = "pnode-dist"
-    sys_version = ""
     disable_nagle_algorithm = True
     _job: Job | None = None
 
@@ -160,6 +160,10 @@ class Handler(BaseHTTPRequestHandler):
         """Limit the seconds of a client that sends or reads nothing."""
         super().setup()
         self.connection.settimeout(self.server.limits.silence)
+
+    def version_string(self) -> str:
+        """Return the name of the program alone."""
+        return "pnode-dist"
 
     def do_GET(self) -> None:
         """Answer a request for what the service is."""
