@@ -6,9 +6,13 @@ import http.client
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -18,9 +22,10 @@ from mpi4py import MPI
 from pnode_dist import ConfigurationError, ConvergenceError, Mesh
 from pnode_dist.serve.service import ServiceOptions, serve
 from pnode_dist.train.served_model import GRADIENT, HESSIAN, Settings, SummedModel, Vectors
+from tests.conftest import ROOT
 
 Result = TypeVar("Result")
-PATIENCE = 60.0
+PATIENCE = 120.0
 COUPLED, FAILING = "coupled", "failing"
 
 
@@ -164,3 +169,55 @@ DERIVATIVES = {
     "/ApplyHessian": {"outWrt": 0, "inWrt1": 0, "inWrt2": 1, "sens": [1.0, -1.0], "vec": [1.0, 0.0, 2.0]},
 }
 """Valid further keys of a request to `Coupled`, by path."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A service in processes of its own: the launcher, its URL, and the file of what it prints."""
+
+    launcher: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def ranks(self) -> list[int]:
+        """The processes of the ranks, by rank."""
+        launched = str(self.log).encode()
+        environments = Path("/proc").glob("[0-9]*/environ")
+        found = []
+        for path in environments:
+            with suppress(OSError):
+                environment = path.read_bytes()
+                if b"SERVICE_LOG=" + launched + b"\0" in environment and b"\0PMI_RANK=" in environment:
+                    rank = environment.partition(b"\0PMI_RANK=")[2].partition(b"\0")[0]
+                    found.append((int(rank), int(path.parent.name)))
+        return [process for _, process in sorted(found)]
+
+    def ended(self) -> int:
+        """Wait for the launcher; its exit code."""
+        return self.launcher.wait(PATIENCE)
+
+
+@contextmanager
+def started(ranks: int, directory: Path, source: Path, *arguments: str) -> Iterator[Started]:
+    """A service of so many ranks, which is ended with the context if it has not ended before."""
+    url_file, log = directory / "url", directory / "service.log"
+    command = [Path(sys.executable).with_name("mpiexec"), "-n", str(ranks), sys.executable, "-m", "pnode_dist.cli.main"]
+    command += ["serve", source, "--port", "0", "--url-file", url_file, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SERVICE_LOG": str(log), "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        launcher = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    try:
+        until = time.monotonic() + PATIENCE
+        while not url_file.exists():
+            assert launcher.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        yield Started(launcher, url_file.read_text().strip(), log)
+    finally:
+        if launcher.poll() is None:
+            launcher.terminate()
+            try:
+                launcher.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                launcher.kill()
+                launcher.wait()

@@ -323,6 +323,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what is not a request of HTTP."""
         self.close_connection = True
+        # A request without a version would get an answer without a status.
+        self.request_version = self.protocol_version
         text = message or self.responses.get(code, ("error",))[0]
         self._write(code, _error("InvalidInput", text[:_LONGEST_MESSAGE]), _JSON, {})
         self.server.metrics.count("other", code, 0.0, 0.0)
