@@ -89,12 +89,11 @@ def test_idle_ranks_sleep_and_sigterm_on_any_of_them_ends_the_service(rank: int,
 @pytest.mark.nightly
 def test_a_thousand_malformed_requests_leave_memory_as_it_was(tmp_path: Path) -> None:
     with started(RANKS, tmp_path, written(tmp_path)) as service:
-        client = Client(service.url)
-        good = client.output("/Evaluate", REQUEST)
+        good = Client(service.url).output("/Evaluate", REQUEST)
         attack(service.url, 300, VALID)
         before = [resident(process) for process in service.ranks()]
         statuses = attack(service.url, 1000, VALID)
         assert statuses[400] > 500
         growth = [resident(process) - start for process, start in zip(service.ranks(), before, strict=True)]
         assert max(growth) < 2 * 2**20
-        assert client.output("/Evaluate", REQUEST) == good
+        assert Client(service.url).output("/Evaluate", REQUEST) == good
