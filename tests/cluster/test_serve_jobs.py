@@ -12,7 +12,7 @@ from tests.cluster.namespaces import wait_until
 from tests.cluster.slurm import Slurm
 from tests.cluster.test_jobs import CONFIG, ONE_RANK_A_NODE, SLOWLY, settings
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.nightly]
 
 MODEL = "forecast_of_initial_state"
 _CLIENT = """

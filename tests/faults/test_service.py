@@ -21,9 +21,9 @@ OF_RATE = "forecast_of_parameters"
 REQUEST = {"name": OF_RATE, "input": [[0.3]]}
 VALID: dict[str, Any] = {
     "/Evaluate": REQUEST,
-    "/Gradient": {**REQUEST, "outWrt": 0, "inWrt": 0, "sens": [1.0]},
+    "/Gradient": {**REQUEST, "outWrt": 0, "inWrt": 0, "sens": [1.0, 0.0]},
     "/ApplyJacobian": {**REQUEST, "outWrt": 0, "inWrt": 0, "vec": [1.0]},
-    "/ApplyHessian": {**REQUEST, "outWrt": 0, "inWrt1": 0, "inWrt2": 0, "sens": [1.0], "vec": [1.0]},
+    "/ApplyHessian": {**REQUEST, "outWrt": 0, "inWrt1": 0, "inWrt2": 0, "sens": [1.0, 0.0], "vec": [1.0]},
 }
 
 

@@ -128,24 +128,25 @@ def test_forecasts_and_their_derivatives_are_those_in_closed_form(mesh: Mesh, di
         client = Client(url)
         rate, config = torch.tensor(0.7, dtype=torch.float64), {"leads": [1, 3], "output": "state"}
         asked = {"name": OF_RATE, "input": [[rate.item()]], "config": config}
-        assert client.ask("/OutputSizes", {"name": OF_RATE, "config": config})[1] == {"outputSizes": [SIZE, SIZE]}
-        found = client.output("/Evaluate", asked)
-        for lead, state in zip((1, 3), found, strict=True):
+        assert client.ask("/OutputSizes", {"name": OF_RATE, "config": config})[1] == {"outputSizes": [2 * SIZE]}
+        (found,) = client.output("/Evaluate", asked)
+        for lead, state in zip((1, 3), np.split(np.array(found), 2), strict=True):
             assert near(state, amplification(rate, lead) * initial())
         first, second = (
             torch.func.jacfwd(amplification)(rate, 3),
             torch.func.jacfwd(torch.func.jacfwd(amplification))(rate, 3),
         )
         sens = torch.arange(1.0, 1.0 + SIZE, dtype=torch.float64)
-        wrt = {"outWrt": 1, "inWrt": 0}
-        gradient = client.output("/Gradient", {**asked, **wrt, "sens": sens.tolist()})
+        given = [0.0] * SIZE + sens.tolist()
+        wrt = {"outWrt": 0, "inWrt": 0}
+        gradient = client.output("/Gradient", {**asked, **wrt, "sens": given})
         assert near(gradient, [first * sens @ initial()])
         tangent = client.output("/ApplyJacobian", {**asked, **wrt, "vec": [2.0]})
-        assert near(tangent, 2.0 * first * initial())
-        along = {"outWrt": 1, "inWrt1": 0, "inWrt2": 0, "sens": sens.tolist(), "vec": [2.0]}
+        assert near(tangent[SIZE:], 2.0 * first * initial())
+        along = {"outWrt": 0, "inWrt1": 0, "inWrt2": 0, "sens": given, "vec": [2.0]}
         assert near(client.output("/ApplyHessian", {**asked, **along}), [2.0 * second * sens @ initial()])
         means = client.output("/Evaluate", {"name": OF_RATE, "input": [[rate.item()]]})
-        assert near(means, [[(amplification(rate, lead) * initial().mean()).item()] for lead in (1, 3)])
+        assert near(means, [[(amplification(rate, lead) * initial().mean()).item() for lead in (1, 3)]])
 
     while_served(forecasts(mesh, directory), mesh, directory, ask)
 

@@ -92,7 +92,7 @@ class _Asked:
 class _Forecast(SummedModel):
     """A forecast at some leads, from one of the held-out initial states.
 
-    There is one output vector for each lead: the mean of each channel over the domain (`means`), or the whole state
+    The output is one vector, lead after lead: the mean of each channel over the domain (`means`), or the whole state
     (`state`), in the data's units.
     """
 
@@ -119,9 +119,9 @@ class _Forecast(SummedModel):
         self._positions = torch.arange(self._size).reshape(shape)[owned].flatten()
 
     def output_sizes(self, config: Settings) -> Sequence[int]:
-        """Return the length of the output at each lead."""
+        """Return the length of the output."""
         asked = self._asked(config)
-        return [self._size if asked.output == STATE else self._channels] * len(asked.leads)
+        return [len(asked.leads) * (self._size if asked.output == STATE else self._channels)]
 
     def _asked(self, config: Settings) -> _Asked:
         """Check a `config`. Raises `ConfigurationError`."""
@@ -149,14 +149,15 @@ class _Forecast(SummedModel):
         return _Asked(start, tuple(leads), output)
 
     def _outputs(self, states: torch.Tensor, asked: _Asked) -> Vectors:
-        """Return this rank's share of the outputs of a forecast `[lead, 1, *local_shape]`."""
+        """Return this rank's share of the output of a forecast `[lead, 1, *local_shape]`."""
         chosen = self._physical(states[[lead - 1 for lead in asked.leads]]).flatten(1)
         if asked.output == STATE:
-            return [torch.zeros(self._size, dtype=one.dtype).index_add(0, self._positions, one) for one in chosen]
+            whole = torch.zeros(len(chosen), self._size, dtype=chosen.dtype)
+            return [whole.index_add(1, self._positions, chosen).flatten()]
         by_channel = chosen.reshape(len(chosen), -1, self._channels)
         # A value that is never there may be anything, also not a number.
         counted = torch.where(self._weights > 0, by_channel, 0.0)
-        return list(counted.sum(dim=1) / self._counts)
+        return [(counted.sum(dim=1) / self._counts).flatten()]
 
     def _batch(self, asked: _Asked) -> Any:
         return self._source.windows(asked.start, max(asked.leads))
