@@ -14,10 +14,13 @@ from scipy.integrate import quad
 
 from tests.clients import NOISE, OBSERVED, PRIOR_DEVIATION, PRIOR_MEAN
 from tests.conftest import ROOT
+from tests.documents import blocks_of
 from tests.own_problems import written
 from tests.serving import started
 
 pytestmark = pytest.mark.nightly
+
+THIS = "tests/unit/serve/test_clients.py"
 
 # The newest of each that work together: arviz, which tinyDA needs, reads what later matplotlib and xarray lack.
 PACKAGES = ("umbridge==1.2.10", "emcee==3.1.6", "tinyDA==0.9.21", "ray", "matplotlib<3.11", "pandas<3", "xarray<2025.1")
@@ -75,3 +78,16 @@ def test_the_posterior_mean_is_that_of_quadrature_within_its_error(sampler: str,
     assert 0 < found["error"] < 0.005
     # Three standard errors of a chain whose seed is fixed.
     assert abs(found["mean"] - posterior_mean()) < 3 * found["error"]
+
+
+def test_the_program_of_the_tutorial_runs(python: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "tutorials" / "serve.md").read_text()
+    (program,) = (block for block in blocks_of(page) if THIS in block.run_by)
+    small = ("--set", "problem.points=8", "--set", "problem.trajectories=4", "--set", "training.batch_size=4")
+    with started(2, tmp_path, ROOT / "examples" / "own_problem" / "mine.toml", *small) as service:
+        code = program.text.replace("http://127.0.0.1:4242", service.url)
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=_SAMPLING, check=False)
+    assert done.returncode == 0, done.stderr
+    output, gradient = map(json.loads, done.stdout.splitlines())
+    assert [len(vector) for vector in output] == [2]
+    assert len(gradient) == 2
