@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pnode_dist.cli.exit_codes import FAILED
 from pnode_dist.cli.parser import Commands, add_overrides
+from pnode_dist.config.user_code import user_code
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.system.abort import HUNG
 
@@ -53,7 +54,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     if config.mesh.data != 1:
         raise ConfigurationError(f"[mesh] data = {config.mesh.data}: must be 1: a service has no replicas")
     from pnode_dist.serve.listener import Limits
-    from pnode_dist.serve.service import ServiceOptions, serve
+    from pnode_dist.serve.service import ServiceOptions, checked_models, serve
     from pnode_dist.train.run import build_problem, mesh_of
 
     options = ServiceOptions(
@@ -70,9 +71,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         if is_run:
             load_parameters(problem.model, source / MODEL)
         problem.model.eval()
-        models = problem.served()
-        if not models:
-            raise ConfigurationError(f"serve: the problem {problem.name} serves no model: must define served()")
+        with user_code("in served()", found.file, "" if found.file is None else found.name):
+            models = checked_models(problem.served(), problem.name)
         serve(models, mesh, options, config.run.hang_limit)
     return 0
 

@@ -1,43 +1,36 @@
 """The loop of all ranks: wait for a call from rank 0, compute it together, agree on its outcome.
 
-Ranks that wait sleep, at most a twentieth of the time that they have waited for already, so that they take next to no
-processor time when idle and answer at once when busy.
+Ranks that wait sleep, so that they take next to no processor time when idle, and hardly longer when busy.
 """
 
 from __future__ import annotations
 
 import pickle
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import FrameType
-from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
+from pnode_dist.distributed.failures import failed_anywhere, sleep_until
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import safe_points
 from pnode_dist.serve import protocol
 from pnode_dist.serve.abandonment import Abandonment, CallAbandoned
 from pnode_dist.serve.protocol import RequestError, Vector
 from pnode_dist.serve.queue import Job, JobQueue
-from pnode_dist.system.abort import abort
-from pnode_dist.train.served_model import ServedModel
+from pnode_dist.train.served_model import FailedElsewhere, ServedModel
 from pnode_dist.train.watchdog import Watchdog
 
-_SPINS = 200
-_SHARE_OF_WAIT, _LONGEST_SLEEP = 1 / 20, 0.01
 _SECONDS_BETWEEN_LOOKS = 0.1
-_PATIENCE = 10.0
 _END = 0
 _STOP_TAG = 77
-_FAILED = 1
 
 
 class RankLoop:
@@ -105,7 +98,7 @@ class RankLoop:
         """Sleep until rank 0 sends a call or the end."""
         size = np.empty(1, dtype=np.int64)
         request = self._comm.Ibcast(size)
-        self._sleep_until(request.Test, self._idle)
+        sleep_until(request.Test, self._idle)
         if size[0] == _END:
             return None
         message = np.empty(size[0], dtype=np.uint8)
@@ -126,14 +119,16 @@ class RankLoop:
     def _attempt(self, call: protocol.Call) -> list[Vector] | RequestError:
         """Compute a call, and return the same outcome on all ranks. Collective.
 
-        An error of any rank is the outcome. If ranks do not end the computation after another one has failed, they wait
-        for it in vain, and the job ends.
+        An error of any rank is the outcome.
         """
         result: list[Vector] = []
         failure: tuple[int, str, str] | None = None
+        is_failed = False
         self._abandonment.begin()
         try:
             result = protocol.computed(call, self._models)
+        except FailedElsewhere:
+            is_failed = True
         except CallAbandoned:
             failure = (504, "DeadlineExceeded", "the request was abandoned")
         except ConfigurationError as error:
@@ -144,30 +139,7 @@ class RankLoop:
         except Exception as error:
             failure = (500, "InvalidOutput", f"{call.model}: {type(error).__name__}: {error}")
             sys.stderr.write("".join(traceback.format_exception(error)))
-        if self._agree(failure is not None):
-            failures = [found for found in self._comm.allgather(failure) if found is not None]
-            return RequestError(*failures[0])
-        return result
-
-    def _agree(self, failed: bool) -> bool:
-        """Return True if the call failed on some rank. Collective."""
-        found = np.array([int(failed)])
-        request = self._comm.Iallreduce(MPI.IN_PLACE, found, MPI.MAX)
-        self._sleep_until(request.Test, self._lose_patience if failed else lambda waited: None)
-        return bool(found[0])
-
-    def _lose_patience(self, waited: float) -> None:
-        if waited > _PATIENCE:
-            where = f"[rank {self._comm.rank} on {socket.gethostname()}]"
-            sys.stderr.write(f"{where} serve: a call failed here alone: the other ranks wait for this one\n")
-            abort(_FAILED, self._comm)
-
-    def _sleep_until(self, test: Callable[[], Any], meanwhile: Callable[[float], None]) -> None:
-        for _ in range(_SPINS):
-            if test():
-                return
-        began = time.monotonic()
-        while not test():
-            waited = time.monotonic() - began
-            meanwhile(waited)
-            time.sleep(min(waited * _SHARE_OF_WAIT, _LONGEST_SLEEP))
+        if not failed_anywhere(self._comm, is_failed or failure is not None):
+            return result
+        failures = [found for found in self._comm.allgather(failure) if found is not None]
+        return RequestError(*failures[0])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
@@ -27,6 +28,7 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 4242
 _SECONDS_FOR_ANSWERS = 5.0
 _SECONDS_FOR_LAST_WORDS = 0.5
 _SWITCH_INTERVAL = 1e-3
+_METHODS = ("refusal", "input_sizes", "output_sizes", "evaluate", "gradient", "apply_jacobian", "apply_hessian")
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,34 @@ class ServiceOptions:
     url_file: Path | None = None
 
 
+def checked_models(models: Any, problem: str) -> list[ServedModel]:
+    """Return what a problem's `served()` has returned as a list. Raises `ConfigurationError` if they are not models."""
+    found = list(models) if isinstance(models, Iterable) else [models]
+    if not found:
+        raise ConfigurationError(f"serve: the problem {problem} serves no model: must define served()")
+    for model in found:
+        lacking = [name for name in _METHODS if not callable(getattr(model, name, None))]
+        if lacking:
+            raise ConfigurationError(
+                f"serve: served() of {problem}: {type(model).__name__} has no {' and no '.join(lacking)}: must have "
+                "the methods of pnode_dist.train.served_model.ServedModel"
+            )
+        if not isinstance(model.name, str) or not model.name:
+            raise ConfigurationError(f"serve: served() of {problem}: name = {model.name!r}: must be a text")
+    names = [model.name for model in found]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"serve: served() of {problem}: the names {', '.join(names)} must be different")
+    return found
+
+
 def serve(models: Sequence[ServedModel], mesh: Mesh, options: ServiceOptions, hang_limit: float) -> None:
     """Answer requests until a rank gets SIGTERM, and then those that have been received. Collective on the world.
 
     A job that takes no step of its solve for `hang_limit` seconds while it computes ends as
     `pnode_dist.train.watchdog` describes.
-    Raises `ConfigurationError` on all ranks for models of the same name, and for an address, a token or a file for the
-    URL that cannot be used.
+    Raises `ConfigurationError` on all ranks for an address, a token or a file for the URL that cannot be used.
     """
     named = {model.name: model for model in models}
-    if len(named) < len(models):
-        raise ConfigurationError(f"serve: several models have one name: {', '.join(model.name for model in models)}")
     queue = JobQueue(options.capacity)
     listener: list[Listener] = []
     on_root(mesh, lambda: listener.append(_listener(named, mesh, options, queue)))

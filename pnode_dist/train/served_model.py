@@ -6,11 +6,13 @@ configuration of a request is a mapping that the model checks, such as the lead 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from mpi4py import MPI
+
+from pnode_dist.distributed.failures import failed_anywhere
 
 EVALUATE, GRADIENT, JACOBIAN, HESSIAN = "Evaluate", "Gradient", "ApplyJacobian", "ApplyHessian"
 OPERATIONS = (EVALUATE, GRADIENT, JACOBIAN, HESSIAN)
@@ -77,6 +79,10 @@ class ServedModel(Protocol):
         ...
 
 
+class FailedElsewhere(RuntimeError):  # noqa: N818
+    """A share failed on another rank, so that there is no sum."""
+
+
 class SummedModel:
     """A served model whose outputs are sums of the ranks' shares, which torch differentiates.
 
@@ -108,16 +114,24 @@ class SummedModel:
 
     def evaluate(self, inputs: Vectors, config: Settings) -> Vectors:
         """Compute the output vectors. Collective on the ranks."""
-        with torch.no_grad():
-            return [self._sum(share) for share in self.shares(inputs, config)]
+
+        def compute() -> Vectors:
+            with torch.no_grad():
+                return self.shares(inputs, config)
+
+        return self._sums(compute)
 
     def gradient(
         self, out_wrt: int, in_wrt: int, inputs: Vectors, sens: torch.Tensor, config: Settings
     ) -> torch.Tensor:
         """Compute the gradient of `sens` times an output by the discrete adjoint. Collective on the ranks."""
-        given = _differentiable(inputs, {in_wrt})
-        objective = sens @ self.shares(given, config)[out_wrt]
-        return self._sum(_gradient(objective, given[in_wrt]))
+
+        def compute() -> Vectors:
+            given = _differentiable(inputs, {in_wrt})
+            objective = sens @ self.shares(given, config)[out_wrt]
+            return [_gradient(objective, given[in_wrt])]
+
+        return self._sums(compute)[0]
 
     def apply_jacobian(
         self, out_wrt: int, in_wrt: int, inputs: Vectors, vec: torch.Tensor, config: Settings
@@ -127,9 +141,11 @@ class SummedModel:
         def output(value: torch.Tensor) -> torch.Tensor:
             return self.shares([*inputs[:in_wrt], value, *inputs[in_wrt + 1 :]], config)[out_wrt]
 
-        with torch.no_grad():
-            pair = torch.func.jvp(output, (inputs[in_wrt],), (vec,))
-        return self._sum(pair[1])
+        def compute() -> Vectors:
+            with torch.no_grad():
+                return [torch.func.jvp(output, (inputs[in_wrt],), (vec,))[1]]
+
+        return self._sums(compute)[0]
 
     def apply_hessian(
         self,
@@ -142,15 +158,27 @@ class SummedModel:
         config: Settings,
     ) -> torch.Tensor:
         """Compute a product with the Hessian by differentiating the adjoint. Collective on the ranks."""
-        given = _differentiable(inputs, {in_wrt1, in_wrt2})
-        objective = sens @ self.shares(given, config)[out_wrt]
-        # The Hessian is symmetric: the gradient in input 1 of the slope along `vec` in input 2.
-        slope = vec @ _gradient(objective, given[in_wrt2], create_graph=True)
-        return self._sum(_gradient(slope, given[in_wrt1]))
 
-    def _sum(self, share: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = torch.from_numpy(self.comm.allreduce(share.detach().double().numpy()))
-        return total
+        def compute() -> Vectors:
+            given = _differentiable(inputs, {in_wrt1, in_wrt2})
+            objective = sens @ self.shares(given, config)[out_wrt]
+            # The Hessian is symmetric: the gradient in input 1 of the slope along `vec` in input 2.
+            slope = vec @ _gradient(objective, given[in_wrt2], create_graph=True)
+            return [_gradient(slope, given[in_wrt1])]
+
+        return self._sums(compute)[0]
+
+    def _sums(self, compute: Callable[[], Vectors]) -> list[torch.Tensor]:
+        """Sum the shares that each rank computes. Raises `FailedElsewhere` on ranks that have theirs in vain."""
+        shares: Vectors = []
+        try:
+            shares = compute()
+        except Exception:
+            failed_anywhere(self.comm, True)
+            raise
+        if failed_anywhere(self.comm, False):
+            raise FailedElsewhere(f"{self.name}: failed on another rank")
+        return [torch.from_numpy(self.comm.allreduce(share.detach().double().numpy())) for share in shares]
 
 
 def _differentiable(inputs: Vectors, chosen: set[int]) -> list[torch.Tensor]:

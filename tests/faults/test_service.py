@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.own_problems import written
+from pnode_dist.cli.exit_codes import FAILED
+from tests.own_problems import changed, written
 from tests.serving import Client, Started, started
 from tests.unit.serve.test_listener import attack
 
@@ -66,6 +67,43 @@ def test_a_killed_rank_ends_the_job_and_the_open_request_with_an_error(rank: int
         # That of MPI's launcher, which names the signal.
         assert service.ended() == signal.SIGKILL
         assert "BAD TERMINATION" in service.log.read_text()
+
+
+_HALO = """
+from pnode_dist import GridPartition
+from pnode_dist.exchange import halo
+
+
+class Broken(Decay):
+    def __init__(self, partition):
+        super().__init__()
+        self.partition = partition
+
+    def forward(self, t, u):
+        if float(self.rate) > 1 and self.partition.comm.rank == 1:
+            raise RuntimeError("a mistake on one rank")
+        return -self.rate * halo(u, self.partition)[..., 1:-1, :]
+"""
+
+
+@pytest.mark.nightly
+def test_a_failure_that_leaves_other_ranks_waiting_ends_the_job(tmp_path: Path) -> None:
+    source = changed("class Own(", _HALO + "\n\nclass Own(").replace(
+        "DensePartition(self.mesh, self.settings.size)",
+        "GridPartition(self.mesh, (self.settings.size,), 1, 'periodic')",
+    )
+    source = source.replace("return Decay()", "return Broken(self.partition)").replace(
+        "reshape(4, 1, -1)", "reshape(4, 1, -1, 1)"
+    )
+    source = source.replace("np.exp(-times)[:, None]", "np.exp(-times)[:, None, None]")
+    with started(RANKS, tmp_path, written(tmp_path, source)) as service:
+        assert Client(service.url).ask("/Evaluate", REQUEST)[0] == 200
+        with pytest.raises((OSError, HTTPException)):
+            Client(service.url).ask("/Evaluate", {**REQUEST, "input": [[2.0]]})
+        assert service.ended() == FAILED
+        said = service.log.read_text()
+        assert "RuntimeError: a mistake on one rank" in said
+        assert "failed here alone: the other ranks wait for this one" in said
 
 
 @pytest.mark.nightly

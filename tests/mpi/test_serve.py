@@ -116,6 +116,9 @@ def test_a_failed_call_is_an_error_of_its_request_and_the_service_goes_on(mesh: 
         expected = f"{FAILING}: returned vectors of lengths (2,): must be (1,)"
         assert failed(action="shorten") == (500, "InvalidOutput", expected)
         assert failed(action="break") == (500, "InvalidOutput", f"{FAILING}: RuntimeError: a mistake in f")
+        # On one rank alone; the others have computed their shares.
+        assert failed(action="converge", rank=mesh.size - 1) == (500, "InvalidOutput", reason)
+        assert failed(action="break", rank=0)[:2] == (500, "InvalidOutput")
         status, kind, message = client.error("/ApplyHessian", {"name": FAILING})
         assert (status, kind, message) == (400, "UnsupportedFeature", "ApplyHessian: has no second derivatives")
         assert near(client.output("/Evaluate", request(FAILING)), [[0.5]])

@@ -113,7 +113,7 @@ class _Forecast(SummedModel):
         self._size = protocol.count(shape)
         weights = torch.ones(source.partition.local_shape) if source.weights is None else source.weights
         self._weights = weights.double().reshape(-1, self._channels)
-        self._counts = self._sum(self._weights.sum(dim=0)).clamp(min=1)
+        self._counts = torch.from_numpy(self.comm.allreduce(self._weights.sum(dim=0).numpy())).clamp(min=1)
         owned = source.partition.owned_slices(self.comm.rank)
         # Positions of this rank's values in the whole state.
         self._positions = torch.arange(self._size).reshape(shape)[owned].flatten()
