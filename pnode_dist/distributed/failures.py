@@ -35,21 +35,21 @@ def sleep_until(test: Callable[[], Any], meanwhile: Callable[[float], None] = la
         time.sleep(min(waited * _SHARE_OF_WAIT, _LONGEST_SLEEP))
 
 
-def failed_anywhere(comm: MPI.Comm, failed: bool) -> bool:
-    """Return True if some rank has failed. Collective.
+def failed_anywhere(comm: MPI.Comm, failure: str | None) -> bool:
+    """Return True if some rank has failed; `failure` is the reason on this rank, or None. Collective.
 
     A rank that has failed waits `PATIENCE` seconds for the others, and then ends the job with exit code 1: they are in
     an operation that needs this rank.
     """
     if comm.size == 1:
-        return failed
-    found = np.array([int(failed)])
+        return failure is not None
+    found = np.array([int(failure is not None)])
     request = comm.Iallreduce(MPI.IN_PLACE, found, MPI.MAX)
 
     def lose_patience(waited: float) -> None:
-        if failed and waited > PATIENCE:
+        if failure is not None and waited > PATIENCE:
             where = f"[rank {comm.rank} on {socket.gethostname()}]"
-            sys.stderr.write(f"{where} failed here alone: the other ranks wait for this one\n")
+            sys.stderr.write(f"{where} failed while the other ranks wait for this one: {failure}\n")
             abort(_FAILED, MPI.COMM_WORLD)
 
     sleep_until(request.Test, lose_patience)

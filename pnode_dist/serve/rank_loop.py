@@ -123,12 +123,12 @@ class RankLoop:
         """
         result: list[Vector] = []
         failure: tuple[int, str, str] | None = None
-        is_failed = False
+        reason: str | None = None
         self._abandonment.begin()
         try:
             result = protocol.computed(call, self._models)
-        except FailedElsewhere:
-            is_failed = True
+        except FailedElsewhere as error:
+            reason = str(error)
         except CallAbandoned:
             failure = (504, "DeadlineExceeded", "the request was abandoned")
         except ConfigurationError as error:
@@ -139,7 +139,7 @@ class RankLoop:
         except Exception as error:
             failure = (500, "InvalidOutput", f"{call.model}: {type(error).__name__}: {error}")
             sys.stderr.write("".join(traceback.format_exception(error)))
-        if not failed_anywhere(self._comm, is_failed or failure is not None):
+        if not failed_anywhere(self._comm, reason if failure is None else failure[2]):
             return result
         failures = [found for found in self._comm.allgather(failure) if found is not None]
         return RequestError(*failures[0])

@@ -173,10 +173,10 @@ class SummedModel:
         shares: Vectors = []
         try:
             shares = compute()
-        except Exception:
-            failed_anywhere(self.comm, True)
+        except Exception as error:
+            failed_anywhere(self.comm, f"{self.name}: {type(error).__name__}: {error}")
             raise
-        if failed_anywhere(self.comm, False):
+        if failed_anywhere(self.comm, None):
             raise FailedElsewhere(f"{self.name}: failed on another rank")
         return [torch.from_numpy(self.comm.allreduce(share.detach().double().numpy())) for share in shares]
 
