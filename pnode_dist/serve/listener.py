@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,9 +48,9 @@ class Limits:
 
 
 class Listener(ThreadingHTTPServer):
-    """A server for one service, from its construction to `shut`. Raises `ConfigurationError` for an unusable address.
+    """A server for one service, from its construction to `shut`.
 
-    `address` is that which it listens at, with the port that the system chose for port 0.
+    Raises `ConfigurationError` for an address at which it cannot listen. The system chooses a port for port 0.
     """
 
     daemon_threads = True
@@ -106,7 +106,7 @@ class Listener(ThreadingHTTPServer):
         self.server_close()
 
     @contextlib.contextmanager
-    def answering(self) -> Any:
+    def answering(self) -> Iterator[None]:
         """Count an answer under way."""
         with self._changed:
             self._open += 1
@@ -129,10 +129,15 @@ class Listener(ThreadingHTTPServer):
         """Start a thread for a connection, or close the connection if there are too many."""
         if not self._slots.acquire(blocking=False):
             with contextlib.suppress(OSError):
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+                request.sendall(_TOO_MANY)
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            # No thread has started, which would release it.
+            self._slots.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer the requests of a connection."""
@@ -292,7 +297,9 @@ class Handler(BaseHTTPRequestHandler):
                 raise ConnectionAbortedError
 
     def _client_is_gone(self) -> bool:
-        if not select.select([self.connection], [], [], 0)[0]:
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        if not poll.poll(0):
             return False
         try:
             return not self.connection.recv(1, socket.MSG_PEEK)
@@ -343,6 +350,21 @@ def log(text: str) -> None:
 
 def _error(kind: str, message: str) -> bytes:
     return strict_json.written({"error": {"type": kind, "message": message}})
+
+
+def _refusal(content: bytes) -> bytes:
+    """Return a whole answer of HTTP with status 503."""
+    head = (
+        "HTTP/1.1 503 Service Unavailable",
+        f"Content-Type: {_JSON}",
+        f"Content-Length: {len(content)}",
+        "Retry-After: 1",
+        "Connection: close",
+    )
+    return "\r\n".join((*head, "", "")).encode() + content
+
+
+_TOO_MANY = _refusal(_error("ServiceUnavailable", "there are too many connections"))
 
 
 def _printable(text: str) -> str:

@@ -171,7 +171,10 @@ def test_too_many_connections_are_closed_with_503(mesh: Mesh, tmp_path: Path) ->
     def ask(url: str) -> None:
         client = Client(url)
         assert client.ask("/healthz")[0] == 200
-        assert raw(url, b"GET /healthz HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 503")
+        head, _, body = raw(url, b"GET /healthz HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503")
+        assert f"Content-Length: {len(body)}".encode() in head
+        assert json.loads(body)["error"]["type"] == "ServiceUnavailable"
         client.connection.close()
         while not raw(url, b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200"):
             pass
