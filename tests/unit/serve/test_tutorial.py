@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import stat
@@ -9,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from pnode_dist import Mesh
 from pnode_dist.cli.main import parser
 from pnode_dist.serve.access import read_token
+from pnode_dist.train.configured import configured
+from pnode_dist.train.run import build_problem
 from tests.conftest import ROOT
 from tests.documents import Block, blocks_of
-from tests.serving import started
+from tests.serving import started, while_served
 
 TUTORIAL, GUIDE = ROOT / "docs" / "tutorials" / "serve.md", ROOT / "docs" / "guides" / "service.md"
 THIS = "tests/unit/serve/test_tutorial.py"
@@ -36,20 +41,43 @@ def arguments(command: str) -> list[str]:
     return found[1:]
 
 
-@pytest.mark.slow
-def test_the_programs_of_the_tutorial_print_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def started_as_shown() -> tuple[int, list[str]]:
+    """The number of ranks of the tutorial's command, and the arguments of the service."""
     (command,) = blocks(TUTORIAL, "console")[0].commands
     ranks = re.match(r"launch/mpirun\.sh -n (\d+) ", command)
     assert ranks is not None
-    source, *others = arguments(command)
-    programs = blocks(TUTORIAL, "python")
-    assert len(programs) == 3
+    return int(ranks[1]), arguments(command)
+
+
+def printed(url: str) -> list[tuple[str, str | None]]:
+    """What each program of the tutorial prints, and what the page shows."""
     names: dict[str, object] = {}
-    with started(int(ranks[1]), tmp_path, ROOT / source, *others, *SMALL) as service:
-        for program in programs:
-            assert program.output is not None
-            exec(program.text.replace("http://127.0.0.1:4242", service.url), names)
-            assert capsys.readouterr().out == program.output
+    found = []
+    for program in blocks(TUTORIAL, "python"):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(program.text.replace("http://127.0.0.1:4242", url), names)
+        found.append((out.getvalue(), program.output))
+    return found
+
+
+def test_the_programs_of_the_tutorial_print_what_it_shows(tmp_path: Path, mesh: Mesh) -> None:
+    _, (source, *others) = started_as_shown()
+    assert others == []
+    config, problem = configured(ROOT / source, SMALL[1::2])
+    models = build_problem(config, mesh, found=problem).served()
+    found = while_served(models, mesh, tmp_path, printed)
+    assert found is not None
+    assert len(found) == 3
+    for output, shown in found:
+        assert output == shown
+
+
+@pytest.mark.nightly
+def test_the_programs_of_the_tutorial_print_the_same_from_its_command(tmp_path: Path) -> None:
+    ranks, (source, *others) = started_as_shown()
+    with started(ranks, tmp_path, ROOT / source, *others) as service:
+        for output, shown in printed(service.url):
+            assert output == shown
 
 
 def test_the_token_of_the_guide_is_one_that_the_service_takes(tmp_path: Path) -> None:
