@@ -36,8 +36,8 @@ class ForecastSource:
     `windows(start, leads)` gives the input of the model for one of `starts` held-out initial states: a dataclass with
     the state `initial` `[1, *local_shape]`, of which the model makes `[lead, 1, *local_shape]`. `leads` are the leads
     in samples of an answer by default, `longest` the longest one that can be asked for. `weights` `[*local_shape]` is 0
-    where there is never a value; None: everywhere is one. `states` `[sample, *local_shape]`, float64, are those whose
-    principal components perturb an initial state.
+    where there is never a value; None: everywhere is one. `states()` returns those whose principal components perturb
+    an initial state, `[sample, *local_shape]`, float64: `some` of the samples.
     """
 
     windows: Callable[[int, int], Any]
@@ -46,7 +46,12 @@ class ForecastSource:
     longest: int
     partition: Partition
     weights: torch.Tensor | None
-    states: torch.Tensor
+    states: Callable[[], torch.Tensor]
+
+
+def some(count: int) -> range:
+    """Return at most 256 of so many numbers, at equal distances."""
+    return range(0, count, math.ceil(count / _MOST_SAMPLES))
 
 
 def source_of(parts: Parts, starts: Sequence[Start], leads: tuple[int, ...], dtype: torch.dtype) -> ForecastSource:
@@ -55,6 +60,7 @@ def source_of(parts: Parts, starts: Sequence[Start], leads: tuple[int, ...], dty
     # Held-out trajectories may be of other numbers, as those of an ensemble are.
     alike = parts.training.partition.global_shape == held_out.partition.global_shape
     samples = parts.training if alike else held_out
+    usable = samples.starts(0)
     return ForecastSource(
         lambda start, steps: windows(held_out, starts[start : start + 1], steps, dtype),
         len(starts),
@@ -62,7 +68,7 @@ def source_of(parts: Parts, starts: Sequence[Start], leads: tuple[int, ...], dty
         max(leads) if parts.in_time else held_out.length - 1,
         held_out.partition,
         None if held_out.present is None else held_out.present.flatten(0, 1).any(dim=0),
-        torch.stack([samples.values[start] for start in samples.starts(0)]),
+        lambda: torch.stack([samples.values[usable[number]] for number in some(len(usable))]),
     )
 
 
@@ -114,9 +120,6 @@ class _Forecast(SummedModel):
         weights = torch.ones(source.partition.local_shape) if source.weights is None else source.weights
         self._weights = weights.double().reshape(-1, self._channels)
         self._counts = torch.from_numpy(self.comm.allreduce(self._weights.sum(dim=0).numpy())).clamp(min=1)
-        owned = source.partition.owned_slices(self.comm.rank)
-        # Positions of this rank's values in the whole state.
-        self._positions = torch.arange(self._size).reshape(shape)[owned].flatten()
 
     def output_sizes(self, config: Settings) -> Sequence[int]:
         """Return the length of the output."""
@@ -152,8 +155,11 @@ class _Forecast(SummedModel):
         """Return this rank's share of the output of a forecast `[lead, 1, *local_shape]`."""
         chosen = self._physical(states[[lead - 1 for lead in asked.leads]]).flatten(1)
         if asked.output == STATE:
+            partition = self._source.partition
+            every = torch.arange(self._size).reshape(partition.global_shape)
+            own = every[partition.owned_slices(self.comm.rank)].flatten()
             whole = torch.zeros(len(chosen), self._size, dtype=chosen.dtype)
-            return [whole.index_add(1, self._positions, chosen).flatten()]
+            return [whole.index_add(1, own, chosen).flatten()]
         by_channel = chosen.reshape(len(chosen), -1, self._channels)
         # A value that is never there may be anything, also not a number.
         counted = torch.where(self._weights > 0, by_channel, 0.0)
@@ -235,7 +241,7 @@ class ForecastOfInitialState(_Forecast):
         no_gradient: str | None,
     ) -> None:
         super().__init__(model, source, physical, no_gradient)
-        self._modes = principal_components(source.states, source.partition.comm)
+        self._modes = principal_components(source.states(), source.partition.comm)
 
     def input_sizes(self, config: Settings) -> Sequence[int]:
         """Return the number of coefficients."""
@@ -261,11 +267,10 @@ class ForecastOfInitialState(_Forecast):
 def principal_components(states: torch.Tensor, comm: MPI.Comm, most: int = _MOST_MODES) -> torch.Tensor:
     """Return the leading principal components `[mode, *local_shape]` of states `[sample, *local_shape]`.
 
-    Their sizes are standard deviations: the covariance of the states is the sum of their outer products. Of many states
-    some at equal distances are used. Directions without variance are left out, but for the first. Collective.
+    Their sizes are standard deviations: the covariance of the states is the sum of their outer products. Directions
+    without variance are left out, but for the first. Collective.
     """
-    every = math.ceil(len(states) / _MOST_SAMPLES)
-    flat = states[::every].double().flatten(1)
+    flat = states.double().flatten(1)
     flat = flat - flat.mean(dim=0)
     products = comm.allreduce((flat @ flat.T).numpy())
     found: Any = None

@@ -22,7 +22,7 @@ from pnode_dist.ode.methods import gradient_refusal, resolve
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.batches import check_replicas, shared
-from pnode_dist.problems.common.served_forecast import ForecastSource, served_forecasts
+from pnode_dist.problems.common.served_forecast import ForecastSource, served_forecasts, some
 from pnode_dist.problems.common.solver import check_budget, neural_ode
 from pnode_dist.problems.field.data import Field, Source, open_source, read_field
 from pnode_dist.problems.field.forecast_file import Forecast, write_forecast
@@ -184,6 +184,7 @@ class FieldProblem:
         """Return the forecast of the validation part as a function of the parameters and of the initial state."""
         field, starts = self.field, forecast_starts(self.config, self.field)
         leads = self.config.evaluation.leads
+        complete = torch.nonzero(field.complete[: field.training]).flatten()
         inside = field.inside.expand(self.partition.local_shape)
         source = ForecastSource(
             lambda start, steps: windows(field, [starts[start]], steps, self.dtype),
@@ -192,7 +193,7 @@ class FieldProblem:
             max(leads),
             self.partition,
             inside if field.present is None else field.present.amax(dim=0),
-            field.values[: field.training][field.complete[: field.training]],
+            lambda: field.values[complete[list(some(len(complete)))]],
         )
         refusal = gradient_refusal(resolve(self.config.solver.method))
         return served_forecasts(self.model, source, field.physical, refusal)

@@ -121,9 +121,7 @@ def test_means_leave_out_what_is_never_there() -> None:
     weights = torch.tensor([1.0, 0.0, 1.0], dtype=D)
     with Mesh() as mesh:
         partition = DensePartition(mesh, 3)
-        source = ForecastSource(
-            lambda start, leads: _Batch(values), 1, (1,), 1, partition, weights, values.repeat(2, 1)
-        )
+        source = ForecastSource(lambda start, leads: _Batch(values), 1, (1,), 1, partition, weights, lambda: values)
         (_, model) = served_forecasts(_Still(), source, lambda states: 10 * states)
         assert isinstance(model, ForecastOfInitialState)
         (means,) = model.evaluate([torch.zeros(1, dtype=D)], {})
