@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "scaling": {"POINTS": 64, "ROUNDS": 1, "SMALL": (6,)},
     "semi-implicit": {"_REPEATS": 1, "_BATCHES": 1, "_SPIN_UP": 5.0, "EXPLICIT": ("euler", "rk4")},
+    "serve": {"CLIENTS": 2, "REQUESTS": 5, "LAUNCHES": 1},
     "sync": {"_ROUNDS": 1, "SIZES": {1_000: 2, 100_000: 1}},
     "trajectory": {
         "_REPEATS": 1,

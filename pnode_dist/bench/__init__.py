@@ -22,6 +22,7 @@ BENCHMARKS = {
     "scaling": "strong and weak scaling of a training step, and a projection to more ranks (one or more ranks)",
     "training": "an optimiser step of CONFIG with each way to keep its trajectory (one or more ranks)",
     "peers": "forward passes and gradients against torchdiffeq, torchode, plain torch and diffrax (one rank)",
+    "serve": "a resident service under load, against a job of MPI for each request (one rank, which starts two)",
     "sync": "time to sum gradients over ranks, mpi against gloo (several ranks)",
 }
 DRAWN = ("halo", "methods", "overhead", "peers", "precision", "scaling", "sync")

@@ -17,21 +17,21 @@ from pnode_dist.ode.steppers.preconditioner import Preconditioner
 from pnode_dist.partition.protocol import Partition
 
 
-class _AlgebraicEquations:
-    """The right-hand side -f(t_0, u) in the algebraic rows, and zero in the others.
+def _algebraic_equations(func: Function, time: float, algebraic: tuple[torch.Tensor, ...]) -> Function:
+    """Return the right-hand side -f(t_0, u) in the algebraic rows, and zero in the others.
 
     With the mass matrix 0 in the algebraic rows and 1 in the others, an implicit Euler step of length 1 keeps the
     differential components and solves f = 0 for the algebraic ones.
     """
 
-    def __init__(self, func: Function, time: float, algebraic: tuple[torch.Tensor, ...]) -> None:
-        self.func, self.time, self.algebraic = func, time, algebraic
-
-    def __call__(self, t: torch.Tensor, u: State, *args: Any) -> State:
-        values = self.func(torch.full_like(t, self.time), u, *args)
+    # A closure, in which torch's transforms find the parameters of func.
+    def equations(t: torch.Tensor, u: State, *args: Any) -> State:
+        values = func(torch.full_like(t, time), u, *args)
         parts = values if isinstance(values, tuple | list) else (values,)
-        kept = tuple(-part * mask.to(part.device) for part, mask in zip(parts, self.algebraic, strict=True))
+        kept = tuple(-part * mask.to(part.device) for part, mask in zip(parts, algebraic, strict=True))
         return kept if isinstance(u, tuple) else kept[0]
+
+    return equations
 
 
 def consistent(
@@ -61,7 +61,7 @@ def consistent(
         raise ConfigurationError("mass: has no row of zeros: there are no algebraic equations to be consistent with")
     masks = tuple(mask.to(layout.dtype) for mask in layout.parts(matrix.algebraic))
     differential = tuple(1 - mask for mask in masks)
-    equations = _AlgebraicEquations(func, float(t0), masks)
+    equations = _algebraic_equations(func, float(t0), masks)
     solved = odeint(
         equations,
         u0 if layout.is_tuple else parts[0],

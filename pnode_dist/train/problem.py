@@ -7,7 +7,7 @@ A problem is data, a model and a loss over one mesh. A configuration selects it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import nn
 from pnode_dist.checkpointing.statistics import SolveStatistics
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.protocol import Partition
+from pnode_dist.train.served_model import ServedModel
 from pnode_dist.verify.gradcheck import GradcheckCase
 
 Batch = Any
@@ -90,4 +91,8 @@ class Problem(Protocol):
 
         Returns a JSON-serialisable table of figures, the same on every rank. Collective on the world.
         """
+        ...
+
+    def served(self) -> Sequence[ServedModel]:
+        """Return the models that `pnode-dist serve` answers requests for; none if empty. Collective on the world."""
         ...

@@ -49,6 +49,10 @@ class Watchdog:
         """See `pnode_dist.ode.safe_points`."""
         self._steps += 1
 
+    def progress(self) -> None:
+        """Count progress outside solves, such as a look for work that has not come."""
+        self._steps += 1
+
     def _watch(self) -> None:
         steps, since = self._steps, time.monotonic()
         asked = False

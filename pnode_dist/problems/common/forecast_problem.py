@@ -16,6 +16,7 @@ from torch import nn
 from pnode_dist.config.tables import Config, EvaluationConfig
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.methods import gradient_refusal, resolve
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition import protocol
@@ -35,10 +36,12 @@ from pnode_dist.problems.common.forecast_errors import mean_share, means_by_lead
 from pnode_dist.problems.common.forecast_file import write_forecast
 from pnode_dist.problems.common.forecast_model import ForecastModel, Rollouts
 from pnode_dist.problems.common.forecast_parts import Parts, Scaling, moments, split
+from pnode_dist.problems.common.served_forecast import served_forecasts, source_of
 from pnode_dist.problems.common.solver import check_checkpoint
 from pnode_dist.problems.common.tables import ForecastTable
 from pnode_dist.problems.common.trainable import FORECAST, TrainableProblem
 from pnode_dist.report.dataset_file import Variable
+from pnode_dist.train.served_model import ServedModel
 from pnode_dist.verify.gradcheck import GradcheckCase
 
 
@@ -404,6 +407,13 @@ class ForecastProblem(TrainableProblem):
         write_forecast(path, forecast, physical, self.description, self.units, self.mesh, variables)
 
     # Cases
+
+    def served(self) -> Sequence[ServedModel]:
+        """The forecast of what is held out, as a function of the parameters and of the initial state."""
+        starts = self.held_out_windows(torch.float64).starts
+        refusal = gradient_refusal(resolve(self.config.solver.method))
+        source = source_of(self._parts, starts, self.leads, self.dtype)
+        return served_forecasts(self.model, source, self.physical, refusal)
 
     def solve_case(self) -> SolveCase:
         """The first solve of the first training batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from pnode_dist.problems.common.solver import neural_ode
 from pnode_dist.report.picture import draw
 from pnode_dist.runs.directory import METRICS
 from pnode_dist.train.problem import Batch
+from pnode_dist.train.served_model import ServedModel
 from pnode_dist.verify.gradcheck import GradcheckCase
 
 FORECAST, REPORT = "forecast.h5", "report.png"
@@ -128,6 +129,10 @@ class TrainableProblem:
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """The figures of the trained model, for `evaluation.json`: by default those of `validation`."""
         return {"problem": self.name, "units": self.units, "validation": self.validation(model)}
+
+    def served(self) -> Sequence[ServedModel]:
+        """The models that `pnode-dist serve` answers requests for: none. Collective on the world."""
+        return ()
 
     def illustrated(self, result: Mapping[str, Any], run_directory: Path) -> dict[str, Any]:
         """The table of an evaluation with the place of the file that was written, and of the picture, drawn now.

@@ -18,14 +18,17 @@ from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.gradients import share_of_mean
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.methods import gradient_refusal, resolve
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.batches import check_replicas, shared
+from pnode_dist.problems.common.served_forecast import ForecastSource, served_forecasts, some
 from pnode_dist.problems.common.solver import check_budget, neural_ode
 from pnode_dist.problems.field.data import Field, Source, open_source, read_field
 from pnode_dist.problems.field.forecast_file import Forecast, write_forecast
 from pnode_dist.problems.field.model import FieldModel, Tendency, Windows, number_of_harmonics, windows
 from pnode_dist.report.picture import draw
+from pnode_dist.train.served_model import ServedModel
 from pnode_dist.verify.gradcheck import GradcheckCase
 
 if TYPE_CHECKING:
@@ -176,6 +179,24 @@ class FieldProblem:
         return GradcheckCase(
             batch.initial.clone().requires_grad_(), loss, tuple(self.model.parameters()), self.partition
         )
+
+    def served(self) -> Sequence[ServedModel]:
+        """Return the forecast of the validation part as a function of the parameters and of the initial state."""
+        field, starts = self.field, forecast_starts(self.config, self.field)
+        leads = self.config.evaluation.leads
+        complete = torch.nonzero(field.complete[: field.training]).flatten()
+        inside = field.inside.expand(self.partition.local_shape)
+        source = ForecastSource(
+            lambda start, steps: windows(field, [starts[start]], steps, self.dtype),
+            len(starts),
+            leads,
+            max(leads),
+            self.partition,
+            inside if field.present is None else field.present.amax(dim=0),
+            lambda: field.values[complete[list(some(len(complete)))]],
+        )
+        refusal = gradient_refusal(resolve(self.config.solver.method))
+        return served_forecasts(self.model, source, field.physical, refusal)
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """Return the errors of the model and of four simple forecasts by lead. Writes `forecast.h5` and `report.png`.

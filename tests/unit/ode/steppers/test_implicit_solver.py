@@ -126,6 +126,31 @@ def test_consistent_values_solve_the_algebraic_equations_and_carry_their_derivat
         consistent(func, u0, 0.0, torch.ones(4, 3))
 
 
+def test_consistent_values_have_tangents_in_the_parameters_of_func() -> None:
+    func, mass = Constrained(), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64).expand(4, 3)
+    u0, weight = random(4, 3), func.weight.detach().clone()
+    direction, cotangent = torch.ones_like(weight), random(4, 3)
+
+    class Consistent(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.func = func
+
+        def forward(self) -> torch.Tensor:
+            result: torch.Tensor = consistent(self.func, u0, 0.3, mass, options=TIGHT)
+            return result
+
+    def found(value: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.func.functional_call(Consistent(), {"func.weight": value}, ())
+        return result
+
+    _, tangent = torch.func.jvp(found, (weight,), (direction,))
+    leaf = weight.requires_grad_()
+    (gradient,) = torch.autograd.grad((cotangent * found(leaf)).sum(), leaf)
+    assert (cotangent * tangent).sum().item() == pytest.approx((gradient * direction).sum().item(), rel=1e-10)
+    assert tangent[:, 2].abs().min() > 0
+
+
 def test_a_mass_matrix_is_refused_where_the_adjoint_takes_none() -> None:
     for method in ("arkimex_3", "dirk_s212", "rk4"):
         with pytest.raises(ConfigurationError, match=f"mass: method = {method!r}.*beuler, cn, theta"):
