@@ -90,8 +90,11 @@ class ForwardModel:
     def directional_derivative(self, states: States, tangents: States) -> torch.Tensor:
         """Return this rank's share of the derivative of the misfit along the tangents, differentiable."""
         times = sorted({time for observation in self.observations for time in observation.times})
-        # A fixed initial state needs no gradient otherwise.
-        own = {t: states[t] if states[t].requires_grad else states[t].detach().requires_grad_() for t in times}
+        # Views: derivatives with respect to a state itself would go through later states too.
+        own = {time: states[time].view_as(states[time]) for time in times}
+        for state in own.values():
+            if not state.requires_grad:
+                state.requires_grad_()
         share = half_squares([self._residual(observation, own) for observation in self.observations])
         slopes = torch.autograd.grad(share, list(own.values()), create_graph=True, materialize_grads=True)
         products = [(slope * tangents[time]).double().sum() for slope, time in zip(slopes, times, strict=True)]
