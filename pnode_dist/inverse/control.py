@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
-from pnode_dist.distributed.sharding import shards_of
+from pnode_dist.distributed.sharding import Shard, shards_of
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.inverse.covariance import Covariance, CovarianceLike, covariance_of
 from pnode_dist.ode.odeint import NeuralODE
@@ -55,7 +55,10 @@ Kind = Literal["state", "replicated", "sharded"]
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
-    """A control whose tensors and covariances are known. `kind` names the distribution of its tensors over ranks."""
+    """A control whose tensors and covariances are known. `kind` names the distribution of its tensors over ranks.
+
+    `shards` are those of sharded tensors.
+    """
 
     name: str
     kind: Kind
@@ -63,6 +66,7 @@ class Resolved:
     given: Control
     prior: Covariance | None
     inner_product: Covariance | None
+    shards: tuple[Shard, ...] = ()
 
     @property
     def guess(self) -> torch.Tensor:
@@ -82,7 +86,7 @@ def resolved(controls: Iterable[Control], node: NeuralODE) -> list[Resolved]:
     Raises `ConfigurationError` for a control that cannot be varied, or is given twice.
     """
     shards = shards_of(node)
-    sharded = {id(parameter) for name, parameter in node.named_parameters() if name in shards}
+    sharded = {id(parameter): shards[name] for name, parameter in node.named_parameters() if name in shards}
     known = {id(tensor) for tensor in find_parameters(node.func, tuple(node.settings.params or ()), lambda _: True)}
     results: list[Resolved] = []
     seen: set[int] = set()
@@ -101,7 +105,8 @@ def resolved(controls: Iterable[Control], node: NeuralODE) -> list[Resolved]:
         if seen & {id(tensor) for tensor in tensors} or (kind == "state" and any(r.kind == "state" for r in results)):
             raise ConfigurationError(f"{name}: is a control already; there can be one initial state")
         seen.update(id(tensor) for tensor in tensors)
-        results.append(_with_covariances(name, kind, tensors, control))
+        own = tuple(sharded[id(tensor)] for tensor in tensors) if kind == "sharded" else ()
+        results.append(replace(_with_covariances(name, kind, tensors, control), shards=own))
     if not results:
         raise ConfigurationError("controls: must name the initial state or parameters of the right-hand side")
     return results

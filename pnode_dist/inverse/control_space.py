@@ -12,7 +12,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.inverse.control import Bound, Kind, Resolved
+from pnode_dist.inverse.control import Bound, Kind, Resolved, joined
 from pnode_dist.inverse.covariance import Covariance
 from pnode_dist.partition.protocol import Partition, even_ranges
 from pnode_dist.petsc import vectors
@@ -78,9 +78,15 @@ class ControlSpace:
             leading = len(block.shape) - len(self.partition.local_shape)
             # Several controls may be states: the initial one and model errors.
             return state_direction(self.partition, block.shape[:leading], _mixed(seed, number))
-        # Sharded parameters differ between ranks.
-        rank = (self.comm.rank,) if block.kind == "sharded" else ()
-        return torch.from_numpy(np.random.default_rng([seed, number, *rank]).standard_normal(block.shape))
+        control = self.controls[number]
+        generator = np.random.default_rng([seed, number])
+        if not control.shards:
+            return torch.from_numpy(generator.standard_normal(block.shape))
+        wholes = [
+            torch.from_numpy(generator.standard_normal(shard.whole_shape(tensor)))
+            for shard, tensor in zip(control.shards, control.tensors, strict=True)
+        ]
+        return joined(tuple(shard.part_of(whole) for shard, whole in zip(control.shards, wholes, strict=True)))
 
     def _filled(self, number: int, bound: Bound, none: float) -> torch.Tensor:
         shape = self._blocks[number].shape
