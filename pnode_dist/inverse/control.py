@@ -57,7 +57,7 @@ Kind = Literal["state", "replicated", "sharded"]
 class Resolved:
     """A control whose tensors and covariances are known. `kind` names the distribution of its tensors over ranks.
 
-    `shards` are those of sharded tensors.
+    `shards` are those of sharded tensors. `is_model_error`: it is added to the state at a later time.
     """
 
     name: str
@@ -67,6 +67,7 @@ class Resolved:
     prior: Covariance | None
     inner_product: Covariance | None
     shards: tuple[Shard, ...] = ()
+    is_model_error: bool = False
 
     @property
     def guess(self) -> torch.Tensor:

@@ -199,7 +199,7 @@ class Inverse:
                 continue
             leaf = value.to(self._fixed.device, self._fixed.dtype).requires_grad_()
             leaves.append((leaf,))
-            if control.name.startswith("model_error"):
+            if control.is_model_error:
                 errors.append(leaf)
             else:
                 state = leaf
@@ -297,7 +297,8 @@ def _problem(
     for number in range(len(times)):
         control = Control(torch.zeros_like(state, dtype=torch.float64), prior=Gaussian(0.0, covariance))
         name = f"model_error[{number}]"
-        found.append(Resolved(name, "state", (torch.zeros_like(state),), control, covariance, None))
+        error = (torch.zeros_like(state),)
+        found.append(Resolved(name, "state", error, control, covariance, None, is_model_error=True))
     return found, state, times
 
 

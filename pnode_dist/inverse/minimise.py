@@ -75,7 +75,8 @@ def minimise(
     - `hessian`: "exact" or "gauss_newton", for methods that need products with the Hessian.
     - `callback`: called after each iteration. If it returns True on some rank, TAO stops.
     - `record`: a directory for the results of all evaluations; with `resume` the minimisation goes on from those there.
-      The directory is read and written by the first rank. Each file holds one vector of the size of the controls.
+      The directory is read and written by the first rank; replicas of a `Mesh` need one each. Each file holds one
+      vector of the size of the controls.
 
     TAO works on the vector x with m = guess + L x, where L L^T is the inverse of the controls' inner product. A solve
     that fails, or a value that is not finite, is a rejected step: trust regions see a very large value, line searches

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pnode_dist import ConfigurationError, NeuralODE
+from pnode_dist import ConfigurationError, NeuralODE, Trajectory
 from pnode_dist.inverse import Control, Dense, Diagonal, Gaussian, Inverse, ModelError, Observation, taylor_test
 from tests.oracles.right_hand_sides import random
 
@@ -131,3 +131,15 @@ def test_a_taylor_test_within_rounding_says_so() -> None:
     assert [failure.split(":")[1] for failure in taylor_test(found, m, tiny).failures()] == [
         " all remainders are within rounding"
     ] * 2
+
+
+@pytest.mark.parametrize("keep", ["stages", "solution"])
+def test_derivatives_do_not_depend_on_the_budget_of_checkpoints(keep: str) -> None:
+    def derivatives(budget: Trajectory | None) -> list[Any]:
+        node = NeuralODE(FLOW, step_size=0.05, trajectory=budget)
+        found = Inverse(node, [Control(U0), Control(FLOW.rate)], [Observation([0.5, 1.0], None, torch.ones(2, 3))])
+        found(found.space.guess())
+        return [found.derivative(), found.hessian(found.space.random(1)), found.gauss_newton(found.space.random(1))]
+
+    for kept, recomputed in zip(derivatives(None), derivatives(Trajectory(ram="300B", keep=keep)), strict=True):
+        assert (kept - recomputed).norm() <= 1e-13 * kept.norm()
