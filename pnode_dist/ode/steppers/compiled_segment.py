@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mpi4py import MPI
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
@@ -29,6 +29,7 @@ from pnode_dist.system.compile_order import compile_in_turn
 from pnode_dist.system.torch_internals import (
     compiler_errors,
     mark_length_as_dynamic,
+    root_edge,
     set_grad_enabled,
     traces_inner_derivatives,
 )
@@ -126,7 +127,7 @@ class CompiledSegments:
         finally:
             set_grad_enabled(before)
         bound.check_dependencies(result, (*start, starts, sizes))
-        tape = CompiledTape(start, starts, sizes, tuple(map(get_gradient_edge, result)))
+        tape = CompiledTape(start, starts, sizes, tuple(map(root_edge, result)))
         return tuple(part.detach() for part in result), tape
 
     def pull_back(
