@@ -23,7 +23,7 @@ from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, 
 from pnode_dist.ode.steppers.explicit import ExplicitStepper, Slopes
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
-from pnode_dist.petsc import vectors
+from pnode_dist.petsc import unwinding, vectors
 
 _MOST_REJECTIONS = 100
 _NOT_A_NUMBER = 72  # PETSC_ERR_FP
@@ -114,7 +114,7 @@ class _Stages:
                 torch.mul(slope, math.copysign(1.0, self._size), out=view)
             vectors.wrote(f, device)
         except BaseException as error:
-            stepper.error = error
+            stepper.error = unwinding.begin(error)
             raise
 
     def end(self) -> None:
