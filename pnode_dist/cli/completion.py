@@ -47,7 +47,9 @@ def script(shell: str) -> str:
         elif action.metavar == _KINDS:
             listed = f"({' '.join(kinds)})"
             action.complete = {"bash": "_pnode_dist_kinds", "zsh": listed, "tcsh": listed}  # type: ignore[attr-defined]
-    words = f'_pnode_dist_kinds() {{\n  compgen -W "{" ".join(kinds)}" -- "$1"\n}}\n'
+    # On lines of their own: shtab 1.7 calls the function where blanks separate nothing.
+    lines = "\n".join(kinds)
+    words = f'_pnode_dist_kinds() {{\n  compgen -W "{lines}" -- "$1"\n}}\n'
     text: str = shtab.complete(
         root, shell=shell, root_prefix=PROGRAM.replace("-", "_"), preamble=words if shell == "bash" else ""
     )

@@ -156,6 +156,13 @@ def _bounds(part: Schema) -> str:
         "exclusiveMaximum": "less than",
     }
     present = [
-        f"{word} {part[bound]}" for bound, word in words.items() if bound in part and part[bound] != _LARGEST_INTEGER
+        f"{word} {_plain(part[bound])}"
+        for bound, word in words.items()
+        if bound in part and part[bound] != _LARGEST_INTEGER
     ]
     return " " + " and ".join(present) if present else ""
+
+
+def _plain(bound: float) -> float:
+    """Return a whole number as an integer: releases of pydantic give the bounds of a float as 0 or as 0.0."""
+    return int(bound) if bound == int(bound) else bound

@@ -192,7 +192,9 @@ class Agreement:
         # Usually all ranks leave at the same time, and no message is pending.
         while not request.Test():
             if time.monotonic() > until:
-                _unfinished.append((request, sent, received))
+                # Freed with a pending operation, a communicator of Open MPI crashes when the operation ends.
+                _unfinished.append((request, sent, received, self.private))
+                self.private = None
                 break
             time.sleep(1e-4)
 

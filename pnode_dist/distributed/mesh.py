@@ -120,12 +120,15 @@ _torch_distributed = _TorchDistributed()
 
 
 def _rendezvous(world: _World, timeout: timedelta) -> Store:
-    """Return the store of torch.distributed: at MASTER_ADDR if set, else at an address of rank 0's."""
+    """Return the store of torch.distributed: at MASTER_ADDR if set, else at an address of rank 0's.
+
+    No store uses libuv: its server takes no listening socket in torch 2.6, and Debian builds torch without it.
+    """
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # Under torchrun the agent may serve this address already.
         serve = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        return TCPStore(host, port, world.size, is_master=serve, timeout=timeout)
+        return TCPStore(host, port, world.size, is_master=serve, timeout=timeout, use_libuv=False)
     if world.size == 1:
         return HashStore()
     comm = MPI.COMM_WORLD
@@ -147,7 +150,7 @@ def _rendezvous(world: _World, timeout: timedelta) -> Store:
                 timeout=timeout,
                 wait_for_workers=False,
                 master_listen_fd=listener.detach(),
-                use_libuv=False,  # libuv's server takes no listening socket in torch 2.6
+                use_libuv=False,
             )
     address = comm.bcast(address, root=0)
     if isinstance(address, str):
@@ -155,7 +158,7 @@ def _rendezvous(world: _World, timeout: timedelta) -> Store:
             f"mesh: rank 0 cannot listen at {address}, its host: set MASTER_ADDR and MASTER_PORT, or use backend mpi"
         )
     if store is None:
-        store = TCPStore(address[0], address[1], world.size, timeout=timeout, wait_for_workers=False)
+        store = TCPStore(*address, world.size, timeout=timeout, wait_for_workers=False, use_libuv=False)
     return store
 
 

@@ -118,10 +118,13 @@ class OwnedGroup(dist.ProcessGroup):
         )
 
     def free(self) -> None:
-        """Free the communicator. Collective on the group."""
-        if self.comm != MPI.COMM_NULL:
-            if self in _open:
-                _open.remove(self)
+        """Free the communicator. Collective on the group.
+
+        After a `leave` with which other ranks did not catch up, it ends with the process.
+        """
+        if self in _open:
+            _open.remove(self)
+        if self.comm != MPI.COMM_NULL and self._agreement.private is not None:
             self.comm.Free()
 
     # torch stores a group's name in its C++ backends, which a Python group lacks.

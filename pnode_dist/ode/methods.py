@@ -232,12 +232,12 @@ def gradient_refusal(method: Method) -> str | None:
     if has_adjoint(method):
         return None
     *families, last = (family for family in _WITH_ADJOINT if _missing_release(family) is None)
-    instead = f"solve under torch.no_grad(), or choose a method of the families {', '.join(families)} or {last}"
+    instead = f"under torch.no_grad(), or choose a method of the families {', '.join(families)} or {last}"
     floor = _missing_release(method.family)
     if floor is None:
-        return f"method = {method.name!r}: PETSc has no discrete adjoint of it: {instead}"
-    found = petsc4py_version()
-    return f"method = {method.name!r}: its gradient needs PETSc {floor} or newer and found {found}: {instead}"
+        return f"method = {method.name!r}: PETSc has no discrete adjoint of it: solve {instead}"
+    needs = f"its gradient needs PETSc {floor} or newer and found {petsc4py_version()}"
+    return f"method = {method.name!r}: {needs}: solve small systems with newton = 'batch', others {instead}"
 
 
 def _missing_release(family: Family) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +13,13 @@ DIRECTORY = "tensorboard"
 
 
 def check_available() -> None:
-    """Raise `ConfigurationError` if tensorboardX is not installed."""
-    if importlib.util.find_spec("tensorboardX") is None:
-        raise ConfigurationError("[run] tensorboard = true: needs tensorboardX: pip install 'pnode-dist[tensorboard]'")
+    """Raise `ConfigurationError` if tensorboardX, or a package that it needs, is not installed."""
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(
+            f"[run] tensorboard = true: needs tensorboardX ({error}): pip install 'pnode-dist[tensorboard]'"
+        ) from None
 
 
 def remove(run: Path) -> None:

@@ -28,7 +28,7 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.utils import unwrap_dead_wrappers as unwrap_dead_wrappers
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -73,6 +73,25 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 def backward_pass_number() -> int:
     """Return the number of the backward pass that runs in this thread; -1 outside."""
     return int(torch._C._current_graph_task_id())
+
+
+def owning_root_edge(tensor: torch.Tensor) -> GradientEdge:
+    """Return an edge to differentiate from, which keeps the graph of `tensor` alive.
+
+    Does without the field `ownership_token` of the edge. The node of a `torch.autograd.Function` is freed with the last
+    tensor or node that leads to it, although Python still holds it. The edge is then that of a view, so that
+    nothing can be differentiated with respect to it.
+    """
+    if isinstance(tensor.grad_fn, torch._C._FunctionBase):
+        with torch.enable_grad():
+            tensor = tensor.view_as(tensor)
+    return get_gradient_edge(tensor)
+
+
+root_edge: Callable[[torch.Tensor], GradientEdge] = (
+    get_gradient_edge if "ownership_token" in GradientEdge._fields else owning_root_edge
+)
+"""Return an edge to differentiate from, which keeps the graph of a tensor alive. torch 2.6 has no such token."""
 
 
 # References to tensors and their memory

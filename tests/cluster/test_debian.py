@@ -39,15 +39,29 @@ mount --rbind /sys "$root/sys"
 mount -t proc proc "$root/proc"
 exec chroot "$root" env --ignore-environment --chdir=/root "$@"
 """
-# Open MPI does not start as root, nor more ranks than cores, unless told to.
+# What the tests need besides pnode_dist: Debian's packages, and those that it lacks.
+_TEST_PACKAGES = "python3-{h5netcdf,hypothesis,pytest,pytest-timeout,scipy,xarray}"
+_OTHER_PACKAGES = "checkpoint-schedules pytest-mpi torchdiffeq"
+_TESTS = f"""
+apt-get install -y --no-install-recommends {_TEST_PACKAGES} >apt.log
+pnode/bin/pip install --quiet --no-deps {_OTHER_PACKAGES}
+export PATH=$PWD/pnode/bin:$PATH PYTHONPATH=$(echo /usr/lib/petscdir/*/*-real/lib/python3/dist-packages)
+cd checkout
+eval "$(grep -E '^core(_at_ranks)?=' launch/test.sh)"
+python -m pytest --quick -m "not mpi and not cluster" "${{core[@]}}"
+mpiexec -n 2 python tests/mpi/run_rank.py --quick "${{core_at_ranks[@]}}"
+"""
+# Open MPI does not start as root, nor more ranks than cores, unless told to; without a network, its ranks warn.
 _VARIABLES = (
     "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME=/root",
     "DEBIAN_FRONTEND=noninteractive",
     "OMP_NUM_THREADS=1",
     "COLUMNS=160",
+    "PIP_CERT=/etc/ssl/certs/ca-certificates.crt",
     "OMPI_ALLOW_RUN_AS_ROOT=1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
+    "OMPI_MCA_btl=self,sm",
     "PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe",
 )
 
@@ -59,10 +73,10 @@ class Debian:
     root: Path
 
     def run(self, script: str, timeout: float = _SHORT) -> subprocess.CompletedProcess[str]:
-        """Run a script of the shell as root in root's home, with name spaces of its own."""
+        """Run a script of bash as root in root's home, with name spaces of its own."""
         enter = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", _ENTER, "sh", str(self.root))
         return subprocess.run(
-            [*enter, *_VARIABLES, "sh", "-euc", script], capture_output=True, text=True, timeout=timeout, check=False
+            [*enter, *_VARIABLES, "bash", "-euc", script], capture_output=True, text=True, timeout=timeout, check=False
         )
 
 
@@ -116,3 +130,19 @@ def test_debian_s_packages_and_the_wheel_check_all_gradients_but_dirk_s(debian: 
         r"look: add this directory to PYTHONPATH, or install Debian's libpetsc-real-dev",
         done.stderr.splitlines()[-1],
     )
+
+
+def test_the_quick_tests_pass_on_debian_s_packages(debian: Debian) -> None:
+    installed = debian.run("\n".join(page_commands()[:-1]), timeout=_LONG)
+    assert installed.returncode == 0, installed.stdout[-2000:] + installed.stderr[-4000:]
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        if (ROOT / name).is_file():
+            copy = debian.root / "root" / "checkout" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy)
+    done = debian.run(_TESTS, timeout=_LONG)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
+    summaries = re.findall(r"^=* ?(\d+ passed.*?) in .*$", done.stdout, re.MULTILINE)
+    assert len(summaries) == 2
+    print("serially: {}; on two ranks: {}".format(*summaries))

@@ -14,6 +14,7 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist import ConfigurationError, Mesh
+from tests import torch_releases
 from tests.mpi.conftest import SPLITS
 from tests.oracles.right_hand_sides import distance, random
 
@@ -93,6 +94,7 @@ def test_dtensors_are_redistributed_and_multiplied_as_whole_ones(mesh: Mesh) -> 
     assert distance(whole(rows.grad), x.grad) <= 1e-12
 
 
+@torch_releases.fully_sharding_on_a_cpu
 def test_fully_sharded_models_learn_what_one_process_does(mesh: Mesh) -> None:
     model, plain = fully_sharded(mesh), network()
     optimisers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, plain)]
@@ -111,6 +113,7 @@ def test_fully_sharded_models_learn_what_one_process_does(mesh: Mesh) -> None:
         assert distance(whole(found), wanted) <= 1e-12
 
 
+@torch_releases.fully_sharding_on_a_cpu
 @pytest.mark.parametrize(("state", "data"), SPLITS)
 def test_replicas_of_fully_sharded_models_have_the_mean_gradient(state: int, data: int) -> None:
     with Mesh(state, data) as mesh:
@@ -120,6 +123,7 @@ def test_replicas_of_fully_sharded_models_have_the_mean_gradient(state: int, dat
             assert distance(whole(found.grad), wanted) <= 1e-12
 
 
+@torch_releases.fully_sharding_on_a_cpu
 def test_single_precision_takes_torch_s_own_mean_and_scaled_sum(mesh: Mesh) -> None:
     from torch.distributed.fsdp import fully_shard
 

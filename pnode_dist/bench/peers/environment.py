@@ -49,7 +49,7 @@ def _make(environment: Path) -> None:
     python = environment / "bin" / "python"
     commands: list[list[str]] = [
         [sys.executable, "-m", "venv", str(environment)],
-        [str(python), "-m", "pip", "install", "--no-input", *PINS],
+        [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--no-input", *PINS],
     ]
     with tempfile.TemporaryFile("w+") as said:
         for command in commands:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from pnode_dist.ode.recomputation.carried import NOTHING_CARRIED, Carried, Mark
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
@@ -24,7 +24,7 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.rhs.parameters import Parameters, completeness_check
 from pnode_dist.petsc import log
-from pnode_dist.system.torch_internals import set_grad_enabled
+from pnode_dist.system.torch_internals import root_edge, set_grad_enabled
 
 Function = Callable[..., Any]
 _FIRST_COMPARED, _LARGE = 16, 1024
@@ -277,7 +277,7 @@ class StageState(NamedTuple):
 
 
 def _root(value: torch.Tensor) -> Root:
-    return get_gradient_edge(value) if value.requires_grad else None
+    return root_edge(value) if value.requires_grad else None
 
 
 def _check_type(value: torch.Tensor, layout: StateLayout) -> None:

@@ -25,7 +25,7 @@ from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
-from pnode_dist.petsc import vectors
+from pnode_dist.petsc import unwinding, vectors
 
 _MOST_REJECTIONS = 100
 _NOT_A_NUMBER = 72  # PETSC_ERR_FP
@@ -92,7 +92,7 @@ class _Stages:
                 torch.mul(slope.detach(), attempt.direction, out=view)
             vectors.wrote(f, device)
         except BaseException as error:
-            stepper.error = error
+            stepper.error = unwinding.begin(error)
             raise
 
     def end(self) -> None:

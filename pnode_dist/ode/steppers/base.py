@@ -27,7 +27,7 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.current_state import CurrentState
 from pnode_dist.ode.steppers.tape import Tape
-from pnode_dist.petsc import calls
+from pnode_dist.petsc import calls, unwinding
 
 PetscOptions = Mapping[str, Any]
 END_OF_TIME = 1e300
@@ -226,6 +226,7 @@ class ErrorsOfFunc:
         self._of().stepping = True
 
     def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, trace: Any) -> None:
+        unwinding.end()
         stepper = self._of()
         callbacks = stepper.callbacks
         error, callbacks.error = callbacks.error, None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mpi4py import MPI
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
@@ -30,6 +30,7 @@ from pnode_dist.system.compile_order import compile_in_turn
 from pnode_dist.system.torch_internals import (
     compiler_errors,
     mark_length_as_dynamic,
+    root_edge,
     set_grad_enabled,
     traces_inner_derivatives,
 )
@@ -157,7 +158,7 @@ class CompiledSegments:
             set_grad_enabled(before)
         after = result[: len(state)]
         bound.check_dependencies(after, (*start, starts, sizes))
-        tape = CompiledTape(start, starts, sizes, tuple(map(get_gradient_edge, after)))
+        tape = CompiledTape(start, starts, sizes, tuple(map(root_edge, after)))
         return tuple(part.detach() for part in result), tape
 
     def pull_back(

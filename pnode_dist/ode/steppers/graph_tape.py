@@ -10,7 +10,7 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
@@ -20,6 +20,7 @@ from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
 from pnode_dist.ode.steppers.explicit_step import take_step
 from pnode_dist.ode.steppers.stage_tape import STATE_WAS_WRITTEN
 from pnode_dist.ode.steppers.tableau import Tableau
+from pnode_dist.system.torch_internals import root_edge
 
 _ORIGIN = torch.empty(0, requires_grad=True)
 
@@ -69,7 +70,7 @@ def closed(bound: BoundFunction, start: Parts, after: Parts, vjps: int) -> tuple
 
 
 def _edges(parts: Parts) -> tuple[GradientEdge, ...]:
-    return tuple(map(get_gradient_edge, parts))
+    return tuple(map(root_edge, parts))
 
 
 def pull_back_graph(bound: BoundFunction, tape: GraphTape, sums: AdjointSums) -> None:

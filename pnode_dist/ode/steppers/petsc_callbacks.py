@@ -21,7 +21,7 @@ from pnode_dist.ode.rhs.linearisation import Part, Place, Point
 from pnode_dist.ode.rhs.mass import MassMatrix
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.steppers.tape import Stage
-from pnode_dist.petsc import vectors
+from pnode_dist.petsc import unwinding, vectors
 
 
 class ImplicitFunction:
@@ -143,7 +143,7 @@ class ImplicitFunction:
             self._add(Part.IMPLICIT, t, u, result, -1.0)
             f.stateIncrease()
         except BaseException as error:
-            self.error = error
+            self.error = unwinding.begin(error)
             self._fail()
 
     def _fail(self) -> None:
@@ -170,7 +170,7 @@ class ImplicitFunction:
                 self._add(Part.EXPLICIT, t, u, result, 1.0)
             f.stateIncrease()
         except BaseException as error:
-            self.error = error
+            self.error = unwinding.begin(error)
             raise
 
     def _time(self, t: float, u: PETSc.Vec) -> float:
@@ -215,7 +215,7 @@ class ImplicitFunction:
             on_new_operator(self.implicit_point, shift)
             operator.assemble()
         except BaseException as error:
-            self.error = error
+            self.error = unwinding.begin(error)
             raise
 
     def explicit_jacobian(self, ts: PETSc.TS, t: float, u: PETSc.Vec, operator: PETSc.Mat, matrix: PETSc.Mat) -> None:
@@ -279,7 +279,7 @@ class ShiftedOperator:
             vectors.view(y, (function.layout.size,)).copy_(product.mul_(self.factor))
             y.stateIncrease()
         except BaseException as error:
-            function.error = error
+            function.error = unwinding.begin(error)
             raise
 
 
@@ -317,7 +317,7 @@ class ExplicitOperator:
             else:
                 y.zeroEntries()
         except BaseException as error:
-            function.error = error
+            function.error = unwinding.begin(error)
             raise
 
 
@@ -344,5 +344,5 @@ class ParameterOperator:
                 products, function.explicit_products = function.explicit_products, None
             function.add_parameters(products, y, -1.0 if implicit else 1.0)
         except BaseException as error:
-            function.error = error
+            function.error = unwinding.begin(error)
             raise

@@ -18,7 +18,7 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, SingleStepper, set_from_options
 from pnode_dist.ode.steppers.current_state import VecState
 from pnode_dist.ode.steppers.tape import Tape
-from pnode_dist.petsc import vectors
+from pnode_dist.petsc import unwinding, vectors
 
 
 class SspStepper(SingleStepper):
@@ -144,7 +144,7 @@ class _RightHandSide:
                 torch.mul(value.to(part), self.direction, out=part)
             vectors.wrote(f, layout.vec_device)
         except BaseException as error:
-            self.error = error
+            self.error = unwinding.begin(error)
             raise
 
     def _parts(self, vec: PETSc.Vec) -> Parts:

@@ -25,7 +25,10 @@ def launched(script: str, directory: Path, ranks: int = 2) -> subprocess.Complet
     path = directory / "script.py"
     path.write_text(script)
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PMI", "HYDRA", "OMPI", "MPI"))
+        name: value
+        for name, value in os.environ.items()
+        # The networks that Open MPI may use are those of the machine.
+        if not name.startswith(("PMI", "HYDRA", "OMPI", "MPI")) or name == "OMPI_MCA_btl"
     }
     root = Path(__file__).parents[3]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))

@@ -81,8 +81,9 @@ def test_petsc_s_dirk_solves_forward_and_refuses_gradients_below_petsc_3_26(
     with pytest.raises(ConfigurationError) as caught:
         solve("petsc")
     assert str(caught.value) == (
-        f"method = 'dirk_es324sal': its gradient needs PETSc 3.26 or newer and found {version}: solve under "
-        "torch.no_grad(), or choose a method of the families rk, theta or arkimex"
+        f"method = 'dirk_es324sal': its gradient needs PETSc 3.26 or newer and found {version}: solve small "
+        "systems with newton = 'batch', others under torch.no_grad(), or choose a method of the families rk, theta or "
+        "arkimex"
     )
 
 

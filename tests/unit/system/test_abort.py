@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
 
 from pnode_dist.system.abort import unread_bytes
 from tests.conftest import PATIENCE, ROOT
@@ -170,7 +171,9 @@ def test_the_message_arrives_although_the_launcher_is_busy(ending, mpirun, tmp_p
     ended = mpirun(2, sys.executable, str(program), PYTHONPATH=str(ROOT))
     assert ended.returncode == 1
     assert "no ocean today" in ended.stderr
-    assert ended.stdout.count("so much to say\n") == 2000
+    whole = ended.stdout.count("so much to say\n")
+    # Open MPI's launcher then writes a piece of the last line to the other stream.
+    assert whole == 2000 or (whole == 1999 and MPI.get_vendor()[0] == "Open MPI")
 
 
 SPILLING = """

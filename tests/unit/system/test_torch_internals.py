@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from pnode_dist.system import torch_internals as internals
@@ -46,6 +46,27 @@ def test_a_graph_is_kept_only_on_request() -> None:
     assert internals.gradients((root,), inputs, (one,), keep_graph=False) == kept
     with pytest.raises(RuntimeError, match="second time"):
         internals.gradients((root,), inputs, (one,), keep_graph=False)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, cotangent: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return cotangent * 2
+
+
+@pytest.mark.parametrize("function", [Doubled.apply, torch.exp2], ids=["in Python", "in C++"])
+def test_an_edge_alone_keeps_a_graph_alive(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.tensor(3.0, requires_grad=True)
+    (expected,) = torch.autograd.grad(function(x), x)
+    assert torch.autograd.grad(internals.root_edge(function(x)), x) == (expected,)
+
+    # Without the token that torch 2.6 lacks, and with it.
+    node, number = internals.owning_root_edge(function(x))[:2]
+    assert torch.autograd.grad(GradientEdge(node, number), x) == (expected,)
 
 
 @pytest.mark.parametrize("differentiate", [torch.autograd.grad, None], ids=["public", "private"])

@@ -75,8 +75,8 @@ def test_an_interpreter_without_diffrax_is_named(monkeypatch: pytest.MonkeyPatch
 def test_what_pip_says_last_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(environment.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(environment, "PINS", (str(tmp_path / "none.whl"),))
-    with pytest.raises(ConfigurationError, match=r"cannot install .*none\.whl: .*none\.whl"):
+    monkeypatch.setattr(environment, "PINS", (str(tmp_path / "none-1.0-py3-none-any.whl"),))
+    with pytest.raises(ConfigurationError, match=r"cannot install .*any\.whl: .*none-1\.0-py3-none-any\.whl"):
         environment.python_with_diffrax()
     assert not list(tmp_path.rglob("complete"))
 

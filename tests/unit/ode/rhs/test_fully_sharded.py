@@ -10,6 +10,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
 from pnode_dist import ConfigurationError, NeuralODE, Trajectory, odeint
+from tests import torch_releases
 from tests.oracles.right_hand_sides import distance, random
 
 pytestmark = pytest.mark.slow
@@ -64,6 +65,7 @@ def outcome(model: nn.Module) -> list[torch.Tensor]:
     return [found.detach(), *whole]
 
 
+@torch_releases.fully_sharding_on_a_cpu
 @pytest.mark.parametrize("method", ["rk4", "cn"])
 @pytest.mark.parametrize("keep", ["solution", "stages", "graph"])
 def test_a_sharded_node_has_the_gradients_of_the_node(method: str, keep: str) -> None:
@@ -76,6 +78,7 @@ def test_a_sharded_node_has_the_gradients_of_the_node(method: str, keep: str) ->
     assert distance(outcome(node), wanted) < 1e-14
 
 
+@torch_releases.fully_sharding_on_a_cpu
 @pytest.mark.parametrize("method", ["rk4", "cn"])
 def test_a_sharded_module_that_calls_odeint_has_the_gradients_of_the_module(method: str) -> None:
     wanted, model = outcome(Calling(method)), Calling(method)
@@ -92,6 +95,7 @@ def test_sharding_inside_func_is_refused_with_what_to_do_instead(method: str, in
         node(random(4, 3), TIMES)
 
 
+@torch_releases.fully_sharding_on_a_cpu
 def test_a_sharded_func_is_solved_with_where_no_gradient_is_asked_for() -> None:
     wanted, node = node_of("rk4"), node_of("rk4")
     fully_shard(node.func)

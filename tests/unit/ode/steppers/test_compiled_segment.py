@@ -13,6 +13,7 @@ from torch import nn
 
 from pnode_dist import NeuralODE, Trajectory
 from pnode_dist.ode.steppers.step_rule import StepCallbacks
+from tests import torch_releases
 from tests.oracles.right_hand_sides import Network, distance, gradients, random
 
 pytestmark = pytest.mark.slow  # torch.compile alone takes seconds to load
@@ -144,6 +145,7 @@ class Energy(nn.Module):
             return -torch.autograd.grad(energy, u, create_graph=True)[0]
 
 
+@torch_releases.tracing_derivatives
 def test_a_func_that_differentiates_inside_is_compiled() -> None:
     assert compared(Energy(), random(2, 3)) <= 1e-13
 

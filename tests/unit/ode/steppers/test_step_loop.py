@@ -9,13 +9,14 @@ import torch
 
 from pnode_dist.ode.steppers.step_loop import Backend, looping, repeating
 from pnode_dist.system.torch_internals import backend_of
+from tests import torch_releases
 from tests.oracles.right_hand_sides import distance, random
 
 pytestmark = pytest.mark.slow  # torch.compile alone takes seconds to load
 Parts = tuple[torch.Tensor, ...]
 
 
-@pytest.mark.parametrize("transform", [looping, repeating])
+@pytest.mark.parametrize("transform", [pytest.param(looping, marks=torch_releases.with_scan), repeating])
 def test_a_traced_step_becomes_one_step_for_each_time(transform: Callable[[Backend], Backend]) -> None:
     matrix = random(3, 3, seed=3).requires_grad_()
 
