@@ -73,8 +73,7 @@ class Diagonal(Covariance):
 
     def variances(self, like: torch.Tensor) -> torch.Tensor:
         """Return the variances."""
-        variances: torch.Tensor = self.deviation.square().expand(like.shape).clone()
-        return variances
+        return self.deviation.square().expand(like.shape).clone()
 
 
 class Dense(Covariance):
@@ -113,7 +112,8 @@ class Dense(Covariance):
 
     def variances(self, like: torch.Tensor) -> torch.Tensor:
         """Return the diagonal of the matrix."""
-        return self._factor.square().sum(dim=1).view(like.shape)
+        variances: torch.Tensor = self._factor.square().sum(dim=1).view(like.shape)
+        return variances
 
 
 CovarianceLike = Covariance | float | torch.Tensor

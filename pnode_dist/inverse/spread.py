@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from mpi4py import MPI
 
-from pnode_dist.errors import ConfigurationError
+from pnode_dist.errors import ConfigurationError, ConvergenceError
 from pnode_dist.inverse.laplace import Laplace
 
 
@@ -29,7 +30,8 @@ def forecast_spread(approximation: Laplace, times: Sequence[float], members: int
 
     The samples depend on `seed` and global indices alone. Holds two states for each time, not the ensemble. Afterwards
     the parameters among the controls have their values at the minimum. Collective.
-    Raises `ConfigurationError` for fewer than two members, and for times that `Inverse.forecast` refuses.
+    Raises `ConfigurationError` for fewer than two members, and for times that `Inverse.forecast` refuses;
+    `ConvergenceError` on all ranks for a sample whose forecast is not finite.
     """
     if members < 2:
         raise ConfigurationError(f"members = {members}: must be at least 2")
@@ -37,6 +39,11 @@ def forecast_spread(approximation: Laplace, times: Sequence[float], members: int
     mean = squares = torch.zeros(())
     for number in range(members):
         states = problem.forecast(approximation.sample(seed, number), times).double()
+        if not problem.comm.allreduce(bool(states.isfinite().all()), MPI.LAND):
+            problem.assign(approximation.m)
+            raise ConvergenceError(
+                f"the forecast of sample {number} is not finite: the approximation is too wide for these equations"
+            )
         # Welford's update: the difference of two large sums would lose digits.
         change = states - mean
         mean = mean + change / (number + 1)
