@@ -25,8 +25,8 @@ TIMES = [0.0, INTERVAL, 2 * INTERVAL]
 
 
 def small(mesh: Mesh) -> GrayScottProblem:
-    shortest: dict[str, Any] = {"problem": {"times": 3, "trajectories": 1}, "evaluation": {"leads": (1, 2)}}
-    tables = config(inverse=INVERSE, training={"batch_size": 1}, **shortest)
+    shortest: dict[str, Any] = {"problem": {"times": 3, "trajectories": 4}, "evaluation": {"leads": (1, 2)}}
+    tables = config(inverse=INVERSE, training={"batch_size": 4}, **shortest)
     return GrayScottProblem(tables, mesh, torch.float64)
 
 
@@ -44,23 +44,23 @@ def rates(t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_cost_of_an_initial_state_is_that_in_plain_torch(mesh: Mesh) -> None:
-    problem, alone = small(mesh), None
+    problem = small(mesh)
     inverse = problem.inverse()
     whole = np.concatenate([part.reshape(-1) for part in mesh.state_comm.allgather(problem.twin.data.numpy())])
     assert len(whole) == OBSERVED * math.ceil(NY / EVERY) * math.ceil(NX / EVERY) * 2
     with Mesh(state=1, data=mesh.size) as replicas:
-        alone = small(replicas)
-    data = alone.twin.observed[1 : OBSERVED + 1, ::EVERY, ::EVERY]
+        twin = small(replicas).twin
+    data, truth = (values[1 : OBSERVED + 1, ::EVERY, ::EVERY] for values in (twin.observed, twin.truth))
     np.testing.assert_allclose(np.sort(whole), np.sort(data.numpy().ravel()), rtol=1e-9)
     assert data.isfinite().all()
-    assert 0.5 * NOISE < (data - alone.twin.truth[1 : OBSERVED + 1, ::EVERY, ::EVERY]).std() < 1.5 * NOISE
+    assert 0.5 * NOISE < (data - truth).std() < 1.5 * NOISE
     root = matern_root((NY, NX), [LENGTH / width for width in SPACING], [True, True])
     rest = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(NY, NX, 2)
 
     def cost(state: torch.Tensor) -> torch.Tensor:
         states = states_at(rates, state, TIMES, STEP)
         seen = torch.stack([states[time][::EVERY, ::EVERY] for time in TIMES[1:]])
-        prior = torch.linalg.solve(root, (state - rest).reshape(-1, 2)) / torch.tensor(DEVIATION)
+        prior = torch.linalg.solve(root, (state - rest).reshape(-1, 2)) / torch.tensor(DEVIATION, dtype=torch.float64)
         return ((seen - data) / NOISE).square().sum() / 2 + prior.square().sum() / 2
 
     state = (rest + 0.1 * torch.randn(NY, NX, 2, dtype=torch.float64, generator=torch.manual_seed(1))).requires_grad_()

@@ -139,7 +139,7 @@ def test_the_largest_number_of_iterations_ends_an_inversion_without_failure(conf
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("inverse.evry=2", "inverse.evry: unknown key"),
+        ("inverse.evry=2", "[inverse] unknown key evry (did you mean every?)"),
         ("inverse.method=newton", "[inverse] method"),
         ("inverse.hessian=exact", 'must be left out with method = "blmvm", which needs no Hessian'),
         ("inverse.members=4", "must be 0, or at least 2 with eigenvalues above 0"),
