@@ -22,13 +22,15 @@ class Evaluations:
     """J as TAO's function of x, with its failures and its record. All methods are collective.
 
     `hessian` and `jacobian` are the contexts of PETSc matrices. `solves` counts evaluations of J, `products` those of
-    matrices; those that were read from a record are not counted.
+    matrices; those that were read from a record are not counted. `error` is the exception that ended an evaluation,
+    which PETSc replaces by its own.
     """
 
     def __init__(self, problem: Inverse, guess: PETSc.Vec, hessian: str, record: Record | None) -> None:
         self.problem, self._guess, self._record = problem, guess, record
         self._product = problem.inner_product
         self.solves = self.products = 0
+        self.error: BaseException | None = None
         multiply = problem.hessian if hessian == "exact" else problem.gauss_newton
         self.hessian = _Matrix(self, "hessian", lambda v: self._to_x(multiply(self._along(v))))
         self.jacobian = _Matrix(
@@ -98,7 +100,11 @@ class Evaluations:
         self._result(kind, v, image, compute)
 
     def _result(self, kind: str, x: PETSc.Vec, image: PETSc.Vec | None, compute: Callable[..., float]) -> float:
-        return compute(x, image) if self._record is None else self._record.result(kind, x, image, compute)
+        try:
+            return compute(x, image) if self._record is None else self._record.result(kind, x, image, compute)
+        except BaseException as error:
+            self.error = error
+            raise
 
     def _evaluated(self, m: PETSc.Vec) -> float | None:
         """Evaluate J at m unless it was the last point. Returns the value, None for the last point."""

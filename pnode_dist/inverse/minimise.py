@@ -102,8 +102,13 @@ def minimise(
         tao = _set_up(evaluations, chosen, given, bounds, objects)
         history: list[Progress] = []
         tao.setMonitor(lambda tao: _monitor(tao, evaluations, history, callback))
-        with options_database(given):
-            tao.solve()
+        try:
+            with options_database(given):
+                tao.solve()
+        except PETSc.Error:
+            if evaluations.error is not None:
+                raise evaluations.error from None
+            raise
         reason = int(tao.getConvergedReason())
         m = evaluations.point(tao.getSolution())
         problem.assign(m)
@@ -141,6 +146,8 @@ def _set_up(
         jacobian = _operator(evaluations.jacobian, residual.getSizes(), (space.local_size, space.size), comm, objects)
         tao.setResidual(evaluations.residual, residual)
         tao.setJacobianResidual(evaluations.set_point, jacobian, jacobian)
+        # TAO's default adds a term to J, and stops at the minimum of the sum. Priors are residuals here.
+        tao.setBRGNRegularizerWeight(0.0)
     else:
         tao.setObjective(evaluations.objective)
         tao.setGradient(evaluations.gradient, space.create())
@@ -180,7 +187,11 @@ def _monitor(
     history.append(progress)
     if callback is None:
         return
-    stops = bool(callback(progress))
+    try:
+        stops = bool(callback(progress))
+    except BaseException as error:
+        evaluations.error = error
+        raise
     if evaluations.problem.comm.allreduce(stops, MPI.LOR):
         tao.setConvergedReason(PETSc.TAO.ConvergedReason.CONVERGED_USER)
 
