@@ -60,16 +60,16 @@ def test_an_inversion_stopped_within_a_solve_goes_on_to_the_same_minimum(
 
     def interrupted(self: GrayScott, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         nonlocal calls
-        calls += 1
-        # In the middle of the third evaluation or so.
-        if calls == 45 and COMM.rank == COMM.size - 1:
+        # The data are computed without gradients. Two steps of four stages are an evaluation: this is in the third.
+        calls += torch.is_grad_enabled()
+        if calls == 20 and COMM.rank == COMM.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, t, state)
 
     with monkeypatch.context() as patch:
         patch.setattr(GrayScott, "forward", interrupted)
         assert main(["invert", str(config), "--overwrite"]) == 75
-    assert calls >= 45
+    assert calls >= 20
     out, err = capfd.readouterr()
     if COMM.rank == 0:
         assert out == ""
