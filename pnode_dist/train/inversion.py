@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mpi4py import MPI
 
 from pnode_dist.config.registry import Registered
 from pnode_dist.config.tables import Config, InverseConfig
@@ -22,6 +23,7 @@ from pnode_dist.ode import safe_points
 from pnode_dist.runs import directory as run_directory
 from pnode_dist.runs import heartbeat
 from pnode_dist.runs.endings import Preempted
+from pnode_dist.runs.metrics import peak_memory
 from pnode_dist.runs.resume import MAY_CHANGE, changed_key
 from pnode_dist.train.iterations import Iterations
 from pnode_dist.train.preemption import Preemption, SolveAbandoned
@@ -109,7 +111,7 @@ def _minimised(
     inverse: Inverse, settings: InverseConfig, directory: Path, resume: bool, shown: Iterations, preemption: Preemption
 ) -> Minimum:
     def after_iteration(progress: Progress) -> bool:
-        shown.show(progress)
+        shown.show(progress, inverse.comm.allreduce(peak_memory(), MPI.MAX))
         return preemption.wanted
 
     result = minimise(

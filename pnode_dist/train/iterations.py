@@ -34,8 +34,11 @@ class Iterations:
             self._bar = Bar(*columns, console=console)
             self._task = self._bar.add_task("", total=most)
 
-    def show(self, progress: Progress) -> None:
-        """Show an iteration, and write its record. Raises `RunDirectoryError` on rank 0 if it cannot be written."""
+    def show(self, progress: Progress, memory: int) -> None:
+        """Show an iteration, and write its record. `memory` is the peak size of the largest rank, in bytes.
+
+        Raises `RunDirectoryError` on rank 0 if the record cannot be written.
+        """
         if self._directory is None:
             return
         seconds = time.perf_counter() - self._began
@@ -51,6 +54,8 @@ class Iterations:
             loss=progress.value,
             stepped=time.time(),
             steps_per_second=progress.iteration / seconds,
+            bytes_spilt=None,
+            peak_memory=memory,
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=progress.iteration, description=_text(progress))

@@ -43,6 +43,7 @@ def rates(t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return torch.stack([u_rate, 4e-5 * laplacian(v) + reaction - 0.084 * v], dim=-1)
 
 
+@pytest.mark.nightly
 def test_the_cost_of_an_initial_state_is_that_in_plain_torch(mesh: Mesh) -> None:
     problem = small(mesh)
     inverse = problem.inverse()

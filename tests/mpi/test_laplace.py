@@ -25,6 +25,7 @@ from pnode_dist.inverse import (
 from tests.mpi.grids import block
 from tests.oracles.assimilation import matern_root, second_difference, states_at
 from tests.oracles.right_hand_sides import random
+from tests.tiers import at_night
 
 pytestmark = pytest.mark.mpi
 
@@ -101,7 +102,7 @@ def packed(problem: Inverse, whole: torch.Tensor) -> PETSc.Vec:
     return problem.space.pack([fields[0], source.reshape(()), *fields[1:]])
 
 
-@pytest.mark.parametrize("jump", [False, True], ids=["strong", "weak"])
+@pytest.mark.parametrize("jump", at_night([False, True], but=[True]), ids=["strong", "weak"])
 def test_the_covariance_of_a_heat_equation_is_that_in_closed_form(jump: bool, mesh: Mesh) -> None:
     problem, wanted = problem_on(mesh, jump), closed_form(jump)
     found = laplace(problem, problem.space.guess(), 6, oversampling=2)
@@ -116,6 +117,7 @@ def test_the_covariance_of_a_heat_equation_is_that_in_closed_form(jump: bool, me
     assert (found.variances() - variances).norm() <= 1e-8 * variances.norm()
 
 
+@pytest.mark.nightly
 def test_a_sample_has_the_covariance(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_on(mesh)
     m = problem.space.guess()
@@ -128,6 +130,7 @@ def test_a_sample_has_the_covariance(mesh: Mesh, monkeypatch: pytest.MonkeyPatch
     assert (drawn[0] - drawn[1]).norm() > 1
 
 
+@pytest.mark.nightly
 def test_eigenvalues_and_samples_do_not_depend_on_the_number_of_ranks(mesh: Mesh) -> None:
     problem, alone = problem_on(mesh), problem_on(MPI.COMM_SELF)
 
@@ -141,6 +144,7 @@ def test_eigenvalues_and_samples_do_not_depend_on_the_number_of_ranks(mesh: Mesh
     assert (found.sample(5) - whole).norm() <= 1e-8 * whole.norm()
 
 
+@pytest.mark.nightly
 def test_a_forecast_with_spread_is_that_of_solves_from_samples(mesh: Mesh) -> None:
     problem, alone = problem_on(mesh, jump=True), problem_on(MPI.COMM_SELF, jump=True)
     m, partition = problem.space.guess(), problem.node.settings.partition
@@ -161,6 +165,7 @@ def test_a_forecast_with_spread_is_that_of_solves_from_samples(mesh: Mesh) -> No
         problem.forecast(m, [-1.0])
 
 
+@pytest.mark.nightly
 def test_what_has_no_approximation_is_refused(mesh: Mesh) -> None:
     partition = GridPartition(mesh, SHAPE, 1, BOUNDARY)
     heat = Heat(partition)

@@ -15,6 +15,7 @@ import pytest
 from pnode_dist.cli.main import main
 from pnode_dist.config.tables import TaoMethod
 from pnode_dist.inverse import METHODS
+from pnode_dist.report.run_curves import pictures
 from pnode_dist.runs import metrics
 from pnode_dist.runs.status import status_of
 from pnode_dist.train.iterations import Iterations
@@ -57,6 +58,7 @@ def complaint(capfd: Capture, *argv: Any) -> str:
     return line.removeprefix("pnode-dist: error: ")
 
 
+@pytest.mark.slow
 def test_an_inversion_writes_its_analysis_metrics_and_figures(config: Path, capfd: Capture) -> None:
     figures, err = invert(capfd, config, "--set", "inverse.eigenvalues=20", "--set", "inverse.members=2")
     run = config.parent / "run"
@@ -73,6 +75,8 @@ def test_an_inversion_writes_its_analysis_metrics_and_figures(config: Path, capf
     assert f"iteration {figures['iterations']}  J " in err
     status = status_of(run)
     assert (status.state, status.progress, status.step) == ("finished", 1.0, figures["iterations"])
+    assert status.peak_memory > 2**20
+    assert {picture.title for picture in pictures(records)} == {"Minimisation", "Gradient"}
     with h5py.File(run / "analysis.h5") as file:
         error = file["analysis"][:].astype(float) - file["truth"][:]
         assert np.sqrt((error[0] ** 2).mean()) == pytest.approx(first["analysis"], rel=1e-4)
@@ -85,14 +89,15 @@ def test_an_inversion_writes_its_analysis_metrics_and_figures(config: Path, capf
     assert (run / "report.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_an_inversion_that_is_stopped_goes_on_to_the_same_minimum(
     config: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = invert(capfd, config)
     show = Iterations.show
 
-    def stopping(self: Iterations, progress: Any) -> None:
-        show(self, progress)
+    def stopping(self: Iterations, progress: Any, memory: int) -> None:
+        show(self, progress, memory)
         if progress.iteration == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -128,6 +133,7 @@ def test_newton_s_method_needs_fewer_iterations(config: Path, capfd: Capture, he
     assert newton["value"] == pytest.approx(quasi["value"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_largest_number_of_iterations_ends_an_inversion_without_failure(config: Path, capfd: Capture) -> None:
     figures, err = invert(capfd, config, "--set", "inverse.iterations=1")
     assert figures["iterations"] == 1
