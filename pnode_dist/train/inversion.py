@@ -166,7 +166,4 @@ def _goes_on(config: Config, resume: bool, overwrite: bool) -> bool:
             f"[{table}] {name} = {now[table].get(name)!r}: must stay {before[table].get(name)!r} to go on in "
             f"{directory}; --overwrite begins a new run"
         )
-    print(
-        f"{PROGRAM}: going on from the evaluations in {directory / run_directory.RECORD}", file=sys.stderr, flush=True
-    )
     return True
