@@ -8,7 +8,7 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch import nn
 
-from pnode_dist import ConfigurationError, GridPartition, Mesh, NeuralODE
+from pnode_dist import ConfigurationError, ConvergenceError, GridPartition, Mesh, NeuralODE
 from pnode_dist.exchange import halo
 from pnode_dist.inverse import (
     Control,
@@ -185,3 +185,17 @@ def test_what_has_no_approximation_is_refused(mesh: Mesh) -> None:
     refused("m: the Hessian has the eigenvalue -", known, hessian="exact")
     bounded = Control(u0, prior=Gaussian(0.0, 1.0), bounds=(u0, None))
     refused(f"m: {CELLS} of its {CELLS} entries are on their bounds", bounded)
+
+
+@pytest.mark.nightly
+def test_a_sample_whose_forecast_overflows_on_one_rank_is_named_on_all(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_on(mesh)
+    found = laplace(problem, problem.space.guess(), 1, oversampling=0)
+    forecast = problem.forecast
+    scale = torch.inf if mesh.rank == mesh.size - 1 else 1.0
+    monkeypatch.setattr(problem, "forecast", lambda m, times: forecast(m, times) * scale)
+    with pytest.raises(ConvergenceError, match="the forecast of sample 0 is not finite"):
+        forecast_spread(found, [LATER], members=2)
+    assert problem.node.func.source.item() == 0.2
