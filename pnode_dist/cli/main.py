@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pnode_dist.cli import benchmarks, checking, completion, configuration, information, serve, training
+from pnode_dist.cli import benchmarks, checking, completion, configuration, information, inversion, serve, training
 from pnode_dist.cli.ending import is_closed_pipe, leave_output, print_error, run_alone, run_together
 from pnode_dist.cli.exit_codes import CLOSED_PIPE, WRONG_USAGE
 from pnode_dist.cli.parser import EPILOG, PROGRAM, Command, Commands, Parser, formatter
@@ -81,7 +81,7 @@ def parser() -> Parser:
     found.set_defaults(parser=found)
     found.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = Commands(found)
-    for group in (training, serve, checking, configuration, information, benchmarks, completion):
+    for group in (training, inversion, serve, checking, configuration, information, benchmarks, completion):
         group.add_commands(commands)
     return found
 

@@ -309,6 +309,63 @@ class EvaluationConfig(Table):
     """Lead times of the reported errors, in samples of the data, in increasing order."""
 
 
+TaoMethod = Literal[
+    "blmvm", "lmvm", "bqnls", "bqnkls", "bqnktr", "bqnktl", "bncg", "cg",
+    "bnls", "bntr", "bntl", "nls", "ntr", "ntl", "brgn",
+]  # fmt: skip
+_NEWTON = ("bnls", "bntr", "bntl", "nls", "ntr", "ntl")
+
+
+class InverseConfig(Table):
+    """The table `[inverse]`: what `pnode-dist invert` minimises with, and the uncertainty that it computes."""
+
+    method: TaoMethod = "blmvm"
+    """The method, by TAO's name: quasi-Newton (`blmvm` to `bqnktl`), conjugate gradients (`bncg`, `cg`), Newton-Krylov
+    (`bnls` to `ntl`) or Gauss-Newton (`brgn`)."""
+    hessian: Literal["exact", "gauss_newton"] | None = None
+    """The Hessian of Newton-Krylov methods. Default: `exact`."""
+    iterations: Count = 100
+    """The largest number of iterations."""
+    reduction: Annotated[float, Field(gt=0, lt=1, strict=True)] = 1e-3
+    """Stop when the norm of the gradient is this fraction of that at the first guess."""
+    eigenvalues: CountOrNone = 0
+    """The rank of the Laplace approximation, from which standard deviations follow. 0 computes none."""
+    members: CountOrNone = 0
+    """Samples of the Laplace approximation from which a forecast with spread is solved. 0 solves none."""
+    petsc_options: Annotated[dict[str, StrictStr | bool | int | float], AfterValidator(_petsc_options)] = {}
+    """PETSc options of TAO, by name without the dash. Write `""` for an option without a value."""
+
+    @field_validator("hessian")
+    @classmethod
+    def _has_hessian(cls, value: str | None, others: ValidationInfo) -> str | None:
+        method = others.data.get("method")
+        if value is not None and method not in _NEWTON:
+            raise ValueError(f'must be left out with method = "{method}", which needs no Hessian')
+        return value
+
+    @field_validator("members")
+    @classmethod
+    def _has_samples(cls, value: int, others: ValidationInfo) -> int:
+        if value == 1 or (value and not others.data.get("eigenvalues")):
+            raise ValueError("must be 0, or at least 2 with eigenvalues above 0")
+        return value
+
+    @field_validator("petsc_options")
+    @classmethod
+    def _has_no_key(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for option, key in (("tao_max_it", "iterations"), ("tao_gttol", "reduction")):
+            if option in value:
+                raise ValueError(f"{option} must be left out: set {key}")
+        return value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of TAO: None stands for one without a value. Other tests of convergence are off by default."""
+        given = {name: None if value == "" else value for name, value in self.petsc_options.items()}
+        own = {"tao_max_it": self.iterations, "tao_gttol": self.reduction, "tao_gatol": 0.0, "tao_grtol": 0.0}
+        return own | given
+
+
 class Config(Table):
     """A whole configuration. Each problem has a subclass, which says what `[problem]`, `[model]` and `[evaluation]`
     hold, see `pnode_dist.config.definition`."""

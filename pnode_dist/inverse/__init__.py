@@ -10,6 +10,8 @@ from pnode_dist.inverse.covariance import Diagonal as Diagonal
 from pnode_dist.inverse.forward_model import ModelError as ModelError
 from pnode_dist.inverse.grid_covariance import GridCovariance as GridCovariance
 from pnode_dist.inverse.inverse import Inverse as Inverse
+from pnode_dist.inverse.laplace import Laplace as Laplace
+from pnode_dist.inverse.laplace import laplace as laplace
 from pnode_dist.inverse.minimise import Minimum as Minimum
 from pnode_dist.inverse.minimise import Progress as Progress
 from pnode_dist.inverse.minimise import minimise as minimise
@@ -17,6 +19,8 @@ from pnode_dist.inverse.observation import Observation as Observation
 from pnode_dist.inverse.operators import GlobalMean as GlobalMean
 from pnode_dist.inverse.operators import Points as Points
 from pnode_dist.inverse.operators import Subsample as Subsample
+from pnode_dist.inverse.spread import Spread as Spread
+from pnode_dist.inverse.spread import forecast_spread as forecast_spread
 from pnode_dist.inverse.tao_methods import METHODS as METHODS
 from pnode_dist.inverse.taylor import TaylorTest as TaylorTest
 from pnode_dist.inverse.taylor import taylor_test as taylor_test
@@ -33,13 +37,17 @@ __all__ = [
     "GlobalMean",
     "GridCovariance",
     "Inverse",
+    "Laplace",
     "Minimum",
     "ModelError",
     "Observation",
     "Points",
     "Progress",
+    "Spread",
     "Subsample",
     "TaylorTest",
+    "forecast_spread",
+    "laplace",
     "minimise",
     "taylor_test",
 ]

@@ -45,6 +45,10 @@ class Covariance(ABC):
         """Return C^-1 x."""
         return self.root_solve_transpose(self.root_solve(x))
 
+    def variances(self, like: torch.Tensor) -> torch.Tensor:
+        """Return the variance of each entry of a vector of the shape of `like`: the diagonal of C."""
+        raise ConfigurationError(f"covariance: {type(self).__name__} does not define variances")
+
 
 class Diagonal(Covariance):
     """Independent errors of the given variance: a positive number, or a tensor that broadcasts to the vector.
@@ -66,6 +70,10 @@ class Diagonal(Covariance):
     def root_solve(self, x: torch.Tensor) -> torch.Tensor:
         """Return x divided by the standard deviations."""
         return x / self.deviation
+
+    def variances(self, like: torch.Tensor) -> torch.Tensor:
+        """Return the variances."""
+        return self.deviation.square().expand(like.shape).clone()
 
 
 class Dense(Covariance):
@@ -101,6 +109,11 @@ class Dense(Covariance):
         """Solve with the upper factor."""
         image: torch.Tensor = torch.linalg.solve_triangular(self._factor.T, x.reshape(-1, 1), upper=True)
         return image.view(x.shape)
+
+    def variances(self, like: torch.Tensor) -> torch.Tensor:
+        """Return the diagonal of the matrix."""
+        variances: torch.Tensor = self._factor.square().sum(dim=1).view(like.shape)
+        return variances
 
 
 CovarianceLike = Covariance | float | torch.Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -55,6 +56,18 @@ class ForwardModel:
             if error is not None:
                 states[window[-1]] = states[window[-1]] + error
         return [self._residual(observation, states) for observation in self.observations]
+
+    def forecast(self, state: torch.Tensor, errors: Sequence[torch.Tensor], times: Sequence[float]) -> torch.Tensor:
+        """Return the states `[time, *local_shape]` at ascending times, also after the last observation."""
+        jumps = [window[0] for window in self.windows[1:]]
+        found: list[torch.Tensor] = []
+        for begin, end, error in zip((self.start, *jumps), (*jumps, math.inf), (*errors, None), strict=True):
+            inside = [time for time in times if begin <= time < end]
+            stops = sorted({begin, *inside, *([end] if math.isfinite(end) else [])})
+            outputs = self.node(state, stops) if len(stops) > 1 else state[None]
+            found += [outputs[stops.index(time)] for time in inside]
+            state = outputs[-1] if error is None else outputs[-1] + error
+        return torch.stack(found)
 
     def tangents(
         self,

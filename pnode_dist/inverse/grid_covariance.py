@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 
@@ -50,6 +51,7 @@ class GridCovariance(Covariance):
         self.partition = partition
         cells = tuple(length / width for width in spacings)
         scale = matern_scale(cells)
+        self._cells = cells
         self._scale = scale * torch.tensor(deviations, dtype=torch.float64)
         self._one = GridPartition(
             partition.comm,
@@ -87,6 +89,26 @@ class GridCovariance(Covariance):
         """Return L^-1 x. Collective."""
         return self._each_field(x / self._scale, self._matrix.mult)
 
+    def variances(self, like: torch.Tensor) -> torch.Tensor:
+        """Return the variance of each entry, from the modes of the Laplacian, sines and cosines. Not collective."""
+        grid = self.partition
+        modes = [
+            _modes(points, rule == "periodic", cell, owned)
+            for points, rule, cell, owned in zip(grid.shape, grid.boundary, self._cells, grid.owned, strict=True)
+        ]
+        (numbers, weights), *others = modes
+        unit = torch.zeros(grid.local_shape[:-1], dtype=torch.float64)
+        # One mode of the first axis at a time: all of them together are as many as the points of the whole grid.
+        for number, weight in zip(numbers, weights.unbind(1), strict=True):
+            total = 1 + number
+            for other, _ in others:
+                total = total[..., None] + other
+            inner = total**-2
+            for axis, (_, squares) in enumerate(others):
+                inner = torch.tensordot(squares, inner, dims=([1], [axis])).movedim(0, axis)
+            unit += weight.view(-1, *[1] * len(others)) * inner
+        return (unit[..., None] * self._scale**2).expand(like.shape).clone()
+
     def _each_field(self, x: torch.Tensor, apply: Callable[[PETSc.Vec, PETSc.Vec], None]) -> torch.Tensor:
         own = self.partition.local_shape
         if tuple(x.shape[x.dim() - len(own) :]) != own:
@@ -119,6 +141,21 @@ def _laplacian(grid: GridPartition, cells: Sequence[float]) -> Callable[[torch.T
         return total.reshape(-1)
 
     return apply
+
+
+def _modes(points: int, periodic: bool, cell: float, owned: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the eigenvalues of minus a line's scaled second difference, and squares of eigenvectors `[owned, mode]`.
+
+    Those of a periodic line are one over its length for a sine and a cosine together.
+    """
+    number, place = torch.arange(points, dtype=torch.float64), torch.arange(*owned, dtype=torch.float64)
+    angle = math.pi * number / points
+    if periodic:
+        squares = torch.full((len(place), points), 1 / points, dtype=torch.float64)
+        return 4 * cell**2 * angle.sin().square(), squares
+    squares = (1 + torch.cos(angle * (2 * place[:, None] + 1))) / points
+    squares[:, 0] = 1 / points
+    return 4 * cell**2 * (angle / 2).sin().square(), squares
 
 
 def _each(name: str, given: float | Sequence[float], count: int, of: str) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -176,6 +177,23 @@ class Inverse:
         vectors.fill(of_prior, local[sum(sizes) :])
         product = self._pulled(at.residuals, [local[slice(*own)] for own in ends])
         return self._plus(product, lambda: self.prior.root_solve_transpose(of_prior))
+
+    def forecast(self, m: PETSc.Vec, times: Sequence[float]) -> torch.Tensor:
+        """Return this rank's part of the trajectory of m, `[time, *local_shape]`, at ascending times from `start` on.
+
+        The parameters among the controls then have their values in m, and J must be evaluated again before its
+        derivatives are. Raises `ConfigurationError` for other times.
+        """
+        chosen = [float(time) for time in times]
+        if not chosen or chosen != sorted(set(chosen)) or not self.model.start <= chosen[0] <= chosen[-1] < math.inf:
+            raise ConfigurationError(
+                f"times = {chosen}: must be finite, ascending, and from start = {self.model.start:g} on"
+            )
+        self._at = None
+        destroy_left(self.comm)
+        inputs = self._inputs(m)
+        with torch.no_grad():
+            return self.model.forecast(inputs.state, inputs.errors, chosen)
 
     def assign(self, m: PETSc.Vec) -> None:
         """Set the parameters among the controls to their values in m."""

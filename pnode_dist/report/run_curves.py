@@ -46,7 +46,13 @@ def pictures(records: Sequence[dict[str, Any]]) -> list[Picture]:
     """Return the plots that the records of a metrics file allow, in the order of the page."""
     steps = [record for record in records if record["kind"] == "step"]
     checks = [record for record in records if record["kind"] == "validation"]
+    iterations = [record for record in records if record["kind"] == "iteration"]
     found = []
+    if iterations:
+        found += [
+            _of_iterations(iterations, "Minimisation", "J", "value"),
+            _of_iterations(iterations, "Gradient", "norm", "gradient_norm"),
+        ]
     if steps:
         found += [
             _of_steps(steps, "Loss", "loss of a batch", {"loss": "loss"}),
@@ -81,6 +87,11 @@ def _of_steps(
         _curve(label, steps, [step.get(key) for step in steps], "step", factor) for label, key in names.items()
     )
     return Picture(title, "optimiser step", upward, curves)
+
+
+def _of_iterations(iterations: Sequence[dict[str, Any]], title: str, upward: str, key: str) -> Picture:
+    curve = _curve(upward, iterations, [record[key] for record in iterations], "iteration")
+    return Picture(title, "iteration", upward, (curve,))
 
 
 def _curve(

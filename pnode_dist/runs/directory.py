@@ -30,8 +30,10 @@ from pnode_dist.system.json_lines import json_line
 
 CONFIG, VERSIONS, METRICS, MODEL = "config.toml", "versions.json", "metrics.jsonl", "model.pt"
 EVALUATION, FORECAST_PICTURE, PAGE = "evaluation.json", "report.png", "report.html"
-FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", EVALUATION, FORECAST_PICTURE, PAGE, HEARTBEAT)
-"""All files that the package writes to a run directory, besides snapshots; no other files are ever removed."""
+ANALYSIS, RECORD = "analysis.h5", "record"
+FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", ANALYSIS, EVALUATION, FORECAST_PICTURE, PAGE, HEARTBEAT)
+"""All files that the package writes to a run directory, besides snapshots and the record of an inversion. No other
+files are ever removed."""
 
 Result = TypeVar("Result")
 
@@ -170,8 +172,11 @@ def discard(path: Path) -> None:
         remove_unfinished(path, name)
     tensorboard.remove(path)
     snapshot_files.remove_after(path, -1)
-    with suppress(OSError):
-        (path / snapshot_files.DIRECTORY).rmdir()
+    for evaluation in (*(path / RECORD).glob("evaluation-*.pt"), path / RECORD / "inversion.json"):
+        evaluation.unlink(missing_ok=True)
+    for name in (snapshot_files.DIRECTORY, RECORD):
+        with suppress(OSError):
+            (path / name).rmdir()
 
 
 def save_evaluation(path: Path, result: dict[str, Any], mesh: Mesh) -> None:

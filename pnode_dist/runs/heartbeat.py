@@ -32,7 +32,7 @@ class HeartbeatRecord:
     `state` is `running`, `finished`, `preempted` or `failed`, and `message` gives the reason. `written` and `stepped`
     are the times of this heartbeat and of the last step, in seconds since the epoch. `steps_per_second` is the mean
     rate since this process began. `epoch_steps` is the number of steps of a whole epoch, 0 before the first is
-    complete. Bytes are summed over all ranks since the process began.
+    complete. Bytes are summed over all ranks since the process began; None if they are not counted.
     """
 
     host: str
@@ -52,7 +52,7 @@ class HeartbeatRecord:
     epoch_steps: int = 0
     steps_per_second: float = 0.0
     loss: float | None = None
-    bytes_spilt: int = 0
+    bytes_spilt: int | None = 0
     peak_memory: int = 0
 
 
@@ -81,7 +81,7 @@ class Heartbeat:
             loss=record.loss,
             stepped=time.time(),
             steps_per_second=(record.step - first.step) / seconds if seconds > 0 else 0.0,
-            bytes_spilt=self._beat.bytes_spilt + record.bytes_written,
+            bytes_spilt=(self._beat.bytes_spilt or 0) + record.bytes_written,
             peak_memory=record.peak_memory,
         )
 

@@ -59,8 +59,24 @@ class ValidationRecord:
     figures: dict[str, float]
 
 
+@dataclass(frozen=True)
+class IterationRecord:
+    """Metrics of one iteration of an inversion: the value of J and the norm of its gradient after it.
+
+    `evaluations` counts the trajectories solved for J by this process, `products` those for Hessian or Jacobian
+    products, and `wall_time` the seconds since it began.
+    """
+
+    iteration: int
+    value: float
+    gradient_norm: float
+    evaluations: int
+    products: int
+    wall_time: float
+
+
 Record = StepRecord | ValidationRecord
-_KINDS: dict[type, str] = {StepRecord: "step", ValidationRecord: "validation"}
+_KINDS: dict[type, str] = {StepRecord: "step", ValidationRecord: "validation", IterationRecord: "iteration"}
 
 
 class MetricsFile:
@@ -69,7 +85,7 @@ class MetricsFile:
     def __init__(self, path: Path | None) -> None:
         self._file = None if path is None else path.open("a", encoding="utf-8")
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Record | IterationRecord) -> None:
         """Append one line with the fields of the record and its `kind`. Non-finite numbers become null."""
         if self._file is not None:
             line = {"kind": _KINDS[type(record)], **asdict(record)}

@@ -187,10 +187,12 @@ def _kind(tables: Mapping[str, Any]) -> str:
     return kind
 
 
-def changed_key(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
+def changed_key(
+    before: Mapping[str, Any], now: Mapping[str, Any], may_change: Mapping[str, set[str]] = MAY_CHANGE
+) -> tuple[str, str] | None:
     """Return the first key (table and name) with a forbidden change; None if there is none."""
     for table, values in now.items():
         for name in values:
-            if name not in MAY_CHANGE.get(table, set()) and before.get(table, {}).get(name) != values[name]:
+            if name not in may_change.get(table, set()) and before.get(table, {}).get(name) != values[name]:
                 return table, name
     return None

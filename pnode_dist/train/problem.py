@@ -8,13 +8,16 @@ A problem is data, a model and a loss over one mesh. A configuration selects it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from petsc4py import PETSc
 from torch import nn
 
 from pnode_dist.checkpointing.statistics import SolveStatistics
+from pnode_dist.inverse import Inverse, Laplace, Minimum
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.train.served_model import ServedModel
@@ -22,6 +25,16 @@ from pnode_dist.verify.gradcheck import GradcheckCase
 
 Batch = Any
 """Type of the items that a problem's `batches` yields and its `loss` accepts."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inversion:
+    """The minimum of a problem's `inverse`, from `first_guess`, and its uncertainty if that was asked for."""
+
+    inverse: Inverse
+    first_guess: PETSc.Vec
+    minimum: Minimum
+    approximation: Laplace | None = None
 
 
 class Problem(Protocol):
@@ -84,6 +97,20 @@ class Problem(Protocol):
 
     def gradcheck_case(self) -> GradcheckCase:
         """Return a case for `pnode_dist.verify.gradcheck`. Collective on the world."""
+        ...
+
+    def inverse(self) -> Inverse:
+        """Return the inverse problem for `invert`, in float64. Collective on the world.
+
+        The table `[inverse]` of the configuration is one of `pnode_dist.config.tables.InverseConfig`.
+        """
+        ...
+
+    def evaluate_inverse(self, found: Inversion, run_directory: Path) -> dict[str, Any]:
+        """Write `analysis.h5` and `report.png` of an inversion to the run directory.
+
+        Returns a JSON-serialisable table of figures, the same on every rank. Collective on the world.
+        """
         ...
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:

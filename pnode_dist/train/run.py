@@ -59,7 +59,7 @@ def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome
     loggers = (TensorBoardLogger(),) if config.run.tensorboard else ()
     with ExitStack() as stack:
         mesh = stack.enter_context(mesh_of(config))
-        preemption = stack.enter_context(Preemption(mesh, _stop_time(config)))
+        preemption = stack.enter_context(Preemption(mesh, stop_time(config)))
         callbacks = of_rank((*loggers, *request.callbacks), mesh.is_root)
         choose = functools.partial(
             resume.choose_start, request.resume, config, request.overwrite, found.sha256, request.accept_changed_problem
@@ -138,7 +138,7 @@ def _print_notes(notes: Iterable[str]) -> None:
         print(f"{PROGRAM}: {note}", file=sys.stderr, flush=True)
 
 
-def _stop_time(config: Config) -> float | None:
+def stop_time(config: Config) -> float | None:
     """Return the time at which the run stops, before the end of its Slurm job; None without a limit."""
     end = slurm.job_end() if config.run.stop_before_end else None
     return end and end - config.run.stop_before_end

@@ -79,7 +79,7 @@ def test_the_comparison_of_methods_runs_with_a_small_network(
 def in_full(command: str) -> str:
     """A command of .ci/run as the documents show it: there trainings are of few epochs, and benchmarks small."""
     command = command.replace("python tests/in_short.py ", "pnode-dist ")
-    return re.sub(r"( --set training.epochs=\d+)$", "", command)
+    return re.sub(r"( --set (training\.epochs|inverse\.iterations)=\d+)$", "", command)
 
 
 def test_every_other_command_is_run_in_short_for_every_change() -> None:

@@ -16,13 +16,14 @@ from pnode_dist.config.definition import ModelTable, ProblemDefinition, ProblemT
 from pnode_dist.config.tables import Config, Table
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.inverse import Inverse
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.problems.common.solver import neural_ode
 from pnode_dist.report.picture import draw
 from pnode_dist.runs.directory import METRICS
-from pnode_dist.train.problem import Batch
+from pnode_dist.train.problem import Batch, Inversion
 from pnode_dist.train.served_model import ServedModel
 from pnode_dist.verify.gradcheck import GradcheckCase
 
@@ -33,8 +34,9 @@ class TrainableProblem:
     """A problem of one's own, see `pnode_dist.train.problem.Problem`; forecasts derive from `ForecastProblem`.
 
     A subclass gives `partition`, `model`, `batches`, `loss` and `validation`; `solve_case` and `gradcheck_case` where
-    `plan` and `gradcheck` are to work, and `evaluate` for figures and files of its own. `ProblemConfig`, `ModelConfig`
-    and `EvaluationConfig` are pydantic classes of the tables `[problem]`, `[model]` and `[evaluation]`.
+    `plan` and `gradcheck` are to work, `inverse` where `invert` is, and `evaluate` and `evaluate_inverse` for figures
+    and files of its own. `ProblemConfig`, `ModelConfig`, `EvaluationConfig` and `InverseConfig` are pydantic classes of
+    the tables `[problem]`, `[model]`, `[evaluation]` and `[inverse]`; None for the last one refuses that table.
 
     `config` is the whole configuration, `mesh` the ranks, and `dtype` what the model computes in.
     """
@@ -42,6 +44,7 @@ class TrainableProblem:
     ProblemConfig: ClassVar[type[Any]] = ProblemTable
     ModelConfig: ClassVar[type[Any]] = ModelTable
     EvaluationConfig: ClassVar[type[Any]] = Table
+    InverseConfig: ClassVar[type[Any] | None] = None
     plots: ClassVar[str] = ""
     """The module whose `draw_report(path, forecast, metrics_file, result)` draws the picture of an evaluation."""
     units: str = ""
@@ -58,7 +61,8 @@ class TrainableProblem:
         if lacking:
             raise ConfigurationError(f"{cls.__name__} does not define {' and '.join(lacking)}, which it must")
         description = next(iter((cls.__doc__ or "").strip().splitlines()), "")
-        run = run_type(cls.__name__, cls._problem_table(), cls.ModelConfig, cls.EvaluationConfig)
+        others = {} if cls.InverseConfig is None else {"inverse": cls.InverseConfig}
+        run = run_type(cls.__name__, cls._problem_table(), cls.ModelConfig, cls.EvaluationConfig, others)
         return ProblemDefinition(run, cls, description)
 
     @classmethod
@@ -125,6 +129,14 @@ class TrainableProblem:
     def gradcheck_case(self) -> GradcheckCase:
         """A case for `gradcheck`. Collective on the world."""
         raise ConfigurationError(f"{self.name}: gradcheck needs {type(self).__name__} to define gradcheck_case")
+
+    def inverse(self) -> Inverse:
+        """The inverse problem for `invert`. Collective on the world."""
+        raise ConfigurationError(f"{self.name}: invert needs {type(self).__name__} to define inverse")
+
+    def evaluate_inverse(self, found: Inversion, run_directory: Path) -> dict[str, Any]:
+        """The figures of an inversion, for `evaluation.json`: by default those of the minimisation alone."""
+        return {"problem": self.name}
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """The figures of the trained model, for `evaluation.json`: by default those of `validation`."""

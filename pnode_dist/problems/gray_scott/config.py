@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pnode_dist.config.definition import ModelTable
-from pnode_dist.config.tables import Count, ForecastRun, NotNegative, Positive
+from pnode_dist.config.tables import Count, ForecastRun, InverseConfig, NotNegative, Positive
 from pnode_dist.problems.common.tables import ComputedTable, Layers
 
 Points = Annotated[int, Field(ge=3, strict=True)]
@@ -74,8 +74,30 @@ class GrayScottModelConfig(ModelTable):
     """The activation function between layers."""
 
 
+class GrayScottInverseConfig(InverseConfig):
+    """The table `[inverse]` of a Gray-Scott problem: the initial state of a trajectory, from observations of it.
+
+    The observed trajectory is the first one for validation. The equations are the model, by the steps of `[solver]`.
+    Observations are made at every `every`-th point along both axes, at the `observed` samples after the first, of both
+    species, with independent errors drawn from the run's seed. The first guess is u = 1, v = 0, the state at rest,
+    which is also the mean of the prior.
+    """
+
+    every: Count = 4
+    """Grid points between observed points, along both axes."""
+    observed: Count = 4
+    """Samples that are observed: the first one after the initial state, and those that follow it."""
+    noise: Positive = 0.02
+    """Standard deviation of the errors of the observations, dimensionless."""
+    deviation: tuple[Positive, Positive] = (0.2, 0.1)
+    """Standard deviations of the prior of u and of v, dimensionless."""
+    length: Positive = 0.05
+    """Correlation length of the prior, in the units of `domain`."""
+
+
 class GrayScottRun(ForecastRun):
     """A whole configuration of a Gray-Scott problem."""
 
     problem: GrayScottConfig
     model: GrayScottModelConfig = GrayScottModelConfig()
+    inverse: GrayScottInverseConfig = GrayScottInverseConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,19 @@ import numpy as np
 import torch
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.inverse import Inverse
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.computed_problem import ComputedProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Windows
 from pnode_dist.problems.common.forecast_parts import Scaling
+from pnode_dist.problems.gray_scott.assimilation import Twin, evaluated, inverse_of, twin
 from pnode_dist.problems.gray_scott.data import rate_of_change, trajectories
 from pnode_dist.problems.gray_scott.model import ConvolutionalTendency, right_hand_side
 from pnode_dist.problems.gray_scott.physics import SPECIES
 from pnode_dist.report.dataset_file import Variable
+from pnode_dist.report.picture import draw
+from pnode_dist.runs.directory import ANALYSIS, FORECAST_PICTURE, METRICS
+from pnode_dist.train.problem import Inversion
 
 if TYPE_CHECKING:
     from pnode_dist.problems.gray_scott.config import GrayScottRun
@@ -77,6 +83,30 @@ class GrayScottProblem(ComputedProblem):
     def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
         """Return the names of the species and the shape of the grid."""
         return {"species": list(SPECIES), "grid": list(self.config.problem.shape)}
+
+    @cached_property
+    def twin(self) -> Twin:
+        """The first validation trajectory and its observations, for `invert`."""
+        truth = self.physical(self.held_out.values[0])
+        return twin(self.config, self.partition, self.held_out.times.tolist(), truth)
+
+    def inverse(self) -> Inverse:
+        """Return the inverse problem of the initial state. Collective on the state ranks."""
+        return inverse_of(self.config, self.twin)
+
+    def evaluate_inverse(self, found: Inversion, run_directory: Path) -> dict[str, Any]:
+        """Return the errors of first guess and analysis; write `analysis.h5` and `report.png`."""
+        file = run_directory / ANALYSIS
+        figures = evaluated(self.config, self.mesh, self.twin, found, file)
+
+        def picture(path: Path) -> None:
+            # Needs matplotlib, which may be missing.
+            from pnode_dist.problems.gray_scott.assimilation_plots import draw_assimilation
+
+            draw_assimilation(path, file, path.with_name(METRICS))
+
+        drawn = draw(run_directory / FORECAST_PICTURE, picture, self.mesh)
+        return {"problem": self.name, **figures, "analysis": str(file), "report": drawn}
 
     def write(
         self, path: Path, forecasts: Mapping[str, torch.Tensor], batch: Windows, variables: Mapping[str, Variable]
