@@ -12,6 +12,7 @@ from pnode_dist.inverse.grid_covariance import GridCovariance as GridCovariance
 from pnode_dist.inverse.inverse import Inverse as Inverse
 from pnode_dist.inverse.laplace import Laplace as Laplace
 from pnode_dist.inverse.laplace import laplace as laplace
+from pnode_dist.inverse.log_posterior import NegativeLogPosterior as NegativeLogPosterior
 from pnode_dist.inverse.minimise import Minimum as Minimum
 from pnode_dist.inverse.minimise import Progress as Progress
 from pnode_dist.inverse.minimise import minimise as minimise
@@ -40,6 +41,7 @@ __all__ = [
     "Laplace",
     "Minimum",
     "ModelError",
+    "NegativeLogPosterior",
     "Observation",
     "Points",
     "Progress",

@@ -20,6 +20,7 @@ from pnode_dist.inverse import (
     GridCovariance,
     Inverse,
     ModelError,
+    NegativeLogPosterior,
     Observation,
     Points,
     Subsample,
@@ -29,7 +30,7 @@ from pnode_dist.nn import Conv2d, Linear
 from tests.mpi.grids import block
 from tests.oracles.assimilation import matern_root, states_at
 from tests.oracles.fields import convolved
-from tests.oracles.right_hand_sides import random
+from tests.oracles.right_hand_sides import distance, random
 from tests.tiers import at_night
 
 pytestmark = pytest.mark.mpi
@@ -146,6 +147,31 @@ def test_hessian_products_are_those_of_the_whole_field(problem: Problem) -> None
     _, wanted = torch.autograd.functional.hvp(problem.whole, tuple(problem.tensors), tuple(along))
     problem.inverse(problem.packed(problem.tensors))
     assert problem.difference(problem.inverse.hessian(problem.packed(along)), list(wanted)) <= 1e-10
+
+
+def test_a_served_posterior_takes_and_gives_whole_fields(problem: Problem) -> None:
+    model = NegativeLogPosterior(problem.inverse)
+    state, rate, weight, jump = problem.tensors
+
+    def whole(state: torch.Tensor, parameters: torch.Tensor, jump: torch.Tensor) -> torch.Tensor:
+        own = torch.split(parameters, [rate.numel(), weight.numel()])
+        return problem.whole(state.view(*SHAPE, 2), own[0].view_as(rate), own[1].view_as(weight), jump.view(*SHAPE, 2))
+
+    inputs = [state.flatten(), torch.cat([rate.flatten(), weight.flatten()]), jump.flatten()]
+    assert list(model.input_sizes({})) == [len(one) for one in inputs]
+    leaves = [one.clone().requires_grad_() for one in inputs]
+    wanted = whole(*leaves)
+    gradients = torch.autograd.grad(wanted, leaves)
+    assert distance(model.evaluate(inputs, {}), [wanted.reshape(1)]) <= 1e-12
+    sens, along = torch.tensor([1.7], dtype=torch.float64), random(len(inputs[1]), seed=41)
+    for number, gradient in enumerate(gradients):
+        assert distance(model.gradient(0, number, inputs, sens, {}), 1.7 * gradient) <= 1e-11
+    assert distance(model.apply_jacobian(0, 1, inputs, along, {}), (gradients[1] @ along).reshape(1)) <= 1e-11
+    zeros = (torch.zeros_like(inputs[0]), along, torch.zeros_like(inputs[2]))
+    _, products = torch.autograd.functional.hvp(whole, tuple(inputs), zeros)
+    assert distance(model.apply_hessian(0, 0, 1, inputs, sens, along, {}), 1.7 * products[0]) <= 1e-10
+    with pytest.raises(ConfigurationError, match="config: unknown key 'level': must be empty"):
+        model.input_sizes({"level": 1})
 
 
 def test_the_gauss_newton_matrix_is_that_of_the_residuals(problem: Problem) -> None:

@@ -409,11 +409,11 @@ class ForecastProblem(TrainableProblem):
     # Cases
 
     def served(self) -> Sequence[ServedModel]:
-        """The forecast of what is held out, as a function of the parameters and of the initial state."""
+        """The forecast of what is held out, as a function of the parameters and of the initial state, and others."""
         starts = self.held_out_windows(torch.float64).starts
         refusal = gradient_refusal(resolve(self.config.solver.method))
         source = source_of(self._parts, starts, self.leads, self.dtype)
-        return served_forecasts(self.model, source, self.physical, refusal)
+        return *served_forecasts(self.model, source, self.physical, refusal), *super().served()
 
     def solve_case(self) -> SolveCase:
         """The first solve of the first training batch."""

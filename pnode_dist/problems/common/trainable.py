@@ -16,7 +16,7 @@ from pnode_dist.config.definition import ModelTable, ProblemDefinition, ProblemT
 from pnode_dist.config.tables import Config, Table
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.inverse import Inverse
+from pnode_dist.inverse import Inverse, NegativeLogPosterior
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.protocol import Partition
@@ -143,8 +143,11 @@ class TrainableProblem:
         return {"problem": self.name, "units": self.units, "validation": self.validation(model)}
 
     def served(self) -> Sequence[ServedModel]:
-        """The models that `pnode-dist serve` answers requests for: none. Collective on the world."""
-        return ()
+        """The models that `pnode-dist serve` answers requests for. Collective on the world.
+
+        By default this is the negative log posterior of `inverse` where there is a table `[inverse]`.
+        """
+        return () if getattr(self.config, "inverse", None) is None else (NegativeLogPosterior(self.inverse()),)
 
     def illustrated(self, result: Mapping[str, Any], run_directory: Path) -> dict[str, Any]:
         """The table of an evaluation with the place of the file that was written, and of the picture, drawn now.
