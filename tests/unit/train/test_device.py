@@ -22,7 +22,7 @@ from pnode_dist.train import device as devices
 from pnode_dist.train.device import device_of, place
 from pnode_dist.train.run import build_problem
 from tests.conftest import PATIENCE
-from tests.oracles.other_device import Hidden, other_device
+from tests.oracles.other_device import Hidden, needs_other_device, other_device
 from tests.unit.problems.configurations import SMALL
 
 BY_DAY = ("gray_scott", "graph_diffusion")
@@ -183,6 +183,7 @@ def elsewhere() -> Iterator[Executor]:
         yield process
 
 
+@needs_other_device
 @pytest.mark.slow
 def test_inputs_go_to_the_device_and_outputs_come_back(elsewhere: Executor) -> None:
     found, same, changed, gradient = elsewhere.submit(nested_there).result(PATIENCE)
@@ -192,11 +193,13 @@ def test_inputs_go_to_the_device_and_outputs_come_back(elsewhere: Executor) -> N
     assert gradient == 3.0
 
 
+@needs_other_device
 @pytest.mark.slow
 def test_the_mpi_backend_takes_tensors_of_a_device_through_the_host(elsewhere: Executor) -> None:
     assert elsewhere.submit(summed_there).result(PATIENCE) == [1.0, 2.0, 1.0, 2.0]
 
 
+@needs_other_device
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in BY_DAY else pytest.param(name, marks=pytest.mark.nightly) for name in SMALL]
