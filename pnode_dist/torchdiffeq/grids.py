@@ -50,7 +50,8 @@ def brackets(func: Any, y0: State, t: torch.Tensor, options: FixedOptions) -> Br
     Raises `ConfigurationError` if `grid_constructor` returns anything but a grid from `t[0]` to `t[-1]`.
     """
     grid = _grid(func, y0, t, options)
-    nodes, wanted = grid.detach().tolist(), t.detach().tolist()
+    # Not tolist(), which fails with torch 2.6 within a transform.
+    nodes, wanted = ([float(time) for time in times.detach()] for times in (grid, t))
     sign = 1.0 if wanted[-1] >= wanted[0] else -1.0
     ends: list[int] = []
     for when in wanted:
