@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from pnode_dist import Mesh
+from pnode_dist import Mesh, Trajectory
 from pnode_dist.config.tables import SnapshotConfig
 from pnode_dist.ode import safe_points
 from pnode_dist.runs import snapshot_files
@@ -58,6 +58,9 @@ class Asked(Vectors):
         if self.calls == self.at:
             # A million steps forward, or few but slow ones there and back.
             self.model.step_size = 0.02 if self.backward else 1e-6
+            if self.backward:
+                # A hook is called at every step that is recomputed, but not within the graph of several steps.
+                self.model.trajectory = Trajectory(keep="solution")
             if not self.backward and self.mesh.rank == LAST:
                 os.kill(os.getpid(), signal.SIGUSR1)
         share = super().loss(model, batch)

@@ -51,8 +51,8 @@ def test_a_signal_stops_the_run_and_it_is_gone_on_with_to_the_same_end(decay, me
     assert signal.getsignal(number) == before
     (step,) = snapshot_files.steps_in(tmp_path / "run")
     assert str(caught.value).startswith(f"stopped after step {step}, in epoch ")
-    # The step was given up between the steps of its solve, or else carried out.
-    assert step in (2, 3)
+    # The step was given up within its solve, or carried out, as was the next one, which tells the other ranks.
+    assert step in (2, 3, 4)
     again = type(decay)(mesh)
     train(again, training, mesh, tmp_path / "run", start=step)
     assert again.rate == decay.rate

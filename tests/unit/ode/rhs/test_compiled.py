@@ -79,7 +79,9 @@ def test_a_method_that_treats_all_implicitly_is_refused_with_petsc_s_newton() ->
 
 
 def test_a_backend_that_torch_does_not_know_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"compile = 'fastest': must be True, False or one of .*inductor"):
+    with pytest.raises(
+        ConfigurationError, match=r"compile = 'fastest': must be True, False, 'auto' or one of .*inductor"
+    ):
         NeuralODE(Network(), compile="fastest")
 
 
