@@ -90,32 +90,40 @@ def while_served(
     """Serve until the client is done; its result on rank 0, None on the others. Collective on the world."""
     found: list[Result] = []
     failure: list[BaseException] = []
+    ended = threading.Event()
     url_file = directory / f"url-{time.monotonic_ns()}"
 
     def run() -> None:
         try:
-            found.append(client(written(url_file)))
+            found.append(client(written(url_file, ended)))
         except BaseException as error:
             failure.append(error)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=run, daemon=True)
-    if mesh.is_root:
-        thread.start()
-    serve(models, mesh, ServiceOptions(port=0, url_file=url_file, **(options or {})), 0.0)
-    if mesh.is_root:
-        thread.join(PATIENCE)
+    # Signals of a client whose service has ended otherwise.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        if mesh.is_root:
+            thread.start()
+        serve(models, mesh, ServiceOptions(port=0, url_file=url_file, **(options or {})), 0.0)
+    finally:
+        ended.set()
+        if mesh.is_root:
+            thread.join(PATIENCE)
+        signal.signal(signal.SIGTERM, before)
     if failure:
         raise failure[0]
     return found[0] if found else None
 
 
-def written(url_file: Path) -> str:
+def written(url_file: Path, ended: threading.Event | None = None) -> str:
     """Wait for a service's file; its URL."""
     until = time.monotonic() + PATIENCE
     while not url_file.exists():
         assert time.monotonic() < until, "the service does not answer"
+        assert ended is None or not ended.is_set(), "the service has ended"
         time.sleep(0.01)
     return url_file.read_text().strip()
 

@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import numpy as np
@@ -36,7 +36,8 @@ _STOP_TAG = 77
 class RankLoop:
     """The loop of this rank. Construction, `run` and `close` are collective on the world.
 
-    `queue` is that of rank 0, None on the others. SIGTERM on any rank ends the loop after the jobs that wait.
+    `queue` is that of rank 0, None on the others. SIGTERM on any rank ends the loop after the jobs that wait, see
+    `heeding_signals`.
     """
 
     def __init__(
@@ -47,12 +48,21 @@ class RankLoop:
         self._job: Job | None = None
         self._abandonment = Abandonment(comm, lambda: self._job is not None and self._job.abandoned)
 
+    @contextmanager
+    def heeding_signals(self) -> Iterator[None]:
+        """Record SIGTERM within the context, which begins before any client can know of the service."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._record_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
     def run(self) -> None:
         """Compute calls until a rank is asked to stop."""
         with ExitStack() as stack:
-            if threading.current_thread() is threading.main_thread():
-                before = signal.signal(signal.SIGTERM, self._record_signal)
-                stack.callback(signal.signal, signal.SIGTERM, before)
             stack.enter_context(safe_points.watched(self._watchdog))
             stack.enter_context(safe_points.watched(self._abandonment))
             while (message := self._next()) is not None:

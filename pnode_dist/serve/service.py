@@ -81,6 +81,7 @@ def serve(models: Sequence[ServedModel], mesh: Mesh, options: ServiceOptions, ha
     with ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(mesh, hang_limit))
         loop = RankLoop(mesh.state_comm, named, queue if mesh.is_root else None, watchdog)
+        stack.enter_context(loop.heeding_signals())
         if listener:
             stack.enter_context(_answering(listener[0], queue, options.url_file))
         loop.run()
