@@ -29,12 +29,18 @@ class GridCovariance(Covariance):
     smoothness is 1. `length` and `spacing` have one unit; `spacing` is one number or one for each axis. `deviation` is
     one number or one for each channel. Axes that are not periodic have a zero derivative at their ends.
 
+    `inside`, booleans `[*local_shape[:-1]]` of this rank, is the domain of a field that does not fill the grid, such as
+    the sea. Its edge has a zero derivative, so nothing is correlated across land that separates two seas. The variance
+    grows towards edges, and most in a part much smaller than the length. Values outside are independent of all others,
+    with the standard deviation `deviation`.
+
     Vectors are `[..., *local_shape]`. Linear systems are solved by PETSc's conjugate gradients to a relative residual
     of 1e-13. Every call is collective on the partition's communicator.
     F. Lindgren, H. Rue, J. Lindstrom: An explicit link between Gaussian fields and Gaussian Markov random fields, J. R.
     Stat. Soc. B 73 (2011).
 
-    Raises `ConfigurationError` for a length, spacing or deviation that is not positive.
+    Raises `ConfigurationError` for a length, spacing or deviation that is not positive, and for `inside` of another
+    shape.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class GridCovariance(Covariance):
         deviation: float | Sequence[float],
         length: float,
         spacing: float | Sequence[float] = 1.0,
+        inside: torch.Tensor | None = None,
     ) -> None:
         axes, channels = len(partition.shape), partition.channels
         spacings = _each("spacing", spacing, axes, "axis")
@@ -53,6 +60,14 @@ class GridCovariance(Covariance):
         scale = matern_scale(cells)
         self._cells = cells
         self._scale = scale * torch.tensor(deviations, dtype=torch.float64)
+        self._inside = inside
+        if inside is not None:
+            if tuple(inside.shape) != partition.local_shape[:-1]:
+                raise ConfigurationError(
+                    f"covariance: inside has shape {tuple(inside.shape)}: must be {partition.local_shape[:-1]} on this "
+                    "rank"
+                )
+            self._scale = torch.where(inside[..., None], self._scale, self._scale / scale)
         self._one = GridPartition(
             partition.comm,
             partition.shape,
@@ -61,7 +76,7 @@ class GridCovariance(Covariance):
             ownership=[[stop - start for start, stop in ranges] for ranges in partition.ranges],
         )
         self._objects = PetscObjects(partition.comm)
-        self._matrix = StencilJacobian(self._one, 1).assemble(_laplacian(self._one, cells), 1.0)
+        self._matrix = StencilJacobian(self._one, 1).assemble(_laplacian(self._one, cells, inside), 1.0)
         self._matrix.setOption(PETSc.Mat.Option.SPD, True)
         self._objects.add(self._matrix)
         self._ksp = PETSc.KSP().create(comm=partition.comm)
@@ -90,7 +105,13 @@ class GridCovariance(Covariance):
         return self._each_field(x / self._scale, self._matrix.mult)
 
     def variances(self, like: torch.Tensor) -> torch.Tensor:
-        """Return the variance of each entry, from the modes of the Laplacian, sines and cosines. Not collective."""
+        """Return the variance of each entry.
+
+        It follows from the modes of the Laplacian, sines and cosines. With `inside` it is collective: each rank factors
+        the matrix of the whole grid, and solves for each of its points.
+        """
+        if self._inside is not None:
+            return self._solved_variances().expand(like.shape).clone()
         grid = self.partition
         modes = [
             _modes(points, rule == "periodic", cell, owned)
@@ -109,6 +130,26 @@ class GridCovariance(Covariance):
             unit += weight.view(-1, *[1] * len(others)) * inner
         return (unit[..., None] * self._scale**2).expand(like.shape).clone()
 
+    def _solved_variances(self) -> torch.Tensor:
+        """Return the sum of squares of each row of L, which is symmetric, as the norm of a column. Collective."""
+        every = PETSc.IS().createStride(self._matrix.getSize()[0], comm=PETSc.COMM_SELF)
+        (whole,) = self._matrix.createSubMatrices(every)
+        factor = PETSc.PC().create(comm=PETSc.COMM_SELF)
+        factor.setType(PETSc.PC.Type.LU)
+        factor.setOperators(whole)
+        unit, column = whole.createVecs()
+        first, stop = self._matrix.getOwnershipRange()
+        squares = torch.empty(stop - first, dtype=torch.float64)
+        for number in range(first, stop):
+            unit.setValue(number, 1.0)
+            unit.assemble()
+            factor.apply(unit, column)
+            squares[number - first] = column.norm() ** 2
+            unit.setValue(number, 0.0)
+        for made in (every, whole, factor, unit, column):
+            made.destroy()
+        return squares.view(self.partition.local_shape[:-1])[..., None] * self._scale**2
+
     def _each_field(self, x: torch.Tensor, apply: Callable[[PETSc.Vec, PETSc.Vec], None]) -> torch.Tensor:
         own = self.partition.local_shape
         if tuple(x.shape[x.dim() - len(own) :]) != own:
@@ -124,23 +165,38 @@ class GridCovariance(Covariance):
         return images.view(-1, own[-1], *own[:-1]).movedim(1, -1).reshape(x.shape)
 
 
-def _laplacian(grid: GridPartition, cells: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the sum of second differences of a flat local field, each times the squared length in cells."""
+def _laplacian(
+    grid: GridPartition, cells: Sequence[float], inside: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the sum of second differences of a flat local field, each times the squared length in cells.
+
+    Differences between a point inside and one outside, and between points outside, are left out.
+    """
+    own = torch.ones(grid.local_shape, dtype=torch.float64)
+    if inside is not None:
+        own = own * inside[..., None]
+    around = halo(own, grid, 1)
 
     def apply(flat: torch.Tensor) -> torch.Tensor:
         field = flat.view(grid.local_shape)
         wide = halo(field, grid, 1)
         total = torch.zeros_like(field)
         for axis, length in enumerate(cells):
-            inner = wide
-            for other in range(len(cells)):
-                if other != axis:
-                    inner = inner.narrow(other, 1, field.shape[other])
-            points = field.shape[axis]
-            total += length**2 * (inner.narrow(axis, 0, points) - 2 * field + inner.narrow(axis, 2, points))
+            before, after = (
+                own * _neighbour(around, axis, side, field.shape) * (_neighbour(wide, axis, side, field.shape) - field)
+                for side in (0, 2)
+            )
+            total += length**2 * (before + after)
         return total.reshape(-1)
 
     return apply
+
+
+def _neighbour(wide: torch.Tensor, axis: int, side: int, shape: Sequence[int]) -> torch.Tensor:
+    """Return each point's neighbour along an axis, the one before (side 0) or after (2), from a field with its halo."""
+    for other, points in enumerate(shape[:-1]):
+        wide = wide.narrow(other, side if other == axis else 1, points)
+    return wide
 
 
 def _modes(points: int, periodic: bool, cell: float, owned: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,6 +131,24 @@ def root_mean_squares(errors: Array, axes: tuple[int, ...]) -> Array:
     return found
 
 
+def draw_minimisation(axis: Axes, metrics_file: Path) -> None:
+    """Draw J and the norm of its gradient after each iteration of an inversion."""
+    records = list(metrics.read(metrics_file)) if metrics_file.exists() else []
+    steps = [record for record in records if record["kind"] == "iteration"]
+    axis.set_title("Minimisation")
+    if not steps:
+        axis.text(0.5, 0.5, "no metrics file", ha="center", transform=axis.transAxes)
+        return
+    numbers, values, norms = (
+        np.array([step[key] for step in steps], dtype=float) for key in ("iteration", "value", "gradient_norm")
+    )
+    axis.semilogy(numbers, values, color=MODEL_COLOUR, linewidth=2.2, label="J")
+    axis.semilogy(numbers, norms, color=OTHER_COLOUR, linewidth=1.4, label="norm of the gradient")
+    axis.set_xlabel("iteration")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=9)
+
+
 def draw_training(
     axis: Axes,
     metrics_file: Path,

@@ -13,7 +13,7 @@ from scipy.interpolate import RegularGridInterpolator
 from pnode_dist import ConfigurationError, DensePartition, GraphPartition, GridPartition, Mesh
 from pnode_dist.inverse import Dense, GlobalMean, GridCovariance, Points, Subsample
 from tests.mpi.grids import block
-from tests.oracles.assimilation import matern_root
+from tests.oracles.assimilation import islands_root, matern_root
 from tests.oracles.right_hand_sides import random
 
 pytestmark = pytest.mark.mpi
@@ -112,6 +112,38 @@ def test_the_covariance_of_a_grid_is_that_of_its_dense_matrix(shape: tuple[int, 
         assert torch.allclose(found, block(grid, wanted), rtol=1e-9, atol=1e-10 * wanted.abs().max().item())
     leading = covariance.root(block(grid, torch.stack([whole, 2 * whole])))
     assert torch.allclose(leading[1], 2 * covariance.root(block(grid, whole)), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=len)
+def test_the_covariance_of_a_masked_grid_leaves_points_outside_alone(shape: tuple[int, ...], mesh: Mesh) -> None:
+    grid = GridPartition(mesh, shape, 2, BOUNDARY[: len(shape)])
+    spacing, length = (0.1, 0.2, 0.25)[: len(shape)], 0.3
+    sea = random(*shape) > -0.7
+    assert 0 < (~sea).sum() < sea.numel() / 2
+    inside = sea[tuple(slice(*owned) for owned in grid.owned)]
+    covariance = GridCovariance(grid, (1.5, 0.5), length, spacing, inside)
+    cells = [length / width for width in spacing]
+    root = islands_root(shape, cells, [rule == "periodic" for rule in grid.boundary], sea.numpy())
+    whole, deviation = random(*shape, 2), torch.tensor([1.5, 0.5], dtype=torch.float64)
+
+    def applied(matrix: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(matrix @ whole[..., k].reshape(-1)).view(shape) for k in range(2)], dim=-1)
+
+    own = block(grid, whole)
+    for found, wanted in (
+        (covariance.root(own), applied(root) * deviation),
+        (covariance.root_solve(own), applied(torch.linalg.inv(root)) / deviation),
+        (covariance.variances(own), (root @ root.T).diagonal().view(*shape, 1) * deviation**2),
+    ):
+        torch.testing.assert_close(found, block(grid, wanted), rtol=1e-9, atol=1e-9)
+    outside = ~inside
+    torch.testing.assert_close(covariance.root(own)[outside], own[outside] * deviation, rtol=1e-12, atol=0)
+
+
+def test_a_mask_of_another_shape_is_refused(mesh: Mesh) -> None:
+    grid = GridPartition(mesh, (8,), 1, "periodic")
+    with pytest.raises(ConfigurationError, match="covariance: inside has shape"):
+        GridCovariance(grid, 1.0, 2.0, inside=torch.ones(9, dtype=torch.bool))
 
 
 def test_the_variance_of_a_grid_covariance_is_the_one_asked_for(mesh: Mesh) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -52,3 +52,22 @@ def matern_root(shape: Sequence[int], cells: Sequence[float], periodic: Sequence
         total -= length**2 * term
     volume = {1: 4.0, 2: 4 * math.pi, 3: 8 * math.pi}[len(shape)] * math.prod(cells)
     return torch.from_numpy(math.sqrt(volume) * np.linalg.inv(total))
+
+
+def islands_root(
+    shape: Sequence[int], cells: Sequence[float], periodic: Sequence[bool], inside: np.ndarray[Any, Any]
+) -> torch.Tensor:
+    """The root of the covariance of a field inside a mask, pair by pair of neighbours; points outside are alone."""
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    total = np.eye(numbers.size)
+    for point, axis in product(np.ndindex(*shape), range(len(shape))):
+        other = list(point)
+        other[axis] += 1
+        if other[axis] == shape[axis] and not periodic[axis]:
+            continue
+        other[axis] %= shape[axis]
+        if inside[point] and inside[tuple(other)]:
+            pair = [numbers[point], numbers[tuple(other)]]
+            total[np.ix_(pair, pair)] += cells[axis] ** 2 * np.array([[1, -1], [-1, 1]])
+    volume = {1: 4.0, 2: 4 * math.pi, 3: 8 * math.pi}[len(shape)] * math.prod(cells)
+    return torch.from_numpy(np.where(inside.ravel(), math.sqrt(volume), 1.0)[:, None] * np.linalg.inv(total))

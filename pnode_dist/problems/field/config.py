@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from pnode_dist.config.tables import ForecastRun, Table
+from pnode_dist.config.tables import ForecastRun, InverseConfig, Positive, Table
 
 Boundary = Literal["replicate", "periodic", "zero"]
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -147,8 +147,38 @@ class FieldModelConfig(Table):
         return value
 
 
+class FieldInverseConfig(InverseConfig):
+    """The table `[inverse]` of a field problem: the initial state of a window of the validation part.
+
+    The window begins `start` samples after the beginning of the validation part. Its first `observed` samples are
+    observed, and `forecast` more are compared with the truth. Observations are the field's own values at every
+    `every`-th cell along both axes, with independent errors drawn from the run's seed. Cells outside the mask and
+    missing values are not observed. The equations are the model. The first guess is its seasonal cycle, fitted to the
+    training part, which is also the mean of the prior. The prior does not correlate cells across land.
+    """
+
+    start: Index = 0
+    """Samples of the validation part before the window."""
+    every: Annotated[int, Field(ge=2, strict=True)] = 6
+    """Cells from one observed cell to the next, along both axes."""
+    observed: Count = 3
+    """Samples that are observed: the first one of the window, and those that follow it."""
+    forecast: Count = 3
+    """Samples after the last observed one that are forecast and compared."""
+    noise: Positive = 0.3
+    """Standard deviation of the errors of the observations, in the units of `evaluate`'s errors."""
+    deviation: Positive = 1.0
+    """Standard deviation of the prior far from coasts, in the units of `evaluate`'s errors."""
+    length: tuple[Positive, Positive] = (5.0, 10.0)
+    """Correlation lengths of the prior along y and along x, in cells."""
+    trained: Annotated[str, Field(min_length=1)] | None = None
+    """The run directory whose trained parameters the model takes. Default: the parameters before training, with which
+    departures from the seasonal cycle are damped."""
+
+
 class FieldRun(ForecastRun):
     """A whole configuration of a field problem."""
 
     problem: FieldConfig
     model: FieldModelConfig = FieldModelConfig()
+    inverse: FieldInverseConfig = FieldInverseConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def _draw_maps(
     shown = fields.isel(start=known[len(known) // 2] if len(known) else data.sizes["start"] // 2)
     forecast, truth = (shown[f"{variable}{kind}"].to_numpy().astype(np.float64) for kind in ("forecast", "truth"))
     name = variable.removesuffix("_") or table["variable"]
+    names = [str(dimension) for dimension in dimensions[1:3]]
     error = forecast - truth
     # Limit the colour range, so that a few extreme cells do not hide the others.
     low, high = np.nanpercentile(np.concatenate([forecast.ravel(), truth.ravel()]), [1, 99])
@@ -96,12 +98,12 @@ def _draw_maps(
     rows = (
         (forecast, f"Forecast for {valid}, made {ahead} ahead from {start}", common),
         (truth, f"What came true, {valid}", common),
-        (error, f"Forecast less truth: {root:.3g} {units} root mean square", _difference(largest)),
+        (error, f"Forecast less truth: {root:.3g} {units} root mean square", difference_colours(largest)),
     )
     axes = []
     for row, (values, title, colours) in enumerate(rows):
         axis = figure.add_subplot(grid[row, place])
-        image = _map(axis, values, data[f"{variable}forecast"], **colours)
+        image = draw_cells(axis, values, data[f"{variable}forecast"], names, row == 2, **colours)
         axis.set_title(title)
         axis.tick_params(labelbottom=row == len(rows) - 1)
         axes.append(axis)
@@ -118,16 +120,19 @@ def _draw_maps(
             figure.colorbar(image, ax=axis, extend="both", label=f"error{unit}", aspect=6, pad=0.01)
 
 
-def _difference(largest: float) -> dict[str, Any]:
+def difference_colours(largest: float) -> dict[str, Any]:
+    """Return the colours of differences up to `largest`."""
     return {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"}
 
 
-def _map(axis: Axes, values: Array, data: xarray.DataArray, **colours: Any) -> Any:
+def draw_cells(
+    axis: Axes, values: Array, data: xarray.DataArray, names: Sequence[str], labelled: bool, **colours: Any
+) -> Any:
     """Draw one field as coloured cells, grey outside the mask. A narrow strip is stretched to fill the width.
 
-    Two-dimensional coordinates or unequal spacings determine the cells' places. Otherwise rows and columns are equal.
+    `names` are the dimensions of `data` along y and x. Its two-dimensional coordinates or unequal spacings determine
+    the cells' places. Otherwise rows and columns are equal. The horizontal axis has a label if `labelled`.
     """
-    names = [str(name) for name in data.dims[2:4]]
     axis.set_facecolor(_LAND)
     plane = _plane(data, names)
     image: ScalarMappable
@@ -145,12 +150,12 @@ def _map(axis: Axes, values: Array, data: xarray.DataArray, **colours: Any) -> A
         values = values[:: -1 if bottom > top else 1, :: -1 if left > right else 1]
         extent = (min(left, right), max(left, right), min(bottom, top), max(bottom, top))
         image = axis.imshow(values, origin="lower", extent=extent, aspect="auto", interpolation="nearest", **colours)
-    axis.set_xlabel(labels[0] if axis.get_subplotspec().rowspan.start == 2 else "")  # type: ignore[union-attr]
+    axis.set_xlabel(labels[0] if labelled else "")
     axis.set_ylabel(labels[1])
     return image
 
 
-def _plane(data: xarray.DataArray, names: list[str]) -> tuple[Array, Array, tuple[str, str]] | None:
+def _plane(data: xarray.DataArray, names: Sequence[str]) -> tuple[Array, Array, tuple[str, str]] | None:
     """Return the cells' centres and axis labels, or None if equal rows and columns describe them."""
     flat = {str(name): value for name, value in data.coords.items() if set(map(str, value.dims)) == set(names)}
     for x_name, longitude in flat.items():
@@ -168,6 +173,19 @@ def _plane(data: xarray.DataArray, names: list[str]) -> tuple[Array, Array, tupl
         )
         return x, y, (_label(data, names[1]), _label(data, names[0]))
     return None
+
+
+def cell_centres(data: xarray.DataArray, names: Sequence[str]) -> tuple[Array, Array]:
+    """Return where `draw_cells` draws the centres of all cells, `[y, x]` each: along x and along y."""
+    plane = _plane(data, names)
+    if plane is not None and plane[0].ndim == 2:
+        return plane[0], plane[1]
+    centres = [_centres(data, name) for name in names]
+    y, x = (
+        np.arange(float(data.sizes[name])) if values is None else values
+        for name, values in zip(names, centres, strict=True)
+    )
+    return tuple(np.meshgrid(x, y))
 
 
 def _unwrapped(longitudes: Array) -> Array:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,20 @@ from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.gradients import share_of_mean
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.inverse import Inverse
 from pnode_dist.ode.methods import gradient_refusal, resolve
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.batches import check_replicas, shared
 from pnode_dist.problems.common.served_forecast import ForecastSource, served_forecasts, some
 from pnode_dist.problems.common.solver import check_budget, neural_ode
+from pnode_dist.problems.field.assimilation import Known, evaluated, inverse_of, known_window, take_trained
 from pnode_dist.problems.field.data import Field, Source, open_source, read_field
 from pnode_dist.problems.field.forecast_file import Forecast, write_forecast
 from pnode_dist.problems.field.model import FieldModel, Tendency, Windows, number_of_harmonics, windows
 from pnode_dist.report.picture import draw
+from pnode_dist.runs.directory import ANALYSIS, METRICS
+from pnode_dist.train.problem import Inversion
 from pnode_dist.train.served_model import ServedModel
 from pnode_dist.verify.gradcheck import GradcheckCase
 
@@ -197,6 +202,31 @@ class FieldProblem:
         )
         refusal = gradient_refusal(resolve(self.config.solver.method))
         return served_forecasts(self.model, source, field.physical, refusal)
+
+    @cached_property
+    def known(self) -> Known:
+        """The window of the validation part that `invert` observes."""
+        return known_window(self.config, self.field, self.model, self.partition, self.mesh)
+
+    def inverse(self) -> Inverse:
+        """Return the inverse problem of the initial state of a window, in float64. Collective on the world."""
+        known = self.known
+        take_trained(self.config, self.model, self.mesh)
+        return inverse_of(self.config, self.field, self.model, known)
+
+    def evaluate_inverse(self, found: Inversion, run_directory: Path) -> dict[str, Any]:
+        """Return the errors of first guess, analysis and persistence; write `analysis.h5` and `report.png`."""
+        file = run_directory / ANALYSIS
+        figures = evaluated(self.config, self.field, self.mesh, self.known, found, file)
+
+        def picture(path: Path) -> None:
+            # Needs matplotlib, which may be missing.
+            from pnode_dist.problems.field.assimilation_plots import draw_analysis
+
+            draw_analysis(path, file, path.with_name(METRICS), figures)
+
+        drawn = draw(run_directory / REPORT, picture, self.mesh)
+        return {"problem": self.config.kind, **figures, "analysis": str(file), "report": drawn}
 
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """Return the errors of the model and of four simple forecasts by lead. Writes `forecast.h5` and `report.png`.

@@ -10,8 +10,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from pnode_dist.report.panels import CURVE, MODEL_COLOUR, OTHER_COLOUR, PERSISTENCE, report_figure, root_mean_squares
-from pnode_dist.runs import metrics
+from pnode_dist.report.panels import (
+    CURVE,
+    OTHER_COLOUR,
+    PERSISTENCE,
+    draw_minimisation,
+    report_figure,
+    root_mean_squares,
+)
 
 _SIZE = (12.0, 9.8)
 _SHOWN_SPECIES = 1
@@ -27,7 +33,7 @@ def draw_assimilation(path: Path, analysis: Path, metrics_file: Path) -> None:
         (maps,), (curves,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.6, 1))
         _draw_maps(maps, file)
         left, right = curves.subplots(1, 2)
-        _draw_minimisation(left, metrics_file)
+        draw_minimisation(left, metrics_file)
         _draw_errors(right, file)
 
 
@@ -70,23 +76,6 @@ def _draw_maps(figure: SubFigure, file: h5py.File) -> None:
         f"times up to t = {times[last]:g}",
         fontsize=12,
     )
-
-
-def _draw_minimisation(axis: Axes, metrics_file: Path) -> None:
-    records = list(metrics.read(metrics_file)) if metrics_file.exists() else []
-    steps = [record for record in records if record["kind"] == "iteration"]
-    axis.set_title("Minimisation")
-    if not steps:
-        axis.text(0.5, 0.5, "no metrics file", ha="center", transform=axis.transAxes)
-        return
-    numbers, values, norms = (
-        np.array([step[key] for step in steps], dtype=float) for key in ("iteration", "value", "gradient_norm")
-    )
-    axis.semilogy(numbers, values, color=MODEL_COLOUR, linewidth=2.2, label="J")
-    axis.semilogy(numbers, norms, color=OTHER_COLOUR, linewidth=1.4, label="norm of the gradient")
-    axis.set_xlabel("iteration")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=9)
 
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:

@@ -64,9 +64,18 @@ class PlainField:
         return np.asarray(solution).reshape(-1, *learnt.shape[1:])
 
     def forecast(
-        self, parameters: dict[str, torch.Tensor], harmonics: int, starts: list[int], leads: int, substeps: int
+        self,
+        parameters: dict[str, torch.Tensor],
+        harmonics: int,
+        starts: list[int],
+        leads: int,
+        substeps: int,
+        initial: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """RK4 with torch.nn.functional.conv2d on padded fields: `[lead, start, y, x, channel]`, normalised."""
+        """RK4 with torch.nn.functional.conv2d on padded fields: `[lead, start, y, x, channel]`, normalised.
+
+        The states at the starts are those of the field, unless `initial` ones `[start, y, x, channel]` are given.
+        """
         state = self.normalised()
         coefficients = torch.from_numpy(self.cycle(harmonics))
         inside = torch.from_numpy(self.inside[..., None].astype(float))
@@ -94,7 +103,7 @@ class PlainField:
             output = hidden.permute(0, 2, 3, 1) @ parameters["output.weight"].T + parameters["output.bias"]
             return rate + inside * (scale * output - parameters["damping"] * departure) / self.step
 
-        u, t, h = state[starts], 0.0, self.step / substeps
+        u, t, h = state[starts] if initial is None else initial, 0.0, self.step / substeps
         found = []
         for _ in range(leads):
             for _ in range(substeps):
