@@ -36,9 +36,9 @@ class Coupled(nn.Module):
     ("keep", "settings"),
     [
         ("graph", {}),
-        ("stages", {}),
-        ("solution", {}),
-        ("solution", {"method": "bosh3", "rtol": 1e-3, "atol": 1e-4}),
+        pytest.param("stages", {}, marks=pytest.mark.nightly),
+        pytest.param("solution", {}, marks=pytest.mark.nightly),
+        pytest.param("solution", {"method": "bosh3", "rtol": 1e-3, "atol": 1e-4}, marks=pytest.mark.nightly),
     ],
     ids=["graph", "stages", "solution", "error control"],
 )

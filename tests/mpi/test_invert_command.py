@@ -46,6 +46,7 @@ def evaluation(config: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("undrawn")
 def test_an_inversion_stopped_within_a_solve_goes_on_to_the_same_minimum(
     config: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
