@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from pnode_dist.cli.exit_codes import FAILED
 from pnode_dist.cli.parser import Commands, add_overrides
 from pnode_dist.config.user_code import user_code
@@ -67,7 +69,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         arguments.url_file,
     )
     with mesh_of(config) as mesh:
-        problem = build_problem(config, mesh, found=found)
+        # Inverse problems are posed in double precision.
+        dtype = None if getattr(config, "inverse", None) is None else torch.float64
+        problem = build_problem(config, mesh, dtype, found)
         if is_run:
             load_parameters(problem.model, source / MODEL)
         problem.model.eval()

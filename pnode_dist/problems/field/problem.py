@@ -19,7 +19,7 @@ from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.gradients import share_of_mean
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.inverse import Inverse
+from pnode_dist.inverse import Inverse, NegativeLogPosterior
 from pnode_dist.ode.methods import gradient_refusal, resolve
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.grid import GridPartition
@@ -186,7 +186,7 @@ class FieldProblem:
         )
 
     def served(self) -> Sequence[ServedModel]:
-        """Return the forecast of the validation part as a function of the parameters and of the initial state."""
+        """Return the forecast of the validation part, and the posterior of `inverse` with a table `[inverse]`."""
         field, starts = self.field, forecast_starts(self.config, self.field)
         leads = self.config.evaluation.leads
         complete = torch.nonzero(field.complete[: field.training]).flatten()
@@ -201,7 +201,8 @@ class FieldProblem:
             lambda: field.values[complete[list(some(len(complete)))]],
         )
         refusal = gradient_refusal(resolve(self.config.solver.method))
-        return served_forecasts(self.model, source, field.physical, refusal)
+        posterior = () if self.config.inverse is None else (NegativeLogPosterior(self.inverse()),)
+        return *served_forecasts(self.model, source, field.physical, refusal), *posterior
 
     @cached_property
     def known(self) -> Known:
