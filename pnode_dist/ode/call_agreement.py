@@ -244,6 +244,7 @@ def facts(
         ("mass", "none" if settings.mass is None else "given"),
         ("preconditioner", _name(settings.preconditioner)),
         ("newton", settings.newton),
+        ("compile", False if settings.compiler is None else settings.compiler.name),
         ("options", _options(settings.options)),
         ("last_only", settings.last_only),
         ("on_mismatch", settings.on_mismatch),

@@ -129,6 +129,17 @@ def test_ranks_that_differ_in_a_setting_all_raise_which_and_go_on(case: str, mes
     assert_solves_right(mesh, partition)
 
 
+def test_ranks_of_which_one_compiles_all_raise_and_go_on(mesh: Mesh) -> None:
+    if mesh.size == 1:
+        pytest.skip("one rank has nothing to differ from")
+    partition = spread(mesh)
+    node = NeuralODE(decay, partition=partition, compile="aot_eager" if mesh.rank == 0 else False)
+    text = raised_on_all(DisagreementError, lambda: node(initial(), TIMES))
+    others = agreement.ranks_in_words(range(1, mesh.size))
+    assert f"compile: rank 0: aot_eager; {others}: False" in text
+    assert_solves_right(mesh, partition)
+
+
 def test_one_rank_without_grad_mode_is_an_error_on_all(mesh: Mesh) -> None:
     partition = spread(mesh)
 

@@ -47,6 +47,11 @@ class Compiler:
         # Copies and pickles of a module compile again.
         return Compiler, (self._backend, bool(self.automatic))
 
+    @property
+    def name(self) -> str:
+        """The backend, or "auto"."""
+        return "auto" if self.automatic else self._backend
+
     def once(self, key: Hashable, held: Any, make: Callable[[], _Made]) -> _Made | None:
         """Return what `make` returned at the first call with this key; None without a C++ compiler.
 
