@@ -13,11 +13,12 @@ from torch import nn
 
 from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
-from pnode_dist.errors import ConfigurationError, ConvergenceError
-from pnode_dist.inverse import Control, Gaussian, GridCovariance, Inverse, Observation, forecast_spread
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.inverse import Control, Gaussian, GridCovariance, Inverse, Observation
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.solver import neural_ode
+from pnode_dist.problems.common.uncertainty import deviations_of
 from pnode_dist.problems.field.data import Field
 from pnode_dist.problems.field.forecast_file import write_states
 from pnode_dist.problems.field.model import FieldModel, SeasonalCycle, windows
@@ -176,17 +177,7 @@ def evaluated(config: FieldRun, field: Field, mesh: Mesh, known: Known, found: I
         "analysis": analysis,
         "persistence": field.values[before[-1]].expand_as(known.truth),
     }
-    figures: dict[str, Any] = {}
-    deviations: dict[str, torch.Tensor] = {}
-    if found.approximation is not None:
-        (variances,) = inverse.space.unpack(found.approximation.variances())
-        deviations["initial_deviation"] = variances.sqrt()
-        if config.inverse.members:
-            try:
-                spread = forecast_spread(found.approximation, times, config.inverse.members, config.run.seed)
-                deviations["deviation"] = spread.deviation
-            except ConvergenceError as error:
-                figures["spread"] = f"none: {error}"
+    deviations, figures = deviations_of(found, times, config.inverse.members, config.run.seed)
     outside = field.inside == 0
     missing = outside if field.present is None else field.present[list(known.indices)] == 0
     truth = field.physical(known.truth).masked_fill(missing, math.nan)

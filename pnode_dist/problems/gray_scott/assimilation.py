@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from pnode_dist.distributed.mesh import Mesh
-from pnode_dist.errors import ConfigurationError, ConvergenceError
-from pnode_dist.inverse import Control, Gaussian, GridCovariance, Inverse, Observation, Subsample, forecast_spread
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.inverse import Control, Gaussian, GridCovariance, Inverse, Observation, Subsample
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.solver import neural_ode
+from pnode_dist.problems.common.uncertainty import deviations_of
 from pnode_dist.problems.gray_scott.physics import SPECIES, GrayScott
 from pnode_dist.report.dataset_file import Variable, write_dataset
 from pnode_dist.train.problem import Inversion
@@ -99,17 +100,7 @@ def evaluated(config: GrayScottRun, mesh: Mesh, known: Twin, found: Inversion, p
     """
     inverse, partition, times = found.inverse, known.partition, known.times
     guess, analysis = (inverse.forecast(m, times).double() for m in (found.first_guess, found.minimum.m))
-    figures: dict[str, Any] = {}
-    deviations: dict[str, torch.Tensor] = {}
-    if found.approximation is not None:
-        (variances,) = inverse.space.unpack(found.approximation.variances())
-        deviations["initial_deviation"] = variances.sqrt()
-        if config.inverse.members:
-            try:
-                spread = forecast_spread(found.approximation, times, config.inverse.members, config.run.seed)
-                deviations["deviation"] = spread.deviation
-            except ConvergenceError as error:
-                figures["spread"] = f"none: {error}"
+    deviations, figures = deviations_of(found, times, config.inverse.members, config.run.seed)
     states = {"truth": known.truth, "observed": known.observed, "first_guess": guess, "analysis": analysis}
     axes = zip(partition.axes, partition.shape, config.problem.domain, strict=True)
     write_dataset(
