@@ -1,4 +1,4 @@
-"""What an inversion varies: an initial state or parameters, with a prior, bounds and an inner product."""
+"""Controls of an inversion: an initial state or parameters, with a prior, bounds and an inner product."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Problem:
         return self.inverse.space.pack([block(self.partition, state), parameters, block(self.partition, jump)])
 
     def difference(self, vec: Any, whole: list[torch.Tensor]) -> float:
-        """How far a Vec is from whole tensors, relative to their norm."""
+        """The distance of a Vec from whole tensors, relative to their norm."""
         wanted = self.packed(whole)
         return float((vec - wanted).norm() / wanted.norm())
 

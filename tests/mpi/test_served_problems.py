@@ -1,4 +1,4 @@
-"""What every forecast serves, at every number of ranks: the values of one rank, and derivatives that agree."""
+"""Served forecasts at every number of ranks: the values of one rank, and derivatives that agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ D = torch.float64
 
 @pytest.fixture(autouse=True)
 def few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How exactly the largest stable step is found does not matter here."""
+    """The largest stable step need not be exact here."""
     monkeypatch.setattr("pnode_dist.problems.semilinear.stable_step.STEPS", 60)
 
 

@@ -1,4 +1,4 @@
-"""What slurm/serve.sbatch starts, by itself, in an array, and for UM-Bridge's load balancer."""
+"""The command of slurm/serve.sbatch: by itself, in an array, and for UM-Bridge's load balancer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an inverse problem takes and refuses, on one rank."""
+"""Arguments that an inverse problem takes and refuses, on one rank."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def started_as_shown() -> tuple[int, list[str]]:
 
 
 def printed(url: str) -> list[tuple[str, str | None]]:
-    """What each program of the tutorial prints, and what the page shows."""
+    """The output of each program of the tutorial, and that on the page."""
     names: dict[str, object] = {}
     found = []
     for program in blocks(TUTORIAL, "python"):
