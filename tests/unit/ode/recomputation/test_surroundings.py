@@ -130,7 +130,8 @@ def test_autocast_is_that_of_the_forward_pass(where: str, keep: str) -> None:
     wanted = gradient(
         lambda: odeint(right_hand_side, start, INTERVAL, step_size=0.25, trajectory=budget("graph"))[-1], False
     )
-    assert torch.equal(found, wanted)
+    # Stage by stage the same numbers are added in another order.
+    assert distance(found, wanted) <= (torch.finfo(torch.float32).eps if keep == "stages" else 0.0)
     plain = gradient(lambda: plain_steps(lambda t, u: right_hand_side(t, u.float()), start.double(), 4, "4"), False)
     assert distance(found, plain) <= (1e-6 if where == "backward" else 2e-2)
 
