@@ -19,11 +19,11 @@ from pnode_dist.ode.time_grid import TimeGrid
 from pnode_dist.petsc import log
 
 
-def adaptive_steps(solve: Solve, output: Callable[[int], None]) -> None:
+def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
     """Take steps with error control, and set the solve's grid to those that were accepted. Collective.
 
     Keep the tapes of all steps as long as they fit, and checkpoints beside them. If there are more steps than tapes
-    fit, drop the tapes. `output(number)` stores the current state as an output.
+    fit, drop the tapes. `output(step, time)` stores the current state, the one before `step`, as an output.
     """
     assert solve.control is not None
     stepper, budget = solve.solver.stepper, solve.solver.trajectory
@@ -33,6 +33,8 @@ def adaptive_steps(solve: Solve, output: Callable[[int], None]) -> None:
     starts: list[float] = []
     sizes: list[float] = []
     ends = {0: 0}
+    last = len(solve.times) - 1
+    solve.saved = {0: 0} if solve.saving.saves(0, 0, False) else {}
     online: OnlineCheckpoints | None = None
     most_tapes = 0
     if solve.keeps_trajectory:
@@ -70,7 +72,12 @@ def adaptive_steps(solve: Solve, output: Callable[[int], None]) -> None:
             solve.tapes[step.number] = step.tape
         if step.output is not None:
             ends[len(starts)] = step.output
-            output(step.output)
+        if solve.saving.saves(len(starts), step.output, step.output == last):
+            end = step.start + step.size if step.output is None else solve.times[step.output]
+            solve.saved[len(starts)] = len(solve.saved)
+            output(len(starts), end)
+            if step.tape is not None and solve.observing is not None:
+                solve.observing.keep(len(starts), end, stepper.current.kept())
         stepper.monitor(len(starts), step.start + step.size, step.size)
 
     stepper.monitor(0, solve.times[0], solve.times[1] - solve.times[0])
@@ -98,7 +105,8 @@ def _most_tapes(solve: Solve, adaptive: AdaptiveStepper, slots: Slots) -> int:
         stepper.current.set(solve.initial)
         solve.carried.restart()
         solve.bound.count_from(counts)
-    return (slots.ram_bytes + slots.checkpoint_bytes) // max(solver.tape_bytes + slots.checkpoint_bytes, 1)
+    nbytes = solver.tape_bytes + solve.observed_bytes + slots.checkpoint_bytes
+    return (slots.ram_bytes + slots.checkpoint_bytes) // max(nbytes, 1)
 
 
 def _charge_for_held(solve: Solve, slots: Slots) -> None:

@@ -22,12 +22,13 @@ from pnode_dist.ode.autograd.differentiable import solution, tangent_call_of
 from pnode_dist.ode.autograd.outside_graphs import outside_graphs
 from pnode_dist.ode.autograd.transforms import transforming
 from pnode_dist.ode.call_agreement import preparation
-from pnode_dist.ode.differentiable_solve import differentiable_solve, transformed_call
+from pnode_dist.ode.differentiable_solve import as_asked, differentiable_solve, outputs_of, transformed_call
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.prepare import prepared, settings_of_tangents
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import Function
-from pnode_dist.ode.rhs.layout import State
+from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
+from pnode_dist.ode.rhs.observed import observed
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.tangent import checked_direction, stacked, with_tangent
 from pnode_dist.ode.settings import (
@@ -79,7 +80,7 @@ def odeint(
     *,
     args: tuple[Any, ...] = (),
     **keywords: Unpack[SolverKeywords],
-) -> State:
+) -> Any:
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0; differentiable in u0, in func's parameters and in t.
 
     Collective on the partition's communicator, and so is the backward pass. Returns `[len(t), *u0.shape]`, or a tuple
@@ -198,7 +199,7 @@ class NeuralODE(nn.Module):
     def forward(self, u0: tuple[torch.Tensor, ...], t: Times, *args: Any) -> tuple[torch.Tensor, ...]: ...
 
     @outside_graphs
-    def forward(self, u0: State, t: Times, *args: Any) -> State:
+    def forward(self, u0: State, t: Times, *args: Any) -> Any:
         """Return the states at the times `t` from `u0` at `t[0]`. Collective on the partition's communicator."""
         outputs, solve = differentiable_solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
@@ -212,7 +213,7 @@ class NeuralODE(nn.Module):
         u0_tangent: State,
         parameter_tangents: Mapping[torch.Tensor, torch.Tensor] | None = None,
         *args: Any,
-    ) -> tuple[State, State]:
+    ) -> tuple[Any, Any]:
         """Return the states at the times `t`, and their tangents along a direction in initial state and parameters.
 
         `u0_tangent` has the shape of `u0`. `parameter_tangents` maps parameters to their tangents; the others are zero.
@@ -223,8 +224,11 @@ class NeuralODE(nn.Module):
             state, is_tuple = stacked(u0, u0_tangent)
             direction = checked_direction(parameter_tangents)
             preparing.later()
+        whole = observed(self.func, self.settings.observe, is_tuple)
+        if self.settings.on_output is not None:
+            raise ConfigurationError("on_output: must be None for tangents, which are returned with the outputs")
         if transforming():
-            return self._transformed_jvp(u0, t, state[len(state) // 2 :], direction, args)
+            return self._transformed_jvp(whole, u0, t, state[len(state) // 2 :], direction, args)
 
         def before() -> Solve:
             with torch.no_grad():
@@ -233,27 +237,22 @@ class NeuralODE(nn.Module):
                 ]
 
         settings = settings_of_tangents(self._asked, self.func, is_tuple, before, 2)
-        every = independent(find_parameters(self.func, (*args, *(self.settings.params or ()))))
-        func = with_tangent(self.func, is_tuple, direction, every)
-        outputs, solve = differentiable_solve(
-            self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args
-        )
+        every = independent(find_parameters(whole, (*args, *(self.settings.params or ()))))
+        func = with_tangent(whole, is_tuple, direction, every)
+        outputs, solve = outputs_of(self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
-        half = len(state) // 2
-        values, tangents = outputs[:half], outputs[half:]
-        return (values, tangents) if is_tuple else (values[0], tangents[0])
+        return _halves(outputs, solve, whole, layout_of(u0)[0], t)
 
     def _transformed_jvp(
         self,
+        func: Function,
         u0: State,
         t: Times,
         tangents: tuple[torch.Tensor, ...],
         direction: Mapping[torch.Tensor, torch.Tensor],
         args: tuple[Any, ...],
-    ) -> tuple[State, State]:
-        call, layout, tensors = transformed_call(
-            self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args
-        )
+    ) -> tuple[Any, Any]:
+        call, layout, tensors = transformed_call(self._solvers, self._tangent_solvers, func, u0, t, self._asked, args)
         found = dict(zip(map(id, call.asked.parameters), range(call.parameters), strict=True))
         along: list[torch.Tensor | None] = [*tangents, *(None,) * (len(tensors) - len(tangents))]
         for parameter, tangent in direction.items():
@@ -263,8 +262,7 @@ class NeuralODE(nn.Module):
         outputs = solution(tangent_call, inputs)
         solve = tangent_call.latest()
         self.last_solve, self.last_plan = solve.statistics, solve.plan
-        half = len(outputs) // 2
-        return layout.as_state(outputs[:half]), layout.as_state(outputs[half:])
+        return _halves(outputs, solve, func, layout, t)
 
     def plan(self, u0: State, t: Times, *args: Any) -> Plans:
         """Return the candidate plans for this solve within the budget, with predicted times, and the chosen one.
@@ -275,7 +273,8 @@ class NeuralODE(nn.Module):
         if transforming():
             raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
         with solve_lock():
-            solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._asked, args, "plan")
+            whole = observed(self.func, self.settings.observe, isinstance(u0, tuple | list))
+            solve, layout, tensors = prepared(self._solvers, whole, u0, t, self._asked, args, "plan")
             if solve.control is not None:
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
             if refusal := solve.solver.gradient_refusal():
@@ -321,3 +320,9 @@ class NeuralODE(nn.Module):
         chosen = self.settings
         control = "" if chosen.rtol is None and chosen.atol is None else f", rtol={chosen.rtol}, atol={chosen.atol}"
         return f"method={chosen.method!r}, step_size={chosen.step_size}{control}"
+
+
+def _halves(outputs: Parts, solve: Solve, func: Function, layout: StateLayout, t: Times) -> tuple[Any, Any]:
+    """Return the outputs of a solve of tangents: the values, and their tangents."""
+    half = len(outputs) // 2
+    return as_asked(outputs[:half], solve, func, layout, t), as_asked(outputs[half:], solve, func, layout, t)

@@ -27,6 +27,7 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
 from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, for_method, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
+from pnode_dist.ode.rhs.observed import in_form_of, separated
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import in_compute_type
@@ -68,6 +69,8 @@ def _prepared_with(
     settings: CallSettings,
     args: tuple[Any, ...],
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
+    whole = func
+    func, observe = separated(whole)
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
@@ -85,7 +88,7 @@ def _prepared_with(
     trajectory = budget.DEFAULT if settings.trajectory is None else settings.trajectory
     if not isinstance(trajectory, CheckpointBudget):
         raise ConfigurationError(f"trajectory = {trajectory!r}: must be a pnode_dist.Trajectory, or None")
-    parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
+    parameters = independent(find_parameters(whole, (*args, *(settings.params or ()))))
     sizes = tuple(parameter.numel() for parameter in parameters.tensors)
     check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
@@ -96,6 +99,10 @@ def _prepared_with(
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
+    if needs_gradient and settings.on_output is not None:
+        raise ConfigurationError(
+            "on_output: the outputs are not kept, so there is no gradient: must be None, or solve under torch.no_grad()"
+        )
     if needs_gradient:
         refuse_fully_sharded(func, args, parameters.tensors)
     adaptive, preconditioner = control is not None, resolve_preconditioner(settings.preconditioner)
@@ -164,7 +171,7 @@ def _prepared_with(
     compiles_steps = table.family == "rk" and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
     surroundings, carried = None, NOTHING_CARRIED
     if needs_gradient or (compiles_steps and settings.compiler is not None):
-        surroundings = Surroundings.now(func, args, layout.device)
+        surroundings = Surroundings.now(whole, args, layout.device)
         carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
     bound = BoundFunction(
         in_compute_type(func, copies),
@@ -190,7 +197,9 @@ def _prepared_with(
         needs_gradient,
         settings.fixed_plan,
         time_dtype,
-        settings.last_only,
+        settings.saving,
+        None if observe is None else in_compute_type(observe, copies),
+        _consumer(settings.on_output, layout, whole),
         surroundings,
         settings.on_mismatch,
         agreed,
@@ -199,6 +208,17 @@ def _prepared_with(
         took,
     )
     return solve, layout, tensors
+
+
+def _consumer(
+    on_output: Callable[[float, Any], None] | None, layout: StateLayout, func: Function
+) -> Callable[[float, Parts], None] | None:
+    """Return the function that takes the outputs as tensors, from the user's that takes states or observations."""
+    if on_output is None:
+        return None
+    if not callable(on_output):
+        raise TypeError(f"on_output must be callable as on_output(t, u), got {type(on_output).__name__}")
+    return lambda time, values: on_output(time, in_form_of(func, layout, values))
 
 
 def usable_outside_inference(value: Any) -> Any:
@@ -238,6 +258,7 @@ def settings_of_tangents(
 
     With error control the steps are those that the solve without tangents, run by `before`, has accepted.
     """
+    func, _ = separated(func)
     if settings.control() is not None:
         solve = before()
         # Name the method: the default differs with and without error control.

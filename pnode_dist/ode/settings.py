@@ -18,6 +18,8 @@ from pnode_dist.checkpointing.plan import Plan
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.mass import Mass
+from pnode_dist.ode.rhs.observed import Observation
+from pnode_dist.ode.saving import Save, Saving, saving
 from pnode_dist.ode.steppers.base import PetscOptions
 from pnode_dist.ode.steppers.preconditioner import Preconditioner
 from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks, StepRule
@@ -67,7 +69,16 @@ class SolverSettings:
     """The type of state, adjoint and checkpoints: `torch.float32` or `torch.float64`. With None explicit Runge-Kutta
     methods take the wider type of u0 and func, and at least float32. All others have PETSc's scalar type."""
     last_only: bool = False
-    """Return the state at the last time only."""
+    """Return the state at the last time only: short for `save="last"`."""
+    save: Save = "times"
+    """The outputs: the states at the output `"times"`, at the `"last"` time, at all accepted `"steps"`, at every n-th
+    step for a number n, or several of these in a tuple. With steps a solve returns `Saved(t, u)`, the times too."""
+    observe: Observation | None = None
+    """A function h(t, u), whose values are returned in place of the states: a tensor, or a tuple or a dictionary of
+    tensors. A solve then takes the memory of these. h may have parameters and may communicate."""
+    on_output: Callable[[float, Any], None] | None = None
+    """A function that is called with the time and value of each output while the solve goes on. Nothing is returned
+    then, and there is no gradient."""
     on_mismatch: str = "raise"
     """The action if a step recomputed for the gradient differs from the forward pass: `raise`, `warn` or `ignore`."""
     preserve_rng_state: bool = True
@@ -94,6 +105,9 @@ class SolverKeywords(TypedDict, total=False):
     compute_dtype: torch.dtype | None
     state_dtype: torch.dtype | None
     last_only: bool
+    save: Save
+    observe: Observation | None
+    on_output: Callable[[float, Any], None] | None
     on_mismatch: str
     preserve_rng_state: bool
     newton: str
@@ -117,6 +131,11 @@ class CallSettings(SolverSettings):
     rule: StepRule | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
     compared: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def saving(self) -> Saving:
+        """The outputs of the solve. Raises `ConfigurationError` for an unknown choice."""
+        return saving(self.save, self.last_only)
 
     def control(self) -> ErrorControl | None:
         """Return the error control; None for steps of fixed size."""

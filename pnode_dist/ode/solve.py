@@ -22,12 +22,16 @@ from pnode_dist.checkpointing.store import State as FlatState
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import safe_points
 from pnode_dist.ode.call_agreement import Agreed
+from pnode_dist.ode.observing import Observing
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.recomputation.guard import Guard, tolerance_of
 from pnode_dist.ode.recomputation.surroundings import Surroundings
 from pnode_dist.ode.rhs.automatic_compilation import Times
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import BoundFunction
+from pnode_dist.ode.rhs.layout import Parts
+from pnode_dist.ode.rhs.observed import OfParts
+from pnode_dist.ode.saving import AT_TIMES, Saving
 from pnode_dist.ode.segments import SegmentGrid
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
@@ -45,7 +49,9 @@ class Solve:
 
     `grid` holds the steps: given beforehand, or with `control` set to the accepted ones after the forward pass.
     `parameters` are the tensors that the gradient is taken with respect to; `bound` may use copies of another type.
-    With `last_only` the only output is the state at the last time. `surroundings` holds f's inputs besides its
+    `saving` is the choice of outputs, and `saved[n]` the number of the output that is the state before step n.
+    `observing` observes these states, None if they are returned themselves, and `consumer` takes the outputs while the
+    solve goes on. `surroundings` holds f's inputs besides its
     arguments. `on_mismatch` is the action if a recomputed step differs: `raise`, `warn` or `ignore`.
     `agreed` is the agreement of all ranks on this solve, None on one rank. `callbacks` are called at each step.
     `has_trajectory`: a forward pass has stored everything that a backward pass needs.
@@ -65,7 +71,9 @@ class Solve:
     keeps_trajectory: bool
     fixed_plan: Plan | None = None
     time_dtype: torch.dtype = torch.float64
-    last_only: bool = False
+    saving: Saving = AT_TIMES
+    observe: OfParts | None = None
+    consumer: Callable[[float, Parts], None] | None = None
     surroundings: Surroundings | None = None
     on_mismatch: str = "raise"
     agreed: Agreed | None = None
@@ -78,6 +86,8 @@ class Solve:
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
     tapes: dict[int, Tape] = field(default_factory=dict)
+    saved: dict[int, int] = field(default_factory=dict, init=False)
+    observing: Observing | None = field(default=None, init=False)
     first_step: tuple[FlatState, Tape] | None = None
     initial: tuple[torch.Tensor, ...] = ()
     divided: SegmentGrid | None = None
@@ -94,6 +104,9 @@ class Solve:
             tolerance = tolerance_of(layout.compute_dtype, layout.state_dtype, kept)
             self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, _weakly(self._reasons))
         self.bound.guard = self.guard
+        if self.observe is not None:
+            stepper = self.solver.stepper
+            self.observing = Observing(self.observe, self.bound, stepper.layout, stepper.comm.size)
         self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics, self.carried)
         self.logs = self.bound.logs
         self.ram_slots = 0
@@ -116,6 +129,10 @@ class Solve:
 
     def time(self, unit: int) -> float:
         return self.segments.start(unit)
+
+    def time_before(self, step: int) -> float:
+        """Return the time of the state before `step`."""
+        return self.steps.starts[step] if step < self.steps.steps else self.times[-1]
 
     def count(self, unit: int) -> int:
         first, last = self.segments.bounds[unit : unit + 2]
@@ -151,6 +168,12 @@ class Solve:
         elif unit == 0:
             self.first_step_taken()
         self.tapes[unit] = tape
+        self.keep_for_observation(self.segments.bounds[unit + 1])
+
+    def keep_for_observation(self, step: int) -> None:
+        """Keep the current state, before `step`, if the backward pass observes it again."""
+        if self.observing is not None and step in self.saved:
+            self.observing.keep(step, self.time_before(step), self.solver.stepper.current.kept())
 
     def _stepped(self, unit: int, recompute: bool) -> None:
         """Store the fingerprint of the state after a segment, or compare it if the segment was recomputed."""
@@ -191,10 +214,26 @@ class Solve:
     def adjoint(self, unit: int) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         segment, tape = self.segments[unit], self.tapes.pop(unit)
+        self.pull_back_observation(segment.first + len(segment))
         with log.event(log.ADJOINT_STEP, self.logs):
             found = self.solver.stepper.pull_back(segment, tape)
         for step, (by_size, by_start) in enumerate(found, start=segment.first):
             self.size_gradients[step], self.start_gradients[step] = by_size, by_start
+
+    @property
+    def observed_bytes(self) -> int:
+        """The bytes that a state takes which is kept for its observation beside the tape of a step."""
+        layout = self.solver.stepper.layout
+        shared = isinstance(self.solver.stepper, ExplicitStepper) and not layout.converts
+        return 0 if self.observing is None or shared else layout.size * layout.state_dtype.itemsize
+
+    def pull_back_observation(self, step: int) -> None:
+        """Add the cotangents of the observation of the state before `step` to the adjoint. Collective if it is."""
+        if self.observing is None:
+            return
+        found = self.observing.pull_back(step, self.saved.get(step), self.saving.only_last)
+        if found is not None:
+            self.solver.stepper.add_to_adjoint(found)
 
     def _use_first_step(self) -> Tape | None:
         if self.first_step is None:
@@ -269,6 +308,8 @@ class Solve:
         self.checkpoints.clear()
         self.tapes.clear()
         self.first_step = None
+        if self.observing is not None:
+            self.observing.states.clear()
         if self.refund is not None:
             self.refund()
             self.refund = None

@@ -72,7 +72,7 @@ def compile_steps(solve: Solve, initial: tuple[torch.Tensor, ...]) -> None:
     stepper.current.set(initial)
     try:
         if solve.grid is not None and solve.grid.steps:
-            segments = divided_into_segments(solve.grid, steps_per_segment(solve))
+            segments = divided_into_segments(solve.grid, steps_per_segment(solve), solve.saved)
             if solve.compiled is not None:
                 with solve.carried.aside():
                     stepper.advance(segments[0])
@@ -93,7 +93,7 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
     """
     solver, stepper = solve.solver, solve.solver.stepper
     if solve.divided is None:
-        solve.divided = divided_into_segments(solve.steps, steps_per_segment(solve))
+        solve.divided = divided_into_segments(solve.steps, steps_per_segment(solve), solve.saved)
     units, first = solve.divided.segments, solve.divided[0]
     slots = slots or slots_of(solve, units)
     budget = _without_disk(solver.trajectory) if solver.disk_is_lost else solver.trajectory
@@ -111,10 +111,11 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
         solver.tape_bytes = -(-nbytes // len(first))
         solve.first_step = (stepper.current.array.copy(), tape)
         stepper.current.set(solve.initial)
-    if not (measure or needs_costs(budget, slots, steps, solver.tape_bytes, segment, units)):
+    tape_bytes = solver.tape_bytes + solve.observed_bytes
+    if not (measure or needs_costs(budget, slots, steps, tape_bytes, segment, units)):
         if budget is solver.trajectory:
-            return solver.planned(slots, steps, solver.tape_bytes, segment, units)
-        return best(budget, slots, steps, solver.tape_bytes, None, segment, units)
+            return solver.planned(slots, steps, tape_bytes, segment, units)
+        return best(budget, slots, steps, tape_bytes, None, segment, units)
     # Costs that were measured without a disk do not cover it.
     if solver.costs is None or (slots.disk and solver.costs.write == 0):
         solve.first_step = None
@@ -122,7 +123,7 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
         pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
         solver.costs = probe(stepper, solve.bound, solve.initial, first, pools)
         solve.carried.restart()
-    tape_bytes = solver.costs.levels[budget.level].bytes
+    tape_bytes = solver.costs.levels[budget.level].bytes + solve.observed_bytes
     return best(budget, slots, steps, tape_bytes, solver.costs, segment, units)
 
 
@@ -179,7 +180,9 @@ def joined(solve: Solve, plan: Plan) -> Plan:
     if plan.kept < plan.units or plan.level != "graph" or sees_steps or most < 2:
         return plan
     # A first step that has a tape already is a segment of its own.
-    solve.divided = divided_into_segments(solve.steps, most, () if solve.first_step is None else (1,))
+    solve.divided = divided_into_segments(
+        solve.steps, most, (*solve.saved, *(() if solve.first_step is None else (1,)))
+    )
     units = solve.divided.segments
     return replace(plan, segment=solve.divided.longest, units=units, kept=units)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -97,11 +97,16 @@ def _count(begin: float, end: float, step_size: float, rounding: float) -> int:
 
 
 def gradient_wrt_times(
-    grid: TimeGrid, times: Sequence[float], by_size: Sequence[float], by_start: Sequence[float]
+    grid: TimeGrid,
+    times: Sequence[float],
+    by_size: Sequence[float],
+    by_start: Sequence[float],
+    by_observation: Mapping[int, float],
 ) -> list[float]:
     """Return the gradient with respect to the output times, from h dL/dh and dL/dt_n of each step.
 
-    Each step is a fixed share of its interval, and moves with the ends of the interval.
+    `by_observation` has dL/dt_n through observations of the states before some steps. Each step is a fixed share of its
+    interval, and moves with the ends of the interval.
     """
     found = [0.0] * len(times)
     interval = 0
@@ -110,10 +115,12 @@ def gradient_wrt_times(
         span = end - begin
         along = by_size[step] / span  # dL/dh * h / span: h is a fixed share of the span
         place = (start - begin) / span
-        found[interval] += (1 - place) * by_start[step] - along
-        found[interval + 1] += place * by_start[step] + along
+        moved = by_start[step] + by_observation.get(step, 0.0)
+        found[interval] += (1 - place) * moved - along
+        found[interval + 1] += place * moved + along
         if step + 1 in grid.outputs:
             interval = grid.outputs[step + 1]
+    found[-1] += by_observation.get(grid.steps, 0.0)
     return found
 
 

@@ -1,0 +1,123 @@
+"""Observations of a solve: a function h(t, u) whose values are returned in place of the states.
+
+A right-hand side and its observation travel together as one `Observed`: both may hold parameters and values that the
+backward pass restores, and both have tangents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from pnode_dist.ode.rhs.evaluation import Function
+from pnode_dist.ode.rhs.layout import Parts, StateLayout
+
+Observation = Callable[[torch.Tensor, Any], Any]
+"""h(t, u): a tensor, or a tuple or a dictionary of tensors, from the time and this rank's part of the state."""
+Observations = torch.Tensor | tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
+
+
+class OfParts(Protocol):
+    """An observation in the form of the solve: a tuple of tensors from the parts of the state."""
+
+    def __call__(self, t: torch.Tensor, parts: Parts) -> Parts:
+        """Return the tensors that are observed. Collective if the user's function is."""
+        ...
+
+
+class Form(NamedTuple):
+    """The form of an observation: a tensor, a tuple, or a dictionary with `keys`."""
+
+    kind: type
+    keys: tuple[str, ...] = ()
+
+    def rebuilt(self, values: Sequence[torch.Tensor]) -> Observations:
+        """Return tensors in this form."""
+        if self.kind is torch.Tensor:
+            return values[0]
+        return dict(zip(self.keys, values, strict=True)) if self.kind is dict else tuple(values)
+
+
+class Flattened:
+    """An observation with its values as a tuple. `form` is that of the last value, None before the first."""
+
+    holds_values_of_func = True
+    """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
+
+    def __init__(self, observe: Observation, is_tuple: bool) -> None:
+        self.observe, self.is_tuple = observe, is_tuple
+        self.form: Form | None = None
+
+    def __call__(self, t: torch.Tensor, parts: Parts) -> Parts:
+        """Return the tensors that are observed. Raises `TypeError` for other values."""
+        value = self.observe(t, parts if self.is_tuple else parts[0])
+        form, leaves = _flattened(value)
+        if self.form not in (None, form):
+            raise TypeError(f"observe returned {_described(value)} at t = {float(t):.6g}, and another form before")
+        self.form = form
+        return leaves
+
+
+def _flattened(value: Any) -> tuple[Form, Parts]:
+    if isinstance(value, torch.Tensor):
+        form, leaves = Form(torch.Tensor), (value,)
+    elif isinstance(value, Mapping):
+        form, leaves = Form(dict, tuple(value)), tuple(value.values())
+    else:
+        form, leaves = Form(tuple), tuple(value) if isinstance(value, tuple | list) else (value,)
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            raise TypeError(
+                f"observe returned {_described(value)}: must be a floating-point tensor, or a tuple or a dictionary "
+                "of such tensors"
+            )
+    return form, leaves
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"a dictionary of {', '.join(_described(entry) for entry in value.values()) or 'nothing'}"
+    if isinstance(value, tuple | list):
+        return f"a tuple of {', '.join(map(_described, value)) or 'nothing'}"
+    return type(value).__name__
+
+
+class Observed:
+    """A right-hand side with the observation of its solves."""
+
+    holds_values_of_func = True
+    """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
+
+    def __init__(self, func: Function, observe: Callable[..., Parts]) -> None:
+        self.func, self.observe = func, observe
+
+    def __call__(self, t: torch.Tensor, state: Any, *args: Any) -> Any:
+        """Return du/dt."""
+        return self.func(t, state, *args)
+
+
+def observed(func: Function, observe: Observation | None, is_tuple: bool) -> Function:
+    """Return `func` with an observation, or `func` itself. Raises `TypeError` if the observation is no function."""
+    if observe is None:
+        return func
+    if not callable(observe):
+        raise TypeError(f"observe must be callable as observe(t, u), got {type(observe).__name__}")
+    return Observed(func, Flattened(observe, is_tuple))
+
+
+def in_form_of(func: Function, layout: StateLayout, values: Parts) -> Any:
+    """Return the outputs of a solve, or one of them, as its caller gets them: states, or observations."""
+    observe = separated(func)[1]
+    form = getattr(observe, "form", None)
+    if observe is None:
+        return layout.as_state(values)
+    return values if form is None else form.rebuilt(values)
+
+
+def separated(func: Function) -> tuple[Function, Callable[..., Parts] | None]:
+    """Return the right-hand side and its observation, None without one."""
+    return (func.func, func.observe) if isinstance(func, Observed) else (func, None)
