@@ -56,7 +56,7 @@ class Observing:
         parts = tuple(part.detach().to(layout.device, layout.dtype) for part in state)
         versions = [part._version for part in parts]
         with bound.carried.aside(), torch.set_grad_enabled(bound.watched):
-            values = self.observe(self._when(time), parts)
+            values = self.observe(self._when(time), parts, *bound.args)
         if versions != [part._version for part in parts]:
             raise ConfigurationError("observe: it writes to the state: must return new tensors")
         if bound.watched:
@@ -90,7 +90,7 @@ class Observing:
         when = self._when(time).requires_grad_(bound.needs_time_gradient)
         with bound.carried.aside(), torch.enable_grad():
             bound.carried.restore(mark)
-            values = self.observe(when, leaves)
+            values = self.observe(when, leaves, *bound.args)
         bound.check(values, (*leaves, when) if when.requires_grad else leaves)
         if bound.guard is not None and step in self.fingerprints:
             bound.guard.compare_value(self.fingerprints[step], time, _real(values), "observe")

@@ -74,7 +74,7 @@ class SolverSettings:
     """The outputs: the states at the output `"times"`, at the `"last"` time, at all accepted `"steps"`, at every n-th
     step for a number n, or several of these in a tuple. With steps a solve returns `Saved(t, u)`, the times too."""
     observe: Observation | None = None
-    """A function h(t, u), whose values are returned in place of the states: a tensor, or a tuple or a dictionary of
+    """A function h(t, u, *args), whose values are returned in place of the states: a tensor, or a tuple or a dictionary of
     tensors. A solve then takes the memory of these. h may have parameters and may communicate."""
     on_output: Callable[[float, Any], None] | None = None
     """A function that is called with the time and value of each output while the solve goes on. Nothing is returned

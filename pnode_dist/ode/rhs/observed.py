@@ -14,15 +14,15 @@ import torch
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 
-Observation = Callable[[torch.Tensor, Any], Any]
-"""h(t, u): a tensor, or a tuple or a dictionary of tensors, from the time and this rank's part of the state."""
+Observation = Callable[..., Any]
+"""h(t, u, *args): a tensor, or a tuple or a dictionary of tensors, from the time and this rank's part of the state."""
 Observations = torch.Tensor | tuple[torch.Tensor, ...] | dict[str, torch.Tensor]
 
 
 class OfParts(Protocol):
     """An observation in the form of the solve: a tuple of tensors from the parts of the state."""
 
-    def __call__(self, t: torch.Tensor, parts: Parts) -> Parts:
+    def __call__(self, t: torch.Tensor, parts: Parts, *args: Any) -> Parts:
         """Return the tensors that are observed. Collective if the user's function is."""
         ...
 
@@ -40,23 +40,34 @@ class Form(NamedTuple):
         return dict(zip(self.keys, values, strict=True)) if self.kind is dict else tuple(values)
 
 
+class _Seen:
+    """What an evaluation has shown. An object of its own, which is not restored with the values that h reads."""
+
+    form: Form | None = None
+
+
 class Flattened:
-    """An observation with its values as a tuple. `form` is that of the last value, None before the first."""
+    """An observation with its values as a tuple."""
 
     holds_values_of_func = True
     """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
 
     def __init__(self, observe: Observation, is_tuple: bool) -> None:
         self.observe, self.is_tuple = observe, is_tuple
-        self.form: Form | None = None
+        self._seen = _Seen()
 
-    def __call__(self, t: torch.Tensor, parts: Parts) -> Parts:
+    @property
+    def form(self) -> Form | None:
+        """The form of the values; None before the first evaluation."""
+        return self._seen.form
+
+    def __call__(self, t: torch.Tensor, parts: Parts, *args: Any) -> Parts:
         """Return the tensors that are observed. Raises `TypeError` for other values."""
-        value = self.observe(t, parts if self.is_tuple else parts[0])
+        value = self.observe(t, parts if self.is_tuple else parts[0], *args)
         form, leaves = _flattened(value)
         if self.form not in (None, form):
             raise TypeError(f"observe returned {_described(value)} at t = {float(t):.6g}, and another form before")
-        self.form = form
+        self._seen.form = form
         return leaves
 
 
@@ -105,7 +116,7 @@ def observed(func: Function, observe: Observation | None, is_tuple: bool) -> Fun
     if observe is None:
         return func
     if not callable(observe):
-        raise TypeError(f"observe must be callable as observe(t, u), got {type(observe).__name__}")
+        raise TypeError(f"observe must be callable as observe(t, u, *args), got {type(observe).__name__}")
     return Observed(func, Flattened(observe, is_tuple))
 
 
