@@ -25,6 +25,7 @@ from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.observed import in_form_of, observed, separated
 from pnode_dist.ode.rhs.tangent import WithTangent, without_tangents
+from pnode_dist.ode.running_cost import Integrated, with_cost
 from pnode_dist.ode.saving import Saved, times_of_saved
 from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solve import Solve
@@ -46,8 +47,24 @@ def differentiable_solve(
     The outputs are states, or the observations that the settings ask for.
     """
     whole = observed(func, settings.observe, isinstance(u0, tuple | list))
-    outputs, solve = outputs_of(solvers, tangent_solvers, whole, u0, t, settings, args)
-    return as_asked(outputs, solve, whole, layout_of(u0)[0], t), solve
+    if settings.integrate is None:
+        outputs, solve = outputs_of(solvers, tangent_solvers, whole, u0, t, settings, args)
+        return as_asked(outputs, solve, whole, layout_of(u0)[0], t), solve
+    layout = layout_of(u0)[0]
+    posed = with_cost(solvers, whole, u0, t, settings, args)
+    consumer = settings.on_output
+    if consumer is not None:
+
+        def on_output(time: float, values: Parts) -> None:
+            own, integral = posed.separated(values)
+            consumer(time, Integrated(in_form_of(whole, layout, own), integral))
+
+        posed = replace(posed, settings=replace(posed.settings, on_output=on_output))
+    outputs, solve = outputs_of(solvers, tangent_solvers, posed.func, posed.u0, t, posed.settings, args)
+    if consumer is not None:
+        return None, solve
+    own, integral = posed.separated(outputs)
+    return Integrated(as_asked(own, solve, whole, layout, t), integral), solve
 
 
 def as_asked(outputs: Parts, solve: Solve, func: Function, layout: StateLayout, t: Times) -> Any:

@@ -31,6 +31,7 @@ from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.observed import observed
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.tangent import checked_direction, stacked, with_tangent
+from pnode_dist.ode.running_cost import with_cost
 from pnode_dist.ode.settings import (
     KEYWORDS,
     CallSettings,
@@ -227,6 +228,8 @@ class NeuralODE(nn.Module):
         whole = observed(self.func, self.settings.observe, is_tuple)
         if self.settings.on_output is not None:
             raise ConfigurationError("on_output: must be None for tangents, which are returned with the outputs")
+        if self.settings.integrate is not None:
+            raise ConfigurationError("integrate: must be None for jvp(); torch.func.jvp has the tangents of integrals")
         if transforming():
             return self._transformed_jvp(whole, u0, t, state[len(state) // 2 :], direction, args)
 
@@ -273,8 +276,8 @@ class NeuralODE(nn.Module):
         if transforming():
             raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
         with solve_lock():
-            whole = observed(self.func, self.settings.observe, isinstance(u0, tuple | list))
-            solve, layout, tensors = prepared(self._solvers, whole, u0, t, self._asked, args, "plan")
+            func, state, settings = self._posed(u0, t, args)
+            solve, layout, tensors = prepared(self._solvers, func, state, t, settings, args, "plan")
             if solve.control is not None:
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
             if refusal := solve.solver.gradient_refusal():
@@ -291,9 +294,18 @@ class NeuralODE(nn.Module):
         if transforming():
             raise ConfigurationError("precompile: not available under torch's transforms: call it before")
         with solve_lock():
-            solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._asked, args, "precompile")
+            func, state, settings = self._posed(u0, t, args)
+            solve, layout, tensors = prepared(self._solvers, func, state, t, settings, args, "precompile")
             with torch.no_grad(), solve.bound.copies.in_place():
                 compile_steps(solve, tensors[: len(layout.shapes)])
+
+    def _posed(self, u0: State, t: Times, args: tuple[Any, ...]) -> tuple[Function, State, CallSettings]:
+        """Return right-hand side, state and settings of a solve, with the observation and the running cost."""
+        whole = observed(self.func, self.settings.observe, isinstance(u0, tuple | list))
+        if self.settings.integrate is None:
+            return whole, u0, self._asked
+        posed = with_cost(self._solvers, whole, u0, t, self._asked, args)
+        return posed.func, posed.u0, posed.settings
 
     @property
     def _asked(self) -> CallSettings:

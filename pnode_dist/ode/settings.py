@@ -74,8 +74,11 @@ class SolverSettings:
     """The outputs: the states at the output `"times"`, at the `"last"` time, at all accepted `"steps"`, at every n-th
     step for a number n, or several of these in a tuple. With steps a solve returns `Saved(t, u)`, the times too."""
     observe: Observation | None = None
-    """A function h(t, u, *args), whose values are returned in place of the states: a tensor, or a tuple or a dictionary of
-    tensors. A solve then takes the memory of these. h may have parameters and may communicate."""
+    """A function h(t, u, *args), whose values are returned in place of the states: a tensor, or a tuple or a dictionary
+    of tensors. A solve then takes the memory of these. h may have parameters and may communicate."""
+    integrate: Callable[..., Any] | None = None
+    """A running cost r(t, u, *args), a tensor or several: a solve then returns `Integrated(u, integral)` with its
+    integrals up to the output times, by the quadrature of the method. Error control leaves them out."""
     on_output: Callable[[float, Any], None] | None = None
     """A function that is called with the time and value of each output while the solve goes on. Nothing is returned
     then, and there is no gradient."""
@@ -107,6 +110,7 @@ class SolverKeywords(TypedDict, total=False):
     last_only: bool
     save: Save
     observe: Observation | None
+    integrate: Callable[..., Any] | None
     on_output: Callable[[float, Any], None] | None
     on_mismatch: str
     preserve_rng_state: bool
@@ -122,6 +126,7 @@ class CallSettings(SolverSettings):
 
     `fixed_plan` is the plan to use, and `compiler` compiles f. `grid` are the steps, in place of `step_size`. `rule`
     chooses the sizes of steps with error control, in place of PETSc's `adaptor`. `callbacks` are called at each step.
+    `uncontrolled` is the number of parts at the end of the state that error control leaves out.
     `compared` are the names and values of further settings of the caller, which must be equal on all ranks.
     """
 
@@ -130,6 +135,7 @@ class CallSettings(SolverSettings):
     grid: TimeGrid | None = None
     rule: StepRule | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
+    uncontrolled: int = 0
     compared: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -143,7 +149,7 @@ class CallSettings(SolverSettings):
             return None
         rtol = DEFAULT_RTOL if self.rtol is None else self.rtol
         atol = DEFAULT_ATOL if self.atol is None else self.atol
-        return ErrorControl(rtol, atol, self.adaptor, self.step_size, self.rule, self.callbacks)
+        return ErrorControl(rtol, atol, self.adaptor, self.step_size, self.rule, self.callbacks, self.uncontrolled)
 
 
 def merged(settings: SolverSettings | None, keywords: Mapping[str, Any], caller: str) -> SolverSettings:

@@ -28,9 +28,10 @@ class OfParts(Protocol):
 
 
 class Form(NamedTuple):
-    """The form of an observation: a tensor, a tuple, or a dictionary with `keys`."""
+    """The form of an observation: a tensor, a tuple, or a dictionary with `keys`. `size` is the number of tensors."""
 
     kind: type
+    size: int
     keys: tuple[str, ...] = ()
 
     def rebuilt(self, values: Sequence[torch.Tensor]) -> Observations:
@@ -64,25 +65,27 @@ class Flattened:
     def __call__(self, t: torch.Tensor, parts: Parts, *args: Any) -> Parts:
         """Return the tensors that are observed. Raises `TypeError` for other values."""
         value = self.observe(t, parts if self.is_tuple else parts[0], *args)
-        form, leaves = _flattened(value)
+        form, leaves = flattened(value, "observe")
         if self.form not in (None, form):
             raise TypeError(f"observe returned {_described(value)} at t = {float(t):.6g}, and another form before")
         self._seen.form = form
         return leaves
 
 
-def _flattened(value: Any) -> tuple[Form, Parts]:
+def flattened(value: Any, name: str) -> tuple[Form, Parts]:
+    """Return the form of a value and its tensors. Raises `TypeError` for anything else that `name` returned."""
     if isinstance(value, torch.Tensor):
-        form, leaves = Form(torch.Tensor), (value,)
+        form, leaves = Form(torch.Tensor, 1), (value,)
     elif isinstance(value, Mapping):
-        form, leaves = Form(dict, tuple(value)), tuple(value.values())
+        form, leaves = Form(dict, len(value), tuple(value)), tuple(value.values())
     else:
-        form, leaves = Form(tuple), tuple(value) if isinstance(value, tuple | list) else (value,)
+        leaves = tuple(value) if isinstance(value, tuple | list) else (value,)
+        form = Form(tuple, len(leaves))
     for leaf in leaves:
         if not isinstance(leaf, torch.Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(
-                f"observe returned {_described(value)}: must be a floating-point tensor, or a tuple or a dictionary "
-                "of such tensors"
+                f"{name} returned {_described(value)}: must be a floating-point tensor, or a tuple or a dictionary of "
+                "such tensors"
             )
     return form, leaves
 

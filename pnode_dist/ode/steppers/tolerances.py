@@ -33,7 +33,8 @@ class ErrorControl:
     `adaptor` is PETSc's: `basic`, or `dsp` (digital signal processing control: Soederlind, ACM Trans. Math. Softw. 29,
     2003). `first_size` is the size of the first step; with None it follows from f and its change (Hairer, Norsett &
     Wanner, Solving ODEs I, II.4). A `rule` replaces PETSc's adaptor for explicit methods; then a tolerance may be zero,
-    and `callbacks` are called. Raises `ConfigurationError` for tolerances that are not positive or an unknown adaptor.
+    and `callbacks` are called. `uncontrolled` parts at the end of the state have no part in the mean. Raises
+    `ConfigurationError` for tolerances that are not positive or an unknown adaptor.
     """
 
     rtol: Tolerance = DEFAULT_RTOL
@@ -42,6 +43,7 @@ class ErrorControl:
     first_size: float | None = None
     rule: StepRule | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
+    uncontrolled: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -73,7 +75,9 @@ class Tolerances:
         vecs: list[Any] = []
         before = self._of_petsc
         for number, (name, tolerance) in enumerate((("rtol", control.rtol), ("atol", control.atol))):
-            if isinstance(tolerance, int | float) and not isinstance(self._of_petsc[number], PETSc.Vec):
+            is_number = isinstance(tolerance, int | float) and control.uncontrolled == 0
+            if is_number and not isinstance(self._of_petsc[number], PETSc.Vec):
+                assert isinstance(tolerance, int | float)
                 self._values[number] = float(tolerance)
                 vecs.append(float(tolerance))
                 continue
@@ -81,7 +85,7 @@ class Tolerances:
             layout = self._stepper.layout
             vec = vectors.create_vec(self._stepper.comm, layout.size, layout.vec_device)
             flat = vectors.view(vec, (layout.size,), layout.vec_device)
-            _spread(name, tolerance, layout, flat)
+            _spread(name, tolerance, layout, flat, control.uncontrolled)
             vectors.wrote(vec, layout.vec_device)
             self._values[number] = flat
             vecs.append(vec)
@@ -107,6 +111,8 @@ class Tolerances:
         state = stepper.current.flat.clone()
         rtol, atol = self._values
         scale = atol + rtol * state.abs()
+        # PETSc leaves out entries with two zero tolerances, and so does the norm here.
+        scale = torch.where(scale == 0, math.inf, scale)
         slope = stepper.derivative(time, math.copysign(1.0, span))
         size, speed = self._norm(state / scale), self._norm(slope / scale)
         first = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
@@ -131,7 +137,7 @@ def check_shapes(control: ErrorControl, layout: StateLayout) -> None:
     """Raise `ConfigurationError` for tolerances that do not fit the state on this rank."""
     for name, tolerance in (("rtol", control.rtol), ("atol", control.atol)):
         if not isinstance(tolerance, int | float):
-            _spread(name, tolerance, layout, torch.empty(layout.size))
+            _spread(name, tolerance, layout, torch.empty(layout.size), control.uncontrolled)
 
 
 def of_parts(name: str, tolerance: Tolerance, layout: StateLayout) -> Sequence[torch.Tensor | float]:
@@ -142,7 +148,7 @@ def of_parts(name: str, tolerance: Tolerance, layout: StateLayout) -> Sequence[t
     if isinstance(tolerance, int | float):
         return (float(tolerance),) * len(layout.shapes)
     flat = torch.empty(layout.size, dtype=layout.state_dtype, device=layout.vec_device)
-    _spread(name, tolerance, layout, flat)
+    _spread(name, tolerance, layout, flat, 0)
     return layout.parts(flat)
 
 
@@ -152,10 +158,12 @@ def _destroy(tolerances: list[Any]) -> None:
             tolerance.destroy()
 
 
-def _spread(name: str, tolerance: Tolerance, layout: StateLayout, flat: torch.Tensor) -> None:
-    tolerances = tolerance if isinstance(tolerance, tuple | list) else (tolerance,) * len(layout.shapes)
-    if len(tolerances) != len(layout.shapes):
-        raise ConfigurationError(f"{name}: {len(tolerances)} parts for a state of {len(layout.shapes)}")
+def _spread(name: str, tolerance: Tolerance, layout: StateLayout, flat: torch.Tensor, uncontrolled: int) -> None:
+    count = len(layout.shapes) - uncontrolled
+    tolerances = tuple(tolerance) if isinstance(tolerance, tuple | list) else (tolerance,) * count
+    if len(tolerances) != count:
+        raise ConfigurationError(f"{name}: {len(tolerances)} parts for a state of {count}")
+    tolerances = (*tolerances, *(0.0,) * uncontrolled)
     for target, values in zip(layout.parts(flat), tolerances, strict=True):
         try:
             target.copy_(torch.as_tensor(values).expand(target.shape))

@@ -1,0 +1,136 @@
+"""Running costs: the integral of r(t, u) along a solve, as a further part of the state.
+
+The quadrature is that of the method: its weights at its stages. PETSc's cost integrand is the same sum (H. Zhang,
+E. M. Constantinescu, B. F. Smith: PETSc TSAdjoint, SIAM J. Sci. Comput. 44 (2022)). Error control leaves the integral
+out, so the steps are those of the solve without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from petsc4py import PETSc
+
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.call_agreement import preparation
+from pnode_dist.ode.kept_solvers import KeptSolvers
+from pnode_dist.ode.rhs.evaluation import Function
+from pnode_dist.ode.rhs.layout import Parts, State, layout_of
+from pnode_dist.ode.rhs.observed import Form, Observed, flattened, separated
+from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.settings import CallSettings, Times
+from pnode_dist.ode.solver import communicator
+
+
+class Integrated(NamedTuple):
+    """The outputs `u` of a solve, and the `integral` of its running cost from the first time up to those of `u`."""
+
+    u: Any
+    integral: Any
+
+
+class WithCost:
+    """du/dt and r(t, u) as the rates of the state (u, integral). Without a `cost` these rates are zero."""
+
+    holds_values_of_func = True
+    """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
+
+    def __init__(self, func: Function, cost: Function | None, is_tuple: bool, parts: int) -> None:
+        self.func, self.cost, self.is_tuple, self.parts = func, cost, is_tuple, parts
+
+    def __call__(self, t: torch.Tensor, state: Parts, *args: Any) -> Parts:
+        """Return the rates, part by part. Collective if the functions are."""
+        own, integrals = state[: self.parts], state[self.parts :]
+        u = own if self.is_tuple else own[0]
+        rates = self.func(t, u, *args)
+        if self.cost is None:
+            return (*(rates if self.is_tuple else (rates,)), *map(torch.zeros_like, integrals))
+        _, costs = flattened(self.cost(t, u, *args), "integrate")
+        return (*(rates if self.is_tuple else (rates,)), *(cost.to(state[0].dtype) for cost in costs))
+
+
+class _ObservedWithIntegral:
+    """An observation of the state (u, integral): that of u, and the integral."""
+
+    holds_values_of_func = True
+    """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
+
+    def __init__(self, observe: Callable[..., Parts], parts: int) -> None:
+        self.observe, self.parts = observe, parts
+
+    def __call__(self, t: torch.Tensor, state: Parts, *args: Any) -> Parts:
+        """Return the tensors that are observed, and the integrals. Collective if the observation is."""
+        return (*self.observe(t, state[: self.parts], *args), *state[self.parts :])
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A solve with a running cost, posed as one without: `func`, the initial state and the settings.
+
+    Its outputs end with the integrals, which have the `form` of the cost.
+    """
+
+    func: Function
+    u0: Parts
+    settings: CallSettings
+    form: Form
+
+    def separated(self, outputs: Parts) -> tuple[Parts, Any]:
+        """Return the outputs of the solve without the cost, and the integrals."""
+        count = self.form.size
+        return outputs[:-count], self.form.rebuilt(outputs[-count:])
+
+
+def with_cost(
+    solvers: KeptSolvers, func: Function, u0: State, t: Times, settings: CallSettings, args: tuple[Any, ...]
+) -> Posed:
+    """Return the solve of `func`, which may be `Observed`, and of the running cost of the settings. Collective.
+
+    Evaluates the cost once, for its shape. Raises `ConfigurationError` for settings that act on the state of `func`
+    alone.
+    """
+    with preparation(communicator(settings.partition)) as preparing:
+        plain, observe = separated(func)
+        cost = settings.integrate
+        if not callable(cost):
+            raise TypeError(f"integrate must be callable as integrate(t, u, *args), got {type(cost).__name__}")
+        layout, parts = layout_of(u0)
+        _check(plain, settings)
+        start = torch.as_tensor(t[0]).detach().to(layout.device, layout.dtype)
+        with torch.no_grad():
+            form, costs = flattened(cost(start, layout.as_state(parts), *args), "integrate")
+        zeros = tuple(torch.zeros(one.shape, dtype=layout.dtype, device=layout.device) for one in costs)
+        preparing.later()
+    made = solvers.once(
+        (id(plain), id(cost), layout.is_tuple), lambda: _summed(plain, cost, layout.is_tuple, len(parts))
+    )
+    if observe is not None:
+        made = Observed(made, _ObservedWithIntegral(observe, len(parts)))
+    settings = replace(settings, integrate=None, uncontrolled=len(zeros))
+    return Posed(made, (*parts, *zeros), settings, form)
+
+
+def _summed(func: Function, cost: Function, is_tuple: bool, parts: int) -> Function:
+    if isinstance(func, SplitFunction):
+        return SplitFunction(
+            implicit=WithCost(func.implicit, None, is_tuple, parts),
+            explicit=WithCost(func.explicit, cost, is_tuple, parts),
+            linear=func.linear,
+        )
+    return WithCost(func, cost, is_tuple, parts)
+
+
+def _check(func: Function, settings: CallSettings) -> None:
+    parts = (func.implicit, func.explicit) if isinstance(func, SplitFunction) else (func,)
+    if any(isinstance(part, MatrixFunction | PETSc.Mat) for part in parts):
+        raise ConfigurationError("integrate: not available for a func with a PETSc.Mat: write that part as a function")
+    if settings.mass is not None:
+        raise ConfigurationError("integrate: not available with a mass matrix: add the integral to the state yourself")
+    if settings.preconditioner not in (None, "none", "block"):
+        raise ConfigurationError(
+            f"integrate: preconditioner = {settings.preconditioner!r} is for the state alone: must be None, 'none' or "
+            "'block'"
+        )
