@@ -69,11 +69,14 @@ class Tolerances:
         self._stepper = stepper
         self._values: list[torch.Tensor | float] = [DEFAULT_RTOL, DEFAULT_ATOL]
         self._of_petsc: list[Any] = [DEFAULT_RTOL, DEFAULT_ATOL]
+        self._uncontrolled = 0
 
     def take(self, control: ErrorControl, ts: PETSc.TS) -> None:
         """Set the tolerances of `control` on `ts`. Raises `ConfigurationError` if their shape is wrong."""
         vecs: list[Any] = []
         before = self._of_petsc
+        sizes = self._stepper.layout.sizes
+        self._uncontrolled = sum(sizes[len(sizes) - control.uncontrolled :])
         for number, (name, tolerance) in enumerate((("rtol", control.rtol), ("atol", control.atol))):
             is_number = isinstance(tolerance, int | float) and control.uncontrolled == 0
             if is_number and not isinstance(self._of_petsc[number], PETSc.Vec):
@@ -112,14 +115,15 @@ class Tolerances:
         rtol, atol = self._values
         scale = atol + rtol * state.abs()
         # PETSc leaves out entries with two zero tolerances, and so does the norm here.
-        scale = torch.where(scale == 0, math.inf, scale)
+        controlled = slice(None, scale.numel() - self._uncontrolled)
+        scale = scale[controlled]
         slope = stepper.derivative(time, math.copysign(1.0, span))
-        size, speed = self._norm(state / scale), self._norm(slope / scale)
+        size, speed = self._norm(state[controlled] / scale), self._norm(slope[controlled] / scale)
         first = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
         first = min(first, abs(span))
         stepper.current.set_flat(state + math.copysign(first, span) * slope)
         later = stepper.derivative(time + math.copysign(first, span), math.copysign(1.0, span))
-        bend = self._norm((later - slope) / scale) / first
+        bend = self._norm((later - slope)[controlled] / scale) / first
         stepper.current.set_flat(state)
         steepest = max(speed, bend)
         order = stepper.method.order
