@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
     from pnode_dist.ode.rhs.split import SplitFunction as SplitFunction
+    from pnode_dist.ode.running_cost import Integrated as Integrated
+    from pnode_dist.ode.saving import Saved as Saved
     from pnode_dist.ode.settings import SolverSettings as SolverSettings
     from pnode_dist.partition.batch import BatchPartition as BatchPartition
     from pnode_dist.partition.dense import DensePartition as DensePartition
@@ -72,6 +74,8 @@ _PUBLIC = {
     "SolverSettings": "pnode_dist.ode.settings",
     "SplitData": "pnode_dist.problems.common.forecast_data",
     "SplitFunction": "pnode_dist.ode.rhs.split",
+    "Integrated": "pnode_dist.ode.running_cost",
+    "Saved": "pnode_dist.ode.saving",
     "TrainableProblem": "pnode_dist.problems.common.trainable",
     "Trajectory": "pnode_dist.checkpointing.budget",
     "TrajectoryData": "pnode_dist.problems.common.forecast_data",

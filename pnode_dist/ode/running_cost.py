@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.call_agreement import preparation
 from pnode_dist.ode.kept_solvers import KeptSolvers
+from pnode_dist.ode.methods import resolve
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, layout_of
 from pnode_dist.ode.rhs.observed import Form, Observed, flattened, separated
-from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solver import communicator
 
@@ -33,21 +32,19 @@ class Integrated(NamedTuple):
 
 
 class WithCost:
-    """du/dt and r(t, u) as the rates of the state (u, integral). Without a `cost` these rates are zero."""
+    """du/dt and r(t, u) as the rates of the state (u, integral)."""
 
     holds_values_of_func = True
     """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
 
-    def __init__(self, func: Function, cost: Function | None, is_tuple: bool, parts: int) -> None:
+    def __init__(self, func: Function, cost: Function, is_tuple: bool, parts: int) -> None:
         self.func, self.cost, self.is_tuple, self.parts = func, cost, is_tuple, parts
 
     def __call__(self, t: torch.Tensor, state: Parts, *args: Any) -> Parts:
         """Return the rates, part by part. Collective if the functions are."""
-        own, integrals = state[: self.parts], state[self.parts :]
+        own = state[: self.parts]
         u = own if self.is_tuple else own[0]
         rates = self.func(t, u, *args)
-        if self.cost is None:
-            return (*(rates if self.is_tuple else (rates,)), *map(torch.zeros_like, integrals))
         _, costs = flattened(self.cost(t, u, *args), "integrate")
         return (*(rates if self.is_tuple else (rates,)), *(cost.to(state[0].dtype) for cost in costs))
 
@@ -89,8 +86,7 @@ def with_cost(
 ) -> Posed:
     """Return the solve of `func`, which may be `Observed`, and of the running cost of the settings. Collective.
 
-    Evaluates the cost once, for its shape. Raises `ConfigurationError` for settings that act on the state of `func`
-    alone.
+    Evaluates the cost once, for its shape. Raises `ConfigurationError` for an implicit method.
     """
     with preparation(communicator(settings.partition)) as preparing:
         plain, observe = separated(func)
@@ -98,39 +94,28 @@ def with_cost(
         if not callable(cost):
             raise TypeError(f"integrate must be callable as integrate(t, u, *args), got {type(cost).__name__}")
         layout, parts = layout_of(u0)
-        _check(plain, settings)
+        _check(settings)
         start = torch.as_tensor(t[0]).detach().to(layout.device, layout.dtype)
         with torch.no_grad():
             form, costs = flattened(cost(start, layout.as_state(parts), *args), "integrate")
         zeros = tuple(torch.zeros(one.shape, dtype=layout.dtype, device=layout.device) for one in costs)
         preparing.later()
-    made = solvers.once(
-        (id(plain), id(cost), layout.is_tuple), lambda: _summed(plain, cost, layout.is_tuple, len(parts))
-    )
+    key = (id(plain), id(cost), layout.is_tuple)
+    made: Function = solvers.once(key, lambda: WithCost(plain, cost, layout.is_tuple, len(parts)))
     if observe is not None:
         made = Observed(made, _ObservedWithIntegral(observe, len(parts)))
     settings = replace(settings, integrate=None, uncontrolled=len(zeros))
     return Posed(made, (*parts, *zeros), settings, form)
 
 
-def _summed(func: Function, cost: Function, is_tuple: bool, parts: int) -> Function:
-    if isinstance(func, SplitFunction):
-        return SplitFunction(
-            implicit=WithCost(func.implicit, None, is_tuple, parts),
-            explicit=WithCost(func.explicit, cost, is_tuple, parts),
-            linear=func.linear,
-        )
-    return WithCost(func, cost, is_tuple, parts)
+def _check(settings: CallSettings) -> None:
+    """Raise `ConfigurationError` for a method that solves equations.
 
-
-def _check(func: Function, settings: CallSettings) -> None:
-    parts = (func.implicit, func.explicit) if isinstance(func, SplitFunction) else (func,)
-    if any(isinstance(part, MatrixFunction | PETSc.Mat) for part in parts):
-        raise ConfigurationError("integrate: not available for a func with a PETSc.Mat: write that part as a function")
-    if settings.mass is not None:
-        raise ConfigurationError("integrate: not available with a mass matrix: add the integral to the state yourself")
-    if settings.preconditioner not in (None, "none", "block"):
+    The tolerance of its solver would apply to the integral as well, so a large cost would leave the state inexact.
+    """
+    method = resolve(settings.method or ("rk4" if settings.control() is None else "dopri5"))
+    if method.implicit:
         raise ConfigurationError(
-            f"integrate: preconditioner = {settings.preconditioner!r} is for the state alone: must be None, 'none' or "
-            "'block'"
+            f"integrate: method = {method.name!r} solves equations: must be explicit; or observe the cost at all "
+            "accepted steps, observe = r with save = 'steps', and sum it with the weights of choice"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -97,18 +98,13 @@ def times_of_saved(steps: Sequence[int], grid: TimeGrid | None, t: torch.Tensor 
     times = t if isinstance(t, torch.Tensor) else torch.tensor(list(t), dtype=torch.float64)
     if grid is None:
         return times[:1].clone()
-    bounds = sorted(grid.outputs)
+    bounds, at = sorted(grid.outputs), times.detach().double().tolist()
     numbers, shares = [], []
     for step in steps:
-        number = max(position for position, bound in enumerate(bounds) if bound <= step)
-        number = min(number, len(bounds) - 2)
-        begin, end = bounds[number], bounds[number + 1]
-        start = grid.starts[begin]
-        span = sum(grid.sizes[begin:end])
-        at = start + span if step == end else grid.starts[step]
-        numbers.append(grid.outputs[begin])
-        shares.append((at - start) / span)
-    index = torch.tensor(numbers)
-    share = torch.tensor(shares, dtype=torch.float64).to(times)
+        number = min(bisect_right(bounds, step) - 1, len(bounds) - 2)
+        begin, end = at[number : number + 2]
+        numbers.append(number)
+        shares.append(1.0 if step == bounds[number + 1] else (grid.starts[step] - begin) / (end - begin))
+    index, share = torch.tensor(numbers), torch.tensor(shares, dtype=torch.float64).to(times)
     first, second = times[index], times[index + 1]
-    return torch.where(share == 0, first, torch.where(share == 1, second, first + share * (second - first)))
+    return torch.where(share == 1, second, first + share * (second - first))
