@@ -74,7 +74,7 @@ def differentiable_solve(
         else:
             with torch.no_grad():
                 outputs = call.run(tensors)
-        if settings.step_size is None and len(solve.times) == 2 and solve.control is None and settings.grid is None:
+        if settings.step_size is None and settings.grid is None and solve.control is None and solve.steps.steps == 1:
             _warn_if_step_is_too_long(solve, func, u0, t, settings, args, outputs)
     return layout.as_state(outputs), solve
 

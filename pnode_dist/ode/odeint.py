@@ -113,7 +113,8 @@ def odeint(
         (by default 1e-6 and 1e-9 beside the other one) the step size follows from an estimate of the error, by PETSc's
         `adaptor` (see `ErrorControl`), and `step_size` is the size of the first step. If `t` has two times and neither
         `step_size` nor tolerances are given, a warning reports a step that is far too long. The first such solve
-        evaluates `func` at two steps of half the size for this check.
+        evaluates `func` at two steps of half the size for this check. Steps also end at `jumps`, times at which func is
+        not smooth, and func is evaluated on the step's side of them.
 
     Method
         `method` is one of `pnode_dist.ode.methods.METHODS`, by default `rk4`, or `dopri5` with error control. Methods

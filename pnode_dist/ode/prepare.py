@@ -15,6 +15,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
 from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.given_options import check_options, without_adaptation
+from pnode_dist.ode.jumps import check_times_off_jumps, checked_jumps
 from pnode_dist.ode.kept_solvers import KeptSolvers
 from pnode_dist.ode.newton_choice import chosen_newton
 from pnode_dist.ode.recomputation.bindings import Bindings
@@ -38,7 +39,7 @@ from pnode_dist.ode.steppers.preconditioner import BlockInverse
 from pnode_dist.ode.steppers.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.steppers.tolerances import check_shapes
 from pnode_dist.ode.time_grid import check_step_size, divided, output_times
-from pnode_dist.ode.time_rounding import rounding_of
+from pnode_dist.ode.time_rounding import DOUBLE, rounding_of
 from pnode_dist.system.torch_internals import TRACES_OBJECTS
 
 
@@ -73,10 +74,12 @@ def _prepared_with(
     check_step_size(settings.step_size)
     check_policy(settings.on_mismatch)
     control = settings.control()
+    jumps = checked_jumps(settings.jumps)
     grid = settings.grid
     if grid is None and control is None:
         step_size = settings.step_size
-        grid = divided(times, None) if step_size is None else divided(times, step_size, rounding_of(t, times))
+        rounding = DOUBLE if step_size is None else rounding_of(t, times)
+        grid = divided(times, step_size, rounding, jumps)
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
@@ -90,6 +93,8 @@ def _prepared_with(
     check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
     needs_time_gradient = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
+    if needs_time_gradient:
+        check_times_off_jumps(times, jumps)
     # The gradient with respect to times needs two more parameters: the size and the start of a step.
     sizes = (*sizes, 1, 1) if needs_time_gradient else sizes
     tensors = (*parts, *parameters.tensors, *((t,) if needs_time_gradient else ()))
@@ -195,6 +200,7 @@ def _prepared_with(
         settings.on_mismatch,
         agreed,
         settings.callbacks,
+        jumps,
         settings.compiler if compiles_steps else None,
         took,
     )
