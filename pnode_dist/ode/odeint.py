@@ -22,6 +22,7 @@ from pnode_dist.ode.autograd.differentiable import solution, tangent_call_of
 from pnode_dist.ode.autograd.outside_graphs import outside_graphs
 from pnode_dist.ode.autograd.transforms import transforming
 from pnode_dist.ode.call_agreement import preparation
+from pnode_dist.ode.complex_state import Kept, RealCall, real_call
 from pnode_dist.ode.differentiable_solve import differentiable_solve, transformed_call
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.prepare import prepared, settings_of_tangents
@@ -98,7 +99,9 @@ def odeint(
         uses again later: such values are copied.
 
     State and types
-        `u0` is this rank's part of the initial state, a tensor or a tuple of tensors. `func` computes in its floating
+        `u0` is this rank's part of the initial state, a tensor or a tuple of tensors. Complex parts are solved as their
+        real views, and `func` gets and returns complex tensors for them; error control takes real and imaginary parts
+        as entries of their own, and gradients follow torch's convention. `func` computes in `u0`'s floating
         type unless `compute_dtype` names another one. With `compute_dtype` the parameters and buffers of modules, and
         tensors in `args`, are converted to it once for a solve. Outside they keep their own type, and so do their
         gradients. States, checkpoints and adjoints are of `state_dtype`, for explicit Runge-Kutta methods by default
@@ -141,12 +144,15 @@ def odeint(
 
     Raises `ConfigurationError` for an unknown method, a gradient of a method without an adjoint, or a budget too small
     for one checkpoint; `ValueError` for times that are not monotone and for a du/dt of another shape; `TypeError` for a
-    state or a du/dt that is not real floating-point tensors; `StepSizeError` if no step meets the tolerances;
+    state or a du/dt that is not floating-point or complex tensors; `StepSizeError` if no step meets the tolerances;
     `ConvergenceError` if the equations of a step or of its adjoint are not solved; `DisagreementError` if the ranks
     make different calls.
     """
     asked = CallSettings(**vars(merged(settings, keywords, "odeint")))
-    return differentiable_solve(NoSolvers(), NoSolvers(), func, u0, t, asked, args)[0]
+    with preparation(communicator(asked.partition)) as preparing:
+        call = real_call(func, u0, asked)
+        preparing.later()
+    return call.outputs(differentiable_solve(NoSolvers(), NoSolvers(), call.func, call.u0, t, call.settings, args)[0])
 
 
 class NeuralODE(nn.Module):
@@ -191,6 +197,7 @@ class NeuralODE(nn.Module):
         self.fixed_plan: Plan | None = None
         self._solvers = KeptSolvers()
         self._tangent_solvers = KeptSolvers()
+        self._of_real_views: Kept = {}
 
     @overload
     def forward(self, u0: torch.Tensor, t: Times, *args: Any) -> torch.Tensor: ...
@@ -201,9 +208,12 @@ class NeuralODE(nn.Module):
     @outside_graphs
     def forward(self, u0: State, t: Times, *args: Any) -> State:
         """Return the states at the times `t` from `u0` at `t[0]`. Collective on the partition's communicator."""
-        outputs, solve = differentiable_solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args)
+        call = self._real_call(u0)
+        outputs, solve = differentiable_solve(
+            self._solvers, self._tangent_solvers, call.func, call.u0, t, call.settings, args
+        )
         self.last_solve, self.last_plan = solve.statistics, solve.plan
-        return outputs
+        return call.outputs(outputs)
 
     @outside_graphs
     def jvp(
@@ -220,40 +230,42 @@ class NeuralODE(nn.Module):
         Both results are differentiable. With error control the steps are those of the solve without tangents.
         Collective on the partition's communicator.
         """
+        call = self._real_call(u0)
+        func, asked = call.func, call.settings
         with preparation(communicator(self.settings.partition)) as preparing:
-            state, is_tuple = stacked(u0, u0_tangent)
+            state, is_tuple = stacked(call.u0, call.inputs(u0_tangent))
             direction = checked_direction(parameter_tangents)
             preparing.later()
         if transforming():
-            return self._transformed_jvp(u0, t, state[len(state) // 2 :], direction, args)
+            return self._transformed_jvp(call, t, state[len(state) // 2 :], direction, args)
 
         def before() -> Solve:
             with torch.no_grad():
-                return differentiable_solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args)[
-                    1
-                ]
+                return differentiable_solve(self._solvers, self._tangent_solvers, func, call.u0, t, asked, args)[1]
 
-        settings = settings_of_tangents(self._asked, self.func, is_tuple, before, 2)
-        every = independent(find_parameters(self.func, (*args, *(self.settings.params or ()))))
-        func = with_tangent(self.func, is_tuple, direction, every)
+        settings = settings_of_tangents(asked, func, is_tuple, before, 2)
+        every = independent(find_parameters(func, (*args, *(self.settings.params or ()))))
+        both = with_tangent(func, is_tuple, direction, every)
         outputs, solve = differentiable_solve(
-            self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args
+            self._tangent_solvers, self._tangent_solvers, both, state, t, settings, args
         )
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         half = len(state) // 2
         values, tangents = outputs[:half], outputs[half:]
-        return (values, tangents) if is_tuple else (values[0], tangents[0])
+        if not is_tuple:
+            (values,), (tangents,) = values, tangents
+        return call.outputs(values), call.outputs(tangents)
 
     def _transformed_jvp(
         self,
-        u0: State,
+        real: RealCall,
         t: Times,
         tangents: tuple[torch.Tensor, ...],
         direction: Mapping[torch.Tensor, torch.Tensor],
         args: tuple[Any, ...],
     ) -> tuple[State, State]:
         call, layout, tensors = transformed_call(
-            self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args
+            self._solvers, self._tangent_solvers, real.func, real.u0, t, real.settings, args
         )
         found = dict(zip(map(id, call.asked.parameters), range(call.parameters), strict=True))
         along: list[torch.Tensor | None] = [*tangents, *(None,) * (len(tensors) - len(tangents))]
@@ -265,7 +277,7 @@ class NeuralODE(nn.Module):
         solve = tangent_call.latest()
         self.last_solve, self.last_plan = solve.statistics, solve.plan
         half = len(outputs) // 2
-        return layout.as_state(outputs[:half]), layout.as_state(outputs[half:])
+        return real.outputs(layout.as_state(outputs[:half])), real.outputs(layout.as_state(outputs[half:]))
 
     def plan(self, u0: State, t: Times, *args: Any) -> Plans:
         """Return the candidate plans for this solve within the budget, with predicted times, and the chosen one.
@@ -275,8 +287,9 @@ class NeuralODE(nn.Module):
         """
         if transforming():
             raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
+        call = self._real_call(u0)
         with solve_lock():
-            solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._asked, args, "plan")
+            solve, layout, tensors = prepared(self._solvers, call.func, call.u0, t, call.settings, args, "plan")
             if solve.control is not None:
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
             if refusal := solve.solver.gradient_refusal():
@@ -292,14 +305,18 @@ class NeuralODE(nn.Module):
         """
         if transforming():
             raise ConfigurationError("precompile: not available under torch's transforms: call it before")
+        call = self._real_call(u0)
         with solve_lock():
-            solve, layout, tensors = prepared(self._solvers, self.func, u0, t, self._asked, args, "precompile")
+            solve, layout, tensors = prepared(self._solvers, call.func, call.u0, t, call.settings, args, "precompile")
             with torch.no_grad(), solve.bound.copies.in_place():
                 compile_steps(solve, tensors[: len(layout.shapes)])
 
-    @property
-    def _asked(self) -> CallSettings:
-        return CallSettings(**vars(self.settings), fixed_plan=self.fixed_plan, compiler=self.compiler)
+    def _real_call(self, u0: State) -> RealCall:
+        asked = CallSettings(**vars(self.settings), fixed_plan=self.fixed_plan, compiler=self.compiler)
+        with preparation(communicator(asked.partition)) as preparing:
+            call = real_call(self.func, u0, asked, self._of_real_views)
+            preparing.later()
+        return call
 
     def __getattr__(self, name: str) -> Any:
         """Return a field of `settings`, or what torch keeps under the name."""

@@ -28,7 +28,7 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
 from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, for_method, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
-from pnode_dist.ode.rhs.parameters import find_parameters, independent
+from pnode_dist.ode.rhs.parameters import find_parameters, independent, real_numbers
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import in_compute_type
 from pnode_dist.ode.settings import CallSettings, Times
@@ -89,7 +89,7 @@ def _prepared_with(
     if not isinstance(trajectory, CheckpointBudget):
         raise ConfigurationError(f"trajectory = {trajectory!r}: must be a pnode_dist.Trajectory, or None")
     parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
-    sizes = tuple(parameter.numel() for parameter in parameters.tensors)
+    sizes = tuple(map(real_numbers, parameters.tensors))
     check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
     needs_time_gradient = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()

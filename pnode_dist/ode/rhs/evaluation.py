@@ -289,8 +289,8 @@ def _check_type(value: torch.Tensor, layout: StateLayout) -> None:
     """Raise `TypeError` for values that cannot be converted to the state's type without loss, or only by mistake."""
     if not value.dtype.is_floating_point:
         raise TypeError(
-            f"func returned {value.dtype} for a state of {layout.dtype}: du/dt must be of a real floating type (write "
-            "a complex state as two real parts, see torch.view_as_real)"
+            f"func returned {value.dtype} for a state of {layout.dtype}: du/dt must be of a real floating type (for a "
+            "complex state u0 must be complex)"
         )
 
 
