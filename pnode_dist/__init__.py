@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pnode_dist.errors import ConvergenceError as ConvergenceError
     from pnode_dist.errors import DisagreementError as DisagreementError
     from pnode_dist.errors import RecomputationError as RecomputationError
+    from pnode_dist.hybrid.dense import solve_dense as solve_dense
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
@@ -81,6 +82,7 @@ _PUBLIC = {
     "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
     "open_gridded": "pnode_dist.problems.common.gridded_files",
+    "solve_dense": "pnode_dist.hybrid.dense",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
