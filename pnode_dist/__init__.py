@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from pnode_dist.errors import ConvergenceError as ConvergenceError
     from pnode_dist.errors import DisagreementError as DisagreementError
     from pnode_dist.errors import RecomputationError as RecomputationError
+    from pnode_dist.hybrid.dense import solve_dense as solve_dense
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
     from pnode_dist.ode.rhs.split import SplitFunction as SplitFunction
-    from pnode_dist.ode.running_cost import Integrated as Integrated
+    from pnode_dist.ode.saving import Integrated as Integrated
     from pnode_dist.ode.saving import Saved as Saved
     from pnode_dist.ode.settings import SolverSettings as SolverSettings
     from pnode_dist.partition.batch import BatchPartition as BatchPartition
@@ -74,7 +75,7 @@ _PUBLIC = {
     "SolverSettings": "pnode_dist.ode.settings",
     "SplitData": "pnode_dist.problems.common.forecast_data",
     "SplitFunction": "pnode_dist.ode.rhs.split",
-    "Integrated": "pnode_dist.ode.running_cost",
+    "Integrated": "pnode_dist.ode.saving",
     "Saved": "pnode_dist.ode.saving",
     "TrainableProblem": "pnode_dist.problems.common.trainable",
     "Trajectory": "pnode_dist.checkpointing.budget",
@@ -85,6 +86,7 @@ _PUBLIC = {
     "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
     "open_gridded": "pnode_dist.problems.common.gridded_files",
+    "solve_dense": "pnode_dist.hybrid.dense",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

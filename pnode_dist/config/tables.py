@@ -28,6 +28,7 @@ from pnode_dist.ode import methods
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrNone = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
@@ -77,10 +78,10 @@ def _device(name: str) -> str:
     return name
 
 
-def _leads(leads: tuple[int, ...]) -> tuple[int, ...]:
-    if list(leads) != sorted(set(leads)):
+def _increasing(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    if list(numbers) != sorted(set(numbers)):
         raise ValueError("must be increasing")
-    return leads
+    return numbers
 
 
 def _examples(*values: str | int) -> Any:
@@ -155,6 +156,9 @@ class SolverConfig(Table):
     newton: Literal["auto", "batch", "petsc"] = "auto"
     """The solver of the equations of implicit methods. `batch` factors the small systems of all samples at once.
     `petsc` uses PETSc's SNES and KSP. `auto` is `batch` where that is possible."""
+    jumps: Annotated[tuple[Finite, ...], AfterValidator(_increasing)] = ()
+    """Times at which the right-hand side jumps or has a kink, in the problem's units of time. Steps end there, and
+    error control starts anew."""
     compile: Literal[False, True, "auto"] = False
     """Run solves as generated code of torch.compile, with other rounding. `true` compiles at the first solve. `"auto"`
     compiles after 20 seconds of solves, and keeps what is faster: runs are then not equal bit for bit."""
@@ -305,7 +309,7 @@ class SnapshotConfig(Table):
 class EvaluationConfig(Table):
     """The table `[evaluation]` of a forecast: what `pnode-dist evaluate` reports."""
 
-    leads: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_leads)] = (1, 2, 3, 6)
+    leads: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_increasing)] = (1, 2, 3, 6)
     """Lead times of the reported errors, in samples of the data, in increasing order."""
 
 

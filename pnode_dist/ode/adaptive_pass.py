@@ -9,13 +9,14 @@ from pnode_dist.checkpointing.budget import Slots
 from pnode_dist.checkpointing.online import OnlineCheckpoints
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import safe_points
+from pnode_dist.ode.jumps import SmoothInterval
 from pnode_dist.ode.probe import measured_tape
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.segments import Segment, divided_into_segments
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_plans import compile_attempts, slots_of
 from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
-from pnode_dist.ode.time_grid import TimeGrid
+from pnode_dist.ode.time_grid import TimeGrid, stops_of
 from pnode_dist.petsc import log
 
 
@@ -32,11 +33,18 @@ def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
     compile_attempts(solve)
     starts: list[float] = []
     sizes: list[float] = []
+    stops = stops_of(solve.times, solve.jumps)
     ends = {0: 0}
     last = len(solve.times) - 1
     solve.saved = {0: 0} if solve.saving.saves(0, 0, False) else {}
+    jumps = {0: stops[0].time} if stops[0].is_jump else {}
     online: OnlineCheckpoints | None = None
     most_tapes = 0
+
+    def enter(interval: SmoothInterval | None) -> None:
+        solve.bound.smooth_interval = interval
+
+    enter(stops[0].after)
     if solve.keeps_trajectory:
         if budget.keeps_steps and budget.level == "graph":
             most_tapes = _most_tapes(solve, adaptive, slots)
@@ -70,10 +78,13 @@ def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
             solve.guard.keep(step.number, fingerprint(stepper.current.parts))
         if step.tape is not None:
             solve.tapes[step.number] = step.tape
-        if step.output is not None:
-            ends[len(starts)] = step.output
-        if solve.saving.saves(len(starts), step.output, step.output == last):
-            end = step.start + step.size if step.output is None else solve.times[step.output]
+        if step.stop is not None and step.stop.is_jump:
+            jumps[len(starts)] = step.stop.time
+        output_number = None if step.stop is None else step.stop.output
+        if output_number is not None:
+            ends[len(starts)] = output_number
+        if solve.saving.saves(len(starts), output_number, output_number == last):
+            end = step.start + step.size if step.stop is None else step.stop.time
             solve.saved[len(starts)] = len(solve.saved)
             output(len(starts), end)
             if step.tape is not None and solve.observing is not None:
@@ -82,8 +93,10 @@ def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
 
     stepper.monitor(0, solve.times[0], solve.times[1] - solve.times[0])
     with log.event(log.STEP, solve.logs):
-        solve.statistics.rejected_steps += integrate(adaptive, solve.times, solve.control, before, after, solve.carried)
-    solve.grid = TimeGrid(tuple(starts), tuple(sizes), ends)
+        solve.statistics.rejected_steps += integrate(
+            adaptive, stops, solve.control, before, after, solve.carried, enter
+        )
+    solve.grid = TimeGrid(tuple(starts), tuple(sizes), ends, jumps)
     solve.divided = divided_into_segments(solve.grid, 1)
     if online is not None:
         solve.actions = online.reversal(len(starts), recorded=keeps_tapes)

@@ -18,6 +18,7 @@ from mpi4py import MPI
 from pnode_dist.checkpointing import budget
 from pnode_dist.distributed import agreement
 from pnode_dist.distributed.agreement import Agreement, Description
+from pnode_dist.ode.jumps import checked_jumps
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.layout import StateLayout
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
@@ -235,6 +236,7 @@ def facts(
         ("state_dtype", layout.state_dtype),
         ("device of PETSc's vectors", layout.vec_device.type),
         ("t", times),
+        ("jumps", checked_jumps(settings.jumps)),
         ("step_size", None if settings.step_size is None else float(settings.step_size)),
         ("number of steps", None if settings.grid is None else settings.grid.steps),
         ("rtol", _in_words(settings.rtol)),

@@ -25,8 +25,8 @@ from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.observed import in_form_of, observed, separated
 from pnode_dist.ode.rhs.tangent import WithTangent, without_tangents
-from pnode_dist.ode.running_cost import Integrated, with_cost
-from pnode_dist.ode.saving import Saved, times_of_saved
+from pnode_dist.ode.running_cost import with_cost
+from pnode_dist.ode.saving import Integrated, Saved, times_of_saved
 from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_lock import solve_lock
@@ -122,7 +122,7 @@ def outputs_of(
         else:
             with torch.no_grad():
                 outputs = call.run(tensors)
-        if settings.step_size is None and len(solve.times) == 2 and solve.control is None and settings.grid is None:
+        if settings.step_size is None and settings.grid is None and solve.control is None and solve.steps.steps == 1:
             _warn_if_step_is_too_long(solve, func, u0, t, settings, args, outputs)
     return outputs, solve
 

@@ -12,9 +12,8 @@ from pnode_dist.checkpointing.replay import run_forward
 from pnode_dist.ode import safe_points
 from pnode_dist.ode.adaptive_pass import adaptive_steps
 from pnode_dist.ode.outputs import Outputs
-from pnode_dist.ode.segments import divided_into_segments
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solve_plans import joined, plans, slots_of, steps_per_segment
+from pnode_dist.ode.solve_plans import divided_for, joined, plans, slots_of
 from pnode_dist.ode.steppers.step_rule import call_back
 from pnode_dist.petsc import log
 
@@ -82,7 +81,7 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
 def _given_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
     """Take the steps of the solve's grid, and keep the checkpoints and tapes of its plan."""
     stepper, grid = solve.solver.stepper, solve.steps
-    segments = solve.divided = divided_into_segments(grid, steps_per_segment(solve), solve.saved)
+    segments = solve.divided = divided_for(solve)
 
     def begin(step: int) -> None:
         if step < grid.steps:

@@ -22,6 +22,7 @@ from pnode_dist.ode.autograd.differentiable import solution, tangent_call_of
 from pnode_dist.ode.autograd.outside_graphs import outside_graphs
 from pnode_dist.ode.autograd.transforms import transforming
 from pnode_dist.ode.call_agreement import preparation
+from pnode_dist.ode.complex_state import Kept, RealCall, real_call
 from pnode_dist.ode.differentiable_solve import as_asked, differentiable_solve, outputs_of, transformed_call
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.prepare import prepared, settings_of_tangents
@@ -100,7 +101,9 @@ def odeint(
         uses again later: such values are copied.
 
     State and types
-        `u0` is this rank's part of the initial state, a tensor or a tuple of tensors. `func` computes in its floating
+        `u0` is this rank's part of the initial state, a tensor or a tuple of tensors. Complex parts are solved as their
+        real views, and `func` gets and returns complex tensors for them; error control takes real and imaginary parts
+        as entries of their own, and gradients follow torch's convention. `func` computes in `u0`'s floating
         type unless `compute_dtype` names another one. With `compute_dtype` the parameters and buffers of modules, and
         tensors in `args`, are converted to it once for a solve. Outside they keep their own type, and so do their
         gradients. States, checkpoints and adjoints are of `state_dtype`, for explicit Runge-Kutta methods by default
@@ -115,7 +118,8 @@ def odeint(
         (by default 1e-6 and 1e-9 beside the other one) the step size follows from an estimate of the error, by PETSc's
         `adaptor` (see `ErrorControl`), and `step_size` is the size of the first step. If `t` has two times and neither
         `step_size` nor tolerances are given, a warning reports a step that is far too long. The first such solve
-        evaluates `func` at two steps of half the size for this check.
+        evaluates `func` at two steps of half the size for this check. Steps also end at `jumps`, times at which func is
+        not smooth, and func is evaluated on the step's side of them.
 
     Method
         `method` is one of `pnode_dist.ode.methods.METHODS`, by default `rk4`, or `dopri5` with error control. Methods
@@ -142,12 +146,15 @@ def odeint(
 
     Raises `ConfigurationError` for an unknown method, a gradient of a method without an adjoint, or a budget too small
     for one checkpoint; `ValueError` for times that are not monotone and for a du/dt of another shape; `TypeError` for a
-    state or a du/dt that is not real floating-point tensors; `StepSizeError` if no step meets the tolerances;
+    state or a du/dt that is not floating-point or complex tensors; `StepSizeError` if no step meets the tolerances;
     `ConvergenceError` if the equations of a step or of its adjoint are not solved; `DisagreementError` if the ranks
     make different calls.
     """
     asked = CallSettings(**vars(merged(settings, keywords, "odeint")))
-    return differentiable_solve(NoSolvers(), NoSolvers(), func, u0, t, asked, args)[0]
+    with preparation(communicator(asked.partition)) as preparing:
+        call = real_call(func, u0, asked)
+        preparing.later()
+    return call.outputs(differentiable_solve(NoSolvers(), NoSolvers(), call.func, call.u0, t, call.settings, args)[0])
 
 
 class NeuralODE(nn.Module):
@@ -192,6 +199,7 @@ class NeuralODE(nn.Module):
         self.fixed_plan: Plan | None = None
         self._solvers = KeptSolvers()
         self._tangent_solvers = KeptSolvers()
+        self._of_real_views: Kept = {}
 
     @overload
     def forward(self, u0: torch.Tensor, t: Times, *args: Any) -> torch.Tensor: ...
@@ -202,9 +210,12 @@ class NeuralODE(nn.Module):
     @outside_graphs
     def forward(self, u0: State, t: Times, *args: Any) -> Any:
         """Return the states at the times `t` from `u0` at `t[0]`. Collective on the partition's communicator."""
-        outputs, solve = differentiable_solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args)
+        call = self._real_call(u0)
+        outputs, solve = differentiable_solve(
+            self._solvers, self._tangent_solvers, call.func, call.u0, t, call.settings, args
+        )
         self.last_solve, self.last_plan = solve.statistics, solve.plan
-        return outputs
+        return call.outputs(outputs)
 
     @outside_graphs
     def jvp(
@@ -221,41 +232,43 @@ class NeuralODE(nn.Module):
         Both results are differentiable. With error control the steps are those of the solve without tangents.
         Collective on the partition's communicator.
         """
+        call = self._real_call(u0)
+        func, asked = call.func, call.settings
         with preparation(communicator(self.settings.partition)) as preparing:
-            state, is_tuple = stacked(u0, u0_tangent)
+            state, is_tuple = stacked(call.u0, call.inputs(u0_tangent))
             direction = checked_direction(parameter_tangents)
             preparing.later()
-        whole = observed(self.func, self.settings.observe, is_tuple)
+        whole = observed(func, asked.observe, is_tuple)
         if self.settings.on_output is not None:
             raise ConfigurationError("on_output: must be None for tangents, which are returned with the outputs")
         if self.settings.integrate is not None:
             raise ConfigurationError("integrate: must be None for jvp(); torch.func.jvp has the tangents of integrals")
         if transforming():
-            return self._transformed_jvp(whole, u0, t, state[len(state) // 2 :], direction, args)
+            return self._transformed_jvp(call, whole, t, state[len(state) // 2 :], direction, args)
 
         def before() -> Solve:
             with torch.no_grad():
-                return differentiable_solve(self._solvers, self._tangent_solvers, self.func, u0, t, self._asked, args)[
-                    1
-                ]
+                return differentiable_solve(self._solvers, self._tangent_solvers, func, call.u0, t, asked, args)[1]
 
-        settings = settings_of_tangents(self._asked, self.func, is_tuple, before, 2)
+        settings = settings_of_tangents(asked, func, is_tuple, before, 2)
         every = independent(find_parameters(whole, (*args, *(self.settings.params or ()))))
-        func = with_tangent(whole, is_tuple, direction, every)
-        outputs, solve = outputs_of(self._tangent_solvers, self._tangent_solvers, func, state, t, settings, args)
+        both = with_tangent(whole, is_tuple, direction, every)
+        outputs, solve = outputs_of(self._tangent_solvers, self._tangent_solvers, both, state, t, settings, args)
         self.last_solve, self.last_plan = solve.statistics, solve.plan
-        return _halves(outputs, solve, whole, layout_of(u0)[0], t)
+        return _halves(call, outputs, solve, whole, layout_of(call.u0)[0], t)
 
     def _transformed_jvp(
         self,
+        real: RealCall,
         func: Function,
-        u0: State,
         t: Times,
         tangents: tuple[torch.Tensor, ...],
         direction: Mapping[torch.Tensor, torch.Tensor],
         args: tuple[Any, ...],
     ) -> tuple[Any, Any]:
-        call, layout, tensors = transformed_call(self._solvers, self._tangent_solvers, func, u0, t, self._asked, args)
+        call, layout, tensors = transformed_call(
+            self._solvers, self._tangent_solvers, func, real.u0, t, real.settings, args
+        )
         found = dict(zip(map(id, call.asked.parameters), range(call.parameters), strict=True))
         along: list[torch.Tensor | None] = [*tangents, *(None,) * (len(tensors) - len(tangents))]
         for parameter, tangent in direction.items():
@@ -265,7 +278,7 @@ class NeuralODE(nn.Module):
         outputs = solution(tangent_call, inputs)
         solve = tangent_call.latest()
         self.last_solve, self.last_plan = solve.statistics, solve.plan
-        return _halves(outputs, solve, func, layout, t)
+        return _halves(real, outputs, solve, func, layout, t)
 
     def plan(self, u0: State, t: Times, *args: Any) -> Plans:
         """Return the candidate plans for this solve within the budget, with predicted times, and the chosen one.
@@ -275,8 +288,9 @@ class NeuralODE(nn.Module):
         """
         if transforming():
             raise ConfigurationError("plan: not available under torch's transforms or in forward mode: call it before")
+        call = self._real_call(u0)
         with solve_lock():
-            func, state, settings = self._posed(u0, t, args)
+            func, state, settings = self._posed(call, t, args)
             solve, layout, tensors = prepared(self._solvers, func, state, t, settings, args, "plan")
             if solve.control is not None:
                 raise ValueError("steps with error control (rtol, atol) cannot be planned: their number is not known")
@@ -293,23 +307,27 @@ class NeuralODE(nn.Module):
         """
         if transforming():
             raise ConfigurationError("precompile: not available under torch's transforms: call it before")
+        call = self._real_call(u0)
         with solve_lock():
-            func, state, settings = self._posed(u0, t, args)
+            func, state, settings = self._posed(call, t, args)
             solve, layout, tensors = prepared(self._solvers, func, state, t, settings, args, "precompile")
             with torch.no_grad(), solve.bound.copies.in_place():
                 compile_steps(solve, tensors[: len(layout.shapes)])
 
-    def _posed(self, u0: State, t: Times, args: tuple[Any, ...]) -> tuple[Function, State, CallSettings]:
+    def _posed(self, call: RealCall, t: Times, args: tuple[Any, ...]) -> tuple[Function, State, CallSettings]:
         """Return right-hand side, state and settings of a solve, with the observation and the running cost."""
-        whole = observed(self.func, self.settings.observe, isinstance(u0, tuple | list))
-        if self.settings.integrate is None:
-            return whole, u0, self._asked
-        posed = with_cost(self._solvers, whole, u0, t, self._asked, args)
+        whole = observed(call.func, call.settings.observe, isinstance(call.u0, tuple | list))
+        if call.settings.integrate is None:
+            return whole, call.u0, call.settings
+        posed = with_cost(self._solvers, whole, call.u0, t, call.settings, args)
         return posed.func, posed.u0, posed.settings
 
-    @property
-    def _asked(self) -> CallSettings:
-        return CallSettings(**vars(self.settings), fixed_plan=self.fixed_plan, compiler=self.compiler)
+    def _real_call(self, u0: State) -> RealCall:
+        asked = CallSettings(**vars(self.settings), fixed_plan=self.fixed_plan, compiler=self.compiler)
+        with preparation(communicator(asked.partition)) as preparing:
+            call = real_call(self.func, u0, asked, self._of_real_views)
+            preparing.later()
+        return call
 
     def __getattr__(self, name: str) -> Any:
         """Return a field of `settings`, or what torch keeps under the name."""
@@ -334,7 +352,10 @@ class NeuralODE(nn.Module):
         return f"method={chosen.method!r}, step_size={chosen.step_size}{control}"
 
 
-def _halves(outputs: Parts, solve: Solve, func: Function, layout: StateLayout, t: Times) -> tuple[Any, Any]:
+def _halves(
+    call: RealCall, outputs: Parts, solve: Solve, func: Function, layout: StateLayout, t: Times
+) -> tuple[Any, Any]:
     """Return the outputs of a solve of tangents: the values, and their tangents."""
     half = len(outputs) // 2
-    return as_asked(outputs[:half], solve, func, layout, t), as_asked(outputs[half:], solve, func, layout, t)
+    values, tangents = (as_asked(part, solve, func, layout, t) for part in (outputs[:half], outputs[half:]))
+    return call.outputs(values), call.outputs(tangents)

@@ -15,6 +15,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import methods
 from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.given_options import check_options, without_adaptation
+from pnode_dist.ode.jumps import check_times_off_jumps, checked_jumps
 from pnode_dist.ode.kept_solvers import KeptSolvers
 from pnode_dist.ode.newton_choice import chosen_newton
 from pnode_dist.ode.recomputation.bindings import Bindings
@@ -28,7 +29,7 @@ from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, for_method, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
 from pnode_dist.ode.rhs.observed import in_form_of, separated
-from pnode_dist.ode.rhs.parameters import find_parameters, independent
+from pnode_dist.ode.rhs.parameters import find_parameters, independent, real_numbers
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import in_compute_type
 from pnode_dist.ode.settings import CallSettings, Times
@@ -39,7 +40,7 @@ from pnode_dist.ode.steppers.preconditioner import BlockInverse
 from pnode_dist.ode.steppers.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.steppers.tolerances import check_shapes
 from pnode_dist.ode.time_grid import check_step_size, divided, output_times
-from pnode_dist.ode.time_rounding import rounding_of
+from pnode_dist.ode.time_rounding import DOUBLE, rounding_of
 from pnode_dist.system.torch_internals import TRACES_OBJECTS
 
 
@@ -76,10 +77,12 @@ def _prepared_with(
     check_step_size(settings.step_size)
     check_policy(settings.on_mismatch)
     control = settings.control()
+    jumps = checked_jumps(settings.jumps)
     grid = settings.grid
     if grid is None and control is None:
         step_size = settings.step_size
-        grid = divided(times, None) if step_size is None else divided(times, step_size, rounding_of(t, times))
+        rounding = DOUBLE if step_size is None else rounding_of(t, times)
+        grid = divided(times, step_size, rounding, jumps)
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
@@ -89,10 +92,12 @@ def _prepared_with(
     if not isinstance(trajectory, CheckpointBudget):
         raise ConfigurationError(f"trajectory = {trajectory!r}: must be a pnode_dist.Trajectory, or None")
     parameters = independent(find_parameters(whole, (*args, *(settings.params or ()))))
-    sizes = tuple(parameter.numel() for parameter in parameters.tensors)
+    sizes = tuple(map(real_numbers, parameters.tensors))
     check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
     needs_time_gradient = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
+    if needs_time_gradient:
+        check_times_off_jumps(times, jumps)
     # The gradient with respect to times needs two more parameters: the size and the start of a step.
     sizes = (*sizes, 1, 1) if needs_time_gradient else sizes
     tensors = (*parts, *parameters.tensors, *((t,) if needs_time_gradient else ()))
@@ -204,6 +209,7 @@ def _prepared_with(
         settings.on_mismatch,
         agreed,
         settings.callbacks,
+        jumps,
         settings.compiler if compiles_steps else None,
         took,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,13 +22,6 @@ from pnode_dist.ode.rhs.layout import Parts, State, layout_of
 from pnode_dist.ode.rhs.observed import Form, Observed, flattened, separated
 from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solver import communicator
-
-
-class Integrated(NamedTuple):
-    """The outputs `u` of a solve, and the `integral` of its running cost from the first time up to those of `u`."""
-
-    u: Any
-    integral: Any
 
 
 class WithCost:
@@ -98,6 +91,8 @@ def with_cost(
         start = torch.as_tensor(t[0]).detach().to(layout.device, layout.dtype)
         with torch.no_grad():
             form, costs = flattened(cost(start, layout.as_state(parts), *args), "integrate")
+        if any(one.is_complex() for one in costs):
+            raise TypeError("integrate returned complex numbers: must return real ones, see torch.view_as_real")
         zeros = tuple(torch.zeros(one.shape, dtype=layout.dtype, device=layout.device) for one in costs)
         preparing.later()
     key = (id(plain), id(cost), layout.is_tuple)

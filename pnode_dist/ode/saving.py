@@ -18,6 +18,13 @@ _KINDS = ("times", "last", "steps")
 _ALLOWED = "must be 'times', 'last', 'steps', a number n for every n-th step, or a tuple of these"
 
 
+class Integrated(NamedTuple):
+    """The outputs `u` of a solve, and the `integral` of its running cost from the first time up to those of `u`."""
+
+    u: Any
+    integral: Any
+
+
 class Saved(NamedTuple):
     """The outputs of a solve that saves steps: their times `[n]`, and the states or observations `[n, ...]`."""
 
@@ -98,13 +105,18 @@ def times_of_saved(steps: Sequence[int], grid: TimeGrid | None, t: torch.Tensor 
     times = t if isinstance(t, torch.Tensor) else torch.tensor(list(t), dtype=torch.float64)
     if grid is None:
         return times[:1].clone()
-    bounds, at = sorted(grid.outputs), times.detach().double().tolist()
-    numbers, shares = [], []
+    at = times.detach().double().tolist()
+    ends = {**grid.jumps, **{step: at[number] for step, number in grid.outputs.items()}}
+    bounds = sorted(ends)
+    numbers, shares, exact = [], [], []
     for step in steps:
-        number = min(bisect_right(bounds, step) - 1, len(bounds) - 2)
-        begin, end = at[number : number + 2]
-        numbers.append(number)
-        shares.append(1.0 if step == bounds[number + 1] else (grid.starts[step] - begin) / (end - begin))
-    index, share = torch.tensor(numbers), torch.tensor(shares, dtype=torch.float64).to(times)
-    first, second = times[index], times[index + 1]
-    return torch.where(share == 1, second, first + share * (second - first))
+        place = min(bisect_right(bounds, step) - 1, len(bounds) - 2)
+        first, last = bounds[place : place + 2]
+        time = ends[step] if step in ends else grid.starts[step]
+        share = (time - ends[first]) / (ends[last] - ends[first])
+        # A jump that is no output time does not move.
+        shares.append([(1 - share) * (first in grid.outputs), share * (last in grid.outputs)])
+        numbers.append([grid.outputs.get(end, 0) for end in (first, last)])
+        exact.append(time)
+    moving = (torch.tensor(shares, dtype=torch.float64).to(times) * times[torch.tensor(numbers)]).sum(-1)
+    return torch.tensor(exact, dtype=torch.float64).to(times) + (moving - moving.detach())

@@ -60,12 +60,12 @@ class SegmentGrid:
 def divided_into_segments(grid: TimeGrid, most: int, ends: Iterable[int] = ()) -> SegmentGrid:
     """Divide the steps between outputs into as few segments as possible, of at most `most` steps and similar length.
 
-    Segments end before the steps `ends` as well, and at the output times of the grid.
+    Segments end before the steps `ends` as well, at the output times of the grid, and at jumps of f.
     """
     if most == 1:
         return SegmentGrid(grid, tuple(range(grid.steps + 1)))
     bounds = [0]
-    for begin, end in pairwise(sorted({0, grid.steps, *grid.outputs, *ends})):
+    for begin, end in pairwise(sorted({0, grid.steps, *grid.outputs, *grid.jumps, *ends})):
         pieces = -(-(end - begin) // most)
         bounds += [begin + (end - begin) * piece // pieces for piece in range(1, pieces + 1)]
     return SegmentGrid(grid, tuple(bounds))

@@ -89,6 +89,10 @@ class SolverSettings:
     newton: str = "auto"
     """The solver of the equations of implicit methods: `petsc`, or `batch` for samples (the first axis of the state) of
     few components that do not depend on one another. `auto` chooses `batch` where it can."""
+    jumps: Times | None = None
+    """Times at which func jumps or has a kink. A step ends at each of them that lies between the output times. func
+    gets the next number before a jump in the step that ends there, and the next number after it in the step that
+    begins there. Error control starts anew. Jumps are constant: they have no gradient."""
 
 
 class SolverKeywords(TypedDict, total=False):
@@ -115,6 +119,7 @@ class SolverKeywords(TypedDict, total=False):
     on_mismatch: str
     preserve_rng_state: bool
     newton: str
+    jumps: Times | None
 
 
 KEYWORDS = tuple(field.name for field in fields(SolverSettings))

@@ -53,6 +53,7 @@ class Solve:
     `observing` observes these states, None if they are returned themselves, and `consumer` takes the outputs while the
     solve goes on. `surroundings` holds f's inputs besides its
     arguments. `on_mismatch` is the action if a recomputed step differs: `raise`, `warn` or `ignore`.
+    `jumps` are times at which f jumps: with `control` steps end there, and `grid` has them otherwise.
     `agreed` is the agreement of all ranks on this solve, None on one rank. `callbacks` are called at each step.
     `has_trajectory`: a forward pass has stored everything that a backward pass needs.
     `outcome` is the fingerprint of the result, set if torch.utils.checkpoint may recompute this solve.
@@ -78,6 +79,7 @@ class Solve:
     on_mismatch: str = "raise"
     agreed: Agreed | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
+    jumps: tuple[float, ...] = ()
     compiler: Compiler | None = None
     took: Times | None = None
     has_trajectory: bool = field(default=False, init=False)
@@ -149,6 +151,7 @@ class Solve:
     def advance(self, unit: int, recompute: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         self.solver.stepper.fingerprints = self.guard is not None
+        self._enter(unit)
         if not self._use_first_step():
             with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
                 self.solver.stepper.advance(self.segments[unit])
@@ -158,6 +161,7 @@ class Solve:
         safe_points.between_steps(self.solver.stepper.comm)
         # A step whose tape is kept from the forward pass is never recomputed: it needs no fingerprint.
         self.solver.stepper.fingerprints = self.guard is not None and recompute
+        self._enter(unit)
         tape = self._use_first_step()
         if not tape:
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
@@ -215,6 +219,7 @@ class Solve:
         safe_points.between_steps(self.solver.stepper.comm)
         segment, tape = self.segments[unit], self.tapes.pop(unit)
         self.pull_back_observation(segment.first + len(segment))
+        self._enter(unit)
         with log.event(log.ADJOINT_STEP, self.logs):
             found = self.solver.stepper.pull_back(segment, tape)
         for step, (by_size, by_start) in enumerate(found, start=segment.first):
@@ -235,6 +240,10 @@ class Solve:
         if found is not None:
             self.solver.stepper.add_to_adjoint(found)
 
+    def _enter(self, unit: int) -> None:
+        """Evaluate f between the jumps before and after a segment."""
+        self.bound.smooth_interval = self.steps.smooth_interval(self.segments.bounds[unit])
+
     def _use_first_step(self) -> Tape | None:
         if self.first_step is None:
             return None
@@ -248,6 +257,7 @@ class Solve:
         """Bind the right-hand side to the stepper, which other solves share."""
         stepper = self.solver.stepper
         stepper.bind(self.bound)
+        self.bound.smooth_interval = None if self.grid is None or not self.grid.steps else self.grid.smooth_interval(0)
         stepper.fingerprints, stepper.fingerprint = self.guard is not None, None
         if isinstance(stepper, ExplicitStepper):
             stepper.compiled = self.compiled

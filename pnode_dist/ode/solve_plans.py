@@ -12,7 +12,7 @@ from pnode_dist.checkpointing.budget import CheckpointBudget, ScratchError, Slot
 from pnode_dist.checkpointing.plan import Plan, Plans, best, needs_costs
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.ode.probe import measured_tape, probe
-from pnode_dist.ode.segments import divided_into_segments
+from pnode_dist.ode.segments import SegmentGrid, divided_into_segments
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
@@ -72,7 +72,7 @@ def compile_steps(solve: Solve, initial: tuple[torch.Tensor, ...]) -> None:
     stepper.current.set(initial)
     try:
         if solve.grid is not None and solve.grid.steps:
-            segments = divided_into_segments(solve.grid, steps_per_segment(solve), solve.saved)
+            segments = divided_for(solve)
             if solve.compiled is not None:
                 with solve.carried.aside():
                     stepper.advance(segments[0])
@@ -93,7 +93,7 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
     """
     solver, stepper = solve.solver, solve.solver.stepper
     if solve.divided is None:
-        solve.divided = divided_into_segments(solve.steps, steps_per_segment(solve), solve.saved)
+        solve.divided = divided_for(solve)
     units, first = solve.divided.segments, solve.divided[0]
     slots = slots or slots_of(solve, units)
     budget = _without_disk(solver.trajectory) if solver.disk_is_lost else solver.trajectory
@@ -125,6 +125,13 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
         solve.carried.restart()
     tape_bytes = solver.costs.levels[budget.level].bytes + solve.observed_bytes
     return best(budget, slots, steps, tape_bytes, solver.costs, segment, units)
+
+
+def divided_for(solve: Solve) -> SegmentGrid:
+    """Return the segments of a solve, see `steps_per_segment`. Compiled ones leave out the steps next to jumps."""
+    most, grid = steps_per_segment(solve), solve.steps
+    beside = {step + side for step in grid.jumps for side in (-1, 1)} & set(range(grid.steps)) if most > 1 else ()
+    return divided_into_segments(grid, most, {*beside, *solve.saved})
 
 
 def steps_per_segment(solve: Solve) -> int:

@@ -289,7 +289,7 @@ class Call:
         serves = original.requires_grad and not is_wrapped(original)
         if serves and (original.is_leaf or not self.asked.transformed) and _same(original, value):
             return original
-        return value.detach().requires_grad_() if value.is_floating_point() else value
+        return value.detach().requires_grad_() if value.is_floating_point() or value.is_complex() else value
 
 
 @contextmanager

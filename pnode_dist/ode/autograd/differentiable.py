@@ -250,7 +250,7 @@ def tangent_call_of(
     numbers = tuple(
         number
         for number, (parameter, direction) in enumerate(zip(parameters, of_parameters, strict=True))
-        if (direction is not None or call.asked.ranks > 1) and parameter.is_floating_point()
+        if (direction is not None or call.asked.ranks > 1) and (parameter.is_floating_point() or parameter.is_complex())
     )
     tangent = call.tangent(numbers, keeps, keeps if by_directions is None else by_directions)
     inputs = (

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
+from pnode_dist.ode.jumps import SmoothInterval
 from pnode_dist.ode.recomputation.carried import NOTHING_CARRIED, Carried, Mark
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.recomputation.guard import Guard
@@ -47,6 +48,7 @@ class BoundFunction:
     `watched`: no tensor is known to require a gradient, but one may be asked for. Check every evaluation for inputs
     that the search for parameters has missed.
     `needs_time_gradient`: compute the gradient with respect to the evaluation times too.
+    `smooth_interval`: f is evaluated inside this interval between jumps; None without jumps.
     `checks_parameters`: check once that a module's graph depends on its named parameters alone. A plain function is
     checked at every evaluation.
     `logs`: PETSc's log is active.
@@ -76,6 +78,7 @@ class BoundFunction:
     coupled: bool | None = None
     carried: Carried = NOTHING_CARRIED
     guard: Guard | None = None
+    smooth_interval: SmoothInterval | None = None
     evaluations: int = 0
     vjps: int = 0
     jvps: int = 0
@@ -119,6 +122,8 @@ class BoundFunction:
         if not isinstance(time, torch.Tensor):
             # Made anew for each step: small tensors that stay would fragment the memory for states.
             time = torch.scalar_tensor(time, dtype=layout.compute_dtype, device=layout.device)
+        if self.smooth_interval is not None:
+            time = self.smooth_interval.inside(time)
         if self.compiled:
             func = self.compiled.get(id(func), func)
         if self._plain and not layout.is_tuple:
@@ -284,8 +289,8 @@ def _check_type(value: torch.Tensor, layout: StateLayout) -> None:
     """Raise `TypeError` for values that cannot be converted to the state's type without loss, or only by mistake."""
     if not value.dtype.is_floating_point:
         raise TypeError(
-            f"func returned {value.dtype} for a state of {layout.dtype}: du/dt must be of a real floating type (write "
-            "a complex state as two real parts, see torch.view_as_real)"
+            f"func returned {value.dtype} for a state of {layout.dtype}: du/dt must be of a real floating type (for a "
+            "complex state u0 must be complex)"
         )
 
 

@@ -161,6 +161,11 @@ class Parameters:
     shares_graph: bool
 
 
+def real_numbers(parameter: torch.Tensor) -> int:
+    """Return the number of real numbers in a parameter, two for each complex one."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
 def independent(tensors: Iterable[torch.Tensor]) -> Parameters:
     """Replace intermediate results that were computed from other parameters by their leaves.
 

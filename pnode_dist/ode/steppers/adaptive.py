@@ -6,8 +6,9 @@ The adjoint needs only the starts and sizes of the accepted steps. Recomputed st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError, StepSizeError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
+from pnode_dist.ode.jumps import SmoothInterval
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.recomputation.carried import Carried
 from pnode_dist.ode.rhs.layout import Parts
@@ -25,6 +27,7 @@ from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
+from pnode_dist.ode.time_grid import Stop
 from pnode_dist.petsc import unwinding, vectors
 
 _MOST_REJECTIONS = 100
@@ -185,7 +188,8 @@ class ExplicitAttempts:
         ts.setTime(attempt.direction * time)
         ts.setTimeStep(attempt.direction * size)
         ts.setStepNumber(number)
-        if self._fresh or (self._rejected and stepper.method.fsal):
+        # Between compiled and other steps the last slope is evaluated anew, because its tape is of the other kind.
+        if self._fresh or (stepper.method.fsal and (self._rejected or not attempt.slopes)):
             ts.restartStep()
         try:
             with torch.no_grad(), stepper.errors_of_func():
@@ -223,36 +227,40 @@ class ExplicitAttempts:
 
 @dataclass(frozen=True)
 class AcceptedStep:
-    """Step `number` from `start` by `size`. `output` is the number of the output that it ends at, or None."""
+    """Step `number` from `start` by `size`. `stop` is the output time or the jump that it ends at, or None."""
 
     number: int
     start: float
     size: float
-    output: int | None
+    stop: Stop | None
     tape: Tape | None
 
 
 def integrate(
     adaptive: AdaptiveStepper,
-    times: tuple[float, ...],
+    stops: Sequence[Stop],
     control: ErrorControl,
     before: Callable[[int, float], bool],
     after: Callable[[AcceptedStep], None],
     carried: Carried,
+    enter: Callable[[SmoothInterval | None], None],
 ) -> int:
-    """Step through `times`, and end a step at each of them. Returns the number of rejected attempts. Collective.
+    """Step through `stops`, and end a step at each of them. Returns the number of rejected attempts. Collective.
 
-    `before(number, time)` is called before each step, and returns True to record its tape. `after` is called after each
-    accepted step. Raises `StepSizeError` if a step becomes too small to change the time, or if there are more attempts
+    The control starts anew at each jump. `before(number, time)` is called before each step, and returns True to record
+    its tape. `after` is called after each accepted step, and `enter` before the first step of each interval between
+    jumps. Raises `StepSizeError` if a step becomes too small to change the time, or if there are more attempts
     between two outputs than a step rule allows.
     """
-    adaptive.begin(control)
-    time, number, rejected = times[0], 0, 0
+    time, number, rejected, wanted = stops[0].time, 0, 0, math.nan
     try:
-        with carried.aside():
-            wanted = control.first_size or adaptive.first_size(time, times[1] - time)
-        for output, target in enumerate(times[1:], start=1):
-            attempts = 0
+        for last, stop in pairwise(stops):
+            attempts, target = 0, stop.time
+            if last.is_jump or number == 0:
+                enter(last.after)
+                adaptive.begin(control)
+                with carried.aside():
+                    wanted = control.first_size or adaptive.first_size(time, target - time)
             while time != target:
                 if control.rule is not None and attempts >= control.rule.max_num_steps:
                     raise StepSizeError(
@@ -262,7 +270,7 @@ def integrate(
                 tape: Tape | None = [] if before(number, time) else None
                 size, wanted, rejections = _accepted(adaptive, number, time, target, wanted, tape)
                 lands = size == target - time
-                after(AcceptedStep(number, time, size, output if lands else None, tape))
+                after(AcceptedStep(number, time, size, stop if lands else None, tape))
                 time = target if lands else time + size
                 number += 1
                 rejected += rejections

@@ -101,6 +101,12 @@ class ExplicitStepper(Stepper):
             )
         self.bound = bound
 
+    def runs_compiled(self, segment: Segment) -> bool:
+        """Return True if compiled code may take these steps: it evaluates f at jumps too, on no certain side."""
+        interval, dtype = self.bound_function.smooth_interval, self.layout.compute_dtype
+        end = segment.starts[-1] + segment.sizes[-1]
+        return interval is None or (interval.holds(segment.starts[0], dtype) and interval.holds(end, dtype))
+
     @property
     def joins(self) -> bool:
         """True if the steps of a segment are recorded as one graph, False if each of their stages is."""
@@ -115,7 +121,7 @@ class ExplicitStepper(Stepper):
         state = self.current.parts
         self.stepping = True
         try:
-            if self.compiled is not None:
+            if self.compiled is not None and self.runs_compiled(segment):
                 state = self.compiled.advance(self.bound_function, segment, state)
             else:
                 state = self._without_tape(segment, state)
@@ -148,7 +154,7 @@ class ExplicitStepper(Stepper):
 
     def _with_tape(self, segment: Segment, before: Parts, level: str) -> tuple[Parts, Tape]:
         bound, layout = self.bound_function, self.layout
-        if self.compiled is not None:
+        if self.compiled is not None and self.runs_compiled(segment):
             if level == "stages":
                 return self.compiled.advance(bound, segment, before), [CompiledTape(before)]
             after, compiled = self.compiled.record(bound, segment, before)

@@ -17,6 +17,7 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.linearisation import Part, Place, Point
 from pnode_dist.ode.rhs.mass import MassMatrix
+from pnode_dist.ode.rhs.parameters import real_numbers
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.steppers.base import (
     PetscOptions,
@@ -286,9 +287,15 @@ class ImplicitStepper(SingleStepper):
 
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`."""
-        sizes = [shape.numel() for shape in shapes]
+        assert self.function.bound is not None
+        parameters = self.function.bound.parameters.tensors[: len(shapes)]
+        sizes = [*map(real_numbers, parameters)]
         pieces = torch.split(self._parameter_gradient[: sum(sizes)].clone(), sizes)
-        gradient = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        numbers = [
+            torch.view_as_complex(piece.view(-1, 2)) if parameter.is_complex() else piece
+            for piece, parameter in zip(pieces, parameters, strict=True)
+        ]
+        gradient = [piece.view(shape) for piece, shape in zip(numbers, shapes, strict=True)]
         return self.layout.parts(self._adjoint.clone()), gradient
 
     def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:

@@ -57,6 +57,7 @@ def neural_ode(
         on_mismatch=solver.on_mismatch,
         preserve_rng_state=solver.preserve_rng_state,
         newton=solver.newton,
+        jumps=solver.jumps or None,
         compile=solver.compile,
     )
 

@@ -242,3 +242,21 @@ LOST = _Lost()
 def test_missing_values_pass_through_an_observation() -> None:
     found = odeint(FUNC, U0, TIMES, step_size=0.1, observe=lambda t, u: u.sum() * math.nan)
     assert torch.isnan(found).all()
+
+
+def test_an_observation_of_a_complex_state_gets_and_returns_complex_numbers() -> None:
+    def turn(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return 1j * u
+
+    def squared(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return u * u
+
+    u0 = torch.complex(random(3), random(3, seed=2)).requires_grad_()
+    found = odeint(turn, u0, TIMES, step_size=0.1, observe=squared)
+    states = odeint(turn, u0, TIMES, step_size=0.1)
+    assert distance(torch.view_as_real(found), torch.view_as_real(states.square())) <= 1e-15
+    wanted = torch.autograd.grad(states.square().abs().sum(), u0)
+    assert distance(torch.autograd.grad(found.abs().sum(), u0), wanted) <= 1e-13
+    saved, cost = odeint(turn, u0, TIMES, step_size=0.1, save="steps", integrate=lambda t, u: u.abs().sum())
+    assert saved.u.dtype is torch.complex128
+    assert cost[-1].item() == pytest.approx(u0.abs().sum().item(), rel=1e-6)
