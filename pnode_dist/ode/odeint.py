@@ -111,9 +111,10 @@ def odeint(
         `t` holds the output times, strictly increasing or strictly decreasing. Each interval between them is divided
         into `ceil(|dt| / step_size)` equal steps of `method`, or one step if `step_size` is None. With `rtol` or `atol`
         (by default 1e-6 and 1e-9 beside the other one) the step size follows from an estimate of the error, by PETSc's
-        `adaptor` (see `ErrorControl`), and `step_size` is the size of the first step. If `t` has two times and neither
-        `step_size` nor tolerances are given, a warning reports a step that is far too long. The first such solve
-        evaluates `func` at two steps of half the size for this check.
+        `adaptor`, or "pid" with `pcoeff`, `icoeff` and `dcoeff` (see `ErrorControl`, `PidRule`). Then `first_step` or
+        `step_size` is the size of the first step, and `dt_min` and `dt_max` are bounds. `max_steps` limits the steps of
+        a solve. If `t` has two times and neither `step_size` nor tolerances are given, a warning reports a step that is
+        far too long. The first such solve evaluates `func` at two steps of half the size for this check.
 
     Method
         `method` is one of `pnode_dist.ode.methods.METHODS`, by default `rk4`, or `dopri5` with error control. Methods
