@@ -135,13 +135,27 @@ class SolverConfig(Table):
     """The time-stepping method, a name from `pnode-dist methods`."""
     step_size: Positive | None = None
     """The longest step, in the problem's units of time. Default: one step between output times. With error control it
-    is the first step, and the default is chosen from the problem."""
+    is another name of `first_step`."""
     rtol: Positive | None = None
     """Relative tolerance of error control. Steps have a fixed size unless `rtol` or `atol` is given."""
     atol: Positive | None = None
     """Absolute tolerance of error control, in the units of the solved state."""
-    adaptor: Literal["basic", "dsp"] = "basic"
-    """PETSc's controller of the step size, for error control."""
+    adaptor: Literal["basic", "dsp", "pid"] = "basic"
+    """The controller of the step size, for error control: PETSc's `basic` or `dsp`, or `pid` for explicit methods."""
+    pcoeff: Finite | None = None
+    """The proportional coefficient of `pid`, in diffrax's meaning. Default: 0."""
+    icoeff: Finite | None = None
+    """The integral coefficient of `pid`. Default: 1."""
+    dcoeff: Finite | None = None
+    """The derivative coefficient of `pid`. Default: 0."""
+    first_step: Positive | None = None
+    """The first step with error control. Default: chosen from the problem."""
+    dt_min: Positive | None = None
+    """The least size with error control. A step of this size that is rejected ends the solve with an error."""
+    dt_max: Positive | None = None
+    """The longest step with error control."""
+    max_steps: Count | None = None
+    """The most steps of a solve, rejected ones included. More are an error."""
     preconditioner: Literal["none", "block", "assembled"] = "none"
     """Preconditioner of the linear systems of implicit methods. `block` inverts the Jacobian of each sample exactly.
     `assembled` builds the sparse Jacobian on a grid for PETSc's own preconditioners, which

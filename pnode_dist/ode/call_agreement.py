@@ -214,6 +214,7 @@ def _described(call: str, facts: Facts, failure: tuple[str, str] | None = None) 
     return Description(call, found, summary.replace("torch.", ""), agreement.place_in_program(), failure)
 
 
+_OF_STEPS = ("pcoeff", "icoeff", "dcoeff", "first_step", "dt_min", "dt_max", "max_steps")
 _OF_BUDGET = ("keep", "schedule", "checkpoint_dtype", "ram_slots", "disk_slots", "on_spill_error")
 
 
@@ -242,6 +243,7 @@ def facts(
         ("rtol", _in_words(settings.rtol)),
         ("atol", _in_words(settings.atol)),
         ("adaptor", settings.adaptor if settings.rule is None else str(settings.rule)),
+        *((name, getattr(settings, name)) for name in _OF_STEPS),
         ("func", _form(func)),
         ("mass", "none" if settings.mass is None else "given"),
         ("preconditioner", _name(settings.preconditioner)),

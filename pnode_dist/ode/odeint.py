@@ -116,10 +116,11 @@ def odeint(
         `t` holds the output times, strictly increasing or strictly decreasing. Each interval between them is divided
         into `ceil(|dt| / step_size)` equal steps of `method`, or one step if `step_size` is None. With `rtol` or `atol`
         (by default 1e-6 and 1e-9 beside the other one) the step size follows from an estimate of the error, by PETSc's
-        `adaptor` (see `ErrorControl`), and `step_size` is the size of the first step. If `t` has two times and neither
-        `step_size` nor tolerances are given, a warning reports a step that is far too long. The first such solve
-        evaluates `func` at two steps of half the size for this check. Steps also end at `jumps`, times at which func is
-        not smooth, and func is evaluated on the step's side of them.
+        `adaptor`, or "pid" with `pcoeff`, `icoeff` and `dcoeff` (see `ErrorControl`, `PidRule`). Then `first_step` or
+        `step_size` is the size of the first step, and `dt_min` and `dt_max` are bounds. `max_steps` limits the steps of
+        a solve. If `t` has two times and neither `step_size` nor tolerances are given, a warning reports a step that is
+        far too long. The first such solve evaluates `func` at two steps of half the size for this check. Steps also end
+        at `jumps`, times at which func is not smooth, and func is evaluated on the step's side of them.
 
     Method
         `method` is one of `pnode_dist.ode.methods.METHODS`, by default `rk4`, or `dopri5` with error control. Methods
@@ -131,6 +132,15 @@ def odeint(
         `newton` chooses the solver of the equations: "petsc", or "batch" for samples (the first axis of the state) of
         at most 48 components that do not depend on one another. Their dense systems are then factored at once. "auto"
         is "batch" where that is possible.
+
+    Outputs
+        The outputs are the states at the times `t`. `save` chooses others: `"last"` (short: `last_only`), all accepted
+        `"steps"`, every n-th step, or several of these; with steps a `Saved(t, u)` is returned, the times too. With
+        `observe` the outputs are h(t, u, *args) in place of u, and take the memory of that: the backward pass
+        recomputes the states. `integrate` adds the integrals of a running cost, by the quadrature of an explicit
+        method, as `Integrated(u, integral)`. `on_output(t, u)` takes each output while the solve goes on, without a
+        gradient; then nothing is returned. Observations and costs have parameters and communicate as `func` does, and
+        must be functions of their arguments and parameters alone.
 
     Ranks and memory
         `partition` defines the distribution of the state over ranks; with None each rank has a state of its own.
@@ -162,7 +172,7 @@ class NeuralODE(nn.Module):
 
     The keyword arguments are those of `odeint`: the fields of `settings`, a `SolverSettings`. Each is an attribute of
     the module too, and may be changed between calls: `node.method = "dopri5"` replaces `settings` by a changed copy.
-    `forward(u0, t, *args)` returns `[len(t), *u0.shape]`, or `u0.shape` with `last_only`. `last_solve` holds the counts
+    `forward(u0, t, *args)` returns the outputs of `odeint`. `last_solve` holds the counts
     of the last call, and after its backward pass also those of that. `last_plan` is the plan of the last call, None
     without gradients or with error control. Set `fixed_plan` to one of the candidates of `plan` to use it for all
     solves.

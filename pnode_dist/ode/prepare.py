@@ -11,7 +11,7 @@ import torch
 from pnode_dist.checkpointing import budget
 from pnode_dist.checkpointing.budget import CheckpointBudget, slot_bounds
 from pnode_dist.checkpointing.statistics import SolveStatistics
-from pnode_dist.errors import ConfigurationError
+from pnode_dist.errors import ConfigurationError, StepSizeError
 from pnode_dist.ode import methods
 from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.given_options import check_options, without_adaptation
@@ -32,7 +32,7 @@ from pnode_dist.ode.rhs.observed import in_form_of, separated
 from pnode_dist.ode.rhs.parameters import find_parameters, independent, real_numbers
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import in_compute_type
-from pnode_dist.ode.settings import CallSettings, Times
+from pnode_dist.ode.settings import CallSettings, Times, without_control
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
 from pnode_dist.ode.solver_key import Same, contents_of, object_key
@@ -83,6 +83,8 @@ def _prepared_with(
         step_size = settings.step_size
         rounding = DOUBLE if step_size is None else rounding_of(t, times)
         grid = divided(times, step_size, rounding, jumps)
+        if settings.max_steps is not None and grid.steps > settings.max_steps:
+            raise StepSizeError(f"max_steps = {settings.max_steps}: t and step_size make {grid.steps} steps")
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
@@ -270,7 +272,8 @@ def settings_of_tangents(
         # Name the method: the default differs with and without error control.
         name = solve.solver.stepper.method.name
         options = without_adaptation(settings.options)
-        settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name, options=options)
+        settings = without_control(settings)
+        settings = replace(settings, grid=solve.grid, method=name, options=options)
     if settings.mass is not None:
         masses = tuple(settings.mass) if isinstance(settings.mass, tuple | list) and is_tuple else (settings.mass,)
         settings = replace(settings, mass=masses * copies)

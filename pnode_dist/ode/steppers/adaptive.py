@@ -23,10 +23,11 @@ from pnode_dist.ode.recomputation.carried import Carried
 from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.steppers.attempt import Attempt, CompiledAttempt, First, attempted
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, options_database
+from pnode_dist.ode.steppers.error_estimate import largest_component, tolerated
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError
 from pnode_dist.ode.steppers.tape import Tape
-from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
+from pnode_dist.ode.steppers.tolerances import ErrorControl, StepLimits, Tolerances
 from pnode_dist.ode.time_grid import Stop
 from pnode_dist.petsc import unwinding, vectors
 
@@ -61,6 +62,10 @@ class AdaptiveStepper(Protocol):
 
     def first_size(self, time: float, span: float) -> float:
         """Choose the size of the first step, for a solve of length `span`. Collective on the communicator."""
+        ...
+
+    def rejection(self) -> str:
+        """Describe the error of the last attempt, which was rejected. Collective on the communicator."""
         ...
 
 
@@ -138,6 +143,7 @@ class ExplicitAttempts:
         self.first_size = self._tolerances.first_size
         self._fresh, self._rejected = True, False
         self._first: First | None = None
+        self._last: tuple[float, Attempt | CompiledAttempt] | None = None
         self._options = {**options, "ts_adapt_type": adaptor, "ts_rk_type": method.petsc_name}
         self._unread = set(options) - read_at_set_up(options)
         self._ts = self._create_ts()
@@ -167,8 +173,8 @@ class ExplicitAttempts:
         self._tolerances.take(control, self._ts)
 
     def end(self) -> None:
-        """End a solve, and drop the evaluation that is kept for the next step."""
-        self._first = None
+        """End a solve, and drop the evaluations that are kept for the next step."""
+        self._first = self._last = None
         self._stages.end()
 
     def destroy(self) -> None:
@@ -181,6 +187,7 @@ class ExplicitAttempts:
     def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`."""
         stepper, ts = self._stepper, self._ts
+        self._last = None
         # PETSc's time of the last stage can differ from the next step's in the last bit, and so could f.
         attempt = attempted(stepper, time, size, end, tape is not None, self._first)
         self._stages.start(attempt, self._rejected)
@@ -204,6 +211,7 @@ class ExplicitAttempts:
                 raise
             # The norm of the error is NaN on all ranks alike. The state is unchanged.
             self._replace_ts()
+            self._last = size, attempt
             return False, math.nan
         self._stages.end()
         self._fresh = False
@@ -211,9 +219,20 @@ class ExplicitAttempts:
         proposed = attempt.direction * ts.getTimeStep()
         self._rejected = not accepted
         if not accepted:
+            self._last = size, attempt
             ts.setConvergedReason(PETSc.TS.ConvergedReason.ITERATING)
         self._first = attempt.accept(tape) if accepted else attempt.first_again()
         return accepted, proposed
+
+    def rejection(self) -> str:
+        """See `AdaptiveStepper.rejection`."""
+        assert self._last is not None
+        stepper, (size, attempt) = self._stepper, self._last
+        with torch.no_grad():
+            scales = tolerated(stepper.current.parts, attempt.result, *self._tolerances.of_parts())
+            return largest_component(
+                stepper.comm, stepper.tableau, size, attempt.slopes, scales, stepper.layout.is_tuple
+            )
 
     def _replace_ts(self) -> None:
         """Make a new TS, because the present one cannot be used after an error in its step."""
@@ -249,10 +268,10 @@ def integrate(
 
     The control starts anew at each jump. `before(number, time)` is called before each step, and returns True to record
     its tape. `after` is called after each accepted step, and `enter` before the first step of each interval between
-    jumps. Raises `StepSizeError` if a step becomes too small to change the time, or if there are more attempts
-    between two outputs than a step rule allows.
+    jumps. Raises `StepSizeError` if a step becomes too small to change the time or smaller than `dt_min`, and for
+    more attempts than `max_steps`, or between two outputs than a step rule allows.
     """
-    time, number, rejected, wanted = stops[0].time, 0, 0, math.nan
+    time, number, rejected, wanted, limits = stops[0].time, 0, 0, math.nan, control.limits
     try:
         for last, stop in pairwise(stops):
             attempts, target = 0, stop.time
@@ -260,7 +279,7 @@ def integrate(
                 enter(last.after)
                 adaptive.begin(control)
                 with carried.aside():
-                    wanted = control.first_size or adaptive.first_size(time, target - time)
+                    wanted = limits.within(control.first_size or adaptive.first_size(time, target - time))
             while time != target:
                 if control.rule is not None and attempts >= control.rule.max_num_steps:
                     raise StepSizeError(
@@ -268,7 +287,9 @@ def integrate(
                         f"at t = {time:.6g}"
                     )
                 tape: Tape | None = [] if before(number, time) else None
-                size, wanted, rejections = _accepted(adaptive, number, time, target, wanted, tape)
+                size, wanted, rejections = _accepted(
+                    adaptive, limits, Place(number, rejected, time, target), wanted, tape
+                )
                 lands = size == target - time
                 after(AcceptedStep(number, time, size, stop if lands else None, tape))
                 time = target if lands else time + size
@@ -280,26 +301,51 @@ def integrate(
     return rejected
 
 
+@dataclass(frozen=True)
+class Place:
+    """Step `number` from `time` towards the output time `target`, after so many `rejected` attempts of all steps."""
+
+    number: int
+    rejected: int
+    time: float
+    target: float
+
+    def failed(self, size: float, reason: str) -> StepSizeError:
+        """Return the error of an attempt of this `size`."""
+        return StepSizeError(f"step {self.number} at t = {self.time:.6g}: its size fell to {abs(size):.3g} {reason}")
+
+
 def _accepted(
-    adaptive: AdaptiveStepper, number: int, time: float, target: float, wanted: float, tape: Tape | None
+    adaptive: AdaptiveStepper, limits: StepLimits, place: Place, wanted: float, tape: Tape | None
 ) -> tuple[float, float, int]:
-    """Attempt step `number` until it is accepted. Returns its size, the next size, and the number of rejections."""
+    """Attempt a step until it is accepted. Returns its size, the next size, and the number of rejections."""
+    time, target = place.time, place.target
     size = _fitted(wanted, target - time)
     for rejections in range(_MOST_REJECTIONS):
+        done = place.number + place.rejected + rejections
+        if limits.max_steps is not None and done >= limits.max_steps:
+            raise StepSizeError(
+                f"max_steps = {limits.max_steps}: more steps are needed at t = {time:.6g}, where the next one has the "
+                f"size {abs(size):.3g}; {place.rejected + rejections} of {done} were rejected"
+            )
         lands = size == target - time
-        accepted, proposed = adaptive.attempt(number, time, size, target if lands else time + size, tape)
+        accepted, proposed = adaptive.attempt(place.number, time, size, target if lands else time + size, tape)
         if accepted:
             # A step that was shortened to end at an output time does not limit the next one.
             cut = lands and abs(proposed) >= abs(size)
-            return size, max(abs(proposed), wanted) if cut else abs(proposed), rejections
+            return size, limits.within(max(abs(proposed), wanted) if cut else abs(proposed)), rejections
         wanted = 0.0
+        if abs(size) <= limits.dt_min:
+            raise place.failed(size, f"and dt_min = {limits.dt_min!r} allows no smaller one: {adaptive.rejection()}")
         # If f is NaN there is no estimate either.
         size = proposed if math.isfinite(proposed) and abs(proposed) < abs(size) else size / 4
+        size = math.copysign(max(abs(size), limits.dt_min), size)
         if abs(size) <= _SMALLEST_RATIO * abs(time):
             break
-    raise StepSizeError(
-        f"step {number} at t = {time:.6g}: its size fell to {abs(size):.3g} without the error estimate meeting rtol "
-        "and atol: the problem may be stiff, discontinuous or infinite there"
+    raise place.failed(
+        size,
+        f"without the error estimate meeting rtol and atol ({adaptive.rejection()}): the problem may be stiff, "
+        "discontinuous or infinite there",
     )
 
 

@@ -19,6 +19,7 @@ from pnode_dist.ode.rhs.linearisation import Part, Place, Point
 from pnode_dist.ode.rhs.mass import MassMatrix
 from pnode_dist.ode.rhs.parameters import real_numbers
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.steppers.additive_tableau import petsc_tableau
 from pnode_dist.ode.steppers.base import (
     PetscOptions,
     SingleStepper,
@@ -159,7 +160,7 @@ class ImplicitStepper(SingleStepper):
     def set_up(self, ts: PETSc.TS) -> None:
         """Create the Vecs of `ts`, whose options are set. Collective."""
         function = self.function
-        function.solves_for_slope = self.method.petsc_name.startswith("es")
+        function.solves_for_slope = self.method.family == "dirk" and petsc_tableau(self.method).implicit[0][0] == 0
         if function.solves_for_slope:
             ts.getSNES().setInitialGuess(function.initial_guess)
         ts.setUp()

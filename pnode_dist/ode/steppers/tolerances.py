@@ -18,10 +18,44 @@ from pnode_dist.ode.steppers.base import Stepper
 from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks, StepRule
 from pnode_dist.petsc import vectors
 
-ADAPTORS = ("basic", "dsp")
+ADAPTORS = ("basic", "dsp", "pid")
 DEFAULT_RTOL, DEFAULT_ATOL = 1e-6, 1e-9
 
 Tolerance = float | State
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """The bounds of the steps of a solve.
+
+    - `dt_min`: a rejected step is not repeated with a smaller size. A step that ends at an output time may be shorter.
+    - `dt_max`: the longest step. `max_steps`: the most attempts, rejected ones included; None is no limit.
+
+    Raises `ConfigurationError` for bounds that exclude each other.
+    """
+
+    dt_min: float = 0.0
+    dt_max: float = math.inf
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dt_min <= self.dt_max:
+            raise ConfigurationError(f"dt_min = {self.dt_min!r}: must be at most dt_max = {self.dt_max!r}")
+
+    def within(self, size: float) -> float:
+        """Return a positive size within the bounds."""
+        return min(max(size, self.dt_min), self.dt_max)
+
+
+def is_positive(value: object) -> bool:
+    """Return True for a positive, finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def check_max_steps(most: int | None) -> None:
+    """Raise `ConfigurationError` for a limit that is not a positive integer."""
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ConfigurationError(f"max_steps = {most!r}: must be an integer, at least 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +64,12 @@ class ErrorControl:
 
     A step is accepted if the root mean square over all entries of error / (atol + rtol |u|) is at most 1.
     Tolerances are numbers, or tensors that broadcast to this rank's part of the state (for a tuple one for each part).
-    `adaptor` is PETSc's: `basic`, or `dsp` (digital signal processing control: Soederlind, ACM Trans. Math. Softw. 29,
-    2003). `first_size` is the size of the first step; with None it follows from f and its change (Hairer, Norsett &
-    Wanner, Solving ODEs I, II.4). A `rule` replaces PETSc's adaptor for explicit methods; then a tolerance may be zero,
-    and `callbacks` are called. `uncontrolled` parts at the end of the state have no part in the mean. Raises
-    `ConfigurationError` for tolerances that are not positive or an unknown adaptor.
+    `adaptor` is PETSc's `basic` or `dsp` (digital signal processing control: Soederlind, ACM Trans. Math. Softw. 29,
+    2003), or `pid` for a `rule`. `first_size` is the size of the first step; with None it follows from f and its change
+    (Hairer, Norsett & Wanner, Solving ODEs I, II.4). A `rule` replaces PETSc's adaptor for explicit methods; then a
+    tolerance may be zero, and `callbacks` are called. `uncontrolled` parts at the end of the state have no part in the
+    mean. `limits` are the bounds of the steps. Raises `ConfigurationError` for tolerances that are not positive or an
+    unknown adaptor.
     """
 
     rtol: Tolerance = DEFAULT_RTOL
@@ -44,6 +79,7 @@ class ErrorControl:
     rule: StepRule | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
     uncontrolled: int = 0
+    limits: StepLimits = StepLimits()
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -96,6 +132,15 @@ class Tolerances:
         self.give(ts)
         _destroy(before)
 
+    def of_parts(self) -> tuple[Sequence[torch.Tensor | float], Sequence[torch.Tensor | float]]:
+        """Return the relative and the absolute tolerance of each part of the state."""
+        layout = self._stepper.layout
+        rtol, atol = (
+            layout.parts(value) if isinstance(value, torch.Tensor) else (value,) * len(layout.shapes)
+            for value in self._values
+        )
+        return rtol, atol
+
     def destroy(self) -> None:
         """Destroy the Vecs of tolerances. Collective on the communicator."""
         _destroy(self._of_petsc)
@@ -144,15 +189,17 @@ def check_shapes(control: ErrorControl, layout: StateLayout) -> None:
             _spread(name, tolerance, layout, torch.empty(layout.size), control.uncontrolled)
 
 
-def of_parts(name: str, tolerance: Tolerance, layout: StateLayout) -> Sequence[torch.Tensor | float]:
+def of_parts(
+    name: str, tolerance: Tolerance, layout: StateLayout, uncontrolled: int = 0
+) -> Sequence[torch.Tensor | float]:
     """Return a tolerance for each part of the state: a number, or a tensor of the part's shape.
 
-    Raises `ConfigurationError` if it does not fit the state on this rank.
+    The last `uncontrolled` parts have zeros. Raises `ConfigurationError` if it does not fit the state on this rank.
     """
     if isinstance(tolerance, int | float):
-        return (float(tolerance),) * len(layout.shapes)
+        return (*(float(tolerance),) * (len(layout.shapes) - uncontrolled), *(0.0,) * uncontrolled)
     flat = torch.empty(layout.size, dtype=layout.state_dtype, device=layout.vec_device)
-    _spread(name, tolerance, layout, flat, 0)
+    _spread(name, tolerance, layout, flat, uncontrolled)
     return layout.parts(flat)
 
 

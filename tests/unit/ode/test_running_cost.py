@@ -78,8 +78,9 @@ def test_the_cost_observed_at_all_steps_gives_the_quadrature_of_an_implicit_meth
     assert distance(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs)) <= 1e-12
 
 
-def test_error_control_takes_the_steps_of_the_solve_without_the_cost() -> None:
-    settings: dict[str, Any] = {"rtol": 1e-5, "save": "steps"}
+@pytest.mark.parametrize("adaptor", ["basic", "pid"])
+def test_error_control_takes_the_steps_of_the_solve_without_the_cost(adaptor: str) -> None:
+    settings: dict[str, Any] = {"rtol": 1e-5, "save": "steps", "adaptor": adaptor}
     plain = odeint(FUNC, U0, TIMES, **settings)
     found = odeint(FUNC, U0, TIMES, integrate=lambda t, u: 1e6 * torch.sin(1e3 * t), **settings)
     # Up to the rounding of the error estimate, which is small beside the state.
