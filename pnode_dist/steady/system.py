@@ -23,6 +23,8 @@ from pnode_dist.steady.conditions import Deflation, Phase, sums
 from pnode_dist.steady.low_rank import LowRank
 from pnode_dist.steady.preconditioning import Preconditioning
 
+_REGULAR = 1e-7
+
 
 @dataclass
 class Linearisation:
@@ -56,6 +58,18 @@ class Linearisation:
         if self.slope is not None and self.residual is not None:
             found = self.factor * found + self.slope * sums(self.comm, self.residual @ flat)
         return found.add_(flat, alpha=self.shift)
+
+    def base_shift(self) -> float:
+        """Return the shift at which shift I - df/du is preconditioned. Collective.
+
+        With phase conditions df/du is singular, so the shift is a small part of its size.
+        """
+        if self.phase is None:
+            return self.shift
+        probe = torch.cos(torch.arange(self.phase.start.numel(), dtype=self.phase.start.dtype))
+        product = self.point.jvp(probe)
+        size, length = sums(self.comm, torch.stack([product @ product, probe @ probe])).sqrt().tolist()
+        return self.shift + (_REGULAR * size / length or 1.0)
 
     def low_rank(self) -> LowRank | None:
         """Return the part of the Jacobian beside factor (shift I - df/du), None if there is none. Collective."""
@@ -129,7 +143,7 @@ class SteadySystem:
         """Set the Jacobian, and update the preconditioner. Collective."""
         self.linearisation = linearisation
         if self.preconditioning is not None:
-            self.preconditioning.update(linearisation.point, linearisation.shift, linearisation.low_rank())
+            self.preconditioning.update(linearisation.point, linearisation.base_shift(), linearisation.low_rank())
 
     def _flat(self, values: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return torch.cat([self.layout.scalar(value.detach()).reshape(-1) for value in values])
