@@ -18,9 +18,9 @@ def plain_newton(f: Field, u0: torch.Tensor) -> torch.Tensor:
     """The steady state that full Newton steps from `u0` `[n]` lead to."""
     u = u0.detach().clone()
     for _ in range(100):
-        step = torch.linalg.solve(dense_jacobian(f, u), f(u).detach())
+        step = torch.linalg.solve(dense_jacobian(f, u), f(u)).detach()
         u = u - step
-        if float(step.detach().norm()) < 1e-14 * max(1.0, float(u.norm())):
+        if float(step.norm()) < 1e-14 * max(1.0, float(u.norm())):
             return u
     raise AssertionError("Newton's method did not converge")
 
