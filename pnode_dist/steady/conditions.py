@@ -34,6 +34,8 @@ def flat_states(name: str, given: Any, layout: StateLayout) -> torch.Tensor:
 
     Raises `ConfigurationError` for anything else.
     """
+    if not isinstance(given, torch.Tensor | tuple | list):
+        raise ConfigurationError(f"{name} = {given!r}: must be a state like u0, or a sequence of such states")
     one = isinstance(given, torch.Tensor) or (
         layout.is_tuple and len(given) > 0 and all(isinstance(part, torch.Tensor) for part in given)
     )

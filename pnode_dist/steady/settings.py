@@ -116,7 +116,7 @@ class SteadySettings:
 
 
 def _is_empty(states: State | Sequence[State]) -> bool:
-    return not isinstance(states, torch.Tensor) and len(states) == 0
+    return isinstance(states, tuple | list) and len(states) == 0
 
 
 def _check_number(name: str, value: Any, signed: bool) -> None:

@@ -31,6 +31,7 @@ D = torch.float64
         ({"deflate": torch.ones(2, dtype=D), "solver": "pseudo"}, "deflate: solver = 'pseudo' would follow the same"),
         ({"deflate": torch.zeros(2, dtype=D)}, r"deflate\[0\]: is u0 itself"),
         ({"deflate": (torch.ones(2, dtype=D), 3.0)}, r"deflate\[1\]: has float: must be a state like u0, \(2,\)"),
+        ({"deflate": 3.0}, "deflate = 3.0: must be a state like u0, or a sequence of such states"),
         ({"phase": torch.ones(3, dtype=D)}, r"phase\[0\]: has \(3,\): must be a state like u0, \(2,\)"),
         ({"phase": torch.zeros(2, dtype=D)}, r"phase\[0\]: must be finite, not zero"),
         ({"phase": (torch.ones(2, dtype=D),) * 2}, r"phase\[1\]: .*no combination of the vectors before it"),

@@ -172,6 +172,23 @@ def test_no_grad_and_inference_mode_return_plain_states() -> None:
         assert distance(steady_state(func, torch.zeros(N, dtype=D)), wanted) == 0
 
 
+def test_results_computed_before_the_solve_pass_the_gradient_on() -> None:
+    leaf = torch.linspace(0.5, 1.0, N, dtype=D).requires_grad_()
+    result = leaf.exp()
+    found = steady_state(lambda t, u: result - leaf * u, torch.zeros(N, dtype=D), **TIGHT)
+    (gradient,) = torch.autograd.grad(found.sum(), leaf)
+    # u = exp(a) / a.
+    assert distance(gradient, (leaf.exp() * (leaf - 1) / leaf**2).detach()) <= 1e-12
+
+
+@pytest.mark.parametrize("solver", ["newtonls", "newtontr", "pseudo"])
+def test_a_func_that_is_not_a_number_is_an_error(solver: str) -> None:
+    for settings in ({}, {"phase": torch.ones(N, dtype=D)}, {"deflate": torch.ones(N, dtype=D)}):
+        if solver != "pseudo" or "deflate" not in settings:
+            with pytest.raises(ConvergenceError, match="was not found"):
+                steady_state(lambda t, u: u * float("nan"), torch.zeros(N, dtype=D), solver=solver, **settings)
+
+
 def test_a_parameter_that_is_not_found_is_refused() -> None:
     hidden = {"a": torch.ones(N, dtype=D, requires_grad=True)}
 

@@ -12,7 +12,7 @@ from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.steppers.base import PetscOptions
 from pnode_dist.ode.steppers.preconditioner import Preconditioner
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.steady.find import find
+from pnode_dist.steady.implicit_function import find
 from pnode_dist.steady.settings import SteadySettings
 
 
