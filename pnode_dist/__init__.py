@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pnode_dist.problems.common.gridded_files import open_gridded as open_gridded
     from pnode_dist.problems.common.tables import ForecastTable as ForecastTable
     from pnode_dist.problems.common.trainable import TrainableProblem as TrainableProblem
+    from pnode_dist.steady.interface import steady_state as steady_state
     from pnode_dist.system.allocator import keep_freed_memory as keep_freed_memory
     from pnode_dist.train.callbacks import Callback as Callback
     from pnode_dist.train.fit import evaluate as evaluate
@@ -86,7 +87,11 @@ _PUBLIC = {
     "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
     "open_gridded": "pnode_dist.problems.common.gridded_files",
+<<<<<<< HEAD
     "solve_dense": "pnode_dist.hybrid.dense",
+=======
+    "steady_state": "pnode_dist.steady.interface",
+>>>>>>> part-steady
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -85,6 +85,7 @@ NEW = (
     "evaluate",
     "fit",
     "open_gridded",
+    "steady_state",
 )
 
 
