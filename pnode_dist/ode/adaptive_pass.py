@@ -15,6 +15,7 @@ from pnode_dist.ode.segments import Segment, divided_into_segments
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_plans import compile_attempts, slots_of
 from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
+from pnode_dist.ode.steppers.step_rule import call_back
 from pnode_dist.ode.time_grid import TimeGrid
 from pnode_dist.petsc import log
 
@@ -71,6 +72,8 @@ def adaptive_steps(solve: Solve, output: Callable[[int], None]) -> None:
         if step.output is not None:
             ends[len(starts)] = step.output
             output(step.output)
+        end = step.start + step.size if step.output is None else solve.times[step.output]
+        call_back(solve.callbacks.reached, stepper.layout, end, stepper.current.parts, step.size)
         stepper.monitor(len(starts), step.start + step.size, step.size)
 
     stepper.monitor(0, solve.times[0], solve.times[1] - solve.times[0])

@@ -86,6 +86,8 @@ def _given_steps(solve: Solve, output: Callable[[int], None]) -> None:
         if number is not None:
             output(number)
         step = solve.segments.bounds[unit]
+        end = solve.times[-1] if step == grid.steps else grid.starts[step]
+        call_back(solve.callbacks.reached, stepper.layout, end, stepper.current.parts, grid.sizes[step - 1])
         if stepper.monitored:
             last = min(step, grid.steps - 1)
             size = grid.sizes[last]

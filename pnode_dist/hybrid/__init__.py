@@ -1,0 +1,1 @@
+"""Solves that are made of several: between events, jumps and inputs."""
