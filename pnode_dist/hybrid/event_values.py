@@ -20,7 +20,7 @@ from pnode_dist.ode.rhs.layout import State
 def clock(t: torch.Tensor | float, u: State) -> torch.Tensor:
     """Return the time as func gets it: a 0-dimensional tensor in the type and on the device of the state."""
     part = parts_of(u)[0]
-    return torch.as_tensor(t).to(part.device, part.dtype)
+    return torch.as_tensor(t, dtype=torch.float64).to(part.device, part.dtype)
 
 
 def on_all_ranks(comm: MPI.Comm, compute: Callable[[], Any]) -> Any:
