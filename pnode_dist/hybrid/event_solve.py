@@ -19,7 +19,7 @@ from pnode_dist.hybrid.event_values import OnAllRanks, clock, on_all_ranks
 from pnode_dist.ode import methods
 from pnode_dist.ode.autograd.outside_graphs import outside_graphs
 from pnode_dist.ode.autograd.transforms import transforming
-from pnode_dist.ode.call_agreement import Preparation, preparation
+from pnode_dist.ode.call_agreement import Preparation, preparation, state_shape
 from pnode_dist.ode.given_options import without_adaptation
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, layout_of
@@ -107,7 +107,9 @@ def located(
         )
         if isinstance(preparing, Preparation):
             method = system.repeating.method
-            facts = (("method", method), ("state", layout.shapes), ("dtype", layout.dtype), ("t", times))
+            assert asked.partition is not None
+            shapes = state_shape(layout.shapes, asked.partition)
+            facts = (("method", method), ("state", shapes), ("dtype", layout.dtype), ("t", times))
             others = (("max_events", max_events), ("time_tolerance", time_tolerance))
             preparing.agree((*facts, ("events", tuple(event.facts for event in listed)), *others), False, ())
     # The times of later events are doubles, so all of them are.

@@ -64,7 +64,7 @@ def solve_plain(
     table: Tableau,
     step_size: float,
 ) -> PlainSolution:
-    """Solve through the times `t`, with events in between. Events at one time are not distinguished from one another."""
+    """Solve through the times `t`, with events in between, which must not happen at one time."""
     found = PlainSolution([u0])
     now, u = t[0], u0
     sides = _sides(events, now, u)
