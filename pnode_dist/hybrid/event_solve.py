@@ -26,7 +26,7 @@ from pnode_dist.ode.rhs.layout import Parts, State, layout_of
 from pnode_dist.ode.rhs.parameters import find_parameters
 from pnode_dist.ode.settings import CallSettings, SolverKeywords, SolverSettings, Times, lists_settings, merged
 from pnode_dist.ode.solver import communicator
-from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS
+from pnode_dist.ode.steppers.step_rule import StepCallbacks
 from pnode_dist.ode.time_grid import check_step_size, output_times
 from pnode_dist.ode.time_rounding import rounding_of
 
@@ -161,7 +161,7 @@ def _system(
         rule=None,
         step_size=None,
         options=options,
-        callbacks=NO_CALLBACKS,
+        callbacks=StepCallbacks(pulled_back=asked.callbacks.pulled_back),
         last_only=False,
     )
     searching = replace(asked, method=method.name, last_only=True)

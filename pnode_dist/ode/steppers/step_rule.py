@@ -58,22 +58,24 @@ class StepRule:
 
 @dataclass(frozen=True)
 class StepCallbacks:
-    """Functions `callback(t, u, h)` that are called in the forward pass, not where a step is recomputed.
+    """Functions `callback(t, u, h)` that are called at each step, not where a step is recomputed.
 
     `step` is called before each attempt of a step of size h from the state u at t, `accept` and `reject` after it.
-    `reached` is called after each step that was taken, with its end t, the state u there, and h. u is a copy in the
-    form and type of the caller's state. h is positive. t and h are doubles.
+    `reached` is called after each step that was taken, with its end t, the state u there, and h. `pulled_back` is
+    called in the backward pass after the adjoint of each step, with the start t of the step and the adjoint there in
+    place of u. u is a copy in the form and type of the caller's state. h is positive. t and h are doubles.
     """
 
     step: StepCallback | None = None
     accept: StepCallback | None = None
     reject: StepCallback | None = None
     reached: StepCallback | None = None
+    pulled_back: StepCallback | None = None
 
     @property
     def see_steps(self) -> bool:
         """True if a function is called between steps of a given size."""
-        return self.step is not None or self.reached is not None
+        return any(callback is not None for callback in (self.step, self.reached, self.pulled_back))
 
 
 NO_CALLBACKS = StepCallbacks()
