@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from pnode_dist.errors import EventError, RecomputationError
+from pnode_dist.errors import ConfigurationError, EventError, RecomputationError
 from pnode_dist.hybrid.event_search import Crossing, HybridSystem, Walk, one_step
 from pnode_dist.hybrid.event_states import detached, lifted, parts_of, row, rows
 from pnode_dist.hybrid.event_values import differentiable_value
@@ -90,9 +90,14 @@ class _EventTime(torch.autograd.Function):
         return torch.full_like(value, at)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
-        """Return the cotangent of g. The derivative in time is a constant here, so there is no second derivative."""
+        """Return the cotangent of g. Raises `ConfigurationError` if it is to be differentiated."""
+        # The slope is a constant here.
+        if torch.is_grad_enabled():
+            raise ConfigurationError(
+                "events: second derivatives of the time of an event are not available: call backward() or grad() "
+                "without create_graph"
+            )
         return -cotangent / ctx.slope, None, None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ def until_event(
     """
     backward = len(t) > 1 and bool(t[-1] < t[0])
     event = _event(event_fn, y0, t[0])
+    # An event's time is the rounding of the state over its speed: keep that of func's type alone.
+    settings = replace(settings, state_dtype=torch.float64)
     start, y, last = t[0].to(torch.float64), y0, y0
     for length, stops in _windows(start.item(), backward, options):
         end = start + math.copysign(length, -1.0 if backward else 1.0)
