@@ -19,6 +19,13 @@ class ConvergenceError(ArithmeticError):
     """A nonlinear or linear solve did not converge. Raised on all ranks alike, in one line with PETSc's reason."""
 
 
+class EventError(ArithmeticError):
+    """Events of a solve follow one another without end, or one has no time that can be used.
+
+    Raised on all ranks alike, in one line with the time and the number of events so far.
+    """
+
+
 class RecomputationError(RuntimeError):
     """A step that was recomputed for the gradient differs from the forward pass. Raised on all ranks alike."""
 

@@ -16,6 +16,7 @@ from pnode_dist.ode.segments import Segment, divided_into_segments
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_plans import compile_attempts, slots_of
 from pnode_dist.ode.steppers.adaptive import AcceptedStep, AdaptiveStepper, integrate
+from pnode_dist.ode.steppers.step_rule import call_back
 from pnode_dist.ode.time_grid import TimeGrid, stops_of
 from pnode_dist.petsc import log
 
@@ -83,12 +84,13 @@ def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
         output_number = None if step.stop is None else step.stop.output
         if output_number is not None:
             ends[len(starts)] = output_number
+        end = step.start + step.size if step.stop is None else step.stop.time
         if solve.saving.saves(len(starts), output_number, output_number == last):
-            end = step.start + step.size if step.stop is None else step.stop.time
             solve.saved[len(starts)] = len(solve.saved)
             output(len(starts), end)
             if step.tape is not None and solve.observing is not None:
                 solve.observing.keep(len(starts), end, stepper.current.kept())
+        call_back(solve.callbacks.reached, stepper.layout, end, stepper.current.parts, step.size)
         stepper.monitor(len(starts), step.start + step.size, step.size)
 
     stepper.monitor(0, solve.times[0], solve.times[1] - solve.times[0])

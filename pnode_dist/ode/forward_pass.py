@@ -92,6 +92,8 @@ def _given_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
         step = solve.segments.bounds[unit]
         if step in solve.saved:
             output(step, solve.time_before(step))
+        end = solve.time_before(step)
+        call_back(solve.callbacks.reached, stepper.layout, end, stepper.current.parts, grid.sizes[step - 1])
         if stepper.monitored:
             last = min(step, grid.steps - 1)
             size = grid.sizes[last]

@@ -140,7 +140,7 @@ def steps_per_segment(solve: Solve) -> int:
     Monitors and callbacks see the state after each step, so that segments have one step then.
     """
     most = _compile(solve, solve.steps.starts[0], solve.steps.sizes[0], attempts=False)
-    sees_steps = solve.solver.stepper.monitored or solve.callbacks.step is not None
+    sees_steps = solve.solver.stepper.monitored or solve.callbacks.see_steps
     return 1 if sees_steps else most
 
 
@@ -183,7 +183,7 @@ def joined(solve: Solve, plan: Plan) -> Plan:
     if not (isinstance(stepper, ExplicitStepper) and stepper.joins and solve.compiled is None):
         return plan
     most = min(_MOST_JOINED, _JOINED_BYTES // max(solve.solver.tape_bytes or 0, 1))
-    sees_steps = stepper.monitored or solve.callbacks.step is not None
+    sees_steps = stepper.monitored or solve.callbacks.see_steps
     if plan.kept < plan.units or plan.level != "graph" or sees_steps or most < 2:
         return plan
     # A first step that has a tape already is a segment of its own.

@@ -27,6 +27,8 @@ _ELSEWHERE = {
     "norm": "{method!r} takes given steps, without an error to measure",
     "max_order": "is for Adams methods, which are not there",
     "max_iters": "Newton's method ends at its tolerance: use pnode_dist.odeint with options={{'snes_max_it': ...}}",
+    "grid_points": "is the former name of step_t: use that",
+    "eps": "is the former name of perturb, or of jump_t with 'dopri5': use these",
     "solver": "is for 'scipy_solver', which is not there",
 }
 

@@ -22,12 +22,12 @@ from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.time_grid import TimeGrid, output_times
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.torchdiffeq.adjoint import adjoint_parameters
-from pnode_dist.torchdiffeq.callbacks import callbacks_of, refuse_adjoint_callbacks
+from pnode_dist.torchdiffeq.callbacks import callbacks_of
+from pnode_dist.torchdiffeq.events import until_event
 from pnode_dist.torchdiffeq.grids import Brackets, brackets, outputs_at
 from pnode_dist.torchdiffeq.methods import named
 from pnode_dist.torchdiffeq.options import AdaptiveOptions, FixedOptions, adaptive_options, fixed_options
 from pnode_dist.torchdiffeq.pieces import Piece, pieces, within
-from pnode_dist.torchdiffeq.unsupported import NO_EVENTS
 
 # The solvers of a function are reused at its next call, and are freed with the function.
 _SOLVERS: WeakKeyDictionary[Any, tuple[KeptSolvers, KeptSolvers]] = WeakKeyDictionary()
@@ -52,8 +52,10 @@ class Call:
 
 
 @outside_graphs
-def solved(call: Call) -> State:
-    """Return the outputs of a call. Collective on the partition's communicator.
+def solved(call: Call) -> Any:
+    """Return the outputs of a call, or with `event_fn` the time of the event and the states there and at `t[0]`.
+
+    Collective on the partition's communicator.
 
     An error in the arguments on one rank is raised on all.
     """
@@ -63,14 +65,11 @@ def solved(call: Call) -> State:
     return solve()
 
 
-def _checked(call: Call) -> Callable[[], State]:
+def _checked(call: Call) -> Callable[[], Any]:
     """Return the function that solves. Raises `ConfigurationError` for a wrong argument."""
-    if call.event_fn is not None:
-        raise ConfigurationError(f"event_fn: {NO_EVENTS}")
     params = None
     if call.is_adjoint:
         params = adjoint_parameters(call.func, call.adjoint_params)
-        refuse_adjoint_callbacks(call.func)
     method = named(call.method)
     if not isinstance(call.t, torch.Tensor) or not call.t.is_floating_point():
         kind = call.t.dtype if isinstance(call.t, torch.Tensor) else type(call.t).__name__
@@ -81,13 +80,19 @@ def _checked(call: Call) -> Callable[[], State]:
         partition=call.partition,
         trajectory=call.trajectory,
         params=params,
-        callbacks=callbacks_of(call.func, method),
+        callbacks=callbacks_of(call.func, method, call.is_adjoint),
     )
     if method.adaptive:
         adaptive = adaptive_options(method, call.options)
+        if call.event_fn is not None:
+            controlled = _controlled(call, settings, adaptive)
+            return partial(until_event, call.func, call.y0, call.t, call.event_fn, controlled, adaptive)
         return partial(_with_error_control, call, _controlled(call, settings, adaptive), pieces(call.t, adaptive))
     _tolerances(call)
     options = fixed_options(method, call.options)
+    if call.event_fn is not None:
+        stepped = replace(settings, step_size=options.step_size)
+        return partial(until_event, call.func, call.y0, call.t, call.event_fn, stepped, options)
     # They decide on the number of solves, and on evaluations of func after a solve.
     settings = replace(settings, compared=(("interp", options.interp), ("perturb", options.perturb)))
     return partial(_with_given_steps, call, settings, brackets(call.func, call.y0, call.t, options), options)

@@ -6,13 +6,6 @@ from typing import Any, NoReturn
 
 from pnode_dist.errors import ConfigurationError
 
-NO_EVENTS = "events are not supported yet: solve up to the event's time, or past it and look for it in the outputs"
-
-
-def odeint_event(*args: Any, **kwargs: Any) -> NoReturn:
-    """Raise `ConfigurationError`: events are not located."""
-    raise ConfigurationError(f"odeint_event: {NO_EVENTS}")
-
 
 def odeint_dense(*args: Any, **kwargs: Any) -> NoReturn:
     """Raise `ConfigurationError`: there is no interpolant of the solution."""

@@ -112,22 +112,31 @@ COEFFICIENTS = ("pcoeff", "icoeff", "dcoeff")
 
 @dataclass(frozen=True)
 class StepCallbacks:
-    """Functions `callback(t, u, h)` that are called in the forward pass, not where a step is recomputed.
+    """Functions `callback(t, u, h)` that are called at each step, not where a step is recomputed.
 
     `step` is called before each attempt of a step of size h from the state u at t, `accept` and `reject` after it.
-    u is a copy in the form and type of the caller's state. h is positive. t and h are doubles.
+    `reached` is called after each step that was taken, with its end t, the state u there, and h. `pulled_back` is
+    called in the backward pass after the adjoint of each step, with the start t of the step and the adjoint there in
+    place of u. u is a copy in the form and type of the caller's state. h is positive. t and h are doubles.
     """
 
     step: StepCallback | None = None
     accept: StepCallback | None = None
     reject: StepCallback | None = None
+    reached: StepCallback | None = None
+    pulled_back: StepCallback | None = None
+
+    @property
+    def see_steps(self) -> bool:
+        """True if a function is called between steps of a given size."""
+        return any(callback is not None for callback in (self.step, self.reached, self.pulled_back))
 
 
 NO_CALLBACKS = StepCallbacks()
 
 
 def call_back(callback: StepCallback | None, layout: StateLayout, time: float, parts: Parts, size: float) -> None:
-    """Call `callback` for a step from the state `parts`, if there is one."""
+    """Call `callback` for a step of this size from or to the state `parts`, if there is one."""
     if callback is None:
         return
     copies = tuple(part.detach().to(layout.device, layout.dtype, copy=True) for part in parts)
