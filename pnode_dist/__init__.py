@@ -87,11 +87,8 @@ _PUBLIC = {
     "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
     "open_gridded": "pnode_dist.problems.common.gridded_files",
-<<<<<<< HEAD
     "solve_dense": "pnode_dist.hybrid.dense",
-=======
     "steady_state": "pnode_dist.steady.interface",
->>>>>>> part-steady
 }
 
 __all__ = [*_PUBLIC, "__version__"]
