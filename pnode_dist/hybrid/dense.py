@@ -24,7 +24,7 @@ from pnode_dist.ode.jumps import checked_jumps
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import State
-from pnode_dist.ode.settings import CallSettings, SolverKeywords, SolverSettings, Times, merged
+from pnode_dist.ode.settings import CallSettings, SolverKeywords, SolverSettings, Times, merged, refuse_other_outputs
 from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided
 from pnode_dist.ode.time_rounding import rounding_of
@@ -76,10 +76,7 @@ def _checked(asked: CallSettings, t_span: Times, interpolant: str) -> torch.Tens
         raise ConfigurationError(f"interpolant = {interpolant!r}: must be one of {', '.join(INTERPOLANTS)}")
     if interpolant == "hermite" and asked.mass is not None:
         raise ConfigurationError("interpolant = 'hermite': needs du/dt, which a mass matrix hides: must be 'step'")
-    given = [name for name in ("observe", "integrate", "on_output") if getattr(asked, name) is not None]
-    given += [name for name, is_given in (("last_only", asked.last_only), ("save", asked.save != "times")) if is_given]
-    if given:
-        raise ConfigurationError(f"{given[0]}: a dense solution holds the states of all steps: must not be given")
+    refuse_other_outputs(asked, "a dense solution")
     span = times_of("t_span", t_span)
     if span.shape != (2,) or span[0].item() == span[1].item():
         raise ConfigurationError(f"t_span = {span.tolist()}: must be two different times")

@@ -225,6 +225,15 @@ def without_control(settings: CallSettings) -> CallSettings:
     return replace(settings, **changes, adaptor="basic")
 
 
+def refuse_other_outputs(settings: SolverSettings, caller: str) -> None:
+    """Raise `ConfigurationError` for outputs other than the states at all output times, which `caller` needs."""
+    chosen = {"observe": None, "integrate": None, "on_output": None, "save": "times", "last_only": False}
+    for name, default in chosen.items():
+        value = getattr(settings, name)
+        if value is not default and value != default:
+            raise ConfigurationError(f"{name} = {value!r}: must be {default!r}, because {caller} needs all states")
+
+
 def merged(settings: SolverSettings | None, keywords: Mapping[str, Any], caller: str) -> SolverSettings:
     """Return `settings` with the keyword arguments of `caller` in place of its fields.
 
