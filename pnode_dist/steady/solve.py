@@ -176,9 +176,8 @@ def _check_rest(system: SteadySystem, settings: SteadySettings, start: torch.Ten
     rest = float(phase.along(system.value(outcome.flat)).norm())
     dtype = system.layout.compute_dtype
     # Rounding leaves a residual in proportion to the size of the terms of f.
-    terms = Linearisation(system.point(system.graph(outcome.flat)), system.comm, phase).size() * system.norm(
-        outcome.flat
-    )
+    at_end = Linearisation(system.point(system.graph(outcome.flat)), system.comm, phase)
+    terms = at_end.size() * system.norm(outcome.flat)
     of_start = settings.relative_tolerance(dtype) * system.norm(system.value(start))
     allowed = max(settings.atol, _ABOVE_RTOL * of_start, _ROUNDINGS * torch.finfo(dtype).eps * terms)
     if not rest <= allowed:
