@@ -25,8 +25,9 @@ from pnode_dist.ode.steppers.preconditioner import resolve
 from pnode_dist.petsc import calls
 from pnode_dist.petsc.objects import destroy_left
 from pnode_dist.steady.conditions import deflation_of, flat_states, phase_of
+from pnode_dist.steady.linear import transposed_solve
 from pnode_dist.steady.settings import SteadySettings
-from pnode_dist.steady.solve import SteadyState, solve, transposed_solve
+from pnode_dist.steady.solve import SteadyState, solve
 from pnode_dist.steady.system import SteadySystem
 
 

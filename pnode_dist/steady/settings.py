@@ -17,6 +17,7 @@ from pnode_dist.ode.steppers.preconditioner import Preconditioner
 from pnode_dist.partition.protocol import Partition
 
 SOLVERS = ("newtonls", "newtontr", "pseudo")
+_NO_ATOL = 1e-50
 _TOLERANCES = {"snes_rtol": "rtol", "snes_atol": "atol", "snes_stol": "stol", "snes_max_it": "max_it"}
 _OF_NEWTON = {"snes_type": "solver", **_TOLERANCES}
 _OF_PSEUDO = {
@@ -48,7 +49,7 @@ class SteadySettings:
     rtol: float | None = None
     """The residual |f(u)| over that of `u0` at which the solve ends, in the 2-norm over all ranks. By default 1e-9, and
     1e-5 if func computes in float32."""
-    atol: float = 1e-50
+    atol: float = _NO_ATOL
     """The residual |f(u)| at which the solve ends, in the same norm and in the units of f."""
     stol: float | None = None
     """The size of a Newton step over that of u at which the solve ends. By default 1e-12, and 1e-7 if func computes in
@@ -105,14 +106,16 @@ class SteadySettings:
 
         func computes in `dtype`, and pseudo-transient continuation ends at the residual `target`.
         """
+        given = {name: getattr(self, name) for name in ("rtol", "stol", "max_it")}
+        given |= {} if self.atol == _NO_ATOL else {"atol": self.atol}
+        given = {f"snes_{name}": value for name, value in given.items() if value is not None}
         if self.is_pseudo:
-            # One linear solve a step, as in the literature: the steps are no longer than the equations can be solved.
-            usual = {"snes_type": "ksponly", "ts_max_steps": self.max_it or 1000}
-            return usual, {"ts_pseudo_fatol": target, "ts_pseudo_frtol": 0.0}
+            # One linear solve a step, as in the literature: the steps grow no faster than the residual falls.
+            steps = {} if self.max_it is None else {"ts_max_steps": self.max_it}
+            usual = {"snes_type": "ksponly", "ts_max_steps": 1000}
+            return usual, {"ts_pseudo_fatol": target, "ts_pseudo_frtol": 0.0, **steps}
         rtol, stol = newton_tolerances(dtype)
-        usual = {"snes_rtol": rtol, "snes_stol": stol, "snes_atol": self.atol, "snes_max_it": 50}
-        given = {f"snes_{name}": getattr(self, name) for name in ("rtol", "stol", "max_it")}
-        return usual, {name: value for name, value in given.items() if value is not None}
+        return {"snes_rtol": rtol, "snes_stol": stol, "snes_atol": _NO_ATOL, "snes_max_it": 50}, given
 
 
 def _is_empty(states: State | Sequence[State]) -> bool:

@@ -7,6 +7,7 @@ M dR/du + R (dM/du). Both conditions change the Jacobian by a matrix of low rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,12 +65,15 @@ class Linearisation:
 
         With phase conditions df/du is singular, so the shift is a small part of its size.
         """
-        if self.phase is None:
-            return self.shift
-        probe = torch.cos(torch.arange(self.phase.start.numel(), dtype=self.phase.start.dtype))
+        return self.shift if self.phase is None else self.shift + (_REGULAR * self.size() or 1.0)
+
+    def size(self) -> float:
+        """Return an estimate of the size of df/du: the factor by which a wavy vector grows. Collective."""
+        layout = self.point.layout
+        probe = torch.cos(torch.arange(layout.size, dtype=layout.state_dtype))
         product = self.point.jvp(probe)
-        size, length = sums(self.comm, torch.stack([product @ product, probe @ probe])).sqrt().tolist()
-        return self.shift + (_REGULAR * size / length or 1.0)
+        grown, length = sums(self.comm, torch.stack([product @ product, probe @ probe])).sqrt().tolist()
+        return float(grown / length)
 
     def low_rank(self) -> LowRank | None:
         """Return the part of the Jacobian beside factor (shift I - df/du), None if there is none. Collective."""
@@ -120,6 +124,10 @@ class SteadySystem:
             return -value
         return self.phase.combined(self.phase.along(value + (flat - self.phase.start))) - value
 
+    def norm(self, flat: torch.Tensor) -> float:
+        """Return the 2-norm of a flat state over all ranks. Collective."""
+        return math.sqrt(float(sums(self.comm, flat @ flat)))
+
     def graph(self, flat: torch.Tensor) -> StageGraph:
         """Evaluate f at a flat state with its graph. Collective."""
         layout = self.layout
@@ -155,7 +163,7 @@ class SteadySystem:
 
     def function(self, snes: PETSc.SNES, u: PETSc.Vec, result: PETSc.Vec) -> None:
         """SNESFunction: result = M(u) R(u)."""
-        with self._stored():
+        with self.stored():
             flat = self._view(u)
             found = self.residual(flat)
             if self.deflation is not None:
@@ -164,13 +172,13 @@ class SteadySystem:
 
     def jacobian(self, snes: PETSc.SNES, u: PETSc.Vec, operator: PETSc.Mat, matrix: PETSc.Mat) -> None:
         """SNESJacobian: linearise at u."""
-        with self._stored():
+        with self.stored():
             self.linearise(self._view(u), 0.0)
             operator.assemble()
 
     def transient(self, ts: PETSc.TS, t: float, u: PETSc.Vec, udot: PETSc.Vec, result: PETSc.Vec) -> None:
         """TSIFunction: result = du/dt + R(u). The time of f stays `time`."""
-        with self._stored():
+        with self.stored():
             vectors.fill(result, self._view(udot) + self.residual(self._view(u)))
 
     def transient_jacobian(
@@ -184,24 +192,13 @@ class SteadySystem:
         matrix: PETSc.Mat,
     ) -> None:
         """TSIJacobian: linearise at u with `shift`."""
-        with self._stored():
+        with self.stored():
             self.linearise(self._view(u), shift)
             operator.assemble()
 
-    def mult(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
-        """Product of the shell Mat."""
-        with self._stored():
-            assert self.linearisation is not None
-            vectors.fill(y, self.linearisation.times(self._view(x)))
-
-    def multTranspose(self, mat: PETSc.Mat, x: PETSc.Vec, y: PETSc.Vec) -> None:
-        """Transposed product of the shell Mat."""
-        with self._stored():
-            assert self.linearisation is not None
-            vectors.fill(y, self.linearisation.transposed_times(self._view(x)))
-
     @contextmanager
-    def _stored(self) -> Iterator[None]:
+    def stored(self) -> Iterator[None]:
+        """The context of a callback: stores its exception for `errors`."""
         try:
             yield
         except BaseException as error:

@@ -127,11 +127,19 @@ def test_a_phase_condition_selects_one_state_of_a_circle(solver: str, preconditi
         assert abs(gradient.item() - expected[component].item()) <= 1e-12
 
 
-def test_a_state_that_moves_along_its_symmetry_is_refused() -> None:
+@pytest.mark.parametrize("preconditioner", [None, "block"])
+def test_the_gradient_of_a_symmetric_func_without_a_phase_is_refused(preconditioner: str | None) -> None:
+    found = steady_state(Circle(0.0), torch.tensor([1.2, 0.1], dtype=D), preconditioner=preconditioner)
+    with pytest.raises(ConvergenceError, match=r"transposed linear system.* or give phase= if f has a symmetry"):
+        found[1].backward()
+
+
+@pytest.mark.parametrize("omega", [0.3, 1e-5])
+def test_a_state_that_moves_along_its_symmetry_is_refused(omega: float) -> None:
     start = torch.tensor([1.2, 0.1], dtype=D)
     tangent = torch.tensor([-start[1], start[0]], dtype=D)
     with pytest.raises(ConvergenceError, match="phase: the state that was found is not steady") as error:
-        steady_state(Circle(0.3), start, phase=tangent)
+        steady_state(Circle(omega), start, phase=tangent)
     assert "\n" not in str(error.value)
 
 
