@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
+    from pnode_dist.ode.rhs.separable import Separable as Separable
     from pnode_dist.ode.rhs.split import SplitFunction as SplitFunction
     from pnode_dist.ode.settings import SolverSettings as SolverSettings
     from pnode_dist.partition.batch import BatchPartition as BatchPartition
@@ -71,6 +72,7 @@ _PUBLIC = {
     "RecomputationError": "pnode_dist.errors",
     "SolverSettings": "pnode_dist.ode.settings",
     "SplitData": "pnode_dist.problems.common.forecast_data",
+    "Separable": "pnode_dist.ode.rhs.separable",
     "SplitFunction": "pnode_dist.ode.rhs.split",
     "TrainableProblem": "pnode_dist.problems.common.trainable",
     "Trajectory": "pnode_dist.checkpointing.budget",

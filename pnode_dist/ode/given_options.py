@@ -81,6 +81,7 @@ _STEPS_ARE_OURS: dict[str, str] = {
 _OWN = {
     "rk": r"ts_rk_type",
     "ssp": r"ts_ssp_\w+",
+    "symplectic": r"(?!)",
     "theta": r"ts_theta_\w+",
     "arkimex": r"ts_arkimex_\w+",
     "dirk": r"ts_(dirk|arkimex)_\w+",
@@ -162,11 +163,13 @@ def _refusal(name: str, family: str, adaptive: bool) -> str | None:
         return "adjoint steps are taken outside of TSAdjointSolve, which alone reads it"
     if bare.startswith("ts_adapt_"):
         return None if adaptive else "sizes of steps are adapted with rtol= or atol= only"
+    if bare == "ts_type" and family == "symplectic":
+        return "choose the method by name"
     if bare.startswith("ts_monitor") or bare == "ts_type" or re.fullmatch(_OWN[family], bare):
         return None
     if bare.startswith("ts_"):
         return _escaped(_unknown(bare))
-    if family in ("rk", "ssp"):
+    if family in ("rk", "ssp", "symplectic"):
         if _READ_LATER.search(bare):
             return "explicit methods solve no equations: it is for implicit ones (see `pnode-dist methods`)"
         return _escaped(_unknown(bare))
