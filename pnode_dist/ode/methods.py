@@ -211,6 +211,15 @@ METHODS: dict[str, Method] = {
 
 OTHER_NAMES = {"ssp22": "heun", "trbdf2": "dirk_es213sal", "kvaerno3": "dirk_es324sal"}
 """Further usual names of methods."""
+_RADAU, _GAUSS = "is L-stable, of the same order", "is A-stable, of the same order"
+_FULLY_IMPLICIT = {
+    "radau3": ("kvaerno3", _RADAU),
+    "radau5": ("kvaerno5", _RADAU),
+    "gauss2": ("theta", "is the same method"),
+    "gauss4": ("kvaerno4", f"{_GAUSS}; for pairs (q, p) 'yoshida4' is symplectic"),
+    "gauss6": ("dirk_es648sa", f"{_GAUSS}; for pairs (q, p) 'yoshida6' is symplectic"),
+}
+"""Methods whose stages are one coupled system, with a method to use instead and its merit."""
 _EXPLICIT = {method.petsc_name: method for method in METHODS.values() if method.family == "rk"}
 
 
@@ -230,8 +239,14 @@ def resolve(name: str) -> Method:
     """Return the method of a usual name (`rk4`, `cn`, `arkimex_3`) or of TSRK's own name (`4`).
 
     `rk4` is the classical method; torchdiffeq's `rk4` is Kutta's 3/8 rule, `rk4_38`.
-    Raises `ConfigurationError` with the allowed names.
+    Raises `ConfigurationError` with the allowed names, and for Gauss and Radau methods with the one to use instead.
     """
+    if name in _FULLY_IMPLICIT:
+        instead, merit = _FULLY_IMPLICIT[name]
+        raise ConfigurationError(
+            f"method = {name!r}: the coupled stages of Gauss and Radau methods are not solved here: use {instead!r}, "
+            f"which {merit}"
+        )
     name = OTHER_NAMES.get(name, name)
     if name in METHODS:
         return METHODS[name]
