@@ -47,7 +47,7 @@ def largest_component(
     """Return words for the component whose error is largest relative to its tolerance. Collective on `comm`."""
     place, most = "", -1.0
     for number, (error, scale) in enumerate(zip(difference(tableau.error_terms, size, slopes), scales, strict=True)):
-        ratios = (error.abs() / scale).nan_to_num(nan=math.inf)
+        ratios = (error.abs() / scale).nan_to_num(nan=math.inf, posinf=math.inf)
         if ratios.numel() and float(ratios.max()) > most:
             most, at = float(ratios.max()), int(ratios.argmax())
             index = [int(axis) for axis in torch.unravel_index(torch.tensor(at), ratios.shape)]
