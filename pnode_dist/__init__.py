@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
+    from pnode_dist.ode.rhs.separable import Separable as Separable
     from pnode_dist.ode.rhs.split import SplitFunction as SplitFunction
     from pnode_dist.ode.saving import Integrated as Integrated
     from pnode_dist.ode.saving import Saved as Saved
@@ -75,6 +76,7 @@ _PUBLIC = {
     "RecomputationError": "pnode_dist.errors",
     "SolverSettings": "pnode_dist.ode.settings",
     "SplitData": "pnode_dist.problems.common.forecast_data",
+    "Separable": "pnode_dist.ode.rhs.separable",
     "SplitFunction": "pnode_dist.ode.rhs.split",
     "Integrated": "pnode_dist.ode.saving",
     "Saved": "pnode_dist.ode.saving",

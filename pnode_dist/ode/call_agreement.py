@@ -21,6 +21,7 @@ from pnode_dist.distributed.agreement import Agreement, Description
 from pnode_dist.ode.jumps import checked_jumps
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.layout import StateLayout
+from pnode_dist.ode.rhs.separable import Separable
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import WithTangent
 from pnode_dist.ode.settings import CallSettings
@@ -272,7 +273,7 @@ def _in_words(tolerance: Tolerance | None) -> float | str | None:
 
 def _form(func: Any) -> str:
     """Return the form of f, which decides on the collective operations of a solve."""
-    for form in (SplitFunction, MatrixFunction, WithTangent):
+    for form in (SplitFunction, MatrixFunction, Separable, WithTangent):
         if isinstance(func, form):
             return form.__name__
     return "function"

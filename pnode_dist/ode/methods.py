@@ -13,7 +13,7 @@ from typing import Literal
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.system.compatibility import petsc4py_version, petsc_release
 
-Family = Literal["rk", "theta", "arkimex", "dirk", "rosw", "bdf", "ssp"]
+Family = Literal["rk", "theta", "arkimex", "dirk", "rosw", "bdf", "ssp", "symplectic"]
 FAMILIES: dict[Family, str] = {
     "rk": "explicit Runge-Kutta",
     "theta": "implicit, one stage or two; also for mass matrices and DAEs",
@@ -22,6 +22,7 @@ FAMILIES: dict[Family, str] = {
     "rosw": "linearly implicit (Rosenbrock-W)",
     "bdf": "backward differentiation formulas",
     "ssp": "explicit, strong stability preserving",
+    "symplectic": "explicit, symplectic for separable systems of pairs (q, p)",
 }
 _WITH_ADJOINT: tuple[Family, ...] = ("rk", "theta", "arkimex", "dirk")
 ADJOINT_FLOORS: dict[Family, tuple[int, int]] = {"dirk": (3, 26)}
@@ -30,9 +31,10 @@ ADJOINT_FLOORS: dict[Family, tuple[int, int]] = {"dirk": (3, 26)}
 
 @dataclass(frozen=True)
 class Method:
-    """A time-stepping method of PETSc's.
+    """A time-stepping method.
 
-    - `name`: the usual name. `family`: PETSc's type of solver (see `FAMILIES`). `petsc_name`: the name in the family.
+    - `name`: the usual name. `family`: PETSc's type of solver (see `FAMILIES`). `petsc_name`: the name in the family;
+      empty if PETSc takes no part in the steps.
     - `fsal`: the last stage is the first of the next step.
     - `last_stage_weighs`: the last stage contributes to the step's result. Otherwise it serves the error estimate
       alone, and explicit steps of fixed size do not evaluate it.
@@ -59,12 +61,12 @@ class Method:
     @property
     def has_vec_state(self) -> bool:
         """True if the state is in a PETSc Vec, and so of PETSc's scalar type."""
-        return self.family != "rk"
+        return self.family not in ("rk", "symplectic")
 
     @property
     def implicit(self) -> bool:
         """True if a step solves equations."""
-        return self.family not in ("rk", "ssp")
+        return self.family not in ("rk", "ssp", "symplectic")
 
     @property
     def evaluations_per_step(self) -> int:
@@ -95,6 +97,10 @@ def _own_dirk(name: str, order: int, stages: int, estimates: bool, source: str) 
     return Method(name, "dirk", name, order, stages, False, True, estimates, True, "verified", source)
 
 
+def _symplectic(name: str, order: int, evaluations: int, source: str) -> Method:
+    return Method(name, "symplectic", "", order, evaluations, False, True, False, False, "verified", source)
+
+
 _ARS = "Ascher, Ruuth & Spiteri, Appl. Numer. Math. 25 (1997)"
 _PR = "Pareschi & Russo, J. Sci. Comput. 25 (2005)"
 _GKC = "Giraldo, Kelly & Constantinescu, SIAM J. Sci. Comput. 35 (2013)"
@@ -107,6 +113,7 @@ _RANG15 = "Rang, J. Comput. Appl. Math. 286 (2015)"
 _KVAERNO = "Kvaerno, BIT 44 (2004)"
 _RALSTON = "Ralston, Math. Comp. 16 (1962)"
 _HNW = "Hairer, Norsett & Wanner, Solving ODEs I (1993), sec. II.10"
+_YOSHIDA = "Yoshida, Phys. Lett. A 150 (1990)"
 _HW = "Hairer & Wanner, Solving ODEs II (1996), sec. IV.7"
 
 METHODS: dict[str, Method] = {
@@ -196,11 +203,23 @@ METHODS: dict[str, Method] = {
         _forward_only("ssp", "rks2", 2, 5, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
         _forward_only("ssp", "rks3", 3, 9, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
         _forward_only("ssp", "rk104", 4, 10, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
+        _symplectic("leapfrog", 2, 3, "Verlet, Phys. Rev. 159 (1967), kick-drift-kick"),
+        _symplectic("yoshida4", 4, 7, _YOSHIDA),
+        _symplectic("yoshida6", 6, 15, f"{_YOSHIDA}, solution A"),
     )
 }
 
 OTHER_NAMES = {"ssp22": "heun", "trbdf2": "dirk_es213sal", "kvaerno3": "dirk_es324sal"}
 """Further usual names of methods."""
+_RADAU, _GAUSS = "is L-stable, of the same order", "is A-stable, of the same order"
+_FULLY_IMPLICIT = {
+    "radau3": ("kvaerno3", _RADAU),
+    "radau5": ("kvaerno5", _RADAU),
+    "gauss2": ("theta", "is the same method"),
+    "gauss4": ("kvaerno4", f"{_GAUSS}; for pairs (q, p) 'yoshida4' is symplectic"),
+    "gauss6": ("dirk_es648sa", f"{_GAUSS}; for pairs (q, p) 'yoshida6' is symplectic"),
+}
+"""Methods whose stages are one coupled system, with a method to use instead and its merit."""
 _EXPLICIT = {method.petsc_name: method for method in METHODS.values() if method.family == "rk"}
 
 
@@ -220,8 +239,14 @@ def resolve(name: str) -> Method:
     """Return the method of a usual name (`rk4`, `cn`, `arkimex_3`) or of TSRK's own name (`4`).
 
     `rk4` is the classical method; torchdiffeq's `rk4` is Kutta's 3/8 rule, `rk4_38`.
-    Raises `ConfigurationError` with the allowed names.
+    Raises `ConfigurationError` with the allowed names, and for Gauss and Radau methods with the one to use instead.
     """
+    if name in _FULLY_IMPLICIT:
+        instead, merit = _FULLY_IMPLICIT[name]
+        raise ConfigurationError(
+            f"method = {name!r}: the coupled stages of Gauss and Radau methods are not solved here: use {instead!r}, "
+            f"which {merit}"
+        )
     name = OTHER_NAMES.get(name, name)
     if name in METHODS:
         return METHODS[name]

@@ -30,8 +30,9 @@ from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, for_method, lay
 from pnode_dist.ode.rhs.mass import mass_matrix
 from pnode_dist.ode.rhs.observed import in_form_of, separated
 from pnode_dist.ode.rhs.parameters import find_parameters, independent, real_numbers
+from pnode_dist.ode.rhs.separable import check_pairs
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
-from pnode_dist.ode.rhs.tangent import in_compute_type
+from pnode_dist.ode.rhs.tangent import WithTangent, in_compute_type
 from pnode_dist.ode.settings import CallSettings, Times, without_control
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
@@ -88,6 +89,7 @@ def _prepared_with(
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
+    check_pairs(layout, table, isinstance(func, WithTangent))
     layout = for_method(layout, table, settings.state_dtype)
     partition = settings.partition
     trajectory = budget.DEFAULT if settings.trajectory is None else settings.trajectory
@@ -175,7 +177,7 @@ def _prepared_with(
         took = automatic.next_solve(solver.stepper.comm)
         settings = settings if automatic.compiles else replace(settings, compiler=None)
     # Older releases of torch cannot order the exchanges of f in compiled code.
-    compiles_steps = table.family == "rk" and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
+    compiles_steps = table.family in ("rk", "symplectic") and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
     surroundings, carried = None, NOTHING_CARRIED
     if needs_gradient or (compiles_steps and settings.compiler is not None):
         surroundings = Surroundings.now(whole, args, layout.device)

@@ -109,8 +109,9 @@ def _check(settings: CallSettings) -> None:
     The tolerance of its solver would apply to the integral as well, so a large cost would leave the state inexact.
     """
     method = resolve(settings.method or ("rk4" if settings.control() is None else "dopri5"))
-    if method.implicit:
+    if method.family not in ("rk", "ssp"):
+        reason = "solves equations" if method.implicit else "has no quadrature"
         raise ConfigurationError(
-            f"integrate: method = {method.name!r} solves equations: must be explicit; or observe the cost at all "
-            "accepted steps, observe = r with save = 'steps', and sum it with the weights of choice"
+            f"integrate: method = {method.name!r} {reason}: must be an explicit Runge-Kutta method; or observe the cost "
+            "at all steps, observe = r with save = 'steps', and sum it with the weights of choice"
         )

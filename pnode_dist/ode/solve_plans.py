@@ -155,7 +155,7 @@ def _compile(solve: Solve, start: float, size: float, attempts: bool) -> int:
     stepper = solve.solver.stepper
     if solve.compiler is None or not isinstance(stepper, ExplicitStepper):
         return 1
-    layout, tableau, func, records = stepper.layout, stepper.tableau, solve.bound.func, solve.keeps_trajectory
+    layout, tableau, func, records = stepper.layout, stepper.scheme, solve.bound.func, solve.keeps_trajectory
     compiler, comm = solve.compiler, stepper.comm
     # In another mode, such as that of training, f may do what cannot be compiled.
     modes = tuple(module.training for module in func.modules()) if isinstance(func, nn.Module) else ()

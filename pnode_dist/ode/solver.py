@@ -32,6 +32,7 @@ from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
 from pnode_dist.ode.steppers.preconditioner import Preconditioner
 from pnode_dist.ode.steppers.ssp import SspStepper
+from pnode_dist.ode.steppers.symplectic import SymplecticStepper
 from pnode_dist.ode.steppers.tolerances import ErrorControl
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.petsc.objects import PetscObjects, destroy_left
@@ -111,6 +112,8 @@ class Solver:
             destroy_left(comm)
             if method.family == "ssp":
                 return SspStepper(comm, layout, method, options)
+            if method.family == "symplectic":
+                return SymplecticStepper(comm, layout, method, parameter_sizes, options)
             if method.family == "rk":
                 return ExplicitStepper(comm, layout, method, parameter_sizes, options)
             matrix = mass_matrix(mass, layout)
@@ -217,7 +220,7 @@ class Solver:
             )
         if control.rule is not None:
             return True
-        two = isinstance(stepper, ExplicitStepper) and bool(stepper.tableau.second_error_terms)
+        two = isinstance(stepper, ExplicitStepper) and bool(stepper.scheme.second_error_terms)
         if two and control.adaptor == "dsp":
             raise ConfigurationError(
                 f"adaptor = 'dsp': method = {stepper.method.name!r} has two error estimates, which PETSc's adaptors "

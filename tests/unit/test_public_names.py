@@ -20,6 +20,7 @@ OF_0_1_0 = {
         "GridPartition",
         "Mesh",
         "NeuralODE",
+        "Separable",
         "SplitFunction",
         "Trajectory",
         "__version__",

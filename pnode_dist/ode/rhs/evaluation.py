@@ -24,6 +24,7 @@ from pnode_dist.ode.rhs.compute_dtype import NO_COPIES, ComputeCopies
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.rhs.parameters import Parameters, completeness_check
+from pnode_dist.ode.rhs.separable import halves_of
 from pnode_dist.petsc import log
 from pnode_dist.system.torch_internals import root_edge, set_grad_enabled
 
@@ -98,6 +99,12 @@ class BoundFunction:
     def check(self) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:
         """The check that an evaluation depends on its inputs and the parameters alone. Most solves never need it."""
         return completeness_check(self.parameters)
+
+    @cached_property
+    def halves(self) -> tuple[Function, Function]:
+        """The functions that symplectic methods evaluate for positions and for momenta."""
+        # The compiled function is the whole one.
+        return (self.func, self.func) if self.compiled else halves_of(self.func)
 
     def counts(self) -> dict[str, int]:
         """Return all counters, for `count_from`."""
@@ -230,13 +237,13 @@ class BoundFunction:
         compared = self._kept < _FIRST_COMPARED or self._kept % 5 == 0 or inputs[0].numel() >= _LARGE
         return StageState(time, inputs, mark, fingerprint(values) if compared else None)
 
-    def evaluate_on_tape(self, layout: StateLayout, time: float, state: Parts) -> Parts:
+    def evaluate_on_tape(self, layout: StateLayout, time: float, state: Parts, half: int | None = None) -> Parts:
         """Evaluate f as part of a graph of several stages, and count the evaluation. Collective if `func` is.
 
         Converts no types. Copies values whose memory f may use again.
         """
         self.evaluations += 1
-        return owned(self.evaluate(self.func, layout, time, state))
+        return owned(self.evaluate(self.func if half is None else self.halves[half], layout, time, state))
 
     def check_dependencies(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         """Raise `ValueError` for outputs that depend on more than these inputs and the parameters.

@@ -41,7 +41,7 @@ class EmbeddedAttempts:
                     f"options: {name!r}: is for PETSc's adaptors, which take no part here: adaptor = 'pid' and the two "
                     "error estimates of dop853 use dt_min, dt_max, pcoeff, icoeff and dcoeff"
                 )
-        if not (isinstance(stepper, ExplicitStepper) and stepper.tableau.error_terms):
+        if not (isinstance(stepper, ExplicitStepper) and stepper.scheme.error_terms):
             able = ", ".join(
                 name for name, method in METHODS.items() if method.family == "rk" and method.estimates_error
             )

@@ -48,7 +48,7 @@ def largest_component(
     place, most = "", -1.0
     for number, (error, scale) in enumerate(zip(difference(tableau.error_terms, size, slopes), scales, strict=True)):
         # Entries without a tolerance are not controlled.
-        ratios = (error.abs() / scale).nan_to_num(nan=math.inf).where(scale > 0, 0.0)
+        ratios = (error.abs() / scale).nan_to_num(nan=math.inf, posinf=math.inf).where(scale > 0, 0.0)
         if ratios.numel() and float(ratios.max()) > most:
             most, at = float(ratios.max()), int(ratios.argmax())
             index = [int(axis) for axis in torch.unravel_index(torch.tensor(at), ratios.shape)]
