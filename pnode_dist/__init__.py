@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pnode_dist.errors import DisagreementError as DisagreementError
     from pnode_dist.errors import RecomputationError as RecomputationError
     from pnode_dist.hybrid.dense import solve_dense as solve_dense
+    from pnode_dist.hybrid.forcing import Forcing as Forcing
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
@@ -63,6 +64,7 @@ _PUBLIC = {
     "ConvergenceError": "pnode_dist.errors",
     "DensePartition": "pnode_dist.partition.dense",
     "DisagreementError": "pnode_dist.errors",
+    "Forcing": "pnode_dist.hybrid.forcing",
     "ForecastProblem": "pnode_dist.problems.common.forecast_problem",
     "ForecastTable": "pnode_dist.problems.common.tables",
     "GraphPartition": "pnode_dist.partition.graph",
