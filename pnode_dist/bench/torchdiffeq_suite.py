@@ -1,8 +1,8 @@
 """torchdiffeq's own tests, run with `pnode_dist.torchdiffeq` in its place.
 
 `python -m pnode_dist.bench.torchdiffeq_suite CHECKOUT` takes a checkout of github.com/rtqichen/torchdiffeq and prints a
-line for each test: how many of its cases passed, were refused by name, do not apply, or failed. Ends with exit code 1 if
-one failed.
+line for each test: how many of its cases passed, were refused by name, do not apply, or failed. Ends with exit code 1
+if one failed.
 """
 
 from __future__ import annotations

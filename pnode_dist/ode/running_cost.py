@@ -112,6 +112,6 @@ def _check(settings: CallSettings) -> None:
     if method.family not in ("rk", "ssp"):
         reason = "solves equations" if method.implicit else "has no quadrature"
         raise ConfigurationError(
-            f"integrate: method = {method.name!r} {reason}: must be an explicit Runge-Kutta method; or observe the cost "
-            "at all steps, observe = r with save = 'steps', and sum it with the weights of choice"
+            f"integrate: method = {method.name!r} {reason}: must be an explicit Runge-Kutta method; or observe the "
+            "cost at all steps, observe = r with save = 'steps', and sum it with the weights of choice"
         )
