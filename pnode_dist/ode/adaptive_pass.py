@@ -12,6 +12,7 @@ from pnode_dist.ode import safe_points
 from pnode_dist.ode.jumps import SmoothInterval
 from pnode_dist.ode.probe import measured_tape
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
+from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.segments import Segment, divided_into_segments
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_plans import compile_attempts, slots_of
@@ -53,8 +54,12 @@ def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
         online = OnlineCheckpoints(solve.checkpoints, slots.ram, slots.disk)
     keeps_tapes = most_tapes > 0
 
+    start: Parts = ()
+
     def before(step: int, time: float) -> bool:
-        nonlocal keeps_tapes
+        nonlocal keeps_tapes, start
+        if solve.costs is not None:
+            start = stepper.current.kept()
         safe_points.between_steps(stepper.comm)
         if keeps_tapes and step >= most_tapes:
             if budget.keep == "graph":
@@ -79,6 +84,8 @@ def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
             solve.guard.keep(step.number, fingerprint(stepper.current.parts))
         if step.tape is not None:
             solve.tapes[step.number] = step.tape
+        if solve.costs is not None:
+            solve.add_costs(Segment(step.number, (step.start,), (step.size,)), start, keeps=step.tape is not None)
         if step.stop is not None and step.stop.is_jump:
             jumps[len(starts)] = step.stop.time
         output_number = None if step.stop is None else step.stop.output

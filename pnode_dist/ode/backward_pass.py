@@ -10,7 +10,7 @@ import torch
 
 from pnode_dist.checkpointing.replay import run_backward
 from pnode_dist.ode import safe_points
-from pnode_dist.ode.observing import with_observed
+from pnode_dist.ode.observing import with_further
 from pnode_dist.ode.rhs.tangent import hooks_aside
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.time_grid import gradient_wrt_times
@@ -38,7 +38,12 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
     solve.solver.open()
     stepper = solve.solver.stepper
     steps = 0 if solve.grid is None else solve.grid.steps
-    segments, observing = solve.divided, solve.observing
+    segments, observing, costs = solve.divided, solve.observing, solve.costs
+    of_integrals: Sequence[torch.Tensor | None] = ()
+    if costs is not None:
+        costs.start_adjoint()
+        count = len(costs.totals)
+        cotangents, of_integrals = cotangents[:-count], cotangents[-count:]
     units = 0 if segments is None else segments.segments
     solve.bind()
     stepper.start_adjoint()
@@ -50,15 +55,16 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
 
     def reversed_to(unit: int) -> None:
         step = 0 if segments is None else segments.bounds[unit]
+        number, only = solve.saved.get(step), solve.saving.only_last
+        if costs is not None and number is not None:
+            costs.receive([part if part is None or only else part[number] for part in of_integrals])
         if observing is not None:
             # Observations of later states are pulled back just before the step that leads to them.
             if step == 0 and 0 in solve.saved:
                 observing.keep(0, solve.times[0], solve.initial)
                 solve.pull_back_observation(0)
             return
-        number = solve.saved.get(step)
         if number is not None:
-            only = solve.saving.only_last
             stepper.add_to_adjoint([part if part is None or only else part[number] for part in cotangents])
 
     reversed_to(units)
@@ -82,7 +88,9 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
     stepper.current.release()
     safe_points.after_solve(stepper.comm)
     adjoint, gradients = stepper.end_adjoint([parameter.shape for parameter in solve.parameters])
-    gradients = with_observed(gradients, observing)
+    for beside in (observing, costs):
+        if beside is not None:
+            gradients = with_further(gradients, beside.gradient)
     solve.unbind()
     solve.solver.done()
     if solve.took is not None:

@@ -25,7 +25,7 @@ from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.observed import in_form_of, observed, separated
 from pnode_dist.ode.rhs.tangent import WithTangent, without_tangents
-from pnode_dist.ode.running_cost import with_cost
+from pnode_dist.ode.running_cost import is_separate, with_cost, with_separate_cost
 from pnode_dist.ode.saving import Integrated, Saved, times_of_saved
 from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solve import Solve
@@ -47,6 +47,8 @@ def differentiable_solve(
     The outputs are states, or the observations that the settings ask for.
     """
     whole = observed(func, settings.observe, isinstance(u0, tuple | list))
+    if settings.integrate is not None and is_separate(settings):
+        whole, settings = with_separate_cost(whole, settings, isinstance(u0, tuple | list))
     if settings.integrate is None:
         outputs, solve = outputs_of(solvers, tangent_solvers, whole, u0, t, settings, args)
         return as_asked(outputs, solve, whole, layout_of(u0)[0], t), solve
@@ -74,7 +76,10 @@ def as_asked(outputs: Parts, solve: Solve, func: Function, layout: StateLayout, 
     found = in_form_of(func, layout, outputs)
     if not solve.saving.has_steps:
         return found
-    return Saved(times_of_saved(tuple(solve.saved), solve.grid if len(solve.times) > 1 else None, t), found)
+    times = times_of_saved(tuple(solve.saved), solve.grid if len(solve.times) > 1 else None, t)
+    if isinstance(found, Integrated):
+        return Integrated(Saved(times, found.u), found.integral)
+    return Saved(times, found)
 
 
 def outputs_of(

@@ -29,13 +29,14 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
     solve.solver.open()
     stepper = solve.solver.stepper
     layout = stepper.layout
-    takes_last = solve.saving.only_last and solve.observing is None and solve.consumer is None
+    others = (solve.observing, solve.costs, solve.consumer)
+    takes_last = solve.saving.only_last and all(other is None for other in others)
     known = solve.grid is not None or len(solve.times) == 1
     solve.saved = solve.saving.of_grid(solve.grid if len(solve.times) > 1 else None) if known else {}
     count = len(solve.saved) if known else None if solve.saving.every else len(solve.times)
     if not known and solve.saving.only_last:
         count = 1
-    outputs = Outputs(layout, stepper.current, solve.observing, count, solve.consumer)
+    outputs = Outputs(layout, stepper.current, solve.observing, solve.costs, count, solve.consumer)
 
     def output(step: int, time: float) -> None:
         if not takes_last:
@@ -48,6 +49,8 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
     # A solve that ended with an error may have left tensors of inference mode there.
     stepper.current.release()
     stepper.current.set(solve.initial)
+    if solve.costs is not None:
+        solve.costs.start(solve.times[0], stepper.current.parts)
     if solve.saving.saves(0, 0, len(solve.times) == 1):
         output(0, solve.times[0])
     if len(solve.times) == 1:

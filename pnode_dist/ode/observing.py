@@ -134,11 +134,7 @@ def _fingerprint(values: Parts) -> float:
     return fingerprint(_real(values)) if values else 0.0
 
 
-def with_observed(gradient: Sequence[torch.Tensor], observing: Observing | None) -> Sequence[torch.Tensor]:
-    """Add the gradient through the observations to that through the steps."""
-    if observing is None:
-        return gradient
-    return [
-        old if more is None else old + more.to(old.device)
-        for old, more in zip(gradient, observing.gradient, strict=True)
-    ]
+def with_further(gradient: Sequence[torch.Tensor], further: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor]:
+    """Add the gradient through observations or costs to that through the steps."""
+    pairs = zip(gradient, further, strict=True)
+    return [old if more is None else old + more.to(old.device) for old, more in pairs]

@@ -32,7 +32,7 @@ from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.observed import observed
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.tangent import checked_direction, stacked, with_tangent
-from pnode_dist.ode.running_cost import with_cost
+from pnode_dist.ode.running_cost import is_separate, with_cost, with_separate_cost
 from pnode_dist.ode.settings import (
     KEYWORDS,
     CallSettings,
@@ -330,6 +330,9 @@ class NeuralODE(nn.Module):
         whole = observed(call.func, call.settings.observe, isinstance(call.u0, tuple | list))
         if call.settings.integrate is None:
             return whole, call.u0, call.settings
+        if is_separate(call.settings):
+            func, settings = with_separate_cost(whole, call.settings, isinstance(call.u0, tuple | list))
+            return func, call.u0, settings
         posed = with_cost(self._solvers, whole, call.u0, t, call.settings, args)
         return posed.func, posed.u0, posed.settings
 

@@ -9,6 +9,7 @@ import torch
 
 from pnode_dist.ode.observing import Observing
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.step_costs import StepCosts
 from pnode_dist.ode.steppers.current_state import CurrentState
 
 
@@ -23,6 +24,7 @@ class Outputs:
     layout: StateLayout
     current: CurrentState
     observing: Observing | None
+    costs: StepCosts | None
     count: int | None
     consumer: Callable[[float, Parts], None] | None = None
     _stored: list[torch.Tensor] = field(default_factory=list, init=False)
@@ -33,6 +35,8 @@ class Outputs:
         values, observing = self.current.parts, self.observing
         if observing is not None:
             values = observing.value(step, time, values)
+        if self.costs is not None:
+            values = (*values, *self.costs.totals)
         if self.consumer is not None:
             self.consumer(time, tuple(self._own(value) for value in values))
         elif self.count is None:

@@ -28,7 +28,7 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
 from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, for_method, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
-from pnode_dist.ode.rhs.observed import in_form_of, separated
+from pnode_dist.ode.rhs.observed import cost_of, in_form_of, separated
 from pnode_dist.ode.rhs.parameters import find_parameters, independent, real_numbers
 from pnode_dist.ode.rhs.separable import check_pairs
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
@@ -208,6 +208,7 @@ def _prepared_with(
         time_dtype,
         settings.saving,
         None if observe is None else in_compute_type(observe, copies),
+        cost_of(whole),
         _consumer(settings.on_output, layout, whole),
         surroundings,
         settings.on_mismatch,

@@ -19,7 +19,7 @@ from pnode_dist.ode.kept_solvers import KeptSolvers
 from pnode_dist.ode.methods import resolve
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, layout_of
-from pnode_dist.ode.rhs.observed import Form, Observed, flattened, separated
+from pnode_dist.ode.rhs.observed import Costed, Flattened, Form, Observed, flattened, separated
 from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solver import communicator
 
@@ -74,20 +74,37 @@ class Posed:
         return outputs[:-count], self.form.rebuilt(outputs[-count:])
 
 
+def is_separate(settings: CallSettings) -> bool:
+    """Return True if the running cost is integrated beside the solve, False if it becomes a part of the state.
+
+    In equations it would change the accuracy of the state. Raises `ConfigurationError` for a method that has neither.
+    """
+    method = resolve(settings.method or ("rk4" if settings.control() is None else "dopri5"))
+    if method.family not in ("rk", "ssp", "theta"):
+        raise ConfigurationError(
+            f"integrate: method = {method.name!r}: must be an explicit Runge-Kutta or a theta method; or observe the "
+            "cost at all steps, observe = r with save = 'steps', and sum it with the weights of choice"
+        )
+    return method.family == "theta"
+
+
+def with_separate_cost(func: Function, settings: CallSettings, is_tuple: bool) -> tuple[Costed, CallSettings]:
+    """Return `func` with the running cost beside it, and the settings of the solve."""
+    return Costed(func, Flattened(_checked(settings.integrate), is_tuple, "integrate")), replace(
+        settings, integrate=None
+    )
+
+
 def with_cost(
     solvers: KeptSolvers, func: Function, u0: State, t: Times, settings: CallSettings, args: tuple[Any, ...]
 ) -> Posed:
     """Return the solve of `func`, which may be `Observed`, and of the running cost of the settings. Collective.
 
-    Evaluates the cost once, for its shape. Raises `ConfigurationError` for an implicit method.
-    """
+    Evaluates the cost once, for its shape."""
     with preparation(communicator(settings.partition)) as preparing:
         plain, observe = separated(func)
-        cost = settings.integrate
-        if not callable(cost):
-            raise TypeError(f"integrate must be callable as integrate(t, u, *args), got {type(cost).__name__}")
+        cost = _checked(settings.integrate)
         layout, parts = layout_of(u0)
-        _check(settings)
         start = torch.as_tensor(t[0]).detach().to(layout.device, layout.dtype)
         with torch.no_grad():
             form, costs = flattened(cost(start, layout.as_state(parts), *args), "integrate")
@@ -103,15 +120,8 @@ def with_cost(
     return Posed(made, (*parts, *zeros), settings, form)
 
 
-def _check(settings: CallSettings) -> None:
-    """Raise `ConfigurationError` for a method that solves equations.
-
-    The tolerance of its solver would apply to the integral as well, so a large cost would leave the state inexact.
-    """
-    method = resolve(settings.method or ("rk4" if settings.control() is None else "dopri5"))
-    if method.family not in ("rk", "ssp"):
-        reason = "solves equations" if method.implicit else "has no quadrature"
-        raise ConfigurationError(
-            f"integrate: method = {method.name!r} {reason}: must be an explicit Runge-Kutta method; or observe the "
-            "cost at all steps, observe = r with save = 'steps', and sum it with the weights of choice"
-        )
+def _checked(cost: Any) -> Function:
+    if not callable(cost):
+        raise TypeError(f"integrate must be callable as integrate(t, u, *args), got {type(cost).__name__}")
+    found: Function = cost
+    return found

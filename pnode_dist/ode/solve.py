@@ -32,10 +32,13 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.rhs.observed import OfParts
 from pnode_dist.ode.saving import AT_TIMES, Saving
-from pnode_dist.ode.segments import SegmentGrid
+from pnode_dist.ode.segments import Segment, SegmentGrid
 from pnode_dist.ode.solver import Solver
+from pnode_dist.ode.step_costs import StepCosts, StepEnds
+from pnode_dist.ode.steppers.batched import BatchedStepper
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
+from pnode_dist.ode.steppers.implicit import ImplicitStepper
 from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks, call_back
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl
@@ -74,6 +77,7 @@ class Solve:
     time_dtype: torch.dtype = torch.float64
     saving: Saving = AT_TIMES
     observe: OfParts | None = None
+    cost: Callable[..., Parts] | None = None
     consumer: Callable[[float, Parts], None] | None = None
     surroundings: Surroundings | None = None
     on_mismatch: str = "raise"
@@ -90,6 +94,7 @@ class Solve:
     tapes: dict[int, Tape] = field(default_factory=dict)
     saved: dict[int, int] = field(default_factory=dict, init=False)
     observing: Observing | None = field(default=None, init=False)
+    costs: StepCosts | None = field(default=None, init=False)
     first_step: tuple[FlatState, Tape] | None = None
     initial: tuple[torch.Tensor, ...] = ()
     divided: SegmentGrid | None = None
@@ -109,6 +114,10 @@ class Solve:
         if self.observe is not None:
             stepper = self.solver.stepper
             self.observing = Observing(self.observe, self.bound, stepper.layout, stepper.comm.size)
+        if self.cost is not None:
+            stepper = self.solver.stepper
+            assert isinstance(stepper, ImplicitStepper | BatchedStepper)
+            self.costs = StepCosts(self.cost, self.bound, stepper.layout, stepper.comm.size, *stepper.theta_variant)
         self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics, self.carried)
         self.logs = self.bound.logs
         self.ram_slots = 0
@@ -152,9 +161,12 @@ class Solve:
         safe_points.between_steps(self.solver.stepper.comm)
         self.solver.stepper.fingerprints = self.guard is not None
         self._enter(unit)
+        before = None if self.costs is None or recompute else self.solver.stepper.current.kept()
         if not self._use_first_step():
             with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
                 self.solver.stepper.advance(self.segments[unit])
+        if before is not None:
+            self.add_costs(self.segments[unit], before)
         self._stepped(unit, recompute)
 
     def record(self, unit: int, recompute: bool = False) -> None:
@@ -162,6 +174,7 @@ class Solve:
         # A step whose tape is kept from the forward pass is never recomputed: it needs no fingerprint.
         self.solver.stepper.fingerprints = self.guard is not None and recompute
         self._enter(unit)
+        before = None if self.costs is None else self.solver.stepper.current.kept()
         tape = self._use_first_step()
         if not tape:
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
@@ -173,6 +186,19 @@ class Solve:
             self.first_step_taken()
         self.tapes[unit] = tape
         self.keep_for_observation(self.segments.bounds[unit + 1])
+        if before is not None:
+            self.add_costs(self.segments[unit], before, keeps=True, recompute=recompute)
+
+    def add_costs(self, segment: Segment, before: Parts, keeps: bool = False, recompute: bool = False) -> None:
+        """Add the running cost of the step that led to the current state. With `keeps`, keep its ends as well."""
+        costs = self.costs
+        assert costs is not None
+        (time,), (size,) = segment.starts, segment.sizes
+        ends = StepEnds(time, size, before, self.solver.stepper.current.kept())
+        if not recompute:
+            costs.add(segment.first, ends)
+        if keeps:
+            costs.keep(segment.first, ends)
 
     def keep_for_observation(self, step: int) -> None:
         """Keep the current state, before `step`, if the backward pass observes it again."""
@@ -220,20 +246,29 @@ class Solve:
         segment, tape = self.segments[unit], self.tapes.pop(unit)
         self.pull_back_observation(segment.first + len(segment))
         self._enter(unit)
+        stepper, costs = self.solver.stepper, None if self.costs is None else self.costs.pull_back(segment.first)
+        if costs is not None:
+            stepper.add_to_adjoint(costs.after)
         with log.event(log.ADJOINT_STEP, self.logs):
-            found = self.solver.stepper.pull_back(segment, tape)
+            found = stepper.pull_back(segment, tape)
         for step, (by_size, by_start) in enumerate(found, start=segment.first):
             self.size_gradients[step], self.start_gradients[step] = by_size, by_start
+        if costs is not None:
+            stepper.add_to_adjoint(costs.before)
+            if found:
+                self.size_gradients[segment.first] += costs.by_size
+                self.start_gradients[segment.first] += costs.by_start
         if self.callbacks.pulled_back is not None:
             adjoint, size = self.solver.stepper.adjoint_parts, segment.sizes[0]
             call_back(self.callbacks.pulled_back, self.solver.stepper.layout, segment.starts[0], adjoint, size)
 
     @property
     def observed_bytes(self) -> int:
-        """The bytes that a state takes which is kept for its observation beside the tape of a step."""
+        """The bytes of the states that are kept for observations and costs beside the tape of a step."""
         layout = self.solver.stepper.layout
         shared = isinstance(self.solver.stepper, ExplicitStepper) and not layout.converts
-        return 0 if self.observing is None or shared else layout.size * layout.state_dtype.itemsize
+        nbytes = layout.size * layout.state_dtype.itemsize
+        return (0 if self.observing is None or shared else nbytes) + (0 if self.costs is None else 2 * nbytes)
 
     def pull_back_observation(self, step: int) -> None:
         """Add the cotangents of the observation of the state before `step` to the adjoint. Collective if it is."""
@@ -323,6 +358,8 @@ class Solve:
         self.first_step = None
         if self.observing is not None:
             self.observing.states.clear()
+        if self.costs is not None:
+            self.costs.ends.clear()
         if self.refund is not None:
             self.refund()
             self.refund = None

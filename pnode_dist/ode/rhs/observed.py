@@ -13,6 +13,7 @@ import torch
 
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.saving import Integrated
 
 Observation = Callable[..., Any]
 """h(t, u, *args): a tensor, or a tuple or a dictionary of tensors, from the time and this rank's part of the state."""
@@ -48,13 +49,13 @@ class _Seen:
 
 
 class Flattened:
-    """An observation with its values as a tuple."""
+    """An observation with its values as a tuple. `name` is that of the function in errors."""
 
     holds_values_of_func = True
     """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
 
-    def __init__(self, observe: Observation, is_tuple: bool) -> None:
-        self.observe, self.is_tuple = observe, is_tuple
+    def __init__(self, observe: Observation, is_tuple: bool, name: str = "observe") -> None:
+        self.observe, self.is_tuple, self.name = observe, is_tuple, name
         self._seen = _Seen()
 
     @property
@@ -65,9 +66,9 @@ class Flattened:
     def __call__(self, t: torch.Tensor, parts: Parts, *args: Any) -> Parts:
         """Return the tensors that are observed. Raises `TypeError` for other values."""
         value = self.observe(t, parts if self.is_tuple else parts[0], *args)
-        form, leaves = flattened(value, "observe")
+        form, leaves = flattened(value, self.name)
         if self.form not in (None, form):
-            raise TypeError(f"observe returned {_described(value)} at t = {float(t):.6g}, and another form before")
+            raise TypeError(f"{self.name} returned {_described(value)} at t = {float(t):.6g}, and another form before")
         self._seen.form = form
         return leaves
 
@@ -114,6 +115,20 @@ class Observed:
         return self.func(t, state, *args)
 
 
+class Costed:
+    """A right-hand side, which may be `Observed`, with a running cost that is integrated beside its solves."""
+
+    holds_values_of_func = True
+    """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
+
+    def __init__(self, func: Function, cost: Flattened) -> None:
+        self.func, self.cost = func, cost
+
+    def __call__(self, t: torch.Tensor, state: Any, *args: Any) -> Any:
+        """Return du/dt."""
+        return self.func(t, state, *args)
+
+
 def observed(func: Function, observe: Observation | None, is_tuple: bool) -> Function:
     """Return `func` with an observation, or `func` itself. Raises `TypeError` if the observation is no function."""
     if observe is None:
@@ -125,6 +140,11 @@ def observed(func: Function, observe: Observation | None, is_tuple: bool) -> Fun
 
 def in_form_of(func: Function, layout: StateLayout, values: Parts) -> Any:
     """Return the outputs of a solve, or one of them, as its caller gets them: states, or observations."""
+    if isinstance(func, Costed):
+        form = func.cost.form
+        assert form is not None
+        own, integrals = values[: -form.size], values[-form.size :]
+        return Integrated(in_form_of(func.func, layout, own), form.rebuilt(integrals))
     observe = separated(func)[1]
     form = getattr(observe, "form", None)
     if observe is None:
@@ -132,6 +152,12 @@ def in_form_of(func: Function, layout: StateLayout, values: Parts) -> Any:
     return values if form is None else form.rebuilt(values)
 
 
+def cost_of(func: Function) -> Callable[..., Parts] | None:
+    """Return the running cost that is integrated beside the solves of `func`, None without one."""
+    return func.cost if isinstance(func, Costed) else None
+
+
 def separated(func: Function) -> tuple[Function, Callable[..., Parts] | None]:
     """Return the right-hand side and its observation, None without one."""
+    func = func.func if isinstance(func, Costed) else func
     return (func.func, func.observe) if isinstance(func, Observed) else (func, None)

@@ -18,7 +18,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.compute_dtype import ComputeCopies
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import layout_of
-from pnode_dist.ode.rhs.observed import Observed
+from pnode_dist.ode.rhs.observed import Costed, Observed
 from pnode_dist.ode.rhs.parameters import Parameters, completeness_check
 from pnode_dist.ode.rhs.split import SplitFunction
 from pnode_dist.system.torch_internals import hooks_of, set_hooks
@@ -200,6 +200,11 @@ def with_tangent(
 
     Its observation, if it has one, is followed by its own tangent.
     """
+    if isinstance(func, Costed):
+        raise ConfigurationError(
+            "integrate: its integrals by an implicit method have no second derivatives and no tangents: choose an "
+            "explicit method"
+        )
     if isinstance(func, Observed):
         return Observed(
             with_tangent(func.func, is_tuple, direction, every), WithTangent(func.observe, True, direction, every)

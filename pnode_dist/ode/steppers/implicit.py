@@ -138,6 +138,11 @@ class ImplicitStepper(SingleStepper):
         return self._ts
 
     @property
+    def theta_variant(self) -> tuple[float, bool]:
+        """Theta, and True if the ends of the step are its stages; of theta methods."""
+        return self._variant
+
+    @property
     def is_midpoint(self) -> bool:
         """True for a theta method whose only stage lies inside the step."""
         theta, endpoint = self._variant

@@ -12,7 +12,7 @@ from torch import nn
 
 from pnode_dist import Integrated, NeuralODE, Trajectory, odeint
 from pnode_dist.errors import ConfigurationError
-from tests.oracles.implicit import CRANK_NICOLSON, odeint_implicit
+from tests.oracles.implicit import BACKWARD_EULER, CRANK_NICOLSON, MIDPOINT, Theta, odeint_implicit
 from tests.oracles.right_hand_sides import Network, distance, random
 from tests.oracles.runge_kutta import TABLEAUX, Tableau
 
@@ -67,15 +67,90 @@ def test_the_quadrature_is_that_of_the_method_with_its_gradient(name: str, budge
     assert distance(torch.autograd.grad(loss(found.u, found.integral), inputs), by_hand) <= 1e-12
 
 
-def test_the_cost_observed_at_all_steps_gives_the_quadrature_of_an_implicit_method() -> None:
+THETA: dict[str, tuple[Theta, dict[str, Any]]] = {
+    "beuler": (BACKWARD_EULER, {"method": "beuler", "newton": "petsc", "options": EXACT}),
+    "cn": (CRANK_NICOLSON, {"method": "cn", "newton": "petsc", "options": EXACT}),
+    "midpoint": (MIDPOINT, {"method": "theta", "newton": "petsc", "options": EXACT}),
+    "cn by batches": (CRANK_NICOLSON, {"method": "cn", "newton": "batch"}),
+    "beuler with a checkpoint": (
+        BACKWARD_EULER,
+        {
+            "method": "beuler",
+            "newton": "petsc",
+            "options": EXACT,
+            "trajectory": Trajectory(keep="solution", ram_slots=1),
+        },
+    ),
+    "cn with stages": (
+        CRANK_NICOLSON,
+        {"method": "cn", "newton": "petsc", "options": EXACT, "trajectory": Trajectory(keep="stages", ram_slots=2)},
+    ),
+}
+
+
+def by_theta(table: Theta, u: torch.Tensor, t: torch.Tensor, size: float) -> tuple[torch.Tensor, dict[str, Any]]:
+    """States and integrals at the times by a theta method in plain torch."""
+    states, sums = [u], {name: torch.zeros_like(value) for name, value in cost(t[0], u).items()}
+    integrals = {name: [value] for name, value in sums.items()}
+    for begin, end in pairwise(t):
+        count = max(1, round(float((end - begin).detach()) / size))
+        step = (end - begin) / count
+        for number in range(count):
+            start = begin + number * step
+            after = odeint_implicit(FUNC, u, torch.stack([start, start + step]), table)[-1]
+            if table.endpoint:
+                ends = (1 - table.theta, cost(start, u)), (table.theta, cost(start + step, after))
+            else:
+                stage = u + table.theta * (after - u)
+                ends = ((1.0, cost(start + table.theta * step, stage)),)
+            for weight, rates in ends:
+                sums = {name: value + step * weight * rates[name] for name, value in sums.items()}
+            u = after
+        states.append(u)
+        for name, value in sums.items():
+            integrals[name].append(value)
+    return torch.stack(states), {name: torch.stack(values) for name, values in integrals.items()}
+
+
+@pytest.mark.parametrize(("table", "settings"), THETA.values(), ids=THETA)
+def test_theta_methods_have_their_own_quadrature_with_its_gradient(table: Theta, settings: dict[str, Any]) -> None:
+    u0, t = U0.clone().requires_grad_(), torch.tensor(TIMES, dtype=torch.float64, requires_grad=True)
+    wanted = by_theta(table, u0, t, 0.2)
+    found = odeint(FUNC, u0, t, step_size=0.2, integrate=cost, **settings)
+    assert distance(found.u, wanted[0]) <= 1e-12
+    assert distance(list(found.integral.values()), list(wanted[1].values())) <= 1e-12
+    inputs = [u0, t, *PARAMETERS]
+    by_hand = torch.autograd.grad(loss(*wanted), inputs)
+    assert distance(torch.autograd.grad(loss(found.u, found.integral), inputs), by_hand) <= 1e-11
+
+
+def test_a_large_cost_leaves_the_state_of_an_implicit_method_as_it_is() -> None:
+    settings: dict[str, Any] = {"method": "cn", "step_size": 0.2, "newton": "petsc"}
+    plain = odeint(FUNC, U0, TIMES, **settings)
+    found = odeint(FUNC, U0, TIMES, integrate=lambda t, u: 1e9 * u.sum(), **settings)
+    assert torch.equal(found.u, plain)
+
+
+def test_steps_of_a_theta_method_with_error_control_have_a_cost() -> None:
     u0 = U0.clone().requires_grad_()
-    settings: dict[str, Any] = {"method": "cn", "step_size": 0.2, "newton": "petsc", "options": EXACT}
-    t, r = odeint(FUNC, u0, TIMES, observe=lambda t, u: FUNC(t, u).square().sum(), save="steps", **settings)
-    found = torch.trapezoid(r, t)
-    states = odeint_implicit(FUNC, u0, t.tolist(), CRANK_NICOLSON)
-    wanted = torch.trapezoid(torch.stack([FUNC(time, u).square().sum() for time, u in zip(t, states, strict=True)]), t)
-    inputs = [u0, *FUNC.parameters()]
-    assert distance(torch.autograd.grad(found, inputs), torch.autograd.grad(wanted, inputs)) <= 1e-12
+    settings: dict[str, Any] = {"method": "cn", "rtol": 1e-3, "options": EXACT}
+    u, integral = odeint(FUNC, u0, TIMES, integrate=cost, save="steps", observe=lambda t, u: u.sum(), **settings)
+    t, r = odeint(FUNC, u0, TIMES, observe=cost, save="steps", **settings)
+    sizes = t.diff()
+    inside = 0.5 * sizes * (r["effort"][1:] + r["effort"][:-1])
+    wanted = torch.cat([inside.new_zeros(1), inside.cumsum(0)])
+    assert torch.equal(u.t, t)
+    assert distance(integral["effort"], wanted) <= 1e-13
+    found, by_hand = (torch.autograd.grad(one.sum(), [u0, *FUNC.parameters()]) for one in (integral["effort"], wanted))
+    assert distance(found, by_hand) <= 1e-12
+
+
+def test_integrals_by_an_implicit_method_refuse_second_derivatives() -> None:
+    u0 = U0.clone().requires_grad_()
+    _, integral = odeint(FUNC, u0, TIMES, method="cn", step_size=0.2, integrate=cost)
+    (first,) = torch.autograd.grad(integral["effort"].sum(), u0, create_graph=True)
+    with pytest.raises(ConfigurationError, match="integrate: its integrals by an implicit method have no second"):
+        torch.autograd.grad(first.sum(), u0)
 
 
 @pytest.mark.parametrize("adaptor", ["basic", "pid"])
@@ -121,7 +196,11 @@ def test_a_module_keeps_its_solver_and_plans_with_the_cost() -> None:
     [
         ({"integrate": 3}, TypeError, r"integrate must be callable as integrate\(t, u, \*args\), got int"),
         ({"integrate": lambda t, u: 1.0}, TypeError, "integrate returned float: must be a floating-point tensor"),
-        ({"integrate": cost, "method": "cn"}, ConfigurationError, "integrate: method = 'cn' solves equations"),
+        ({"integrate": cost, "method": "arkimex_3"}, ConfigurationError, "integrate: method = 'arkimex_3': must be"),
+        ({"integrate": lambda t, u: u.sum() + 1j}, TypeError, "integrate returned complex numbers"),
+        ({"integrate": lambda t, u: u.sum() + 1j, "method": "cn"}, TypeError, "integrate returned complex numbers"),
+        ({"integrate": lambda t, u: u.zero_(), "method": "cn"}, ConfigurationError, "it writes to the state"),
+        ({"integrate": lambda t, u: u[: int(t * 9)], "method": "cn"}, ValueError, "must be the same at all times"),
     ],
 )
 def test_a_cost_that_cannot_be_integrated_is_refused(settings: dict[str, Any], error: Any, text: str) -> None:
