@@ -139,9 +139,9 @@ def odeint(
         `"steps"`, every n-th step, or several of these; with steps a `Saved(t, u)` is returned, the times too. With
         `observe` the outputs are h(t, u, *args) in place of u, and take the memory of that: the backward pass
         recomputes the states. `integrate` adds the integrals of a running cost, by the quadrature of an explicit
-        method, as `Integrated(u, integral)`. `on_output` takes the time and the value of each output while the solve
-        goes on, without a gradient; then nothing is returned. Observations and costs have parameters and communicate as
-        `func` does, and must be functions of their arguments and parameters alone.
+        or theta method, as `Integrated(u, integral)`. `on_output` takes the time and the value of each output while the
+        solve goes on, without a gradient; then nothing is returned. Observations and costs have parameters and
+        communicate as `func` does, and must be functions of their arguments and parameters alone.
 
     Ranks and memory
         `partition` defines the distribution of the state over ranks; with None each rank has a state of its own.

@@ -102,7 +102,8 @@ class SolverSettings:
     of tensors. A solve then takes the memory of these. h may have parameters and may communicate."""
     integrate: Callable[..., Any] | None = None
     """A running cost r(t, u, *args), a tensor or several: a solve then returns `Integrated(u, integral)` with its
-    integrals up to the output times, by the quadrature of an explicit method. Error control leaves them out."""
+    integrals up to the output times, by the quadrature of an explicit or theta method. Error control leaves them
+    out."""
     on_output: Callable[[float, Any], None] | None = None
     """A function that is called with the time and value of each output while the solve goes on. Nothing is returned
     then, and there is no gradient."""

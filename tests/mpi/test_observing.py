@@ -116,6 +116,34 @@ def test_a_running_cost_of_the_whole_field_is_the_same_at_any_number_of_ranks(me
     assert distance([mesh.sum(part) for part in gradient[1:]], wanted[1:]) <= 1e-12
 
 
+def test_the_cost_of_an_implicit_method_is_the_same_at_any_number_of_ranks(mesh: Mesh) -> None:
+    partition = GridPartition(mesh, SHAPE, channels=2, boundary=BOUNDARY)
+    models = Models(partition)
+    whole = random(*SHAPE, 2).requires_grad_()
+    steps = [number * STEP_SIZE for number in range(4)]
+    energies = odeint_implicit(models.whole, whole, steps, CRANK_NICOLSON).square().sum((1, 2, 3))
+    serial = torch.trapezoid(energies, torch.tensor(steps, dtype=torch.float64))
+    wanted = torch.autograd.grad(serial, [whole, *models.flow.parameters()])
+    local = partition.scatter(whole.detach()).requires_grad_()
+    _, integral = odeint(
+        models,
+        local,
+        [steps[0], steps[-1]],
+        method="cn",
+        step_size=STEP_SIZE,
+        partition=partition,
+        integrate=lambda t, u: global_sum(u.square().sum(), partition.comm),
+        last_only=True,
+        options=EXACT,
+        trajectory=Trajectory(keep="solution", ram_slots=1),
+    )
+    assert distance(integral, serial) <= 1e-12
+    share = integral * (1.0 if mesh.state_comm.rank == 0 else 0.0)
+    gradient = torch.autograd.grad(share, [local, *models.flow.parameters()])
+    assert distance(gradient[0], block(partition, wanted[0])) <= 1e-12
+    assert distance([mesh.sum(part) for part in gradient[1:]], wanted[1:]) <= 1e-12
+
+
 def test_outputs_are_streamed_on_every_rank_and_gathered_by_the_consumer(mesh: Mesh) -> None:
     partition = GridPartition(mesh, SHAPE, channels=2, boundary=BOUNDARY)
     models = Models(partition)
