@@ -106,6 +106,16 @@ def test_the_counts_and_the_residual_of_a_solve_are_returned() -> None:
     assert abs(found.residual - residual) <= 1e-15
 
 
+@pytest.mark.parametrize("solver", ["newtonls", "newtontr", "pseudo"])
+def test_a_solve_ends_at_the_absolute_tolerance(solver: str) -> None:
+    func, start = Relaxation(), torch.zeros(N, dtype=D)
+    found = find(func, start, SteadySettings(solver=solver, rtol=1e-14, atol=1e-2))
+    exact = find(func, start, SteadySettings(solver=solver, rtol=1e-14))
+    assert 1e-14 < found.residual < 1e-2
+    assert found.iterations < exact.iterations
+    assert found.reason in ("CONVERGED_FNORM_ABS", "CONVERGED_PSEUDO_FATOL")
+
+
 def test_the_gradient_with_respect_to_u0_is_zero() -> None:
     func = Relaxation()
     u0 = torch.zeros(N, dtype=D, requires_grad=True)
