@@ -228,6 +228,8 @@ class ExplicitAttempts:
         """See `AdaptiveStepper.rejection`."""
         assert self._last is not None
         stepper, (size, attempt) = self._stepper, self._last
+        if not attempt.is_complete:
+            return "the error is not a number"
         with torch.no_grad():
             scales = tolerated(stepper.current.parts, attempt.result, *self._tolerances.of_parts())
             return largest_component(
@@ -288,7 +290,7 @@ def integrate(
                     )
                 tape: Tape | None = [] if before(number, time) else None
                 size, wanted, rejections = _accepted(
-                    adaptive, limits, Place(number, rejected, time, target), wanted, tape
+                    adaptive, limits, StepStart(number, rejected, time, target), wanted, tape
                 )
                 lands = size == target - time
                 after(AcceptedStep(number, time, size, stop if lands else None, tape))
@@ -302,7 +304,7 @@ def integrate(
 
 
 @dataclass(frozen=True)
-class Place:
+class StepStart:
     """Step `number` from `time` towards the output time `target`, after so many `rejected` attempts of all steps."""
 
     number: int
@@ -316,33 +318,33 @@ class Place:
 
 
 def _accepted(
-    adaptive: AdaptiveStepper, limits: StepLimits, place: Place, wanted: float, tape: Tape | None
+    adaptive: AdaptiveStepper, limits: StepLimits, start: StepStart, wanted: float, tape: Tape | None
 ) -> tuple[float, float, int]:
     """Attempt a step until it is accepted. Returns its size, the next size, and the number of rejections."""
-    time, target = place.time, place.target
+    time, target = start.time, start.target
     size = _fitted(wanted, target - time)
     for rejections in range(_MOST_REJECTIONS):
-        done = place.number + place.rejected + rejections
+        done = start.number + start.rejected + rejections
         if limits.max_steps is not None and done >= limits.max_steps:
             raise StepSizeError(
                 f"max_steps = {limits.max_steps}: more steps are needed at t = {time:.6g}, where the next one has the "
-                f"size {abs(size):.3g}; {place.rejected + rejections} of {done} were rejected"
+                f"size {abs(size):.3g}; {start.rejected + rejections} of {done} were rejected"
             )
         lands = size == target - time
-        accepted, proposed = adaptive.attempt(place.number, time, size, target if lands else time + size, tape)
+        accepted, proposed = adaptive.attempt(start.number, time, size, target if lands else time + size, tape)
         if accepted:
             # A step that was shortened to end at an output time does not limit the next one.
             cut = lands and abs(proposed) >= abs(size)
             return size, limits.within(max(abs(proposed), wanted) if cut else abs(proposed)), rejections
         wanted = 0.0
         if abs(size) <= limits.dt_min:
-            raise place.failed(size, f"and dt_min = {limits.dt_min!r} allows no smaller one: {adaptive.rejection()}")
+            raise start.failed(size, f"and dt_min = {limits.dt_min!r} allows no smaller one: {adaptive.rejection()}")
         # If f is NaN there is no estimate either.
         size = proposed if math.isfinite(proposed) and abs(proposed) < abs(size) else size / 4
         size = math.copysign(max(abs(size), limits.dt_min), size)
         if abs(size) <= _SMALLEST_RATIO * abs(time):
             break
-    raise place.failed(
+    raise start.failed(
         size,
         f"without the error estimate meeting rtol and atol ({adaptive.rejection()}): the problem may be stiff, "
         "discontinuous or infinite there",
