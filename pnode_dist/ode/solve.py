@@ -32,7 +32,7 @@ from pnode_dist.ode.segments import SegmentGrid
 from pnode_dist.ode.solver import Solver
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
-from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks, call_back
+from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl
 from pnode_dist.ode.time_grid import TimeGrid
@@ -195,9 +195,6 @@ class Solve:
             found = self.solver.stepper.pull_back(segment, tape)
         for step, (by_size, by_start) in enumerate(found, start=segment.first):
             self.size_gradients[step], self.start_gradients[step] = by_size, by_start
-        if self.callbacks.pulled_back is not None:
-            adjoint, size = self.solver.stepper.adjoint_parts, segment.sizes[0]
-            call_back(self.callbacks.pulled_back, self.solver.stepper.layout, segment.starts[0], adjoint, size)
 
     def _use_first_step(self) -> Tape | None:
         if self.first_step is None:

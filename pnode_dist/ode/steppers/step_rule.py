@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.time_grid import TimeGrid
 
 StepCallback = Callable[[torch.Tensor, Any, torch.Tensor], Any]
 
@@ -62,8 +63,8 @@ class StepCallbacks:
 
     `step` is called before each attempt of a step of size h from the state u at t, `accept` and `reject` after it.
     `reached` is called after each step that was taken, with its end t, the state u there, and h. `pulled_back` is
-    called in the backward pass after the adjoint of each step, with the start t of the step and the adjoint there in
-    place of u. u is a copy in the form and type of the caller's state. h is positive. t and h are doubles.
+    called at the end of the backward pass for each step in its order, with the start t of the step and None in place of
+    u. u is a copy in the form and type of the caller's state. h is positive. t and h are doubles.
     """
 
     step: StepCallback | None = None
@@ -75,7 +76,7 @@ class StepCallbacks:
     @property
     def see_steps(self) -> bool:
         """True if a function is called between steps of a given size."""
-        return any(callback is not None for callback in (self.step, self.reached, self.pulled_back))
+        return self.step is not None or self.reached is not None
 
 
 NO_CALLBACKS = StepCallbacks()
@@ -88,3 +89,12 @@ def call_back(callback: StepCallback | None, layout: StateLayout, time: float, p
     copies = tuple(part.detach().to(layout.device, layout.dtype, copy=True) for part in parts)
     when, length = (torch.tensor(x, dtype=torch.float64, device=layout.device) for x in (time, abs(size)))
     callback(when, layout.as_state(copies), length)
+
+
+def call_back_reversed(callback: StepCallback | None, grid: TimeGrid | None) -> None:
+    """Call `callback`, if there is one, for each step of `grid` from the last to the first."""
+    if callback is None or grid is None:
+        return
+    for start, size in zip(reversed(grid.starts), reversed(grid.sizes), strict=True):
+        when, length = (torch.tensor(x, dtype=torch.float64) for x in (start, abs(size)))
+        callback(when, None, length)
