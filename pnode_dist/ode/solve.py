@@ -39,7 +39,7 @@ from pnode_dist.ode.steppers.batched import BatchedStepper
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
-from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks, call_back
+from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl
 from pnode_dist.ode.time_grid import TimeGrid
@@ -258,9 +258,6 @@ class Solve:
             if found:
                 self.size_gradients[segment.first] += costs.by_size
                 self.start_gradients[segment.first] += costs.by_start
-        if self.callbacks.pulled_back is not None:
-            adjoint, size = self.solver.stepper.adjoint_parts, segment.sizes[0]
-            call_back(self.callbacks.pulled_back, self.solver.stepper.layout, segment.starts[0], adjoint, size)
 
     @property
     def observed_bytes(self) -> int:

@@ -15,8 +15,10 @@ import torch
 from pnode_dist.errors import ConfigurationError, EventError
 from pnode_dist.hybrid.event import Event
 from pnode_dist.hybrid.event_solve import located
+from pnode_dist.hybrid.event_values import on_all_ranks
 from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.settings import CallSettings
+from pnode_dist.ode.solver import communicator
 from pnode_dist.torchdiffeq.options import AdaptiveOptions, FixedOptions
 from pnode_dist.torchdiffeq.pieces import Piece, within
 
@@ -39,7 +41,7 @@ def until_event(
     options without an effect, and `EventError` if there is no event after very many steps.
     """
     backward = len(t) > 1 and bool(t[-1] < t[0])
-    event = _event(event_fn, y0, t[0])
+    event = on_all_ranks(communicator(settings.partition), lambda: _event(event_fn, y0, t[0]))
     # An event's time is the rounding of the state over its speed: keep that of func's type alone.
     settings = replace(settings, state_dtype=torch.float64)
     start, y, last = t[0].to(torch.float64), y0, y0

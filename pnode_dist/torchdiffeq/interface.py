@@ -81,8 +81,8 @@ def odeint_adjoint(
     Raises `ConfigurationError` like `odeint`, for a func that is no module without `adjoint_params`, for
     `adjoint_params` that leave out a parameter of func.
 
-    The callbacks `callback_step_adjoint` and `callback_accept_step_adjoint` of func are called at each step that is
-    reversed, with its start, the adjoint of the state there, and its size.
+    The callbacks `callback_step_adjoint` and `callback_accept_step_adjoint` of func are called after a backward
+    pass for each step in its order, with its start, None, and its size.
     """
     without_effect = {
         "adjoint_rtol": adjoint_rtol,

@@ -64,7 +64,7 @@ def test_states_steps_and_gradients_are_those_of_the_whole_state(
         ({"method": "dopri6"}, "method = 'dopri6'"),
         ({"options": {"safety": 2}}, "safety = 2.0"),
         ({"rtol": -1}, "rtol"),
-        ({"event_fn": len}, "event_fn: events are not supported yet"),
+        ({"event_fn": 3}, "event_fn = 3: must be a function of t and y"),
         ({"adjoint_params": ()}, "adjoint_params: leaves out 1 tensors"),
         ({"adjoint_params": 3}, "adjoint_params: must be a sequence of tensors"),
         ({"trajectory": 3}, "trajectory = 3: must be a pnode_dist.Trajectory"),

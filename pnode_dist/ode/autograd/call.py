@@ -35,6 +35,7 @@ from pnode_dist.ode.rhs.tangent import with_tangent
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solve_lock import solve_lock
 from pnode_dist.ode.solver_key import check_unchanged
+from pnode_dist.ode.steppers.step_rule import call_back_reversed
 
 Products = tuple[torch.Tensor | None, ...]
 
@@ -227,6 +228,8 @@ class Call:
                 run.solve.carried.restart()
                 forward_pass(run.solve, run.tensors[: self.parts])
             states, found, times = backward_pass(run.solve, cotangents)
+        # Outside of the surroundings of f, which would undo what the callback changes.
+        call_back_reversed(run.solve.callbacks.pulled_back, run.solve.grid)
         return (*states, *(None if number is None else found[number] for number in run.numbers), *times)
 
     def _forward(self, run: Run) -> Parts:

@@ -130,11 +130,6 @@ class Stepper(ABC):
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
         """Add to the adjoint of the state, part by part; None is zero. `parts` are never written to."""
 
-    @property
-    def adjoint_parts(self) -> Parts:
-        """The adjoint of the state in a backward pass, part by part; read-only."""
-        raise NotImplementedError(f"method {self.method.name!r} has no adjoint")
-
     @abstractmethod
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """End the backward pass. Returns the adjoint, and the gradient with respect to the parameters of `shapes`.

@@ -180,14 +180,6 @@ class BatchedStepper(SingleStepper):
         else:
             self._sums.add_to_adjoint(parts)
 
-    @property
-    def adjoint_parts(self) -> Parts:
-        """See `Stepper.adjoint_parts`."""
-        if self._is_coupled:
-            with self._by_petsc_alone() as other:
-                return other.adjoint_parts
-        return tuple(self._sums.adjoint)
-
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`."""
         if self._is_coupled:

@@ -234,11 +234,6 @@ class ExplicitStepper(Stepper):
         """See `Stepper.add_to_adjoint`. The first parts become the adjoint without a copy."""
         self._sums.add_to_adjoint(parts)
 
-    @property
-    def adjoint_parts(self) -> Parts:
-        """See `Stepper.adjoint_parts`."""
-        return tuple(self._sums.adjoint)
-
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`."""
         return self._sums.end(shapes)

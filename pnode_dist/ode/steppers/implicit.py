@@ -291,11 +291,6 @@ class ImplicitStepper(SingleStepper):
                 target.add_(part.to(target.device))
         self._wrote_adjoint()
 
-    @property
-    def adjoint_parts(self) -> Parts:
-        """See `Stepper.adjoint_parts`."""
-        return self.layout.parts(self._adjoint)
-
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`."""
         assert self.function.bound is not None

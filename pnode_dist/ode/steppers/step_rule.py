@@ -16,6 +16,7 @@ import torch
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.time_grid import TimeGrid
 
 Ratios = tuple[float, float, float]
 """Errors relative to the tolerance: of this attempt, and of the last two accepted steps before it, 1 without one."""
@@ -116,8 +117,8 @@ class StepCallbacks:
 
     `step` is called before each attempt of a step of size h from the state u at t, `accept` and `reject` after it.
     `reached` is called after each step that was taken, with its end t, the state u there, and h. `pulled_back` is
-    called in the backward pass after the adjoint of each step, with the start t of the step and the adjoint there in
-    place of u. u is a copy in the form and type of the caller's state. h is positive. t and h are doubles.
+    called at the end of the backward pass for each step in its order, with the start t of the step and None in place of
+    u. u is a copy in the form and type of the caller's state. h is positive. t and h are doubles.
     """
 
     step: StepCallback | None = None
@@ -129,7 +130,7 @@ class StepCallbacks:
     @property
     def see_steps(self) -> bool:
         """True if a function is called between steps of a given size."""
-        return any(callback is not None for callback in (self.step, self.reached, self.pulled_back))
+        return self.step is not None or self.reached is not None
 
 
 NO_CALLBACKS = StepCallbacks()
@@ -142,3 +143,12 @@ def call_back(callback: StepCallback | None, layout: StateLayout, time: float, p
     copies = tuple(part.detach().to(layout.device, layout.dtype, copy=True) for part in parts)
     when, length = (torch.tensor(x, dtype=torch.float64, device=layout.device) for x in (time, abs(size)))
     callback(when, layout.as_state(copies), length)
+
+
+def call_back_reversed(callback: StepCallback | None, grid: TimeGrid | None) -> None:
+    """Call `callback`, if there is one, for each step of `grid` from the last to the first."""
+    if callback is None or grid is None:
+        return
+    for start, size in zip(reversed(grid.starts), reversed(grid.sizes), strict=True):
+        when, length = (torch.tensor(x, dtype=torch.float64) for x in (start, abs(size)))
+        callback(when, None, length)

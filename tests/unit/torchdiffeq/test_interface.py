@@ -259,7 +259,10 @@ def test_one_time_returns_the_initial_state() -> None:
         ({"options": {"norm": lambda y: y}}, r"norm returned a tensor of shape \(2, 3\): must return a number"),
         ({"options": {"norm": lambda y: None}}, "norm returned NoneType: must return a number"),
         ({"func": Uncallable()}, "func.callback_step = 3: must be a function of t, y and the size of the step"),
-        ({"event_fn": lambda t, y: y.sum()}, "event_fn: events are not supported yet"),
+        ({"event_fn": 3}, "event_fn = 3: must be a function of t and y"),
+        ({"event_fn": lambda t, y: 1.0}, "event_fn returned float: must return a real tensor"),
+        ({"event_fn": lambda t, y: 0 * y}, r"event_fn: an entry is zero at t\[0\]"),
+        ({"event_fn": lambda t, y: y.sum(), "method": "rk4"}, "event_fn: a method with given steps needs"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments: dict[str, Any], message: str) -> None:
@@ -270,9 +273,7 @@ def test_a_wrong_argument_is_one_line(arguments: dict[str, Any], message: str) -
         assert "\n" not in str(caught.value)
 
 
-def test_functions_without_a_counterpart_are_refused_by_name() -> None:
-    with pytest.raises(ConfigurationError, match="odeint_event: events are not supported yet"):
-        here.odeint_event(Network(), U0, TIMES[0], event_fn=lambda t, y: y.sum())
+def test_a_function_without_a_counterpart_is_refused_by_name() -> None:
     with pytest.raises(ConfigurationError, match="odeint_dense: no interpolant"):
         here.odeint_dense(Network(), U0, TIMES[0], TIMES[1])
 
@@ -322,14 +323,33 @@ def test_adjoint_params_that_are_no_tensors_are_refused(params: Any, got: str) -
         odeint_adjoint(Network(), U0, TIMES, adjoint_params=params)
 
 
-def test_callbacks_that_nothing_would_call_are_refused() -> None:
+def test_callbacks_that_nothing_would_call_are_reported_by_a_warning() -> None:
     network = Recorded()
-    with pytest.raises(ConfigurationError, match=r"func.callback_accept_step: method = 'rk4' takes given steps"):
+    with pytest.warns(
+        UserWarning, match=r"^func.callback_accept_step, func.callback_reject_step: never called: method"
+    ):
         odeint(network, U0, TIMES, method="rk4")
-    network.callback_step_adjoint = network.callback_step
-    odeint(network, U0, TIMES)
-    with pytest.raises(ConfigurationError, match=r"func.callback_step_adjoint: .* without an adjoint equation"):
-        odeint_adjoint(network, U0, TIMES)
+    assert network.taken
+    assert not network.accepted
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("rk4", {"step_size": 0.3}), ("dopri5", {}), ("trapezoid", {"step_size": 0.3})]
+)
+def test_adjoint_callbacks_see_each_step_that_is_reversed(method: str, options: dict[str, Any]) -> None:
+    network, reversed_steps = Recorded(), []
+
+    def reverse(t: torch.Tensor, a: None, h: torch.Tensor) -> None:
+        reversed_steps.append((t.item(), h.item()))
+        assert a is None
+
+    network.callback_step_adjoint = reverse
+    u0 = U0.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        odeint_adjoint(network, u0, TIMES, method=method, options=options)[-1].sum().backward()
+    taken = network.accepted if method == "dopri5" else network.taken
+    assert reversed_steps == taken[::-1]
 
 
 @pytest.mark.parametrize("decreasing", [False, True])
