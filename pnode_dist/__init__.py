@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pnode_dist.errors import RecomputationError as RecomputationError
     from pnode_dist.hybrid.dense import solve_dense as solve_dense
     from pnode_dist.hybrid.forcing import Forcing as Forcing
+    from pnode_dist.hybrid.spans import odeint_spans as odeint_spans
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
@@ -90,6 +91,7 @@ _PUBLIC = {
     "fit": "pnode_dist.train.fit",
     "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
+    "odeint_spans": "pnode_dist.hybrid.spans",
     "open_gridded": "pnode_dist.problems.common.gridded_files",
     "solve_dense": "pnode_dist.hybrid.dense",
     "steady_state": "pnode_dist.steady.interface",

@@ -49,7 +49,7 @@ def main(side, times, keeps_states):
         partition = GridPartition(mesh, (side, side), channels=2, boundary="periodic")
         generator = torch.Generator().manual_seed(1)
         sensors = Sensors(torch.randint(0, side, (SENSORS, 2), generator=generator), partition)
-        whole = torch.randn(side, side, 2, generator=generator, dtype=torch.float64)
+        whole = 0.4 * torch.randn(side, side, 2, generator=generator, dtype=torch.float64)
         u0 = partition.scatter(whole).requires_grad_()
         func = Reaction(partition)
         node = NeuralODE(func, method="rk4", partition=partition, trajectory=Trajectory(ram="256MiB"))

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import State
-from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.rhs.wrapped import wrapped
 from pnode_dist.ode.saving import Integrated, Saved
 from pnode_dist.ode.settings import CallSettings
 from pnode_dist.ode.steppers.preconditioner import AssembledJacobian
@@ -93,57 +92,28 @@ def real_call(func: Function, u0: Any, settings: CallSettings, kept: Kept | None
     form = ComplexForm(flags, isinstance(u0, tuple | list))
     known = None if kept is None else kept.get(form)
     if known is None or known[0] is not func:
-        known = func, on_real_views(func, form)
+        known = func, wrapped(func, _OnRealViews(form), keeps_matrices=True)
         if kept is not None:
             kept[form] = known
     return RealCall(known[1], form.real(u0), _settings(settings, form, parts), form)
 
 
-def on_real_views(func: Function, form: ComplexForm) -> Function:
-    """Return a right-hand side of real views that calls `func` with complex tensors. Mats act on the real views."""
-    if isinstance(func, MatrixFunction):
-        return func
-    if isinstance(func, SplitFunction):
-        implicit, explicit = on_real_views(func.implicit, form), on_real_views(func.explicit, form)
-        made = SplitFunction(implicit=implicit, explicit=explicit, linear=func.linear)
-        return made.train(func.training)
-    return _ModuleOfViews(func, form) if isinstance(func, nn.Module) else _FunctionOfViews(func, form)
+@dataclass(frozen=True)
+class _OnRealViews:
+    """The evaluation of a right-hand side of complex tensors at a state of real views."""
 
+    form: ComplexForm
 
-class _FunctionOfViews:
-    """A function of real views that calls a function of complex tensors."""
-
-    holds_values_of_func = True
-    """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
-
-    def __init__(self, func: Function, form: ComplexForm) -> None:
-        self.func, self.form = func, form
-
-    def __call__(self, t: torch.Tensor, u: Any, *args: Any) -> Any:
-        return _evaluated(self.func, self.form, t, u, args)
-
-
-class _ModuleOfViews(nn.Module):
-    """The same of a module, whose parameters, buffers and mode are those of this one."""
-
-    def __init__(self, func: nn.Module, form: ComplexForm) -> None:
-        super().__init__()
-        self.func, self.form = func, form
-
-    def forward(self, t: torch.Tensor, u: Any, *args: Any) -> Any:
-        return _evaluated(self.func, self.form, t, u, args)
-
-
-def _evaluated(func: Function, form: ComplexForm, t: torch.Tensor, u: Any, args: tuple[Any, ...]) -> Any:
-    """Return real views of `func` at a state of real views. Raises `TypeError` or `ValueError` for another value."""
-    state = form.complex(u)
-    value = func(t, state, *args)
-    if not form.is_tuple:
-        return _real_rate(value, state)
-    if not isinstance(value, tuple | list) or len(value) != len(state):
-        raise TypeError(f"func must return a tuple of {len(state)} tensors like u, got {type(value).__name__}")
-    triples = zip(value, state, form.complex_parts, strict=True)
-    return tuple(_real_rate(rate, part) if is_complex else rate for rate, part, is_complex in triples)
+    def __call__(self, func: Function, t: torch.Tensor, u: Any, args: tuple[Any, ...]) -> Any:
+        """Return real views of the value. Raises `TypeError` or `ValueError` for a value that is not like u."""
+        state = self.form.complex(u)
+        value = func(t, state, *args)
+        if not self.form.is_tuple:
+            return _real_rate(value, state)
+        if not isinstance(value, tuple | list) or len(value) != len(state):
+            raise TypeError(f"func must return a tuple of {len(state)} tensors like u, got {type(value).__name__}")
+        triples = zip(value, state, self.form.complex_parts, strict=True)
+        return tuple(_real_rate(rate, part) if is_complex else rate for rate, part, is_complex in triples)
 
 
 def _real_rate(rate: Any, part: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,8 @@ def output_times(t: torch.Tensor | Sequence[float]) -> tuple[float, ...]:
     if isinstance(t, torch.Tensor):
         t = t.detach()
         if t.dim() != 1:
-            raise ValueError(f"t must be one-dimensional, got shape {tuple(t.shape)}")
+            hint = " (pnode_dist.odeint_spans takes times for each sample)" if t.dim() == 2 else ""
+            raise ValueError(f"t must be one-dimensional, got shape {tuple(t.shape)}{hint}")
     times = tuple(float(value) for value in t)
     if not times or not all(math.isfinite(value) for value in times):
         raise ValueError(f"t must hold one or more finite times, got {list(times)}")
