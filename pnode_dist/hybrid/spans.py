@@ -24,7 +24,7 @@ from pnode_dist.ode.kept_solvers import NoSolvers
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.rhs.wrapped import wrapped
-from pnode_dist.ode.settings import CallSettings, SolverKeywords, SolverSettings, merged
+from pnode_dist.ode.settings import CallSettings, SolverKeywords, SolverSettings, merged, refuse_other_outputs
 from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided
 
@@ -67,7 +67,8 @@ def odeint_spans(
     outputs = differentiable_solve(
         NoSolvers(), NoSolvers(), call.func, call.u0, ends, _stepped(call.settings, times, comm), (times, *args)
     )[0]
-    return call.outputs(outputs)
+    states: State = call.outputs(outputs)
+    return states
 
 
 def _checked(u0: State, t: Any, asked: CallSettings) -> torch.Tensor:
@@ -88,6 +89,10 @@ def _checked(u0: State, t: Any, asked: CallSettings) -> torch.Tensor:
         raise ConfigurationError(f"t[{row}] = {times[row].tolist()}: must increase or decrease")
     if asked.jumps is not None:
         raise ConfigurationError("jumps: samples meet them in different steps: must be None")
+    for name in ("first_step", "dt_min", "dt_max"):
+        if getattr(asked, name) is not None:
+            raise ConfigurationError(f"{name}: samples take steps of different sizes: must be None")
+    refuse_other_outputs(replace(asked, last_only=False), "a batch with times of each sample")
     masses = asked.mass if isinstance(asked.mass, tuple | list) else (asked.mass,) * len(parts)
     for mass, part in zip(masses, parts, strict=False):
         if isinstance(mass, PETSc.Mat) or (isinstance(mass, torch.Tensor) and mass.dim() == 2 > part.dim()):
