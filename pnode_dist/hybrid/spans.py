@@ -14,6 +14,8 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from pnode_dist.distributed import agreement
+from pnode_dist.distributed.agreement import Description
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.hybrid.times import times_of
 from pnode_dist.ode.autograd.outside_graphs import outside_graphs
@@ -105,6 +107,11 @@ def _stepped(settings: CallSettings, times: torch.Tensor, comm: MPI.Comm) -> Cal
     spans = times.detach().diff(dim=1).abs()
     longest = torch.zeros(spans.shape[1], dtype=torch.float64) if not len(spans) else spans.amax(0).cpu()
     if comm.size > 1:
+        # Synchronise with a deadline first: the arguments of another rank may be wrong.
+        call = f"odeint_spans with {times.shape[1]} times of each sample"
+        agreement.of(comm).reduced(
+            comm, agreement.digest(call), lambda: Description(call, {}, "", agreement.place_in_program(), None)
+        )
         comm.Allreduce(MPI.IN_PLACE, longest.numpy(), MPI.MAX)
     inside = tuple(float(number) for number in range(1, len(longest)))
     if settings.control() is not None:
