@@ -24,7 +24,15 @@ from pnode_dist.ode.jumps import checked_jumps
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import State
-from pnode_dist.ode.settings import CallSettings, SolverKeywords, SolverSettings, Times, merged, refuse_other_outputs
+from pnode_dist.ode.settings import (
+    CallSettings,
+    SolverKeywords,
+    SolverSettings,
+    Times,
+    merged,
+    refuse_other_outputs,
+    without_control,
+)
 from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.time_grid import TimeGrid, check_step_size, divided
 from pnode_dist.ode.time_rounding import rounding_of
@@ -95,7 +103,7 @@ def _steps(call: RealCall, t_span: Times, span: torch.Tensor, args: tuple[Any, .
         solve = differentiable_solve(NoSolvers(), NoSolvers(), call.func, call.u0, ends, found, args)[1]
     assert solve.grid is not None
     name, options = solve.solver.stepper.method.name, without_adaptation(settings.options)
-    return solve.grid, replace(settings, rtol=None, atol=None, jumps=None, method=name, options=options)
+    return solve.grid, replace(without_control(settings), jumps=None, method=name, options=options)
 
 
 def _step_times(grid: TimeGrid, span: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from pnode_dist.ode.settings import (
     lists_settings,
     merged,
     refuse_other_outputs,
+    without_control,
 )
 from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.steppers.step_rule import StepCallbacks
@@ -98,6 +99,8 @@ def located(
         listed = _checked_events(events)
         _check_limits(max_events, time_tolerance)
         refuse_other_outputs(replace(asked, last_only=False), "a solve with events")
+        if asked.jumps is not None:
+            raise ConfigurationError("jumps: not available with events: must be None; solve from jump to jump")
         times = output_times(t)
         check_step_size(asked.step_size)
         u0 = u0 if isinstance(u0, torch.Tensor) else tuple(u0)
@@ -163,12 +166,9 @@ def _system(
         )
     options = asked.options if control is None else without_adaptation(asked.options)
     repeating = replace(
-        asked,
+        without_control(asked),
         method=method.name,
-        rtol=None,
-        atol=None,
         rule=None,
-        step_size=None,
         options=options,
         callbacks=StepCallbacks(pulled_back=asked.callbacks.pulled_back),
         last_only=False,

@@ -202,3 +202,10 @@ def test_other_arguments_are_refused(keywords: dict[str, Any], message: str) -> 
 def test_times_outside_of_the_span_are_refused(t: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         solve_dense(Network(), random(2, 3), SPAN, step_size=0.25)(t)
+
+
+def test_the_settings_of_error_control_do_not_reach_the_repeated_steps() -> None:
+    controlled: dict[str, Any] = {"rtol": 1e-5, "dt_max": 0.2, "first_step": 0.01, "adaptor": "pid"}
+    solution = solve_dense(lambda t, u: -u, torch.ones(2, dtype=torch.float64), [0.0, 1.0], **controlled)
+    assert solution.steps >= 5
+    assert torch.allclose(solution(0.37), torch.exp(torch.tensor(-0.37, dtype=torch.float64)), rtol=1e-5)
