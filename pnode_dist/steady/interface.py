@@ -51,18 +51,21 @@ def steady_state(
 
     Several steady states
         `deflate` holds known ones: the solve is for M(u) f(u) = 0 with M(u) = prod_r (1 / |u - r|^2 + 1), where |.| is
-        the root mean square. The same `u0` then leads to another one, if there is one in reach.
+        the root mean square. The same `u0` then leads to another one, if there is one in reach. `newtonls` takes full
+        steps.
 
     Symmetric f
         The Jacobian is singular where f has a continuous symmetry, such as translations. `phase` fixes it by the
         conditions <v, u - u0> = 0, in place of the components of f along v. v must not be orthogonal to the tangent of
-        the symmetry at u: its value at `u0` is a good choice. f must be 0 along v in the end, or the state is refused.
+        the symmetry at u: its value at `u0` is a good choice. In the end f must be 0 along v, up to 1000 `rtol` of |f|
+        at `u0`, `atol` and rounding. Otherwise the state is refused.
 
     Gradient
-        The gradient takes one transposed linear solve, by GMRES with the same preconditioner, at the tolerance `rtol`.
-        It is exact up to the residuals of both solves. It keeps the graph of one evaluation of func, and nothing of the
-        iterations. The gradient with respect to `u0`, `deflate` and `phase` is zero. Gradients with respect to
-        parameters are this rank's contributions, as those of `odeint` are. Second derivatives are refused.
+        The gradient takes one transposed linear solve, by GMRES with the same preconditioner, at the tolerance `rtol`,
+        and is exact up to the residuals of both solves. A linear residual above both 100 `rtol` and 1e-9 is refused.
+        The graph of one evaluation of func is kept, and nothing of the iterations. The gradient with respect to `u0`,
+        `deflate` and `phase` is zero. Gradients with respect to parameters are this rank's contributions, as those of
+        `odeint` are. Second derivatives are refused.
 
     Raises `ConfigurationError` for a setting that is not allowed; `ConvergenceError` if the equations or those of the
     gradient are not solved; `DisagreementError` if the ranks make different calls; `ValueError` and `TypeError` for a

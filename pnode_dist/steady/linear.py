@@ -130,7 +130,8 @@ def transposed_solve(
     """Return w with (dR/du)^T w = `cotangent` at the state of `graph`. Collective.
 
     The tolerance of the residual, relative to `cotangent`, is `rtol`, or the option `ksp_rtol` if that is smaller.
-    Raises `ConvergenceError` on all ranks if it is not reached.
+    Raises `ConvergenceError` on all ranks if PETSc does not reach it, or if the residual at the end is above 100 times
+    that tolerance and above 1e-9.
     """
     options = solver_options(settings, system.layout.compute_dtype, 0.0)
     with objects_of(system, settings, options) as (objects, linear):
