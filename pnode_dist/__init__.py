@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from pnode_dist.errors import ConfigurationError as ConfigurationError
     from pnode_dist.errors import ConvergenceError as ConvergenceError
     from pnode_dist.errors import DisagreementError as DisagreementError
+    from pnode_dist.errors import EventError as EventError
     from pnode_dist.errors import RecomputationError as RecomputationError
+    from pnode_dist.hybrid.event import Event as Event
+    from pnode_dist.hybrid.event import EventSolution as EventSolution
+    from pnode_dist.hybrid.event_solve import solve_events as solve_events
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
@@ -58,6 +62,9 @@ _PUBLIC = {
     "ConvergenceError": "pnode_dist.errors",
     "DensePartition": "pnode_dist.partition.dense",
     "DisagreementError": "pnode_dist.errors",
+    "Event": "pnode_dist.hybrid.event",
+    "EventError": "pnode_dist.errors",
+    "EventSolution": "pnode_dist.hybrid.event",
     "ForecastProblem": "pnode_dist.problems.common.forecast_problem",
     "ForecastTable": "pnode_dist.problems.common.tables",
     "GraphPartition": "pnode_dist.partition.graph",
@@ -81,6 +88,7 @@ _PUBLIC = {
     "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
     "open_gridded": "pnode_dist.problems.common.gridded_files",
+    "solve_events": "pnode_dist.hybrid.event_solve",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
