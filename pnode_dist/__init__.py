@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     from pnode_dist.errors import ConfigurationError as ConfigurationError
     from pnode_dist.errors import ConvergenceError as ConvergenceError
     from pnode_dist.errors import DisagreementError as DisagreementError
+    from pnode_dist.errors import EventError as EventError
     from pnode_dist.errors import RecomputationError as RecomputationError
     from pnode_dist.hybrid.dense import solve_dense as solve_dense
     from pnode_dist.hybrid.forcing import Forcing as Forcing
     from pnode_dist.hybrid.spans import odeint_spans as odeint_spans
+    from pnode_dist.hybrid.event import Event as Event
+    from pnode_dist.hybrid.event import EventSolution as EventSolution
+    from pnode_dist.hybrid.event_solve import solve_events as solve_events
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
@@ -66,6 +70,9 @@ _PUBLIC = {
     "DensePartition": "pnode_dist.partition.dense",
     "DisagreementError": "pnode_dist.errors",
     "Forcing": "pnode_dist.hybrid.forcing",
+    "Event": "pnode_dist.hybrid.event",
+    "EventError": "pnode_dist.errors",
+    "EventSolution": "pnode_dist.hybrid.event",
     "ForecastProblem": "pnode_dist.problems.common.forecast_problem",
     "ForecastTable": "pnode_dist.problems.common.tables",
     "GraphPartition": "pnode_dist.partition.graph",
@@ -95,6 +102,7 @@ _PUBLIC = {
     "open_gridded": "pnode_dist.problems.common.gridded_files",
     "solve_dense": "pnode_dist.hybrid.dense",
     "steady_state": "pnode_dist.steady.interface",
+    "solve_events": "pnode_dist.hybrid.event_solve",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -8,6 +8,7 @@ taken.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from mpi4py import MPI
 from pnode_dist.errors import ConfigurationError, EventError, RecomputationError
 from pnode_dist.hybrid.event_search import Crossing, HybridSystem, Walk, one_step
 from pnode_dist.hybrid.event_states import detached, lifted, parts_of, row, rows
-from pnode_dist.hybrid.event_values import differentiable_value
+from pnode_dist.hybrid.event_values import differentiable_value, values_at
 from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.time_grid import TimeGrid
 
@@ -74,6 +75,14 @@ def event_time(system: HybridSystem, number: int, owner: int, u: State, start: t
         raise EventError(
             f"event {event.name!r}: dg/dt = {slope:g} at t = {at:.12g}: the time of the event has no derivative (g "
             "touches zero there); solve under torch.no_grad(), or choose another g"
+        )
+    (before,), _ = values_at((event,), comm, grid.starts[0], detached(u), args)
+    if abs(slope * grid.sizes[0]) < _GRAZING * abs(before) and comm.rank == 0:
+        warnings.warn(
+            f"event {event.name!r}: dg/dt = {slope:.2g} at t = {at:.12g} is nearly zero beside g = {before:.2g} at t = "
+            f"{grid.starts[0]:.12g}: g hardly crosses zero, and the gradient of the time is inaccurate",
+            RuntimeWarning,
+            stacklevel=2,
         )
     found = value(u, start, torch.tensor(at, dtype=torch.float64))
     time: torch.Tensor = _EventTime.apply(found, at, slope)  # type: ignore[no-untyped-call]

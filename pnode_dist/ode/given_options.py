@@ -58,7 +58,7 @@ _TO_ARGUMENTS: dict[str, str] = {
     "implicit": "choose an implicit method by method=",
     "max_order": "use options={{'ts_bdf_order': {value!r}}} with method='bdf'",
     "max_iters": "use options={{'snes_max_it': {value!r}}} with an implicit method",
-    "event_fn": "events are not located; solve from event to event",
+    "event_fn": "use pnode_dist.solve_events",
 }
 _STEPS_ARE_OURS: dict[str, str] = {
     "ts_dt": "use step_size={value!r}",

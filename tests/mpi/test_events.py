@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +13,7 @@ from pnode_dist import BatchPartition, GridPartition, Mesh, Trajectory
 from pnode_dist.errors import DisagreementError, EventError
 from pnode_dist.hybrid.event import Event
 from pnode_dist.hybrid.event_solve import solve_events
+from pnode_dist.torchdiffeq import odeint_event
 from tests.mpi.test_odeint import Flow, here
 from tests.oracles.events import PlainEvent, solve_plain
 from tests.oracles.right_hand_sides import distance, random
@@ -148,3 +150,29 @@ def test_different_events_on_the_ranks_are_refused_on_all_of_them(mesh: Mesh) ->
     event = Event(lambda t, u: u.sum() + 100.0, direction=1 if mesh.rank == 0 else -1, name="total")
     with pytest.raises(DisagreementError, match="differ in events") if mesh.size > 1 else nullcontext():
         solve_events(lambda t, u: -u, torch.ones(2, 3), [0.0, 1.0], event, partition=partition, step_size=0.1)
+
+
+def test_an_event_of_torchdiffeq_is_at_the_first_entry_of_all_ranks(mesh: Mesh) -> None:
+    partition = BatchPartition(mesh, 2 * mesh.size, (1,))
+    rates = nn.Parameter(1 + torch.arange(2 * mesh.size, dtype=torch.float64)[:, None] / 10)
+    first, last = partition.owned
+
+    class Decay(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates = rates
+
+        def forward(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return -self.rates[first:last] * y
+
+    u0, t0 = torch.ones(2, 1, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    arguments = {"rtol": 1e-11, "atol": 1e-12, "partition": partition}
+    time, states = odeint_event(Decay(), u0, t0, event_fn=lambda t, y: y - 0.5, **arguments)
+    fastest = rates.detach().max().item()
+    assert time.item() == pytest.approx(math.log(2) / fastest, abs=1e-9)
+    assert distance(states[1], torch.exp(-rates.detach()[first:last] * time.item())) < 1e-9
+    # Each rank's copy of the time counts once.
+    (found,) = torch.autograd.grad(time / mesh.size, rates)
+    wanted = torch.zeros_like(found)
+    wanted[-1] = -math.log(2) / fastest**2
+    assert distance(mesh.sum(found), wanted) < 1e-8

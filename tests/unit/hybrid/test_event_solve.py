@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -327,6 +328,22 @@ def test_a_zero_without_a_derivative_in_time_is_an_error_with_a_gradient_alone()
     with pytest.raises(EventError, match=r"event 'step': dg/dt = 0 at t = 0\.5.*no derivative"):
         fall(t=t, events=stopped)
     assert fall(events=stopped).event_times.tolist() == pytest.approx([0.5], abs=1e-14)
+
+
+def test_a_zero_that_is_hardly_crossed_is_reported_with_a_gradient_alone() -> None:
+    t = torch.tensor([0.0, 2.0], dtype=FLOAT64, requires_grad=True)
+    flat = Event(lambda t, u: (u[0] - 0.45) ** 5, name="flat")
+    with pytest.warns(RuntimeWarning, match=r"event 'flat': dg/dt = -.* at t = 0\.5.* is nearly zero beside g = "):
+        fall(t=t, events=flat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fall(events=flat)
+
+
+def test_the_tolerance_of_the_time_bounds_the_delay_of_the_event() -> None:
+    curved = Event(lambda t, u: torch.exp(u[0]) - 1)
+    late = fall(events=curved, t=[0.0, 2.0], step_size=0.7, time_tolerance=0.05).event_times.item()
+    assert 1 + 1e-9 < late <= 1.05
 
 
 def test_a_func_with_another_value_each_time_has_no_gradient_with_events() -> None:

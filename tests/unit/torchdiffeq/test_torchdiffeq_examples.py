@@ -17,7 +17,7 @@ from tests.tiers import at_night
 
 pytestmark = pytest.mark.slow
 PROGRAMS = ROOT / "examples/coming_from_torchdiffeq"
-NAMES = ["flow", "hidden_physics", "latent_ode", "spiral"]
+NAMES = ["bouncing_ball", "flow", "hidden_physics", "latent_ode", "spiral"]
 OURS, THEIRS = "from pnode_dist.torchdiffeq import", "from torchdiffeq import"
 
 
@@ -51,7 +51,12 @@ def test_a_program_runs_with_the_import_line_alone_changed(name: str) -> None:
 def test_a_program_prints_what_it_has_learnt(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(PROGRAMS / f"{name}.py"), run_name="__main__")
     numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
-    if name == "hidden_physics":
+    if name == "bouncing_ball":
+        first, last, gravity, restitution = numbers
+        assert last < first / 50
+        assert gravity == pytest.approx(9.81, rel=0.05)
+        assert restitution == pytest.approx(0.8, rel=0.05)
+    elif name == "hidden_physics":
         first, last, stiffness, damping = numbers
         assert last < first / 50
         assert stiffness == pytest.approx(4.0, rel=0.05)
