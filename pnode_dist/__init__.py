@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from pnode_dist.errors import EventError as EventError
     from pnode_dist.errors import RecomputationError as RecomputationError
     from pnode_dist.hybrid.dense import solve_dense as solve_dense
-    from pnode_dist.hybrid.forcing import Forcing as Forcing
-    from pnode_dist.hybrid.spans import odeint_spans as odeint_spans
     from pnode_dist.hybrid.event import Event as Event
     from pnode_dist.hybrid.event import EventSolution as EventSolution
     from pnode_dist.hybrid.event_solve import solve_events as solve_events
+    from pnode_dist.hybrid.forcing import Forcing as Forcing
+    from pnode_dist.hybrid.spans import odeint_spans as odeint_spans
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
@@ -69,27 +69,27 @@ _PUBLIC = {
     "ConvergenceError": "pnode_dist.errors",
     "DensePartition": "pnode_dist.partition.dense",
     "DisagreementError": "pnode_dist.errors",
-    "Forcing": "pnode_dist.hybrid.forcing",
     "Event": "pnode_dist.hybrid.event",
     "EventError": "pnode_dist.errors",
     "EventSolution": "pnode_dist.hybrid.event",
+    "Forcing": "pnode_dist.hybrid.forcing",
     "ForecastProblem": "pnode_dist.problems.common.forecast_problem",
     "ForecastTable": "pnode_dist.problems.common.tables",
     "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",
     "GriddedChoice": "pnode_dist.problems.common.gridded_files",
+    "Integrated": "pnode_dist.ode.saving",
     "Mesh": "pnode_dist.distributed.mesh",
     "ModelTable": "pnode_dist.config.definition",
     "NeuralODE": "pnode_dist.ode.odeint",
     "ProblemDefinition": "pnode_dist.config.definition",
     "ProblemTable": "pnode_dist.config.definition",
     "RecomputationError": "pnode_dist.errors",
+    "Saved": "pnode_dist.ode.saving",
+    "Separable": "pnode_dist.ode.rhs.separable",
     "SolverSettings": "pnode_dist.ode.settings",
     "SplitData": "pnode_dist.problems.common.forecast_data",
-    "Separable": "pnode_dist.ode.rhs.separable",
     "SplitFunction": "pnode_dist.ode.rhs.split",
-    "Integrated": "pnode_dist.ode.saving",
-    "Saved": "pnode_dist.ode.saving",
     "TrainableProblem": "pnode_dist.problems.common.trainable",
     "Trajectory": "pnode_dist.checkpointing.budget",
     "TrajectoryData": "pnode_dist.problems.common.forecast_data",
@@ -101,8 +101,8 @@ _PUBLIC = {
     "odeint_spans": "pnode_dist.hybrid.spans",
     "open_gridded": "pnode_dist.problems.common.gridded_files",
     "solve_dense": "pnode_dist.hybrid.dense",
-    "steady_state": "pnode_dist.steady.interface",
     "solve_events": "pnode_dist.hybrid.event_solve",
+    "steady_state": "pnode_dist.steady.interface",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

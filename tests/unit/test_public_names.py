@@ -72,6 +72,9 @@ NEW = (
     "Callback",
     "CheckpointBudget",
     "DisagreementError",
+    "Event",
+    "EventError",
+    "EventSolution",
     "ForecastProblem",
     "ForecastTable",
     "Forcing",
@@ -91,6 +94,7 @@ NEW = (
     "odeint_spans",
     "open_gridded",
     "solve_dense",
+    "solve_events",
     "steady_state",
 )
 
