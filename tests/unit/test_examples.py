@@ -58,5 +58,5 @@ def test_2000_outputs_of_a_large_state_stay_within_the_budget(mpirun: Run) -> No
     points = str(EXAMPLES / "large_outputs/points.py")
     finished = mpirun(2, "python", points, "512", "2000", timeout=7000)
     assert finished.returncode == 0, finished.stderr
-    # The budget of 256 MiB, and a step with its graph outside of it. The states would be 4,000 MiB for each rank.
-    assert float(finished.stdout.split()[-2]) < 320
+    # 256 MiB of checkpoints, and the graph of one step. The states would be 4,000 MiB for each rank.
+    assert float(finished.stdout.split()[-2]) < 512
