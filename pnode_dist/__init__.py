@@ -27,13 +27,19 @@ if TYPE_CHECKING:
     from pnode_dist.errors import DisagreementError as DisagreementError
     from pnode_dist.errors import EventError as EventError
     from pnode_dist.errors import RecomputationError as RecomputationError
+    from pnode_dist.hybrid.dense import solve_dense as solve_dense
     from pnode_dist.hybrid.event import Event as Event
     from pnode_dist.hybrid.event import EventSolution as EventSolution
     from pnode_dist.hybrid.event_solve import solve_events as solve_events
+    from pnode_dist.hybrid.forcing import Forcing as Forcing
+    from pnode_dist.hybrid.spans import odeint_spans as odeint_spans
     from pnode_dist.ode.consistent import consistent as consistent
     from pnode_dist.ode.odeint import NeuralODE as NeuralODE
     from pnode_dist.ode.odeint import odeint as odeint
+    from pnode_dist.ode.rhs.separable import Separable as Separable
     from pnode_dist.ode.rhs.split import SplitFunction as SplitFunction
+    from pnode_dist.ode.saving import Integrated as Integrated
+    from pnode_dist.ode.saving import Saved as Saved
     from pnode_dist.ode.settings import SolverSettings as SolverSettings
     from pnode_dist.partition.batch import BatchPartition as BatchPartition
     from pnode_dist.partition.dense import DensePartition as DensePartition
@@ -46,6 +52,7 @@ if TYPE_CHECKING:
     from pnode_dist.problems.common.gridded_files import open_gridded as open_gridded
     from pnode_dist.problems.common.tables import ForecastTable as ForecastTable
     from pnode_dist.problems.common.trainable import TrainableProblem as TrainableProblem
+    from pnode_dist.steady.interface import steady_state as steady_state
     from pnode_dist.system.allocator import keep_freed_memory as keep_freed_memory
     from pnode_dist.train.callbacks import Callback as Callback
     from pnode_dist.train.fit import evaluate as evaluate
@@ -65,17 +72,21 @@ _PUBLIC = {
     "Event": "pnode_dist.hybrid.event",
     "EventError": "pnode_dist.errors",
     "EventSolution": "pnode_dist.hybrid.event",
+    "Forcing": "pnode_dist.hybrid.forcing",
     "ForecastProblem": "pnode_dist.problems.common.forecast_problem",
     "ForecastTable": "pnode_dist.problems.common.tables",
     "GraphPartition": "pnode_dist.partition.graph",
     "GridPartition": "pnode_dist.partition.grid",
     "GriddedChoice": "pnode_dist.problems.common.gridded_files",
+    "Integrated": "pnode_dist.ode.saving",
     "Mesh": "pnode_dist.distributed.mesh",
     "ModelTable": "pnode_dist.config.definition",
     "NeuralODE": "pnode_dist.ode.odeint",
     "ProblemDefinition": "pnode_dist.config.definition",
     "ProblemTable": "pnode_dist.config.definition",
     "RecomputationError": "pnode_dist.errors",
+    "Saved": "pnode_dist.ode.saving",
+    "Separable": "pnode_dist.ode.rhs.separable",
     "SolverSettings": "pnode_dist.ode.settings",
     "SplitData": "pnode_dist.problems.common.forecast_data",
     "SplitFunction": "pnode_dist.ode.rhs.split",
@@ -87,8 +98,11 @@ _PUBLIC = {
     "fit": "pnode_dist.train.fit",
     "keep_freed_memory": "pnode_dist.system.allocator",
     "odeint": "pnode_dist.ode.odeint",
+    "odeint_spans": "pnode_dist.hybrid.spans",
     "open_gridded": "pnode_dist.problems.common.gridded_files",
+    "solve_dense": "pnode_dist.hybrid.dense",
     "solve_events": "pnode_dist.hybrid.event_solve",
+    "steady_state": "pnode_dist.steady.interface",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -168,12 +168,13 @@ def _family(family: Any) -> Iterator[str]:
     if not found:
         return
     yield f"## {FAMILIES[family][0].upper()}{FAMILIES[family][1:]}\n"
-    yield f"PETSc's family `{family}`.\n"
+    yield f"PETSc's family `{family}`.\n" if found[0].petsc_name else "PETSc takes no part in their steps.\n"
     yield "| method | PETSc's name | order | stages | error | stiffly accurate | adjoint | source |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for method in found:
         marks = (method.estimates_error, method.stiffly_accurate, method.adjoint == "verified")
-        names = (f"`{method.name}`", f"`{method.petsc_name}`", str(method.order), str(method.stages))
+        in_petsc = f"`{method.petsc_name}`" if method.petsc_name else "-"
+        names = (f"`{method.name}`", in_petsc, str(method.order), str(method.stages))
         yield f"| {' | '.join([*names, *('yes' if mark else 'no' for mark in marks), method.source])} |"
     yield ""
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from pnode_dist.cli.exit_codes import FAILED
 from pnode_dist.cli.parser import Commands, add_overrides
-from pnode_dist.config.user_code import user_code
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.system.abort import HUNG
 
@@ -47,6 +44,9 @@ def add_commands(commands: Commands) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     _check(arguments)
+    import torch
+
+    from pnode_dist.config.user_code import user_code
     from pnode_dist.runs.directory import CONFIG, MODEL, load_parameters
     from pnode_dist.train.configured import configured
 

@@ -28,6 +28,7 @@ from pnode_dist.ode import methods
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrNone = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 
 
@@ -77,10 +78,10 @@ def _device(name: str) -> str:
     return name
 
 
-def _leads(leads: tuple[int, ...]) -> tuple[int, ...]:
-    if list(leads) != sorted(set(leads)):
+def _increasing(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    if list(numbers) != sorted(set(numbers)):
         raise ValueError("must be increasing")
-    return leads
+    return numbers
 
 
 def _examples(*values: str | int) -> Any:
@@ -134,13 +135,27 @@ class SolverConfig(Table):
     """The time-stepping method, a name from `pnode-dist methods`."""
     step_size: Positive | None = None
     """The longest step, in the problem's units of time. Default: one step between output times. With error control it
-    is the first step, and the default is chosen from the problem."""
+    is another name of `first_step`."""
     rtol: Positive | None = None
     """Relative tolerance of error control. Steps have a fixed size unless `rtol` or `atol` is given."""
     atol: Positive | None = None
     """Absolute tolerance of error control, in the units of the solved state."""
-    adaptor: Literal["basic", "dsp"] = "basic"
-    """PETSc's controller of the step size, for error control."""
+    adaptor: Literal["basic", "dsp", "pid"] = "basic"
+    """The controller of the step size, for error control: PETSc's `basic` or `dsp`, or `pid` for explicit methods."""
+    pcoeff: Finite | None = None
+    """The proportional coefficient of `pid`, in diffrax's meaning. Default: 0."""
+    icoeff: Finite | None = None
+    """The integral coefficient of `pid`. Default: 1."""
+    dcoeff: Finite | None = None
+    """The derivative coefficient of `pid`. Default: 0."""
+    first_step: Positive | None = None
+    """The first step with error control. Default: chosen from the problem."""
+    dt_min: Positive | None = None
+    """The least size with error control. A step of this size that is rejected ends the solve with an error."""
+    dt_max: Positive | None = None
+    """The longest step with error control."""
+    max_steps: Count | None = None
+    """The most steps of a solve, rejected ones included. More are an error."""
     preconditioner: Literal["none", "block", "assembled"] = "none"
     """Preconditioner of the linear systems of implicit methods. `block` inverts the Jacobian of each sample exactly.
     `assembled` builds the sparse Jacobian on a grid for PETSc's own preconditioners, which
@@ -155,6 +170,9 @@ class SolverConfig(Table):
     newton: Literal["auto", "batch", "petsc"] = "auto"
     """The solver of the equations of implicit methods. `batch` factors the small systems of all samples at once.
     `petsc` uses PETSc's SNES and KSP. `auto` is `batch` where that is possible."""
+    jumps: Annotated[tuple[Finite, ...], AfterValidator(_increasing)] = ()
+    """Times at which the right-hand side jumps or has a kink, in the problem's units of time. Steps end there, and
+    error control starts anew."""
     compile: Literal[False, True, "auto"] = False
     """Run solves as generated code of torch.compile, with other rounding. `true` compiles at the first solve. `"auto"`
     compiles after 20 seconds of solves, and keeps what is faster: runs are then not equal bit for bit."""
@@ -305,7 +323,7 @@ class SnapshotConfig(Table):
 class EvaluationConfig(Table):
     """The table `[evaluation]` of a forecast: what `pnode-dist evaluate` reports."""
 
-    leads: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_leads)] = (1, 2, 3, 6)
+    leads: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_increasing)] = (1, 2, 3, 6)
     """Lead times of the reported errors, in samples of the data, in increasing order."""
 
 

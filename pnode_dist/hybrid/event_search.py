@@ -51,7 +51,9 @@ class HybridSystem:
     def repeated(self, u: State, times: Any, grid: TimeGrid) -> State:
         """Return the states at `times` by the steps of `grid`. Differentiable and collective."""
         settings = replace(self.repeating, grid=grid)
-        return differentiable_solve(self.solvers, self.tangent_solvers, self.func, u, times, settings, self.args)[0]
+        solved = differentiable_solve(self.solvers, self.tangent_solvers, self.func, u, times, settings, self.args)
+        states: State = solved[0]
+        return states
 
     def stepped(self, u: State, start: float, end: float) -> State:
         """Return the state after one step from `start` to `end`. Collective."""

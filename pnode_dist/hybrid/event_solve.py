@@ -24,7 +24,16 @@ from pnode_dist.ode.given_options import without_adaptation
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, layout_of
 from pnode_dist.ode.rhs.parameters import find_parameters
-from pnode_dist.ode.settings import CallSettings, SolverKeywords, SolverSettings, Times, lists_settings, merged
+from pnode_dist.ode.settings import (
+    CallSettings,
+    SolverKeywords,
+    SolverSettings,
+    Times,
+    lists_settings,
+    merged,
+    refuse_other_outputs,
+    without_control,
+)
 from pnode_dist.ode.solver import communicator
 from pnode_dist.ode.steppers.step_rule import StepCallbacks
 from pnode_dist.ode.time_grid import check_step_size, output_times
@@ -89,6 +98,9 @@ def located(
     with preparation(comm, "solve with events") as preparing:
         listed = _checked_events(events)
         _check_limits(max_events, time_tolerance)
+        refuse_other_outputs(replace(asked, last_only=False), "a solve with events")
+        if asked.jumps is not None:
+            raise ConfigurationError("jumps: not available with events: must be None; solve from jump to jump")
         times = output_times(t)
         check_step_size(asked.step_size)
         u0 = u0 if isinstance(u0, torch.Tensor) else tuple(u0)
@@ -154,12 +166,9 @@ def _system(
         )
     options = asked.options if control is None else without_adaptation(asked.options)
     repeating = replace(
-        asked,
+        without_control(asked),
         method=method.name,
-        rtol=None,
-        atol=None,
         rule=None,
-        step_size=None,
         options=options,
         callbacks=StepCallbacks(pulled_back=asked.callbacks.pulled_back),
         last_only=False,

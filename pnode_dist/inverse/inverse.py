@@ -19,6 +19,7 @@ from pnode_dist.inverse.covariance import covariance_of
 from pnode_dist.inverse.forward_model import ForwardModel, ModelError, half_squares
 from pnode_dist.inverse.observation import Observation, check_observation
 from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.ode.settings import refuse_other_outputs
 from pnode_dist.ode.solver import communicator
 from pnode_dist.petsc import vectors
 from pnode_dist.petsc.objects import destroy_left
@@ -290,8 +291,7 @@ def _problem(
     model_error: ModelError | None,
 ) -> tuple[list[Resolved], torch.Tensor, tuple[float, ...]]:
     """Return the controls with those of model errors, the initial state, and the times of the errors."""
-    if node.settings.last_only:
-        raise ConfigurationError("node: last_only = True: must be False, because observations have several times")
+    refuse_other_outputs(node.settings, "an inverse problem")
     if not observations:
         raise ConfigurationError("observations: must hold at least one")
     found = resolved(controls, node)

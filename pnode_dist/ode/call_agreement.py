@@ -18,8 +18,10 @@ from mpi4py import MPI
 from pnode_dist.checkpointing import budget
 from pnode_dist.distributed import agreement
 from pnode_dist.distributed.agreement import Agreement, Description
+from pnode_dist.ode.jumps import checked_jumps
 from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.layout import StateLayout
+from pnode_dist.ode.rhs.separable import Separable
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
 from pnode_dist.ode.rhs.tangent import WithTangent
 from pnode_dist.ode.settings import CallSettings
@@ -213,6 +215,7 @@ def _described(call: str, facts: Facts, failure: tuple[str, str] | None = None) 
     return Description(call, found, summary.replace("torch.", ""), agreement.place_in_program(), failure)
 
 
+_OF_STEPS = ("pcoeff", "icoeff", "dcoeff", "first_step", "dt_min", "dt_max", "max_steps")
 _OF_BUDGET = ("keep", "schedule", "checkpoint_dtype", "ram_slots", "disk_slots", "on_spill_error")
 
 
@@ -235,18 +238,23 @@ def facts(
         ("state_dtype", layout.state_dtype),
         ("device of PETSc's vectors", layout.vec_device.type),
         ("t", times),
+        ("jumps", checked_jumps(settings.jumps)),
         ("step_size", None if settings.step_size is None else float(settings.step_size)),
         ("number of steps", None if settings.grid is None else settings.grid.steps),
         ("rtol", _in_words(settings.rtol)),
         ("atol", _in_words(settings.atol)),
         ("adaptor", settings.adaptor if settings.rule is None else str(settings.rule)),
+        *((name, getattr(settings, name)) for name in _OF_STEPS),
         ("func", _form(func)),
         ("mass", "none" if settings.mass is None else "given"),
         ("preconditioner", _name(settings.preconditioner)),
         ("newton", settings.newton),
         ("compile", False if settings.compiler is None else settings.compiler.name),
         ("options", _options(settings.options)),
-        ("last_only", settings.last_only),
+        ("outputs", str(settings.saving)),
+        ("observe", "none" if settings.observe is None else "given"),
+        ("integrated parts", settings.uncontrolled),
+        ("on_output", "none" if settings.on_output is None else "given"),
         ("on_mismatch", settings.on_mismatch),
         ("gradient", needs_gradient),
         ("gradient with respect to t", needs_time_gradient),
@@ -265,7 +273,7 @@ def _in_words(tolerance: Tolerance | None) -> float | str | None:
 
 def _form(func: Any) -> str:
     """Return the form of f, which decides on the collective operations of a solve."""
-    for form in (SplitFunction, MatrixFunction, WithTangent):
+    for form in (SplitFunction, MatrixFunction, Separable, WithTangent):
         if isinstance(func, form):
             return form.__name__
     return "function"

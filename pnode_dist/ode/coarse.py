@@ -19,7 +19,7 @@ from pnode_dist.distributed import agreement
 from pnode_dist.distributed.agreement import Description
 from pnode_dist.ode.recomputation.bindings import bindings_of
 from pnode_dist.ode.recomputation.carried import Carried
-from pnode_dist.ode.rhs.layout import Parts, State
+from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.solver import Solver
 
 LARGEST_DIFFERENCE = 0.1
@@ -57,7 +57,7 @@ def _on_any_rank(flag: bool, comm: MPI.Comm) -> bool:
     return least < 0
 
 
-def finer_end(solve: Callable[[], State], func: Any, args: tuple[Any, ...], comm: MPI.Comm) -> State | None:
+def finer_end(solve: Callable[[], Parts], func: Any, args: tuple[Any, ...], comm: MPI.Comm) -> Parts | None:
     """Return the last state of the same solve in two steps, run by `solve`; None if f raises an error. Collective.
 
     All changes that f makes are undone: names, buffers and random states.

@@ -11,9 +11,9 @@ from pnode_dist.checkpointing.plan import check_plan
 from pnode_dist.checkpointing.replay import run_forward
 from pnode_dist.ode import safe_points
 from pnode_dist.ode.adaptive_pass import adaptive_steps
-from pnode_dist.ode.segments import divided_into_segments
+from pnode_dist.ode.outputs import Outputs
 from pnode_dist.ode.solve import Solve
-from pnode_dist.ode.solve_plans import joined, plans, slots_of, steps_per_segment
+from pnode_dist.ode.solve_plans import divided_for, joined, plans, slots_of
 from pnode_dist.ode.steppers.step_rule import call_back
 from pnode_dist.petsc import log
 
@@ -21,22 +21,26 @@ from pnode_dist.petsc import log
 def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Solve from the state `initial`. Collective.
 
-    Returns the outputs of each part of the state, `[len(t), *shape]`, or its last state, `shape`, with `last_only`.
+    Returns the outputs of each part of the state, or of each tensor of an observation, `[n, *shape]`. If the only
+    output is that at the last time, they have `shape`.
     """
     began = clock.perf_counter()
     solve.release()
     solve.solver.open()
     stepper = solve.solver.stepper
     layout = stepper.layout
-    outputs = tuple(
-        torch.empty((len(solve.times), *shape), dtype=layout.dtype, device=layout.device)
-        for shape in (() if solve.last_only else layout.shapes)
-    )
+    others = (solve.observing, solve.costs, solve.consumer)
+    takes_last = solve.saving.only_last and all(other is None for other in others)
+    known = solve.grid is not None or len(solve.times) == 1
+    solve.saved = solve.saving.of_grid(solve.grid if len(solve.times) > 1 else None) if known else {}
+    count = len(solve.saved) if known else None if solve.saving.every else len(solve.times)
+    if not known and solve.saving.only_last:
+        count = 1
+    outputs = Outputs(layout, stepper.current, solve.observing, solve.costs, count, solve.consumer)
 
-    def output(number: int) -> None:
-        if outputs:
-            for values, part in zip(outputs, stepper.current.parts, strict=True):
-                values[number].copy_(part)
+    def output(step: int, time: float) -> None:
+        if not takes_last:
+            outputs.add(step, time)
 
     solve.initial = tuple(part.detach() for part in initial)
     solve.bind()
@@ -45,7 +49,10 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
     # A solve that ended with an error may have left tensors of inference mode there.
     stepper.current.release()
     stepper.current.set(solve.initial)
-    output(0)
+    if solve.costs is not None:
+        solve.costs.start(solve.times[0], stepper.current.parts)
+    if solve.saving.saves(0, 0, len(solve.times) == 1):
+        output(0, solve.times[0])
     if len(solve.times) == 1:
         slots_of(solve, 0)
     else:
@@ -57,10 +64,13 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
         solve.update_counts()
         safe_points.after_solve(stepper.comm)
     solve.carried.end_forward()
-    if solve.last_only:
-        outputs = stepper.current.take()
+    if takes_last:
+        found = stepper.current.take()
     else:
+        found = outputs.result()
         stepper.current.release()
+    if solve.saving.only_last and not takes_last:
+        found = tuple(part[0] for part in found)
     solve.unbind()
     solve.has_trajectory = solve.keeps_trajectory
     if solve.took is not None:
@@ -68,13 +78,13 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
         solve.took.steps += solve.statistics.forward_steps
     if not solve.keeps_trajectory:
         solve.solver.done()
-    return outputs
+    return found
 
 
-def _given_steps(solve: Solve, output: Callable[[int], None]) -> None:
+def _given_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
     """Take the steps of the solve's grid, and keep the checkpoints and tapes of its plan."""
     stepper, grid = solve.solver.stepper, solve.steps
-    segments = solve.divided = divided_into_segments(grid, steps_per_segment(solve))
+    segments = solve.divided = divided_for(solve)
 
     def begin(step: int) -> None:
         if step < grid.steps:
@@ -82,11 +92,10 @@ def _given_steps(solve: Solve, output: Callable[[int], None]) -> None:
             call_back(callback, stepper.layout, grid.starts[step], stepper.current.parts, grid.sizes[step])
 
     def reached(unit: int) -> None:
-        number = solve.segments.outputs.get(unit)
-        if number is not None:
-            output(number)
         step = solve.segments.bounds[unit]
-        end = solve.times[-1] if step == grid.steps else grid.starts[step]
+        if step in solve.saved:
+            output(step, solve.time_before(step))
+        end = solve.time_before(step)
         call_back(solve.callbacks.reached, stepper.layout, end, stepper.current.parts, grid.sizes[step - 1])
         if stepper.monitored:
             last = min(step, grid.steps - 1)

@@ -27,6 +27,10 @@ _TO_ARGUMENTS: dict[str, str] = {
     "rtol": f"{_NO_OPTION} rtol={{value!r}}",
     "atol": f"{_NO_OPTION} atol={{value!r}}",
     "adaptor": f"{_NO_OPTION} adaptor={{value!r}}",
+    **{
+        name: f"{_NO_OPTION} {name}={{value!r}}"
+        for name in ("pcoeff", "icoeff", "dcoeff", "first_step", "dt_min", "dt_max", "max_steps")
+    },
     "mass": f"{_NO_OPTION} mass=",
     "preconditioner": f"{_NO_OPTION} preconditioner={{value!r}}",
     "trajectory": f"{_NO_OPTION} trajectory=",
@@ -36,7 +40,6 @@ _TO_ARGUMENTS: dict[str, str] = {
     "params": f"{_NO_OPTION} params=",
     "args": f"{_NO_OPTION} args=",
     # Options of torchdiffeq.
-    "first_step": "use step_size={value!r} with rtol= or atol=, which is the size of the first step",
     "grid_points": _TIMES,
     "grid_constructor": f"put the times that it makes into t, or use step_size=; {_OR_ELSE}",
     "step_t": f"{_TIMES}; {_OR_ELSE}",
@@ -46,9 +49,9 @@ _TO_ARGUMENTS: dict[str, str] = {
     "norm": "rtol= and atol= may be tensors of the state's shape; the norm is the root mean square over all ranks; "
     f"{_OR_ELSE}",
     "dtype": "times are doubles; compute_dtype= is the type that f computes in, state_dtype= that of the state",
-    "max_num_steps": f"a solve with error control ends with StepSizeError where steps become too small; {_OR_ELSE}",
-    "min_step": "use options={{'ts_adapt_dt_min': {value!r}}} with rtol= or atol=",
-    "max_step": "use options={{'ts_adapt_dt_max': {value!r}}} with rtol= or atol=",
+    "max_num_steps": f"use max_steps={{value!r}}, which counts the steps of the whole solve; {_OR_ELSE}",
+    "min_step": "use dt_min={value!r} with rtol= or atol=",
+    "max_step": "use dt_max={value!r} with rtol= or atol=",
     "safety": "use options={{'ts_adapt_safety': {value!r}}} with rtol= or atol=",
     "ifactor": "use options={{'ts_adapt_clip': '0.1,{value}'}} with rtol= or atol=",
     "dfactor": "use options={{'ts_adapt_clip': '{value},10'}} with rtol= or atol=",
@@ -63,7 +66,7 @@ _STEPS_ARE_OURS: dict[str, str] = {
     "ts_rtol": "use rtol={value!r}",
     "ts_atol": "use atol={value!r}",
     "ts_adapt_type": "use adaptor={value!r} with rtol= or atol=; steps of step_size= are never adapted",
-    "ts_max_steps": "a solve ends at t[-1], after as many steps as t and step_size= make",
+    "ts_max_steps": "a solve ends at t[-1]; use max_steps={value!r} for an error after as many steps",
     "ts_run_steps": "a solve ends at t[-1], after as many steps as t and step_size= make",
     "ts_max_time": "a solve ends at t[-1]",
     "ts_final_time": "a solve ends at t[-1]",
@@ -81,6 +84,7 @@ _STEPS_ARE_OURS: dict[str, str] = {
 _OWN = {
     "rk": r"ts_rk_type",
     "ssp": r"ts_ssp_\w+",
+    "symplectic": r"(?!)",
     "theta": r"ts_theta_\w+",
     "arkimex": r"ts_arkimex_\w+",
     "dirk": r"ts_(dirk|arkimex)_\w+",
@@ -162,11 +166,13 @@ def _refusal(name: str, family: str, adaptive: bool) -> str | None:
         return "adjoint steps are taken outside of TSAdjointSolve, which alone reads it"
     if bare.startswith("ts_adapt_"):
         return None if adaptive else "sizes of steps are adapted with rtol= or atol= only"
+    if bare == "ts_type" and family == "symplectic":
+        return "choose the method by name"
     if bare.startswith("ts_monitor") or bare == "ts_type" or re.fullmatch(_OWN[family], bare):
         return None
     if bare.startswith("ts_"):
         return _escaped(_unknown(bare))
-    if family in ("rk", "ssp"):
+    if family in ("rk", "ssp", "symplectic"):
         if _READ_LATER.search(bare):
             return "explicit methods solve no equations: it is for implicit ones (see `pnode-dist methods`)"
         return _escaped(_unknown(bare))

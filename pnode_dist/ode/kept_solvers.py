@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from pnode_dist.ode.solver import Solver
 
 _MOST = 8
+_T = TypeVar("_T")
 
 
 class KeptSolvers:
@@ -16,6 +17,7 @@ class KeptSolvers:
 
     def __init__(self) -> None:
         self._solvers: OrderedDict[Any, Solver] = OrderedDict()
+        self._made: OrderedDict[Any, Any] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[KeptSolvers], tuple[()]]:
         # Copies and pickles of a module begin with an empty cache.
@@ -47,6 +49,16 @@ class KeptSolvers:
                 self._solvers.popitem(last=False)[1].drop()
         self._solvers.move_to_end(key)
         return self._solvers[key]
+
+    def once(self, key: Any, make: Callable[[], _T]) -> _T:
+        """Return what `make` has made for `key`, which must hold the objects whose identities are in the key."""
+        if key not in self._made:
+            self._made[key] = make()
+            if len(self._made) > _MOST:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        found: _T = self._made[key]
+        return found
 
 
 class NoSolvers(KeptSolvers):

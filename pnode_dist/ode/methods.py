@@ -13,7 +13,7 @@ from typing import Literal
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.system.compatibility import petsc4py_version, petsc_release
 
-Family = Literal["rk", "theta", "arkimex", "dirk", "rosw", "bdf", "ssp"]
+Family = Literal["rk", "theta", "arkimex", "dirk", "rosw", "bdf", "ssp", "symplectic"]
 FAMILIES: dict[Family, str] = {
     "rk": "explicit Runge-Kutta",
     "theta": "implicit, one stage or two; also for mass matrices and DAEs",
@@ -22,6 +22,7 @@ FAMILIES: dict[Family, str] = {
     "rosw": "linearly implicit (Rosenbrock-W)",
     "bdf": "backward differentiation formulas",
     "ssp": "explicit, strong stability preserving",
+    "symplectic": "explicit, symplectic for separable systems of pairs (q, p)",
 }
 _WITH_ADJOINT: tuple[Family, ...] = ("rk", "theta", "arkimex", "dirk")
 ADJOINT_FLOORS: dict[Family, tuple[int, int]] = {"dirk": (3, 26)}
@@ -30,9 +31,10 @@ ADJOINT_FLOORS: dict[Family, tuple[int, int]] = {"dirk": (3, 26)}
 
 @dataclass(frozen=True)
 class Method:
-    """A time-stepping method of PETSc's.
+    """A time-stepping method.
 
-    - `name`: the usual name. `family`: PETSc's type of solver (see `FAMILIES`). `petsc_name`: the name in the family.
+    - `name`: the usual name. `family`: PETSc's type of solver (see `FAMILIES`). `petsc_name`: the name in the family;
+      empty if PETSc takes no part in the steps.
     - `fsal`: the last stage is the first of the next step.
     - `last_stage_weighs`: the last stage contributes to the step's result. Otherwise it serves the error estimate
       alone, and explicit steps of fixed size do not evaluate it.
@@ -59,12 +61,12 @@ class Method:
     @property
     def has_vec_state(self) -> bool:
         """True if the state is in a PETSc Vec, and so of PETSc's scalar type."""
-        return self.family != "rk"
+        return self.family not in ("rk", "symplectic")
 
     @property
     def implicit(self) -> bool:
         """True if a step solves equations."""
-        return self.family not in ("rk", "ssp")
+        return self.family not in ("rk", "ssp", "symplectic")
 
     @property
     def evaluations_per_step(self) -> int:
@@ -91,6 +93,14 @@ def _forward_only(family: Family, name: str, order: int, stages: int, estimates:
     return Method(full, family, name, order, stages, False, True, estimates, False, "none", source)
 
 
+def _own_dirk(name: str, order: int, stages: int, estimates: bool, source: str) -> Method:
+    return Method(name, "dirk", name, order, stages, False, True, estimates, True, "verified", source)
+
+
+def _symplectic(name: str, order: int, evaluations: int, source: str) -> Method:
+    return Method(name, "symplectic", "", order, evaluations, False, True, False, False, "verified", source)
+
+
 _ARS = "Ascher, Ruuth & Spiteri, Appl. Numer. Math. 25 (1997)"
 _PR = "Pareschi & Russo, J. Sci. Comput. 25 (2005)"
 _GKC = "Giraldo, Kelly & Constantinescu, SIAM J. Sci. Comput. 35 (2013)"
@@ -100,13 +110,19 @@ _KC19 = "Kennedy & Carpenter, Appl. Numer. Math. 136 (2019)"
 _AL = "Alamri & Ketcheson, arXiv 2211.14574 (2022)"
 _RANG = "Rang & Angermann, BIT 45 (2005)"
 _RANG15 = "Rang, J. Comput. Appl. Math. 286 (2015)"
+_KVAERNO = "Kvaerno, BIT 44 (2004)"
+_RALSTON = "Ralston, Math. Comp. 16 (1962)"
+_HNW = "Hairer, Norsett & Wanner, Solving ODEs I (1993), sec. II.10"
+_YOSHIDA = "Yoshida, Phys. Lett. A 150 (1990)"
 _HW = "Hairer & Wanner, Solving ODEs II (1996), sec. IV.7"
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         _explicit("euler", "1fe", 1, 1, False, True, False, "Euler 1768"),
-        _explicit("heun", "2a", 2, 2, False, True, True, "Heun 1900, the explicit trapezoidal rule"),
+        _explicit(
+            "heun", "2a", 2, 2, False, True, True, "Heun 1900, the explicit trapezoidal rule; also named `ssp22`"
+        ),
         _explicit("midpoint", "2b", 2, 2, False, True, False, "Runge 1895, the explicit midpoint rule"),
         _explicit("fehlberg2", "2f", 2, 3, False, True, True, "Fehlberg, NASA TR R-315 (1969), 2(1)"),
         _explicit("rk3", "3", 3, 3, False, True, False, "PETSc TSRK3, three stages at 0, 2/3, 2/3"),
@@ -125,6 +141,12 @@ METHODS: dict[str, Method] = {
             "verner8", "8vr", 8, 13, False, False, True, "Verner's robust 8(7) pair, Numer. Algorithms 53 (2010)"
         ),
         _explicit("dopri8", "8dp", 8, 13, False, True, True, "Prince & Dormand, J. Comput. Appl. Math. 7 (1981), 8(7)"),
+        _explicit("ralston", "2r", 2, 2, False, True, True, _RALSTON),
+        _explicit("ralston3", "3r", 3, 3, False, True, False, _RALSTON),
+        _explicit("ssp33", "3s", 3, 3, False, True, False, "Shu & Osher, J. Comput. Phys. 77 (1988)"),
+        _explicit("ssp104", "4s", 4, 10, False, True, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
+        _explicit("tsit5", "5ts", 5, 7, True, False, True, "Tsitouras, Comput. Math. Appl. 62 (2011)"),
+        _explicit("dop853", "853", 8, 12, False, True, True, f"{_HNW}, DOP853, with two error estimates"),
         _theta("beuler", 1, 1, True, "the implicit Euler method"),
         _theta("cn", 2, 2, True, "Crank & Nicolson, Proc. Camb. Phil. Soc. 43 (1947), the trapezoidal rule"),
         _theta("theta", 2, 1, False, "PETSc TSTHETA, by default the implicit midpoint rule"),
@@ -143,8 +165,8 @@ METHODS: dict[str, Method] = {
         _table("arkimex", "5", 5, 8, True, True, _KC),
         _table("dirk", "s212", 2, 2, True, False, "PETSc TSDIRKS212"),
         _table("dirk", "es122sal", 1, 2, True, True, "implicit Euler method with an explicit first stage"),
-        _table("dirk", "es213sal", 2, 3, True, True, _KC19),
-        _table("dirk", "es324sal", 3, 4, True, True, _KC19),
+        _table("dirk", "es213sal", 2, 3, True, True, f"{_KC19}; also named `trbdf2` (Bank et al. 1985)"),
+        _table("dirk", "es324sal", 3, 4, True, True, f"{_KC19}; also named `kvaerno3` (BIT 44, 2004)"),
         _table("dirk", "es325sal", 3, 5, True, True, _KC19),
         _table("dirk", "657a", 6, 7, True, False, _AL),
         _table("dirk", "es648sa", 6, 8, True, True, _AL),
@@ -157,6 +179,9 @@ METHODS: dict[str, Method] = {
         _table("dirk", "8614a", 8, 14, True, False, _AL),
         _table("dirk", "8616sal", 8, 16, True, False, _AL),
         _table("dirk", "es8516sal", 8, 16, True, True, _AL),
+        _own_dirk("sdirk2", 2, 2, False, "Alexander, SIAM J. Numer. Anal. 14 (1977), L-stable"),
+        _own_dirk("kvaerno4", 4, 5, True, f"{_KVAERNO}, ESDIRK4/3 with local extrapolation"),
+        _own_dirk("kvaerno5", 5, 7, True, f"{_KVAERNO}, ESDIRK5/4 with local extrapolation"),
         _forward_only(
             "bdf", "bdf", 2, 1, False, "Curtiss & Hirschfelder 1952; the order is PETSc's option ts_bdf_order"
         ),
@@ -178,9 +203,23 @@ METHODS: dict[str, Method] = {
         _forward_only("ssp", "rks2", 2, 5, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
         _forward_only("ssp", "rks3", 3, 9, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
         _forward_only("ssp", "rk104", 4, 10, False, "Ketcheson, SIAM J. Sci. Comput. 30 (2008)"),
+        _symplectic("leapfrog", 2, 3, "Verlet, Phys. Rev. 159 (1967), kick-drift-kick"),
+        _symplectic("yoshida4", 4, 7, _YOSHIDA),
+        _symplectic("yoshida6", 6, 15, f"{_YOSHIDA}, solution A"),
     )
 }
 
+OTHER_NAMES = {"ssp22": "heun", "trbdf2": "dirk_es213sal", "kvaerno3": "dirk_es324sal"}
+"""Further usual names of methods."""
+_RADAU, _GAUSS = "is L-stable, of the same order", "is A-stable, of the same order"
+_FULLY_IMPLICIT = {
+    "radau3": ("kvaerno3", _RADAU),
+    "radau5": ("kvaerno5", _RADAU),
+    "gauss2": ("theta", "is the same method"),
+    "gauss4": ("kvaerno4", f"{_GAUSS}; for pairs (q, p) 'yoshida4' is symplectic"),
+    "gauss6": ("dirk_es648sa", f"{_GAUSS}; for pairs (q, p) 'yoshida6' is symplectic"),
+}
+"""Methods whose stages are one coupled system, with a method to use instead and its merit."""
 _EXPLICIT = {method.petsc_name: method for method in METHODS.values() if method.family == "rk"}
 
 
@@ -191,27 +230,40 @@ def by_petsc_name(petsc_name: str) -> Method:
     return _EXPLICIT[petsc_name]
 
 
+def by_table(family: Family, petsc_name: str) -> Method:
+    """Return the method of a family with PETSc's name of its table."""
+    return next(method for method in METHODS.values() if (method.family, method.petsc_name) == (family, petsc_name))
+
+
 def resolve(name: str) -> Method:
     """Return the method of a usual name (`rk4`, `cn`, `arkimex_3`) or of TSRK's own name (`4`).
 
     `rk4` is the classical method; torchdiffeq's `rk4` is Kutta's 3/8 rule, `rk4_38`.
-    Raises `ConfigurationError` with the allowed names.
+    Raises `ConfigurationError` with the allowed names, and for Gauss and Radau methods with the one to use instead.
     """
+    if name in _FULLY_IMPLICIT:
+        instead, merit = _FULLY_IMPLICIT[name]
+        raise ConfigurationError(
+            f"method = {name!r}: the coupled stages of Gauss and Radau methods are not solved here: use {instead!r}, "
+            f"which {merit}"
+        )
+    name = OTHER_NAMES.get(name, name)
     if name in METHODS:
         return METHODS[name]
     if name in _EXPLICIT:
         return _EXPLICIT[name]
-    near = sorted(difflib.get_close_matches(str(name), [*METHODS, *_EXPLICIT], n=2))
+    near = sorted(difflib.get_close_matches(str(name), [*METHODS, *_EXPLICIT, *OTHER_NAMES], n=2))
     hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
     raise ConfigurationError(f"method = {name!r}{hint}: must be one of {_allowed()} (`pnode-dist methods` lists all)")
 
 
 def _allowed() -> str:
     """Return all names in one line, with each family's tables after its name."""
-    names = [method.name for method in METHODS.values() if method.family in ("rk", "theta", "bdf")]
-    names += _EXPLICIT
+    prefixed = [method for method in METHODS.values() if method.name.startswith(f"{method.family}_")]
+    names = [method.name for method in METHODS.values() if method not in prefixed]
+    names += [*OTHER_NAMES, *_EXPLICIT]
     for family in ("arkimex", "dirk", "rosw", "ssp"):
-        tables = [method.petsc_name for method in METHODS.values() if method.family == family]
+        tables = [method.petsc_name for method in prefixed if method.family == family]
         names.append(f"{family}_<{'|'.join(tables)}>")
     return ", ".join(names)
 

@@ -11,10 +11,11 @@ import torch
 from pnode_dist.checkpointing import budget
 from pnode_dist.checkpointing.budget import CheckpointBudget, slot_bounds
 from pnode_dist.checkpointing.statistics import SolveStatistics
-from pnode_dist.errors import ConfigurationError
+from pnode_dist.errors import ConfigurationError, StepSizeError
 from pnode_dist.ode import methods
 from pnode_dist.ode.call_agreement import Alone, Preparation, facts, preparation
 from pnode_dist.ode.given_options import check_options, without_adaptation
+from pnode_dist.ode.jumps import check_times_off_jumps, checked_jumps
 from pnode_dist.ode.kept_solvers import KeptSolvers
 from pnode_dist.ode.newton_choice import chosen_newton
 from pnode_dist.ode.recomputation.bindings import Bindings
@@ -27,10 +28,12 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
 from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, for_method, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
-from pnode_dist.ode.rhs.parameters import find_parameters, independent
+from pnode_dist.ode.rhs.observed import cost_of, in_form_of, separated
+from pnode_dist.ode.rhs.parameters import find_parameters, independent, real_numbers
+from pnode_dist.ode.rhs.separable import check_pairs
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
-from pnode_dist.ode.rhs.tangent import in_compute_type
-from pnode_dist.ode.settings import CallSettings, Times
+from pnode_dist.ode.rhs.tangent import WithTangent, in_compute_type
+from pnode_dist.ode.settings import CallSettings, Times, without_control
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.solver import Solver, communicator
 from pnode_dist.ode.solver_key import Same, contents_of, object_key
@@ -38,7 +41,7 @@ from pnode_dist.ode.steppers.preconditioner import BlockInverse
 from pnode_dist.ode.steppers.preconditioner import resolve as resolve_preconditioner
 from pnode_dist.ode.steppers.tolerances import check_shapes
 from pnode_dist.ode.time_grid import check_step_size, divided, output_times
-from pnode_dist.ode.time_rounding import rounding_of
+from pnode_dist.ode.time_rounding import DOUBLE, rounding_of
 from pnode_dist.system.torch_internals import TRACES_OBJECTS
 
 
@@ -68,34 +71,47 @@ def _prepared_with(
     settings: CallSettings,
     args: tuple[Any, ...],
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
+    whole = func
+    func, observe = separated(whole)
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
     check_policy(settings.on_mismatch)
     control = settings.control()
+    jumps = checked_jumps(settings.jumps)
     grid = settings.grid
     if grid is None and control is None:
         step_size = settings.step_size
-        grid = divided(times, None) if step_size is None else divided(times, step_size, rounding_of(t, times))
+        rounding = DOUBLE if step_size is None else rounding_of(t, times)
+        grid = divided(times, step_size, rounding, jumps)
+        if settings.max_steps is not None and grid.steps > settings.max_steps:
+            raise StepSizeError(f"max_steps = {settings.max_steps}: t and step_size make {grid.steps} steps")
     if control is not None and settings.fixed_plan is not None:
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
+    check_pairs(layout, table, isinstance(func, WithTangent))
     layout = for_method(layout, table, settings.state_dtype)
     partition = settings.partition
     trajectory = budget.DEFAULT if settings.trajectory is None else settings.trajectory
     if not isinstance(trajectory, CheckpointBudget):
         raise ConfigurationError(f"trajectory = {trajectory!r}: must be a pnode_dist.Trajectory, or None")
-    parameters = independent(find_parameters(func, (*args, *(settings.params or ()))))
-    sizes = tuple(parameter.numel() for parameter in parameters.tensors)
+    parameters = independent(find_parameters(whole, (*args, *(settings.params or ()))))
+    sizes = tuple(map(real_numbers, parameters.tensors))
     check_options(settings.options, table.family, control is not None)
     options = dict(settings.options or {})
     needs_time_gradient = isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
+    if needs_time_gradient:
+        check_times_off_jumps(times, jumps)
     # The gradient with respect to times needs two more parameters: the size and the start of a step.
     sizes = (*sizes, 1, 1) if needs_time_gradient else sizes
     tensors = (*parts, *parameters.tensors, *((t,) if needs_time_gradient else ()))
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not callable(func):
         raise TypeError(f"func must be callable as func(t, u), got {type(func).__name__}")
+    if needs_gradient and settings.on_output is not None:
+        raise ConfigurationError(
+            "on_output: the outputs are not kept, so there is no gradient: must be None, or solve under torch.no_grad()"
+        )
     if needs_gradient:
         refuse_fully_sharded(func, args, parameters.tensors)
     adaptive, preconditioner = control is not None, resolve_preconditioner(settings.preconditioner)
@@ -161,10 +177,10 @@ def _prepared_with(
         took = automatic.next_solve(solver.stepper.comm)
         settings = settings if automatic.compiles else replace(settings, compiler=None)
     # Older releases of torch cannot order the exchanges of f in compiled code.
-    compiles_steps = table.family == "rk" and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
+    compiles_steps = table.family in ("rk", "symplectic") and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
     surroundings, carried = None, NOTHING_CARRIED
     if needs_gradient or (compiles_steps and settings.compiler is not None):
-        surroundings = Surroundings.now(func, args, layout.device)
+        surroundings = Surroundings.now(whole, args, layout.device)
         carried = _carried(surroundings.bindings, parameters.tensors, copies, layout, settings, solver.known)
     bound = BoundFunction(
         in_compute_type(func, copies),
@@ -190,15 +206,30 @@ def _prepared_with(
         needs_gradient,
         settings.fixed_plan,
         time_dtype,
-        settings.last_only,
+        settings.saving,
+        None if observe is None else in_compute_type(observe, copies),
+        cost_of(whole),
+        _consumer(settings.on_output, layout, whole),
         surroundings,
         settings.on_mismatch,
         agreed,
         settings.callbacks,
+        jumps,
         settings.compiler if compiles_steps else None,
         took,
     )
     return solve, layout, tensors
+
+
+def _consumer(
+    on_output: Callable[[float, Any], None] | None, layout: StateLayout, func: Function
+) -> Callable[[float, Parts], None] | None:
+    """Return the function that takes the outputs as tensors, from the user's that takes states or observations."""
+    if on_output is None:
+        return None
+    if not callable(on_output):
+        raise TypeError(f"on_output must be callable as on_output(t, u), got {type(on_output).__name__}")
+    return lambda time, values: on_output(time, in_form_of(func, layout, values))
 
 
 def usable_outside_inference(value: Any) -> Any:
@@ -238,12 +269,14 @@ def settings_of_tangents(
 
     With error control the steps are those that the solve without tangents, run by `before`, has accepted.
     """
+    func, _ = separated(func)
     if settings.control() is not None:
         solve = before()
         # Name the method: the default differs with and without error control.
         name = solve.solver.stepper.method.name
         options = without_adaptation(settings.options)
-        settings = replace(settings, rtol=None, atol=None, grid=solve.grid, method=name, options=options)
+        settings = without_control(settings)
+        settings = replace(settings, grid=solve.grid, method=name, options=options)
     if settings.mass is not None:
         masses = tuple(settings.mass) if isinstance(settings.mass, tuple | list) and is_tuple else (settings.mass,)
         settings = replace(settings, mass=masses * copies)

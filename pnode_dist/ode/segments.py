@@ -5,6 +5,7 @@ A segment is the unit of checkpoints and tapes. No output lies inside one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -43,12 +44,6 @@ class SegmentGrid:
         return len(self.bounds) - 1
 
     @cached_property
-    def outputs(self) -> dict[int, int]:
-        """The number of the output that is the state before a segment, or after the last one."""
-        outputs = self.grid.outputs
-        return {number: outputs[step] for number, step in enumerate(self.bounds) if step in outputs}
-
-    @cached_property
     def longest(self) -> int:
         """The number of steps of the longest segment."""
         return max(last - first for first, last in pairwise(self.bounds))
@@ -62,15 +57,15 @@ class SegmentGrid:
         return Segment(first, self.grid.starts[first:last], self.grid.sizes[first:last])
 
 
-def divided_into_segments(grid: TimeGrid, most: int, ends: tuple[int, ...] = ()) -> SegmentGrid:
+def divided_into_segments(grid: TimeGrid, most: int, ends: Iterable[int] = ()) -> SegmentGrid:
     """Divide the steps between outputs into as few segments as possible, of at most `most` steps and similar length.
 
-    Segments end at the steps `ends` as well.
+    Segments end before the steps `ends` as well, at the output times of the grid, and at jumps of f.
     """
     if most == 1:
         return SegmentGrid(grid, tuple(range(grid.steps + 1)))
     bounds = [0]
-    for begin, end in pairwise(sorted({0, grid.steps, *grid.outputs, *ends})):
+    for begin, end in pairwise(sorted({0, grid.steps, *grid.outputs, *grid.jumps, *ends})):
         pieces = -(-(end - begin) // most)
         bounds += [begin + (end - begin) * piece // pieces for piece in range(1, pieces + 1)]
     return SegmentGrid(grid, tuple(bounds))

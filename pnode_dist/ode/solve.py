@@ -22,16 +22,23 @@ from pnode_dist.checkpointing.store import State as FlatState
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import safe_points
 from pnode_dist.ode.call_agreement import Agreed
+from pnode_dist.ode.observing import Observing
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.recomputation.guard import Guard, tolerance_of
 from pnode_dist.ode.recomputation.surroundings import Surroundings
 from pnode_dist.ode.rhs.automatic_compilation import Times
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import BoundFunction
-from pnode_dist.ode.segments import SegmentGrid
+from pnode_dist.ode.rhs.layout import Parts
+from pnode_dist.ode.rhs.observed import OfParts
+from pnode_dist.ode.saving import AT_TIMES, Saving
+from pnode_dist.ode.segments import Segment, SegmentGrid
 from pnode_dist.ode.solver import Solver
+from pnode_dist.ode.step_costs import StepCosts, StepEnds
+from pnode_dist.ode.steppers.batched import BatchedStepper
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
+from pnode_dist.ode.steppers.implicit import ImplicitStepper
 from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl
@@ -45,8 +52,11 @@ class Solve:
 
     `grid` holds the steps: given beforehand, or with `control` set to the accepted ones after the forward pass.
     `parameters` are the tensors that the gradient is taken with respect to; `bound` may use copies of another type.
-    With `last_only` the only output is the state at the last time. `surroundings` holds f's inputs besides its
+    `saving` is the choice of outputs, and `saved[n]` the number of the output that is the state before step n.
+    `observing` observes these states, None if they are returned themselves, and `consumer` takes the outputs while the
+    solve goes on. `surroundings` holds f's inputs besides its
     arguments. `on_mismatch` is the action if a recomputed step differs: `raise`, `warn` or `ignore`.
+    `jumps` are times at which f jumps: with `control` steps end there, and `grid` has them otherwise.
     `agreed` is the agreement of all ranks on this solve, None on one rank. `callbacks` are called at each step.
     `has_trajectory`: a forward pass has stored everything that a backward pass needs.
     `outcome` is the fingerprint of the result, set if torch.utils.checkpoint may recompute this solve.
@@ -65,11 +75,15 @@ class Solve:
     keeps_trajectory: bool
     fixed_plan: Plan | None = None
     time_dtype: torch.dtype = torch.float64
-    last_only: bool = False
+    saving: Saving = AT_TIMES
+    observe: OfParts | None = None
+    cost: Callable[..., Parts] | None = None
+    consumer: Callable[[float, Parts], None] | None = None
     surroundings: Surroundings | None = None
     on_mismatch: str = "raise"
     agreed: Agreed | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
+    jumps: tuple[float, ...] = ()
     compiler: Compiler | None = None
     took: Times | None = None
     has_trajectory: bool = field(default=False, init=False)
@@ -78,6 +92,9 @@ class Solve:
     actions: Iterator[Action] = field(init=False)
     checkpoints: Checkpoints = field(init=False)
     tapes: dict[int, Tape] = field(default_factory=dict)
+    saved: dict[int, int] = field(default_factory=dict, init=False)
+    observing: Observing | None = field(default=None, init=False)
+    costs: StepCosts | None = field(default=None, init=False)
     first_step: tuple[FlatState, Tape] | None = None
     initial: tuple[torch.Tensor, ...] = ()
     divided: SegmentGrid | None = None
@@ -94,6 +111,13 @@ class Solve:
             tolerance = tolerance_of(layout.compute_dtype, layout.state_dtype, kept)
             self.guard = Guard(self.on_mismatch, tolerance, self.solver.stepper.comm, _weakly(self._reasons))
         self.bound.guard = self.guard
+        if self.observe is not None:
+            stepper = self.solver.stepper
+            self.observing = Observing(self.observe, self.bound, stepper.layout, stepper.comm.size)
+        if self.cost is not None:
+            stepper = self.solver.stepper
+            assert isinstance(stepper, ImplicitStepper | BatchedStepper)
+            self.costs = StepCosts(self.cost, self.bound, stepper.layout, stepper.comm.size, *stepper.theta_variant)
         self.checkpoints = Checkpoints(self.solver.pools, self.solver.checkpoint_bytes, self.statistics, self.carried)
         self.logs = self.bound.logs
         self.ram_slots = 0
@@ -117,6 +141,10 @@ class Solve:
     def time(self, unit: int) -> float:
         return self.segments.start(unit)
 
+    def time_before(self, step: int) -> float:
+        """Return the time of the state before `step`."""
+        return self.steps.starts[step] if step < self.steps.steps else self.times[-1]
+
     def count(self, unit: int) -> int:
         first, last = self.segments.bounds[unit : unit + 2]
         return last - first
@@ -132,15 +160,21 @@ class Solve:
     def advance(self, unit: int, recompute: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         self.solver.stepper.fingerprints = self.guard is not None
+        self._enter(unit)
+        before = None if self.costs is None or recompute else self.solver.stepper.current.kept()
         if not self._use_first_step():
             with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
                 self.solver.stepper.advance(self.segments[unit])
+        if before is not None:
+            self.add_costs(self.segments[unit], before)
         self._stepped(unit, recompute)
 
     def record(self, unit: int, recompute: bool = False) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         # A step whose tape is kept from the forward pass is never recomputed: it needs no fingerprint.
         self.solver.stepper.fingerprints = self.guard is not None and recompute
+        self._enter(unit)
+        before = None if self.costs is None else self.solver.stepper.current.kept()
         tape = self._use_first_step()
         if not tape:
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
@@ -151,6 +185,25 @@ class Solve:
         elif unit == 0:
             self.first_step_taken()
         self.tapes[unit] = tape
+        self.keep_for_observation(self.segments.bounds[unit + 1])
+        if before is not None:
+            self.add_costs(self.segments[unit], before, keeps=True, recompute=recompute)
+
+    def add_costs(self, segment: Segment, before: Parts, keeps: bool = False, recompute: bool = False) -> None:
+        """Add the running cost of the step that led to the current state. With `keeps`, keep its ends as well."""
+        costs = self.costs
+        assert costs is not None
+        (time,), (size,) = segment.starts, segment.sizes
+        ends = StepEnds(time, size, before, self.solver.stepper.current.kept())
+        if not recompute:
+            costs.add(segment.first, ends)
+        if keeps:
+            costs.keep(segment.first, ends)
+
+    def keep_for_observation(self, step: int) -> None:
+        """Keep the current state, before `step`, if the backward pass observes it again."""
+        if self.observing is not None and step in self.saved:
+            self.observing.keep(step, self.time_before(step), self.solver.stepper.current.kept())
 
     def _stepped(self, unit: int, recompute: bool) -> None:
         """Store the fingerprint of the state after a segment, or compare it if the segment was recomputed."""
@@ -191,10 +244,40 @@ class Solve:
     def adjoint(self, unit: int) -> None:
         safe_points.between_steps(self.solver.stepper.comm)
         segment, tape = self.segments[unit], self.tapes.pop(unit)
+        self.pull_back_observation(segment.first + len(segment))
+        self._enter(unit)
+        stepper, costs = self.solver.stepper, None if self.costs is None else self.costs.pull_back(segment.first)
+        if costs is not None:
+            stepper.add_to_adjoint(costs.after)
         with log.event(log.ADJOINT_STEP, self.logs):
-            found = self.solver.stepper.pull_back(segment, tape)
+            found = stepper.pull_back(segment, tape)
         for step, (by_size, by_start) in enumerate(found, start=segment.first):
             self.size_gradients[step], self.start_gradients[step] = by_size, by_start
+        if costs is not None:
+            stepper.add_to_adjoint(costs.before)
+            if found:
+                self.size_gradients[segment.first] += costs.by_size
+                self.start_gradients[segment.first] += costs.by_start
+
+    @property
+    def observed_bytes(self) -> int:
+        """The bytes of the states that are kept for observations and costs beside the tape of a step."""
+        layout = self.solver.stepper.layout
+        shared = isinstance(self.solver.stepper, ExplicitStepper) and not layout.converts
+        nbytes = layout.size * layout.state_dtype.itemsize
+        return (0 if self.observing is None or shared else nbytes) + (0 if self.costs is None else 2 * nbytes)
+
+    def pull_back_observation(self, step: int) -> None:
+        """Add the cotangents of the observation of the state before `step` to the adjoint. Collective if it is."""
+        if self.observing is None:
+            return
+        found = self.observing.pull_back(step, self.saved.get(step), self.saving.only_last)
+        if found is not None:
+            self.solver.stepper.add_to_adjoint(found)
+
+    def _enter(self, unit: int) -> None:
+        """Evaluate f between the jumps before and after a segment."""
+        self.bound.smooth_interval = self.steps.smooth_interval(self.segments.bounds[unit])
 
     def _use_first_step(self) -> Tape | None:
         if self.first_step is None:
@@ -209,6 +292,7 @@ class Solve:
         """Bind the right-hand side to the stepper, which other solves share."""
         stepper = self.solver.stepper
         stepper.bind(self.bound)
+        self.bound.smooth_interval = None if self.grid is None or not self.grid.steps else self.grid.smooth_interval(0)
         stepper.fingerprints, stepper.fingerprint = self.guard is not None, None
         if isinstance(stepper, ExplicitStepper):
             stepper.compiled = self.compiled
@@ -269,6 +353,10 @@ class Solve:
         self.checkpoints.clear()
         self.tapes.clear()
         self.first_step = None
+        if self.observing is not None:
+            self.observing.states.clear()
+        if self.costs is not None:
+            self.costs.ends.clear()
         if self.refund is not None:
             self.refund()
             self.refund = None

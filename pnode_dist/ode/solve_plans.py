@@ -12,7 +12,7 @@ from pnode_dist.checkpointing.budget import CheckpointBudget, ScratchError, Slot
 from pnode_dist.checkpointing.plan import Plan, Plans, best, needs_costs
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.ode.probe import measured_tape, probe
-from pnode_dist.ode.segments import divided_into_segments
+from pnode_dist.ode.segments import SegmentGrid, divided_into_segments
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
@@ -72,7 +72,7 @@ def compile_steps(solve: Solve, initial: tuple[torch.Tensor, ...]) -> None:
     stepper.current.set(initial)
     try:
         if solve.grid is not None and solve.grid.steps:
-            segments = divided_into_segments(solve.grid, steps_per_segment(solve))
+            segments = divided_for(solve)
             if solve.compiled is not None:
                 with solve.carried.aside():
                     stepper.advance(segments[0])
@@ -93,7 +93,7 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
     """
     solver, stepper = solve.solver, solve.solver.stepper
     if solve.divided is None:
-        solve.divided = divided_into_segments(solve.steps, steps_per_segment(solve))
+        solve.divided = divided_for(solve)
     units, first = solve.divided.segments, solve.divided[0]
     slots = slots or slots_of(solve, units)
     budget = _without_disk(solver.trajectory) if solver.disk_is_lost else solver.trajectory
@@ -111,10 +111,11 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
         solver.tape_bytes = -(-nbytes // len(first))
         solve.first_step = (stepper.current.array.copy(), tape)
         stepper.current.set(solve.initial)
-    if not (measure or needs_costs(budget, slots, steps, solver.tape_bytes, segment, units)):
+    tape_bytes = solver.tape_bytes + solve.observed_bytes
+    if not (measure or needs_costs(budget, slots, steps, tape_bytes, segment, units)):
         if budget is solver.trajectory:
-            return solver.planned(slots, steps, solver.tape_bytes, segment, units)
-        return best(budget, slots, steps, solver.tape_bytes, None, segment, units)
+            return solver.planned(slots, steps, tape_bytes, segment, units)
+        return best(budget, slots, steps, tape_bytes, None, segment, units)
     # Costs that were measured without a disk do not cover it.
     if solver.costs is None or (slots.disk and solver.costs.write == 0):
         solve.first_step = None
@@ -122,8 +123,15 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
         pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
         solver.costs = probe(stepper, solve.bound, solve.initial, first, pools)
         solve.carried.restart()
-    tape_bytes = solver.costs.levels[budget.level].bytes
+    tape_bytes = solver.costs.levels[budget.level].bytes + solve.observed_bytes
     return best(budget, slots, steps, tape_bytes, solver.costs, segment, units)
+
+
+def divided_for(solve: Solve) -> SegmentGrid:
+    """Return the segments of a solve, see `steps_per_segment`. Compiled ones leave out the steps next to jumps."""
+    most, grid = steps_per_segment(solve), solve.steps
+    beside = {step + side for step in grid.jumps for side in (-1, 1)} & set(range(grid.steps)) if most > 1 else ()
+    return divided_into_segments(grid, most, {*beside, *solve.saved})
 
 
 def steps_per_segment(solve: Solve) -> int:
@@ -147,7 +155,7 @@ def _compile(solve: Solve, start: float, size: float, attempts: bool) -> int:
     stepper = solve.solver.stepper
     if solve.compiler is None or not isinstance(stepper, ExplicitStepper):
         return 1
-    layout, tableau, func, records = stepper.layout, stepper.tableau, solve.bound.func, solve.keeps_trajectory
+    layout, tableau, func, records = stepper.layout, stepper.scheme, solve.bound.func, solve.keeps_trajectory
     compiler, comm = solve.compiler, stepper.comm
     # In another mode, such as that of training, f may do what cannot be compiled.
     modes = tuple(module.training for module in func.modules()) if isinstance(func, nn.Module) else ()
@@ -179,7 +187,9 @@ def joined(solve: Solve, plan: Plan) -> Plan:
     if plan.kept < plan.units or plan.level != "graph" or sees_steps or most < 2:
         return plan
     # A first step that has a tape already is a segment of its own.
-    solve.divided = divided_into_segments(solve.steps, most, () if solve.first_step is None else (1,))
+    solve.divided = divided_into_segments(
+        solve.steps, most, (*solve.saved, *(() if solve.first_step is None else (1,)))
+    )
     units = solve.divided.segments
     return replace(plan, segment=solve.divided.longest, units=units, kept=units)
 

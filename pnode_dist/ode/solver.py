@@ -32,6 +32,7 @@ from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
 from pnode_dist.ode.steppers.preconditioner import Preconditioner
 from pnode_dist.ode.steppers.ssp import SspStepper
+from pnode_dist.ode.steppers.symplectic import SymplecticStepper
 from pnode_dist.ode.steppers.tolerances import ErrorControl
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.petsc.objects import PetscObjects, destroy_left
@@ -111,6 +112,8 @@ class Solver:
             destroy_left(comm)
             if method.family == "ssp":
                 return SspStepper(comm, layout, method, options)
+            if method.family == "symplectic":
+                return SymplecticStepper(comm, layout, method, parameter_sizes, options)
             if method.family == "rk":
                 return ExplicitStepper(comm, layout, method, parameter_sizes, options)
             matrix = mass_matrix(mass, layout)
@@ -199,16 +202,36 @@ class Solver:
 
     def adaptive_stepper(self, control: ErrorControl) -> AdaptiveStepper:
         """Return the stepper with error control, which is made at the first call. Collective."""
-        kind = control.adaptor if control.rule is None else "rule"
+        kind = "rule" if self._chooses_sizes(control) else control.adaptor
         if kind not in self.adaptive:
             self.adaptive[kind] = made = self._attempts(control)
             self.objects.add(made)
         return self.adaptive[kind]
 
+    def _chooses_sizes(self, control: ErrorControl) -> bool:
+        """Return True if PETSc's adaptors take no part. Raises `ConfigurationError` if one was asked for that cannot.
+
+        They combine no two error estimates.
+        """
+        stepper = self.stepper
+        if control.rule is not None and not isinstance(stepper, ExplicitStepper) and control.adaptor == "pid":
+            raise ConfigurationError(
+                f"adaptor = 'pid': PETSc chooses the steps of method = {stepper.method.name!r}: must be basic or dsp"
+            )
+        if control.rule is not None:
+            return True
+        two = isinstance(stepper, ExplicitStepper) and bool(stepper.scheme.second_error_terms)
+        if two and control.adaptor == "dsp":
+            raise ConfigurationError(
+                f"adaptor = 'dsp': method = {stepper.method.name!r} has two error estimates, which PETSc's adaptors "
+                "cannot combine: must be basic or pid"
+            )
+        return two
+
     def _attempts(self, control: ErrorControl) -> AdaptiveStepper:
         stepper = self.stepper
-        if control.rule is not None:
-            return EmbeddedAttempts(stepper)
+        if self._chooses_sizes(control):
+            return EmbeddedAttempts(stepper, self.options)
         if isinstance(stepper, ImplicitStepper):
             return ImplicitAttempts(stepper, control.adaptor, self.options)
         return ExplicitAttempts(stepper, control.adaptor, self.options)

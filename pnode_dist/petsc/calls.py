@@ -58,6 +58,23 @@ def register_runge_kutta(name: str, order: int, a: tuple[Row, ...], b: Row, c: R
     _check(_library().TSRKRegister(name.encode(), order_, stages, rows, entries(*b), entries(*c), weights, dense, None))
 
 
+def register_diagonally_implicit(
+    name: str, order: int, a: tuple[Row, ...], b: Row, c: Row, embedded: Row | None
+) -> None:
+    """Add a method to TSDIRK, which copies the coefficients (TSDIRKRegister). Not collective.
+
+    The arguments are those of `register_runge_kutta`. The interpolant is linear, as for PETSc's own tables.
+    """
+    stages, entries = _integer(), ctypes.c_double * len(b)
+    stages.value = len(b)
+    order_, degree = _integer(), _integer()
+    order_.value, degree.value = order, 1
+    rows = (ctypes.c_double * len(b) ** 2)(*(entry for row in a for entry in row))
+    estimate = None if embedded is None else entries(*embedded)
+    tables = rows, entries(*b), entries(*c), estimate, degree, entries(*b)
+    _check(_library().TSDIRKRegister(name.encode(), order_, stages, *tables))
+
+
 def runge_kutta_tableau(ts: PETSc.TS) -> tuple[tuple[Row, ...], Row, Row, Row | None]:
     """Return the coefficients of a TS of type `rk`: A, b, c and the embedded weights (TSRKGetTableau). Not collective.
 

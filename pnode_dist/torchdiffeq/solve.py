@@ -144,7 +144,8 @@ def _with_error_control(call: Call, settings: CallSettings, parts: list[Piece]) 
 def _solve(func: Any, y0: State, t: torch.Tensor, settings: CallSettings, owner: Any = None) -> State:
     """Solve with the solvers that are kept for `owner`, by default `func`."""
     solvers, tangents = _kept_for(func if owner is None else owner)
-    return differentiable_solve(solvers, tangents, func, y0, t, settings, ())[0]
+    states: State = differentiable_solve(solvers, tangents, func, y0, t, settings, ())[0]
+    return states
 
 
 def _kept_for(func: Any) -> tuple[KeptSolvers, KeptSolvers]:

@@ -12,6 +12,7 @@ from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.nn import Conv2d
 from pnode_dist.ode.methods import METHODS, Method, adjoint_here, has_adjoint
 from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.ode.rhs.separable import Separable
 from pnode_dist.ode.rhs.split import SplitFunction
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.verify.gradcheck import GradcheckCase, gradcheck, state_direction
@@ -89,6 +90,8 @@ def _case(method: Method, grid: GridPartition, seed: int) -> GradcheckCase:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stiff, other = _Decay(), _Neighbours(grid)
+    if method.family == "symplectic":
+        return _case_of_pairs(method, grid, seed, Separable(position=stiff, momentum=other))
     func = SplitFunction(implicit=stiff, explicit=other) if method.family == "arkimex" else _Sum(stiff, other)
     options = _TIGHT if method.implicit else None
     node = NeuralODE(func, method=method.name, partition=grid, options=options)
@@ -99,4 +102,17 @@ def _case(method: Method, grid: GridPartition, seed: int) -> GradcheckCase:
         return share
 
     state = state_direction(grid, (), seed).requires_grad_()
+    return GradcheckCase(state, loss, tuple(node.parameters()), grid)
+
+
+def _case_of_pairs(method: Method, grid: GridPartition, seed: int, func: Separable) -> GradcheckCase:
+    """Return the case of a state (q, p), whose two parts lie along the first axis of one tensor."""
+    node = NeuralODE(func, method=method.name, partition=grid)
+    weights = state_direction(grid, (2, len(_TIMES)), seed + 1)
+
+    def loss(state: torch.Tensor) -> torch.Tensor:
+        share: torch.Tensor = (torch.stack(node((state[0], state[1]), _TIMES)) * weights).sum()
+        return share
+
+    state = state_direction(grid, (2,), seed).requires_grad_()
     return GradcheckCase(state, loss, tuple(node.parameters()), grid)

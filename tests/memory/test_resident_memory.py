@@ -21,6 +21,7 @@ FAMILIES = {
     "rosw": ["rosw_ra34pw2", "rosw_ra34pw2+adaptive"],
     "bdf": ["bdf"],
     "ssp": ["ssp_rks2", "ssp_rks2+raises"],
+    "symplectic": ["leapfrog", "leapfrog+raises"],
 }
 LIMIT = 1.0
 # A leak of one state in every call is six times the limit after 200 calls.

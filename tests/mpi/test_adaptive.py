@@ -157,7 +157,7 @@ def test_the_gradient_has_the_same_bits_under_every_budget(problem: Problem, scr
     assert distance(gradient(node, u0, parameters), ample) <= 1e-14
 
 
-@pytest.mark.parametrize("adaptor", ["basic", "dsp"])
+@pytest.mark.parametrize("adaptor", ["basic", "dsp", "pid"])
 def test_tolerances_of_each_component_are_heeded_on_the_rank_that_owns_it(adaptor: str, problem: Problem) -> None:
     partition, func, whole = problem
     atol = 10.0 ** torch.linspace(-9, -3, whole.numel(), dtype=torch.float64).reshape(whole.shape)
@@ -201,6 +201,37 @@ def test_where_f_is_no_number_on_one_rank_all_are_told_together(
     # And go on together.
     with torch.set_grad_enabled(needs_gradient):
         assert bool(torch.isfinite(node(u0, [0.0, 0.9])).all())
+
+
+@pytest.mark.parametrize("settings", [{}, {"adaptor": "pid"}], ids=["basic", "pid"])
+def test_a_step_that_is_too_short_is_reported_with_the_rank_of_the_largest_error(
+    settings: dict[str, Any], mesh: Mesh, comm: MPI.Comm
+) -> None:
+    partition = BatchPartition(mesh, 2 * mesh.size, (3,))
+    rank = mesh.size - 1
+
+    def func(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        rates = torch.ones_like(u)
+        rates[1, 2] = 1e9 if mesh.rank == rank else 1.0
+        return torch.where(t < 0.5, -u, rates * u)
+
+    node = NeuralODE(func, rtol=1e-6, atol=1e-9, dt_min=1e-3, partition=partition, **settings)
+    with torch.no_grad(), pytest.raises(StepSizeError, match=r"dt_min = 0\.001 allows no smaller one") as caught:
+        node(partition.scatter(torch.ones(2 * mesh.size, 3, dtype=torch.float64)), [0.0, 1.0])
+    where = "" if mesh.size == 1 else f" of rank {rank}"
+    assert f"the error of entry [1, 2]{where} is " in str(caught.value)
+    assert len(set(comm.allgather(str(caught.value)))) == 1
+
+
+def test_steps_with_the_two_estimates_of_dop853_are_those_of_the_whole_state(problem: Problem) -> None:
+    partition, func, whole = problem
+    settings: dict[str, Any] = {"method": "dop853", "rtol": 1e-7, "atol": 1e-9, "first_step": 0.7}
+    serial, spread = serially(func, **settings), NeuralODE(func, partition=partition, **settings)
+    with torch.no_grad():
+        wanted, found = serial(whole, TIMES), spread(partition.scatter(whole), TIMES)
+    assert steps(spread) == steps(serial)
+    assert spread.last_solve.rejected_steps > 0
+    assert distance(found, here(wanted, partition)) <= 1e-12
 
 
 def test_what_is_no_number_for_a_moment_is_stepped_around_on_all_ranks(mesh: Mesh, comm: MPI.Comm) -> None:

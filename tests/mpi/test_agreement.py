@@ -83,6 +83,8 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "step_size": ({"step_size": 0.1}, {"step_size": 0.05}, "step_size: rank 0: 0.1; {others}: 0.05"),
     "tolerances": ({"rtol": 1e-4}, {"rtol": 1e-5}, "rtol: rank 0: 0.0001; {others}: 1e-05"),
     "error control": ({"method": "dopri5"}, {"rtol": 1e-5}, "rtol: rank 0: None; {others}: 1e-05"),
+    "first_step": ({"rtol": 1e-3, "first_step": 0.1}, {"rtol": 1e-3}, "first_step: rank 0: 0.1; {others}: None"),
+    "max_steps": ({"max_steps": 7}, {"max_steps": 8}, "max_steps: rank 0: 7; {others}: 8"),
     "adaptor": ({"atol": 1e-3, "adaptor": "dsp"}, {"atol": 1e-3}, "adaptor: rank 0: dsp; {others}: basic"),
     "options": (
         {"method": "cn", "options": {"snes_rtol": 1e-9}},

@@ -13,7 +13,7 @@ from pnode_dist.exchange import global_sum
 from pnode_dist.nn import Conv2d
 from pnode_dist.ode.methods import METHODS
 from tests.oracles.arkimex_tableaux import ARKIMEX
-from tests.oracles.dirk_tableaux import DIRK
+from tests.oracles.dirk_tableaux import DIRK, OWN_DIRK
 from tests.oracles.fields import convolved
 from tests.oracles.implicit import BACKWARD_EULER, CRANK_NICOLSON, MIDPOINT, Theta, diagonal_mass, odeint_implicit
 from tests.oracles.implicit_tableaux import ImplicitTableau
@@ -33,6 +33,7 @@ ORACLES: dict[str, Theta | ImplicitTableau] = {
     "theta": MIDPOINT,
     **{f"arkimex_{name}": table for name, table in ARKIMEX.items()},
     **{f"dirk_{name}": table for name, table in DIRK.items()},
+    **OWN_DIRK,
 }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from math import sqrt
 
+import numpy as np
+
 from tests.oracles.implicit_tableaux import ImplicitTableau, dirk
 
 # 1 - 1 / sqrt(2), the diagonal of the L-stable two-stage methods of order 2.
@@ -27,6 +29,26 @@ def _kvaerno() -> ImplicitTableau:
     last = (1 - 6 * g + 6 * g**2) / (3 * (1 - 2 * g))
     stages = ((0.0,), (g, g), (1 - third - g, third, g), (1 - second - last - g, second, last, g))
     return dirk(3, stages, embedded=(*stages[2], 0.0), embedded_order=2)
+
+
+def _kvaerno4() -> ImplicitTableau:
+    """Kvaerno 2004, ESDIRK4/3 with local extrapolation, from its order conditions.
+
+    Both last nodes are 1 and both last stages are stiffly accurate methods, of order 3 and 4. The diagonal entry is the
+    root that makes the result L-stable. Stages 3 to 5 satisfy sum_j a_ij c_j = c_i^2 / 2.
+    """
+    g = max(root for root in np.roots([24, -96, 72, -16, 1]).real if root < 1)
+    c2, c3 = 2 * g, g + 3 * g * (1 - 2 * g) ** 2 / (12 * g**2 - 6 * g + 1)
+    a32 = (c3**2 / 2 - g * c3) / c2
+    # Quadrature of degree 2, then of degree 3.
+    a42, a43 = np.linalg.solve([[c2, c3], [c2**2, c3**2]], [1 / 2 - g, 1 / 3 - g])
+    a52, a53, a54 = np.linalg.solve(
+        [[c2, c3, 1], [c2**2, c3**2, 1], [c2**3, c3**3, 1]], [1 / 2 - g, 1 / 3 - g, 1 / 4 - g]
+    )
+    triangle = ((0.0,), (g, g), (c3 - a32 - g, a32, g), (1 - a42 - a43 - g, a42, a43, g))
+    stages = (*triangle, (1 - a52 - a53 - a54 - g, a52, a53, a54, g))
+    rows = tuple(tuple(map(float, row)) for row in stages)
+    return dirk(4, rows, embedded=(*rows[3], 0.0), embedded_order=3)
 
 
 DIRK = {
@@ -390,5 +412,27 @@ DIRK = {
         0.0464409662093384 0.301388101652194 0.00524851570622031 0.229538601845236 0.124643044573514
         """,
         embedded_order=5,
+    ),
+}
+
+# The methods that PETSc lacks, by their usual names.
+OWN_DIRK = {
+    # R. Alexander: Diagonally implicit Runge-Kutta methods for stiff O.D.E.'s, SIAM J. Numer. Anal. 14 (1977).
+    "sdirk2": ImplicitTableau(2, ((_GAMMA,), (1 - _GAMMA, _GAMMA)), (1 - _GAMMA, _GAMMA)),
+    "kvaerno4": _kvaerno4(),
+    # Kvaerno 2004, ESDIRK5/4 with local extrapolation and the diagonal entry 0.26.
+    "kvaerno5": dirk(
+        5,
+        """
+        0 ;
+        0.26 0.26 ;
+        0.13 0.84033320996790809 0.26 ;
+        0.22371961478320505 0.47675532319799699 -0.06470895363112615 0.26 ;
+        0.16648564323248321 0.1045001884159172 0.03631482272098715 -0.13090704451073998 0.26 ;
+        0.13855640231268224 0 -0.04245337201752043 0.02446657898003141 0.61943039072480676 0.26 ;
+        0.13659751177640291 0 -0.05496908796538376 -0.04118626728321046 0.62993304899016403 0.06962479448202728 0.26
+        """,
+        embedded="0.13855640231268224 0 -0.04245337201752043 0.02446657898003141 0.61943039072480676 0.26 0",
+        embedded_order=4,
     ),
 }

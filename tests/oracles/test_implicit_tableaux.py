@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tests.oracles.arkimex_tableaux import ARKIMEX
-from tests.oracles.dirk_tableaux import DIRK
+from tests.oracles.dirk_tableaux import DIRK, OWN_DIRK
 from tests.oracles.implicit_tableaux import ImplicitTableau, coloured_trees, numbers, order_defect
 from tests.oracles.runge_kutta import TABLEAUX, rooted_trees
 from tests.oracles.runge_kutta import order_defect as explicit_order_defect
 
-TABLES = {**ARKIMEX, **DIRK}
+TABLES = {**ARKIMEX, **DIRK, **OWN_DIRK}
 # Coefficients that are given to 15 digits.
 ROUNDING = 1e-12
 
@@ -95,6 +95,12 @@ def stability(table: ImplicitTableau, z: complex) -> complex:
 def test_methods_named_l_stable_damp_infinitely_stiff_decay_at_once(name: str) -> None:
     # As closely as coefficients of 15 digits can tell.
     assert abs(stability(DIRK[name], -1e9)) <= 1e-3
+
+
+@pytest.mark.parametrize("name", OWN_DIRK)
+def test_our_own_methods_are_l_stable_too_and_stiffly_accurate(name: str) -> None:
+    assert abs(stability(OWN_DIRK[name], -1e7)) <= 1e-5
+    assert OWN_DIRK[name].stiffly_accurate
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PATIENCE, ROOT
+from tests.tiers import at_night
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -39,3 +40,23 @@ def test_the_problem_takes_about_40_lines(tmp_path: Path) -> None:
     lines = (EXAMPLES / "own_problem/mine.py").read_text().splitlines()
     code = [line for line in lines if line.strip() and not line.strip().startswith(('"""', "#"))]
     assert len(code) <= 45
+
+
+@pytest.mark.parametrize("ranks", at_night([1, 2], but=[2]))
+def test_point_values_have_the_gradient_of_those_of_all_states(mpirun: Run, ranks: int) -> None:
+    points = str(EXAMPLES / "large_outputs/points.py")
+    found, wanted = (mpirun(ranks, "python", points, "24", "30", *kept) for kept in ([], ["states"]))
+    assert found.returncode == wanted.returncode == 0, found.stderr + wanted.stderr
+    numbers, others = (run.stdout.splitlines()[0].split(": ")[1].split() for run in (found, wanted))
+    assert len(numbers) == 4
+    assert [float(number) for number in numbers] == pytest.approx([float(other) for other in others], rel=1e-12)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+def test_2000_outputs_of_a_large_state_stay_within_the_budget(mpirun: Run) -> None:
+    points = str(EXAMPLES / "large_outputs/points.py")
+    finished = mpirun(2, "python", points, "512", "2000", timeout=7000)
+    assert finished.returncode == 0, finished.stderr
+    # The budget of 256 MiB, and a step with its graph outside of it. The states would be 4,000 MiB for each rank.
+    assert float(finished.stdout.split()[-2]) < 320

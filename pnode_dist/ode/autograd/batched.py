@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pnode_dist.ode.rhs.evaluation import Function
+from pnode_dist.ode.rhs.observed import Observed
 
 
 class Batched:
@@ -23,6 +24,13 @@ class Batched:
         self.func = func
 
     def __call__(self, t: torch.Tensor, state: Any, *args: Any) -> Any:
-        """Return du/dt of all members. Raises `RuntimeError` if an operation of f has no rule for batches."""
+        """Return the values of all members. Raises `RuntimeError` if an operation of f has no rule for batches."""
         members = torch.func.vmap(lambda u: self.func(t, u, *args))
         return members(state)
+
+
+def batched(func: Function) -> Function:
+    """Return the right-hand side of a batch of states, with the observations of all members."""
+    if isinstance(func, Observed):
+        return Observed(Batched(func.func), Batched(func.observe))
+    return Batched(func)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pnode_dist.ode.autograd.batched import Batched
+from pnode_dist.ode.autograd.batched import batched
 from pnode_dist.ode.autograd.transforms import hooks_on_saved_tensors, is_wrapped
 from pnode_dist.ode.backward_pass import backward_pass
 from pnode_dist.ode.forward_pass import forward_pass
@@ -63,7 +63,8 @@ class Asked:
     A state has `parts` parts; the right-hand side takes them as a tuple if `is_tuple`. `needs_time_gradient`: the times
     are an input too. `surroundings` and `carried` hold f's inputs besides its arguments. They are None and empty if no
     derivative can be asked for. `transformed`: a transform of torch is active, so parameters may depend on one another.
-    `folds`: a batch of states may be solved as one state. `last_only`: only the last states are returned.
+    `folds`: a batch of states may be solved as one state. `only_last`: the outputs have no axis of
+    times.
     """
 
     func: Function
@@ -78,7 +79,7 @@ class Asked:
     carried: Carried
     transformed: bool = False
     folds: bool = False
-    last_only: bool = False
+    only_last: bool = False
 
     @property
     def parameters(self) -> tuple[torch.Tensor, ...]:
@@ -157,7 +158,7 @@ class Call:
         """Return the same call for a batch of states, as one state with one more axis."""
         call = self.again()
         func = call.asked.func
-        call.asked = replace(call.asked, func=Batched(func))
+        call.asked = replace(call.asked, func=batched(func))
         if call.first is not None:
             call.first.asked = call.asked
         return call
@@ -291,7 +292,7 @@ class Call:
         serves = original.requires_grad and not is_wrapped(original)
         if serves and (original.is_leaf or not self.asked.transformed) and _same(original, value):
             return original
-        return value.detach().requires_grad_() if value.is_floating_point() else value
+        return value.detach().requires_grad_() if value.is_floating_point() or value.is_complex() else value
 
 
 @contextmanager

@@ -215,7 +215,8 @@ def _pushed(call: Call, tensors: Tensors, along: Products) -> Products:
     """Return the tangents of the states of `call` along those of its tensors."""
     keeps = torch.is_grad_enabled() and any(map(requires_gradient, (*tensors, *_given(along))))
     tangent, inputs = tangent_call_of(call, tensors, along, keeps)
-    return solution(tangent, inputs)[-(tangent.parts // 2) :]
+    found = solution(tangent, inputs)
+    return found[len(found) // 2 :]
 
 
 def _parts_of(ctx: Any) -> tuple[Call, Products, Tensors]:
@@ -249,7 +250,7 @@ def tangent_call_of(
     numbers = tuple(
         number
         for number, (parameter, direction) in enumerate(zip(parameters, of_parameters, strict=True))
-        if (direction is not None or call.asked.ranks > 1) and parameter.is_floating_point()
+        if (direction is not None or call.asked.ranks > 1) and (parameter.is_floating_point() or parameter.is_complex())
     )
     tangent = call.tangent(numbers, keeps, keeps if by_directions is None else by_directions)
     inputs = (
@@ -303,7 +304,7 @@ def _folded(size: int, dims: Sequence[int | None], call: Call, tensors: Tensors)
     whole = call.of_batch()
     outputs = solution(whole, (*(part.contiguous() for part in states), *tensors[call.parts :]))
     call.whole = whole
-    return outputs, (0 if call.asked.last_only else 1,) * len(outputs)
+    return outputs, (0 if call.asked.only_last else 1,) * len(outputs)
 
 
 def _refuse_draws(info: Any, members: Sequence[Call]) -> None:

@@ -38,7 +38,7 @@ def transformed(
     prepare: Prepare,
     random: bool,
     folds: bool,
-    last_only: bool,
+    only_last: bool,
 ) -> tuple[Call, StateLayout, tuple[torch.Tensor, ...]]:
     """Return the solve as a function of all tensors under a transform, the layout of its state, and its inputs.
 
@@ -73,7 +73,7 @@ def transformed(
         carried,
         transformed=True,
         folds=folds,
-        last_only=last_only,
+        only_last=only_last,
     )
     if not any(map(is_batched, tensors)):
         _look(asked, layout, parts, t)

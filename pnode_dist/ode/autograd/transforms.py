@@ -48,7 +48,7 @@ def is_batched(tensor: torch.Tensor) -> bool:
 
 def has_tangent(tensor: torch.Tensor) -> bool:
     """Return True if `tensor` has a tangent at the innermost level of forward mode."""
-    if not forward_mode() or not tensor.is_floating_point():
+    if not forward_mode() or not (tensor.is_floating_point() or tensor.is_complex()):
         return False
     return _unpacked(tensor).tangent is not None
 

@@ -69,13 +69,19 @@ class Guard:
         if unit < len(self._states):
             self._compare(self._states[unit], value, parts, f"step {step} from t = {time:.6g}")
 
-    def compare_value(self, expected: float | None, time: float, values: tuple[torch.Tensor, ...]) -> None:
-        """Compare a recomputed value of f at `time` with the fingerprint of the first one; None was not stored."""
+    def compare_value(
+        self, expected: float | None, time: float, values: tuple[torch.Tensor, ...], name: str = "func"
+    ) -> None:
+        """Compare a recomputed value of f at `time` with the fingerprint of the first one; None was not stored.
+
+        `name` is that of the function in the error message.
+        """
         if expected is not None:
-            self._compare(expected, fingerprint(values), values, f"func at t = {time:.6g}")
+            self._compare(expected, fingerprint(values), values, f"{name} at t = {time:.6g}")
 
     def _compare(self, expected: float, found: float, parts: Iterable[torch.Tensor], where: str) -> None:
-        difference = abs(found - expected)
+        # Infinite values have no difference.
+        difference = 0.0 if found == expected else abs(found - expected)
         if difference <= _ROUNDING * abs(expected) or (math.isnan(found) and math.isnan(expected)):
             return
         size = magnitude(parts)
@@ -117,7 +123,7 @@ def _message(where: str, relative: float, rank: int, ranks: int, reasons: list[s
     seen = "; ".join(reasons)
     return (
         f"{where}, recomputed for the gradient, differs from the forward pass by {relative:.2g} of its size{on_rank}: "
-        f"func must be a function of t, u and its parameters alone; "
+        f"{'observe' if where.startswith('observe') else 'func'} must be a function of t, u and its parameters alone; "
         + (f"{seen}; " if seen else "")
         + "likely reasons: an array or class attribute that it reads has changed, it draws random numbers that are "
         "not torch's, or it counts its calls (keep = 'graph' recomputes nothing; on_mismatch = 'warn' goes on)"

@@ -77,10 +77,11 @@ def compute_copies(func: Callable[..., Any], args: tuple[Any, ...], dtype: torch
     copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def copy_of(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point() or tensor.dtype == dtype:
+        wanted = dtype.to_complex() if tensor.is_complex() else dtype
+        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.dtype == wanted:
             return tensor
         if id(tensor) not in copies:
-            copy = tensor.detach().to(dtype)
+            copy = tensor.detach().to(wanted)
             copies[id(tensor)] = (
                 tensor,
                 nn.Parameter(copy, tensor.requires_grad)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
+from pnode_dist.ode.jumps import SmoothInterval
 from pnode_dist.ode.recomputation.carried import NOTHING_CARRIED, Carried, Mark
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.recomputation.guard import Guard
@@ -23,6 +24,7 @@ from pnode_dist.ode.rhs.compute_dtype import NO_COPIES, ComputeCopies
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.rhs.parameters import Parameters, completeness_check
+from pnode_dist.ode.rhs.separable import halves_of
 from pnode_dist.petsc import log
 from pnode_dist.system.torch_internals import root_edge, set_grad_enabled
 
@@ -47,6 +49,7 @@ class BoundFunction:
     `watched`: no tensor is known to require a gradient, but one may be asked for. Check every evaluation for inputs
     that the search for parameters has missed.
     `needs_time_gradient`: compute the gradient with respect to the evaluation times too.
+    `smooth_interval`: f is evaluated inside this interval between jumps; None without jumps.
     `checks_parameters`: check once that a module's graph depends on its named parameters alone. A plain function is
     checked at every evaluation.
     `logs`: PETSc's log is active.
@@ -76,6 +79,7 @@ class BoundFunction:
     coupled: bool | None = None
     carried: Carried = NOTHING_CARRIED
     guard: Guard | None = None
+    smooth_interval: SmoothInterval | None = None
     evaluations: int = 0
     vjps: int = 0
     jvps: int = 0
@@ -95,6 +99,12 @@ class BoundFunction:
     def check(self) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:
         """The check that an evaluation depends on its inputs and the parameters alone. Most solves never need it."""
         return completeness_check(self.parameters)
+
+    @cached_property
+    def halves(self) -> tuple[Function, Function]:
+        """The functions that symplectic methods evaluate for positions and for momenta."""
+        # The compiled function is the whole one.
+        return (self.func, self.func) if self.compiled else halves_of(self.func)
 
     def counts(self) -> dict[str, int]:
         """Return all counters, for `count_from`."""
@@ -119,6 +129,8 @@ class BoundFunction:
         if not isinstance(time, torch.Tensor):
             # Made anew for each step: small tensors that stay would fragment the memory for states.
             time = torch.scalar_tensor(time, dtype=layout.compute_dtype, device=layout.device)
+        if self.smooth_interval is not None:
+            time = self.smooth_interval.inside(time)
         if self.compiled:
             func = self.compiled.get(id(func), func)
         if self._plain and not layout.is_tuple:
@@ -225,13 +237,13 @@ class BoundFunction:
         compared = self._kept < _FIRST_COMPARED or self._kept % 5 == 0 or inputs[0].numel() >= _LARGE
         return StageState(time, inputs, mark, fingerprint(values) if compared else None)
 
-    def evaluate_on_tape(self, layout: StateLayout, time: float, state: Parts) -> Parts:
+    def evaluate_on_tape(self, layout: StateLayout, time: float, state: Parts, half: int | None = None) -> Parts:
         """Evaluate f as part of a graph of several stages, and count the evaluation. Collective if `func` is.
 
         Converts no types. Copies values whose memory f may use again.
         """
         self.evaluations += 1
-        return owned(self.evaluate(self.func, layout, time, state))
+        return owned(self.evaluate(self.func if half is None else self.halves[half], layout, time, state))
 
     def check_dependencies(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         """Raise `ValueError` for outputs that depend on more than these inputs and the parameters.
@@ -284,8 +296,8 @@ def _check_type(value: torch.Tensor, layout: StateLayout) -> None:
     """Raise `TypeError` for values that cannot be converted to the state's type without loss, or only by mistake."""
     if not value.dtype.is_floating_point:
         raise TypeError(
-            f"func returned {value.dtype} for a state of {layout.dtype}: du/dt must be of a real floating type (write "
-            "a complex state as two real parts, see torch.view_as_real)"
+            f"func returned {value.dtype} for a state of {layout.dtype}: du/dt must be of a real floating type (for a "
+            "complex state u0 must be complex)"
         )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from pnode_dist.exchange.compiled import FIRST_TOKEN
+from pnode_dist.ode.rhs.separable import Separable
 from pnode_dist.ode.rhs.split import SplitFunction
 
 HOW_TO_NAME_IT = "name it with params=(...), or with adjoint_params=(...) of pnode_dist.torchdiffeq.odeint_adjoint"
@@ -90,6 +91,8 @@ def _search(roots: Iterable[Any]) -> Iterator[torch.Tensor | nn.Module]:
             yield thing
             if isinstance(thing, SplitFunction):
                 pending.extend((thing.explicit, thing.implicit))
+            elif isinstance(thing, Separable):
+                pending.extend((thing.momentum, thing.position))
         else:
             pending.extend(reversed(list(_inside(thing))))
 
@@ -159,6 +162,11 @@ class Parameters:
 
     tensors: tuple[torch.Tensor, ...]
     shares_graph: bool
+
+
+def real_numbers(parameter: torch.Tensor) -> int:
+    """Return the number of real numbers in a parameter, two for each complex one."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 def independent(tensors: Iterable[torch.Tensor]) -> Parameters:

@@ -18,6 +18,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.compute_dtype import ComputeCopies
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import layout_of
+from pnode_dist.ode.rhs.observed import Costed, Observed
 from pnode_dist.ode.rhs.parameters import Parameters, completeness_check
 from pnode_dist.ode.rhs.split import SplitFunction
 from pnode_dist.system.torch_internals import hooks_of, set_hooks
@@ -179,6 +180,8 @@ def _is_leaf(tensor: torch.Tensor) -> bool:
 
 def in_compute_type(func: Function, copies: ComputeCopies) -> Function:
     """Return `func` with the tangents of parameters, if it has any, assigned to the parameters' copies."""
+    if isinstance(func, Observed):
+        return Observed(in_compute_type(func.func, copies), in_compute_type(func.observe, copies))
     if isinstance(func, SplitFunction) and isinstance(func.explicit, WithTangent):
         return SplitFunction(
             implicit=in_compute_type(func.implicit, copies), explicit=in_compute_type(func.explicit, copies)
@@ -193,7 +196,19 @@ def in_compute_type(func: Function, copies: ComputeCopies) -> Function:
 def with_tangent(
     func: Function, is_tuple: bool, direction: Mapping[torch.Tensor, torch.Tensor], every: Parameters
 ) -> Function:
-    """Return the right-hand side of a state and its tangent, split like `func`. `every`: all parameters of `func`."""
+    """Return the right-hand side of a state and its tangent, split like `func`. `every`: all parameters of `func`.
+
+    Its observation, if it has one, is followed by its own tangent.
+    """
+    if isinstance(func, Costed):
+        raise ConfigurationError(
+            "integrate: its integrals by an implicit method have no second derivatives and no tangents: choose an "
+            "explicit method"
+        )
+    if isinstance(func, Observed):
+        return Observed(
+            with_tangent(func.func, is_tuple, direction, every), WithTangent(func.observe, True, direction, every)
+        )
     if isinstance(func, SplitFunction):
         return SplitFunction(
             implicit=WithTangent(func.implicit, is_tuple, direction, every),
@@ -204,6 +219,8 @@ def with_tangent(
 
 def without_tangents(func: Function, levels: int) -> Function:
     """Return the right-hand side before `levels` of tangents were added."""
+    if isinstance(func, Observed):
+        return Observed(without_tangents(func.func, levels), without_tangents(func.observe, levels))
     for _ in range(levels):
         if isinstance(func, SplitFunction):
             parts = func.implicit, func.explicit

@@ -6,8 +6,9 @@ The adjoint needs only the starts and sizes of the accepted steps. Recomputed st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -16,15 +17,18 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError, StepSizeError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
+from pnode_dist.ode.jumps import SmoothInterval
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.recomputation.carried import Carried
 from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.steppers.attempt import Attempt, CompiledAttempt, First, attempted
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions, Stepper, options_database
+from pnode_dist.ode.steppers.error_estimate import largest_component, tolerated
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError
 from pnode_dist.ode.steppers.tape import Tape
-from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
+from pnode_dist.ode.steppers.tolerances import ErrorControl, StepLimits, Tolerances
+from pnode_dist.ode.time_grid import Stop
 from pnode_dist.petsc import unwinding, vectors
 
 _MOST_REJECTIONS = 100
@@ -58,6 +62,10 @@ class AdaptiveStepper(Protocol):
 
     def first_size(self, time: float, span: float) -> float:
         """Choose the size of the first step, for a solve of length `span`. Collective on the communicator."""
+        ...
+
+    def rejection(self) -> str:
+        """Describe the error of the last attempt, which was rejected. Collective on the communicator."""
         ...
 
 
@@ -135,6 +143,7 @@ class ExplicitAttempts:
         self.first_size = self._tolerances.first_size
         self._fresh, self._rejected = True, False
         self._first: First | None = None
+        self._last: tuple[float, Attempt | CompiledAttempt] | None = None
         self._options = {**options, "ts_adapt_type": adaptor, "ts_rk_type": method.petsc_name}
         self._unread = set(options) - read_at_set_up(options)
         self._ts = self._create_ts()
@@ -164,8 +173,8 @@ class ExplicitAttempts:
         self._tolerances.take(control, self._ts)
 
     def end(self) -> None:
-        """End a solve, and drop the evaluation that is kept for the next step."""
-        self._first = None
+        """End a solve, and drop the evaluations that are kept for the next step."""
+        self._first = self._last = None
         self._stages.end()
 
     def destroy(self) -> None:
@@ -178,6 +187,7 @@ class ExplicitAttempts:
     def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`."""
         stepper, ts = self._stepper, self._ts
+        self._last = None
         # PETSc's time of the last stage can differ from the next step's in the last bit, and so could f.
         attempt = attempted(stepper, time, size, end, tape is not None, self._first)
         self._stages.start(attempt, self._rejected)
@@ -185,7 +195,8 @@ class ExplicitAttempts:
         ts.setTime(attempt.direction * time)
         ts.setTimeStep(attempt.direction * size)
         ts.setStepNumber(number)
-        if self._fresh or (self._rejected and stepper.method.fsal):
+        # Between compiled and other steps the last slope is evaluated anew, because its tape is of the other kind.
+        if self._fresh or (stepper.method.fsal and (self._rejected or not attempt.slopes)):
             ts.restartStep()
         try:
             with torch.no_grad(), stepper.errors_of_func():
@@ -200,6 +211,7 @@ class ExplicitAttempts:
                 raise
             # The norm of the error is NaN on all ranks alike. The state is unchanged.
             self._replace_ts()
+            self._last = size, attempt
             return False, math.nan
         self._stages.end()
         self._fresh = False
@@ -207,9 +219,22 @@ class ExplicitAttempts:
         proposed = attempt.direction * ts.getTimeStep()
         self._rejected = not accepted
         if not accepted:
+            self._last = size, attempt
             ts.setConvergedReason(PETSc.TS.ConvergedReason.ITERATING)
         self._first = attempt.accept(tape) if accepted else attempt.first_again()
         return accepted, proposed
+
+    def rejection(self) -> str:
+        """See `AdaptiveStepper.rejection`."""
+        assert self._last is not None
+        stepper, (size, attempt) = self._stepper, self._last
+        if not attempt.is_complete:
+            return "the error is not a number"
+        with torch.no_grad():
+            scales = tolerated(stepper.current.parts, attempt.result, *self._tolerances.of_parts())
+            return largest_component(
+                stepper.comm, stepper.tableau, size, attempt.slopes, scales, stepper.layout.is_tuple
+            )
 
     def _replace_ts(self) -> None:
         """Make a new TS, because the present one cannot be used after an error in its step."""
@@ -223,36 +248,40 @@ class ExplicitAttempts:
 
 @dataclass(frozen=True)
 class AcceptedStep:
-    """Step `number` from `start` by `size`. `output` is the number of the output that it ends at, or None."""
+    """Step `number` from `start` by `size`. `stop` is the output time or the jump that it ends at, or None."""
 
     number: int
     start: float
     size: float
-    output: int | None
+    stop: Stop | None
     tape: Tape | None
 
 
 def integrate(
     adaptive: AdaptiveStepper,
-    times: tuple[float, ...],
+    stops: Sequence[Stop],
     control: ErrorControl,
     before: Callable[[int, float], bool],
     after: Callable[[AcceptedStep], None],
     carried: Carried,
+    enter: Callable[[SmoothInterval | None], None],
 ) -> int:
-    """Step through `times`, and end a step at each of them. Returns the number of rejected attempts. Collective.
+    """Step through `stops`, and end a step at each of them. Returns the number of rejected attempts. Collective.
 
-    `before(number, time)` is called before each step, and returns True to record its tape. `after` is called after each
-    accepted step. Raises `StepSizeError` if a step becomes too small to change the time, or if there are more attempts
-    between two outputs than a step rule allows.
+    The control starts anew at each jump. `before(number, time)` is called before each step, and returns True to record
+    its tape. `after` is called after each accepted step, and `enter` before the first step of each interval between
+    jumps. Raises `StepSizeError` if a step becomes too small to change the time or smaller than `dt_min`, and for
+    more attempts than `max_steps`, or between two outputs than a step rule allows.
     """
-    adaptive.begin(control)
-    time, number, rejected = times[0], 0, 0
+    time, number, rejected, wanted, limits = stops[0].time, 0, 0, math.nan, control.limits
     try:
-        with carried.aside():
-            wanted = control.first_size or adaptive.first_size(time, times[1] - time)
-        for output, target in enumerate(times[1:], start=1):
-            attempts = 0
+        for last, stop in pairwise(stops):
+            attempts, target = 0, stop.time
+            if last.is_jump or number == 0:
+                enter(last.after)
+                adaptive.begin(control)
+                with carried.aside():
+                    wanted = limits.within(control.first_size or adaptive.first_size(time, target - time))
             while time != target:
                 if control.rule is not None and attempts >= control.rule.max_num_steps:
                     raise StepSizeError(
@@ -260,9 +289,11 @@ def integrate(
                         f"at t = {time:.6g}"
                     )
                 tape: Tape | None = [] if before(number, time) else None
-                size, wanted, rejections = _accepted(adaptive, number, time, target, wanted, tape)
+                size, wanted, rejections = _accepted(
+                    adaptive, limits, StepStart(number, rejected, time, target), wanted, tape
+                )
                 lands = size == target - time
-                after(AcceptedStep(number, time, size, output if lands else None, tape))
+                after(AcceptedStep(number, time, size, stop if lands else None, tape))
                 time = target if lands else time + size
                 number += 1
                 rejected += rejections
@@ -272,26 +303,51 @@ def integrate(
     return rejected
 
 
+@dataclass(frozen=True)
+class StepStart:
+    """Step `number` from `time` towards the output time `target`, after so many `rejected` attempts of all steps."""
+
+    number: int
+    rejected: int
+    time: float
+    target: float
+
+    def failed(self, size: float, reason: str) -> StepSizeError:
+        """Return the error of an attempt of this `size`."""
+        return StepSizeError(f"step {self.number} at t = {self.time:.6g}: its size fell to {abs(size):.3g} {reason}")
+
+
 def _accepted(
-    adaptive: AdaptiveStepper, number: int, time: float, target: float, wanted: float, tape: Tape | None
+    adaptive: AdaptiveStepper, limits: StepLimits, start: StepStart, wanted: float, tape: Tape | None
 ) -> tuple[float, float, int]:
-    """Attempt step `number` until it is accepted. Returns its size, the next size, and the number of rejections."""
+    """Attempt a step until it is accepted. Returns its size, the next size, and the number of rejections."""
+    time, target = start.time, start.target
     size = _fitted(wanted, target - time)
     for rejections in range(_MOST_REJECTIONS):
+        done = start.number + start.rejected + rejections
+        if limits.max_steps is not None and done >= limits.max_steps:
+            raise StepSizeError(
+                f"max_steps = {limits.max_steps}: more steps are needed at t = {time:.6g}, where the next one has the "
+                f"size {abs(size):.3g}; {start.rejected + rejections} of {done} were rejected"
+            )
         lands = size == target - time
-        accepted, proposed = adaptive.attempt(number, time, size, target if lands else time + size, tape)
+        accepted, proposed = adaptive.attempt(start.number, time, size, target if lands else time + size, tape)
         if accepted:
             # A step that was shortened to end at an output time does not limit the next one.
             cut = lands and abs(proposed) >= abs(size)
-            return size, max(abs(proposed), wanted) if cut else abs(proposed), rejections
+            return size, limits.within(max(abs(proposed), wanted) if cut else abs(proposed)), rejections
         wanted = 0.0
+        if abs(size) <= limits.dt_min:
+            raise start.failed(size, f"and dt_min = {limits.dt_min!r} allows no smaller one: {adaptive.rejection()}")
         # If f is NaN there is no estimate either.
         size = proposed if math.isfinite(proposed) and abs(proposed) < abs(size) else size / 4
+        size = math.copysign(max(abs(size), limits.dt_min), size)
         if abs(size) <= _SMALLEST_RATIO * abs(time):
             break
-    raise StepSizeError(
-        f"step {number} at t = {time:.6g}: its size fell to {abs(size):.3g} without the error estimate meeting rtol "
-        "and atol: the problem may be stiff, discontinuous or infinite there"
+    raise start.failed(
+        size,
+        f"without the error estimate meeting rtol and atol ({adaptive.rejection()}): the problem may be stiff, "
+        "discontinuous or infinite there",
     )
 
 

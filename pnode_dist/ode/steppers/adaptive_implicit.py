@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
 from pnode_dist.ode.steppers.base import PetscOptions, options_database
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
-from pnode_dist.ode.steppers.implicit_ts import stop_at_failure
+from pnode_dist.ode.steppers.implicit_ts import reason_name, stop_at_failure
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import ErrorControl, Tolerances
 from pnode_dist.petsc import calls
@@ -39,6 +40,7 @@ class ImplicitAttempts:
         self._tolerances = Tolerances(stepper)
         self.first_size = self._tolerances.first_size
         self._fresh = True
+        self._unsolved = ""
         self._ts = stepper.create_ts()
         unread = set(options) - read_at_set_up(options)
         with options_database({**stepper.defaults, **options, "ts_adapt_type": adaptor}, unread):
@@ -75,12 +77,23 @@ class ImplicitAttempts:
                 tape.extend(stepper.stage_tape(ts, time, size, "graph"))
         if reason < 0:
             stepper.current.set_flat(self._before)
-            rejected = ts.ConvergedReason.DIVERGED_STEP_REJECTED
-            proposed = math.copysign(ts.getTimeStep(), size) if reason == rejected else math.nan
+            rejected = reason == ts.ConvergedReason.DIVERGED_STEP_REJECTED
+            proposed = math.copysign(ts.getTimeStep(), size) if rejected else math.nan
+            self._unsolved = "" if rejected else _reason_of(ts)
             return False, proposed
         self._fresh = False
         self._earlier.copy_(self._before)
         return True, math.copysign(ts.getTimeStep(), size)
 
+    def rejection(self) -> str:
+        """See `AdaptiveStepper.rejection`. PETSc does not report the components of its estimate."""
+        return self._unsolved or "the error is larger than the tolerance"
+
     def _array(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         return calls.local_array(calls.stage_handles(self._ts)[0], self._stepper.layout.size)
+
+
+def _reason_of(ts: PETSc.TS) -> str:
+    """Return why the equations of an attempt were not solved."""
+    reason = ts.getSNES().getConvergedReason()
+    return f"its equations were not solved: {reason_name(PETSc.SNES.ConvergedReason, reason)}"

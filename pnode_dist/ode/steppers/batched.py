@@ -58,7 +58,9 @@ class BatchedStepper(SingleStepper):
     ) -> None:
         super().__init__(comm, layout)
         self.current = TensorState(layout)
-        self.method, self._tableau, self._tolerances = _configured(method, options, layout.compute_dtype)
+        self.method, self._tableau, self._tolerances, self.theta_variant = _configured(
+            method, options, layout.compute_dtype
+        )
         self._split, self._only = split, only
         self._mass = None if mass is None else mass_blocks(mass, layout, split)
         self._by_petsc = by_petsc
@@ -294,10 +296,10 @@ class BatchedStepper(SingleStepper):
 
 def _configured(
     method: Method, options: PetscOptions, dtype: torch.dtype
-) -> tuple[Method, AdditiveTableau, NewtonTolerances]:
-    """Return the method, its table and the tolerances, as PETSc reads them from the options. Not collective.
+) -> tuple[Method, AdditiveTableau, NewtonTolerances, tuple[float, bool]]:
+    """Return the method, its table, the tolerances, and theta with its variant, as PETSc reads them from the options.
 
-    Raises `ConfigurationError` for options that PETSc refuses.
+    Not collective. Raises `ConfigurationError` for options that PETSc refuses.
     """
     rtol, stol = newton_tolerances(dtype)
     database = PETSc.Options()
@@ -313,7 +315,8 @@ def _configured(
         snes.setFromOptions()
     check_read(unread)
     method = chosen_method(ts, method)
-    tableau = theta_tableau(*theta_variant(ts)) if method.family == "theta" else petsc_tableau(method)
+    variant = theta_variant(ts)
+    tableau = theta_tableau(*variant) if method.family == "theta" else petsc_tableau(method)
     relative, absolute, step, iterations = snes.getTolerances()
     ts.destroy()
-    return method, tableau, NewtonTolerances(relative, absolute, step, iterations)
+    return method, tableau, NewtonTolerances(relative, absolute, step, iterations), variant

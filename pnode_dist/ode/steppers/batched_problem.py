@@ -44,6 +44,11 @@ class BatchProblem:
         """The number of components of a sample."""
         return sum(self.widths)
 
+    def inside(self, when: float) -> float:
+        """Return a time for compiled code: inside the interval between jumps, see `SmoothInterval`."""
+        interval = self.bound.smooth_interval
+        return when if interval is None else interval.number_inside(when, self.layout.compute_dtype)
+
     def joined(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Return parts of a state, or of a product with f's derivative, as `[sample, component]`. None is zero."""
         pieces = [
@@ -117,7 +122,9 @@ def are_coupled(problem: BatchProblem, when: float, size: float, states: torch.T
     generator = torch.Generator().manual_seed(problem.comm.rank)
     vector = torch.rand(states.shape, dtype=states.dtype, generator=generator).add_(0.5)
     if problem.compiled is not None:
-        found = problem.compiled.transposed(when, size, states, vector, problem.mass, problem.bound.args)
+        found = problem.compiled.transposed(
+            problem.inside(when), size, states, vector, problem.mass, problem.bound.args
+        )
         if found is not None:
             return False
     graph = problem.bound.graph(problem.implicit, problem.layout, when, problem.inputs(states))

@@ -184,7 +184,9 @@ def _solved(
     """Return the state of a stage, and the factors of its equations. Raises `ConvergenceError` on all ranks."""
     if problem.compiled is not None:
         args, limits = problem.bound.args, problem.tolerances
-        quick = problem.compiled.newton(when, reach, base, guess, limits.limits, limits.iterations, problem.mass, args)
+        quick = problem.compiled.newton(
+            problem.inside(when), reach, base, guess, limits.limits, limits.iterations, problem.mass, args
+        )
         if quick is not None:
             problem.bound.newton_iterations += quick[1]
             return quick[0], None
@@ -267,7 +269,7 @@ def _solved_transposed(
     if problem.compiled is not None:
         y, args = problem.joined(graph.inputs), problem.bound.args
         with torch.no_grad():
-            quick = problem.compiled.transposed(graph.when, reach, y, side, problem.mass, args)
+            quick = problem.compiled.transposed(problem.inside(graph.when), reach, y, side, problem.mass, args)
         if quick is not None:
             differentiated(graph, reach * quick[0], states=False)
             return quick

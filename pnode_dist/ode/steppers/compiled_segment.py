@@ -22,9 +22,11 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.products import pull_back
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.adjoint_sums import Products
+from pnode_dist.ode.steppers.explicit_step import Scheme
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError, record_graph
 from pnode_dist.ode.steppers.stage_tape import STATE_WAS_WRITTEN
 from pnode_dist.ode.steppers.step_loop import Backend, looping, repeating
+from pnode_dist.ode.steppers.symplectic_step import Composition, traceable_step
 from pnode_dist.ode.steppers.tableau import Tableau
 from pnode_dist.system.compile_order import compile_in_turn
 from pnode_dist.system.torch_internals import (
@@ -67,14 +69,17 @@ class CompiledSegments:
         compiler: Compiler,
         func: Function,
         layout: StateLayout,
-        tableau: Tableau,
+        tableau: Scheme,
         records: bool,
         attempts: bool = False,
     ) -> None:
         self._layout, self._tableau, self._records, self.attempts = layout, tableau, records, attempts
         self._stages = sum(tableau.counts)
         self._evaluations = len(tableau.c) if attempts else self._stages
-        self._step = _step(func, layout, tableau, attempts)
+        if isinstance(tableau, Composition):
+            self._step = traceable_step(func, layout, tableau)
+        else:
+            self._step = _step(func, layout, tableau, attempts)
         self._compile = partial(compiler.compile, self._step, layout.device)
         self._loops, self._run = False, self._step
         self.most: int | None = None
@@ -251,7 +256,7 @@ def _sum(
 
 
 def _two_steps(
-    bound: BoundFunction, layout: StateLayout, tableau: Tableau, state: Parts, start: float, size: float
+    bound: BoundFunction, layout: StateLayout, tableau: Scheme, state: Parts, start: float, size: float
 ) -> str | None:
     """Take two steps in one graph, uncompiled. Returns why this cannot be right, or None.
 
@@ -270,7 +275,7 @@ def _two_steps(
 
 
 def _one_evaluation(
-    bound: BoundFunction, layout: StateLayout, tableau: Tableau, state: Parts, start: float, size: float
+    bound: BoundFunction, layout: StateLayout, tableau: Scheme, state: Parts, start: float, size: float
 ) -> None:
     """Evaluate f at a copy of the state, uncompiled. Raises `RuntimeError` if it writes into its state."""
     with torch.inference_mode(False):

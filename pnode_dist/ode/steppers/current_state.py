@@ -45,6 +45,10 @@ class CurrentState(Protocol):
         """Replace the state by calling `write` with an array to fill."""
         ...
 
+    def kept(self) -> Parts:
+        """Return the parts as tensors that later states leave as they are."""
+        ...
+
     def take(self) -> Parts:
         """Return the parts, in the caller's type and in memory that the caller owns. No state is left."""
         ...
@@ -84,6 +88,10 @@ class VecState:
         """See `CurrentState.overwrite`."""
         self._host.write(self.flat, write)
         self.written()
+
+    def kept(self) -> Parts:
+        """See `CurrentState.kept`: returns copies, because PETSc writes to the Vec."""
+        return tuple(part.clone() for part in self.parts)
 
     def take(self) -> Parts:
         """See `CurrentState.take`: returns copies, because PETSc keeps the Vec."""
@@ -145,6 +153,11 @@ class TensorState:
     def overwrite(self, write: Callable[[Array], None]) -> None:
         """See `CurrentState.overwrite`."""
         self._host.write(self._own(), write)
+
+    def kept(self) -> Parts:
+        """See `CurrentState.kept`: the parts themselves, which are replaced and never written to."""
+        self._shared = True
+        return self.parts
 
     def take(self) -> Parts:
         """See `CurrentState.take`."""

@@ -1,6 +1,7 @@
 """Attempts of explicit steps on tensors, with the error of the embedded method and a `StepRule`.
 
-PETSc takes no part in an attempt: its adaptors have neither this rule nor a norm of the caller's.
+PETSc takes no part in an attempt: its adaptors have neither these rules, nor a norm of the caller's, nor the two
+estimates of DOP853.
 """
 
 from __future__ import annotations
@@ -17,24 +18,30 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.steppers.attempt import Attempt, CompiledAttempt, First, attempted, complete
-from pnode_dist.ode.steppers.base import Stepper
+from pnode_dist.ode.steppers.base import PetscOptions, Stepper
+from pnode_dist.ode.steppers.error_estimate import Factors, corrected, difference, largest_component, tolerated
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.explicit_step import combined
-from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepRule, call_back
+from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, PidRule, StepRule, call_back
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.ode.steppers.tolerances import DEFAULT_ATOL, DEFAULT_RTOL, ErrorControl, of_parts
-
-Factors = Sequence[torch.Tensor | float]
 
 
 class EmbeddedAttempts:
     """Attempts of steps on the state of `stepper`, see `AdaptiveStepper`. Collective on its communicator.
 
-    Raises `ConfigurationError` for a method without an error estimate.
+    Without a rule they have integral control, as in PETSc's adaptor `basic`. Raises `ConfigurationError` for a method
+    without an error estimate, and for options of PETSc's adaptors.
     """
 
-    def __init__(self, stepper: Stepper) -> None:
-        if not (isinstance(stepper, ExplicitStepper) and stepper.tableau.error_terms):
+    def __init__(self, stepper: Stepper, options: PetscOptions) -> None:
+        for name in options:
+            if name.removeprefix("-").startswith("ts_adapt_"):
+                raise ConfigurationError(
+                    f"options: {name!r}: is for PETSc's adaptors, which take no part here: adaptor = 'pid' and the two "
+                    "error estimates of dop853 use dt_min, dt_max, pcoeff, icoeff and dcoeff"
+                )
+        if not (isinstance(stepper, ExplicitStepper) and stepper.scheme.error_terms):
             able = ", ".join(
                 name for name, method in METHODS.items() if method.family == "rk" and method.estimates_error
             )
@@ -46,19 +53,24 @@ class EmbeddedAttempts:
         parts = len(stepper.layout.shapes)
         self._rtol: Factors = (DEFAULT_RTOL,) * parts
         self._atol: Factors = (DEFAULT_ATOL,) * parts
+        self._controlled = parts
         self._first: First | None = None
+        self._earlier = (1.0, 1.0)
+        self._rejected: tuple[float, float, Attempt | CompiledAttempt] | None = None
 
     def begin(self, control: ErrorControl) -> None:
         """See `AdaptiveStepper.begin`."""
-        assert control.rule is not None
         layout = self._stepper.layout
-        self._rule, self._callbacks, self._first = control.rule, control.callbacks, None
-        self._rtol = of_parts("rtol", control.rtol, layout)
-        self._atol = of_parts("atol", control.atol, layout)
+        self._rule, self._callbacks, self._first = control.rule or PidRule(), control.callbacks, None
+        self._earlier, self._rejected = (1.0, 1.0), None
+        self._rtol = of_parts("rtol", control.rtol, layout, control.uncontrolled)
+        self._atol = of_parts("atol", control.atol, layout, control.uncontrolled)
+        self._controlled = len(layout.shapes) - control.uncontrolled
 
     def end(self) -> None:
         """End a solve, and drop the evaluation that is kept for the next step."""
         self._first, self._rule, self._callbacks = None, StepRule(), NO_CALLBACKS
+        self._rejected = None
 
     def destroy(self) -> None:
         """See `AdaptiveStepper.destroy`: there are no PETSc objects."""
@@ -66,7 +78,7 @@ class EmbeddedAttempts:
     def attempt(self, number: int, time: float, size: float, end: float, tape: Tape | None) -> tuple[bool, float]:
         """See `AdaptiveStepper.attempt`."""
         stepper, rule, callbacks = self._stepper, self._rule, self._callbacks
-        before = stepper.current.parts
+        before, self._rejected = stepper.current.parts, None
         call_back(callbacks.step, stepper.layout, time, before, size)
         stepper.stepping = True
         try:
@@ -76,17 +88,34 @@ class EmbeddedAttempts:
         finally:
             stepper.stepping = False
         accepted = rule.accepts(abs(size), ratio)
-        proposed = math.copysign(rule.next_size(abs(size), ratio, stepper.method.order), size)
+        proposed = math.copysign(rule.next_size(abs(size), (ratio, *self._earlier), stepper.method.order), size)
         call_back(callbacks.accept if accepted else callbacks.reject, stepper.layout, time, before, size)
-        self._first = attempt.accept(tape) if accepted else attempt.first_again()
+        if accepted:
+            self._earlier = ratio or 1.0, self._earlier[0]
+            self._first = attempt.accept(tape)
+        else:
+            self._rejected = ratio, size, attempt
+            self._first = attempt.first_again()
         return accepted, proposed
+
+    def rejection(self) -> str:
+        """See `AdaptiveStepper.rejection`."""
+        assert self._rejected is not None
+        ratio, size, attempt = self._rejected
+        stepper, before = self._stepper, self._stepper.current.parts
+        with torch.no_grad():
+            scales = tolerated(before, attempt.result, self._rtol, self._atol)
+            largest = largest_component(
+                stepper.comm, stepper.tableau, size, attempt.slopes, scales, stepper.layout.is_tuple
+            )
+        return f"the error is {ratio:.3g} times the tolerance, and {largest}"
 
     def first_size(self, time: float, span: float) -> float:
         """See `AdaptiveStepper.first_size`: the choice of torchdiffeq, two evaluations of f."""
         stepper, order, sign = self._stepper, self._stepper.method.order, math.copysign(1.0, span)
         state = stepper.current.parts
         with torch.no_grad():
-            scales = self._scales(state, state)
+            scales = tolerated(state, state, self._rtol, self._atol)
             slopes = stepper.evaluate(time, state)
             size, speed = self._norm(state, scales), self._norm(slopes, scales)
             first = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
@@ -102,31 +131,24 @@ class EmbeddedAttempts:
 
     def _error_ratio(self, size: float, attempt: Attempt | CompiledAttempt) -> float:
         """Return the norm of the error estimate relative to the tolerances."""
-        tableau, before, slopes = self._stepper.tableau, self._stepper.current.parts, attempt.slopes
-        scaled = size * self._rule.error_scale
-        (first, weight), *others = tableau.error_terms
-        errors = [torch.mul(slope, scaled * weight) for slope in slopes[first]]
-        for stage, other in others:
-            for error, slope in zip(errors, slopes[stage], strict=True):
-                error.add_(slope, alpha=scaled * other)
-        return self._norm(errors, self._scales(before, attempt.result))
-
-    def _scales(self, before: Parts, after: Parts) -> Parts:
-        """Return the tolerated error of each entry of a step from `before` to `after`."""
-        tolerances = zip(before, after, self._rtol, self._atol, strict=True)
-        return tuple(
-            torch.maximum(start.abs(), end.abs()).mul_(rtol).add_(atol) for start, end, rtol, atol in tolerances
-        )
+        tableau, scaled = self._stepper.tableau, size * self._rule.error_scale
+        scales = tolerated(self._stepper.current.parts, attempt.result, self._rtol, self._atol)
+        ratio = self._norm(difference(tableau.error_terms, scaled, attempt.slopes), scales)
+        if not tableau.second_error_terms:
+            return ratio
+        return corrected(ratio, self._norm(difference(tableau.second_error_terms, scaled, attempt.slopes), scales))
 
     def _norm(self, values: Sequence[torch.Tensor], scales: Parts) -> float:
         """Return the norm of `values / scales`. Collective if the state is distributed."""
         stepper = self._stepper
-        ratios = [value / scale for value, scale in zip(values, scales, strict=True)]
+        ratios = [value / scale for value, scale in zip(values, scales, strict=True)][: self._controlled]
         if self._rule.norm is not None:
             return _number(self._rule.norm(stepper.layout.as_state(ratios)))
         sums = np.array([(ratio.square().sum(dtype=torch.float64).item(), ratio.numel()) for ratio in ratios])
         if stepper.comm.size > 1:
             stepper.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
+        if not self._rule.norm_of_parts:
+            sums = sums.sum(axis=0, keepdims=True)
         # NumPy's maximum is NaN if any entry is; Python's is not.
         return float(np.sqrt(sums[:, 0] / np.maximum(sums[:, 1], 1)).max())
 

@@ -26,11 +26,11 @@ from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments, CompiledTape
 from pnode_dist.ode.steppers.current_state import TensorState
-from pnode_dist.ode.steppers.explicit_step import take_step
+from pnode_dist.ode.steppers.explicit_step import Scheme, take_step
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError, GraphTape, pull_back_graph, record_graph
 from pnode_dist.ode.steppers.own_tables import register_own_tables
 from pnode_dist.ode.steppers.stage_tape import ByStage, pull_back_stages, record_stages
-from pnode_dist.ode.steppers.tableau import tableau_of
+from pnode_dist.ode.steppers.tableau import Tableau, tableau_of
 from pnode_dist.ode.steppers.tape import Tape
 from pnode_dist.petsc import vectors
 from pnode_dist.system.torch_internals import set_grad_enabled
@@ -56,8 +56,7 @@ class ExplicitStepper(Stepper):
         super().__init__(comm, layout)
         self.current = TensorState(layout)
         ts = self._create_ts(method, options)
-        self.method = by_petsc_name(ts.getRKType())
-        self.tableau = tableau_of(ts)
+        self.method, self.scheme = self._scheme(ts, method)
         self._ts: PETSc.TS | None = None
         self._vec: PETSc.Vec | None = None
         if self.monitored:
@@ -76,7 +75,8 @@ class ExplicitStepper(Stepper):
         ts = PETSc.TS().create(comm=self.comm)
         ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
         ts.setType(PETSc.TS.Type.RK)
-        ts.setRKType(method.petsc_name)
+        if method.petsc_name:
+            ts.setRKType(method.petsc_name)
         unread = read_at_set_up(options)
         self.monitored = set_from_options(ts, options, unread)
         check_read(unread)
@@ -85,6 +85,16 @@ class ExplicitStepper(Stepper):
                 f"ts_type = {ts.getType()!r}: must be 'rk' (choose the method by name, or its table by ts_rk_type)"
             )
         return ts
+
+    def _scheme(self, ts: PETSc.TS, method: Method) -> tuple[Method, Scheme]:
+        """Return the method and its coefficients after the options of `ts` were set: they may choose another table."""
+        return by_petsc_name(ts.getRKType()), tableau_of(ts)
+
+    @property
+    def tableau(self) -> Tableau:
+        """The coefficients of a Runge-Kutta method."""
+        assert isinstance(self.scheme, Tableau)
+        return self.scheme
 
     def bind(self, bound: BoundFunction) -> None:
         """See `Stepper.bind`."""
@@ -101,6 +111,12 @@ class ExplicitStepper(Stepper):
             )
         self.bound = bound
 
+    def runs_compiled(self, segment: Segment) -> bool:
+        """Return True if compiled code may take these steps: it evaluates f at jumps too, on no certain side."""
+        interval, dtype = self.bound_function.smooth_interval, self.layout.compute_dtype
+        end = segment.starts[-1] + segment.sizes[-1]
+        return interval is None or (interval.holds(segment.starts[0], dtype) and interval.holds(end, dtype))
+
     @property
     def joins(self) -> bool:
         """True if the steps of a segment are recorded as one graph, False if each of their stages is."""
@@ -115,7 +131,7 @@ class ExplicitStepper(Stepper):
         state = self.current.parts
         self.stepping = True
         try:
-            if self.compiled is not None:
+            if self.compiled is not None and self.runs_compiled(segment):
                 state = self.compiled.advance(self.bound_function, segment, state)
             else:
                 state = self._without_tape(segment, state)
@@ -130,7 +146,7 @@ class ExplicitStepper(Stepper):
         set_grad_enabled(False)
         try:
             for time, size in zip(segment.starts, segment.sizes, strict=True):
-                state = take_step(self.tableau, time, size, state, evaluate)
+                state = take_step(self.scheme, time, size, state, evaluate)
         finally:
             set_grad_enabled(before)
         return state
@@ -148,7 +164,7 @@ class ExplicitStepper(Stepper):
 
     def _with_tape(self, segment: Segment, before: Parts, level: str) -> tuple[Parts, Tape]:
         bound, layout = self.bound_function, self.layout
-        if self.compiled is not None:
+        if self.compiled is not None and self.runs_compiled(segment):
             if level == "stages":
                 return self.compiled.advance(bound, segment, before), [CompiledTape(before)]
             after, compiled = self.compiled.record(bound, segment, before)
@@ -156,14 +172,14 @@ class ExplicitStepper(Stepper):
         if level == "graph" and self.joins:
             evaluations, mark = bound.evaluations, bound.carried.mark()
             try:
-                after, graph = record_graph(bound, layout, self.tableau, segment, before)
+                after, graph = record_graph(bound, layout, self.scheme, segment, before)
             except CannotJoinError:
                 bound.evaluations = evaluations
                 bound.carried.restore(mark)
                 self.stop_joining()
             else:
                 return after, [graph]
-        after, stages = record_stages(bound, layout, self.tableau, segment, before, level)
+        after, stages = record_stages(bound, layout, self.scheme, segment, before, level)
         return after, [*stages]
 
     def pull_back(self, segment: Segment, tape: Tape) -> list[tuple[float, float]]:
@@ -178,7 +194,7 @@ class ExplicitStepper(Stepper):
                 return []
             if isinstance(recorded, CompiledTape):
                 return self._pull_back_compiled(segment, recorded)
-            return pull_back_stages(bound, self.layout, self.tableau, segment, stages, sums)
+            return pull_back_stages(bound, self.layout, self.scheme, segment, stages, sums)
         finally:
             self.stepping = False
 

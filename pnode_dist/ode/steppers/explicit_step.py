@@ -11,29 +11,46 @@ rule, backward through the formulas of the step. Autograd applies it where the w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.steppers.adjoint_sums import Products
+from pnode_dist.ode.steppers.symplectic_step import Composition, pull_back_composed, take_composed
 from pnode_dist.ode.steppers.tableau import Tableau, Terms
 
 Slopes = list[Parts]
 """f at the stages of a step so far, in the type of the state; empty where it is not needed."""
 
-Evaluate = Callable[[float, Parts], Parts]
-"""f at a time and a state, both in the type of the state."""
-
-PullBack = Callable[[Parts], Products]
-"""J^T v for a cotangent v of the last stage that was not pulled back yet."""
+Scheme = Tableau | Composition
+"""A method: the coefficients of its steps."""
 
 
-def take_step(tableau: Tableau, time: float, size: float, state: Parts, evaluate: Evaluate) -> Parts:
+class Evaluate(Protocol):
+    """f at a time and a state, both in the type of the state. `half`: only this half is used, see `halves_of`."""
+
+    def __call__(self, time: float, state: Parts, half: int | None = None) -> Parts:
+        """Return f."""
+        ...
+
+
+class PullBack(Protocol):
+    """J^T v for a cotangent v of the last stage that was not pulled back yet, of which f had the `half`."""
+
+    def __call__(self, cotangents: Products, half: int | None = None) -> Products:
+        """Return the product."""
+        ...
+
+
+def take_step(tableau: Scheme, time: float, size: float, state: Parts, evaluate: Evaluate) -> Parts:
     """Return the state after a step of `size` from `state` at `time`, in new memory. Collective if f is.
 
     With gradients enabled the step is a graph of torch. Each slope is freed after its last use.
     """
+    if isinstance(tableau, Composition):
+        return take_composed(tableau, time, size, state, evaluate)
     step = OpenStep(tableau, size, state)
     for stage, node in enumerate(tableau.c):
         if tableau.counts[stage]:
@@ -46,12 +63,14 @@ def take_step(tableau: Tableau, time: float, size: float, state: Parts, evaluate
 
 
 def pull_back_step(
-    tableau: Tableau, size: float, adjoint: Sequence[torch.Tensor], pull_back: PullBack
+    tableau: Scheme, size: float, adjoint: Sequence[torch.Tensor], pull_back: PullBack
 ) -> list[torch.Tensor]:
     """Return the adjoint of the state before a step of `size`, given the `adjoint` of its result.
 
     Calls `pull_back` for the stages that the result depends on, from the last to the first. Collective if it is.
     """
+    if isinstance(tableau, Composition):
+        return pull_back_composed(tableau, size, adjoint, pull_back)
     products: dict[int, Products] = {}
     for stage in reversed(range(len(tableau.b))):
         if tableau.counts[stage]:

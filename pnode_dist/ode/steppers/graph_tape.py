@@ -17,9 +17,8 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.products import pull_back
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
-from pnode_dist.ode.steppers.explicit_step import take_step
+from pnode_dist.ode.steppers.explicit_step import Scheme, take_step
 from pnode_dist.ode.steppers.stage_tape import STATE_WAS_WRITTEN
-from pnode_dist.ode.steppers.tableau import Tableau
 from pnode_dist.system.torch_internals import root_edge
 
 _ORIGIN = torch.empty(0, requires_grad=True)
@@ -41,7 +40,7 @@ class CannotJoinError(Exception):
 
 
 def record_graph(
-    bound: BoundFunction, layout: StateLayout, tableau: Tableau, segment: Segment, state: Parts
+    bound: BoundFunction, layout: StateLayout, tableau: Scheme, segment: Segment, state: Parts
 ) -> tuple[Parts, GraphTape]:
     """Return the state after the steps without its graph, and their tape. Collective if f is.
 
@@ -92,13 +91,13 @@ class OnGraph:
         self._bound, self._layout = bound, layout
         self.vjps = 0
 
-    def __call__(self, time: float, state: Parts) -> Parts:
+    def __call__(self, time: float, state: Parts, half: int | None = None) -> Parts:
         """Return f at `time` and `state`. Gradients must be enabled."""
         bound = self._bound
         if bound.watches:
             state = tuple(_Watched.apply(bound, part) for part in state)  # type: ignore[no-untyped-call]
         versions = [part._version for part in state]
-        values = bound.evaluate_on_tape(self._layout, time, state)
+        values = bound.evaluate_on_tape(self._layout, time, state, half)
         if [part._version for part in state] != versions:
             raise RuntimeError(STATE_WAS_WRITTEN)
         if bound.differentiates:

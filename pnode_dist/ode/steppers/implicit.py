@@ -17,7 +17,9 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.linearisation import Part, Place, Point
 from pnode_dist.ode.rhs.mass import MassMatrix
+from pnode_dist.ode.rhs.parameters import real_numbers
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
+from pnode_dist.ode.steppers.additive_tableau import petsc_tableau
 from pnode_dist.ode.steppers.base import (
     PetscOptions,
     SingleStepper,
@@ -136,6 +138,11 @@ class ImplicitStepper(SingleStepper):
         return self._ts
 
     @property
+    def theta_variant(self) -> tuple[float, bool]:
+        """Theta, and True if the ends of the step are its stages; of theta methods."""
+        return self._variant
+
+    @property
     def is_midpoint(self) -> bool:
         """True for a theta method whose only stage lies inside the step."""
         theta, endpoint = self._variant
@@ -158,7 +165,7 @@ class ImplicitStepper(SingleStepper):
     def set_up(self, ts: PETSc.TS) -> None:
         """Create the Vecs of `ts`, whose options are set. Collective."""
         function = self.function
-        function.solves_for_slope = self.method.petsc_name.startswith("es")
+        function.solves_for_slope = self.method.family == "dirk" and petsc_tableau(self.method).implicit[0][0] == 0
         if function.solves_for_slope:
             ts.getSNES().setInitialGuess(function.initial_guess)
         ts.setUp()
@@ -286,9 +293,15 @@ class ImplicitStepper(SingleStepper):
 
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`."""
-        sizes = [shape.numel() for shape in shapes]
+        assert self.function.bound is not None
+        parameters = self.function.bound.parameters.tensors[: len(shapes)]
+        sizes = [*map(real_numbers, parameters)]
         pieces = torch.split(self._parameter_gradient[: sum(sizes)].clone(), sizes)
-        gradient = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        numbers = [
+            torch.view_as_complex(piece.view(-1, 2)) if parameter.is_complex() else piece
+            for piece, parameter in zip(pieces, parameters, strict=True)
+        ]
+        gradient = [piece.view(shape) for piece, shape in zip(numbers, shapes, strict=True)]
         return self.layout.parts(self._adjoint.clone()), gradient
 
     def adjoint_step(self, number: int, time: float, size: float, tape: Tape) -> None:

@@ -11,9 +11,10 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.methods import METHODS, Method, has_adjoint
+from pnode_dist.ode.methods import Method, by_table, has_adjoint
 from pnode_dist.ode.rhs.linearisation import Part
 from pnode_dist.ode.steppers.base import END_OF_TIME, MOST_STEPS, PetscOptions
+from pnode_dist.ode.steppers.own_tables import register_own_tables
 from pnode_dist.ode.steppers.petsc_callbacks import (
     ExplicitOperator,
     ImplicitFunction,
@@ -106,6 +107,7 @@ def set_type(ts: PETSc.TS, method: Method) -> None:
         ts.setType(method.petsc_name)
         return
     ts.setType(_TYPES[method.family])
+    register_own_tables()
     if method.family in ("arkimex", "dirk"):
         (ts.setARKIMEXType if method.family == "arkimex" else ts.setDIRKType)(method.petsc_name)
 
@@ -160,7 +162,7 @@ def chosen_method(ts: PETSc.TS, method: Method) -> Method:
     if method.family not in ("arkimex", "dirk"):
         return method
     table = ts.getARKIMEXType() if method.family == "arkimex" else ts.getDIRKType()
-    return METHODS[f"{method.family}_{table}"]
+    return by_table(method.family, table)
 
 
 def theta_variant(ts: PETSc.TS) -> tuple[float, bool]:

@@ -241,7 +241,8 @@ class ImplicitFunction:
             if value is None:
                 target.zero_()
             else:
-                target.copy_(value.reshape(-1)).mul_(sign)
+                numbers = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+                target.copy_(numbers.reshape(-1)).mul_(sign)
         result.stateIncrease()
 
 

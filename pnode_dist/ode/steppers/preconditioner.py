@@ -123,7 +123,8 @@ class BuiltBlocks:
         else:
             rows = [self._mass.multiply(unit, transposed=True) for unit in self._units]
             blocks += shift * self._blocks(torch.stack(rows))
-        self._factors = torch.linalg.lu_factor(blocks)
+        # Factors of a singular block are not finite, which ends the linear solve on all ranks.
+        self._factors = torch.linalg.lu_factor_ex(blocks)[:2]
 
     def _unit_vectors(self) -> torch.Tensor:
         """Return `[component, entry]`: for each component the sum of its unit vectors over all samples."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
@@ -12,8 +10,7 @@ from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.rhs.products import step_cotangents, vjp
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums, Products
-from pnode_dist.ode.steppers.explicit_step import pull_back_step, take_step
-from pnode_dist.ode.steppers.tableau import Tableau
+from pnode_dist.ode.steppers.explicit_step import Scheme, pull_back_step, take_step
 
 STATE_WAS_WRITTEN = "func changed its state u by an in-place operation: it must return du/dt and leave u alone"
 
@@ -32,25 +29,26 @@ class ByStage:
         self._bound, self._layout, self._level = bound, layout, level
         self.stages: Stages = []
 
-    def __call__(self, time: float, state: Parts) -> Parts:
+    def __call__(self, time: float, state: Parts, half: int | None = None) -> Parts:
         """Return f at `time` and `state`, in the type of the state. Gradients must be disabled."""
         bound, layout, level = self._bound, self._layout, self._level
+        func = bound.func if half is None else bound.halves[half]
         inputs = layout.inputs(state) if layout.converts else state
         if torch.is_inference_mode_enabled():
             # Tensors have no version there, so a write by f into the state could not be detected.
             inputs = tuple(part.clone() for part in inputs)
-            return self._values(bound.value(bound.func, layout, time, inputs))
+            return self._values(bound.value(func, layout, time, inputs))
         versions = [part._version for part in inputs]
         if level == "graph":
-            graph = bound.graph(bound.func, layout, time, inputs)
+            graph = bound.graph(func, layout, time, inputs)
             values = tuple(map(layout.scalar, graph.values)) if layout.converts else graph.values
             # First-order products at constant times do not need the values.
             self.stages.append(graph if bound.needs_time_gradient else graph._replace(values=()))
         elif level is None:
-            values = self._values(bound.value(bound.func, layout, time, inputs))
+            values = self._values(bound.value(func, layout, time, inputs))
         else:
             mark = bound.carried.mark()
-            values = bound.value(bound.func, layout, time, inputs)
+            values = bound.value(func, layout, time, inputs)
             # Before the fingerprint, which lends the memory to NumPy: after that every value counts as shared.
             values = values if layout.converts else owned(values)
             self.stages.append(bound.stage_checkpoint(time, inputs, mark, values))
@@ -65,7 +63,7 @@ class ByStage:
 
 
 def record_stages(
-    bound: BoundFunction, layout: StateLayout, tableau: Tableau, segment: Segment, state: Parts, level: str
+    bound: BoundFunction, layout: StateLayout, tableau: Scheme, segment: Segment, state: Parts, level: str
 ) -> tuple[Parts, Stages]:
     """Return the state after the steps, and their tape at the `level`. Collective if f is."""
     evaluate = ByStage(bound, layout, level)
@@ -76,7 +74,7 @@ def record_stages(
 
 
 def pull_back_stages(
-    bound: BoundFunction, layout: StateLayout, tableau: Tableau, segment: Segment, stages: Stages, sums: AdjointSums
+    bound: BoundFunction, layout: StateLayout, tableau: Scheme, segment: Segment, stages: Stages, sums: AdjointSums
 ) -> list[tuple[float, float]]:
     """Take adjoint and gradient in `sums` back over the steps of a tape, which is emptied. Collective if f is.
 
@@ -85,10 +83,11 @@ def pull_back_stages(
     by_times: list[tuple[float, float]] = []
     for time, size in reversed(list(zip(segment.starts, segment.sizes, strict=True))):
 
-        def pull_back(cotangents: Sequence[torch.Tensor], time: float = time) -> Products:
+        def pull_back(cotangents: Products, half: int | None = None, time: float = time) -> Products:
             graph = stages.pop()
             if isinstance(graph, StageState):
-                graph = bound.recomputed_graph(graph, bound.func, layout)
+                func = bound.func if half is None else bound.halves[half]
+                graph = bound.recomputed_graph(graph, func, layout)
             found = vjp(bound, graph, cotangents)
             times = step_cotangents(found, graph.when - time) if bound.needs_time_gradient else []
             sums.add_to_gradient([*found.parameters, *times])

@@ -1,4 +1,6 @@
-"""The rule of torchdiffeq that accepts steps and chooses their sizes, and the functions that are called at each step.
+"""The rules that accept steps and choose their sizes, and the functions that are called at each step.
+
+`StepRule` is torchdiffeq's, and `PidRule` is a PID controller with diffrax's meaning of its coefficients.
 
 E. Hairer, S. P. Norsett, G. Wanner: Solving Ordinary Differential Equations I, 2nd ed., section II.4.
 """
@@ -8,12 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
+from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.time_grid import TimeGrid
+
+Ratios = tuple[float, float, float]
+"""Errors relative to the tolerance: of this attempt, and of the last two accepted steps before it, 1 without one."""
 
 StepCallback = Callable[[torch.Tensor, Any, torch.Tensor], Any]
 
@@ -28,8 +34,10 @@ class StepRule:
     - `max_num_steps`: the most attempts between two output times.
     - `error_scale`: a factor of the method's error estimate.
     - `norm`: the norm of the error relative to the tolerances, of a state as f gets it. By default the root mean square
-      over all entries of a part on all ranks, and the largest of these over the parts.
+      over all entries of a part on all ranks, and the largest of these over the parts (`norm_of_parts`).
     """
+
+    norm_of_parts: ClassVar[bool] = True
 
     safety: float = 0.9
     ifactor: float = 10.0
@@ -44,8 +52,9 @@ class StepRule:
         """Return True for a step of this size whose error is `ratio` times the tolerance."""
         return ratio <= 1 or (size <= self.min_step and math.isfinite(ratio))
 
-    def next_size(self, size: float, ratio: float, order: int) -> float:
+    def next_size(self, size: float, ratios: Ratios, order: int) -> float:
         """Return the size that follows a step of a method of this order; NaN if the error is not finite."""
+        ratio, *_ = ratios
         if not math.isfinite(ratio):
             return math.nan
         least = 1.0 if ratio < 1 else self.dfactor
@@ -55,6 +64,51 @@ class StepRule:
     def limited(self, size: float) -> float:
         """Return the size within `min_step` and `max_step`."""
         return min(max(size, self.min_step), self.max_step)
+
+
+@dataclass(frozen=True)
+class PidRule(StepRule):
+    """The settings of a PID controller, with the names and formulas of diffrax's `PIDController`.
+
+    With d_n the tolerance over the error of step n, and k the order of the method, the size is multiplied by
+    safety * d_n^((p + i + d) / k) * d_(n-1)^(-(p + 2 d) / k) * d_(n-2)^(d / k). An accepted step is never followed by
+    a shorter one, and the repetition of a rejected step is shorter by the factor `safety` at least.
+
+    The norm of the error is the root mean square over all entries of the state on all ranks. The coefficients default
+    to integral control. Raises `ConfigurationError` for coefficients that are not finite or whose sum is not positive.
+
+    G. Soederlind: Digital filters in adaptive time-stepping, ACM Trans. Math. Softw. 29 (2003).
+    """
+
+    pcoeff: float = 0.0
+    icoeff: float = 1.0
+    dcoeff: float = 0.0
+
+    norm_of_parts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        coefficients = {name: getattr(self, name) for name in COEFFICIENTS}
+        for name, value in coefficients.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigurationError(f"{name} = {value!r}: must be a finite number")
+        if not sum(coefficients.values()) > 0:
+            words = ", ".join(f"{name} = {value!r}" for name, value in coefficients.items())
+            raise ConfigurationError(f"{words}: their sum must be positive, or a larger error would not shorten a step")
+
+    def next_size(self, size: float, ratios: Ratios, order: int) -> float:
+        """See `StepRule.next_size`."""
+        ratio, previous, earlier = ratios
+        if not math.isfinite(ratio):
+            return math.nan
+        if ratio == 0:
+            return size * self.ifactor
+        p, i, d = self.pcoeff / order, self.icoeff / order, self.dcoeff / order
+        factor: float = self.safety * ratio ** -(p + i + d) * previous ** (p + 2 * d) * earlier**-d
+        least, most = (1.0, self.ifactor) if ratio <= 1 else (self.dfactor, self.safety)
+        return size * min(max(factor, least), most)
+
+
+COEFFICIENTS = ("pcoeff", "icoeff", "dcoeff")
 
 
 @dataclass(frozen=True)

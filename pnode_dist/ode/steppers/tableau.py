@@ -7,6 +7,7 @@ from functools import cached_property
 
 from petsc4py import PETSc
 
+from pnode_dist.ode.steppers.own_tables import second_embedded
 from pnode_dist.petsc import calls
 
 Terms = tuple[tuple[int, float], ...]
@@ -17,13 +18,15 @@ Terms = tuple[tuple[int, float], ...]
 class Tableau:
     """The method k_i = f(t + c_i h, u + h sum_j a_ij k_j), with the result u + h sum_i b_i k_i.
 
-    `embedded` are the weights of the embedded method; None for a method without an error estimate.
+    `embedded` are the weights of the embedded method; None for a method without an error estimate. DOP853 has a
+    `second_embedded` method of lower order, whose estimate corrects the first.
     """
 
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     c: tuple[float, ...]
     embedded: tuple[float, ...] | None = None
+    second_embedded: tuple[float, ...] | None = None
 
     @cached_property
     def stage_terms(self) -> tuple[Terms, ...]:
@@ -41,7 +44,15 @@ class Tableau:
 
         Empty for a method without an error estimate.
         """
-        return _terms([weight - other for weight, other in zip(self.b, self.embedded or self.b, strict=True)])
+        return self._difference(self.embedded)
+
+    @cached_property
+    def second_error_terms(self) -> Terms:
+        """The same for the second embedded method; empty if there is none."""
+        return self._difference(self.second_embedded)
+
+    def _difference(self, embedded: tuple[float, ...] | None) -> Terms:
+        return _terms([weight - other for weight, other in zip(self.b, embedded or self.b, strict=True)])
 
     @cached_property
     def uses(self) -> tuple[Terms, ...]:
@@ -68,7 +79,7 @@ class Tableau:
 
 def tableau_of(ts: PETSc.TS) -> Tableau:
     """Return the tableau of a TS of type `rk`."""
-    return Tableau(*calls.runge_kutta_tableau(ts))
+    return Tableau(*calls.runge_kutta_tableau(ts), second_embedded(ts.getRKType()))
 
 
 def _terms(coefficients: tuple[float, ...] | list[float]) -> Terms:

@@ -18,10 +18,44 @@ from pnode_dist.ode.steppers.base import Stepper
 from pnode_dist.ode.steppers.step_rule import NO_CALLBACKS, StepCallbacks, StepRule
 from pnode_dist.petsc import vectors
 
-ADAPTORS = ("basic", "dsp")
+ADAPTORS = ("basic", "dsp", "pid")
 DEFAULT_RTOL, DEFAULT_ATOL = 1e-6, 1e-9
 
 Tolerance = float | State
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """The bounds of the steps of a solve.
+
+    - `dt_min`: a rejected step is not repeated with a smaller size. A step that ends at an output time may be shorter.
+    - `dt_max`: the longest step. `max_steps`: the most attempts, rejected ones included; None is no limit.
+
+    Raises `ConfigurationError` for bounds that exclude each other.
+    """
+
+    dt_min: float = 0.0
+    dt_max: float = math.inf
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dt_min <= self.dt_max:
+            raise ConfigurationError(f"dt_min = {self.dt_min!r}: must be at most dt_max = {self.dt_max!r}")
+
+    def within(self, size: float) -> float:
+        """Return a positive size within the bounds."""
+        return min(max(size, self.dt_min), self.dt_max)
+
+
+def is_positive(value: object) -> bool:
+    """Return True for a positive, finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def check_max_steps(most: int | None) -> None:
+    """Raise `ConfigurationError` for a limit that is not a positive integer."""
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ConfigurationError(f"max_steps = {most!r}: must be an integer, at least 1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +64,12 @@ class ErrorControl:
 
     A step is accepted if the root mean square over all entries of error / (atol + rtol |u|) is at most 1.
     Tolerances are numbers, or tensors that broadcast to this rank's part of the state (for a tuple one for each part).
-    `adaptor` is PETSc's: `basic`, or `dsp` (digital signal processing control: Soederlind, ACM Trans. Math. Softw. 29,
-    2003). `first_size` is the size of the first step; with None it follows from f and its change (Hairer, Norsett &
-    Wanner, Solving ODEs I, II.4). A `rule` replaces PETSc's adaptor for explicit methods; then a tolerance may be zero,
-    and `callbacks` are called. Raises `ConfigurationError` for tolerances that are not positive or an unknown adaptor.
+    `adaptor` is PETSc's `basic` or `dsp` (digital signal processing control: Soederlind, ACM Trans. Math. Softw. 29,
+    2003), or `pid` for a `rule`. `first_size` is the size of the first step; with None it follows from f and its change
+    (Hairer, Norsett & Wanner, Solving ODEs I, II.4). A `rule` replaces PETSc's adaptor for explicit methods; then a
+    tolerance may be zero, and `callbacks` are called. `uncontrolled` parts at the end of the state have no part in the
+    mean. `limits` are the bounds of the steps. Raises `ConfigurationError` for tolerances that are not positive or an
+    unknown adaptor.
     """
 
     rtol: Tolerance = DEFAULT_RTOL
@@ -42,6 +78,8 @@ class ErrorControl:
     first_size: float | None = None
     rule: StepRule | None = None
     callbacks: StepCallbacks = NO_CALLBACKS
+    uncontrolled: int = 0
+    limits: StepLimits = StepLimits()
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -67,13 +105,18 @@ class Tolerances:
         self._stepper = stepper
         self._values: list[torch.Tensor | float] = [DEFAULT_RTOL, DEFAULT_ATOL]
         self._of_petsc: list[Any] = [DEFAULT_RTOL, DEFAULT_ATOL]
+        self._uncontrolled = 0
 
     def take(self, control: ErrorControl, ts: PETSc.TS) -> None:
         """Set the tolerances of `control` on `ts`. Raises `ConfigurationError` if their shape is wrong."""
         vecs: list[Any] = []
         before = self._of_petsc
+        sizes = self._stepper.layout.sizes
+        self._uncontrolled = sum(sizes[len(sizes) - control.uncontrolled :])
         for number, (name, tolerance) in enumerate((("rtol", control.rtol), ("atol", control.atol))):
-            if isinstance(tolerance, int | float) and not isinstance(self._of_petsc[number], PETSc.Vec):
+            is_number = isinstance(tolerance, int | float) and control.uncontrolled == 0
+            if is_number and not isinstance(self._of_petsc[number], PETSc.Vec):
+                assert isinstance(tolerance, int | float)
                 self._values[number] = float(tolerance)
                 vecs.append(float(tolerance))
                 continue
@@ -81,13 +124,22 @@ class Tolerances:
             layout = self._stepper.layout
             vec = vectors.create_vec(self._stepper.comm, layout.size, layout.vec_device)
             flat = vectors.view(vec, (layout.size,), layout.vec_device)
-            _spread(name, tolerance, layout, flat)
+            _spread(name, tolerance, layout, flat, control.uncontrolled)
             vectors.wrote(vec, layout.vec_device)
             self._values[number] = flat
             vecs.append(vec)
         self._of_petsc = vecs
         self.give(ts)
         _destroy(before)
+
+    def of_parts(self) -> tuple[Sequence[torch.Tensor | float], Sequence[torch.Tensor | float]]:
+        """Return the relative and the absolute tolerance of each part of the state."""
+        layout = self._stepper.layout
+        rtol, atol = (
+            layout.parts(value) if isinstance(value, torch.Tensor) else (value,) * len(layout.shapes)
+            for value in self._values
+        )
+        return rtol, atol
 
     def destroy(self) -> None:
         """Destroy the Vecs of tolerances. Collective on the communicator."""
@@ -107,13 +159,16 @@ class Tolerances:
         state = stepper.current.flat.clone()
         rtol, atol = self._values
         scale = atol + rtol * state.abs()
+        # PETSc leaves out entries with two zero tolerances, and so does the norm here.
+        controlled = slice(None, scale.numel() - self._uncontrolled)
+        scale = scale[controlled]
         slope = stepper.derivative(time, math.copysign(1.0, span))
-        size, speed = self._norm(state / scale), self._norm(slope / scale)
+        size, speed = self._norm(state[controlled] / scale), self._norm(slope[controlled] / scale)
         first = 1e-6 if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
         first = min(first, abs(span))
         stepper.current.set_flat(state + math.copysign(first, span) * slope)
         later = stepper.derivative(time + math.copysign(first, span), math.copysign(1.0, span))
-        bend = self._norm((later - slope) / scale) / first
+        bend = self._norm((later - slope)[controlled] / scale) / first
         stepper.current.set_flat(state)
         steepest = max(speed, bend)
         order = stepper.method.order
@@ -131,18 +186,20 @@ def check_shapes(control: ErrorControl, layout: StateLayout) -> None:
     """Raise `ConfigurationError` for tolerances that do not fit the state on this rank."""
     for name, tolerance in (("rtol", control.rtol), ("atol", control.atol)):
         if not isinstance(tolerance, int | float):
-            _spread(name, tolerance, layout, torch.empty(layout.size))
+            _spread(name, tolerance, layout, torch.empty(layout.size), control.uncontrolled)
 
 
-def of_parts(name: str, tolerance: Tolerance, layout: StateLayout) -> Sequence[torch.Tensor | float]:
+def of_parts(
+    name: str, tolerance: Tolerance, layout: StateLayout, uncontrolled: int = 0
+) -> Sequence[torch.Tensor | float]:
     """Return a tolerance for each part of the state: a number, or a tensor of the part's shape.
 
-    Raises `ConfigurationError` if it does not fit the state on this rank.
+    The last `uncontrolled` parts have zeros. Raises `ConfigurationError` if it does not fit the state on this rank.
     """
     if isinstance(tolerance, int | float):
-        return (float(tolerance),) * len(layout.shapes)
+        return (*(float(tolerance),) * (len(layout.shapes) - uncontrolled), *(0.0,) * uncontrolled)
     flat = torch.empty(layout.size, dtype=layout.state_dtype, device=layout.vec_device)
-    _spread(name, tolerance, layout, flat)
+    _spread(name, tolerance, layout, flat, uncontrolled)
     return layout.parts(flat)
 
 
@@ -152,10 +209,12 @@ def _destroy(tolerances: list[Any]) -> None:
             tolerance.destroy()
 
 
-def _spread(name: str, tolerance: Tolerance, layout: StateLayout, flat: torch.Tensor) -> None:
-    tolerances = tolerance if isinstance(tolerance, tuple | list) else (tolerance,) * len(layout.shapes)
-    if len(tolerances) != len(layout.shapes):
-        raise ConfigurationError(f"{name}: {len(tolerances)} parts for a state of {len(layout.shapes)}")
+def _spread(name: str, tolerance: Tolerance, layout: StateLayout, flat: torch.Tensor, uncontrolled: int) -> None:
+    count = len(layout.shapes) - uncontrolled
+    tolerances = tuple(tolerance) if isinstance(tolerance, tuple | list) else (tolerance,) * count
+    if len(tolerances) != count:
+        raise ConfigurationError(f"{name}: {len(tolerances)} parts for a state of {count}")
+    tolerances = (*tolerances, *(0.0,) * uncontrolled)
     for target, values in zip(layout.parts(flat), tolerances, strict=True):
         try:
             target.copy_(torch.as_tensor(values).expand(target.shape))

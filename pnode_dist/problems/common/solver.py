@@ -44,6 +44,13 @@ def neural_ode(
         rtol=solver.rtol,
         atol=solver.atol,
         adaptor=solver.adaptor,
+        pcoeff=solver.pcoeff,
+        icoeff=solver.icoeff,
+        dcoeff=solver.dcoeff,
+        first_step=solver.first_step,
+        dt_min=solver.dt_min,
+        dt_max=solver.dt_max,
+        max_steps=solver.max_steps,
         partition=partition,
         trajectory=config.trajectory.build() if trajectory is None else trajectory,
         options=solver.options,
@@ -57,6 +64,7 @@ def neural_ode(
         on_mismatch=solver.on_mismatch,
         preserve_rng_state=solver.preserve_rng_state,
         newton=solver.newton,
+        jumps=solver.jumps or None,
         compile=solver.compile,
     )
 

@@ -77,8 +77,11 @@ def outcomes_of(
     """
     solver, rival = config.solver, config.rival
     group = next(model.groups(batch))
-    finely = {"step_size": model.decades / _REFINEMENT, "rtol": None, "atol": None}
+    unbounded = dict.fromkeys(("pcoeff", "icoeff", "dcoeff", "first_step", "dt_min", "dt_max", "max_steps"))
+    finely = {**unbounded, "step_size": model.decades / _REFINEMENT, "rtol": None, "atol": None}
     explicitly: dict[str, Any] = {
+        **unbounded,
+        "adaptor": "basic",
         "method": rival.method,
         "step_size": None,
         "rtol": rival.rtol,

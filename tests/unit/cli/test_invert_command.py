@@ -110,11 +110,12 @@ def test_an_inversion_that_is_stopped_goes_on_to_the_same_minimum(
     assert status_of(run).state == "preempted"
     figures, err = invert(capfd, config, "--resume", "auto")
     assert err.count(f"going on from the evaluations in {run / 'record'}") == 1
-    assert figures["value"] == whole["value"]
+    # Up to rounding: the sums of BLAS in PETSc's vectors depend on the alignment of their memory.
+    assert figures["value"] == pytest.approx(whole["value"], rel=1e-12)
     assert figures["iterations"] == whole["iterations"]
     assert 0 < figures["evaluations"] < whole["evaluations"]
     again, _ = invert(capfd, config, "--resume", "auto")
-    assert (again["value"], again["evaluations"]) == (whole["value"], 0)
+    assert (again["value"], again["evaluations"]) == (figures["value"], 0)
     changed = "inverse.noise=0.1"
     refused = complaint(capfd, config, "--run-dir", run, "--resume", "auto", "--set", changed)
     assert refused == (f"[inverse] noise = 0.1: must stay 0.05 to go on in {run}; --overwrite begins a new run")

@@ -207,7 +207,7 @@ def test_the_state_at_the_end_alone_is_returned_with_last_only() -> None:
     assert torch.equal(solution.u, solution.u_end)
 
 
-def test_an_event_at_an_output_time_is_reported_there_with_the_state_before_its_reset() -> None:
+def test_an_event_at_an_output_time_has_the_state_before_its_reset_there() -> None:
     raised = Event(lambda t, u: t - 1.5, reset=lambda t, u: u + 7.0)
     solution = fall(events=raised)
     assert solution.event_times.tolist() == [1.5]

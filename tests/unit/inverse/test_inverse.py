@@ -71,7 +71,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"observations": [Observation([1.0, 2.0], None, ZERO)]}, r"observations\[0\]: data have shape \(3,\)"),
     ({"observations": [Observation(1.0, None, ZERO, -1.0)]}, "covariance: variance = -1: must be positive"),
     ({"model_error": ModelError([1.0], 1.0)}, r"model_error: times = \[1\.0\]: must be ascending, after start = 0"),
-    ({"last_only": True}, "node: last_only = True: must be False"),
+    ({"last_only": True}, "last_only = True: must be False"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The table of methods: what it holds, what it is called, and what is said to a wrong name."""
 
 import math
+import re
 
 import petsc4py
 import pytest
@@ -24,6 +25,12 @@ USUAL_NAMES = {
     "fehlberg5": "5f",
     "dopri5": "5dp",
     "dopri8": "8dp",
+    "ralston": "2r",
+    "ralston3": "3r",
+    "ssp33": "3s",
+    "ssp104": "4s",
+    "tsit5": "5ts",
+    "dop853": "853",
 }
 
 
@@ -47,7 +54,7 @@ def test_order_stages_and_fsal_are_those_of_the_published_table(petsc_name: str)
     assert method.fsal == table.first_same_as_last
 
 
-@pytest.mark.parametrize("wrong", ["rk5", "RK4", "dopri", "", "backward_euler", "tsit5", "arkimex"])
+@pytest.mark.parametrize("wrong", ["rk5", "RK4", "dopri", "", "backward_euler", "tsit", "arkimex"])
 def test_an_unknown_name_is_answered_with_all_that_are_known(wrong: str) -> None:
     with pytest.raises(ConfigurationError, match="method") as caught:
         resolve(wrong)
@@ -57,6 +64,18 @@ def test_an_unknown_name_is_answered_with_all_that_are_known(wrong: str) -> None
     for name in (*METHODS, *TABLEAUX):
         family, _, table = name.partition("_")
         assert name in message or (f"{family}_<" in message and table in message)
+
+
+@pytest.mark.parametrize("name", ["radau3", "radau5", "gauss2", "gauss4", "gauss6"])
+def test_a_fully_implicit_method_is_refused_with_one_of_its_order(name: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=f"^method = '{name}': the coupled stages of Gauss and Radau"
+    ) as caught:
+        resolve(name)
+    instead = re.findall(r"'(\w+)'", str(caught.value).partition(" use ")[2])
+    assert [resolve(other).order for other in instead] == [int(name[-1])] * len(instead)
+    assert resolve(instead[0]).implicit
+    assert "\n" not in str(caught.value)
 
 
 def test_a_near_miss_is_recognised() -> None:

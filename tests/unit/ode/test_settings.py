@@ -96,7 +96,7 @@ def test_settings_cannot_be_changed_in_place() -> None:
     ("name", "advice"),
     [
         ("stepsize", r"did you mean step_size\?"),
-        ("budget", "must be one of method, step_size, .*preserve_rng_state"),
+        ("budget", "must be one of method, step_size, .*preserve_rng_state, .*"),
         ("dtype", r"did you mean state_dtype\?"),
     ],
 )

@@ -211,7 +211,7 @@ def test_a_func_that_returns_u_itself_gives_the_exponential() -> None:
     ("u0", "complaint"),
     [
         (torch.ones(2, dtype=torch.int64), "floating-point"),
-        (torch.ones(2, dtype=torch.complex128), "floating-point"),
+        ((torch.ones(2), torch.ones(2, dtype=torch.complex128)), "one floating-point type"),
         ((torch.ones(2), torch.ones(2, dtype=torch.float64)), "one floating-point type"),
         ((), "tensor"),
         ([1.0, 2.0], "tensor or a tuple of tensors"),

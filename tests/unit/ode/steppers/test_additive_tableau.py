@@ -7,12 +7,13 @@ from petsc4py import PETSc
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.steppers.additive_tableau import petsc_tableau, theta_tableau
 from tests.oracles.arkimex_tableaux import ARKIMEX
-from tests.oracles.dirk_tableaux import DIRK
+from tests.oracles.dirk_tableaux import DIRK, OWN_DIRK
 from tests.oracles.implicit_tableaux import ImplicitTableau, Row
 
 TABLEAUX: dict[str, ImplicitTableau] = {
     **{f"arkimex_{name}": table for name, table in ARKIMEX.items()},
     **{f"dirk_{name}": table for name, table in DIRK.items()},
+    **OWN_DIRK,
 }
 
 

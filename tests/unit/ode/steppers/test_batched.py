@@ -176,7 +176,7 @@ def test_a_sample_has_the_same_result_beside_other_samples() -> None:
         assert distance(one, whole[:, number : number + 1]) <= 1e-9
 
 
-@pytest.mark.parametrize("name", ["beuler", "dirk_es324sal", "arkimex_3"])
+@pytest.mark.parametrize("name", ["beuler", "dirk_es324sal", "sdirk2", "kvaerno4", "kvaerno5", "arkimex_3"])
 def test_the_error_of_a_smaller_step_falls_with_the_order(name: str) -> None:
     network, u0 = StiffNetwork(), random(2, 3)
     exact = odeint(network, u0, [0.0, 0.05], method="dopri8", rtol=1e-12, atol=1e-13)[-1]

@@ -14,7 +14,7 @@ from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.time_grid import TimeGrid
 from tests.oracles.arkimex_tableaux import ARKIMEX
 from tests.oracles.differences import directional_derivative
-from tests.oracles.dirk_tableaux import DIRK
+from tests.oracles.dirk_tableaux import DIRK, OWN_DIRK
 from tests.oracles.implicit import (
     BACKWARD_EULER,
     CRANK_NICOLSON,
@@ -40,6 +40,7 @@ ORACLES: dict[str, Theta | ImplicitTableau] = {
     "theta": MIDPOINT,
     **{f"arkimex_{name}": table for name, table in ARKIMEX.items()},
     **{f"dirk_{name}": table for name, table in DIRK.items()},
+    **OWN_DIRK,
 }
 # All methods are compared with plain torch.
 OF_EACH_KIND = ["beuler", "cn", "theta", "arkimex_3", "arkimex_ars443", "dirk_s212", "dirk_es324sal"]

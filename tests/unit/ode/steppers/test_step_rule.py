@@ -33,13 +33,13 @@ RULE = StepRule(safety=0.8, ifactor=5.0, dfactor=0.25)
     ],
 )
 def test_the_next_size_follows_from_the_error_within_the_factors(ratio: float, factor: float) -> None:
-    assert RULE.next_size(0.3, ratio, order=2) == pytest.approx(0.3 * factor, nan_ok=True)
+    assert RULE.next_size(0.3, (ratio, 1.0, 1.0), order=2) == pytest.approx(0.3 * factor, nan_ok=True)
 
 
 def test_sizes_stay_between_their_bounds() -> None:
     rule = StepRule(min_step=0.1, max_step=0.5)
-    assert rule.next_size(0.3, 0.0, order=2) == 0.5
-    assert rule.next_size(0.3, 1e6, order=2) == 0.1
+    assert rule.next_size(0.3, (0.0, 1.0, 1.0), order=2) == 0.5
+    assert rule.next_size(0.3, (1e6, 1.0, 1.0), order=2) == 0.1
     assert [rule.limited(size) for size in (0.01, 0.3, 7.0)] == [0.1, 0.3, 0.5]
 
 

@@ -71,6 +71,10 @@ def test_the_configured_solver_is_the_one_that_solves(mesh: Mesh) -> None:
     problem = built(mesh, solver=chosen, trajectory={"ram": "1MiB"})
     solve = problem.model.solve
     assert {name: getattr(solve, name) for name in chosen} == chosen
+    bounds = {"adaptor": "pid", "pcoeff": 0.4, "icoeff": 0.3, "dcoeff": 0.0, "first_step": 0.1, "dt_min": 1e-6}
+    bounds |= {"dt_max": 1.0, "max_steps": 1000}
+    bounded = built(mesh, solver={"method": "tsit5", "rtol": 1e-5, **bounds}).model.solve
+    assert {name: getattr(bounded, name) for name in bounds} == bounds
     assert solve.trajectory == Trajectory(ram="1MiB")
     assert problem.loss(problem.model, next(problem.batches(1))).isfinite()
 
