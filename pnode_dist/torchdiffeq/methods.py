@@ -30,6 +30,7 @@ METHODS = {
         NamedMethod("dopri8", "dopri8", True),
         # Shampine's embedded weights, which torchdiffeq has, give two thirds of Dormand & Prince's estimate.
         NamedMethod("dopri5", "dopri5", True, error_scale=2 / 3),
+        NamedMethod("tsit5", "tsit5", True),
         NamedMethod("bosh3", "bosh3", True),
         NamedMethod("fehlberg2", "fehlberg2", True),
         NamedMethod("adaptive_heun", "heun", True),
@@ -41,6 +42,7 @@ METHODS = {
         NamedMethod("implicit_euler", "beuler", False),
         NamedMethod("implicit_midpoint", "theta", False),
         NamedMethod("trapezoid", "cn", False),
+        NamedMethod("sdirk2", "sdirk2", False),
         NamedMethod("trbdf2", "dirk_es213sal", False),
     )
 }
@@ -51,8 +53,6 @@ REFUSED = {
     "implicit_adams": _MULTISTEP,
     "fixed_adams": _MULTISTEP,
     "scipy_solver": "has no gradient: use 'dopri5', or 'trapezoid' or 'trbdf2' for stiff problems",
-    "tsit5": "use pnode_dist.odeint with method='tsit5', or 'dopri5', of the same order",
-    "sdirk2": "use pnode_dist.odeint with method='sdirk2'",
     "radauIIA3": f"{_NO_IMPLICIT} pnode_dist.odeint with method='dirk_es324sal', of the same order and also L-stable",
     "radauIIA5": f"{_NO_IMPLICIT} pnode_dist.odeint with method='arkimex_5', or 'dirk_es648sa' of order 6",
     "gl4": f"{_NO_IMPLICIT} pnode_dist.odeint with method='arkimex_4', of the same order",

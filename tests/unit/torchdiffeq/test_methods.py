@@ -15,6 +15,7 @@ from pnode_dist.ode import methods as native
 from pnode_dist.torchdiffeq import odeint
 from pnode_dist.torchdiffeq.methods import METHODS, REFUSED, named
 from tests.oracles.right_hand_sides import Network, distance, gradients, random
+from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 from tests.unit.torchdiffeq.recorded import Recorded
 
 TIMES = torch.tensor([0.0, 0.4, 1.0, 2.5], dtype=torch.float64)
@@ -37,7 +38,7 @@ def test_every_name_of_torchdiffeq_is_a_method_here_or_is_refused() -> None:
     for name in (*names, *LATER, "trbdf2"):
         assert (name in METHODS) != (name in REFUSED), name
     assert all(method.native in native.METHODS for method in METHODS.values())
-    assert {name for name, method in METHODS.items() if method.adaptive} == set(ADAPTIVE)
+    assert {name for name, method in METHODS.items() if method.adaptive} == {*ADAPTIVE, "tsit5"}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -91,7 +92,8 @@ def test_given_steps_and_their_gradients_are_torchdiffeq_s_to_rounding(
         ("implicit_euler", lambda z: 1 / (1 - z)),
         ("implicit_midpoint", lambda z: (1 + z / 2) / (1 - z / 2)),
         ("trapezoid", lambda z: (1 + z / 2) / (1 - z / 2)),
-        # R(z) of TR-BDF2, with g = 1 - 1 / sqrt(2).
+        # R(z) of TR-BDF2 and of Alexander's method, with g = 1 - 1 / sqrt(2).
+        ("sdirk2", lambda z, g=1 - 2**-0.5: (1 + (1 - 2 * g) * z) / (1 - g * z) ** 2),
         ("trbdf2", lambda z, g=1 - 2**-0.5: (1 + (1 - 2 * g) * z) / (1 - g * z) ** 2),
     ],
 )
@@ -100,6 +102,13 @@ def test_an_implicit_step_multiplies_by_the_stability_function(method: str, grow
     t = torch.tensor([0.0, 0.5], dtype=torch.float64)
     end = odeint(lambda t, u: -3.0 * u, u0, t, method=method, options={"step_size": 0.25})[-1]
     assert distance(end, u0 * growth(-0.75) ** 2) < 1e-7
+
+
+def test_a_step_of_tsit5_is_that_of_its_tableau() -> None:
+    network, u0, t = Network(), random(2, 3), torch.tensor([0.0, 0.5], dtype=torch.float64)
+    options = dict.fromkeys(("first_step", "min_step", "max_step"), 0.125)
+    found = odeint(network, u0, t, method="tsit5", options=options, rtol=1e-13, atol=1e-13)
+    assert distance(found, odeint_plain(network, u0, t, TABLEAUX["5ts"], 0.125)) < 1e-14
 
 
 @pytest.mark.parametrize("decreasing", [False, True])
