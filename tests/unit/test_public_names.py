@@ -73,6 +73,7 @@ NEW = (
     "DisagreementError",
     "ForecastProblem",
     "ForecastTable",
+    "Forcing",
     "GriddedChoice",
     "ModelTable",
     "ProblemDefinition",
@@ -84,7 +85,9 @@ NEW = (
     "TrajectoryData",
     "evaluate",
     "fit",
+    "odeint_spans",
     "open_gridded",
+    "solve_dense",
 )
 
 
