@@ -67,12 +67,20 @@ def test_explicit_steps_are_those_of_solves_from_jump_to_jump(method: str, table
     assert distance(found, plain) < 1e-12
 
 
-@pytest.mark.parametrize("ram_slots", [1, 3])
-def test_recomputed_steps_stay_on_their_side_of_a_jump(ram_slots: int) -> None:
+@pytest.mark.parametrize("control", [{"step_size": 0.02}, {"rtol": 1e-7, "atol": 1e-9}], ids=["fixed", "control"])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Trajectory(ram_slots=1, keep="solution", schedule="revolve"),
+        Trajectory(ram_slots=3, keep="solution", schedule="revolve"),
+        Trajectory(ram_slots=2, disk="1MiB", keep="solution", schedule="multistage"),
+    ],
+    ids=["one slot", "three slots", "disk"],
+)
+def test_recomputed_steps_stay_on_their_side_of_a_jump(budget: Trajectory, control: dict[str, float]) -> None:
     f, u0 = Switched(), random(2, 3)
-    budget = Trajectory(ram_slots=ram_slots, keep="solution", schedule="revolve")
-    few = NeuralODE(f, step_size=0.02, jumps=JUMPS, trajectory=budget)
-    every = NeuralODE(f, step_size=0.02, jumps=JUMPS)
+    few = NeuralODE(f, jumps=JUMPS, trajectory=budget, **control)
+    every = NeuralODE(f, jumps=JUMPS, **control)
     found = [gradients(lambda u, node=node: node(u, TIMES), u0, list(f.parameters())) for node in (few, every)]
     assert distance(*found) < 1e-14
     assert few.last_solve.recomputed_steps > 0
