@@ -199,6 +199,7 @@ def test_f_in_a_short_type_gets_times_on_its_side_of_a_jump(dtype: torch.dtype) 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("control", [{"step_size": 0.01}, {"rtol": 1e-6, "atol": 1e-8}], ids=["fixed", "control"])
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_compiled_steps_stay_on_their_side_of_a_jump(control: dict[str, float]) -> None:
