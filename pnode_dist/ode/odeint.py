@@ -103,8 +103,8 @@ def odeint(
     State and types
         `u0` is this rank's part of the initial state, a tensor or a tuple of tensors. Complex parts are solved as their
         real views, and `func` gets and returns complex tensors for them; error control takes real and imaginary parts
-        as entries of their own, and gradients follow torch's convention. `func` computes in `u0`'s floating
-        type unless `compute_dtype` names another one. With `compute_dtype` the parameters and buffers of modules, and
+        as entries of their own, and gradients follow torch's convention. `func` computes in the floating type of `u0`
+        unless `compute_dtype` names another one. With `compute_dtype` the parameters and buffers of modules, and
         tensors in `args`, are converted to it once for a solve. Outside they keep their own type, and so do their
         gradients. States, checkpoints and adjoints are of `state_dtype`, for explicit Runge-Kutta methods by default
         the wider type of `u0` and func, but at least float32; all other methods have PETSc's scalar type. Gradients of

@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from pnode_dist import BatchPartition, DensePartition, DisagreementError, Mesh, NeuralODE, Trajectory, odeint
-from pnode_dist.exchange import global_sum
+from pnode_dist import (
+    BatchPartition,
+    DensePartition,
+    DisagreementError,
+    GridPartition,
+    Mesh,
+    NeuralODE,
+    Trajectory,
+    odeint,
+)
+from pnode_dist.exchange import global_sum, halo
 from tests.oracles.right_hand_sides import distance
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
@@ -61,6 +70,31 @@ def test_explicit_steps_and_gradients_are_those_of_the_whole_state(settings: dic
     sums = [mesh.sum(torch.view_as_real(part) if part.is_complex() else part) for part in own[1:]]
     views = [torch.view_as_real(part) if part.is_complex() else part for part in expected[1:]]
     assert distance(sums, views) < 1e-12
+
+
+def test_halos_exchange_complex_numbers(mesh: Mesh) -> None:
+    grid = GridPartition(mesh, (4, 6), channels=1, boundary=("periodic", "periodic"))
+    speed = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def schroedinger(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        wide = halo(u, grid, 1)
+        around = wide[:-2, 1:-1] + wide[2:, 1:-1] + wide[1:-1, :-2] + wide[1:-1, 2:]
+        return 1j * speed * (around - 4 * u)
+
+    def whole(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        around = sum(torch.roll(u, shift, axis) for shift in (1, -1) for axis in (0, 1))
+        return 1j * speed * (around - 4 * u)
+
+    every = torch.randn(4, 6, 1, generator=torch.Generator().manual_seed(1), dtype=torch.complex128)
+    (y0, y1), (x0, x1) = grid.owned
+    start, alone = every[y0:y1, x0:x1].clone().requires_grad_(), every.clone().requires_grad_()
+    found = odeint(schroedinger, start, TIMES, step_size=0.1, partition=grid)
+    wanted = odeint_plain(whole, alone, TIMES, TABLEAUX["4"], 0.1)
+    assert distance(found.detach(), wanted.detach()[:, y0:y1, x0:x1]) < 1e-12
+    own = torch.autograd.grad((found.real.sin() + found.imag).sum(), [start, speed])
+    expected = torch.autograd.grad((wanted.real.sin() + wanted.imag).sum(), [alone, speed])
+    assert distance(own[0], expected[0][y0:y1, x0:x1]) < 1e-12
+    assert distance(mesh.sum(own[1]), expected[1]) < 1e-12
 
 
 def test_systems_of_complex_samples_are_solved_on_their_ranks(mesh: Mesh) -> None:

@@ -39,6 +39,8 @@ WRONG_SETTINGS = {
         "solver.method=rk5",
         '[solver] method = "rk5": must be one of euler, heun, midpoint, fehlberg2, rk3,',
     ),
+    "jumps out of order": ("solver.jumps=[0.5,0.2]", "[solver] jumps = [0.5, 0.2]: must be increasing"),
+    "a jump that never comes": ("solver.jumps=[inf]", "[solver] jumps[0] = Infinity: must be a number, and finite"),
     "a step of no length": ("solver.step_size=0", "[solver] step_size = 0: must be a number greater than 0"),
     "a size without a unit": (
         "trajectory.ram=64 parsecs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -217,6 +218,17 @@ def test_a_diagonal_mass_matrix_multiplies_both_parts() -> None:
     scaled = copy.deepcopy(f)
     scaled.a.data, scaled.b.data = scaled.a.data / mass[0, :, None], scaled.b.data / mass[0, :, None]
     assert distance(found, crank_nicolson(scaled, u0, 0.1, 1).detach()) < 1e-11
+
+
+def test_a_model_of_complex_states_has_the_parameters_of_its_function_alone() -> None:
+    node = NeuralODE(Waves(), step_size=0.1)
+    u0 = numbers(4, 3)
+    states = node(u0, TIMES)
+    assert list(node.state_dict()) == ["func.matrix", "func.gain"]
+    assert [name for name, _ in node.named_modules()] == ["", "func"]
+    again = pickle.loads(pickle.dumps(node))
+    assert torch.equal(again(u0, TIMES), states)
+    assert torch.equal(node.eval()(u0, TIMES), states)
 
 
 @pytest.mark.slow

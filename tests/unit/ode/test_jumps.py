@@ -67,12 +67,20 @@ def test_explicit_steps_are_those_of_solves_from_jump_to_jump(method: str, table
     assert distance(found, plain) < 1e-12
 
 
-@pytest.mark.parametrize("ram_slots", [1, 3])
-def test_recomputed_steps_stay_on_their_side_of_a_jump(ram_slots: int) -> None:
+@pytest.mark.parametrize("control", [{"step_size": 0.02}, {"rtol": 1e-7, "atol": 1e-9}], ids=["fixed", "control"])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Trajectory(ram_slots=1, keep="solution", schedule="revolve"),
+        Trajectory(ram_slots=3, keep="solution", schedule="revolve"),
+        Trajectory(ram_slots=2, disk="1MiB", keep="solution", schedule="multistage"),
+    ],
+    ids=["one slot", "three slots", "disk"],
+)
+def test_recomputed_steps_stay_on_their_side_of_a_jump(budget: Trajectory, control: dict[str, float]) -> None:
     f, u0 = Switched(), random(2, 3)
-    budget = Trajectory(ram_slots=ram_slots, keep="solution", schedule="revolve")
-    few = NeuralODE(f, step_size=0.02, jumps=JUMPS, trajectory=budget)
-    every = NeuralODE(f, step_size=0.02, jumps=JUMPS)
+    few = NeuralODE(f, jumps=JUMPS, trajectory=budget, **control)
+    every = NeuralODE(f, jumps=JUMPS, **control)
     found = [gradients(lambda u, node=node: node(u, TIMES), u0, list(f.parameters())) for node in (few, every)]
     assert distance(*found) < 1e-14
     assert few.last_solve.recomputed_steps > 0
@@ -191,6 +199,7 @@ def test_f_in_a_short_type_gets_times_on_its_side_of_a_jump(dtype: torch.dtype) 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("control", [{"step_size": 0.01}, {"rtol": 1e-6, "atol": 1e-8}], ids=["fixed", "control"])
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_compiled_steps_stay_on_their_side_of_a_jump(control: dict[str, float]) -> None:
@@ -221,3 +230,35 @@ def test_jumps_divide_intervals_and_leave_the_outputs_where_they_are() -> None:
     assert grid.starts == (0.0, 0.25, 0.625, 1.0, 1.5)
     assert grid.outputs == {0: 0, 3: 1, 5: 2}
     assert grid.jumps == {1: 0.25, 3: 1.0}
+
+
+@pytest.mark.parametrize("control", [{"step_size": 0.1}, {"rtol": 1e-6, "atol": 1e-8}], ids=["fixed", "control"])
+def test_derivatives_of_all_orders_know_the_jumps(control: dict[str, float]) -> None:
+    f, u0, along = Switched(), random(2, 3), random(2, 3, seed=5)
+    node = NeuralODE(f, jumps=JUMPS, **control)
+    node(u0, TIMES)
+    _, tangents = node.jvp(u0, TIMES, along)
+    start = u0.clone().requires_grad_()
+    states = node(start, TIMES)
+    weights = random(*states.shape, seed=6)
+    (first,) = torch.autograd.grad((states.sin() * weights).sum(), start, create_graph=True)
+    # The tangent of the loss along a direction, from both ends.
+    pushed = (states.detach().cos() * weights * tangents.detach()).sum()
+    assert float((first.detach() * along).sum()) == pytest.approx(float(pushed), rel=1e-12)
+    (second,) = torch.autograd.grad((first * along).sum(), start)
+    if "step_size" in control:
+        plain = u0.clone().requires_grad_()
+        wanted = piecewise(f, plain, lambda g, v, t: odeint_plain(g, v, t, TABLEAUX["4"], 0.1))
+        (own,) = torch.autograd.grad((wanted.sin() * weights).sum(), plain, create_graph=True)
+        (expected,) = torch.autograd.grad((own * along).sum(), plain)
+        assert distance(second, expected) < 1e-11
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_compiled_newton_steps_stay_on_their_side_of_a_jump() -> None:
+    f, u0 = Switched(), random(2, 3)
+    settings: dict[str, Any] = {"method": "cn", "newton": "batch", "step_size": 0.1, "jumps": JUMPS}
+    compiled, eager = NeuralODE(f, compile="aot_eager", **settings), NeuralODE(f, **settings)
+    found = [gradients(lambda u, node=node: node(u, TIMES), u0, list(f.parameters())) for node in (compiled, eager)]
+    assert distance(*found) < 1e-10  # Newton's tolerance

@@ -67,7 +67,7 @@ def test_a_short_training_lowers_loss_and_validation_error(mesh: Mesh, tmp_path:
 
 
 def test_the_configured_solver_is_the_one_that_solves(mesh: Mesh) -> None:
-    chosen = {"method": "dopri5", "step_size": 0.5, "rtol": 1e-5, "atol": 1e-7, "adaptor": "dsp"}
+    chosen = {"method": "dopri5", "step_size": 0.5, "rtol": 1e-5, "atol": 1e-7, "adaptor": "dsp", "jumps": (0.25,)}
     problem = built(mesh, solver=chosen, trajectory={"ram": "1MiB"})
     solve = problem.model.solve
     assert {name: getattr(solve, name) for name in chosen} == chosen
