@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from pnode_dist.errors import ConfigurationError, EventError
 from pnode_dist.hybrid.event import Event, EventSolution
+from pnode_dist.hybrid.event_complex import complex_solution, on_real_views
 from pnode_dist.hybrid.event_gradient import event_time, repeated_walk, state_at
 from pnode_dist.hybrid.event_search import Crossing, HybridSystem, search
 from pnode_dist.hybrid.event_states import detached, joined, lifted, parts_of
@@ -20,6 +21,7 @@ from pnode_dist.ode import methods
 from pnode_dist.ode.autograd.outside_graphs import outside_graphs
 from pnode_dist.ode.autograd.transforms import transforming
 from pnode_dist.ode.call_agreement import Preparation, preparation, state_shape
+from pnode_dist.ode.complex_state import real_call
 from pnode_dist.ode.given_options import without_adaptation
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, layout_of
@@ -103,7 +105,10 @@ def located(
             raise ConfigurationError("jumps: not available with events: must be None; solve from jump to jump")
         times = output_times(t)
         check_step_size(asked.step_size)
-        u0 = u0 if isinstance(u0, torch.Tensor) else tuple(u0)
+        call = real_call(func, u0 if isinstance(u0, torch.Tensor) else tuple(u0), asked)
+        func, u0, asked = call.func, call.u0, call.settings
+        if call.form is not None:
+            listed = tuple(on_real_views(event, call.form) for event in listed)
         layout, parts = layout_of(u0, asked.compute_dtype)
         system = _system(func, args, listed, asked, rounding_of(t, times), time_tolerance)
         needed = torch.is_grad_enabled() and any(
@@ -127,7 +132,8 @@ def located(
     # The times of later events are doubles, so all of them are.
     moments = torch.as_tensor(t, dtype=torch.float64).cpu()
     differentiable = bool(comm.allreduce(needed, MPI.LOR))
-    return _through_events(system, u0, moments, differentiable, asked.last_only, max_events)
+    solution = _through_events(system, u0, moments, differentiable, asked.last_only, max_events)
+    return complex_solution(solution, call)
 
 
 def _checked_events(events: Event | Sequence[Event]) -> tuple[Event, ...]:

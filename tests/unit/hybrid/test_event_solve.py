@@ -417,3 +417,25 @@ def test_transforms_of_torch_are_refused() -> None:
         torch.func.grad(lambda u: solve_events(lambda t, u: -u, u, [0.0, 1.0], Event(lambda t, u: u[0])).u_end.sum())(
             torch.ones(1)
         )
+
+
+def test_a_complex_state_has_events_of_its_complex_value() -> None:
+    rate = torch.tensor(2.0, dtype=FLOAT64, requires_grad=True)
+
+    def turning(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return 1j * rate * u
+
+    quarter = Event(lambda t, u: u[0].real, direction=-1, terminal=2, reset=lambda t, u: -1j * u)
+    u0 = torch.ones(1, dtype=torch.complex128)
+    solution = solve_events(turning, u0, [0.0, 0.5, 2.0], quarter, method="verner8", step_size=0.1)
+    # A quarter turn takes pi / (2 rate), and the reset undoes it.
+    wanted = torch.tensor([0.25, 0.5], dtype=FLOAT64) * torch.pi
+    assert distance(solution.event_times, wanted) < 1e-10
+    assert distance(solution.u_before, torch.full((2, 1), 1j, dtype=torch.complex128)) < 1e-10
+    assert distance(solution.u_after, torch.ones(2, 1, dtype=torch.complex128)) < 1e-10
+    assert distance(solution.u[1], torch.exp(1j * torch.ones(1, dtype=FLOAT64))) < 1e-10
+    (found,) = torch.autograd.grad(solution.event_times.sum(), rate)
+    assert found.item() == pytest.approx(-wanted.sum().item() / 2, abs=1e-9)
+    wrong = Event(lambda t, u: u[0].real, reset=lambda t, u: u.real)
+    with pytest.raises(ConfigurationError, match="reset must return a state of the form of u0"):
+        solve_events(turning, u0, [0.0, 2.0], wrong, method="verner8", step_size=0.1)

@@ -47,7 +47,7 @@ def test_a_program_runs_with_the_import_line_alone_changed(name: str) -> None:
         assert distance(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("name", at_night(NAMES, ["flow"]))
+@pytest.mark.parametrize("name", at_night(NAMES, ["bouncing_ball", "flow"]))
 def test_a_program_prints_what_it_has_learnt(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(PROGRAMS / f"{name}.py"), run_name="__main__")
     numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
