@@ -15,10 +15,8 @@ import torch
 from pnode_dist.errors import ConfigurationError, EventError
 from pnode_dist.hybrid.event import Event
 from pnode_dist.hybrid.event_solve import located
-from pnode_dist.hybrid.event_values import on_all_ranks
 from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.settings import CallSettings
-from pnode_dist.ode.solver import communicator
 from pnode_dist.torchdiffeq.options import AdaptiveOptions, FixedOptions
 from pnode_dist.torchdiffeq.pieces import Piece, within
 
@@ -31,7 +29,7 @@ def until_event(
     func: Callable[..., Any],
     y0: State,
     t: torch.Tensor,
-    event_fn: Callable[..., Any],
+    event: Event,
     settings: CallSettings,
     options: AdaptiveOptions | FixedOptions,
 ) -> tuple[torch.Tensor, State]:
@@ -41,7 +39,6 @@ def until_event(
     options without an effect, and `EventError` if there is no event after very many steps.
     """
     backward = len(t) > 1 and bool(t[-1] < t[0])
-    event = on_all_ranks(communicator(settings.partition), lambda: _event(event_fn, y0, t[0]))
     # An event's time is the rounding of the state over its speed: keep that of func's type alone.
     settings = replace(settings, state_dtype=torch.float64)
     start, y, last = t[0].to(torch.float64), y0, y0
@@ -94,8 +91,11 @@ def _windows(start: float, backward: bool, options: AdaptiveOptions | FixedOptio
         now, from_jump = end, to_jump
 
 
-def _event(event_fn: Callable[..., Any], y0: State, start: torch.Tensor) -> Event:
-    """Return the event of `event_fn`, whose entries may be several: it is at the first that changes its sign."""
+def event_of(event_fn: Any, y0: State, start: torch.Tensor) -> Event:
+    """Return the event of `event_fn`, whose entries may be several: it is at the first that changes its sign.
+
+    Raises `ConfigurationError` for anything but a function that returns a real tensor without zeros at the start.
+    """
     if not callable(event_fn):
         raise ConfigurationError(f"event_fn = {event_fn!r}: must be a function of t and y")
     with torch.no_grad():

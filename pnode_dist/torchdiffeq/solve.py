@@ -23,7 +23,7 @@ from pnode_dist.ode.time_grid import TimeGrid, output_times
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.torchdiffeq.adjoint import adjoint_parameters
 from pnode_dist.torchdiffeq.callbacks import callbacks_of
-from pnode_dist.torchdiffeq.events import until_event
+from pnode_dist.torchdiffeq.events import event_of, until_event
 from pnode_dist.torchdiffeq.grids import Brackets, brackets, outputs_at
 from pnode_dist.torchdiffeq.methods import named
 from pnode_dist.torchdiffeq.options import AdaptiveOptions, FixedOptions, adaptive_options, fixed_options
@@ -86,13 +86,15 @@ def _checked(call: Call) -> Callable[[], Any]:
         adaptive = adaptive_options(method, call.options)
         if call.event_fn is not None:
             controlled = _controlled(call, settings, adaptive)
-            return partial(until_event, call.func, call.y0, call.t, call.event_fn, controlled, adaptive)
+            event = event_of(call.event_fn, call.y0, call.t[0])
+            return partial(until_event, call.func, call.y0, call.t, event, controlled, adaptive)
         return partial(_with_error_control, call, _controlled(call, settings, adaptive), pieces(call.t, adaptive))
     _tolerances(call)
     options = fixed_options(method, call.options)
     if call.event_fn is not None:
         stepped = replace(settings, step_size=options.step_size)
-        return partial(until_event, call.func, call.y0, call.t, call.event_fn, stepped, options)
+        event = event_of(call.event_fn, call.y0, call.t[0])
+        return partial(until_event, call.func, call.y0, call.t, event, stepped, options)
     # They decide on the number of solves, and on evaluations of func after a solve.
     settings = replace(settings, compared=(("interp", options.interp), ("perturb", options.perturb)))
     return partial(_with_given_steps, call, settings, brackets(call.func, call.y0, call.t, options), options)
