@@ -28,18 +28,10 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
     solve.release()
     solve.solver.open()
     stepper = solve.solver.stepper
-    layout = stepper.layout
-    others = (solve.observing, solve.costs, solve.consumer)
-    takes_last = solve.saving.only_last and all(other is None for other in others)
-    known = solve.grid is not None or len(solve.times) == 1
-    solve.saved = solve.saving.of_grid(solve.grid if len(solve.times) > 1 else None) if known else {}
-    count = len(solve.saved) if known else None if solve.saving.every else len(solve.times)
-    if not known and solve.saving.only_last:
-        count = 1
-    outputs = Outputs(layout, stepper.current, solve.observing, solve.costs, count, solve.consumer)
+    outputs = _outputs(solve)
 
     def output(step: int, time: float) -> None:
-        if not takes_last:
+        if outputs is not None:
             outputs.add(step, time)
 
     solve.initial = tuple(part.detach() for part in initial)
@@ -64,13 +56,13 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
         solve.update_counts()
         safe_points.after_solve(stepper.comm)
     solve.carried.end_forward()
-    if takes_last:
+    if outputs is None:
         found = stepper.current.take()
     else:
         found = outputs.result()
         stepper.current.release()
-    if solve.saving.only_last and not takes_last:
-        found = tuple(part[0] for part in found)
+        if solve.saving.only_last:
+            found = tuple(part[0] for part in found)
     solve.unbind()
     solve.has_trajectory = solve.keeps_trajectory
     if solve.took is not None:
@@ -79,6 +71,22 @@ def forward_pass(solve: Solve, initial: tuple[torch.Tensor, ...]) -> tuple[torch
     if not solve.keeps_trajectory:
         solve.solver.done()
     return found
+
+
+def _outputs(solve: Solve) -> Outputs | None:
+    """Return the store of the outputs, and set the steps that are saved if they are known.
+
+    None if the only output is the last state itself, whose memory is handed over.
+    """
+    saving, only_time = solve.saving, len(solve.times) == 1
+    solve.saved, count = {}, 1 if saving.only_last else None if saving.every else len(solve.times)
+    if solve.grid is not None or only_time:
+        solve.saved = saving.of_grid(None if only_time else solve.grid)
+        count = len(solve.saved)
+    if saving.only_last and solve.observing is None and solve.costs is None and solve.consumer is None:
+        return None
+    stepper = solve.solver.stepper
+    return Outputs(stepper.layout, stepper.current, solve.observing, solve.costs, count, solve.consumer)
 
 
 def _given_steps(solve: Solve, output: Callable[[int, float], None]) -> None:

@@ -90,9 +90,8 @@ def is_separate(settings: CallSettings) -> bool:
 
 def with_separate_cost(func: Function, settings: CallSettings, is_tuple: bool) -> tuple[Costed, CallSettings]:
     """Return `func` with the running cost beside it, and the settings of the solve."""
-    return Costed(func, Flattened(_checked(settings.integrate), is_tuple, "integrate")), replace(
-        settings, integrate=None
-    )
+    cost = Flattened(_checked(settings.integrate), is_tuple, "integrate")
+    return Costed(func, cost), replace(settings, integrate=None)
 
 
 def with_cost(
@@ -100,7 +99,8 @@ def with_cost(
 ) -> Posed:
     """Return the solve of `func`, which may be `Observed`, and of the running cost of the settings. Collective.
 
-    Evaluates the cost once, for its shape."""
+    Evaluates the cost once, for its shape.
+    """
     with preparation(communicator(settings.partition)) as preparing:
         plain, observe = separated(func)
         cost = _checked(settings.integrate)
