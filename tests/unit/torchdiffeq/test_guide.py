@@ -36,7 +36,7 @@ def test_the_table_of_options_says_which_methods_take_them() -> None:
 def test_the_python_of_the_guide_prints_what_is_shown() -> None:
     names: dict[str, Any] = {}
     shown = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", GUIDE, re.DOTALL)
-    assert len(shown) == GUIDE.count("```python") == 4
+    assert len(shown) == GUIDE.count("```python") == 5
     for program, output in shown:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(program, names)
