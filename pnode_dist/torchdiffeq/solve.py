@@ -14,11 +14,13 @@ from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.autograd.outside_graphs import outside_graphs
 from pnode_dist.ode.call_agreement import preparation
+from pnode_dist.ode.complex_state import ComplexForm, real_call
 from pnode_dist.ode.differentiable_solve import differentiable_solve
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.rhs.layout import State
 from pnode_dist.ode.settings import CallSettings
 from pnode_dist.ode.solver import communicator
+from pnode_dist.ode.steppers.step_rule import StepCallback
 from pnode_dist.ode.time_grid import TimeGrid, output_times
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.torchdiffeq.adjoint import adjoint_parameters
@@ -146,8 +148,25 @@ def _with_error_control(call: Call, settings: CallSettings, parts: list[Piece]) 
 def _solve(func: Any, y0: State, t: torch.Tensor, settings: CallSettings, owner: Any = None) -> State:
     """Solve with the solvers that are kept for `owner`, by default `func`."""
     solvers, tangents = _kept_for(func if owner is None else owner)
-    states: State = differentiable_solve(solvers, tangents, func, y0, t, settings, ())[0]
+    call = real_call(func, y0, settings)
+    if call.form is not None:
+        settings = _of_complex(call.settings, call.form)
+    states: State = call.outputs(differentiable_solve(solvers, tangents, call.func, call.u0, t, settings, ())[0])
     return states
+
+
+def _of_complex(settings: CallSettings, form: ComplexForm) -> CallSettings:
+    """Return the settings of a solve of real views, whose norm and callbacks get complex states."""
+
+    def called(callback: StepCallback | None) -> StepCallback | None:
+        return None if callback is None else lambda t, u, size: callback(t, form.complex(u), size)
+
+    rule, callbacks = settings.rule, settings.callbacks
+    if rule is not None and rule.norm is not None:
+        norm = rule.norm
+        rule = replace(rule, norm=lambda error: norm(form.complex(error)))
+    changed = {name: called(getattr(callbacks, name)) for name in ("step", "accept", "reject", "reached")}
+    return replace(settings, rule=rule, callbacks=replace(callbacks, **changed))
 
 
 def _kept_for(func: Any) -> tuple[KeptSolvers, KeptSolvers]:
