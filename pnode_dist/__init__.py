@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pnode_dist.partition.dense import DensePartition as DensePartition
     from pnode_dist.partition.graph import GraphPartition as GraphPartition
     from pnode_dist.partition.grid import GridPartition as GridPartition
+    from pnode_dist.partition.spectral import SpectralPartition as SpectralPartition
     from pnode_dist.problems.common.forecast_data import SplitData as SplitData
     from pnode_dist.problems.common.forecast_data import TrajectoryData as TrajectoryData
     from pnode_dist.problems.common.forecast_problem import ForecastProblem as ForecastProblem
@@ -88,6 +89,7 @@ _PUBLIC = {
     "Saved": "pnode_dist.ode.saving",
     "Separable": "pnode_dist.ode.rhs.separable",
     "SolverSettings": "pnode_dist.ode.settings",
+    "SpectralPartition": "pnode_dist.partition.spectral",
     "SplitData": "pnode_dist.problems.common.forecast_data",
     "SplitFunction": "pnode_dist.ode.rhs.split",
     "TrainableProblem": "pnode_dist.problems.common.trainable",

@@ -14,7 +14,8 @@ def bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     if tensor.numel() == 0:
         # A tensor without entries may have any strides.
         return np.empty(0, dtype=np.uint8)
-    return tensor.detach().view(-1).view(torch.uint8).numpy()
+    # A tensor of one entry counts as contiguous with any stride, and view(-1) would keep it.
+    return tensor.detach().view(-1).as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def check_movable(tensors: Sequence[torch.Tensor]) -> None:

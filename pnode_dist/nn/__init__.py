@@ -19,6 +19,7 @@ from pnode_dist.nn.pool import AvgPool3d as AvgPool3d
 from pnode_dist.nn.pool import MaxPool1d as MaxPool1d
 from pnode_dist.nn.pool import MaxPool2d as MaxPool2d
 from pnode_dist.nn.pool import MaxPool3d as MaxPool3d
+from pnode_dist.nn.spectral_conv import SpectralConv2d as SpectralConv2d
 from pnode_dist.nn.stack import Stack as Stack
 from pnode_dist.nn.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
 from pnode_dist.nn.upsample import Upsample as Upsample
@@ -42,6 +43,7 @@ __all__ = [
     "MaxPool2d",
     "MaxPool3d",
     "MessagePassing",
+    "SpectralConv2d",
     "Stack",
     "SyncBatchNorm",
     "Upsample",

@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist import DensePartition, GraphPartition, GridPartition
-from pnode_dist.exchange import gather_vector, global_sum, halo, reduce_vector, with_ghosts
+from pnode_dist.exchange import gather_vector, global_sum, halo, redistribute, reduce_vector, with_ghosts
 from tests.oracles.other_device import Hidden, other_device
 
 WORLD = MPI.COMM_WORLD
@@ -39,6 +39,7 @@ def main() -> None:
     dense = DensePartition(WORLD, 5)
     walls = GridPartition(WORLD, (9, 6), channels=2, stencil_width=2, boundary=("reflect", 1.5))
     ring = GridPartition(WORLD, (9, 6), channels=2, boundary="periodic")
+    columns = GridPartition(WORLD, (9, 6), processes=(1, WORLD.size))
     edges = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
     graph = GraphPartition(WORLD, edges, nodes=7, features=3)
     cases: dict[str, tuple[Exchange, torch.Tensor]] = {
@@ -47,6 +48,7 @@ def main() -> None:
         "reduce_vector": (lambda x: reduce_vector(x, dense), torch.randn(2, 5)),
         "halo": (lambda x: halo(x, walls), torch.randn(*walls.local_shape)),
         "periodic": (lambda x: halo(x, ring), torch.randn(*ring.local_shape)),
+        "redistribute": (lambda x: redistribute(x, ring, columns), torch.randn(*ring.local_shape)),
         "with_ghosts": (lambda x: with_ghosts(x, graph), torch.randn(*graph.local_shape)),
     }
     for name, (exchange, x) in cases.items():

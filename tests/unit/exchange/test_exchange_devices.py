@@ -20,4 +20,5 @@ def test_exchanges_and_their_transposes_there_are_those_of_the_cpu(
 ) -> None:
     run = mpirun(3, "python", str(SCRIPT))
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["global_sum", "gather_vector", "reduce_vector", "halo", "periodic", "with_ghosts"]
+    names = ["global_sum", "gather_vector", "reduce_vector", "halo", "periodic", "redistribute", "with_ghosts"]
+    assert run.stdout.split() == names
