@@ -28,7 +28,7 @@ pytestmark = pytest.mark.mpi
 
 D = torch.float64
 SIZE = 12
-EXACT = {"ksp_rtol": 1e-13}
+EXACT = {"ksp_rtol": 1e-12}
 
 
 def distributed(partition: DensePartition, whole: torch.Tensor) -> PETSc.Mat:
@@ -115,21 +115,17 @@ def test_tensors_that_a_function_holds_get_their_gradients(mesh: Mesh) -> None:
 
 def test_single_precision_and_a_preconditioning_mat_reach_the_stated_tolerance(mesh: Mesh) -> None:
     partition = DensePartition(mesh, SIZE)
-    whole, right = regular(True).float(), random(SIZE, dtype=torch.float32)
-    near = distributed(partition, regular(True) + 0.01 * torch.eye(SIZE, dtype=D))
-
-    def apply(u: torch.Tensor) -> torch.Tensor:
-        return partition.scatter(whole @ gather_vector(u, partition))
-
-    wanted = torch.linalg.solve(regular(True), right.double())
-    plain = KSPSolve(apply, partition)
-    helped = KSPSolve(apply, partition, preconditioner=near, options={"pc_type": "bjacobi"})
+    diagonal = torch.arange(1, SIZE + 1, dtype=torch.float32).square()
+    own, right = partition.scatter(diagonal), random(SIZE, dtype=torch.float32)
+    near = distributed(partition, torch.diag(diagonal.double()))
+    plain = KSPSolve(lambda u: own * u, partition, symmetric=True)
+    helped = KSPSolve(lambda u: own * u, partition, symmetric=True, preconditioner=near, options={"pc_type": "jacobi"})
     for solve in (plain, helped):
         x = solve(partition.scatter(right))
         assert x.dtype == torch.float32
-        rest = partition.scatter(regular(True) @ (gather_vector(x.double(), partition) - wanted))
+        rest = partition.scatter(right) - own * x
         assert mesh.sum(rest.square().sum()).sqrt() <= 2e-5 * right.norm()
-    assert helped.iterations < plain.iterations
+    assert helped.iterations <= 2 < 5 <= plain.iterations
 
 
 def test_a_null_space_is_taken_out_of_right_hand_side_and_solution(mesh: Mesh) -> None:
