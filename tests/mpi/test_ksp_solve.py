@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -243,6 +244,67 @@ def test_a_solve_that_does_not_converge_is_an_error_on_all_ranks(mesh: Mesh) -> 
     x = short(partition.scatter(modes[:, 0].contiguous()).requires_grad_())
     text = raised_on_all(ConvergenceError, lambda: x.sum().backward())
     assert "the transposed linear system was not solved" in text
+
+
+def test_a_residual_that_the_norm_of_the_method_hides_is_an_error(mesh: Mesh) -> None:
+    partition = DensePartition(mesh, SIZE)
+    diagonal = torch.arange(1, SIZE + 1, dtype=D)
+    diagonal[-1] = 1e30
+    settings = {"ksp_type": "gmres", "ksp_pc_side": "left", "pc_type": "jacobi"}
+    near = distributed(partition, torch.diag(diagonal))
+    solve = KSPSolve(lambda u: 2 * u, partition, preconditioner=near, options=settings)
+    text = raised_on_all(ConvergenceError, lambda: solve(torch.ones(partition.local_shape, dtype=D)))
+    assert "the residual of the linear system is 1" in text
+
+
+def test_an_error_of_the_function_comes_out_of_petsc_as_it_is(mesh: Mesh) -> None:
+    partition = DensePartition(mesh, SIZE)
+    calls: list[int] = []
+
+    def failing(u: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 4:
+            raise ZeroDivisionError("in apply")
+        return 2 * u
+
+    solve = KSPSolve(failing, partition)
+    assert raised_on_all(ZeroDivisionError, lambda: solve(torch.ones(partition.local_shape, dtype=D))) == "in apply"
+
+
+class Hidden:
+    """An object whose attributes no search finds."""
+
+    __slots__ = ("factor",)
+
+
+def test_a_tensor_that_a_function_hides_is_refused(mesh: Mesh) -> None:
+    partition = DensePartition(mesh, SIZE)
+    hidden = Hidden()
+    hidden.factor = torch.tensor(2.0, dtype=D, requires_grad=True)
+    b = torch.ones(partition.local_shape, dtype=D, requires_grad=True)
+    solve = KSPSolve(lambda u: hidden.factor * u, partition)
+    text = raised_on_all(ConfigurationError, lambda: solve(b).sum().backward())
+    assert "requires a gradient and is not among its parameters" in text
+
+
+def test_forward_mode_and_transforms_are_refused_by_name(mesh: Mesh) -> None:
+    partition = DensePartition(mesh, SIZE)
+    solve = KSPSolve(lambda u: 2 * u, partition)
+    b = torch.ones(partition.local_shape, dtype=D)
+    assert "KSPSolve: not available" in raised_on_all(ConfigurationError, lambda: torch.func.vjp(solve, b))
+
+
+def test_arguments_for_a_function_are_refused_for_a_mat(mesh: Mesh) -> None:
+    partition = DensePartition(mesh, SIZE)
+    matrix = distributed(partition, regular(True))
+    wrong: list[tuple[str, Callable[[], Any]]] = [
+        ("preconditioner: is for a function", lambda: KSPSolve(matrix, partition, preconditioner=matrix)),
+        ("parameters: are for a function", lambda: KSPSolve(matrix, partition)(torch.ones(partition.local_shape), 1.0)),
+        ("must have the partition's row distribution", lambda: KSPSolve(matrix, DensePartition(mesh, 2 * SIZE))),
+    ]
+    for words, action in wrong:
+        with pytest.raises(ConfigurationError, match=words):
+            action()
 
 
 @pytest.mark.parametrize(
