@@ -156,16 +156,13 @@ class KrylovSolver:
     def solve(self, operator: LinearOperator, right: torch.Tensor, transposed: bool) -> torch.Tensor:
         """Return x with A x = `right`, or A^T x = `right` if `transposed`, both flat. Collective.
 
-        With a null space the right-hand side and the solution have no part in it.
+        With a null space PETSc removes it from the right-hand side and the solution.
         Raises `ConvergenceError` on all ranks if PETSc does not reach `ksp_rtol`, or if the residual at the end is
         above 100 times that tolerance and above the rounding that the type of the operator allows for.
         """
-        if self.space is not None:
-            right = self.space.removed(right)
         if not self._has_rtol:
             self._ksp.setTolerances(rtol=RTOL[operator.dtype])
         vectors.fill(self._right, right)
-        self._solution.set(0.0)
         # PETSc sets a preconditioner up again if its Mat has changed, and reads options then.
         with options_database(self._options, self._unread), self._shell.of(operator):
             if transposed and not self.symmetric:
@@ -187,8 +184,6 @@ class KrylovSolver:
                 "ksp_type, ksp_max_it or preconditioner, or give nullspace= if A is singular"
             )
         solution = vectors.view(self._solution, (right.numel(),)).clone()
-        if self.space is not None:
-            solution = self.space.removed(solution)
         self._check(name, right, (operator.transposed_times if transposed else operator.times)(solution), operator)
         return solution
 
@@ -197,7 +192,7 @@ class KrylovSolver:
         rtol, atol, *_ = self._ksp.getTolerances()
         rest = right - image
         if self.space is not None:
-            rest = self.space.removed(rest)
+            right, rest = self.space.removed(right), self.space.removed(rest)
         left, size = _norm(self.comm, rest), _norm(self.comm, right)
         # Rounding may not allow for a smaller residual.
         allowed = max(_ABOVE_RTOL * rtol, 0.1 * math.sqrt(torch.finfo(operator.dtype).eps)) * size

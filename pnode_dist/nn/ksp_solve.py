@@ -38,9 +38,10 @@ class KSPSolve(nn.Module):
     - `preconditioner`: a `PETSc.Mat` near A, for a function. A Mat A is its own. The default PC is GAMG for a symmetric
       A, PETSc's own otherwise, and none without a Mat.
     - `options`: PETSc's options of the KSP, such as `ksp_rtol`, `ksp_max_it` or `pc_type`. Those of PETSc's command
-      line have no effect. The residual is at most `ksp_rtol` times b, in the 2-norm over all ranks; the default is
-      1e-10, and 1e-5 for a function of float32.
+      line have no effect. CG and GMRES end when the residual is at most `ksp_rtol` times b, in the 2-norm over all
+      ranks: 1e-10 by default, and 1e-5 for a function of float32. A residual above 100 times that is an error.
 
+    The solve computes in double precision in the host's memory, and a function in the type and on the device of b.
     A Mat is not copied. It may be changed between solves, but not between a solve and its backward pass.
     Raises `ConfigurationError` for a wrong argument or option.
     """
