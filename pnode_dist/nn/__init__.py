@@ -4,6 +4,7 @@ from pnode_dist.nn.conv import Conv1d as Conv1d
 from pnode_dist.nn.conv import Conv2d as Conv2d
 from pnode_dist.nn.conv import Conv3d as Conv3d
 from pnode_dist.nn.convert import convert as convert
+from pnode_dist.nn.ksp_solve import KSPSolve as KSPSolve
 from pnode_dist.nn.linear import Linear as Linear
 from pnode_dist.nn.message_passing import GraphConv as GraphConv
 from pnode_dist.nn.message_passing import MessagePassing as MessagePassing
@@ -13,6 +14,7 @@ from pnode_dist.nn.norm import BatchNorm3d as BatchNorm3d
 from pnode_dist.nn.norm import GlobalMean as GlobalMean
 from pnode_dist.nn.norm import GroupNorm as GroupNorm
 from pnode_dist.nn.norm import LayerNorm as LayerNorm
+from pnode_dist.nn.poisson import Poisson as Poisson
 from pnode_dist.nn.pool import AvgPool1d as AvgPool1d
 from pnode_dist.nn.pool import AvgPool2d as AvgPool2d
 from pnode_dist.nn.pool import AvgPool3d as AvgPool3d
@@ -37,12 +39,14 @@ __all__ = [
     "GlobalMean",
     "GraphConv",
     "GroupNorm",
+    "KSPSolve",
     "LayerNorm",
     "Linear",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
     "MessagePassing",
+    "Poisson",
     "SpectralConv2d",
     "Stack",
     "SyncBatchNorm",

@@ -210,7 +210,7 @@ def preparation(comm: MPI.Comm, kind: str = "solve") -> Preparation | Alone:
 def _described(call: str, facts: Facts, failure: tuple[str, str] | None = None) -> Description:
     found = dict(facts)
     summary = ""
-    if found:
+    if "method" in found:
         summary = f"method {found['method']}, {len(found['t'])} times, state {found['state']} {found['dtype']}"
     return Description(call, found, summary.replace("torch.", ""), agreement.place_in_program(), failure)
 

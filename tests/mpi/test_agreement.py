@@ -91,7 +91,7 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"method": "cn"},
         "options: rank 0: snes_rtol = 1e-09; {others}: none",
     ),
-    "last_only": ({"last_only": True}, {}, "last_only: rank 0: True; {others}: False"),
+    "last_only": ({"last_only": True}, {}, "outputs: rank 0: last; {others}: times"),
     "keep": (
         {"u0": initial(True), "trajectory": Trajectory(ram="1MiB", keep="solution")},
         {"u0": initial(True), "trajectory": Trajectory(ram="1MiB", keep="stages")},
