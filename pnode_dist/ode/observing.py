@@ -18,6 +18,7 @@ from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.observed import OfParts
+from pnode_dist.ode.rhs.products import added
 
 
 class _Observed(NamedTuple):
@@ -60,7 +61,7 @@ class Observing:
         if versions != [part._version for part in parts]:
             raise ConfigurationError("observe: it writes to the state: must return new tensors")
         if bound.watched:
-            bound.check(values, parts)
+            bound.check(values, parts, "observe")
         if bound.guard is not None:
             self.fingerprints[step] = _fingerprint(values)
         return tuple(value.detach() for value in values)
@@ -74,7 +75,7 @@ class Observing:
         self.cotangents = cotangents
         self.gradient, self.by_time = [None] * len(self.bound.parameters.tensors), {}
 
-    def pull_back(self, step: int, number: int | None, only: bool) -> Parts | None:
+    def pull_back(self, step: int, number: int | None, only: bool) -> Sequence[torch.Tensor | None] | None:
         """Pull the cotangents of output `number`, if it is one, back to the state before `step`. None is zero.
 
         `only`: the outputs have no axis of times. Collective if the observation is. Raises `RecomputationError` for an
@@ -91,7 +92,7 @@ class Observing:
         with bound.carried.aside(), torch.enable_grad():
             bound.carried.restore(mark)
             values = self.observe(when, leaves, *bound.args)
-        bound.check(values, (*leaves, when) if when.requires_grad else leaves)
+        bound.check(values, (*leaves, when) if when.requires_grad else leaves, "observe")
         if bound.guard is not None and step in self.fingerprints:
             bound.guard.compare_value(self.fingerprints[step], time, _real(values), "observe")
         wanted = (*leaves, *bound.parameters.tensors, *((when,) if when.requires_grad else ()))
@@ -107,20 +108,11 @@ class Observing:
             outputs, wanted, cotangents, allow_unused=True, retain_graph=bound.parameters.shares_graph
         )
         count = len(leaves)
-        self._add(products[count : count + len(self.gradient)])
+        own = products[count : count + len(self.gradient)]
+        self.gradient = added(self.gradient, own, self.layout.state_dtype)
         if when.requires_grad and products[-1] is not None:
             self.by_time[step] = products[-1].item()
-        return tuple(
-            torch.zeros_like(leaf) if product is None else product
-            for leaf, product in zip(leaves, products[:count], strict=True)
-        )
-
-    def _add(self, products: Sequence[torch.Tensor | None]) -> None:
-        for number, product in enumerate(products):
-            if product is not None:
-                old = self.gradient[number]
-                product = product.to(torch.promote_types(product.dtype, self.layout.state_dtype))
-                self.gradient[number] = product if old is None else old + product
+        return products[:count]
 
     def _when(self, time: float) -> torch.Tensor:
         return torch.tensor(time, dtype=self.layout.dtype, device=self.layout.device)

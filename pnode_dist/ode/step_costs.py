@@ -17,6 +17,7 @@ from pnode_dist.ode.recomputation.carried import Mark
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.rhs.products import added
 
 
 class StepEnds(NamedTuple):
@@ -29,10 +30,13 @@ class StepEnds(NamedTuple):
 
 
 class Pulled(NamedTuple):
-    """The gradient of the cost of a step with respect to the states at its ends, its size, times it, and its start."""
+    """The gradient of the cost of a step: with respect to the states at its ends, and its start. None is zero.
 
-    before: Parts
-    after: Parts
+    `by_size` is that with respect to its size, times the size.
+    """
+
+    before: Sequence[torch.Tensor | None]
+    after: Sequence[torch.Tensor | None]
     by_size: float
     by_start: float
 
@@ -81,7 +85,7 @@ class StepCosts:
         if versions != [part._version for parts in inputs for part in parts]:
             raise ConfigurationError("integrate: it writes to the state: must return new tensors")
         if bound.watched:
-            bound.check(values, ())
+            bound.check(values, (), "integrate")
         if bound.guard is not None:
             self.fingerprints[step] = fingerprint([value.detach() for value in values])
         self.totals = tuple(total + value.detach() for total, value in zip(self.totals, values, strict=True))
@@ -116,7 +120,7 @@ class StepCosts:
             bound.carried.restore(mark)
             values = self._of_step(start, length, starts, results)
         leaves = (*starts, *results, *((start, length) if bound.needs_time_gradient else ()))
-        bound.check(values, leaves)
+        bound.check(values, leaves, "integrate")
         if bound.guard is not None and step in self.fingerprints:
             found = tuple(value.detach() for value in values)
             bound.guard.compare_value(self.fingerprints[step], time, found, "integrate")
@@ -130,20 +134,14 @@ class StepCosts:
             (*leaves, *parameters.tensors),
             cotangents,
             allow_unused=True,
-            materialize_grads=True,
             retain_graph=parameters.shares_graph,
         )
-        self._add(products[len(leaves) :])
+        self.gradient = added(self.gradient, products[len(leaves) :], self.layout.state_dtype)
         count = len(starts)
-        by_start, by_size = (
-            (0.0, 0.0)
-            if not bound.needs_time_gradient
-            else (
-                products[2 * count].item(),
-                products[2 * count + 1].item() * size,
-            )
-        )
-        return Pulled(products[:count], products[count : 2 * count], by_size, by_start)
+        by_start = by_size = 0.0
+        if bound.needs_time_gradient:
+            by_start, by_size = (0.0 if one is None else one.item() for one in products[2 * count : len(leaves)])
+        return Pulled(products[:count], products[count : 2 * count], by_size * size, by_start)
 
     def _of_step(self, time: torch.Tensor, size: torch.Tensor, before: Parts, after: Parts) -> Parts:
         """Return the cost of a step, from its ends."""
@@ -166,12 +164,6 @@ class StepCosts:
                 f"{[tuple(total.shape) for total in self.totals]} before: must be the same at all times"
             )
         return tuple(value.to(self.layout.dtype) for value in values)
-
-    def _add(self, products: Sequence[torch.Tensor]) -> None:
-        for number, product in enumerate(products):
-            old = self.gradient[number]
-            product = product.to(torch.promote_types(product.dtype, self.layout.state_dtype))
-            self.gradient[number] = product if old is None else old + product
 
     def _inputs(self, state: Parts) -> Parts:
         return tuple(part.detach().to(self.layout.device, self.layout.dtype) for part in state)

@@ -23,7 +23,7 @@ from pnode_dist.ode.rhs import inner_derivatives
 from pnode_dist.ode.rhs.compute_dtype import NO_COPIES, ComputeCopies
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.ownership import owned
-from pnode_dist.ode.rhs.parameters import Parameters, completeness_check
+from pnode_dist.ode.rhs.parameters import Check, Parameters, completeness_check
 from pnode_dist.ode.rhs.separable import halves_of
 from pnode_dist.petsc import log
 from pnode_dist.system.torch_internals import root_edge, set_grad_enabled
@@ -96,7 +96,7 @@ class BoundFunction:
         self._kept = 0
 
     @cached_property
-    def check(self) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:
+    def check(self) -> Check:
         """The check that an evaluation depends on its inputs and the parameters alone. Most solves never need it."""
         return completeness_check(self.parameters)
 

@@ -43,7 +43,7 @@ class Form(NamedTuple):
 
 
 class _Seen:
-    """What an evaluation has shown. An object of its own, which is not restored with the values that h reads."""
+    """The form of the last value. An object of its own, which is not restored with the values that h reads."""
 
     form: Form | None = None
 

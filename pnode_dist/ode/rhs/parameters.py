@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -221,7 +221,15 @@ def _leaves_above(starts: Iterable[Edge], boundary: Set[Edge], seen: set[Any]) -
                 yield leaf
 
 
-def completeness_check(parameters: Parameters) -> Callable[[Sequence[torch.Tensor], Iterable[torch.Tensor]], None]:
+class Check(Protocol):
+    """A check of one evaluation of the function `name`, see `completeness_check`."""
+
+    def __call__(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor], name: str = "func") -> None:
+        """Raise `ValueError` for a parameter that was missed."""
+        ...
+
+
+def completeness_check(parameters: Parameters) -> Check:
     """Return a check of one evaluation: `check(outputs, inputs)` raises `ValueError` for a missed parameter.
 
     It walks the autograd graph of the evaluation to the inputs and the parameters. Any other leaf is a tensor that the
@@ -231,19 +239,19 @@ def completeness_check(parameters: Parameters) -> Callable[[Sequence[torch.Tenso
     known = {id(FIRST_TOKEN), *(id(tensor) for tensor in parameters.tensors)}
     boundary = {(tensor.grad_fn, tensor.output_nr) for tensor in parameters.tensors if tensor.grad_fn is not None}
 
-    def check(outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
+    def check(outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor], name: str = "func") -> None:
         expected = known.union(id(tensor) for tensor in inputs)
         edges = [(output.grad_fn, output.output_nr) for output in outputs if output.grad_fn is not None]
         direct = [output for output in outputs if output.grad_fn is None and output.requires_grad]
         for leaf in (*direct, *_leaves_above(edges, boundary, set())):
             if id(leaf) not in expected:
-                _refuse(leaf)
+                _refuse(leaf, name)
 
     return check
 
 
-def _refuse(leaf: torch.Tensor) -> None:
+def _refuse(leaf: torch.Tensor, name: str) -> None:
     raise ValueError(
-        f"func depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and was not found among its "
+        f"{name} depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and was not found among its "
         f"parameters: {HOW_TO_NAME_IT}"
     )

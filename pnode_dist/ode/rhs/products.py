@@ -192,6 +192,20 @@ class TangentMap:
         return tuple(results)
 
 
+def added(
+    sums: Sequence[torch.Tensor | None], products: Sequence[torch.Tensor | None], dtype: torch.dtype
+) -> list[torch.Tensor | None]:
+    """Return sums over parameters with one more product each, in `dtype` or a wider type; None is zero."""
+    found: list[torch.Tensor | None] = []
+    for old, product in zip(sums, products, strict=True):
+        if product is None:
+            found.append(old)
+            continue
+        product = product.to(torch.promote_types(product.dtype, dtype))
+        found.append(product if old is None else old + product)
+    return found
+
+
 def step_cotangents(found: Cotangents, offset: float) -> list[torch.Tensor | None]:
     """Return the cotangents of a step's size and start for one stage, `offset` later than the start of the step.
 

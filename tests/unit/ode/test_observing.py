@@ -221,7 +221,7 @@ def test_an_observation_that_differs_when_it_is_recomputed_is_refused() -> None:
         (lambda t, u: u.zero_(), ConfigurationError, "observe: it writes to the state"),
         (lambda t, u: u[: int(t * 10)], ValueError, r"shape \(4, 3\) at t = 0.4, and \(0, 3\) before"),
         (lambda t, u: u if t < 0.2 else (u,), TypeError, "at t = 0.4, and another form before"),
-        (lambda t, u: u * LOST[0], ValueError, "depends on a tensor of shape"),
+        (lambda t, u: u * LOST[0], ValueError, "observe depends on a tensor of shape"),
     ],
 )
 def test_an_observation_that_cannot_be_used_is_refused(observe: Any, error: type[Exception], text: str) -> None:
