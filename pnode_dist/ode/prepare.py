@@ -177,7 +177,9 @@ def _prepared_with(
         took = automatic.next_solve(solver.stepper.comm)
         settings = settings if automatic.compiles else replace(settings, compiler=None)
     # Older releases of torch cannot order the exchanges of f in compiled code.
-    compiles_steps = table.family in ("rk", "symplectic") and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
+    compiles_steps = newton == "batch" or (
+        table.family in ("rk", "symplectic") and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
+    )
     surroundings, carried = None, NOTHING_CARRIED
     if needs_gradient or (compiles_steps and settings.compiler is not None):
         surroundings = Surroundings.now(whole, args, layout.device)
@@ -187,12 +189,11 @@ def _prepared_with(
         copies.args,
         replace(parameters, tensors=copies.of(parameters.tensors)) if copies.by_original else parameters,
         copies,
-        {} if compiles_steps or settings.compiler is None else settings.compiler.compiled(func, table, newton),
+        {} if compiles_steps or settings.compiler is None else settings.compiler.compiled(func, table),
         watched=torch.is_grad_enabled() and not needs_gradient,
         needs_time_gradient=needs_time_gradient,
         checks_parameters=solver.checks_parameters(),
         carried=carried,
-        whole=None if settings.compiler is None or newton == "petsc" else settings.compiler.whole,
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(

@@ -294,8 +294,8 @@ class Solve:
         stepper.bind(self.bound)
         self.bound.smooth_interval = None if self.grid is None or not self.grid.steps else self.grid.smooth_interval(0)
         stepper.fingerprints, stepper.fingerprint = self.guard is not None, None
-        if isinstance(stepper, ExplicitStepper):
-            stepper.compiled = self.compiled
+        if isinstance(stepper, ExplicitStepper | BatchedStepper):
+            stepper.use_compiled(self.compiled)
 
     def unbind(self) -> None:
         """Unbind the right-hand side: f may lead to PETSc objects that hold the stepper, in a reference cycle."""

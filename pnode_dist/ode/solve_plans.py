@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -14,8 +16,11 @@ from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.ode.probe import measured_tape, probe
 from pnode_dist.ode.segments import SegmentGrid, divided_into_segments
 from pnode_dist.ode.solve import Solve
+from pnode_dist.ode.steppers.batched import BatchedStepper
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
+from pnode_dist.ode.steppers.traced_explicit import traced_explicit
+from pnode_dist.ode.steppers.traced_implicit import traced_implicit
 from pnode_dist.petsc import log
 
 _MOST_JOINED, _JOINED_BYTES = 8, 2**25
@@ -100,9 +105,9 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
     counts = solve.bound.counts()
     steps, segment = solve.steps.steps, solve.divided.longest
     if solver.tape_bytes is None:
-        if solve.bound.whole is not None:
-            # Newton's method is compiled here, because torch.func cannot be traced while saved tensors are counted.
-            stepper.advance(first)
+        if isinstance(stepper, BatchedStepper) and solve.compiled is not None:
+            # Compiled here, because torch.func cannot be traced while saved tensors are counted.
+            stepper.record(first, budget.level)
             stepper.current.set(solve.initial)
             solve.bound.count_from(counts)
             solve.carried.restart()
@@ -152,25 +157,36 @@ def compile_attempts(solve: Solve) -> None:
 
 def _compile(solve: Solve, start: float, size: float, attempts: bool) -> int:
     """Compile steps from `start` by `size`. Returns the largest number of steps of a segment, 1 if not compiled."""
-    stepper = solve.solver.stepper
-    if solve.compiler is None or not isinstance(stepper, ExplicitStepper):
+    stepper, compiler = solve.solver.stepper, solve.compiler
+    if compiler is None or not isinstance(stepper, ExplicitStepper | BatchedStepper):
         return 1
-    layout, tableau, func, records = stepper.layout, stepper.scheme, solve.bound.func, solve.keeps_trajectory
-    compiler, comm = solve.compiler, stepper.comm
+    layout, func, records, comm = stepper.layout, solve.bound.func, solve.keeps_trajectory, stepper.comm
+    if isinstance(stepper, ExplicitStepper):
+        scheme: Any = stepper.scheme
+        state, make = stepper.current.parts, partial(traced_explicit, func, layout, scheme, records, attempts)
+        longest = None
+    else:
+        scheme = stepper.to_compile()
+        state, make = (stepper.joined_state,), partial(traced_implicit, scheme, *stepper.limits_and_mass)
+        # A segment holds the states of the stages of all of its steps.
+        longest = max(_JOINED_BYTES // max(scheme.solved_stages * state[0].nbytes, 1), 1)
+    if not state[0].numel():
+        return 1
     # In another mode, such as that of training, f may do what cannot be compiled.
     modes = tuple(module.training for module in func.modules()) if isinstance(func, nn.Module) else ()
     compiled = compiler.once(
-        (id(func), modes, layout, tableau, comm.size > 1, records, attempts),
+        (id(func), modes, layout, scheme, comm.size > 1, records, attempts),
         func,
-        lambda: CompiledSegments(compiler, func, layout, tableau, records, attempts),
+        lambda: CompiledSegments(compiler, make(), layout.device, records, attempts),
     )
     if comm.allreduce(compiled is None, MPI.LOR) or compiled is None:
         return 1
-    most = compiled.prepare(comm, solve.bound, stepper.current.parts, start, size)
+    most = compiled.prepare(comm, solve.bound, state, start, size)
     if not most:
         return 1
-    solve.compiled = stepper.compiled = compiled
-    return most
+    solve.compiled = compiled
+    stepper.use_compiled(compiled)
+    return most if longest is None else min(most, comm.allreduce(longest, MPI.MIN))
 
 
 def joined(solve: Solve, plan: Plan) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Hashable
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from pnode_dist.ode.methods import Method
 from pnode_dist.ode.rhs.automatic_compilation import AutomaticCompilation
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.split import SplitFunction
-from pnode_dist.system.torch_internals import backend_of, compiler_errors, configure_compiler, find_cpp_compiler
+from pnode_dist.system.torch_internals import backend_of, configure_compiler, find_cpp_compiler
 
 _log = logging.getLogger(__name__)
 _Made = TypeVar("_Made")
@@ -41,7 +41,6 @@ class Compiler:
         # The values hold the functions, so that their `id` is not reused.
         self._made: dict[int, tuple[Function, Any]] = {}
         self._segments: dict[Hashable, tuple[Any, Any]] = {}
-        self._whole: dict[Any, Callable[..., Any]] = {}
 
     def __reduce__(self) -> tuple[type[Compiler], tuple[str, bool]]:
         # Copies and pickles of a module compile again.
@@ -78,21 +77,20 @@ class Compiler:
         )
         # The calls of kernels are C++ too, or are captured once.
         options = {"cpp_wrapper": True} if device.type == "cpu" else {"triton.cudagraphs": True}
-        backend = transform(backend_of(self._backend, options, {torch.ops.aten.tanh.default: _tanh}))
+        backend = transform(backend_of(self._backend, options, _DECOMPOSITIONS))
         made: Callable[..., Any] = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
         return made
 
-    def compiled(self, func: Function, method: Method, newton: str = "petsc") -> dict[int, Function]:
+    def compiled(self, func: Function, method: Method) -> dict[int, Function]:
         """Return the compiled functions of the parts of `func`, by the identity of the part.
 
-        With PETSc's Newton method (`newton`) a part that the method treats implicitly is not compiled: products with
-        its Jacobian are derivatives of vector-Jacobian products, which compiled code lacks. Raises
-        `ConfigurationError` if no part is left.
+        A part that PETSc treats implicitly is not compiled: products with its Jacobian are derivatives of
+        vector-Jacobian products, which compiled code lacks. Raises `ConfigurationError` if no part is left.
         """
         parts: tuple[Function, ...] = (func,)
         if method.family == "arkimex" and isinstance(func, SplitFunction):
             parts = (func.implicit, func.explicit)
-        if method.implicit and newton == "petsc":
+        if method.implicit:
             if len(parts) == 1:
                 raise ConfigurationError(
                     f"compile: method = {method.name!r} treats all of f implicitly, which takes second derivatives "
@@ -105,44 +103,6 @@ class Compiler:
             if id(part) not in self._made:
                 self._made[id(part)] = (part, torch.compile(part, backend=self._backend, dynamic=False))
         return {id(part): self._made[id(part)][1] for part in parts}
-
-    def whole(self, key: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
-        """Return the method that `make()` returns compiled without breaks, once for each key; None without a compiler.
-
-        The function returns None where it cannot be compiled as a whole, such as code with exchanges. torch's log
-        reports it.
-        """
-        if not self._works:
-            return None
-        if key not in self._whole:
-            compiled = torch.compile(_own_code(make()), backend=self._backend, dynamic=False, fullgraph=True)
-            self._whole[key] = _none_if_not_whole(compiled)
-        return self._whole[key]
-
-
-def _own_code(method: Any) -> Callable[..., Any]:
-    """Return the method with a code object of its own: torch limits the versions of one code object."""
-    function = method.__func__
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
-    return MethodType(own, method.__self__)
-
-
-def _none_if_not_whole(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    errors = compiler_errors()
-    works = True
-
-    def called(*args: Any) -> Any:
-        nonlocal works
-        if not works:
-            return None
-        try:
-            return compiled(*args)
-        except errors as error:
-            works = False
-            _log.warning("compile: Newton's method runs uncompiled: %s", str(error).strip().partition("\n")[0])
-            return None
-
-    return called
 
 
 def _tanh(x: torch.Tensor) -> Any:
@@ -158,6 +118,17 @@ def _tanh(x: torch.Tensor) -> Any:
     above = x * (((square + 378) * square + 17325) * square + 135135)
     below = ((28 * square + 3150) * square + 62370) * square + 135135
     return torch.where(small, above, torch.sign(x) * (1 - power)) / torch.where(small, below, 1 + power)
+
+
+def _select_copy(x: torch.Tensor, axis: int, index: int) -> torch.Tensor:
+    """Return x[..., index, ...] along an axis: a loop over steps calls torch's own outside of the compiled code."""
+    return torch.select(x, axis, index).clone()
+
+
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.tanh.default: _tanh,
+    torch.ops.aten.select_copy.int: _select_copy,
+}
 
 
 def _has_cpp_compiler() -> bool:

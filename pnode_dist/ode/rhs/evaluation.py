@@ -55,7 +55,6 @@ class BoundFunction:
     `logs`: PETSc's log is active.
     `differentiates`: f has differentiated with respect to tensors that its state was computed from. This is detected
     where `watches` is true, except during a backward pass (`in_backward`).
-    `whole` compiles a function of tensors without breaks, see `Compiler.whole`; None if nothing is compiled.
     `batches`: products of several vectors with f's derivative are taken at once; False where torch cannot.
     `coupled`: samples of the state depend on one another; None if unknown so far (see `BatchedStepper`).
     `needs_graph`: f differentiates inside with respect to its state (see `inner_derivatives`); None if unknown so far.
@@ -74,7 +73,6 @@ class BoundFunction:
     logs: bool = field(default_factory=log.logging)
     differentiates: bool = False
     in_backward: bool = False
-    whole: Callable[[Any, Callable[[], Callable[..., Any]]], Callable[..., Any] | None] | None = None
     batches: bool = True
     coupled: bool | None = None
     carried: Carried = NOTHING_CARRIED

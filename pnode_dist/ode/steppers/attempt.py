@@ -190,7 +190,7 @@ def attempted(
     stepper: ExplicitStepper, time: float, size: float, end: float, records: bool, first: First | None
 ) -> Attempt | CompiledAttempt:
     """Begin an attempt, see `Attempt`: compiled if the steps of the solve are."""
-    if stepper.compiled is not None and stepper.runs_compiled(Segment(0, (time,), (end - time,))):
+    if stepper.runs_compiled(Segment(0, (time,), (end - time,))):
         return CompiledAttempt(stepper, time, size, records, first)
     return Attempt(stepper, time, size, end, records, first)
 

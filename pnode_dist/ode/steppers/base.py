@@ -175,7 +175,7 @@ class Stepper(ABC):
 
 
 class SingleStepper(Stepper):
-    """A stepper that takes and reverses one step at a time. Its tapes are of segments of one step."""
+    """A stepper that takes and reverses one step at a time. All of its steps have as many entries on a tape."""
 
     @abstractmethod
     def step(self, number: int, time: float, size: float, tape: Tape | None = None, level: str = "graph") -> None:
@@ -202,17 +202,23 @@ class SingleStepper(Stepper):
 
     def record(self, segment: Segment, level: str) -> Tape:
         """See `Stepper.record`."""
-        (time,), (size,) = segment.starts, segment.sizes
         tape: Tape = []
-        self.step(segment.first, time, size, tape, level)
+        for number, (time, size) in enumerate(zip(segment.starts, segment.sizes, strict=True), start=segment.first):
+            self.step(number, time, size, tape, level)
         return tape
 
     def pull_back(self, segment: Segment, tape: Tape) -> list[tuple[float, float]]:
         """See `Stepper.pull_back`."""
-        (time,), (size,) = segment.starts, segment.sizes
-        self.adjoint_step(segment.first, time, size, tape)
-        bound = self.callbacks.bound
-        return [self.take_time_gradients()] if bound is not None and bound.needs_time_gradient else []
+        bound, steps = self.callbacks.bound, len(segment)
+        entries, found = len(tape) // steps, []
+        assert entries * steps == len(tape)
+        for number in reversed(range(steps)):
+            own = tape[number * entries :]
+            del tape[number * entries :]
+            self.adjoint_step(segment.first + number, segment.starts[number], segment.sizes[number], own)
+            if bound is not None and bound.needs_time_gradient:
+                found.append(self.take_time_gradients())
+        return found[::-1]
 
 
 class ErrorsOfFunc:

@@ -20,18 +20,21 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.mass import MassMatrix
 from pnode_dist.ode.rhs.split import SplitFunction
+from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.additive_tableau import AdditiveTableau, petsc_tableau, theta_tableau
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
 from pnode_dist.ode.steppers.base import PetscOptions, SingleStepper, options_database, set_from_options
 from pnode_dist.ode.steppers.batched_newton import NewtonTolerances
 from pnode_dist.ode.steppers.batched_problem import BatchProblem, are_coupled
 from pnode_dist.ode.steppers.batched_samples import Split, mass_blocks
+from pnode_dist.ode.steppers.batched_segment import BatchedSegments
 from pnode_dist.ode.steppers.batched_step import advance, pull_back, record
-from pnode_dist.ode.steppers.compiled_stage import compiled_stage
+from pnode_dist.ode.steppers.compiled_segment import CompiledSegments, CompiledTape, between_jumps
 from pnode_dist.ode.steppers.current_state import TensorState
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
 from pnode_dist.ode.steppers.implicit_ts import chosen_method, newton_tolerances, set_type, theta_variant
 from pnode_dist.ode.steppers.tape import Tape, stages_of
+from pnode_dist.ode.steppers.traced_implicit import ImplicitStep
 
 
 class BatchedStepper(SingleStepper):
@@ -68,7 +71,101 @@ class BatchedStepper(SingleStepper):
         self._other_has_begun = False
         self._sums = AdjointSums(layout, len(parameter_sizes))
         self._problem: BatchProblem | None = None
+        self._compiled: BatchedSegments | None = None
         self.error: BaseException | None = None
+
+    def to_compile(self) -> ImplicitStep:
+        """Return what a compiled step is traced of."""
+        problem = self._problem
+        assert problem is not None
+        split = Split(problem.samples, problem.widths)
+        return ImplicitStep(problem.implicit, problem.explicit, self.layout, problem.tableau, split)
+
+    def use_compiled(self, compiled: CompiledSegments | None) -> None:
+        """Take segments by compiled code from now on, where it converges."""
+        self._compiled = None
+        if compiled is not None:
+            self._compiled = BatchedSegments(compiled, self.to_compile(), self._tolerances, self.comm)
+
+    @property
+    def limits_and_mass(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Newton's tolerances and the blocks of the mass matrix."""
+        return self._tolerances.limits, self._mass
+
+    @property
+    def joined_state(self) -> torch.Tensor:
+        """The current state as `[sample, component]`."""
+        assert self._problem is not None
+        return self._problem.joined(self.current.parts)
+
+    def advance(self, segment: Segment) -> None:
+        """See `Stepper.advance`."""
+        if self._runs_compiled(segment):
+            assert self._compiled is not None
+            self.stepping = True
+            try:
+                after = self._compiled.advance(self._bound, segment, self.joined_state)
+            finally:
+                self.stepping = False
+            if after is not None:
+                self._set_after(after)
+                return
+        super().advance(segment)
+
+    def record(self, segment: Segment, level: str) -> Tape:
+        """See `Stepper.record`. A compiled segment at the level "stages" has the state before it for a tape."""
+        if self._runs_compiled(segment):
+            assert self._compiled is not None
+            before, tape = self.joined_state, None
+            self.stepping = True
+            try:
+                if level == "stages":
+                    after = self._compiled.advance(self._bound, segment, before)
+                    tape = CompiledTape((before,))
+                elif (found := self._compiled.record(self._bound, segment, before)) is not None:
+                    after, tape = found
+            finally:
+                self.stepping = False
+            if tape is not None and after is not None:
+                self._set_after(after)
+                return [tape]
+        return super().record(segment, level)
+
+    def pull_back(self, segment: Segment, tape: Tape) -> list[tuple[float, float]]:
+        """See `Stepper.pull_back`."""
+        recorded = tape[0]
+        if not isinstance(recorded, CompiledTape):
+            return super().pull_back(segment, tape)
+        tape.clear()
+        problem, sums, batch = self._problem, self._sums, self._compiled
+        assert problem is not None
+        assert batch is not None
+        bound = problem.bound
+        self.stepping = True
+        try:
+            if not recorded.roots:
+                again = batch.record(bound, segment, recorded.start[0])
+                assert again is not None, "a recomputed segment converges as before"
+                recorded = again[1]
+            adjoint = (problem.joined(sums.adjoint),)
+            (before,), parameters, by_times = batch.compiled.pull_back(bound, recorded, adjoint)
+        finally:
+            self.stepping = False
+        sums.add_to_gradient([*parameters, *((None, None) if bound.needs_time_gradient else ())])
+        sums.adjoint = list(problem.parts(before))
+        return by_times
+
+    def _runs_compiled(self, segment: Segment) -> bool:
+        return self._compiled is not None and not self._is_coupled and between_jumps(self._bound, self.layout, segment)
+
+    def _set_after(self, state: torch.Tensor) -> None:
+        """Make the result of a compiled segment the current state."""
+        problem = self._problem
+        assert problem is not None
+        # Compiled code has compared all entries of the derivative with its blocks.
+        problem.bound.coupled = False
+        self._set(problem, state)
+        self._store_fingerprint(self.current.parts)
 
     def step(
         self,
@@ -228,22 +325,16 @@ class BatchedStepper(SingleStepper):
             implicit, explicit = bound.func.implicit, bound.func.explicit
         else:
             tableau = tableau.without_explicit_part
-        samples, widths = self._split
-        stage = None
-        if bound.whole is not None and self.comm.size == 1:
-            stage = compiled_stage(bound.whole, implicit, self.layout, samples, widths)
         return BatchProblem(
             bound,
             self.layout,
             self.comm,
-            samples,
-            widths,
+            *self._split,
             implicit,
             explicit,
             tableau,
             self._mass,
             self._tolerances,
-            stage,
         )
 
     def _set(self, problem: BatchProblem, state: torch.Tensor) -> None:
@@ -257,9 +348,6 @@ class BatchedStepper(SingleStepper):
         counts = bound.counts()
         bound.coupled = are_coupled(problem, time + size / 3, size, state)
         bound.count_from(counts)
-        if bound.coupled:
-            # PETSc's Newton method takes second derivatives, which compiled code lacks.
-            bound.compiled = {key: made for key, made in bound.compiled.items() if key != id(problem.implicit)}
         if bound.coupled and self._only:
             raise ConfigurationError(
                 "newton = 'batch': the derivative of func has entries between samples of the state (its first axis): "

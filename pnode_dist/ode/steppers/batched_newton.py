@@ -157,7 +157,7 @@ def solve(
             # A direction of old factors may not reduce the residual at all: begin again where it began.
             share = torch.where(worse, share / 2 if was_fresh else torch.zeros_like(share), 1.0)
             shortest = float(share.min()) if was_fresh and share.numel() else 1.0
-            if _largest(-shortest, comm) > -_SHORTEST:
+            if largest(-shortest, comm) > -_SHORTEST:
                 return _failed(y, iteration, "DIVERGED_LINE_SEARCH", residual)
             origin = torch.where(worse, origin, y)
             before = torch.where(worse.squeeze(-1), before if was_fresh else 2 * before, norms)
@@ -183,12 +183,13 @@ def _worst(done: torch.Tensor, norms: torch.Tensor, before: torch.Tensor, comm: 
 
     0 if all have converged on all ranks. Not finite if a residual is not.
     """
-    found = float(torch.where(done, 0.0, norms / before).amax()) if norms.numel() else 0.0
+    return largest(float(torch.where(done, 0.0, norms / before).amax()) if norms.numel() else 0.0, comm)
+
+
+def largest(value: float, comm: MPI.Comm) -> float:
+    """Return the largest value of all ranks, infinite if one is no number. Collective."""
     # MPI does not define the maximum of numbers that are not.
-    return _largest(math.inf if math.isnan(found) else found, comm)
-
-
-def _largest(value: float, comm: MPI.Comm) -> float:
+    value = math.inf if math.isnan(value) else value
     if comm.size == 1:
         return value
     buffer = np.array([value])

@@ -13,7 +13,8 @@ from pnode_dist.ode.rhs.evaluation import BoundFunction, Function, StageGraph
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.additive_tableau import AdditiveTableau
 from pnode_dist.ode.steppers.batched_newton import NewtonTolerances
-from pnode_dist.ode.steppers.compiled_stage import ROUNDING, CompiledStage
+from pnode_dist.ode.steppers.batched_samples import parts_of
+from pnode_dist.ode.steppers.traced_implicit import ROUNDING
 from pnode_dist.petsc import vectors
 
 
@@ -37,17 +38,11 @@ class BatchProblem:
     tableau: AdditiveTableau
     mass: torch.Tensor | None
     tolerances: NewtonTolerances
-    compiled: CompiledStage | None = None
 
     @property
     def components(self) -> int:
         """The number of components of a sample."""
         return sum(self.widths)
-
-    def inside(self, when: float) -> float:
-        """Return a time for compiled code: inside the interval between jumps, see `SmoothInterval`."""
-        interval = self.bound.smooth_interval
-        return when if interval is None else interval.number_inside(when, self.layout.compute_dtype)
 
     def joined(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Return parts of a state, or of a product with f's derivative, as `[sample, component]`. None is zero."""
@@ -61,11 +56,7 @@ class BatchProblem:
 
     def parts(self, states: torch.Tensor) -> Parts:
         """Return the parts of a state `[sample, component]`, in PETSc's scalar type."""
-        shapes = self.layout.shapes
-        if len(shapes) == 1:
-            return (states.reshape(shapes[0]),)
-        pieces = torch.split(states, list(self.widths), dim=1)
-        return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
+        return parts_of(states, self.layout, self.widths)
 
     def inputs(self, states: torch.Tensor) -> Parts:
         """Return the parts of a state in f's floating type and on its device."""
@@ -121,12 +112,6 @@ def are_coupled(problem: BatchProblem, when: float, size: float, states: torch.T
     """
     generator = torch.Generator().manual_seed(problem.comm.rank)
     vector = torch.rand(states.shape, dtype=states.dtype, generator=generator).add_(0.5)
-    if problem.compiled is not None:
-        found = problem.compiled.transposed(
-            problem.inside(when), size, states, vector, problem.mass, problem.bound.args
-        )
-        if found is not None:
-            return False
     graph = problem.bound.graph(problem.implicit, problem.layout, when, problem.inputs(states))
     blocks = jacobians(problem, graph)
     (product,) = transposed_products(problem, graph, vector.unsqueeze(0))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from pnode_dist.ode.rhs.layout import StateLayout
+from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.mass import MassMatrix
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.petsc import vectors
@@ -30,6 +30,14 @@ def split_of(layout: StateLayout, partition: Partition | None) -> Split:
     if all(len(shape) > alone for shape in shapes) and len({shape[0] for shape in shapes}) == 1:
         return Split(shapes[0][0], tuple(math.prod(shape[1:]) for shape in shapes))
     return Split(1, layout.sizes)
+
+
+def parts_of(states: torch.Tensor, layout: StateLayout, widths: tuple[int, ...]) -> Parts:
+    """Return the parts of a state `[sample, component]`."""
+    if len(layout.shapes) == 1:
+        return (states.reshape(layout.shapes[0]),)
+    pieces = torch.split(states, list(widths), dim=1)
+    return tuple(piece.reshape(shape) for piece, shape in zip(pieces, layout.shapes, strict=True))
 
 
 def mass_blocks(mass: MassMatrix, layout: StateLayout, split: Split) -> torch.Tensor:

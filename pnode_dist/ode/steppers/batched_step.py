@@ -27,8 +27,8 @@ from pnode_dist.ode.steppers.batched_problem import (
     multiplied_transposed,
     value,
 )
-from pnode_dist.ode.steppers.compiled_stage import ROUNDING
 from pnode_dist.ode.steppers.tape import Stage
+from pnode_dist.ode.steppers.traced_implicit import ROUNDING
 
 _REFINEMENTS = 20
 
@@ -182,14 +182,6 @@ def _solved(
     factors: Factors | None,
 ) -> tuple[torch.Tensor, Factors | None]:
     """Return the state of a stage, and the factors of its equations. Raises `ConvergenceError` on all ranks."""
-    if problem.compiled is not None:
-        args, limits = problem.bound.args, problem.tolerances
-        quick = problem.compiled.newton(
-            problem.inside(when), reach, base, guess, limits.limits, limits.iterations, problem.mass, args
-        )
-        if quick is not None:
-            problem.bound.newton_iterations += quick[1]
-            return quick[0], None
     equations = StageEquations(
         partial(value, problem, problem.implicit, when),
         partial(linearised, problem, when),
@@ -266,13 +258,6 @@ def _solved_transposed(
     The blocks of J are a preconditioner: the residual is computed with f's own derivative, and the solution refined
     where samples depend on one another. Raises `ConvergenceError` on all ranks if the refinement does not converge.
     """
-    if problem.compiled is not None:
-        y, args = problem.joined(graph.inputs), problem.bound.args
-        with torch.no_grad():
-            quick = problem.compiled.transposed(problem.inside(graph.when), reach, y, side, problem.mass, args)
-        if quick is not None:
-            differentiated(graph, reach * quick[0], states=False)
-            return quick
     factors = factored(jacobians(problem, graph), reach, problem.mass)
     eps = torch.finfo(problem.layout.compute_dtype).eps
     nu = product = None

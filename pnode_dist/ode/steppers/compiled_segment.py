@@ -1,4 +1,4 @@
-"""Segments of explicit Runge-Kutta steps as one compiled function, forward and backward.
+"""Segments of steps as one compiled function, forward and backward.
 
 torch.compile traces the loop over the steps, with the stages and f inside it. Its guards and the Python code of a call
 are then paid once a segment. The code does not grow with the number of steps where torch compiles the loop itself.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,17 +17,12 @@ from mpi4py import MPI
 from torch.autograd.graph import GradientEdge
 
 from pnode_dist.ode.rhs.compiled import Compiler
-from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
+from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.products import pull_back
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.adjoint_sums import Products
-from pnode_dist.ode.steppers.explicit_step import Scheme
-from pnode_dist.ode.steppers.graph_tape import CannotJoinError, record_graph
-from pnode_dist.ode.steppers.stage_tape import STATE_WAS_WRITTEN
 from pnode_dist.ode.steppers.step_loop import Backend, looping, repeating
-from pnode_dist.ode.steppers.symplectic_step import Composition, traceable_step
-from pnode_dist.ode.steppers.tableau import Tableau
 from pnode_dist.system.compile_order import compile_in_turn
 from pnode_dist.system.torch_internals import (
     compiler_errors,
@@ -41,47 +36,60 @@ _SEGMENTS: tuple[tuple[Callable[[Backend], Backend], int], ...] = ((looping, 50)
 _ATTEMPT: tuple[tuple[Callable[[Backend], Backend], int], ...] = ((lambda backend: backend, 1),)
 """Ways to compile steps, the best one first, and the largest number of steps of each."""
 
-_Steps = Callable[[Parts, torch.Tensor, torch.Tensor, tuple[Any, ...]], Parts]
+Turns = tuple[torch.Tensor, ...]
+"""Tensors with one entry for each step of a segment. The first two are the starts and sizes of the steps."""
+Step = Callable[[Parts, Turns, tuple[Any, ...]], Parts]
+"""A step that torch can trace, see `step_loop`, as a function of the state, its turns and f's extra arguments."""
+
+
+def starts_and_sizes(segment: Segment) -> Turns:
+    """Return the turns of steps that need nothing but their times."""
+    return segment.tensors()
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """A step to compile, of which a segment has several.
+
+    `evaluations` and `vjps` are the numbers of those of f in a step and in its adjoint. `turns` makes the turns of a
+    segment, and `constants` come before f's extra arguments. `refusal` tells why the step cannot be compiled, given
+    the right-hand side, a state, and the start and size of a step; None if nothing is known against it. It is
+    collective if f is, and raises `RuntimeError` if f writes into its state.
+    """
+
+    run: Step
+    evaluations: int
+    vjps: int
+    refusal: Callable[[BoundFunction, Parts, float, float], str | None]
+    turns: Callable[[Segment], Turns] = starts_and_sizes
+    constants: tuple[Any, ...] = ()
 
 
 class CompiledTape(NamedTuple):
-    """The graph of a segment: its inputs, which are the state before it and the times of its steps, and its roots.
+    """The graph of a segment: its inputs, which are the state before it and the turns of its steps, and its roots.
 
     Without roots the graph is made when it is needed.
     """
 
     start: Parts
-    starts: torch.Tensor | None = None
-    sizes: torch.Tensor | None = None
+    turns: Turns = ()
     roots: tuple[GradientEdge, ...] = ()
 
 
 class CompiledSegments:
-    """The compiled segments of one right-hand side, layout and method, for solves with or without a gradient.
+    """The compiled segments of one step, for solves with or without a gradient.
 
-    With `attempts` they have one step each, whose slopes are known too, so that its error can be estimated.
+    With `attempts` they have one step each, whose further results are known too, so that its error can be estimated.
     `most` is the largest number of steps of a segment. It is 0 if the right-hand side cannot be compiled, None before
     the first call of `prepare`.
     """
 
     def __init__(
-        self,
-        compiler: Compiler,
-        func: Function,
-        layout: StateLayout,
-        tableau: Scheme,
-        records: bool,
-        attempts: bool = False,
+        self, compiler: Compiler, step: TracedStep, device: torch.device, records: bool, attempts: bool = False
     ) -> None:
-        self._layout, self._tableau, self._records, self.attempts = layout, tableau, records, attempts
-        self._stages = sum(tableau.counts)
-        self._evaluations = len(tableau.c) if attempts else self._stages
-        if isinstance(tableau, Composition):
-            self._step = traceable_step(func, layout, tableau)
-        else:
-            self._step = _step(func, layout, tableau, attempts)
-        self._compile = partial(compiler.compile, self._step, layout.device)
-        self._loops, self._run = False, self._step
+        self._step, self._records, self.attempts = step, records, attempts
+        self._compile = partial(compiler.compile, step.run, device)
+        self._loops, self._run = False, step.run
         self.most: int | None = None
 
     def prepare(self, comm: MPI.Comm, bound: BoundFunction, state: Parts, start: float, size: float) -> int:
@@ -93,8 +101,7 @@ class CompiledSegments:
         if comm.allreduce(self.most is None, MPI.LOR):
             counts = bound.counts()
             with bound.carried.aside():
-                take = _two_steps if self._records else _one_evaluation
-                reason = take(bound, self._layout, self._tableau, state, start, size)
+                reason = self._step.refusal(bound, state, start, size)
                 if bound.carried.has_changed():
                     reason = "func draws random numbers, or changes tensors or attributes"
                 reason = next(filter(None, comm.allgather(reason)), None)
@@ -125,58 +132,57 @@ class CompiledSegments:
 
     def advance(self, bound: BoundFunction, segment: Segment, state: Parts) -> Parts:
         """Return the state after the steps."""
-        return self._without_tape(bound, segment, state)[: len(state)]
+        return self.run(bound, state, self._step.turns(segment))[: len(state)]
 
     def record(self, bound: BoundFunction, segment: Segment, state: Parts) -> tuple[Parts, CompiledTape]:
         """Return the state after the steps, and their tape."""
-        found, tape = self._with_tape(bound, segment, state)
+        found, tape = self.run_with_tape(bound, state, self._step.turns(segment))
         return found[: len(state)], tape
 
     def attempt(
         self, bound: BoundFunction, segment: Segment, state: Parts, records: bool
     ) -> tuple[Parts, list[Parts], CompiledTape | None]:
         """Return the state after the only step, f at all of its stages, and its tape if it `records`."""
-        found, tape = self._with_tape(bound, segment, state) if records else (None, None)
-        found = self._without_tape(bound, segment, state) if found is None else found
+        turns = self._step.turns(segment)
+        found, tape = self.run_with_tape(bound, state, turns) if records else (self.run(bound, state, turns), None)
         parts = len(state)
         slopes = [found[first : first + parts] for first in range(parts, len(found), parts)]
         return found[:parts], slopes, tape
 
-    def _without_tape(self, bound: BoundFunction, segment: Segment, state: Parts) -> Parts:
-        bound.evaluations += self._evaluations * len(segment)
-        starts, sizes = segment.tensors()
+    def run(self, bound: BoundFunction, state: Parts, turns: Turns) -> Parts:
+        """Return the state after the steps, and the further results of all steps."""
+        bound.evaluations += self._step.evaluations * len(turns[0])
         with torch.no_grad():
-            return self._steps(bound, state, starts, sizes)
+            return self._steps(bound, state, turns)
 
-    def _with_tape(self, bound: BoundFunction, segment: Segment, state: Parts) -> tuple[Parts, CompiledTape]:
-        bound.evaluations += self._evaluations * len(segment)
-        starts, sizes = segment.tensors()
+    def run_with_tape(self, bound: BoundFunction, state: Parts, turns: Turns) -> tuple[Parts, CompiledTape]:
+        """Return what `run` returns, and the tape of the steps."""
+        bound.evaluations += self._step.evaluations * len(turns[0])
+        times = turns[:2]
         if bound.needs_time_gradient:
-            starts.requires_grad_()
-            sizes.requires_grad_()
+            for time in times:
+                time.requires_grad_()
         start = tuple(part.detach().requires_grad_() for part in state)
         before = torch.is_grad_enabled()
         set_grad_enabled(True)
         try:
-            result = self._steps(bound, start, starts, sizes)
+            result = self._steps(bound, start, turns)
         finally:
             set_grad_enabled(before)
         after = result[: len(state)]
-        bound.check_dependencies(after, (*start, starts, sizes))
-        tape = CompiledTape(start, starts, sizes, tuple(map(root_edge, after)))
+        bound.check_dependencies(after, (*start, *times))
+        tape = CompiledTape(start, turns, tuple(map(root_edge, after)))
         return tuple(part.detach() for part in result), tape
 
     def pull_back(
         self, bound: BoundFunction, tape: CompiledTape, adjoint: Sequence[torch.Tensor]
-    ) -> tuple[Products, Products, list[tuple[float, float]]]:
+    ) -> tuple[list[torch.Tensor], Products, list[tuple[float, float]]]:
         """Return the adjoint before the steps, their gradient with respect to parameters, and that to their times.
 
         The last has h dL/dh and dL/dt for each step, and is empty unless it was asked for.
         """
-        starts, sizes = tape.starts, tape.sizes
-        assert starts is not None
-        assert sizes is not None
-        bound.vjps += self._stages * len(sizes)
+        starts, sizes = tape.turns[:2]
+        bound.vjps += self._step.vjps * len(sizes)
         times = (sizes, starts) if bound.needs_time_gradient else ()
         found = pull_back(bound, tape.roots, (*tape.start, *bound.parameters.tensors, *times), adjoint)
         parts, last = len(tape.start), len(found) - len(times)
@@ -186,104 +192,43 @@ class CompiledSegments:
                 torch.zeros_like(time) if part is None else part for part, time in zip(found[last:], times, strict=True)
             )
             by_times = list(zip((by_size * sizes).tolist(), by_start.tolist(), strict=True))
-        return found[:parts], found[parts:last], by_times
+        before = [
+            torch.zeros_like(old) if new is None else new for old, new in zip(adjoint, found[:parts], strict=True)
+        ]
+        return before, found[parts:last], by_times
 
-    def _steps(self, bound: BoundFunction, state: Parts, starts: torch.Tensor, sizes: torch.Tensor) -> Parts:
-        if len(starts) > 1 and self._loops:
+    def _steps(self, bound: BoundFunction, state: Parts, turns: Turns) -> Parts:
+        if len(turns[0]) > 1 and self._loops:
             # One compilation serves all numbers of steps but one.
-            mark_length_as_dynamic(starts)
-            mark_length_as_dynamic(sizes)
+            for turn in turns:
+                mark_length_as_dynamic(turn)
+        args = (*self._step.constants, *bound.args)
         try:
             with traces_inner_derivatives():
-                return self._run(state, starts, sizes, bound.args)
+                return self._run(state, turns, args)
         except compiler_errors() as error:
             if not self.most:
                 raise
             # Values that func reads have changed too often, or to what cannot be compiled.
             text = f"compile: steps are no longer compiled, because {_in_a_line(error)}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-            self._run = self._one_by_one
-            return self._run(state, starts, sizes, bound.args)
+            self._run = self._step.run if self.attempts else self._one_by_one
+            return self._run(state, turns, args)
 
-    def _one_by_one(self, state: Parts, starts: torch.Tensor, sizes: torch.Tensor, args: tuple[Any, ...]) -> Parts:
-        for number in range(len(starts)):
-            state = self._step(state, starts[number:], sizes[number:], args)
-        return state
-
-
-def _step(func: Function, layout: StateLayout, tableau: Tableau, attempts: bool) -> _Steps:
-    """Return the first step of a segment as a function that torch can trace, see `step_loop`.
-
-    With `attempts` it also returns f at all stages, also at those that the result does not depend on.
-    """
-
-    # Plain values, because torch's compiler cannot look into the locks of cached properties.
-    is_tuple, shapes, device, dtype = layout.is_tuple, layout.shapes, layout.device, layout.compute_dtype
-    state_device, state_dtype, result_terms = layout.vec_device, layout.state_dtype, tableau.result_terms
-    stages = tuple(zip(tableau.c, tableau.counts, tableau.stage_terms, strict=True))
-
-    def step(state: Parts, starts: torch.Tensor, sizes: torch.Tensor, args: tuple[Any, ...]) -> Parts:
-        start, size = starts[0], sizes[0]
-        slopes: list[Parts] = []
-        for node, counts, terms in stages:
-            if not (counts or attempts):
-                slopes.append(())
-                continue
-            inputs = [part.to(device, dtype) for part in _sum(state, size, terms, slopes)]
-            time = (start + node * size).to(device, dtype)
-            value = func(time, tuple(inputs) if is_tuple else inputs[0], *args)
-            values = tuple(value) if is_tuple else (value,)
-            for part, shape in zip(values, shapes, strict=True):
-                if part.shape != shape or not part.dtype.is_floating_point:
-                    raise TypeError("func returned another shape or type than its state's")
-            slopes.append(tuple([part.to(state_device, state_dtype) for part in values]))
-        result = _sum(state, size, result_terms, slopes)
-        return (*result, *[part.detach() for slope in slopes for part in slope]) if attempts else result
-
-    return step
+    def _one_by_one(self, state: Parts, turns: Turns, args: tuple[Any, ...]) -> Parts:
+        further = []
+        for number in range(len(turns[0])):
+            results = self._step.run(state, tuple(turn[number:] for turn in turns), args)
+            further.append(results[len(state) :])
+            state = results[: len(state)]
+        return (*state, *[torch.stack(values) for values in zip(*further, strict=True)])
 
 
-def _sum(
-    state: Sequence[torch.Tensor], size: torch.Tensor, terms: Sequence[tuple[int, float]], slopes: list[Parts]
-) -> Parts:
-    """Return the state plus `size` times the weighted sum of slopes."""
-    result = []
-    for number, part in enumerate(state):
-        for stage, weight in terms:
-            part = part + (size * weight) * slopes[stage][number]
-        result.append(part)
-    return tuple(result)
-
-
-def _two_steps(
-    bound: BoundFunction, layout: StateLayout, tableau: Scheme, state: Parts, start: float, size: float
-) -> str | None:
-    """Take two steps in one graph, uncompiled. Returns why this cannot be right, or None.
-
-    Raises `RuntimeError` if f writes into its state.
-    """
-    layout = replace(layout, state_dtype=layout.compute_dtype, vec_device=layout.device)
-    watches, bound.watches = bound.watches, True
-    try:
-        segment = Segment(0, (start, start), (size, size))
-        record_graph(bound, layout, tableau, segment, layout.inputs(state, copy=True))
-    except CannotJoinError:
-        return "func differentiates with respect to its own parameters"
-    finally:
-        bound.watches, bound.differentiates = watches, False
-    return None
-
-
-def _one_evaluation(
-    bound: BoundFunction, layout: StateLayout, tableau: Scheme, state: Parts, start: float, size: float
-) -> None:
-    """Evaluate f at a copy of the state, uncompiled. Raises `RuntimeError` if it writes into its state."""
-    with torch.inference_mode(False):
-        inputs = layout.inputs(state, copy=True)
-    versions = [part._version for part in inputs]
-    bound.value(bound.func, layout, start, inputs)
-    if [part._version for part in inputs] != versions:
-        raise RuntimeError(STATE_WAS_WRITTEN)
+def between_jumps(bound: BoundFunction, layout: StateLayout, segment: Segment) -> bool:
+    """Return True if compiled code may take these steps: it evaluates f at jumps too, on no certain side."""
+    interval, dtype = bound.smooth_interval, layout.compute_dtype
+    end = segment.starts[-1] + segment.sizes[-1]
+    return interval is None or (interval.holds(segment.starts[0], dtype) and interval.holds(end, dtype))
 
 
 def _error_of(call: Callable[[], None], comm: MPI.Comm) -> str | None:

@@ -24,7 +24,7 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
 from pnode_dist.ode.steppers.base import PetscOptions, Stepper, set_from_options
-from pnode_dist.ode.steppers.compiled_segment import CompiledSegments, CompiledTape
+from pnode_dist.ode.steppers.compiled_segment import CompiledSegments, CompiledTape, between_jumps
 from pnode_dist.ode.steppers.current_state import TensorState
 from pnode_dist.ode.steppers.explicit_step import Scheme, take_step
 from pnode_dist.ode.steppers.graph_tape import CannotJoinError, GraphTape, pull_back_graph, record_graph
@@ -111,11 +111,13 @@ class ExplicitStepper(Stepper):
             )
         self.bound = bound
 
+    def use_compiled(self, compiled: CompiledSegments | None) -> None:
+        """Take segments by compiled code from now on; None: as before."""
+        self.compiled = compiled
+
     def runs_compiled(self, segment: Segment) -> bool:
-        """Return True if compiled code may take these steps: it evaluates f at jumps too, on no certain side."""
-        interval, dtype = self.bound_function.smooth_interval, self.layout.compute_dtype
-        end = segment.starts[-1] + segment.sizes[-1]
-        return interval is None or (interval.holds(segment.starts[0], dtype) and interval.holds(end, dtype))
+        """Return True if compiled code may take these steps, and there is such code."""
+        return self.compiled is not None and between_jumps(self.bound_function, self.layout, segment)
 
     @property
     def joins(self) -> bool:
@@ -131,7 +133,8 @@ class ExplicitStepper(Stepper):
         state = self.current.parts
         self.stepping = True
         try:
-            if self.compiled is not None and self.runs_compiled(segment):
+            if self.runs_compiled(segment):
+                assert self.compiled is not None
                 state = self.compiled.advance(self.bound_function, segment, state)
             else:
                 state = self._without_tape(segment, state)
@@ -164,7 +167,8 @@ class ExplicitStepper(Stepper):
 
     def _with_tape(self, segment: Segment, before: Parts, level: str) -> tuple[Parts, Tape]:
         bound, layout = self.bound_function, self.layout
-        if self.compiled is not None and self.runs_compiled(segment):
+        if self.runs_compiled(segment):
+            assert self.compiled is not None
             if level == "stages":
                 return self.compiled.advance(bound, segment, before), [CompiledTape(before)]
             after, compiled = self.compiled.record(bound, segment, before)
@@ -203,10 +207,7 @@ class ExplicitStepper(Stepper):
         assert compiled is not None
         if not tape.roots:
             tape = compiled.record(bound, segment, tape.start)[1]
-        states, parameters, by_times = compiled.pull_back(bound, tape, sums.adjoint)
-        sums.adjoint = [
-            torch.zeros_like(old) if new is None else new for old, new in zip(sums.adjoint, states, strict=True)
-        ]
+        sums.adjoint, parameters, by_times = compiled.pull_back(bound, tape, sums.adjoint)
         sums.add_to_gradient([*parameters, *((None, None) if bound.needs_time_gradient else ())])
         return by_times
 

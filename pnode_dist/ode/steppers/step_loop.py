@@ -1,7 +1,7 @@
 """A traced step as several steps, before torch's compiler generates code of it.
 
 torch.compile traces one step, with everything that torch can trace in f. The backends here make the graph of a segment
-of it: a scan over the times of the steps, whose code does not grow with their number, or one copy of the step for each.
+of it: a scan over the turns of the step, whose code does not grow with their number, or one copy of the step for each.
 Exchanges between ranks have an order in the second form alone.
 """
 
@@ -18,24 +18,25 @@ from torch import fx
 from pnode_dist.system.torch_internals import scan_operator
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
-STATE, STARTS, SIZES = "state", "starts", "sizes"
-"""The names of the arguments of a step: the parts of the state, and the times of the steps `[steps]`.
+STATE, TURNS = "state", "turns"
+"""The names of the arguments of a step: the parts of the state, and tensors with an entry `[steps, ...]` for each step.
 
-The step reads the first entries of `starts` and `sizes` alone, and returns the parts of the state after it.
+The step reads the first entry of each of the latter alone. It returns the parts of the state after it, and may return
+further values: the function of several steps returns these of all steps, stacked.
 """
 
 
 def looping(backend: Backend) -> Backend:
-    """Return a backend of torch.compile that runs a traced step in a loop over the times, and compiles that."""
+    """Return a backend of torch.compile that runs a traced step in a loop over its turns, and compiles that."""
     return lambda step, inputs: backend(_scan(_Step(step)), inputs)
 
 
 def repeating(backend: Backend) -> Backend:
-    """Return a backend of torch.compile that runs a copy of a traced step for each of the times, and compiles that."""
+    """Return a backend of torch.compile that runs a copy of a traced step for each of its turns, and compiles that."""
 
     def compile_copies(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         step = _Step(graph)
-        number = step.placeholders.index(step.times[0])
+        number = step.placeholders.index(step.turns[0])
         return backend(_copies(step, int(inputs[number].shape[0])), inputs)
 
     return compile_copies
@@ -54,32 +55,38 @@ class _Step:
     @property
     def state(self) -> list[fx.Node]:
         """The parts of the state, in order."""
-        return sorted((node for node in self.placeholders if node.name.startswith(f"l_{STATE}_")), key=_part)
+        return self._of(STATE)
 
     @property
-    def times(self) -> list[fx.Node]:
-        """The times of the steps: their starts, if the step depends on them, and their sizes."""
-        return [node for node in self.placeholders if node.name in (f"l_{STARTS}_", f"l_{SIZES}_")]
+    def turns(self) -> list[fx.Node]:
+        """The inputs with an entry for each step that the step depends on, in order."""
+        return self._of(TURNS)
 
     @property
     def others(self) -> list[fx.Node]:
         """The inputs that are the same for all steps."""
-        own = {*self.state, *self.times}
+        own = {*self.state, *self.turns}
         return [node for node in self.placeholders if node not in own and node.users]
 
-    def copy_into(self, graph: fx.Graph, given: dict[fx.Node, fx.Node], entry: Callable[[fx.Node], fx.Node]) -> Any:
-        """Copy the step into a graph, and return the nodes of the state after it.
+    def _of(self, argument: str) -> list[fx.Node]:
+        """Return the inputs that are the entries of a tuple: `l_state_1_`."""
+        return sorted((node for node in self.placeholders if node.name.startswith(f"l_{argument}_")), key=_part)
 
-        `given` maps the inputs of the step to nodes of the graph. `entry` makes the node of the step's start or size.
+    def copy_into(
+        self, graph: fx.Graph, given: dict[fx.Node, fx.Node], entry: Callable[[fx.Node], fx.Node]
+    ) -> list[fx.Node]:
+        """Copy the step into a graph, and return the nodes of its results.
+
+        `given` maps the inputs of the step to nodes of the graph. `entry` makes the node of the step's own entry.
         """
-        nodes, times = dict(given), self.times
+        nodes, turns = dict(given), self.turns
         for node in self.module.graph.nodes:
             if node.op == "output":
                 results = [nodes[value] for value in node.args[0]]
-                assert len(results) == len(self.state), "a step returns the parts of the state"
+                assert len(results) >= len(self.state), "a step returns the parts of the state"
                 return results
-            if node.args and node.args[0] in times:
-                assert node.args[1:] == (0,), "a step reads the first times alone"
+            if node.args and node.args[0] in turns:
+                assert node.args[1:] == (0,), "a step reads the first entries alone"
                 nodes[node] = entry(node.args[0])
             elif node.op != "placeholder":
                 nodes[node] = graph.node_copy(node, nodes.__getitem__)
@@ -88,30 +95,36 @@ class _Step:
 
 def _scan(step: _Step) -> fx.GraphModule:
     body = fx.Graph()
-    inputs = {node: body.placeholder(node.name) for node in (*step.state, *step.times, *step.others)}
-    after = step.copy_into(body, inputs, inputs.__getitem__)
-    # torch 2.13 cannot generate code of a scan without an output of each turn.
-    each_turn = body.call_function(torch.neg, (inputs[step.times[-1]],))
-    body.output((*after, each_turn))
+    inputs = {node: body.placeholder(node.name) for node in (*step.state, *step.turns, *step.others)}
+    results = step.copy_into(body, inputs, inputs.__getitem__)
+    count = len(results)
+    if count == len(step.state):
+        # torch 2.13 cannot generate code of a scan without an output of each turn.
+        results = [*results, body.call_function(torch.neg, (inputs[step.turns[-1]],))]
+    body.output(tuple(results))
     graph = fx.Graph()
     given = {node: graph.node_copy(node) for node in step.placeholders}
-    lists = [[given[node] for node in nodes] for nodes in (step.state, step.times, step.others)]
+    lists = [[given[node] for node in nodes] for nodes in (step.state, step.turns, step.others)]
     scanned = graph.call_function(scan_operator(), (graph.get_attr("step"), *lists))
-    graph.output(tuple(graph.call_function(operator.getitem, (scanned, number)) for number in range(len(step.state))))
+    graph.output(tuple(graph.call_function(operator.getitem, (scanned, number)) for number in range(count)))
     return fx.GraphModule({"step": fx.GraphModule(step.module, body)}, graph)
 
 
 def _copies(step: _Step, count: int) -> fx.GraphModule:
     graph = fx.Graph()
     given = {node: graph.node_copy(node) for node in step.placeholders}
-    times = {node: given[node] for node in step.times}
+    turns = {node: given[node] for node in step.turns}
+    further: list[list[fx.Node]] = []
     for number in range(count):
-        entries = {node: graph.call_function(operator.getitem, (times[node], number)) for node in times}
-        given |= dict(zip(step.state, step.copy_into(graph, given, entries.__getitem__), strict=True))
-    graph.output(tuple(given[node] for node in step.state))
+        entries = {node: graph.call_function(operator.getitem, (turns[node], number)) for node in turns}
+        results = step.copy_into(graph, given, entries.__getitem__)
+        given |= dict(zip(step.state, results, strict=False))
+        further.append(results[len(step.state) :])
+    stacked = [graph.call_function(torch.stack, (list(values),)) for values in zip(*further, strict=True)]
+    graph.output((*[given[node] for node in step.state], *stacked))
     return fx.GraphModule(step.module, graph)
 
 
 def _part(node: fx.Node) -> int:
-    """Return the number of the part of the state that a placeholder stands for: `l_state_1_`."""
+    """Return the number of the entry that a placeholder stands for: `l_state_1_`."""
     return int(node.name.rstrip("_").rsplit("_", 1)[1])

@@ -126,7 +126,8 @@ def traceable_step(func: Any, layout: StateLayout, composition: Composition) -> 
     state_device, state_dtype, moves = layout.vec_device, layout.state_dtype, composition.moves
     halves = halves_of(func)
 
-    def step(state: Parts, starts: torch.Tensor, sizes: torch.Tensor, args: tuple[Any, ...]) -> Parts:
+    def step(state: Parts, turns: tuple[torch.Tensor, ...], args: tuple[Any, ...]) -> Parts:
+        starts, sizes = turns
         start, size = starts[0], sizes[0]
         for half, weight, node in moves:
             time = (start + node * size).to(device, dtype)
