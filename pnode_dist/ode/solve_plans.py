@@ -170,8 +170,6 @@ def _compile(solve: Solve, start: float, size: float, attempts: bool) -> int:
         state, make = (stepper.joined_state,), partial(traced_implicit, scheme, *stepper.limits_and_mass)
         # A segment holds the states of the stages of all of its steps.
         longest = max(_JOINED_BYTES // max(scheme.solved_stages * state[0].nbytes, 1), 1)
-    if not state[0].numel():
-        return 1
     # In another mode, such as that of training, f may do what cannot be compiled.
     modes = tuple(module.training for module in func.modules()) if isinstance(func, nn.Module) else ()
     compiled = compiler.once(
@@ -179,7 +177,8 @@ def _compile(solve: Solve, start: float, size: float, attempts: bool) -> int:
         func,
         lambda: CompiledSegments(compiler, make(), layout.device, records, attempts),
     )
-    if comm.allreduce(compiled is None, MPI.LOR) or compiled is None:
+    is_empty = longest is not None and not state[0].numel()
+    if comm.allreduce(compiled is None or is_empty, MPI.LOR) or compiled is None:
         return 1
     most = compiled.prepare(comm, solve.bound, state, start, size)
     if not most:

@@ -24,14 +24,17 @@ TIGHT = {"snes_rtol": 1e-14, "snes_atol": 1e-15, "snes_stol": 1e-15}
 
 @pytest.mark.parametrize("samples", [5, 1], ids=["uneven", "some ranks own nothing"])
 @pytest.mark.parametrize("method", at_night(["beuler", "cn", "theta", "arkimex_3", "dirk_es324sal"], ["beuler"]))
-def test_a_batch_has_the_values_and_gradients_of_the_dense_solve(method: str, samples: int, mesh: Mesh) -> None:
+@pytest.mark.parametrize("compile", at_night([False, "aot_eager"], [False]))
+def test_a_batch_has_the_values_and_gradients_of_the_dense_solve(
+    method: str, samples: int, compile: bool | str, mesh: Mesh
+) -> None:
     partition = BatchPartition(mesh, samples, (3,))
     network, whole = StiffNetwork(), random(samples, 3).requires_grad_()
     parameters = list(network.parameters())
     serial = odeint_implicit(network, whole, TIMES, ORACLES[method], STEP_SIZE)
     wanted = torch.autograd.grad(torch.sin(serial).sum(), [whole, *parameters])
     local = partition.scatter(whole).requires_grad_()
-    node = NeuralODE(network, method=method, step_size=STEP_SIZE, partition=partition, options=TIGHT)
+    node = NeuralODE(network, method=method, step_size=STEP_SIZE, partition=partition, options=TIGHT, compile=compile)
     solution = node(local, TIMES)
     found = torch.autograd.grad(torch.sin(solution).sum(), [local, *parameters])
     (solver,) = node._solvers._solvers.values()

@@ -138,3 +138,51 @@ def test_too_many_versions_of_a_function_are_solved_uncompiled() -> None:
             rate = 0.1 * number + 0.05
             ends = node(u0, [0.0, 0.5], rate)[-1]
             assert torch.allclose(ends, u0 / (1 + 0.25 * rate) ** 2, rtol=1e-12), rate
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("keep", ["graph", "stages", "solution"])
+def test_all_levels_have_the_gradients_in_states_parameters_and_times(keep: str) -> None:
+    network, u0 = StiffNetwork(), random(4, 3)
+    parameters = list(network.parameters())
+    times = torch.tensor([0.0, 0.3, 0.8], dtype=torch.float64, requires_grad=True)
+    found = []
+    for compile in (False, "aot_eager"):
+        node = NeuralODE(
+            network,
+            method="cn",
+            step_size=0.1,
+            options=TIGHT,
+            newton="batch",
+            compile=compile,
+            trajectory={"keep": keep},
+        )
+        found.append(list(gradients(lambda u, node=node: node(u, times), u0, [*parameters, times])))
+    assert agree(found[1], found[0], 1e-12)
+
+
+@pytest.mark.nightly
+def test_stages_that_need_more_updates_are_solved_by_further_calls() -> None:
+    def func(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return -torch.exp(u) - 30 * u**3
+
+    u0, found, updates = 4 + random(4, 3), [], []
+    for compile in (False, "aot_eager"):
+        node = NeuralODE(func, method="beuler", step_size=1.0, options=TIGHT, newton="batch", compile=compile)
+        found.append(list(gradients(lambda u, node=node: node(u, [0.0, 2.0]), u0, [])))
+        updates.append(node.last_solve.newton_iterations)
+    assert agree(found[1], found[0], 1e-12)
+    # Two steps of nine updates in one call.
+    assert updates[1] > 18
+
+
+@pytest.mark.nightly
+def test_samples_that_begin_to_depend_on_one_another_are_noticed_at_every_stage() -> None:
+    def func(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return -3 * u + (t > 0.25).to(u.dtype) * torch.tanh(u.mean(0))
+
+    u0, found = random(4, 3), []
+    for compile in (False, "aot_eager"):
+        node = NeuralODE(func, method="beuler", step_size=0.1, options=TIGHT, compile=compile)
+        found.append(list(gradients(lambda u, node=node: node(u, [0.0, 0.2, 0.5]), u0, [])))
+    assert agree(found[1], found[0], 1e-11)
