@@ -24,6 +24,7 @@ def a_quarter(subject: Callable[..., Any]) -> Callable[..., Any]:
 
 
 SMALL: dict[str, dict[str, Any]] = {
+    "fft": {"POINTS": 64, "ROUNDS": 1},
     "halo": {"REPEATS": 1},
     "implicit": {"POINTS": 64, "_SYSTEMS": 8},
     "overhead": {"REPEATS": 1, "STEPS": (5, 10)},
