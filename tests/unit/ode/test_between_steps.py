@@ -383,13 +383,52 @@ def test_the_map_gets_the_extra_arguments_and_the_ends_of_the_steps() -> None:
     assert distance(gradient, 3 * 4.0 * U0.sum()) <= 1e-14
 
 
-def test_jumps_and_times_that_decrease_are_mapped_alike() -> None:
-    def plain(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        return FUNC(t, u)
+def test_at_a_jump_and_in_decreasing_time_the_map_gets_the_end_of_the_step_itself() -> None:
+    seen: list[float] = []
 
-    jumped = odeint(plain, U0, [1.0, 0.0], step_size=0.25, jumps=[0.5], between_steps=FILTER)
+    def between(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        seen.append(float(t))
+        return FILTER(t, u)
+
+    jumped = odeint(FUNC, U0, [1.0, 0.0], step_size=0.25, jumps=[0.5], between_steps=between)
     states = mapped_solve(explicit, FILTER, U0, in_equal_steps(torch.tensor([1.0, 0.0], dtype=D), 0.25))
     assert distance(jumped, torch.stack(states)) <= 1e-13
+    assert list(dict.fromkeys(seen))[:4] == [0.75, 0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("method", ["rk4", "cn"])
+def test_it_computes_in_the_type_of_u0_whatever_f_and_the_steps_have(method: str) -> None:
+    seen: set[torch.dtype] = set()
+
+    def between(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        seen.update({t.dtype, u.dtype})
+        return u * 0.5
+
+    u0 = U0.float().requires_grad_()
+    settings: dict[str, Any] = {"method": method, "compute_dtype": torch.float64, "between_steps": between}
+    last = odeint(lambda t, u: 0 * u, u0, [0.0, 1.0], step_size=0.25, save="last", **settings)
+    (gradient,) = torch.autograd.grad(last.sum(), u0)
+    assert seen == {torch.float32}
+    assert torch.equal(last.detach(), u0.detach() / 16)
+    assert torch.equal(gradient, torch.full_like(u0, 1 / 16))
+
+
+def test_inference_mode_has_the_same_states() -> None:
+    wanted = odeint(FUNC, U0, TIMES, step_size=STEP_SIZE, between_steps=FILTER).detach()
+    with torch.inference_mode():
+        assert torch.equal(odeint(FUNC, U0, TIMES, step_size=STEP_SIZE, between_steps=FILTER), wanted)
+
+
+def test_transforms_differentiate_with_respect_to_what_the_map_closes_over() -> None:
+    def last(strength: torch.Tensor) -> torch.Tensor:
+        def between(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+            return u - strength * torch.tanh(u)
+
+        return odeint(FUNC, U0, [0.0, 0.3], step_size=0.1, between_steps=between, save="last").sin().sum()
+
+    strength = torch.tensor(0.2, dtype=D, requires_grad=True)
+    (wanted,) = torch.autograd.grad(last(strength), strength)
+    assert distance(torch.func.grad(last)(strength.detach()), wanted) <= 1e-13
 
 
 def test_random_numbers_of_the_map_are_drawn_again_in_recomputed_steps() -> None:
