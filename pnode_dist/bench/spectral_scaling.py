@@ -22,7 +22,7 @@ PREDICTION_ERROR = 0.25
 EXACT = 48
 PROJECTED = (4, 16, 64, 256, 1024)
 PROJECTED_POINTS = 2048
-_COPIED, _COPIES = 2**22, 5
+_SLAB, _COPIES = (512, 1024, 4), 5
 _SMALLER = (8, 4, 2, 1)
 
 
@@ -126,14 +126,16 @@ def gradient_difference(step: SpectralStep) -> float:
 
 
 def packing_seconds() -> float:
-    """Return the seconds to copy a byte of a strided block twice: into a message, and out of another one."""
-    source = torch.zeros(2, _COPIED // 2, dtype=torch.complex64)
+    """Return the seconds to pack a byte of a slab's columns into a message, and to unpack one of its rows."""
+    slab = torch.zeros(*_SLAB, dtype=torch.complex64)
+    columns = slab[:, : _SLAB[1] // 2]
     fastest = math.inf
     for _ in range(_COPIES):
         began = time.perf_counter()
-        source.t().contiguous()
+        message = columns.contiguous()
+        columns.copy_(message)
         fastest = min(fastest, time.perf_counter() - began)
-    return 2 * fastest / (source.numel() * source.element_size())
+    return fastest / (columns.numel() * columns.element_size())
 
 
 def projected(model: SpectralModel, part: tuple[int, int]) -> list[Row]:
