@@ -30,6 +30,7 @@ def test_values_adjoints_and_counts_are_those_of_the_whole_field() -> None:
         assert (float(row["MB"]) == 0) == (COMM.size == 1)
 
 
+@pytest.mark.nightly
 def test_a_wrong_adjoint_is_not_within_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     product = bench._product
     calls = [0]

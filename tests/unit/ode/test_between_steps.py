@@ -20,6 +20,7 @@ from tests.oracles.implicit import BACKWARD_EULER, CRANK_NICOLSON, odeint_implic
 from tests.oracles.right_hand_sides import Network, distance, gradients, random
 from tests.oracles.runge_kutta import TABLEAUX
 from tests.oracles.symplectic import verlet
+from tests.tiers import at_night
 
 D = torch.float64
 TIMES, STEP_SIZE = [0.0, 0.4, 0.5, 1.0], 0.1
@@ -40,6 +41,7 @@ class Filter(nn.Module):
 
 
 FILTER = Filter()
+LEVELS = at_night(["graph", "stages", "solution"], but=["graph", "solution"])
 PARAMETERS = [*FUNC.parameters(), *FILTER.parameters()]
 Solved = tuple[torch.Tensor, ...]
 
@@ -114,7 +116,7 @@ IMPLICIT: dict[str, tuple[Step, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("level", ["graph", "stages", "solution"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", IMPLICIT)
 def test_an_implicit_solve_has_the_gradient_of_plain_torch(name: str, level: str) -> None:
     step, settings = IMPLICIT[name]
@@ -126,7 +128,7 @@ def test_an_implicit_solve_has_the_gradient_of_plain_torch(name: str, level: str
     assert distance(solved, by_hand) <= 1e-11
 
 
-@pytest.mark.parametrize("level", ["graph", "stages", "solution"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_symplectic_solve_of_a_pair_has_the_gradient_of_plain_torch(level: str) -> None:
     strength = torch.tensor(0.7, dtype=D, requires_grad=True)
 
@@ -179,7 +181,7 @@ ADAPTIVE: dict[str, tuple[Step, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("level", ["graph", "stages", "solution"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_accepted_steps_are_mapped_with_the_gradient_of_plain_torch(name: str, level: str) -> None:
     step, settings = ADAPTIVE[name]
@@ -218,12 +220,12 @@ COMPILED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", COMPILED.values(), ids=COMPILED)
-def test_compiled_steps_are_mapped_alike(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", at_night(COMPILED, but=["given steps", "error control"]))
+def test_compiled_steps_are_mapped_alike(name: str) -> None:
     def states(found: Any) -> torch.Tensor:
         return found if isinstance(found, torch.Tensor) else found.u + found.integral[:, None, None]
 
-    settings = {"between_steps": FILTER, **settings}
+    settings = {"between_steps": FILTER, **COMPILED[name]}
     plain, compiled = NeuralODE(FUNC, **settings), NeuralODE(FUNC, **settings, compile="eager")
     by_hand, solved = (
         gradients(lambda u, node=node: states(node(u, TIMES)), U0, PARAMETERS) for node in (plain, compiled)
@@ -231,7 +233,7 @@ def test_compiled_steps_are_mapped_alike(settings: dict[str, Any]) -> None:
     assert distance(solved, by_hand) <= 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_another_map_compiles_the_steps_anew() -> None:
     node = NeuralODE(FUNC, step_size=0.1, compile="eager", between_steps=lambda t, u: 0.5 * u)
     first = node(U0, TIMES)
@@ -269,7 +271,7 @@ def test_outputs_observations_and_the_last_state_are_those_after_the_map() -> No
         assert distance(last, gradients(lambda u: odeint(FUNC, u, TIMES, **settings)[-1], U0, PARAMETERS)) <= 1e-12
 
 
-@pytest.mark.parametrize("level", ["graph", "stages", "solution"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("method", ["rk4", "cn", "beuler"])
 def test_a_running_cost_is_that_of_the_steps_before_the_map(method: str, level: str) -> None:
     def cost(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -472,6 +474,26 @@ def test_its_tape_is_charged_to_the_budget() -> None:
         return node.last_solve.graph_bytes
 
     assert kept(between_steps=between) - kept() >= 10 * 4 * 4000 * 8
+
+
+def test_a_func_that_differentiates_later_on_is_refused_where_graphs_were_joined() -> None:
+    weight = torch.tensor(0.5, dtype=D, requires_grad=True)
+
+    def func(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        if t < 0.55:
+            return -weight * u
+        (slope,) = torch.autograd.grad((weight * weight * u.square()).sum(), weight, create_graph=True)
+        return -slope * u
+
+    def gradient(keep: str) -> torch.Tensor:
+        settings: dict[str, Any] = {"between_steps": lambda t, u: 0.9 * u, "trajectory": Trajectory(keep=keep)}
+        last = odeint(func, U0, [0.0, 1.0], step_size=0.1, save="last", **settings)
+        (found,) = torch.autograd.grad(last.sum(), weight)
+        return found
+
+    with pytest.raises(ConfigurationError, match=r"between_steps: at t = .* no common graph: use trajectory keep"):
+        gradient("auto")
+    assert bool(gradient("stages").isfinite())
 
 
 def _in_place(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
