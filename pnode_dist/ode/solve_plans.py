@@ -14,6 +14,7 @@ from pnode_dist.checkpointing.budget import CheckpointBudget, ScratchError, Slot
 from pnode_dist.checkpointing.plan import Plan, Plans, best, needs_costs
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.ode.probe import measured_tape, probe
+from pnode_dist.ode.rhs.between import function_of
 from pnode_dist.ode.segments import SegmentGrid, divided_into_segments
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.steppers.batched import BatchedStepper
@@ -112,7 +113,7 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
             solve.bound.count_from(counts)
             solve.carried.restart()
         with log.event(log.STEP, solve.logs):
-            tape, nbytes = measured_tape(stepper, solve.bound, first, budget.level)
+            tape, nbytes = measured_tape(stepper, solve.bound, first, budget.level, solve.between)
         solver.tape_bytes = -(-nbytes // len(first))
         solve.first_step = (stepper.current.array.copy(), tape)
         stepper.current.set(solve.initial)
@@ -126,7 +127,7 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
         solve.first_step = None
         solve.bound.count_from(counts)
         pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
-        solver.costs = probe(stepper, solve.bound, solve.initial, first, pools)
+        solver.costs = probe(stepper, solve.bound, solve.initial, first, pools, solve.between)
         solve.carried.restart()
     tape_bytes = solver.costs.levels[budget.level].bytes + solve.observed_bytes
     return best(budget, slots, steps, tape_bytes, solver.costs, segment, units)
@@ -161,20 +162,23 @@ def _compile(solve: Solve, start: float, size: float, attempts: bool) -> int:
     if compiler is None or not isinstance(stepper, ExplicitStepper | BatchedStepper):
         return 1
     layout, func, records, comm = stepper.layout, solve.bound.func, solve.keeps_trajectory, stepper.comm
+    between = solve.bound.between
     if isinstance(stepper, ExplicitStepper):
         scheme: Any = stepper.scheme
-        state, make = stepper.current.parts, partial(traced_explicit, func, layout, scheme, records, attempts)
+        state = stepper.current.parts
+        make = partial(traced_explicit, func, layout, scheme, records, attempts, between)
         longest = None
     else:
         scheme = stepper.to_compile()
         state, make = (stepper.joined_state,), partial(traced_implicit, scheme, *stepper.limits_and_mass)
-        # A segment holds the states of the stages of all of its steps.
-        longest = max(_JOINED_BYTES // max(scheme.solved_stages * state[0].nbytes, 1), 1)
+        # A segment holds the states of the stages of all of its steps. The map between steps comes after a segment.
+        longest = max(_JOINED_BYTES // max(scheme.solved_stages * state[0].nbytes, 1), 1) if between is None else 1
     # In another mode, such as that of training, f may do what cannot be compiled.
-    modes = tuple(module.training for module in func.modules()) if isinstance(func, nn.Module) else ()
+    functions = (func, *(() if between is None else (function_of(between),)))
+    modes = tuple(module.training for one in functions if isinstance(one, nn.Module) for module in one.modules())
     compiled = compiler.once(
-        (id(func), modes, layout, scheme, comm.size > 1, records, attempts),
-        func,
+        (*map(id, functions), modes, layout, scheme, comm.size > 1, records, attempts),
+        functions,
         lambda: CompiledSegments(compiler, make(), layout.device, records, attempts),
     )
     is_empty = longest is not None and not state[0].numel()

@@ -52,9 +52,9 @@ class TracedStep:
     """A step to compile, of which a segment has several.
 
     `evaluations` and `vjps` are the numbers of those of f in a step and in its adjoint. `turns` makes the turns of a
-    segment, and `constants` come before f's extra arguments. `refusal` tells why the step cannot be compiled, given
-    the right-hand side, a state, and the start and size of a step; None if nothing is known against it. It is
-    collective if f is, and raises `RuntimeError` if f writes into its state.
+    segment, and `constants` come before f's extra arguments. `maps`: the step ends with the map between steps. `refusal`
+    tells why the step cannot be compiled, given the right-hand side, a state, and the start and size of a step; None if
+    nothing is known against it. It is collective if f is, and raises `RuntimeError` if f writes into its state.
     """
 
     run: Step
@@ -62,6 +62,7 @@ class TracedStep:
     vjps: int
     refusal: Callable[[BoundFunction, Parts, float, float], str | None]
     turns: Callable[[Segment], Turns] = starts_and_sizes
+    maps: bool = False
     constants: tuple[Any, ...] = ()
 
 
@@ -80,6 +81,7 @@ class CompiledSegments:
     """The compiled segments of one step, for solves with or without a gradient.
 
     With `attempts` they have one step each, whose further results are known too, so that its error can be estimated.
+    `maps`: the steps end with the map between steps.
     `most` is the largest number of steps of a segment. It is 0 if the right-hand side cannot be compiled, None before
     the first call of `prepare`.
     """
@@ -88,6 +90,7 @@ class CompiledSegments:
         self, compiler: Compiler, step: TracedStep, device: torch.device, records: bool, attempts: bool = False
     ) -> None:
         self._step, self._records, self.attempts = step, records, attempts
+        self.maps = step.maps
         self._compile = partial(compiler.compile, step.run, device)
         self._loops, self._run = False, step.run
         self.most: int | None = None

@@ -10,7 +10,7 @@ between solves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mpi4py import MPI
@@ -118,6 +118,10 @@ class ExplicitStepper(Stepper):
     def runs_compiled(self, segment: Segment) -> bool:
         """Return True if compiled code may take these steps, and there is such code."""
         return self.compiled is not None and between_jumps(self.bound_function, self.layout, segment)
+
+    def maps(self, segment: Segment) -> bool:
+        """See `Stepper.maps`: compiled segments contain the map, compiled attempts do not."""
+        return self.compiled is not None and self.compiled.maps and self.runs_compiled(segment)
 
     @property
     def joins(self) -> bool:
@@ -234,6 +238,10 @@ class ExplicitStepper(Stepper):
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
         """See `Stepper.add_to_adjoint`. The first parts become the adjoint without a copy."""
         self._sums.add_to_adjoint(parts)
+
+    def change_adjoint(self, change: Callable[[Sequence[torch.Tensor]], Parts]) -> None:
+        """See `Stepper.change_adjoint`."""
+        self._sums.adjoint = list(change(self._sums.adjoint))
 
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`."""

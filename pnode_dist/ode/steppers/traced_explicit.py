@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,20 +21,28 @@ from pnode_dist.ode.steppers.tableau import Tableau
 
 
 def traced_explicit(
-    func: Function, layout: StateLayout, scheme: Scheme, records: bool, attempts: bool = False
+    func: Function,
+    layout: StateLayout,
+    scheme: Scheme,
+    records: bool,
+    attempts: bool = False,
+    between: Callable[..., Parts] | None = None,
 ) -> TracedStep:
-    """Return the step of a Runge-Kutta or symplectic method.
+    """Return the step of a Runge-Kutta or symplectic method, with the map `between` steps at its end.
 
-    With `attempts` it also returns f at all stages, also at those that the result does not depend on.
+    With `attempts` it has no map, and also returns f at all stages, also at those that the result does not depend on.
     """
     step: Step
     if isinstance(scheme, Composition):
         step = traceable_step(func, layout, scheme)
     else:
         step = _step(func, layout, scheme, attempts)
+    maps = between is not None and not attempts
+    if between is not None and not attempts:
+        step = _mapped(step, between, layout)
     stages = sum(scheme.counts)
     refusal = partial(_two_steps, layout, scheme) if records else partial(one_evaluation, layout)
-    return TracedStep(step, len(scheme.c) if attempts else stages, stages, refusal)
+    return TracedStep(step, len(scheme.c) if attempts else stages, stages, refusal, maps=maps)
 
 
 def _step(func: Function, layout: StateLayout, tableau: Tableau, attempts: bool) -> Step:
@@ -63,6 +71,19 @@ def _step(func: Function, layout: StateLayout, tableau: Tableau, attempts: bool)
         return (*result, *[part.detach() for slope in slopes for part in slope]) if attempts else result
 
     return step
+
+
+def _mapped(step: Step, between: Callable[..., Parts], layout: StateLayout) -> Step:
+    """Return the step with the map after it."""
+    device, dtype, state_device, state_dtype = layout.device, layout.dtype, layout.vec_device, layout.state_dtype
+
+    def mapped(state: Parts, turns: Turns, args: tuple[Any, ...]) -> Parts:
+        after = tuple([part.to(device, dtype) for part in step(state, turns, args)])
+        starts, sizes = turns
+        values = between((starts[0] + sizes[0]).to(device, dtype), after, *args)
+        return tuple([part.to(state_device, state_dtype) for part in values])
+
+    return mapped
 
 
 def _sum(
@@ -97,10 +118,12 @@ def _two_steps(
 
 
 def one_evaluation(layout: StateLayout, bound: BoundFunction, state: Parts, start: float, size: float) -> None:
-    """Evaluate f at a copy of the state, uncompiled. Raises `RuntimeError` if it writes into its state."""
+    """Evaluate f and the map at a copy of the state, uncompiled. Raises an error if one writes into its state."""
     with torch.inference_mode(False):
         inputs = layout.inputs(state, copy=True)
     versions = [part._version for part in inputs]
     bound.value(bound.func, layout, start, inputs)
     if [part._version for part in inputs] != versions:
         raise RuntimeError(STATE_WAS_WRITTEN)
+    if bound.between is not None:
+        bound.between_value(layout, start, tuple(part.to(layout.dtype) for part in inputs))

@@ -91,7 +91,7 @@ def traced_implicit(parts: ImplicitStep, limits: torch.Tensor, mass: torch.Tenso
         parts.tableau.stages,
         parts.refusal,
         parts.turns,
-        parts.constants(limits, mass),
+        constants=parts.constants(limits, mass),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pnode_dist import ConvergenceError, NeuralODE, SplitFunction
+from pnode_dist import ConvergenceError, NeuralODE, SplitFunction, Trajectory
 from tests.oracles.right_hand_sides import gradients, random
 from tests.oracles.stiff_right_hand_sides import Constrained, StiffNetwork
 from tests.tiers import at_night
@@ -155,7 +155,7 @@ def test_all_levels_have_the_gradients_in_states_parameters_and_times(keep: str)
             options=TIGHT,
             newton="batch",
             compile=compile,
-            trajectory={"keep": keep},
+            trajectory=Trajectory(keep=keep),
         )
         found.append(list(gradients(lambda u, node=node: node(u, times), u0, [*parameters, times])))
     assert agree(found[1], found[0], 1e-12)
