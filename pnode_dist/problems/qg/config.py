@@ -6,6 +6,9 @@ Nothing here imports torch or PETSc, so that a configuration is validated at onc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Operator = Literal["sharp", "gaussian"]
 
 
 @dataclass(frozen=True)
