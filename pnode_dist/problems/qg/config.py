@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from pnode_dist.config.definition import ModelTable
-from pnode_dist.config.tables import Count, Finite, ForecastRun, NotNegative, Positive
+from pnode_dist.config.tables import Count, EvaluationConfig, Finite, ForecastRun, NotNegative, Positive
 from pnode_dist.problems.common.tables import ComputedTable, Layers
 
 Points = Annotated[int, Field(ge=4, strict=True)]
@@ -214,8 +214,17 @@ class QGModelConfig(ModelTable):
         return value
 
 
+class QGEvaluationConfig(EvaluationConfig):
+    """The table `[evaluation]` of a quasi-geostrophic problem."""
+
+    free_run: NotNegative = 0.0
+    """Length of the runs that go on from the first held-out state with each closure, in hours, rounded down to whole
+    intervals. 0: none."""
+
+
 class QGRun(ForecastRun):
     """A whole configuration of a quasi-geostrophic problem."""
 
     problem: QGConfig
     model: QGModelConfig = QGModelConfig()
+    evaluation: QGEvaluationConfig = QGEvaluationConfig()
