@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from pnode_dist.problems.qg.closures import Scales, closure, scales_of
 from pnode_dist.problems.qg.data import FineRuns, partition_of
 from pnode_dist.problems.qg.free_runs import HOURS, FreeRun, free_run
 from pnode_dist.problems.qg.model import ForcingBatch, QGModel, ScaledTendency
-from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, SmallScaleFilter
+from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, ResolvedWaves, SmallScaleFilter
 
 if TYPE_CHECKING:
     from pnode_dist.problems.qg.config import QGRun
@@ -87,9 +88,31 @@ class QGProblem(ComputedProblem):
         _, deviation = moments(learnt, self.mesh)
         return Scaling(torch.zeros(len(LAYERS), dtype=torch.float64), deviation)
 
+    @cached_property
+    def resolved(self) -> ResolvedWaves:
+        """The projection on the waves in which states are compared.
+
+        Each step of the coarse model damps the others, and the filtered truth still has them.
+        """
+        return ResolvedWaves(self.partition)
+
+    @cached_property
+    def change(self) -> torch.Tensor:
+        """The root mean square change of each layer's resolved waves from sample to sample, `[layer]`, scaled."""
+        changes = self.resolved(self.samples.values.diff(dim=1))
+        squares: torch.Tensor = self.mesh.sum(changes.square().sum(dim=(0, 1, 2, 3)), over="state")
+        return (squares / (changes[..., 0, 0, 0].numel() * math.prod(self.partition.shape))).sqrt()
+
+    def _in_loss(self, error: torch.Tensor) -> torch.Tensor:
+        return self._resolved(error) / self.change.to(error.dtype)
+
+    def _resolved(self, error: torch.Tensor) -> torch.Tensor:
+        waves: torch.Tensor = self.resolved(error)
+        return waves
+
     def reported(self, error: torch.Tensor) -> torch.Tensor:
-        """Return errors in standard deviations, as states are."""
-        return error
+        """Return the resolved waves of errors, in standard deviations as states are. Collective on the state ranks."""
+        return self._resolved(error)
 
     def lead_time(self, batch: Windows, lead: int) -> dict[str, float]:
         """Return the column with the lead in days."""
@@ -179,7 +202,11 @@ class QGProblem(ComputedProblem):
         return ForcingBatch(self.samples, tuple(starts), initial, forcing)
 
     def loss(self, model: nn.Module, batch: Windows | ForcingBatch) -> torch.Tensor:
-        """Return this rank's share of the mean square error of states or forcing, in standard deviations."""
+        """Return this rank's share of the mean square error of the closure.
+
+        Online it is that of the states' resolved waves, in units of their change from sample to sample, and offline
+        that of the forcing, in standard deviations.
+        """
         if isinstance(batch, Windows):
             return super().loss(model, batch)
         deviation = torch.tensor(self.scales.forcing, dtype=batch.forcing.dtype)
