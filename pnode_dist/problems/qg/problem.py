@@ -32,7 +32,7 @@ from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, Resolved
 if TYPE_CHECKING:
     from pnode_dist.problems.qg.config import QGRun
 
-_HALO = 2
+_FCNN_HALO, _KERNEL = 2, 3
 
 
 class QGProblem(ComputedProblem):
@@ -59,8 +59,8 @@ class QGProblem(ComputedProblem):
     @property
     def _halo(self) -> int:
         """The widest halo of the closure."""
-        kernel = self.config.model.kernel
-        return _HALO if kernel is None else max(kernel // 2, 1)
+        model = self.config.model
+        return _FCNN_HALO if model.closure == "fcnn" else max((model.kernel or _KERNEL) // 2, 1)
 
     @cached_property
     def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,19 +100,18 @@ class QGProblem(ComputedProblem):
     def change(self) -> torch.Tensor:
         """The root mean square change of each layer's resolved waves from sample to sample, `[layer]`, scaled."""
         changes = self.resolved(self.samples.values.diff(dim=1))
-        squares: torch.Tensor = self.mesh.sum(changes.square().sum(dim=(0, 1, 2, 3)), over="state")
-        return (squares / (changes[..., 0, 0, 0].numel() * math.prod(self.partition.shape))).sqrt()
+        squares = self.mesh.sum(changes.square().sum(dim=(0, 1, 2, 3)), over="state")
+        change: torch.Tensor = (squares / (math.prod(changes.shape[:2]) * math.prod(self.partition.shape))).sqrt()
+        return change
 
     def _in_loss(self, error: torch.Tensor) -> torch.Tensor:
-        return self._resolved(error) / self.change.to(error.dtype)
-
-    def _resolved(self, error: torch.Tensor) -> torch.Tensor:
-        waves: torch.Tensor = self.resolved(error)
-        return waves
+        scaled: torch.Tensor = self.resolved(error) / self.change.to(error.dtype)
+        return scaled
 
     def reported(self, error: torch.Tensor) -> torch.Tensor:
         """Return the resolved waves of errors, in standard deviations as states are. Collective on the state ranks."""
-        return self._resolved(error)
+        waves: torch.Tensor = self.resolved(error)
+        return waves
 
     def lead_time(self, batch: Windows, lead: int) -> dict[str, float]:
         """Return the column with the lead in days."""
