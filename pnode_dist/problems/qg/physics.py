@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -138,16 +139,21 @@ def lengths(partition: GridPartition, parameters: QGParameters) -> tuple[float, 
 def initial_state(partition: GridPartition, amplitude: float, seed: int, number: int = 0) -> torch.Tensor:
     """Return this rank's block `[ny_local, nx_local, 2]`, float64, of the random q for `seed` and `number`, in 1/s.
 
-    As in pyqg the lower layer is at rest, and q of the upper one is noise that depends on x alone, uniform in
-    [0, `amplitude`), and noise of a tenth of it at each point. Each row has a generator of its own, so that the values
-    have the same bits for every number of ranks and every block. Not collective.
+    As in pyqg the lower layer is at rest, and q of the upper one is noise that depends on x alone, uniform over a range
+    of `amplitude`, and noise over a tenth of it at each point. Each row has a generator of its own and no mean, so that
+    the values have the same bits for every number of ranks and every block. Not collective.
     """
-    (_, nx), (rows, columns) = partition.shape, partition.owned
-    bands = np.random.default_rng([seed, number]).uniform(0.0, 1.0, nx)
-    upper = [
-        amplitude * (bands + np.random.default_rng([seed, number, 1 + row]).uniform(0.0, _NOISE, nx))
-        for row in range(*rows)
-    ]
+    rows, columns = partition.owned
+    bands = _noise(partition, [seed, number])
+    upper = [amplitude * (bands + _NOISE * _noise(partition, [seed, number, 1 + row])) for row in range(*rows)]
     q = torch.zeros(partition.local_shape, dtype=torch.float64)
-    q[..., 0] = torch.from_numpy(np.array(upper).reshape(-1, nx)[:, slice(*columns)])
+    for row, values in enumerate(upper):
+        q[row, :, 0] = torch.from_numpy(values[slice(*columns)])
     return q
+
+
+def _noise(partition: GridPartition, seed: list[int]) -> npt.NDArray[np.float64]:
+    """Return uniform noise along a whole row, with a range of 1 and no mean."""
+    values: npt.NDArray[np.float64] = np.random.default_rng(seed).uniform(0.0, 1.0, partition.shape[1])
+    values -= values.mean()
+    return values
