@@ -98,6 +98,13 @@ def values(state: Flow, parameters: QGParameters) -> dict[str, Array]:
     }
 
 
+def mean_energy(q: Array, parameters: QGParameters) -> float:
+    """Return the kinetic energy of the eddies of one state q `[ny, nx, 2]` in m2/s2, a mean over domain and depth."""
+    state = flow(q, parameters)
+    share = np.array([parameters.delta, 1.0]) / (1 + parameters.delta)
+    return float(((state.u**2 + state.v**2) / 2 * share).sum(-1).mean())
+
+
 def densities(state: Flow, parameters: QGParameters, forcing: Array | None = None) -> dict[str, Array]:
     """Return the densities of `SPECTRA`, `[2, ny, nx // 2 + 1]` for those of each layer, else `[ny, nx // 2 + 1]`.
 
