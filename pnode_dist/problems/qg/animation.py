@@ -68,8 +68,9 @@ def _frames(names: list[str], states: list[Any], days: Any) -> list[Image.Image]
             title.set_text(f"potential vorticity of the upper layer, day {day:.1f}")
             for image, values in zip(images, states, strict=True):
                 image.set_data(values[frame])
-            canvas.draw()
-            drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+            canvas.draw()  # type: ignore[no-untyped-call]
+            pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+            drawn = Image.fromarray(pixels[..., :3])
             if pictures:
                 pictures.append(drawn.quantize(palette=pictures[0], dither=Image.Dither.NONE))
             else:
