@@ -291,7 +291,7 @@ def _problem(
     model_error: ModelError | None,
 ) -> tuple[list[Resolved], torch.Tensor, tuple[float, ...]]:
     """Return the controls with those of model errors, the initial state, and the times of the errors."""
-    refuse_other_outputs(node.settings, "an inverse problem")
+    refuse_other_outputs(node.settings, "an inverse problem", takes_steps=False)
     if not observations:
         raise ConfigurationError("observations: must hold at least one")
     found = resolved(controls, node)

@@ -78,6 +78,14 @@ def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
         starts.append(step.start)
         sizes.append(step.size)
         solve.statistics.forward_steps += 1
+        end = step.start + step.size if step.stop is None else step.stop.time
+        if solve.between is not None:
+            segment, unmapped = Segment(step.number, (step.start,), (step.size,), end), stepper.current.kept()
+            if step.tape is None:
+                solve.between.advance(stepper, segment)
+            else:
+                step.tape.append(solve.between.record(stepper, segment, budget.level))
+            adaptive.state_changed(unmapped)
         if step.number == 0:
             solve.first_step_taken()
         if solve.guard is not None:
@@ -91,7 +99,6 @@ def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
         output_number = None if step.stop is None else step.stop.output
         if output_number is not None:
             ends[len(starts)] = output_number
-        end = step.start + step.size if step.stop is None else step.stop.time
         if solve.saving.saves(len(starts), output_number, output_number == last):
             solve.saved[len(starts)] = len(solve.saved)
             output(len(starts), end)
@@ -105,7 +112,7 @@ def adaptive_steps(solve: Solve, output: Callable[[int, float], None]) -> None:
         solve.statistics.rejected_steps += integrate(
             adaptive, stops, solve.control, before, after, solve.carried, enter
         )
-    solve.grid = TimeGrid(tuple(starts), tuple(sizes), ends, jumps)
+    solve.grid = TimeGrid(tuple(starts), tuple(sizes), ends, jumps, solve.times[-1])
     solve.divided = divided_into_segments(solve.grid, 1)
     if online is not None:
         solve.actions = online.reversal(len(starts), recorded=keeps_tapes)
@@ -123,7 +130,9 @@ def _most_tapes(solve: Solve, adaptive: AdaptiveStepper, slots: Slots) -> int:
         adaptive.begin(solve.control)
         span = solve.times[1] - solve.times[0]
         size = math.copysign(adaptive.first_size(solve.times[0], span), span)
-        _, solver.tape_bytes = measured_tape(stepper, solve.bound, Segment(0, (solve.times[0],), (size,)), "graph")
+        _, solver.tape_bytes = measured_tape(
+            stepper, solve.bound, Segment(0, (solve.times[0],), (size,)), "graph", solve.between
+        )
         stepper.current.set(solve.initial)
         solve.carried.restart()
         solve.bound.count_from(counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time as clock
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
     solve.solver.open()
     stepper = solve.solver.stepper
     steps = 0 if solve.grid is None else solve.grid.steps
-    segments, observing, costs = solve.divided, solve.observing, solve.costs
+    segments, observing, costs, between = solve.divided, solve.observing, solve.costs, solve.between
     of_integrals: Sequence[torch.Tensor | None] = ()
     if costs is not None:
         costs.start_adjoint()
@@ -49,6 +50,8 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
     stepper.start_adjoint()
     if observing is not None:
         observing.start_adjoint(cotangents)
+    if between is not None:
+        between.start_adjoint()
     if observing is not None or steps not in solve.saved:
         stepper.add_to_adjoint([None] * len(stepper.layout.shapes))
     solve.size_gradients, solve.start_gradients = [0.0] * steps, [0.0] * steps
@@ -88,7 +91,7 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
     stepper.current.release()
     safe_points.after_solve(stepper.comm)
     adjoint, gradients = stepper.end_adjoint([parameter.shape for parameter in solve.parameters])
-    for beside in (observing, costs):
+    for beside in (observing, costs, between):
         if beside is not None:
             gradients = with_further(gradients, beside.gradient)
     solve.unbind()
@@ -106,7 +109,9 @@ def backward_pass(solve: Solve, cotangents: Sequence[torch.Tensor | None]) -> Gr
     if not solve.bound.needs_time_gradient:
         return Gradients(states, parameters, ())
     found = [0.0] * len(solve.times)
-    by_time = {} if observing is None else observing.by_time
+    by_time = Counter({} if observing is None else observing.by_time)
+    if between is not None:
+        by_time.update(between.by_time)
     if steps > 0:
         found = gradient_wrt_times(solve.steps, solve.times, solve.size_gradients, solve.start_gradients, by_time)
     elif 0 in by_time:

@@ -253,6 +253,7 @@ def facts(
         ("options", _options(settings.options)),
         ("outputs", str(settings.saving)),
         ("observe", "none" if settings.observe is None else "given"),
+        ("between_steps", "none" if settings.between_steps is None else "given"),
         ("integrated parts", settings.uncontrolled),
         ("on_output", "none" if settings.on_output is None else "given"),
         ("on_mismatch", settings.on_mismatch),

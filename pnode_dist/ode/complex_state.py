@@ -76,8 +76,8 @@ class RealCall:
         return found if self.settings.observe is not None else self.form.complex(found)
 
 
-Kept = dict[ComplexForm, tuple[Function, Function]]
-"""Right-hand sides of real views that a model keeps between its calls, with those that they call."""
+Kept = dict[tuple[ComplexForm, str], tuple[Function, Function]]
+"""Functions of real views that a model keeps between its calls, with those that they call, by their names."""
 
 
 def real_call(func: Function, u0: Any, settings: CallSettings, kept: Kept | None = None) -> RealCall:
@@ -90,39 +90,47 @@ def real_call(func: Function, u0: Any, settings: CallSettings, kept: Kept | None
     if not any(flags):
         return RealCall(func, u0, settings, None)
     form = ComplexForm(flags, isinstance(u0, tuple | list))
-    known = None if kept is None else kept.get(form)
+    kept = {} if kept is None else kept
+    real = _of_real_views(func, form, "func", kept)
+    return RealCall(real, form.real(u0), _settings(settings, form, parts, kept), form)
+
+
+def _of_real_views(func: Function, form: ComplexForm, name: str, kept: Kept) -> Function:
+    """Return the function of real views around `func`, the same one as before if it is in `kept`."""
+    known = kept.get((form, name))
     if known is None or known[0] is not func:
-        known = func, wrapped(func, _OnRealViews(form), keeps_matrices=True)
-        if kept is not None:
-            kept[form] = known
-    return RealCall(known[1], form.real(u0), _settings(settings, form, parts), form)
+        known = kept[form, name] = func, wrapped(func, _OnRealViews(form, name), keeps_matrices=True)
+    return known[1]
 
 
 @dataclass(frozen=True)
 class _OnRealViews:
-    """The evaluation of a right-hand side of complex tensors at a state of real views."""
+    """The evaluation of a right-hand side of complex tensors at a state of real views. `name` is that in errors."""
 
     form: ComplexForm
+    name: str = "func"
 
     def __call__(self, func: Function, t: torch.Tensor, u: Any, args: tuple[Any, ...]) -> Any:
         """Return real views of the value. Raises `TypeError` or `ValueError` for a value that is not like u."""
         state = self.form.complex(u)
         value = func(t, state, *args)
         if not self.form.is_tuple:
-            return _real_rate(value, state)
+            return _real_rate(value, state, self.name)
         if not isinstance(value, tuple | list) or len(value) != len(state):
-            raise TypeError(f"func must return a tuple of {len(state)} tensors like u, got {type(value).__name__}")
+            raise TypeError(
+                f"{self.name} must return a tuple of {len(state)} tensors like u, got {type(value).__name__}"
+            )
         triples = zip(value, state, self.form.complex_parts, strict=True)
-        return tuple(_real_rate(rate, part) if is_complex else rate for rate, part, is_complex in triples)
+        return tuple(_real_rate(rate, part, self.name) if is_complex else rate for rate, part, is_complex in triples)
 
 
-def _real_rate(rate: Any, part: torch.Tensor) -> torch.Tensor:
+def _real_rate(rate: Any, part: torch.Tensor, name: str) -> torch.Tensor:
     if not isinstance(rate, torch.Tensor) or not rate.is_complex():
         found = rate.dtype if isinstance(rate, torch.Tensor) else type(rate).__name__
-        raise TypeError(f"func returned {found} for a part of {part.dtype}: du/dt of a complex part must be complex")
+        raise TypeError(f"{name} returned {found} for a part of {part.dtype}: that of a complex part must be complex")
     if rate.shape != part.shape:
         raise ValueError(
-            f"func returned shape {tuple(rate.shape)} for a state of shape {tuple(part.shape)}: du/dt must have the "
+            f"{name} returned shape {tuple(rate.shape)} for a state of shape {tuple(part.shape)}: it must have the "
             "shape of u"
         )
     return _as_real(rate)
@@ -133,7 +141,7 @@ def _as_real(value: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(value.resolve_conj())
 
 
-def _settings(settings: CallSettings, form: ComplexForm, parts: Sequence[torch.Tensor]) -> CallSettings:
+def _settings(settings: CallSettings, form: ComplexForm, parts: Sequence[torch.Tensor], kept: Kept) -> CallSettings:
     """Return the settings of the solve of real views."""
     if settings.compute_dtype not in _COMPUTE_TYPES:
         raise ConfigurationError(
@@ -146,6 +154,8 @@ def _settings(settings: CallSettings, form: ComplexForm, parts: Sequence[torch.T
         name: _OfViews(given, form) if callable(given := getattr(settings, name)) else given
         for name in ("observe", "integrate")
     }
+    if settings.between_steps is not None:
+        functions["between_steps"] = _of_real_views(settings.between_steps, form, "between_steps", kept)
     on_output = settings.on_output
     if on_output is not None and settings.observe is None:
         functions["on_output"] = lambda time, found: on_output(time, _complex_output(form, found))

@@ -21,6 +21,7 @@ from pnode_dist.ode.autograd.transforms import check_not_traced, transforming
 from pnode_dist.ode.coarse import finer_end, is_first_of_its_kind, warn_if_coarse
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.prepare import prepared, settings_of_tangents, usable_outside_inference
+from pnode_dist.ode.rhs.between import mapped
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
 from pnode_dist.ode.rhs.observed import in_form_of, observed, separated
@@ -46,7 +47,7 @@ def differentiable_solve(
 
     The outputs are states, or the observations that the settings ask for.
     """
-    whole = observed(func, settings.observe, isinstance(u0, tuple | list))
+    whole = with_functions(func, settings, isinstance(u0, tuple | list))
     if settings.integrate is not None and is_separate(settings):
         whole, settings = with_separate_cost(whole, settings, isinstance(u0, tuple | list))
     if settings.integrate is None:
@@ -67,6 +68,11 @@ def differentiable_solve(
         return None, solve
     own, integral = posed.separated(outputs)
     return Integrated(as_asked(own, solve, whole, layout, t), integral), solve
+
+
+def with_functions(func: Function, settings: CallSettings, is_tuple: bool) -> Function:
+    """Return `func` with the map between its steps and the observation of the settings. Raises `TypeError`."""
+    return observed(mapped(func, settings.between_steps, is_tuple), settings.observe, is_tuple)
 
 
 def as_asked(outputs: Parts, solve: Solve, func: Function, layout: StateLayout, t: Times) -> Any:
@@ -139,8 +145,8 @@ def _warn_if_step_is_too_long(
     plain, _ = separated(func)
     if isinstance(plain, WithTangent) or not is_first_of_its_kind(solve.solver, plain):
         return
-    if solve.consumer is not None or solve.saving.has_steps:
-        return  # There is nothing to compare, or whoever asks for the steps sees them.
+    if solve.consumer is not None or solve.saving.has_steps or solve.between is not None:
+        return  # There is nothing to compare, who asks for the steps sees them, or more steps are another solve.
     comm, size = solve.solver.stepper.comm, abs(solve.times[1] - solve.times[0])
     halved = replace(settings, step_size=size / 2, save="last", last_only=False, fixed_plan=None)
     finer = finer_end(

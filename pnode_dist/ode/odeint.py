@@ -23,13 +23,18 @@ from pnode_dist.ode.autograd.outside_graphs import outside_graphs
 from pnode_dist.ode.autograd.transforms import transforming
 from pnode_dist.ode.call_agreement import preparation
 from pnode_dist.ode.complex_state import Kept, RealCall, real_call
-from pnode_dist.ode.differentiable_solve import as_asked, differentiable_solve, outputs_of, transformed_call
+from pnode_dist.ode.differentiable_solve import (
+    as_asked,
+    differentiable_solve,
+    outputs_of,
+    transformed_call,
+    with_functions,
+)
 from pnode_dist.ode.kept_solvers import KeptSolvers, NoSolvers
 from pnode_dist.ode.prepare import prepared, settings_of_tangents
 from pnode_dist.ode.rhs.compiled import Compiler
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, layout_of
-from pnode_dist.ode.rhs.observed import observed
 from pnode_dist.ode.rhs.parameters import find_parameters, independent
 from pnode_dist.ode.rhs.tangent import checked_direction, stacked, with_tangent
 from pnode_dist.ode.running_cost import is_separate, with_cost, with_separate_cost
@@ -121,6 +126,11 @@ def odeint(
         a solve. If `t` has two times and neither `step_size` nor tolerances are given, a warning reports a step that is
         far too long. The first such solve evaluates `func` at two steps of half the size for this check. Steps also end
         at `jumps`, times at which func is not smooth, and func is evaluated on the step's side of them.
+
+        `between_steps` is a map m(t, u, *args) to a state like u, for a filter, a limiter or a projection. Its value
+        takes the place of u after each accepted step, t being the end of the step, before outputs are taken there.
+        Error control has looked at the step without it, and the next step evaluates func anew. The map has parameters
+        and communicates as func does, computes in the type of u0, and is differentiated exactly.
 
     Method
         `method` is one of `pnode_dist.ode.methods.METHODS`, by default `rk4`, or `dopri5` with error control. Methods
@@ -249,7 +259,7 @@ class NeuralODE(nn.Module):
             state, is_tuple = stacked(call.u0, call.inputs(u0_tangent))
             direction = checked_direction(parameter_tangents)
             preparing.later()
-        whole = observed(func, asked.observe, is_tuple)
+        whole = with_functions(func, asked, is_tuple)
         if self.settings.on_output is not None:
             raise ConfigurationError("on_output: must be None for tangents, which are returned with the outputs")
         if self.settings.integrate is not None:
@@ -327,7 +337,7 @@ class NeuralODE(nn.Module):
 
     def _posed(self, call: RealCall, t: Times, args: tuple[Any, ...]) -> tuple[Function, State, CallSettings]:
         """Return right-hand side, state and settings of a solve, with the observation and the running cost."""
-        whole = observed(call.func, call.settings.observe, isinstance(call.u0, tuple | list))
+        whole = with_functions(call.func, call.settings, isinstance(call.u0, tuple | list))
         if call.settings.integrate is None:
             return whole, call.u0, call.settings
         if is_separate(call.settings):

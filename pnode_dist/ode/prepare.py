@@ -23,12 +23,13 @@ from pnode_dist.ode.recomputation.carried import NOTHING_CARRIED, Carried, Known
 from pnode_dist.ode.recomputation.guard import check_policy
 from pnode_dist.ode.recomputation.surroundings import Surroundings
 from pnode_dist.ode.repeated import Repeated, split_options
+from pnode_dist.ode.rhs.between import check_one_step
 from pnode_dist.ode.rhs.compute_dtype import ComputeCopies, compute_copies
 from pnode_dist.ode.rhs.evaluation import BoundFunction, Function
 from pnode_dist.ode.rhs.fully_sharded import refuse_fully_sharded
 from pnode_dist.ode.rhs.layout import Parts, State, StateLayout, for_method, layout_of
 from pnode_dist.ode.rhs.mass import mass_matrix
-from pnode_dist.ode.rhs.observed import cost_of, in_form_of, separated
+from pnode_dist.ode.rhs.observed import between_of, cost_of, in_form_of, separated
 from pnode_dist.ode.rhs.parameters import find_parameters, independent, real_numbers
 from pnode_dist.ode.rhs.separable import check_pairs
 from pnode_dist.ode.rhs.split import MatrixFunction, SplitFunction
@@ -73,6 +74,7 @@ def _prepared_with(
 ) -> tuple[Solve, StateLayout, tuple[torch.Tensor, ...]]:
     whole = func
     func, observe = separated(whole)
+    between = between_of(whole)
     layout, parts = layout_of(u0, settings.compute_dtype)
     times = output_times(t)
     check_step_size(settings.step_size)
@@ -90,6 +92,8 @@ def _prepared_with(
         raise ConfigurationError("fixed_plan: steps with error control (rtol, atol) cannot be planned")
     table = methods.resolve(settings.method or ("rk4" if control is None else "dopri5"))
     check_pairs(layout, table, isinstance(func, WithTangent))
+    if between is not None:
+        check_one_step(table)
     layout = for_method(layout, table, settings.state_dtype)
     partition = settings.partition
     trajectory = budget.DEFAULT if settings.trajectory is None else settings.trajectory
@@ -137,7 +141,9 @@ def _prepared_with(
     linear = _matrix_part(func, table)
     made_of = object_key(func, mass, preconditioner)
     how = (newton, only_batch)
-    key = (Same(partition), layout, table, sizes, repr(options), trajectory, Same(trajectory.ledger), how, *made_of)
+    # The memory of a tape, which a solver keeps, depends on the map between steps.
+    same = Same(partition), Same(trajectory.ledger), Same(settings.between_steps)
+    key = (*same, layout, table, sizes, repr(options), trajectory, how, *made_of)
 
     def create() -> Solver:
         made = Solver.create(partition, layout, table, sizes, options, trajectory, mass, preconditioner, linear, *how)
@@ -193,6 +199,7 @@ def _prepared_with(
         checks_parameters=solver.checks_parameters(),
         carried=carried,
         whole=None if settings.compiler is None or newton == "petsc" else settings.compiler.whole,
+        between=None if between is None else in_compute_type(between, copies),
     )
     time_dtype = t.dtype if isinstance(t, torch.Tensor) else torch.float64
     solve = Solve(

@@ -21,7 +21,8 @@ from mpi4py import MPI
 from pnode_dist.checkpointing.costs import Costs, LevelCosts
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.checkpointing.store import SlotPool, SpillError
-from pnode_dist.ode.rhs.evaluation import BoundFunction, StageGraph, StageState
+from pnode_dist.ode.between_steps import BetweenSteps, reverse, take, take_with_tape
+from pnode_dist.ode.rhs.evaluation import BoundFunction, MapTape, StageGraph, StageState
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.base import Stepper
 from pnode_dist.ode.steppers.compiled_segment import CompiledTape
@@ -36,13 +37,15 @@ _NEVER = 1e9
 _MOST_STEPS_BETWEEN = 20
 
 
-def measured_tape(stepper: Stepper, bound: BoundFunction, segment: Segment, level: str) -> tuple[Tape, int]:
-    """Take a segment from the current state with a tape.
+def measured_tape(
+    stepper: Stepper, bound: BoundFunction, segment: Segment, level: str, between: BetweenSteps | None
+) -> tuple[Tape, int]:
+    """Take a segment from the current state with a tape, and the map between steps after it.
 
     Returns the tape, and its bytes on the rank with the largest one. Collective on the stepper's communicator.
     """
     with _saved_tensors() as found:
-        tape = stepper.record(segment, level)
+        tape = take_with_tape(stepper, segment, level, between)
     known = {_storage(tensor) for tensor in bound.constants}
     tensors = [held.tensor for held in (reference() for reference in found) if held is not None]
     saved = {storage: nbytes for storage, nbytes in map(_sized, tensors) if storage not in known}
@@ -50,6 +53,7 @@ def measured_tape(stepper: Stepper, bound: BoundFunction, segment: Segment, leve
         held = (*stage.inputs, *stage.values) if isinstance(stage, StageGraph) else ()
         held = stage.inputs if isinstance(stage, StageState) else held
         held = stage.start if isinstance(stage, CompiledTape) else held
+        held = stage.inputs if isinstance(stage, MapTape) else held
         saved.update(map(_sized, held))
     return tape, stepper.comm.allreduce(sum(saved.values()), MPI.MAX)
 
@@ -60,31 +64,36 @@ def probe(
     initial: tuple[torch.Tensor, ...],
     segment: Segment,
     pools: dict[Tier, SlotPool],
+    between: BetweenSteps | None,
 ) -> Costs:
     """Measure the first segment, from `initial`, and checkpoints in `pools`. The costs are those of a step. Collective.
+
+    `between` is the map between steps, None without one.
 
     The slot on disk is written once before it is timed. The stepper is left at the initial state.
     """
     counts = bound.counts()
     held: dict[str, int] = {}
     stepper.start_adjoint()
+    if between is not None:
+        between.start_adjoint()
     for level in _LEVELS:
         stepper.current.set(initial)
-        tape, held[level] = measured_tape(stepper, bound, segment, level)
+        tape, held[level] = measured_tape(stepper, bound, segment, level, between)
         stepper.add_to_adjoint([torch.ones_like(part) for part in stepper.current.parts])
-        stepper.pull_back(segment, tape)
+        reverse(stepper, segment, tape, between)
     steps: list[float] = []
     records: dict[str, list[float]] = {level: [] for level in _LEVELS}
     adjoints: dict[str, list[float]] = {level: [] for level in _LEVELS}
     # Interleaved, so that a slow moment of the machine affects all of them alike.
     for _ in _enough(stepper.comm):
         stepper.current.set(initial)
-        steps.append(_seconds(partial(stepper.advance, segment)))
+        steps.append(_seconds(partial(take, stepper, segment, between)))
         for level in _LEVELS:
             stepper.current.set(initial)
-            seconds, tape = _timed(partial(stepper.record, segment, level))
+            seconds, tape = _timed(partial(take_with_tape, stepper, segment, level, between))
             records[level].append(seconds)
-            adjoints[level].append(_seconds(partial(stepper.pull_back, segment, tape)))
+            adjoints[level].append(_seconds(partial(reverse, stepper, segment, tape, between)))
     count = len(segment)
     levels = {
         level: LevelCosts(-(-held[level] // count), _usual(records[level]) / count, _usual(adjoints[level]) / count)
@@ -100,7 +109,7 @@ def probe(
         def steps_of(count: int) -> None:
             stepper.current.set(initial)
             for _ in range(count):
-                stepper.advance(segment)
+                take(stepper, segment, between)
 
         write, read, overlapped = _disk(stepper, pools[Tier.DISK], _usual(steps), steps_of)
     bound.count_from(counts)

@@ -17,9 +17,10 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.call_agreement import preparation
 from pnode_dist.ode.kept_solvers import KeptSolvers
 from pnode_dist.ode.methods import resolve
+from pnode_dist.ode.rhs.between import MapBesideIntegral, Mapped
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, layout_of
-from pnode_dist.ode.rhs.observed import Costed, Flattened, Form, Observed, flattened, separated
+from pnode_dist.ode.rhs.observed import Costed, Flattened, Form, Observed, between_of, flattened, separated
 from pnode_dist.ode.settings import CallSettings, Times
 from pnode_dist.ode.solver import communicator
 
@@ -103,6 +104,7 @@ def with_cost(
     """
     with preparation(communicator(settings.partition)) as preparing:
         plain, observe = separated(func)
+        between = between_of(func)
         cost = _checked(settings.integrate)
         layout, parts = layout_of(u0)
         start = torch.as_tensor(t[0]).detach().to(layout.device, layout.dtype)
@@ -114,6 +116,8 @@ def with_cost(
         preparing.later()
     key = (id(plain), id(cost), layout.is_tuple)
     made: Function = solvers.once(key, lambda: WithCost(plain, cost, layout.is_tuple, len(parts)))
+    if between is not None:
+        made = Mapped(made, MapBesideIntegral(between, len(parts)))
     if observe is not None:
         made = Observed(made, _ObservedWithIntegral(observe, len(parts)))
     settings = replace(settings, integrate=None, uncontrolled=len(zeros))

@@ -6,7 +6,7 @@ A segment is the unit of checkpoints and tapes. No output lies inside one.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -17,14 +17,28 @@ from pnode_dist.ode.time_grid import TimeGrid
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps of size `sizes[i]` from the times `starts[i]`. The first one has the number `first`."""
+    """Steps of size `sizes[i]` from the times `starts[i]`. The first one has the number `first`.
+
+    `after` is the time at the end. It may differ in the last bit from that of the last step by its size.
+    """
 
     first: int
     starts: tuple[float, ...]
     sizes: tuple[float, ...]
+    after: float | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @property
+    def end(self) -> float:
+        """The time at the end."""
+        return self.starts[-1] + self.sizes[-1] if self.after is None else self.after
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The time at the end of each step."""
+        return (*self.starts[1:], self.end)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the starts and the sizes as tensors `[steps]`, in double precision on the host."""
@@ -54,7 +68,9 @@ class SegmentGrid:
 
     def __getitem__(self, number: int) -> Segment:
         first, last = self.bounds[number : number + 2]
-        return Segment(first, self.grid.starts[first:last], self.grid.sizes[first:last])
+        starts = self.grid.starts
+        after = starts[last] if last < self.grid.steps else self.grid.end
+        return Segment(first, starts[first:last], self.grid.sizes[first:last], after)
 
 
 def divided_into_segments(grid: TimeGrid, most: int, ends: Iterable[int] = ()) -> SegmentGrid:

@@ -100,6 +100,9 @@ class SolverSettings:
     observe: Observation | None = None
     """A function h(t, u, *args), whose values are returned in place of the states: a tensor, or a tuple or a dictionary
     of tensors. A solve then takes the memory of these. h may have parameters and may communicate."""
+    between_steps: Callable[..., Any] | None = None
+    """A map m(t, u, *args) to a state like u, whose value takes the place of the state after each accepted step; t is
+    the end of the step. A filter, a limiter or a projection: it may have parameters and may communicate."""
     integrate: Callable[..., Any] | None = None
     """A running cost r(t, u, *args), a tensor or several: a solve then returns `Integrated(u, integral)` with its
     integrals up to the output times, by the quadrature of an explicit or theta method. Error control leaves them
@@ -146,6 +149,7 @@ class SolverKeywords(TypedDict, total=False):
     last_only: bool
     save: Save
     observe: Observation | None
+    between_steps: Callable[..., Any] | None
     integrate: Callable[..., Any] | None
     on_output: Callable[[float, Any], None] | None
     on_mismatch: str
@@ -226,8 +230,16 @@ def without_control(settings: CallSettings) -> CallSettings:
     return replace(settings, **changes, adaptor="basic")
 
 
-def refuse_other_outputs(settings: SolverSettings, caller: str) -> None:
-    """Raise `ConfigurationError` for outputs other than the states at all output times, which `caller` needs."""
+def refuse_other_outputs(settings: SolverSettings, caller: str, takes_steps: bool = True) -> None:
+    """Raise `ConfigurationError` for outputs other than the states at all output times, which `caller` needs.
+
+    `takes_steps`: the caller evaluates the solution within steps, so there is no map between them either.
+    """
+    if takes_steps and settings.between_steps is not None:
+        raise ConfigurationError(
+            f"between_steps: {caller} has a solution within each step, which a map at its end would break: must be "
+            "None; odeint and NeuralODE take it"
+        )
     chosen = {"observe": None, "integrate": None, "on_output": None, "save": "times", "last_only": False}
     for name, default in chosen.items():
         value = getattr(settings, name)

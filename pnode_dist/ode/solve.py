@@ -21,6 +21,7 @@ from pnode_dist.checkpointing.store import Checkpoints, SpillError
 from pnode_dist.checkpointing.store import State as FlatState
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode import safe_points
+from pnode_dist.ode.between_steps import BetweenSteps, take, take_with_tape
 from pnode_dist.ode.call_agreement import Agreed
 from pnode_dist.ode.observing import Observing
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
@@ -95,6 +96,7 @@ class Solve:
     saved: dict[int, int] = field(default_factory=dict, init=False)
     observing: Observing | None = field(default=None, init=False)
     costs: StepCosts | None = field(default=None, init=False)
+    between: BetweenSteps | None = field(default=None, init=False)
     first_step: tuple[FlatState, Tape] | None = None
     initial: tuple[torch.Tensor, ...] = ()
     divided: SegmentGrid | None = None
@@ -114,6 +116,8 @@ class Solve:
         if self.observe is not None:
             stepper = self.solver.stepper
             self.observing = Observing(self.observe, self.bound, stepper.layout, stepper.comm.size)
+        if self.bound.between is not None:
+            self.between = BetweenSteps(self.bound, keeps_unmapped=self.cost is not None)
         if self.cost is not None:
             stepper = self.solver.stepper
             assert isinstance(stepper, ImplicitStepper | BatchedStepper)
@@ -164,7 +168,7 @@ class Solve:
         before = None if self.costs is None or recompute else self.solver.stepper.current.kept()
         if not self._use_first_step():
             with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
-                self.solver.stepper.advance(self.segments[unit])
+                take(self.solver.stepper, self.segments[unit], self.between)
         if before is not None:
             self.add_costs(self.segments[unit], before)
         self._stepped(unit, recompute)
@@ -179,7 +183,7 @@ class Solve:
         if not tape:
             level = self.solver.trajectory.level if self.plan is None else self.plan.level
             with log.event(log.RECOMPUTE if recompute else log.STEP, self.logs):
-                tape = self.solver.stepper.record(self.segments[unit], level)
+                tape = take_with_tape(self.solver.stepper, self.segments[unit], level, self.between)
         if recompute:
             self._stepped(unit, recompute)
         elif unit == 0:
@@ -194,7 +198,8 @@ class Solve:
         costs = self.costs
         assert costs is not None
         (time,), (size,) = segment.starts, segment.sizes
-        ends = StepEnds(time, size, before, self.solver.stepper.current.kept())
+        after = self.solver.stepper.current.kept() if self.between is None else self.between.unmapped
+        ends = StepEnds(time, size, before, after)
         if not recompute:
             costs.add(segment.first, ends)
         if keeps:
@@ -247,6 +252,8 @@ class Solve:
         self.pull_back_observation(segment.first + len(segment))
         self._enter(unit)
         stepper, costs = self.solver.stepper, None if self.costs is None else self.costs.pull_back(segment.first)
+        if self.between is not None:
+            self.between.pull_back(stepper, segment, tape)
         if costs is not None:
             stepper.add_to_adjoint(costs.after)
         with log.event(log.ADJOINT_STEP, self.logs):
@@ -357,6 +364,8 @@ class Solve:
             self.observing.states.clear()
         if self.costs is not None:
             self.costs.ends.clear()
+        if self.between is not None:
+            self.between.unmapped = ()
         if self.refund is not None:
             self.refund()
             self.refund = None

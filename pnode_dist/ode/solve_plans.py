@@ -12,6 +12,7 @@ from pnode_dist.checkpointing.budget import CheckpointBudget, ScratchError, Slot
 from pnode_dist.checkpointing.plan import Plan, Plans, best, needs_costs
 from pnode_dist.checkpointing.schedule import Tier
 from pnode_dist.ode.probe import measured_tape, probe
+from pnode_dist.ode.rhs.between import function_of
 from pnode_dist.ode.segments import SegmentGrid, divided_into_segments
 from pnode_dist.ode.solve import Solve
 from pnode_dist.ode.steppers.compiled_segment import CompiledSegments
@@ -107,7 +108,7 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
             solve.bound.count_from(counts)
             solve.carried.restart()
         with log.event(log.STEP, solve.logs):
-            tape, nbytes = measured_tape(stepper, solve.bound, first, budget.level)
+            tape, nbytes = measured_tape(stepper, solve.bound, first, budget.level, solve.between)
         solver.tape_bytes = -(-nbytes // len(first))
         solve.first_step = (stepper.current.array.copy(), tape)
         stepper.current.set(solve.initial)
@@ -121,7 +122,7 @@ def plans(solve: Solve, slots: Slots | None = None, measure: bool = False) -> Pl
         solve.first_step = None
         solve.bound.count_from(counts)
         pools = {tier: pool for tier, pool in solver.pools.items() if tier is Tier.RAM or slots.disk}
-        solver.costs = probe(stepper, solve.bound, solve.initial, first, pools)
+        solver.costs = probe(stepper, solve.bound, solve.initial, first, pools, solve.between)
         solve.carried.restart()
     tape_bytes = solver.costs.levels[budget.level].bytes + solve.observed_bytes
     return best(budget, slots, steps, tape_bytes, solver.costs, segment, units)
@@ -158,11 +159,13 @@ def _compile(solve: Solve, start: float, size: float, attempts: bool) -> int:
     layout, tableau, func, records = stepper.layout, stepper.scheme, solve.bound.func, solve.keeps_trajectory
     compiler, comm = solve.compiler, stepper.comm
     # In another mode, such as that of training, f may do what cannot be compiled.
-    modes = tuple(module.training for module in func.modules()) if isinstance(func, nn.Module) else ()
+    between = solve.bound.between
+    functions = (func, *(() if between is None else (function_of(between),)))
+    modes = tuple(module.training for one in functions if isinstance(one, nn.Module) for module in one.modules())
     compiled = compiler.once(
-        (id(func), modes, layout, tableau, comm.size > 1, records, attempts),
-        func,
-        lambda: CompiledSegments(compiler, func, layout, tableau, records, attempts),
+        (*map(id, functions), modes, layout, tableau, comm.size > 1, records, attempts),
+        functions,
+        lambda: CompiledSegments(compiler, func, layout, tableau, records, attempts, between),
     )
     if comm.allreduce(compiled is None, MPI.LOR) or compiled is None:
         return 1

@@ -24,13 +24,15 @@ class TimeGrid:
     """The steps n = 0, 1, ... of a solve, of size `sizes[n]` (negative if time decreases) from `starts[n]`.
 
     `outputs[n]` is the number of the output that is the state before step n. The initial state is output 0. The state
-    after the last step is the one before step `steps`. `jumps[n]` is the time of a jump of f before step n.
+    after the last step is the one before step `steps`. `jumps[n]` is the time of a jump of f before step n. `end` is
+    the time after the last step, None if it is not known better than from the size of that step.
     """
 
     starts: tuple[float, ...]
     sizes: tuple[float, ...]
     outputs: dict[int, int]
     jumps: dict[int, float] = field(default_factory=dict)
+    end: float | None = None
 
     @property
     def steps(self) -> int:
@@ -135,7 +137,7 @@ def divided(
         if is_jump:
             met[len(starts)] = end
         begin = end
-    return TimeGrid(tuple(starts), tuple(sizes), outputs, met)
+    return TimeGrid(tuple(starts), tuple(sizes), outputs, met, times[-1])
 
 
 def _count(begin: float, end: float, step_size: float, rounding: float) -> int:

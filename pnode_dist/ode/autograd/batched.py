@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pnode_dist.ode.rhs.between import Mapped
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.observed import Observed
 
@@ -30,7 +31,9 @@ class Batched:
 
 
 def batched(func: Function) -> Function:
-    """Return the right-hand side of a batch of states, with the observations of all members."""
+    """Return the right-hand side of a batch of states, with the observations and the maps of all members."""
     if isinstance(func, Observed):
-        return Observed(Batched(func.func), Batched(func.observe))
+        return Observed(batched(func.func), Batched(func.observe))
+    if isinstance(func, Mapped):
+        return Mapped(Batched(func.func), Batched(func.between))
     return Batched(func)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
+from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.jumps import SmoothInterval
 from pnode_dist.ode.recomputation.carried import NOTHING_CARRIED, Carried, Mark
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
@@ -60,7 +61,7 @@ class BoundFunction:
     `coupled`: samples of the state depend on one another; None if unknown so far (see `BatchedStepper`).
     `needs_graph`: f differentiates inside with respect to its state (see `inner_derivatives`); None if unknown so far.
     `carried` is the state that f carries from one evaluation to the next. `guard` compares recomputed values with
-    those of the forward pass.
+    those of the forward pass. `between` is the map between steps, of the parts of the state; None without one.
     """
 
     func: Function
@@ -79,6 +80,7 @@ class BoundFunction:
     coupled: bool | None = None
     carried: Carried = NOTHING_CARRIED
     guard: Guard | None = None
+    between: Callable[..., Parts] | None = None
     smooth_interval: SmoothInterval | None = None
     evaluations: int = 0
     vjps: int = 0
@@ -245,6 +247,43 @@ class BoundFunction:
         self.evaluations += 1
         return owned(self.evaluate(self.func if half is None else self.halves[half], layout, time, state))
 
+    def mapped(self, layout: StateLayout, time: float | torch.Tensor, inputs: Parts) -> Parts:
+        """Return the map between steps at `time` and the state `inputs`, of the caller's type. Collective if it is.
+
+        Raises `TypeError` or `ValueError` for a value that is not like the state, and `ConfigurationError` for a map
+        that writes to its argument.
+        """
+        assert self.between is not None
+        if not isinstance(time, torch.Tensor):
+            time = torch.scalar_tensor(time, dtype=layout.dtype, device=layout.device)
+        if torch.is_inference_mode_enabled():
+            # Tensors have no version there, so a write by the map could not be detected.
+            return self.between(time, tuple(part.clone() for part in inputs), *self.args)
+        versions = [part._version for part in inputs]
+        values = self.between(time, inputs, *self.args)
+        if versions != [part._version for part in inputs]:
+            raise ConfigurationError("between_steps: it writes to the state: must return new tensors")
+        return values
+
+    def between_value(self, layout: StateLayout, time: float, inputs: Parts) -> Parts:
+        """Return the map between steps without a graph. Collective if it is."""
+        with torch.set_grad_enabled(self.watched):
+            values = self.mapped(layout, time, inputs)
+        if self.watched:
+            self.check(values, inputs, "between_steps")
+        return tuple(value.detach() for value in values) if self.watched else values
+
+    def between_graph(self, layout: StateLayout, time: float, inputs: Parts) -> tuple[Parts, MapTape]:
+        """Return the map between steps with its graph, and its tape. Collective if it is."""
+        leaves = tuple(part.detach().requires_grad_() for part in inputs)
+        when = None
+        if self.needs_time_gradient:
+            when = torch.tensor(time, dtype=layout.dtype, device=layout.device, requires_grad=True)
+        with torch.enable_grad():
+            values = self.mapped(layout, time if when is None else when, leaves)
+        self.check(values, leaves if when is None else (*leaves, when), "between_steps")
+        return values, MapTape(time, leaves, tuple(map(_root, values)), when)
+
     def check_dependencies(self, outputs: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor]) -> None:
         """Raise `ValueError` for outputs that depend on more than these inputs and the parameters.
 
@@ -284,6 +323,21 @@ class StageState(NamedTuple):
 
     when: float
     inputs: Parts
+    mark: Mark | None = None
+    fingerprint: float | None = None
+
+
+class MapTape(NamedTuple):
+    """The map between steps at one state: the leaves and the roots of its graph, or the `inputs` alone without roots.
+
+    `when` is the time as a leaf of the graph, None if the gradient with respect to times is not needed. `mark` is the
+    state that was carried before the evaluation. `fingerprint` is that of its value; None if not compared.
+    """
+
+    time: float
+    inputs: Parts
+    roots: tuple[Root, ...] | None
+    when: torch.Tensor | None = None
     mark: Mark | None = None
     fingerprint: float | None = None
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from pnode_dist.ode.rhs.between import Mapped
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.saving import Integrated
@@ -157,7 +158,15 @@ def cost_of(func: Function) -> Callable[..., Parts] | None:
     return func.cost if isinstance(func, Costed) else None
 
 
+def between_of(func: Function) -> Callable[..., Parts] | None:
+    """Return the map between the steps of the solves of `func`, None without one."""
+    while isinstance(func, Costed | Observed):
+        func = func.func
+    return func.between if isinstance(func, Mapped) else None
+
+
 def separated(func: Function) -> tuple[Function, Callable[..., Parts] | None]:
-    """Return the right-hand side and its observation, None without one."""
+    """Return the right-hand side alone, and its observation, None without one."""
     func = func.func if isinstance(func, Costed) else func
-    return (func.func, func.observe) if isinstance(func, Observed) else (func, None)
+    func, observe = (func.func, func.observe) if isinstance(func, Observed) else (func, None)
+    return func.func if isinstance(func, Mapped) else func, observe

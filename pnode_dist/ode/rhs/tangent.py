@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.rhs.between import Mapped
 from pnode_dist.ode.rhs.compute_dtype import ComputeCopies
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import layout_of
@@ -182,6 +183,8 @@ def in_compute_type(func: Function, copies: ComputeCopies) -> Function:
     """Return `func` with the tangents of parameters, if it has any, assigned to the parameters' copies."""
     if isinstance(func, Observed):
         return Observed(in_compute_type(func.func, copies), in_compute_type(func.observe, copies))
+    if isinstance(func, Mapped):
+        return Mapped(in_compute_type(func.func, copies), in_compute_type(func.between, copies))
     if isinstance(func, SplitFunction) and isinstance(func.explicit, WithTangent):
         return SplitFunction(
             implicit=in_compute_type(func.implicit, copies), explicit=in_compute_type(func.explicit, copies)
@@ -198,7 +201,7 @@ def with_tangent(
 ) -> Function:
     """Return the right-hand side of a state and its tangent, split like `func`. `every`: all parameters of `func`.
 
-    Its observation, if it has one, is followed by its own tangent.
+    Its observation, if it has one, is followed by its own tangent, and so is the map between its steps.
     """
     if isinstance(func, Costed):
         raise ConfigurationError(
@@ -208,6 +211,10 @@ def with_tangent(
     if isinstance(func, Observed):
         return Observed(
             with_tangent(func.func, is_tuple, direction, every), WithTangent(func.observe, True, direction, every)
+        )
+    if isinstance(func, Mapped):
+        return Mapped(
+            with_tangent(func.func, is_tuple, direction, every), WithTangent(func.between, True, direction, every)
         )
     if isinstance(func, SplitFunction):
         return SplitFunction(
@@ -221,6 +228,8 @@ def without_tangents(func: Function, levels: int) -> Function:
     """Return the right-hand side before `levels` of tangents were added."""
     if isinstance(func, Observed):
         return Observed(without_tangents(func.func, levels), without_tangents(func.observe, levels))
+    if isinstance(func, Mapped):
+        return Mapped(without_tangents(func.func, levels), without_tangents(func.between, levels))
     for _ in range(levels):
         if isinstance(func, SplitFunction):
             parts = func.implicit, func.explicit

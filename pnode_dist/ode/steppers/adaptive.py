@@ -60,6 +60,10 @@ class AdaptiveStepper(Protocol):
         """
         ...
 
+    def state_changed(self, before: Parts) -> None:
+        """Note that the state after an accepted step, `before`, was replaced by the present one."""
+        ...
+
     def first_size(self, time: float, span: float) -> float:
         """Choose the size of the first step, for a solve of length `span`. Collective on the communicator."""
         ...
@@ -223,6 +227,10 @@ class ExplicitAttempts:
             ts.setConvergedReason(PETSc.TS.ConvergedReason.ITERATING)
         self._first = attempt.accept(tape) if accepted else attempt.first_again()
         return accepted, proposed
+
+    def state_changed(self, before: Parts) -> None:
+        """See `AdaptiveStepper.state_changed`: f at the last stage is not that at the first one of the next step."""
+        self._first = None
 
     def rejection(self) -> str:
         """See `AdaptiveStepper.rejection`."""

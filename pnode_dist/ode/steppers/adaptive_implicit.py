@@ -12,6 +12,7 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.given_options import check_read, read_at_set_up
+from pnode_dist.ode.rhs.layout import Parts
 from pnode_dist.ode.steppers.base import PetscOptions, options_database
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
 from pnode_dist.ode.steppers.implicit_ts import reason_name, stop_at_failure
@@ -84,6 +85,16 @@ class ImplicitAttempts:
         self._fresh = False
         self._earlier.copy_(self._before)
         return True, math.copysign(ts.getTimeStep(), size)
+
+    def state_changed(self, before: Parts) -> None:
+        """See `AdaptiveStepper.state_changed`.
+
+        The error of a theta method follows from differences of its states. Move the earlier one along with the present
+        one, so that their difference is still that of the step.
+        """
+        layout, state = self._stepper.layout, self._stepper.current.parts
+        for earlier, old, new in zip(layout.parts(self._earlier), before, state, strict=True):
+            earlier.add_(new - old)
 
     def rejection(self) -> str:
         """See `AdaptiveStepper.rejection`. PETSc does not report the components of its estimate."""

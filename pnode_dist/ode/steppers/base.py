@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -131,6 +131,10 @@ class Stepper(ABC):
         """Add to the adjoint of the state, part by part; None is zero. `parts` are never written to."""
 
     @abstractmethod
+    def change_adjoint(self, change: Callable[[Sequence[torch.Tensor]], Parts]) -> None:
+        """Replace the adjoint of the state by the parts that `change` returns for it. Collective if `change` is."""
+
+    @abstractmethod
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """End the backward pass. Returns the adjoint, and the gradient with respect to the parameters of `shapes`.
 
@@ -144,6 +148,10 @@ class Stepper(ABC):
     def bind(self, bound: BoundFunction) -> None:
         """Use this right-hand side from now on."""
         self.callbacks.bound = bound
+
+    def maps(self, segment: Segment) -> bool:
+        """Return True if the steps of `segment` are taken with the map between steps, without being asked to."""
+        return False
 
     def _store_fingerprint(self, parts: Parts) -> None:
         """Set `fingerprint` to that of a step's result."""

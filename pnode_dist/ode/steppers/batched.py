@@ -180,6 +180,14 @@ class BatchedStepper(SingleStepper):
         else:
             self._sums.add_to_adjoint(parts)
 
+    def change_adjoint(self, change: Callable[[Sequence[torch.Tensor]], Parts]) -> None:
+        """See `Stepper.change_adjoint`."""
+        if self._is_coupled:
+            with self._by_petsc_alone() as other:
+                other.change_adjoint(change)
+        else:
+            self._sums.adjoint = list(change(self._sums.adjoint))
+
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`."""
         if self._is_coupled:

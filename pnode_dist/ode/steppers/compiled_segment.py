@@ -59,7 +59,8 @@ class CompiledTape(NamedTuple):
 class CompiledSegments:
     """The compiled segments of one right-hand side, layout and method, for solves with or without a gradient.
 
-    With `attempts` they have one step each, whose slopes are known too, so that its error can be estimated.
+    With `attempts` they have one step each, whose slopes are known too, so that its error can be estimated. Other steps
+    end with the map `between` steps, if there is one: then `maps` is True.
     `most` is the largest number of steps of a segment. It is 0 if the right-hand side cannot be compiled, None before
     the first call of `prepare`.
     """
@@ -72,6 +73,7 @@ class CompiledSegments:
         tableau: Scheme,
         records: bool,
         attempts: bool = False,
+        between: Callable[..., Parts] | None = None,
     ) -> None:
         self._layout, self._tableau, self._records, self.attempts = layout, tableau, records, attempts
         self._stages = sum(tableau.counts)
@@ -80,6 +82,9 @@ class CompiledSegments:
             self._step = traceable_step(func, layout, tableau)
         else:
             self._step = _step(func, layout, tableau, attempts)
+        self.maps = between is not None and not attempts
+        if between is not None and not attempts:
+            self._step = _mapped(self._step, between, layout)
         self._compile = partial(compiler.compile, self._step, layout.device)
         self._loops, self._run = False, self._step
         self.most: int | None = None
@@ -243,6 +248,18 @@ def _step(func: Function, layout: StateLayout, tableau: Tableau, attempts: bool)
     return step
 
 
+def _mapped(step: _Steps, between: Callable[..., Parts], layout: StateLayout) -> _Steps:
+    """Return the first step of a segment with the map after it."""
+    device, dtype, state_device, state_dtype = layout.device, layout.dtype, layout.vec_device, layout.state_dtype
+
+    def mapped(state: Parts, starts: torch.Tensor, sizes: torch.Tensor, args: tuple[Any, ...]) -> Parts:
+        after = tuple([part.to(device, dtype) for part in step(state, starts, sizes, args)])
+        values = between((starts[0] + sizes[0]).to(device, dtype), after, *args)
+        return tuple([part.to(state_device, state_dtype) for part in values])
+
+    return mapped
+
+
 def _sum(
     state: Sequence[torch.Tensor], size: torch.Tensor, terms: Sequence[tuple[int, float]], slopes: list[Parts]
 ) -> Parts:
@@ -277,13 +294,15 @@ def _two_steps(
 def _one_evaluation(
     bound: BoundFunction, layout: StateLayout, tableau: Scheme, state: Parts, start: float, size: float
 ) -> None:
-    """Evaluate f at a copy of the state, uncompiled. Raises `RuntimeError` if it writes into its state."""
+    """Evaluate f and the map at a copy of the state, uncompiled. Raises an error if one writes into its state."""
     with torch.inference_mode(False):
         inputs = layout.inputs(state, copy=True)
     versions = [part._version for part in inputs]
     bound.value(bound.func, layout, start, inputs)
     if [part._version for part in inputs] != versions:
         raise RuntimeError(STATE_WAS_WRITTEN)
+    if bound.between is not None:
+        bound.between_value(layout, start, tuple(part.to(layout.dtype) for part in inputs))
 
 
 def _error_of(call: Callable[[], None], comm: MPI.Comm) -> str | None:

@@ -98,6 +98,10 @@ class EmbeddedAttempts:
             self._first = attempt.first_again()
         return accepted, proposed
 
+    def state_changed(self, before: Parts) -> None:
+        """See `AdaptiveStepper.state_changed`: f at the last stage is not that at the first one of the next step."""
+        self._first = None
+
     def rejection(self) -> str:
         """See `AdaptiveStepper.rejection`."""
         assert self._rejected is not None

@@ -10,7 +10,7 @@ between solves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mpi4py import MPI
@@ -116,6 +116,10 @@ class ExplicitStepper(Stepper):
         interval, dtype = self.bound_function.smooth_interval, self.layout.compute_dtype
         end = segment.starts[-1] + segment.sizes[-1]
         return interval is None or (interval.holds(segment.starts[0], dtype) and interval.holds(end, dtype))
+
+    def maps(self, segment: Segment) -> bool:
+        """See `Stepper.maps`: compiled segments contain the map, compiled attempts do not."""
+        return self.compiled is not None and self.compiled.maps and self.runs_compiled(segment)
 
     @property
     def joins(self) -> bool:
@@ -233,6 +237,10 @@ class ExplicitStepper(Stepper):
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> None:
         """See `Stepper.add_to_adjoint`. The first parts become the adjoint without a copy."""
         self._sums.add_to_adjoint(parts)
+
+    def change_adjoint(self, change: Callable[[Sequence[torch.Tensor]], Parts]) -> None:
+        """See `Stepper.change_adjoint`."""
+        self._sums.adjoint = list(change(self._sums.adjoint))
 
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:
         """See `Stepper.end_adjoint`."""

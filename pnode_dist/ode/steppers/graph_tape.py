@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from pnode_dist.ode.rhs.evaluation import BoundFunction
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
+from pnode_dist.ode.rhs.ownership import owned
 from pnode_dist.ode.rhs.products import pull_back
 from pnode_dist.ode.segments import Segment
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
@@ -42,7 +43,7 @@ class CannotJoinError(Exception):
 def record_graph(
     bound: BoundFunction, layout: StateLayout, tableau: Scheme, segment: Segment, state: Parts
 ) -> tuple[Parts, GraphTape]:
-    """Return the state after the steps without its graph, and their tape. Collective if f is.
+    """Return the state after the steps without its graph, and their tape, with the map after each. Collective if f is.
 
     Raises `RuntimeError` if f writes into a state, and `CannotJoinError`.
     """
@@ -50,8 +51,10 @@ def record_graph(
     with torch.enable_grad():
         evaluate = OnGraph(bound, layout)
         after = start
-        for time, size in zip(segment.starts, segment.sizes, strict=True):
+        for time, size, end in zip(segment.starts, segment.sizes, segment.ends, strict=True):
             after = take_step(tableau, time, size, after, evaluate)
+            if bound.between is not None:
+                after = evaluate.mapped(end, after)
     return closed(bound, start, after, evaluate.vjps)
 
 
@@ -95,7 +98,7 @@ class OnGraph:
         """Return f at `time` and `state`. Gradients must be enabled."""
         bound = self._bound
         if bound.watches:
-            state = tuple(_Watched.apply(bound, part) for part in state)  # type: ignore[no-untyped-call]
+            state = _watched(bound, state)
         versions = [part._version for part in state]
         values = bound.evaluate_on_tape(self._layout, time, state, half)
         if [part._version for part in state] != versions:
@@ -108,6 +111,19 @@ class OnGraph:
                 self.vjps += 1
                 break
         return values
+
+    def mapped(self, time: float, state: Parts) -> Parts:
+        """Return the map between steps at `time` and `state`. Gradients must be enabled. Collective if it is."""
+        bound = self._bound
+        values = owned(bound.mapped(self._layout, time, _watched(bound, state)))
+        if bound.differentiates:
+            raise CannotJoinError
+        return values
+
+
+def _watched(bound: BoundFunction, state: Parts) -> Parts:
+    watched: Parts = tuple(_Watched.apply(bound, part) for part in state)  # type: ignore[no-untyped-call]
+    return watched
 
 
 class _Start(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mpi4py import MPI
@@ -289,6 +289,13 @@ class ImplicitStepper(SingleStepper):
         for target, part in zip(self.layout.parts(self._adjoint), parts, strict=True):
             if part is not None:
                 target.add_(part.to(target.device))
+        self._wrote_adjoint()
+
+    def change_adjoint(self, change: Callable[[Sequence[torch.Tensor]], Parts]) -> None:
+        """See `Stepper.change_adjoint`."""
+        adjoint = self.layout.parts(self._adjoint)
+        for target, part in zip(adjoint, change(adjoint), strict=True):
+            target.copy_(part)
         self._wrote_adjoint()
 
     def end_adjoint(self, shapes: Sequence[torch.Size]) -> tuple[Parts, Sequence[torch.Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -97,6 +97,10 @@ class SspStepper(SingleStepper):
         return direction * vectors.view(self._slope, (self.layout.size,), self.layout.vec_device)
 
     def add_to_adjoint(self, parts: Sequence[torch.Tensor | None]) -> NoReturn:
+        """See `adjoint_step`."""
+        raise NotImplementedError
+
+    def change_adjoint(self, change: Callable[[Sequence[torch.Tensor]], Parts]) -> NoReturn:
         """See `adjoint_step`."""
         raise NotImplementedError
 
