@@ -123,11 +123,30 @@ class SmallScaleFilter(nn.Module):
         return irfft2(self.factors * rfft2(q, self.spectrum), self.spectrum)
 
 
+class ResolvedWaves(nn.Module):
+    """The part of a field that `SmallScaleFilter` leaves unchanged. Collective on the partition's communicator."""
+
+    mask: torch.Tensor
+
+    def __init__(self, partition: GridPartition, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.spectrum = SpectralPartition(partition)
+        self.register_buffer("mask", (_beyond(self.spectrum) == 0).to(dtype), persistent=False)
+
+    def forward(self, field: torch.Tensor) -> torch.Tensor:
+        """Return the waves of at most 0.65 pi radians per cell of `[..., ny_local, nx_local, channels]`. Collective."""
+        return irfft2(self.mask.to(field.dtype) * rfft2(field, self.spectrum), self.spectrum)
+
+
 def filter_factors(spectrum: SpectralPartition, strength: float) -> torch.Tensor:
     """Return the factors `[*spectrum local, 1]` of `SmallScaleFilter`, float64. Not collective."""
+    return torch.exp(-strength * _beyond(spectrum) ** 4)
+
+
+def _beyond(spectrum: SpectralPartition) -> torch.Tensor:
+    """Return the radians per cell beyond the cutoff `[*spectrum local, 1]`, 0 for waves below it."""
     ky, kx = spectrum.wavenumbers([float(points) for points in spectrum.grid.shape])
-    beyond = ((kx**2 + ky**2).sqrt() - _CUTOFF).clamp(min=0.0)
-    return torch.exp(-strength * beyond**4)
+    return ((kx**2 + ky**2).sqrt() - _CUTOFF).clamp(min=0.0)
 
 
 def lengths(partition: GridPartition, parameters: QGParameters) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,14 +30,14 @@ from pnode_dist.problems.qg.data import FineRuns, partition_of
 from pnode_dist.problems.qg.evaluation import Run, evaluated
 from pnode_dist.problems.qg.free_runs import HOURS, free_run
 from pnode_dist.problems.qg.model import ForcingBatch, QGModel, ScaledTendency
-from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, SmallScaleFilter
+from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, ResolvedWaves, SmallScaleFilter
 from pnode_dist.report.picture import draw
+from pnode_dist.runs.directory import FREE_RUNS
 
 if TYPE_CHECKING:
     from pnode_dist.problems.qg.config import QGRun
 
-_HALO = 2
-FILM = "free_runs.gif"
+_FCNN_HALO, _KERNEL = 2, 3
 
 
 class QGProblem(ComputedProblem):
@@ -63,8 +64,8 @@ class QGProblem(ComputedProblem):
     @property
     def _halo(self) -> int:
         """The widest halo of the closure."""
-        kernel = self.config.model.kernel
-        return _HALO if kernel is None else max(kernel // 2, 1)
+        model = self.config.model
+        return _FCNN_HALO if model.closure == "fcnn" else max((model.kernel or _KERNEL) // 2, 1)
 
     @cached_property
     def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +93,30 @@ class QGProblem(ComputedProblem):
         _, deviation = moments(learnt, self.mesh)
         return Scaling(torch.zeros(len(LAYERS), dtype=torch.float64), deviation)
 
+    @cached_property
+    def resolved(self) -> ResolvedWaves:
+        """The projection on the waves in which states are compared.
+
+        Each step of the coarse model damps the others, and the filtered truth still has them.
+        """
+        return ResolvedWaves(self.partition)
+
+    @cached_property
+    def change(self) -> torch.Tensor:
+        """The root mean square change of each layer's resolved waves from sample to sample, `[layer]`, scaled."""
+        changes = self.resolved(self.samples.values.diff(dim=1))
+        squares = self.mesh.sum(changes.square().sum(dim=(0, 1, 2, 3)), over="state")
+        change: torch.Tensor = (squares / (math.prod(changes.shape[:2]) * math.prod(self.partition.shape))).sqrt()
+        return change
+
+    def _in_loss(self, error: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = self.resolved(error) / self.change.to(error.dtype)
+        return scaled
+
     def reported(self, error: torch.Tensor) -> torch.Tensor:
-        """Return errors in standard deviations, as states are."""
-        return error
+        """Return the resolved waves of errors, in standard deviations as states are. Collective on the state ranks."""
+        waves: torch.Tensor = self.resolved(error)
+        return waves
 
     def lead_time(self, batch: Windows, lead: int) -> dict[str, float]:
         """Return the column with the lead in days."""
@@ -184,7 +206,11 @@ class QGProblem(ComputedProblem):
         return ForcingBatch(self.samples, tuple(starts), initial, forcing)
 
     def loss(self, model: nn.Module, batch: Windows | ForcingBatch) -> torch.Tensor:
-        """Return this rank's share of the mean square error of states or forcing, in standard deviations."""
+        """Return this rank's share of the mean square error of the closure.
+
+        Online it is that of the states' resolved waves, in units of their change from sample to sample, and offline
+        that of the forcing, in standard deviations.
+        """
         if isinstance(batch, Windows):
             return super().loss(model, batch)
         deviation = torch.tensor(self.scales.forcing, dtype=batch.forcing.dtype)
@@ -224,9 +250,9 @@ class QGProblem(ComputedProblem):
         if not samples:
             return self.report(forecasts, batch, run_directory, figures)
         days = self.config.problem.interval / HOURS
-        assert isinstance(self.model, QGModel)
-        runs = self.free_runs(self.model, samples)
-        found, variables = evaluated(runs, self.config.problem.parameters, days, self.partition, self.mesh)
+        found, variables = evaluated(
+            self.free_runs(samples), self.config.problem.parameters, days, self.partition, self.mesh
+        )
         result = self.report(forecasts, batch, run_directory, {**figures, **found}, variables)
 
         def film(path: Path) -> None:
@@ -235,9 +261,9 @@ class QGProblem(ComputedProblem):
 
             draw_animation(path, run_directory / FORECAST)
 
-        return {**result, "film": draw(run_directory / FILM, film, self.mesh)}
+        return {**result, "film": draw(run_directory / FREE_RUNS, film, self.mesh)}
 
-    def free_runs(self, learnt: QGModel, samples: int) -> Mapping[str, Run]:
+    def free_runs(self, samples: int) -> Mapping[str, Run]:
         """Run on from the first held-out state with the learnt closure, with none, and with the published ones.
 
         Returns so many samples after the first, as far as they are finite, and the held-out trajectories as the truth,
@@ -248,7 +274,8 @@ class QGProblem(ComputedProblem):
         found = {"truth": Run(truth[held_out], subgrid[held_out])}
         initial, interval = self.held_out.values[0, 0].to(self.dtype), self.config.problem.interval
         models = {name: self.build_model(self.tendency(added)) for name, added in self.closures().items()}
-        for name, model in {"model": learnt, **models}.items():
+        assert isinstance(self.model, QGModel)
+        for name, model in {"model": self.model, **models}.items():
             states: list[torch.Tensor] = []
             forcing: list[torch.Tensor] = []
 
