@@ -188,9 +188,10 @@ def test_the_forcing_closes_the_coarse_equations(problem: QGProblem) -> None:
 
 def test_a_free_run_without_a_closure_is_that_of_numpy(problem: QGProblem) -> None:
     runs = problem.free_runs(2)
-    assert set(runs) == {"model", "no_closure", "smagorinsky", "backscatter"}
-    end, states = runs["no_closure"]
-    assert (end.samples, end.blown_up, len(states)) == (2, None, 3)
+    assert set(runs) == {"truth", "model", "no_closure", "smagorinsky", "backscatter"}
+    states = runs["no_closure"].q
+    assert (runs["no_closure"].blown_up, len(states)) == (None, 3)
+    assert not runs["no_closure"].forcing.any()
     first = problem.partition.comm.allgather(states[0].numpy())
     state = np.moveaxis(np.concatenate(first, axis=0), -1, 0)
     for _ in range(2 * round(INTERVAL / STEP)):
@@ -198,16 +199,17 @@ def test_a_free_run_without_a_closure_is_that_of_numpy(problem: QGProblem) -> No
     rows = slice(*problem.partition.owned[0])
     expected = torch.from_numpy(np.ascontiguousarray(np.moveaxis(state, 0, -1)[rows]))
     torch.testing.assert_close(states[2], expected, rtol=0, atol=1e-11 * np.abs(state).max())
-    assert not torch.allclose(runs["smagorinsky"][1][2], states[2], rtol=1e-3, atol=0)
+    assert not torch.allclose(runs["smagorinsky"].q[2], states[2], rtol=1e-3, atol=0)
 
 
 def test_a_free_run_that_blows_up_is_reported_with_its_day(problem: QGProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem, "closures", lambda: {"growing": lambda q, u, v: 0.1 * q})
-    end, states = problem.free_runs(20)["growing"]
-    assert end.blown_up is not None
-    assert end.blown_up == pytest.approx((end.samples + 1) * INTERVAL / 24)
-    assert len(states) == end.samples + 1 < 21
-    assert bool(torch.isfinite(states).all())
+    run = problem.free_runs(20)["growing"]
+    assert run.blown_up is not None
+    assert run.blown_up == pytest.approx(len(run.q) * INTERVAL / 24)
+    assert len(run.q) < 21
+    assert bool(torch.isfinite(run.q).all())
+    torch.testing.assert_close(run.forcing, 0.1 * run.q)
 
 
 def test_the_filter_is_applied_after_each_step(problem: QGProblem) -> None:

@@ -16,7 +16,7 @@ from pnode_dist.problems.qg.plots import RUNS, largest_value, names_of
 from pnode_dist.report.panels import STYLE
 
 _SHOWN = ("truth", "no_closure", "model")
-_FRAMES, _COLOURS, _MILLISECONDS = 60, 48, 120
+_FRAMES, _COLOURS, _MILLISECONDS = 60, 64, 120
 _LARGEST_FILE = 2_000_000
 
 

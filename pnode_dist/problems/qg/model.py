@@ -36,9 +36,8 @@ class ScaledTendency(nn.Module):
 
     def closed(self, w: torch.Tensor) -> torch.Tensor:
         """Return the forcing of dq/dt by the closure alone, in 1/s^2 in the shape of w. Collective."""
-        q = w * self.scale
-        assert self.equations.closure is not None
-        return self.equations.closure(q, *self.equations.velocities(q))
+        q, closure = w * self.scale, self.equations.closure
+        return torch.zeros_like(q) if closure is None else closure(q, *self.equations.velocities(q))
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,10 @@ class QGModel(ForecastModel):
     def __init__(self, solve: NeuralODE, tendency: ScaledTendency) -> None:
         super().__init__(solve)
         # Not registered a second time: the solve holds it.
-        self._closed = tendency.closed
+        self.closed = tendency.closed
 
     def forward(self, batch: Windows | ForcingBatch) -> torch.Tensor:
         """Return the states at the leads 1, 2, ... of the windows, or the forcing. Collective on the state ranks."""
         if isinstance(batch, ForcingBatch):
-            return self._closed(batch.initial)
+            return self.closed(batch.initial)
         return super().forward(batch)

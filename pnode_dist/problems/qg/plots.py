@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
+from matplotlib.ticker import NullFormatter
 
 from pnode_dist.report.panels import (
     MODEL_COLOUR,
@@ -26,6 +27,7 @@ from pnode_dist.report.panels import (
 _SIZE = (14.0, 8.6)
 _LONG_SIZE = (14.0, 14.0)
 _SAMPLES = 6
+_DARK = 0.75
 _MAP_TITLE = "potential vorticity (1/s), upper layer"
 RUNS: dict[str, dict[str, Any]] = {
     "truth": {"label": "truth", "color": "#2b2b2b", "linewidth": 2.2},
@@ -93,7 +95,7 @@ def _draw_runs(figure: SubFigure, file: h5py.File, result: Mapping[str, Any]) ->
         blown_up = ends.get(name)
         when = f"day {days[last]:.4g}" if blown_up is None else f"blows up on day {blown_up:.4g}"
         axis.set_title(f"{_style(name)['label']}, {when}", fontsize=10)
-    figure.colorbar(image, ax=axes.tolist(), extend="both", label=_MAP_TITLE, aspect=16, pad=0.01)
+    figure.colorbar(image, ax=axes.tolist(), extend="both", label=_MAP_TITLE, aspect=14, shrink=0.8, pad=0.01)
 
 
 def _draw_statistics(figure: SubFigure, file: h5py.File) -> None:
@@ -107,21 +109,28 @@ def _draw_statistics(figure: SubFigure, file: h5py.File) -> None:
         for layer, axis in enumerate((upper, lower)):
             if np.isfinite(file["KEspec"][number, layer]).all():
                 axis.loglog(wave_number, file["KEspec"][number, layer], **style)
-        flux.semilogx(wave_number[kept], 1e9 * file["KEflux"][number][kept], **style)
+        flux.semilogx(wave_number[kept], 1e6 * file["KEflux"][number][kept], **style)
         density = file["density_q"][number, 0]
         # An empty cell has no logarithm.
         distribution.semilogy(1e5 * file["cells_q"][0], np.where(density > 0, density, np.nan), **style)
     spectrum = file["KEspec"][names_of(file).index("truth")]
     for axis, values, title in ((upper, spectrum[0], "Energy, upper layer"), (lower, spectrum[1], "lower layer")):
         shown = values[kept & (values > 0)]
-        axis.set(title=title, xlabel="wave number (rad/m)", ylabel="$u^2 + v^2$ (m$^3$/s$^2$)")
+        axis.set(
+            title=title,
+            xlim=(wave_number[0], 2 * resolved),
+            xlabel="wave number (rad/m)",
+            ylabel="$u^2 + v^2$ (m$^3$/s$^2$)",
+        )
         axis.set_ylim(shown.min() / 30, 4 * shown.max())
         axis.axvline(resolved, color="#bbbbbb", linewidth=1)
-    flux.set(title="Transfer of kinetic energy", xlabel="wave number (rad/m)", ylabel="$10^{-9}$ m$^3$/s$^3$")
+    flux.set(title="Transfer of kinetic energy", xlabel="wave number (rad/m)", ylabel="$10^{-6}$ m$^3$/s$^3$")
     flux.axhline(0, color="#bbbbbb", linewidth=1)
     distribution.set(
         title="Distribution, upper layer", xlabel="potential vorticity ($10^{-5}$/s)", ylabel="density (s)"
     )
+    for axis in (upper, lower, flux):
+        axis.xaxis.set_minor_formatter(NullFormatter())
     for axis in (upper, lower, flux, distribution):
         axis.grid(alpha=0.25)
     upper.legend(fontsize=8, loc="lower left")
@@ -147,7 +156,8 @@ def _draw_scores(axis: Axes, result: Mapping[str, Any]) -> None:
     axis.axvline(len(columns) - 0.5, color="white", linewidth=4)
     for (row, column), value in np.ndenumerate(table):
         text = f"{value:.2f}" if abs(value) < 10 else "<-10" if value < 0 else ">10"
-        axis.text(column, row, text, ha="center", va="center", fontsize=7)
+        colour = "white" if abs(value) > _DARK else "black"
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     axis.spines[:].set_visible(False)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +23,16 @@ from pnode_dist.problems.common.batches import shared
 from pnode_dist.problems.common.computed_problem import ComputedProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Start, Windows, windows
 from pnode_dist.problems.common.forecast_parts import Scaling, moments
+from pnode_dist.problems.common.trainable import FORECAST
 from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky
 from pnode_dist.problems.qg.closures import Scales, closure, scales_of
 from pnode_dist.problems.qg.data import FineRuns, partition_of
-from pnode_dist.problems.qg.free_runs import HOURS, FreeRun, free_run
+from pnode_dist.problems.qg.evaluation import Run, evaluated
+from pnode_dist.problems.qg.free_runs import HOURS, free_run
 from pnode_dist.problems.qg.model import ForcingBatch, QGModel, ScaledTendency
 from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, ResolvedWaves, SmallScaleFilter
+from pnode_dist.report.picture import draw
+from pnode_dist.runs.directory import FREE_RUNS
 
 if TYPE_CHECKING:
     from pnode_dist.problems.qg.config import QGRun
@@ -224,7 +229,7 @@ class QGProblem(ComputedProblem):
         return found
 
     def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
-        """Return the grids, the parameters of the closure, and the ends of the free runs."""
+        """Return the grids, and the number of parameters of the closure."""
         problem = self.config.problem
         figures: dict[str, Any] = {
             "configuration": problem.configuration,
@@ -234,27 +239,54 @@ class QGProblem(ComputedProblem):
         }
         return figures
 
-    def free_runs(self, samples: int) -> Mapping[str, tuple[FreeRun, torch.Tensor]]:
-        """Run on from the first held-out state with the learnt closure, without one, and with the published ones.
+    def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
+        """Return the errors of the forecasts, and with `free_run` the scores of long runs. Collective on the world.
 
-        Returns the end of each run, and its finite states `[time, *local_shape]` in 1/s, float64, of so many samples
-        after the first. Collective on the world.
+        Writes `forecast.h5` and `report.png`, and of long runs the film `free_runs.gif`.
         """
+        samples = int(self.config.evaluation.free_run / self.config.problem.interval)
+        forecast, batch = self.rollouts(model)
+        forecasts, figures = {"model": forecast, **self.baselines(batch)}, self.figures(forecast, batch)
+        if not samples:
+            return self.report(forecasts, batch, run_directory, figures)
+        days = self.config.problem.interval / HOURS
+        found, variables = evaluated(
+            self.free_runs(samples), self.config.problem.parameters, days, self.partition, self.mesh
+        )
+        result = self.report(forecasts, batch, run_directory, {**figures, **found}, variables)
+
+        def film(path: Path) -> None:
+            # Needs matplotlib, which may be missing.
+            from pnode_dist.problems.qg.animation import draw_animation
+
+            draw_animation(path, run_directory / FORECAST)
+
+        return {**result, "film": draw(run_directory / FREE_RUNS, film, self.mesh)}
+
+    def free_runs(self, samples: int) -> Mapping[str, Run]:
+        """Run on from the first held-out state with the learnt closure, with none, and with the published ones.
+
+        Returns so many samples after the first, as far as they are finite, and the held-out trajectories as the truth,
+        in 1/s, float64. Collective on the world.
+        """
+        held_out = slice(self.config.problem.trajectories, None)
+        truth, subgrid = self.trajectories
+        found = {"truth": Run(truth[held_out], subgrid[held_out])}
         initial, interval = self.held_out.values[0, 0].to(self.dtype), self.config.problem.interval
-        found = {}
-        solves = {"model": self.model.solve_of(1)}
-        solves |= {name: self.build_solve(self.tendency(added)) for name, added in self.closures().items()}
-        for name, solve in solves.items():
+        models = {name: self.build_model(self.tendency(added)) for name, added in self.closures().items()}
+        assert isinstance(self.model, QGModel)
+        for name, model in {"model": self.model, **models}.items():
             states: list[torch.Tensor] = []
-            end = free_run(
-                solve,
-                initial,
-                interval,
-                samples,
-                self.partition,
-                lambda _, state, kept=states: kept.append(self.physical(state)),  # type: ignore[misc]
-            )
-            found[name] = end, torch.stack(states)
+            forcing: list[torch.Tensor] = []
+
+            def keep(
+                _: int, state: torch.Tensor, model: QGModel = model, states: Any = states, forcing: Any = forcing
+            ) -> None:
+                states.append(self.physical(state))
+                forcing.append(model.closed(state).double())
+
+            end = free_run(model.solve, initial, interval, samples, self.partition, keep)
+            found[name] = Run(torch.stack(states), torch.stack(forcing), end.blown_up)
         return found
 
     # Cases
