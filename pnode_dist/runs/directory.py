@@ -30,8 +30,11 @@ from pnode_dist.system.json_lines import json_line
 
 CONFIG, VERSIONS, METRICS, MODEL = "config.toml", "versions.json", "metrics.jsonl", "model.pt"
 EVALUATION, FORECAST_PICTURE, PAGE = "evaluation.json", "report.png", "report.html"
-ANALYSIS, RECORD = "analysis.h5", "record"
-FILES = (CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", ANALYSIS, EVALUATION, FORECAST_PICTURE, PAGE, HEARTBEAT)
+ANALYSIS, RECORD, FREE_RUNS = "analysis.h5", "record", "free_runs.gif"
+FILES = (
+    *(CONFIG, VERSIONS, METRICS, MODEL, "forecast.h5", ANALYSIS),
+    *(EVALUATION, FORECAST_PICTURE, FREE_RUNS, PAGE, HEARTBEAT),
+)
 """All files that the package writes to a run directory, besides snapshots and the record of an inversion. No other
 files are ever removed."""
 

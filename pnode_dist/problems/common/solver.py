@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mpi4py import MPI
@@ -31,10 +31,12 @@ def neural_ode(
     mass: Mass | None = None,
     trajectory: Trajectory | None = None,
     last_only: bool = False,
+    between_steps: Callable[..., Any] | None = None,
 ) -> NeuralODE:
     """The configured solve of `right_hand_side`, M du/dt = f if there is a `mass`, on the partition.
 
-    Solves that are to share the configured budget are given the same `trajectory`. `last_only` as `NeuralODE` takes it.
+    Solves that are to share the configured budget are given the same `trajectory`. `last_only` and
+    `between_steps` as `NeuralODE` takes them.
     """
     solver = config.solver
     return NeuralODE(
@@ -61,6 +63,7 @@ def neural_ode(
         compute_dtype=_torch_type(solver.compute_dtype),
         state_dtype=_state_dtype(config),
         last_only=last_only,
+        between_steps=between_steps,
         on_mismatch=solver.on_mismatch,
         preserve_rng_state=solver.preserve_rng_state,
         newton=solver.newton,

@@ -22,6 +22,7 @@ from tests.unit.problems.graph_diffusion import plain_graph_diffusion
 from tests.unit.problems.gray_scott import plain_gray_scott
 from tests.unit.problems.images import plain_images
 from tests.unit.problems.pendulum import plain_pendulum
+from tests.unit.problems.qg import plain_qg
 from tests.unit.problems.robertson import plain_robertson
 from tests.unit.problems.semilinear import plain_semilinear
 
@@ -45,6 +46,7 @@ SMALL: dict[str, Callable[..., Any]] = {
     "images": lambda _, **tables: plain_images.config(**tables),
     "kuramoto_sivashinsky": lambda _, **tables: plain_semilinear.config("kuramoto_sivashinsky", **tables),
     "pendulum": lambda _, **tables: plain_pendulum.config(**tables),
+    "qg": lambda directory, **tables: plain_qg.config(directory, **tables),
     "robertson": lambda _, **tables: plain_robertson.config(**tables),
 }
 """Makes the configuration with files in a directory, which all ranks share; tables change single keys."""

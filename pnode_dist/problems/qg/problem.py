@@ -1,0 +1,305 @@
+"""Quasi-geostrophic problem: learn the forcing of a coarse model by the scales that it does not resolve."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pnode_dist.distributed.gradients import share_of_mean
+from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.odeint import NeuralODE
+from pnode_dist.ode.planning import SolveCase
+from pnode_dist.partition import protocol
+from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.common.batches import shared
+from pnode_dist.problems.common.computed_problem import ComputedProblem
+from pnode_dist.problems.common.forecast_data import Samples, SplitData, Start, Windows, windows
+from pnode_dist.problems.common.forecast_parts import Scaling, moments
+from pnode_dist.problems.common.trainable import FORECAST
+from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky
+from pnode_dist.problems.qg.closures import Scales, closure, scales_of
+from pnode_dist.problems.qg.data import FineRuns, partition_of
+from pnode_dist.problems.qg.evaluation import Run, evaluated
+from pnode_dist.problems.qg.free_runs import HOURS, free_run
+from pnode_dist.problems.qg.model import ForcingBatch, QGModel, ScaledTendency
+from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, ResolvedWaves, SmallScaleFilter
+from pnode_dist.report.picture import draw
+from pnode_dist.runs.directory import FREE_RUNS
+
+if TYPE_CHECKING:
+    from pnode_dist.problems.qg.config import QGRun
+
+_FCNN_HALO, _KERNEL = 2, 3
+
+
+class QGProblem(ComputedProblem):
+    """Learn the sub-grid forcing of two-layer quasi-geostrophic turbulence, through the solve or from the forcing.
+
+    States are potential vorticity of the coarse grid in standard deviations of each layer, and times are in hours.
+    After each step of the solve the filter of small scales is applied.
+    """
+
+    config: QGRun
+    plots = "pnode_dist.problems.qg.plots"
+    partition: GridPartition
+    units = "standard deviations"
+    stores_baselines = True
+
+    def build_partition(self) -> GridPartition:
+        """Partition the coarse grid into slabs along y. Collective on the state ranks."""
+        try:
+            partition_of(self.mesh, self.config.problem.fine)
+            return partition_of(self.mesh, self.config.problem.shape, self._halo)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"[mesh] state = {self.mesh.state_ranks}: {error}") from None
+
+    @property
+    def _halo(self) -> int:
+        """The widest halo of the closure."""
+        model = self.config.model
+        return _FCNN_HALO if model.closure == "fcnn" else max((model.kernel or _KERNEL) // 2, 1)
+
+    @cached_property
+    def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """q in 1/s and sub-grid forcing in 1/s^2, `[trajectory, time, *local_shape]`. Collective on the world."""
+        return FineRuns(self.config.problem, self.partition, self.mesh).trajectories()
+
+    def load_data(self) -> SplitData:
+        """Read or compute all trajectories. Collective on the world."""
+        problem = self.config.problem
+        q, _ = self.trajectories
+        cell = problem.parameters.L / problem.shape[1]
+        axes = zip(self.partition.axes, problem.shape, strict=True)
+        return self.split_data(
+            q[: problem.trajectories],
+            q[problem.trajectories :],
+            local=True,
+            units="1/s",
+            dimensions=(*self.partition.axes, "layer"),
+            names=LAYERS,
+            coordinates={axis: np.arange(points) * cell for axis, points in axes},
+        )
+
+    def build_scaling(self, learnt: Samples) -> Scaling:
+        """Scale by the standard deviation of each layer. Raises `ConfigurationError` for a layer at rest."""
+        _, deviation = moments(learnt, self.mesh)
+        return Scaling(torch.zeros(len(LAYERS), dtype=torch.float64), deviation)
+
+    @cached_property
+    def resolved(self) -> ResolvedWaves:
+        """The projection on the waves in which states are compared.
+
+        Each step of the coarse model damps the others, and the filtered truth still has them.
+        """
+        return ResolvedWaves(self.partition)
+
+    @cached_property
+    def change(self) -> torch.Tensor:
+        """The root mean square change of each layer's resolved waves from sample to sample, `[layer]`, scaled."""
+        changes = self.resolved(self.samples.values.diff(dim=1))
+        squares = self.mesh.sum(changes.square().sum(dim=(0, 1, 2, 3)), over="state")
+        change: torch.Tensor = (squares / (math.prod(changes.shape[:2]) * math.prod(self.partition.shape))).sqrt()
+        return change
+
+    def _in_loss(self, error: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = self.resolved(error) / self.change.to(error.dtype)
+        return scaled
+
+    def reported(self, error: torch.Tensor) -> torch.Tensor:
+        """Return the resolved waves of errors, in standard deviations as states are. Collective on the state ranks."""
+        waves: torch.Tensor = self.resolved(error)
+        return waves
+
+    def lead_time(self, batch: Windows, lead: int) -> dict[str, float]:
+        """Return the column with the lead in days."""
+        return {"days": (batch.times[0][lead] - batch.times[0][0]) / HOURS}
+
+    # Model
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The unit of q of each layer in the solve, in 1/s, float64."""
+        scaling = self._parts.scaling
+        assert scaling is not None
+        return scaling.scale
+
+    @cached_property
+    def forcing(self) -> torch.Tensor:
+        """The sub-grid forcing of the training samples in 1/s^2, `[trajectory, time, *local_shape]`."""
+        return self.trajectories[1][: self.config.problem.trajectories]
+
+    @cached_property
+    def scales(self) -> Scales:
+        """Standard deviations of q, u, v and forcing over the training samples. Collective on the state ranks."""
+        equations = QGTendency(self.partition, self.config.problem.parameters)
+        q = self.trajectories[0][: self.config.problem.trajectories]
+        u, v = (torch.stack(each) for each in zip(*map(equations.velocities, q), strict=True))
+        return scales_of(self.partition, q, u, v, self.forcing)
+
+    def build_right_hand_side(self) -> ScaledTendency:
+        """Build the coarse equations with the learnt closure."""
+        model, seed = self.config.model, self.config.run.seed
+        learnt = closure(
+            model.closure,
+            self.partition,
+            channels=model.channels,
+            layers=model.layers,
+            kernel=model.kernel,
+            momentum=model.momentum,
+            scales=self.scales,
+            dtype=self.dtype,
+            seed=seed,
+        )
+        return self.tendency(learnt)
+
+    def tendency(self, added: Closure | None) -> ScaledTendency:
+        """Build the coarse equations with a closure, or with none, in the units of the solve. Not collective."""
+        equations = QGTendency(self.partition, self.config.problem.parameters, added, self.dtype)
+        return ScaledTendency(equations, self.scale.to(self.dtype))
+
+    def build_solve(self, func: Any) -> NeuralODE:
+        """Build the configured solve of `func`, with the filter after each step."""
+        small_scales = SmallScaleFilter(self.partition, self.config.problem.parameters, self.dtype)
+        trajectory = self.config.trajectory.build(self._solves)
+        return self.neural_ode(func, self.partition, trajectory=trajectory, between_steps=small_scales)
+
+    def build_model(self, func: ScaledTendency) -> QGModel:
+        """Build the rollouts of windows and the forcing of states with `func`."""
+        return QGModel(self.build_solve(func), func)
+
+    def closures(self) -> Mapping[str, Closure | None]:
+        """Return the closures that the learnt one is compared with."""
+        parameters = self.config.problem.parameters
+        return {
+            "no_closure": None,
+            "smagorinsky": Smagorinsky(self.partition, parameters, dtype=self.dtype),
+            "backscatter": Backscatter(self.partition, parameters, dtype=self.dtype),
+        }
+
+    # Training
+
+    @property
+    def _is_offline(self) -> bool:
+        return self.config.problem.objective == "offline"
+
+    def batches(self, epoch: int, done: int = 0) -> Iterator[Windows | ForcingBatch]:  # type: ignore[override]
+        """Yield this replica's share of each batch: windows of the epoch's length, or states and their forcing."""
+        window = self.config.problem.window if self._is_offline else self.config.problem.window_of(epoch)
+        for share in shared(self.samples.starts(window), self.config, self.mesh, epoch, done):
+            if self._is_offline:
+                yield self.forcing_batch(share)
+            else:
+                yield windows(self.samples, share, window, self.dtype)
+
+    def forcing_batch(self, starts: Sequence[Start]) -> ForcingBatch:
+        """Return the states at `starts` of the training samples, and their forcing."""
+        trajectory, first = torch.tensor(tuple(starts), dtype=torch.int64).reshape(-1, 2).unbind(1)
+        initial, forcing = (values[trajectory, first].to(self.dtype) for values in (self.samples.values, self.forcing))
+        return ForcingBatch(self.samples, tuple(starts), initial, forcing)
+
+    def loss(self, model: nn.Module, batch: Windows | ForcingBatch) -> torch.Tensor:
+        """Return this rank's share of the mean square error of the closure.
+
+        Online it is that of the states' resolved waves, in units of their change from sample to sample, and offline
+        that of the forcing, in standard deviations.
+        """
+        if isinstance(batch, Windows):
+            return super().loss(model, batch)
+        deviation = torch.tensor(self.scales.forcing, dtype=batch.forcing.dtype)
+        error = (model(batch) - batch.forcing) / deviation
+        count = len(batch.starts) * protocol.count(self.partition.global_shape)
+        return share_of_mean(error.square().sum(), count, self.mesh)
+
+    # Evaluation
+
+    def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
+        """Forecast by persistence, without a closure, and with the published closures. Collective on the world."""
+        found = {"persistence": batch.initial.expand_as(batch.targets)}
+        for name, added in self.closures().items():
+            with torch.no_grad():
+                found[name], _ = self.rollouts(self.build_model(self.tendency(added)))
+        return found
+
+    def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
+        """Return the grids, and the number of parameters of the closure."""
+        problem = self.config.problem
+        figures: dict[str, Any] = {
+            "configuration": problem.configuration,
+            "grid": list(problem.shape),
+            "fine_grid": list(problem.fine),
+            "closure_parameters": sum(value.numel() for value in self.model.parameters()),
+        }
+        return figures
+
+    def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
+        """Return the errors of the forecasts, and with `free_run` the scores of long runs. Collective on the world.
+
+        Writes `forecast.h5` and `report.png`, and of long runs the film `free_runs.gif`.
+        """
+        samples = int(self.config.evaluation.free_run / self.config.problem.interval)
+        forecast, batch = self.rollouts(model)
+        forecasts, figures = {"model": forecast, **self.baselines(batch)}, self.figures(forecast, batch)
+        if not samples:
+            return self.report(forecasts, batch, run_directory, figures)
+        days = self.config.problem.interval / HOURS
+        found, variables = evaluated(
+            self.free_runs(samples), self.config.problem.parameters, days, self.partition, self.mesh
+        )
+        result = self.report(forecasts, batch, run_directory, {**figures, **found}, variables)
+
+        def film(path: Path) -> None:
+            # Needs matplotlib, which may be missing.
+            from pnode_dist.problems.qg.animation import draw_animation
+
+            draw_animation(path, run_directory / FORECAST)
+
+        return {**result, "film": draw(run_directory / FREE_RUNS, film, self.mesh)}
+
+    def free_runs(self, samples: int) -> Mapping[str, Run]:
+        """Run on from the first held-out state with the learnt closure, with none, and with the published ones.
+
+        Returns so many samples after the first, as far as they are finite, and the held-out trajectories as the truth,
+        in 1/s, float64. Collective on the world.
+        """
+        held_out = slice(self.config.problem.trajectories, None)
+        truth, subgrid = self.trajectories
+        found = {"truth": Run(truth[held_out], subgrid[held_out])}
+        initial, interval = self.held_out.values[0, 0].to(self.dtype), self.config.problem.interval
+        models = {name: self.build_model(self.tendency(added)) for name, added in self.closures().items()}
+        assert isinstance(self.model, QGModel)
+        for name, model in {"model": self.model, **models}.items():
+            states: list[torch.Tensor] = []
+            forcing: list[torch.Tensor] = []
+
+            def keep(
+                _: int, state: torch.Tensor, model: QGModel = model, states: Any = states, forcing: Any = forcing
+            ) -> None:
+                states.append(self.physical(state))
+                forcing.append(model.closed(state).double())
+
+            end = free_run(model.solve, initial, interval, samples, self.partition, keep)
+            found[name] = Run(torch.stack(states), torch.stack(forcing), end.blown_up)
+        return found
+
+    # Cases
+
+    def solve_case(self) -> SolveCase:
+        """Return the first solve of a training batch with windows of the full length."""
+        window = self.config.problem.window
+        share = next(shared(self.samples.starts(window), self.config, self.mesh, 1))
+        return self.model.first_case(windows(self.samples, share, window, self.dtype))
+
+    def gradcheck_loss(self, batch: Windows) -> torch.Tensor:
+        """Return this rank's share of the training loss of one batch. Collective on the world."""
+        if not self._is_offline:
+            return self.loss(self.model, batch)
+        states = dataclasses.replace(self.forcing_batch(batch.starts), initial=batch.initial)
+        return self.loss(self.model, states)
