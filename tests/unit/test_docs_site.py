@@ -53,7 +53,7 @@ def test_a_page_links_only_to_what_the_site_contains(page: Path) -> None:
 
 def test_the_written_pages_are_those_of_the_code() -> None:
     pages = module("reference_pages").pages()
-    assert len(pages) == 12
+    assert len(pages) == 13
     for path, text in pages.items():
         assert (DOCS / "reference" / path).read_text() == text.rstrip() + "\n", (
             f"docs/reference/{path} differs: run python docs/mkdocs/reference_pages.py"

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.odeint import odeint
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.problems.qg.coarsening import Coarsening, subgrid_forcing
@@ -144,14 +145,17 @@ class FineRuns:
     @torch.no_grad()
     def _after(self, q: torch.Tensor, steps: int) -> torch.Tensor:
         """Return q after so many classical Runge-Kutta steps, each followed by the filter."""
-        size, now = self.config.step_seconds, torch.zeros((), dtype=q.dtype)
-        for _ in range(steps):
-            first = self.equations(now, q)
-            second = self.equations(now, q + size / 2 * first)
-            third = self.equations(now, q + size / 2 * second)
-            fourth = self.equations(now, q + size * third)
-            q = self.small_scales(now, q + size / 6 * (first + 2 * (second + third) + fourth))
-        return q
+        size = self.config.step_seconds
+        return odeint(
+            self.equations,
+            q,
+            [0.0, steps * size],
+            method="rk4",
+            step_size=size,
+            partition=self.fine,
+            between_steps=self.small_scales,
+            last_only=True,
+        )
 
     @torch.no_grad()
     def _sample(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
