@@ -23,6 +23,7 @@ from pnode_dist.ode.autograd.transforms import transforming
 from pnode_dist.ode.call_agreement import Preparation, preparation, state_shape
 from pnode_dist.ode.complex_state import real_call
 from pnode_dist.ode.given_options import without_adaptation
+from pnode_dist.ode.jumps import check_times_off_jumps, checked_jumps
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, layout_of
 from pnode_dist.ode.rhs.parameters import find_parameters
@@ -71,7 +72,8 @@ def solve_events(
     roundings of the time in the type of u0. The event is at the end of that bracket where g has changed its sign, or
     is zero. At an event the step is cut; steps, and error control, begin afresh after it. Events at one time happen in
     the order of the list. A g that is zero at `t[0]` is no event, nor one that touches zero within a step without
-    changing its sign.
+    changing its sign. Steps end at `jumps` too, and func is evaluated on the step's side of them; g and `reset` must be
+    continuous in time there.
 
     The gradient is exact for the steps taken, with event times by the implicit function theorem. It has no second
     derivative. With a gradient the steps are taken twice: for the search, and for the trajectory. func must be a
@@ -101,9 +103,9 @@ def located(
         listed = _checked_events(events)
         _check_limits(max_events, time_tolerance)
         refuse_other_outputs(replace(asked, last_only=False), "a solve with events")
-        if asked.jumps is not None:
-            raise ConfigurationError("jumps: not available with events: must be None; solve from jump to jump")
-        times = output_times(t)
+        times, jumps = output_times(t), checked_jumps(asked.jumps)
+        if isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled():
+            check_times_off_jumps(times, jumps)
         check_step_size(asked.step_size)
         call = real_call(func, u0 if isinstance(u0, torch.Tensor) else tuple(u0), asked)
         func, u0, asked = call.func, call.u0, call.settings
@@ -127,7 +129,7 @@ def located(
             assert asked.partition is not None
             shapes = state_shape(layout.shapes, asked.partition)
             facts = (("method", method), ("state", shapes), ("dtype", layout.dtype), ("t", times))
-            others = (("max_events", max_events), ("time_tolerance", time_tolerance))
+            others = (("max_events", max_events), ("time_tolerance", time_tolerance), ("jumps", jumps))
             preparing.agree((*facts, ("events", tuple(event.facts for event in listed)), *others), False, ())
     # The times of later events are doubles, so all of them are.
     moments = torch.as_tensor(t, dtype=torch.float64).cpu()
@@ -175,12 +177,14 @@ def _system(
         without_control(asked),
         method=method.name,
         rule=None,
+        jumps=None,
         options=options,
         callbacks=StepCallbacks(pulled_back=asked.callbacks.pulled_back),
         last_only=False,
     )
     searching = replace(asked, method=method.name, last_only=True)
-    return HybridSystem(func, args, events, communicator(asked.partition), searching, repeating, rounding, tolerance)
+    comm, jumps = communicator(asked.partition), checked_jumps(asked.jumps)
+    return HybridSystem(func, args, events, comm, searching, repeating, rounding, tolerance, jumps)
 
 
 @dataclass(eq=False)
