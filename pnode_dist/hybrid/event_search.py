@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mpi4py import MPI
@@ -20,11 +20,12 @@ from pnode_dist.errors import EventError
 from pnode_dist.hybrid.event import Event
 from pnode_dist.hybrid.event_root import right_end
 from pnode_dist.hybrid.event_states import parts_of, row
-from pnode_dist.hybrid.event_values import values_at
+from pnode_dist.hybrid.event_values import clock, on_all_ranks, values_at
 from pnode_dist.ode.differentiable_solve import differentiable_solve
 from pnode_dist.ode.kept_solvers import KeptSolvers
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import State
+from pnode_dist.ode.rhs.observed import Flattened
 from pnode_dist.ode.settings import CallSettings
 from pnode_dist.ode.time_grid import TimeGrid, divided
 
@@ -35,7 +36,7 @@ class HybridSystem:
 
     `searching` are the settings of the search, and `repeating` those that repeat its steps. `rounding` is that of the
     times, `tolerance` the longest time from a zero to its event, or None for the rounding of the state's type. `jumps`
-    are the times at which func jumps, in increasing order.
+    are the times at which func jumps, in increasing order. `observe` makes outputs of states, None: they are states.
     """
 
     func: Function
@@ -47,6 +48,7 @@ class HybridSystem:
     rounding: float
     tolerance: float | None
     jumps: tuple[float, ...] = ()
+    observe: Flattened | None = None
     solvers: KeptSolvers = field(default_factory=KeptSolvers)
     tangent_solvers: KeptSolvers = field(default_factory=KeptSolvers)
 
@@ -56,6 +58,14 @@ class HybridSystem:
         solved = differentiable_solve(self.solvers, self.tangent_solvers, self.func, u, times, settings, self.args)
         states: State = solved[0]
         return states
+
+    def observed(self, t: torch.Tensor | float, u: State) -> State:
+        """Return the output at a time. Collective. Raises `TypeError` for observations that are not tensors."""
+        observe = self.observe
+        if observe is None:
+            return u
+        found: State = on_all_ranks(self.comm, lambda: observe(clock(t, u), parts_of(u), *self.args))
+        return found
 
     def stepped(self, u: State, start: float, end: float) -> State:
         """Return the state after one step from `start` to `end`. Collective."""
@@ -80,11 +90,18 @@ class HybridSystem:
         return max(least, 4 * torch.finfo(dtype).eps * size if self.tolerance is None else self.tolerance)
 
 
+class Output(NamedTuple):
+    """The output at the output time of this number; None if it is not kept."""
+
+    number: int
+    value: State | None
+
+
 @dataclass(eq=False)
 class Walk:
     """The steps from a start on that were accepted.
 
-    `outputs[n]` is the number of the output time that n steps lead to, and `states` are the states there if they are
+    `outputs[n]` is the number of the output time that n steps lead to, and `states` are the outputs there if they are
     kept. `time` and `state` are where the steps end. `sides[i]` is the sign of event i there, 0 if it is undecided.
     `jumps[n]` is the time of a jump of func before step n.
     """
@@ -98,14 +115,14 @@ class Walk:
     states: list[State] = field(default_factory=list)
     jumps: dict[int, float] = field(default_factory=dict)
 
-    def step_to(self, time: float, state: State, sides: list[int], output: int | None, keeps: bool) -> None:
-        """Add a step that ends at `time`, which is the output time of this number."""
+    def step_to(self, time: float, state: State, sides: list[int], output: Output | None) -> None:
+        """Add a step that ends at `time`, with the output there if it is an output time."""
         self.starts.append(self.time)
         self.sizes.append(time - self.time)
         if output is not None:
-            self.outputs[len(self.starts)] = output
-            if keeps:
-                self.states.append(state)
+            self.outputs[len(self.starts)] = output.number
+            if output.value is not None:
+                self.states.append(output.value)
         self.time, self.state, self.sides = time, state, sides
 
 
@@ -145,6 +162,11 @@ def search(
     walk = Walk(times[0], u, _sides_at_start(system, u, times, fired, count))
     numbers = {time: number for number, time in enumerate(times)}
 
+    def output_at(time: float, state: State) -> Output | None:
+        if time not in numbers:
+            return None
+        return Output(numbers[time], system.observed(time, state) if keeps_outputs else None)
+
     def note_jump() -> None:
         if walk.time in system.jumps:
             walk.jumps[len(walk.starts)] = walk.time
@@ -162,7 +184,7 @@ def search(
         ]
         if candidates:
             raise _Crossed(time, values, state, candidates)
-        walk.step_to(time, state, signs, numbers.get(time), keeps_outputs)
+        walk.step_to(time, state, signs, output_at(time, state))
         note_jump()
 
     settings = system.searching
@@ -179,7 +201,7 @@ def search(
         return walk, None
     crossing = _located(system, walk, found)
     if crossing.at == found.time and found.time in numbers:
-        walk.step_to(found.time, found.state, walk.sides, numbers[found.time], keeps_outputs)
+        walk.step_to(found.time, found.state, walk.sides, output_at(found.time, found.state))
     return walk, crossing
 
 

@@ -213,6 +213,52 @@ def test_error_control_with_jumps_and_events_is_exact_for_the_pieces() -> None:
     assert solution.u_end.item() == pytest.approx(1.5, abs=1e-13)
 
 
+class Seen(nn.Module):
+    """An observation with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(random(3, 2, seed=4))
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"seen": torch.sin(u @ self.weight) * (1 + t), "size": u.square().sum(dim=-1)}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["at all times", "at the end"])
+def test_observations_between_events_have_the_gradients_of_plain_torch(last: bool) -> None:
+    system, seen, u0 = Switching(), Seen(), random(2, 3, seed=3).requires_grad_()
+    t = torch.tensor(TIMES, dtype=FLOAT64, requires_grad=True)
+    event, save = Event(system.g, reset=system.reset), "last" if last else "times"
+
+    def solved() -> EventSolution:
+        return solve_events(system, u0, t, event, method="rk4", step_size=0.11, observe=seen, save=save)
+
+    found = solved()
+    wanted = solve_plain(system, u0, t, [PlainEvent(system.g, 0, system.reset)], TABLEAUX["4"], 0.11)
+    assert len(wanted.times) >= 2
+    if last:
+        plain = seen(t[-1], wanted.end)
+    else:
+        rows = [seen(time, state) for time, state in zip(t, wanted.outputs, strict=True)]
+        plain = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    assert isinstance(found.u, dict)
+    assert found.u.keys() == plain.keys()
+    ours, theirs = ((*u.values(), end) for u, end in ((found.u, found.u_end), (plain, wanted.end)))
+    assert distance(ours, theirs) < 1e-12
+    inputs = (u0, t, *system.parameters(), *seen.parameters())
+    losses = (sum((random(*part.shape, seed=9) * part).sum() for part in each) for each in (ours, theirs))
+    ours_by, theirs_by = (gradients(loss, *inputs) for loss in losses)
+    assert distance(ours_by, theirs_by) < 1e-12
+    with torch.no_grad():
+        again = solved()
+    assert isinstance(again.u, dict)
+    assert distance(tuple(again.u.values()), tuple(part.detach() for part in found.u.values())) < 1e-14
+
+
+def test_an_observation_that_is_no_function_is_one_line() -> None:
+    refused(TypeError, r"observe must be callable as observe\(t, u, \*args\), got int", observe=3)
+
+
 def test_an_output_time_at_a_jump_has_no_gradient_with_events() -> None:
     refused(
         ValueError,
@@ -454,6 +500,7 @@ def test_second_derivatives_of_the_time_of_an_event_are_refused() -> None:
         ({"method": "bdf"}, "method = 'bdf': a step depends on those before it"),
         ({"step_size": -1.0}, "step_size = -1.0: must be positive"),
         ({"t": [0.0, 0.0]}, "t must increase or decrease strictly"),
+        ({"save": "steps"}, "save = 'steps': must be 'times', because a solve with events needs all states"),
     ],
 )
 def test_a_wrong_argument_is_one_line(settings: dict[str, Any], message: str) -> None:
