@@ -171,6 +171,14 @@ WRONG: dict[str, tuple[str, str, str]] = {
         TOML,
         r"Own: ValueError: func returned shape",
     ),
+    "a method of an earlier version": (
+        changed(
+            "    def build_right_hand_side(self)",
+            "    def write(self):\n        pass\n\n    def build_right_hand_side(self)",
+        ),
+        TOML,
+        r"Own\.write: is not called: must be variables\(batch\) for further variables of the file, or create_file",
+    ),
     "nothing to learn": (
         changed("torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))", "0.3"),
         TOML,

@@ -10,6 +10,7 @@ import torch
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.rhs.layout import State
+from pnode_dist.ode.rhs.observed import Observations
 
 REDUCTIONS = ("sum", "min", "max", "same")
 
@@ -65,7 +66,8 @@ class EventSolution:
     """The solution of a solve with events. States are tensors, or tuples of tensors if u0 is a tuple.
 
     - `t`, `u`: the k output times that the solve has reached, `[k]`, and the states there, `[k, *u0.shape]`. At the
-      time of an event it is the state before the reset. With `last_only` `u` is `u_end`.
+      time of an event it is the state before the reset. With `last_only` `u` is `u_end`. With `observe` u holds the
+      observations of these states.
     - `event_times`: the times of the m events in the order of the solve, `[m]`, doubles.
     - `which`: for each, the index of its `Event` in the list.
     - `u_before`, `u_after`: the states before and after the reset, `[m, *u0.shape]`.
@@ -76,7 +78,7 @@ class EventSolution:
     """
 
     t: torch.Tensor
-    u: State
+    u: State | Observations
     event_times: torch.Tensor
     which: tuple[int, ...]
     u_before: State

@@ -35,5 +35,7 @@ def on_real_views(event: Event, form: ComplexForm) -> Event:
 
 def complex_solution(solution: EventSolution, call: RealCall) -> EventSolution:
     """Return the solution in the form of the caller's state."""
-    states = {name: call.outputs(getattr(solution, name)) for name in ("u", "u_before", "u_after", "u_end")}
-    return replace(solution, **states)
+    if call.form is None:
+        return solution
+    states = {name: call.form.complex(getattr(solution, name)) for name in ("u_before", "u_after", "u_end")}
+    return replace(solution, u=call.outputs(solution.u), **states)

@@ -16,7 +16,7 @@ import torch
 from mpi4py import MPI
 
 from pnode_dist.errors import ConfigurationError, EventError, RecomputationError
-from pnode_dist.hybrid.event_search import Crossing, HybridSystem, Walk, one_step
+from pnode_dist.hybrid.event_search import Crossing, HybridSystem, Walk
 from pnode_dist.hybrid.event_states import detached, lifted, parts_of, row, rows
 from pnode_dist.hybrid.event_values import differentiable_value, values_at
 from pnode_dist.ode.rhs.layout import State
@@ -39,12 +39,13 @@ def repeated_walk(
     last = len(walk.starts) if crossing is None else crossing.number
     moments = {step: times[output] for step, output in ends.items()}
     if last not in moments:
-        moments[last] = _within(times, walk, last)
+        moments[last] = _within(system, times, walk, last)
     order = sorted(moments)
     outputs = [number for number, step in enumerate(order) if step in ends and step > 0]
     if len(order) == 1:
         return rows(lifted(u), []), u, times[0]
-    grid = TimeGrid(tuple(walk.starts), tuple(walk.sizes), {step: number for number, step in enumerate(order)})
+    numbers = {step: number for number, step in enumerate(order)}
+    grid = TimeGrid(tuple(walk.starts), tuple(walk.sizes), numbers, walk.jumps)
     states = system.repeated(u, torch.stack([moments[step] for step in order]), grid)
     found = row(states, order.index(last))
     _compare(system, found, walk.state if crossing is None else crossing.state, walk.time)
@@ -57,7 +58,7 @@ def event_time(system: HybridSystem, number: int, owner: int, u: State, start: t
     Raises `EventError` if the derivative of g along the step is zero there, and warns if it is nearly zero.
     """
     event, comm, args = system.events[number], system.comm, system.args
-    grid = one_step(start.item(), at)
+    grid = system.one_step(start.item(), at)
 
     def value(state: State, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         result = row(system.repeated(state, torch.stack([begin, end]), grid), -1)
@@ -112,14 +113,21 @@ class _EventTime(torch.autograd.Function):
 
 def state_at(system: HybridSystem, u: State, start: torch.Tensor, end: torch.Tensor) -> State:
     """Return the state after one step from `start` to `end`. Differentiable and collective."""
-    return row(system.repeated(u, torch.stack([start, end]), one_step(start.item(), end.item())), -1)
+    return row(system.repeated(u, torch.stack([start, end]), system.one_step(start.item(), end.item())), -1)
 
 
-def _within(times: torch.Tensor, walk: Walk, step: int) -> torch.Tensor:
-    """Return the time before a step inside an interval between output times, a fixed share of the interval."""
+def _within(system: HybridSystem, times: torch.Tensor, walk: Walk, step: int) -> torch.Tensor:
+    """Return the time before a step inside an interval between output times or jumps, a fixed share of the interval."""
     value = walk.starts[step] if step < len(walk.starts) else walk.time
-    before = max(output for number, output in walk.outputs.items() if number <= step)
-    begin, end = times[before], times[before + 1]
+    if step in walk.jumps:
+        return torch.tensor(walk.jumps[step], dtype=torch.float64)
+    passed = {number: torch.tensor(jump, dtype=torch.float64) for number, jump in walk.jumps.items()}
+    passed |= {number: times[output] for number, output in walk.outputs.items()}
+    begin = passed[max(number for number in passed if number <= step)]
+    end = times[1 + max(output for number, output in walk.outputs.items() if number <= step)]
+    jumps = [jump for jump in system.jumps if min(value, end.item()) < jump < max(value, end.item())]
+    if jumps:
+        end = torch.tensor(min(jumps, key=lambda jump: abs(jump - value)), dtype=torch.float64)
     share = (value - begin.item()) / (end.item() - begin.item())
     moved = begin + share * (end - begin)
     return value + (moved - moved.detach())

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mpi4py import MPI
@@ -20,11 +20,12 @@ from pnode_dist.errors import EventError
 from pnode_dist.hybrid.event import Event
 from pnode_dist.hybrid.event_root import right_end
 from pnode_dist.hybrid.event_states import parts_of, row
-from pnode_dist.hybrid.event_values import values_at
+from pnode_dist.hybrid.event_values import clock, on_all_ranks, values_at
 from pnode_dist.ode.differentiable_solve import differentiable_solve
 from pnode_dist.ode.kept_solvers import KeptSolvers
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import State
+from pnode_dist.ode.rhs.observed import Flattened
 from pnode_dist.ode.settings import CallSettings
 from pnode_dist.ode.time_grid import TimeGrid, divided
 
@@ -34,7 +35,8 @@ class HybridSystem:
     """A right-hand side with its events, and the settings of its solves.
 
     `searching` are the settings of the search, and `repeating` those that repeat its steps. `rounding` is that of the
-    times, `tolerance` the longest time from a zero to its event, or None for the rounding of the state's type.
+    times, `tolerance` the longest time from a zero to its event, or None for the rounding of the state's type. `jumps`
+    are the times at which func jumps, in increasing order. `observe` makes outputs of states, None: they are states.
     """
 
     func: Function
@@ -45,6 +47,8 @@ class HybridSystem:
     repeating: CallSettings
     rounding: float
     tolerance: float | None
+    jumps: tuple[float, ...] = ()
+    observe: Flattened | None = None
     solvers: KeptSolvers = field(default_factory=KeptSolvers)
     tangent_solvers: KeptSolvers = field(default_factory=KeptSolvers)
 
@@ -55,11 +59,28 @@ class HybridSystem:
         states: State = solved[0]
         return states
 
+    def observed(self, t: torch.Tensor | float, u: State) -> State:
+        """Return the output at a time. Collective. Raises `TypeError` for observations that are not tensors."""
+        observe = self.observe
+        if observe is None:
+            return u
+        found: State = on_all_ranks(self.comm, lambda: observe(clock(t, u), parts_of(u), *self.args))
+        return found
+
     def stepped(self, u: State, start: float, end: float) -> State:
         """Return the state after one step from `start` to `end`. Collective."""
         with torch.no_grad():
-            states = self.repeated(u, (start, end), one_step(start, end))
+            states = self.repeated(u, (start, end), self.one_step(start, end))
         return row(states, -1)
+
+    def one_step(self, start: float, end: float) -> TimeGrid:
+        """Return the grid of one step, in which func is evaluated between the jumps around the step."""
+        ordered = sorted(self.jumps, reverse=end < start)
+        direction = math.copysign(1.0, end - start)
+        before = [jump for jump in ordered if (jump - start) * direction <= 0][-1:]
+        after = [jump for jump in ordered if (jump - end) * direction >= 0][:1]
+        around = {number: jump for number, found in enumerate((before, after)) for jump in found}
+        return TimeGrid((start,), (end - start,), {0: 0, 1: 1}, around)
 
     def tolerance_at(self, start: float, end: float, u: State) -> float:
         """Return the longest time from a zero to its event, in a step from `start` to `end`."""
@@ -69,17 +90,20 @@ class HybridSystem:
         return max(least, 4 * torch.finfo(dtype).eps * size if self.tolerance is None else self.tolerance)
 
 
-def one_step(start: float, end: float) -> TimeGrid:
-    """Return the grid of one step."""
-    return TimeGrid((start,), (end - start,), {0: 0, 1: 1})
+class Output(NamedTuple):
+    """The output at the output time of this number; None if it is not kept."""
+
+    number: int
+    value: State | None
 
 
 @dataclass(eq=False)
 class Walk:
     """The steps from a start on that were accepted.
 
-    `outputs[n]` is the number of the output time that n steps lead to, and `states` are the states there if they are
+    `outputs[n]` is the number of the output time that n steps lead to, and `states` are the outputs there if they are
     kept. `time` and `state` are where the steps end. `sides[i]` is the sign of event i there, 0 if it is undecided.
+    `jumps[n]` is the time of a jump of func before step n.
     """
 
     time: float
@@ -89,15 +113,16 @@ class Walk:
     sizes: list[float] = field(default_factory=list)
     outputs: dict[int, int] = field(default_factory=lambda: {0: 0})
     states: list[State] = field(default_factory=list)
+    jumps: dict[int, float] = field(default_factory=dict)
 
-    def step_to(self, time: float, state: State, sides: list[int], output: int | None, keeps: bool) -> None:
-        """Add a step that ends at `time`, which is the output time of this number."""
+    def step_to(self, time: float, state: State, sides: list[int], output: Output | None) -> None:
+        """Add a step that ends at `time`, with the output there if it is an output time."""
         self.starts.append(self.time)
         self.sizes.append(time - self.time)
         if output is not None:
-            self.outputs[len(self.starts)] = output
-            if keeps:
-                self.states.append(state)
+            self.outputs[len(self.starts)] = output.number
+            if output.value is not None:
+                self.states.append(output.value)
         self.time, self.state, self.sides = time, state, sides
 
 
@@ -137,6 +162,17 @@ def search(
     walk = Walk(times[0], u, _sides_at_start(system, u, times, fired, count))
     numbers = {time: number for number, time in enumerate(times)}
 
+    def output_at(time: float, state: State) -> Output | None:
+        if time not in numbers:
+            return None
+        return Output(numbers[time], system.observed(time, state) if keeps_outputs else None)
+
+    def note_jump() -> None:
+        if walk.time in system.jumps:
+            walk.jumps[len(walk.starts)] = walk.time
+
+    note_jump()
+
     def reached(t: torch.Tensor, state: State, size: torch.Tensor) -> None:
         time = t.item()
         values, _ = values_at(system.events, system.comm, time, state, system.args)
@@ -148,12 +184,13 @@ def search(
         ]
         if candidates:
             raise _Crossed(time, values, state, candidates)
-        walk.step_to(time, state, signs, numbers.get(time), keeps_outputs)
+        walk.step_to(time, state, signs, output_at(time, state))
+        note_jump()
 
     settings = system.searching
     grid = None
     if settings.control() is None:
-        grid = divided(times, settings.step_size, system.rounding)
+        grid = divided(times, settings.step_size, system.rounding, system.jumps)
     settings = replace(settings, grid=grid, callbacks=replace(settings.callbacks, reached=reached))
     try:
         with torch.no_grad():
@@ -164,7 +201,7 @@ def search(
         return walk, None
     crossing = _located(system, walk, found)
     if crossing.at == found.time and found.time in numbers:
-        walk.step_to(found.time, found.state, walk.sides, numbers[found.time], keeps_outputs)
+        walk.step_to(found.time, found.state, walk.sides, output_at(found.time, found.state))
     return walk, crossing
 
 
@@ -203,9 +240,11 @@ def _sides_at_start(
 ) -> list[int]:
     """Return the sign of each event at the start. Zero values, and events that have just happened, get that of a step.
 
-    The step is the geometric mean of the tolerance and the length of the first interval.
+    The step is the geometric mean of the tolerance and the length of the first interval, which ends at a jump too.
     """
-    start, span = times[0], times[1] - times[0]
+    start, end = times[:2]
+    ahead = [end, *(jump for jump in system.jumps if min(start, end) < jump < max(start, end))]
+    span = min(ahead, key=lambda time: abs(time - start)) - start
     values, _ = values_at(system.events, system.comm, start, u, system.args)
     sides = [_sign(value) for value in values]
     unsure = [number for number, side in enumerate(sides) if side == 0 or number in fired]

@@ -15,7 +15,7 @@ from pnode_dist.hybrid.event import Event, EventSolution
 from pnode_dist.hybrid.event_complex import complex_solution, on_real_views
 from pnode_dist.hybrid.event_gradient import event_time, repeated_walk, state_at
 from pnode_dist.hybrid.event_search import Crossing, HybridSystem, search
-from pnode_dist.hybrid.event_states import detached, joined, lifted, parts_of
+from pnode_dist.hybrid.event_states import detached, joined, lifted, mapped, parts_of, row
 from pnode_dist.hybrid.event_values import OnAllRanks, clock, on_all_ranks
 from pnode_dist.ode import methods
 from pnode_dist.ode.autograd.outside_graphs import outside_graphs
@@ -23,8 +23,10 @@ from pnode_dist.ode.autograd.transforms import transforming
 from pnode_dist.ode.call_agreement import Preparation, preparation, state_shape
 from pnode_dist.ode.complex_state import real_call
 from pnode_dist.ode.given_options import without_adaptation
+from pnode_dist.ode.jumps import check_times_off_jumps, checked_jumps
 from pnode_dist.ode.rhs.evaluation import Function
 from pnode_dist.ode.rhs.layout import Parts, State, layout_of
+from pnode_dist.ode.rhs.observed import Flattened
 from pnode_dist.ode.rhs.parameters import find_parameters
 from pnode_dist.ode.settings import (
     CallSettings,
@@ -62,8 +64,9 @@ def solve_events(
     """Solve M du/dt = func(t, u, *args) from u(t[0]) = u0 with events; differentiable in all that `odeint` is.
 
     Collective on the partition's communicator, and so is the backward pass. The arguments are those of
-    `pnode_dist.odeint`, which takes the steps. Returns an `EventSolution`. Its event times are differentiable too, and
-    all of it with respect to parameters of the events' `g` and `reset`, which get the same `args` as func.
+    `pnode_dist.odeint`, which takes the steps; `save` is "times" or "last". Returns an `EventSolution`. Its event times
+    are differentiable too, and all of it with respect to parameters of the events' `g` and `reset`, which get the same
+    `args` as func.
 
     The solve ends at `t[-1]` or at a terminal event, and returns the output times up to there. The sign of each g is
     examined at the end of every accepted step; two zeros of one g in a step are not found, so limit the steps. A zero
@@ -71,7 +74,9 @@ def solve_events(
     roundings of the time in the type of u0. The event is at the end of that bracket where g has changed its sign, or
     is zero. At an event the step is cut; steps, and error control, begin afresh after it. Events at one time happen in
     the order of the list. A g that is zero at `t[0]` is no event, nor one that touches zero within a step without
-    changing its sign.
+    changing its sign. Steps end at `jumps` too, and func is evaluated on the step's side of them; g and `reset` must be
+    continuous in time there. With `observe` the outputs `u` are h(t, u, *args); without a gradient no other states are
+    held than those at events.
 
     The gradient is exact for the steps taken, with event times by the implicit function theorem. It has no second
     derivative. With a gradient the steps are taken twice: for the search, and for the trajectory. func must be a
@@ -100,17 +105,19 @@ def located(
     with preparation(comm, "solve with events") as preparing:
         listed = _checked_events(events)
         _check_limits(max_events, time_tolerance)
-        refuse_other_outputs(replace(asked, last_only=False), "a solve with events")
-        if asked.jumps is not None:
-            raise ConfigurationError("jumps: not available with events: must be None; solve from jump to jump")
-        times = output_times(t)
+        if asked.save == "last":
+            asked = replace(asked, save="times", last_only=True)
+        refuse_other_outputs(replace(asked, last_only=False, observe=None), "a solve with events")
+        times, jumps = output_times(t), checked_jumps(asked.jumps)
+        if isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled():
+            check_times_off_jumps(times, jumps)
         check_step_size(asked.step_size)
         call = real_call(func, u0 if isinstance(u0, torch.Tensor) else tuple(u0), asked)
         func, u0, asked = call.func, call.u0, call.settings
         if call.form is not None:
             listed = tuple(on_real_views(event, call.form) for event in listed)
         layout, parts = layout_of(u0, asked.compute_dtype)
-        system = _system(func, args, listed, asked, rounding_of(t, times), time_tolerance)
+        system = _system(func, args, listed, asked, layout.is_tuple, rounding_of(t, times), time_tolerance)
         needed = torch.is_grad_enabled() and any(
             tensor.requires_grad
             for tensor in (
@@ -118,6 +125,7 @@ def located(
                 *(asked.params or ()),
                 *find_parameters(func, args),
                 *((t,) if isinstance(t, torch.Tensor) else ()),
+                *(find_parameters(asked.observe, ()) if asked.observe is not None else ()),
                 *(held for event in listed for held in find_parameters(event.g, ())),
                 *(held for event in listed if event.reset is not None for held in find_parameters(event.reset, ())),
             )
@@ -127,7 +135,7 @@ def located(
             assert asked.partition is not None
             shapes = state_shape(layout.shapes, asked.partition)
             facts = (("method", method), ("state", shapes), ("dtype", layout.dtype), ("t", times))
-            others = (("max_events", max_events), ("time_tolerance", time_tolerance))
+            others = (("max_events", max_events), ("time_tolerance", time_tolerance), ("jumps", jumps))
             preparing.agree((*facts, ("events", tuple(event.facts for event in listed)), *others), False, ())
     # The times of later events are doubles, so all of them are.
     moments = torch.as_tensor(t, dtype=torch.float64).cpu()
@@ -158,6 +166,7 @@ def _system(
     args: tuple[Any, ...],
     events: tuple[Event, ...],
     asked: CallSettings,
+    is_tuple: bool,
     rounding: float,
     tolerance: float | None,
 ) -> HybridSystem:
@@ -170,17 +179,21 @@ def _system(
             f"method = {method.name!r}: a step depends on those before it, and cannot be taken with another size to "
             "locate an event: choose a method with one step"
         )
+    observe = None if asked.observe is None else Flattened(asked.observe, is_tuple)
+    asked = replace(asked, observe=None)
     options = asked.options if control is None else without_adaptation(asked.options)
     repeating = replace(
         without_control(asked),
         method=method.name,
         rule=None,
+        jumps=None,
         options=options,
         callbacks=StepCallbacks(pulled_back=asked.callbacks.pulled_back),
         last_only=False,
     )
     searching = replace(asked, method=method.name, last_only=True)
-    return HybridSystem(func, args, events, communicator(asked.partition), searching, repeating, rounding, tolerance)
+    comm, jumps = communicator(asked.partition), checked_jumps(asked.jumps)
+    return HybridSystem(func, args, events, comm, searching, repeating, rounding, tolerance, jumps, observe)
 
 
 @dataclass(eq=False)
@@ -210,7 +223,7 @@ def _through_events(
         if differentiable:
             outputs, before, begin = repeated_walk(system, u, walk, ahead, crossing)
             if not last_only:
-                found.outputs.append(outputs)
+                found.outputs += _observed(system, ahead[1:], outputs)
         else:
             found.outputs += [lifted(state) for state in walk.states]
             before, begin = walk.state, torch.tensor(walk.time, dtype=torch.float64)
@@ -223,6 +236,14 @@ def _through_events(
         if any(_ends(system.events[number], number, found) for number in fired):
             break
     return _solution(system, u0, moments[:done], found, (start, u), differentiable, last_only)
+
+
+def _observed(system: HybridSystem, times: torch.Tensor, states: State) -> list[State]:
+    """Return the outputs at the first of `times` from the states there, as stacks. Collective."""
+    if system.observe is None:
+        return [states]
+    count = len(parts_of(states)[0])
+    return [lifted(system.observed(times[number], row(states, number))) for number in range(count)]
 
 
 def _happen(
@@ -307,20 +328,23 @@ def _solution(
 ) -> EventSolution:
     """Return what was found. `end` are the time and the state at the end."""
     time, u = end
-    states = [joined([lifted(state) for state in each], u0) for each in (found.before, found.after)]
-    states.append(u)
-    if not last_only:
-        states.append(joined([lifted(u0), *found.outputs], u0))
+    before, after = (joined([lifted(state) for state in each], u0) for each in (found.before, found.after))
+    if last_only:
+        outputs = system.observed(time, u)
+    else:
+        first = system.observed(moments[0], u0)
+        outputs = joined([lifted(first), *found.outputs], first)
     times = torch.stack(found.times) if found.times else torch.empty(0, dtype=torch.float64)
     if differentiable and system.comm.size > 1:
-        flat = [part for state in states for part in parts_of(state)]
+        forms = (before, after, u, outputs)
+        flat = [part for state in forms for part in parts_of(state)]
         time, times, *flat = OnAllRanks.apply(time, times, *flat)  # type: ignore[no-untyped-call]
-        size = len(parts_of(u0))
-        states = [
-            flat[first] if isinstance(u0, torch.Tensor) else tuple(flat[first : first + size])
-            for first in range(0, len(flat), size)
-        ]
-    before, after, last = states[:3]
-    return EventSolution(
-        moments, last if last_only else states[3], times, tuple(found.which), before, after, time, last
-    )
+        rest = iter(flat)
+        before, after, u, outputs = (mapped(lambda _: next(rest), form) for form in forms)
+    if not differentiable and any(part.requires_grad for part in parts_of(outputs)):
+        raise ConfigurationError(
+            "observe: it depends on a tensor that requires a gradient and was not found: name it with params=(...)"
+        )
+    form = None if system.observe is None else system.observe.form
+    found_at = outputs if form is None else form.rebuilt(parts_of(outputs))
+    return EventSolution(moments, found_at, times, tuple(found.which), before, after, time, u)

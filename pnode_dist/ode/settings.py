@@ -265,6 +265,8 @@ def merged(settings: SolverSettings | None, keywords: Mapping[str, Any], caller:
 
 
 def _likely(name: str) -> str:
+    if name == "events":
+        return "pnode_dist.solve_events(func, u0, t, events) solves with events"
     close = get_close_matches(name, KEYWORDS, n=1) or [known for known in KEYWORDS if name in known]
     return f"did you mean {' or '.join(close)}?" if close else f"must be one of {', '.join(KEYWORDS)}"
 

@@ -24,11 +24,19 @@ _BARE = "This is a netCDF dimension but not a netCDF variable."
 
 
 @dataclass(frozen=True)
+class Later:
+    """Stands for values of this shape that `pnode_dist.report.dataset_stream.DatasetStream` writes later."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Variable:
     """An array with named dimensions. It is a coordinate if its name equals that of its only dimension.
 
     `values` is the whole array, the same on every rank. With `partition` it is this rank's part, and its last axes are
-    those of the partition. `dtype` is the dtype in the file. Strings are stored unchanged.
+    those of the partition. `dtype` is the dtype in the file. Strings are stored unchanged. `Later` stands for values
+    that are not computed yet.
     """
 
     dimensions: tuple[str, ...]
@@ -74,48 +82,56 @@ def write_dataset(
 
     Raises `ConfigurationError` on all ranks when the file cannot be written.
     """
+
+    def create() -> None:
+        try:
+            create_dataset(path, variables, attributes or {}, bare)
+        except OSError as error:
+            raise write_failure(path, error) from None
+
     partitioned = [variable.partition for variable in variables.values() if variable.partition is not None]
     in_turn(
-        lambda: _create(path, variables, attributes or {}, bare),
+        create,
         lambda: _write_part(path, variables),
         partitioned[0] if partitioned else None,
         mesh,
     )
 
 
-def _create(
+def create_dataset(
     path: Path, variables: Mapping[str, Variable], attributes: Mapping[str, Any], bare: Collection[str]
 ) -> None:
+    """Lay out all variables, and write those that are not distributed. Call on one rank.
+
+    Raises `OSError` when the file cannot be written.
+    """
     sizes: dict[str, int] = {}
     for name, variable in variables.items():
         for dimension, size in zip(variable.dimensions, variable.shape, strict=True):
             if sizes.setdefault(dimension, size) != size:
                 raise ValueError(f"{name}: dimension {dimension} has {size} entries, elsewhere {sizes[dimension]}")
     coordinates = {name: variables.get(name, Variable((name,), np.arange(size))) for name, size in sizes.items()}
-    try:
-        with h5py.File(path, "w") as file:
-            file.attrs.update({"Conventions": "CF-1.8", **attributes})
-            for name, variable in coordinates.items():
-                # NetCDF's reserved name of a scale for a dimension without a coordinate.
-                is_bare = name in bare and name not in variables
-                scale = f"{_BARE}{sizes[name]:10d}" if is_bare else name
-                _lay_out(file, name, variable).make_scale(scale)
-            for name, variable in variables.items():
-                if name in coordinates:
-                    continue
-                stored = _lay_out(file, name, variable)
-                for number, dimension in enumerate(variable.dimensions):
-                    stored.dims[number].attach_scale(file[dimension])
-    except OSError as error:
-        raise write_failure(path, error) from None
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"Conventions": "CF-1.8", **attributes})
+        for name, variable in coordinates.items():
+            # NetCDF's reserved name of a scale for a dimension without a coordinate.
+            is_bare = name in bare and name not in variables
+            scale = f"{_BARE}{sizes[name]:10d}" if is_bare else name
+            _lay_out(file, name, variable).make_scale(scale)
+        for name, variable in variables.items():
+            if name in coordinates:
+                continue
+            stored = _lay_out(file, name, variable)
+            for number, dimension in enumerate(variable.dimensions):
+                stored.dims[number].attach_scale(file[dimension])
 
 
 def _lay_out(file: h5py.File, name: str, variable: Variable) -> h5py.Dataset:
-    if variable.partition is not None:
+    if variable.partition is not None or isinstance(variable.values, Later):
         stored = file.create_dataset(name, variable.shape, variable.dtype or np.float32, fillvalue=np.nan)
         stored.attrs["_FillValue"] = np.array(np.nan, dtype=stored.dtype)
     else:
-        values = _numpy(variable.values)
+        values = as_numpy(variable.values)
         if values.dtype.kind in "SUO":
             stored = file.create_dataset(name, data=values.astype(str).astype(object), dtype=h5py.string_dtype())
         else:
@@ -133,7 +149,7 @@ def _write_part(path: Path, variables: Mapping[str, Variable]) -> None:
                 partition = variable.partition
                 if partition is None:
                     continue
-                values = _numpy(variable.values)
+                values = as_numpy(variable.values)
                 owned = partition.owned_slices(partition.comm.rank)
                 leading = (slice(None),) * (values.ndim - len(owned))
                 if 0 not in values.shape:
@@ -142,5 +158,6 @@ def _write_part(path: Path, variables: Mapping[str, Variable]) -> None:
         raise write_failure(path, error) from None
 
 
-def _numpy(values: Any) -> npt.NDArray[Any]:
+def as_numpy(values: Any) -> npt.NDArray[Any]:
+    """Return values as an array of the host."""
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

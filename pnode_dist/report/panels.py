@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,27 @@ def draw_trajectories(
 def root_mean_squares(errors: Array, axes: tuple[int, ...]) -> Array:
     """Return the root mean squares of errors over some axes, in float64."""
     found: Array = np.sqrt((errors.astype(np.float64) ** 2).mean(axis=axes))
+    return found
+
+
+def each_lead(data: h5py.Dataset, axis: int = 1) -> Iterator[Array]:
+    """Yield the values at the leads 1, 2, ... along an axis of a variable in float64, read one after the other."""
+    for lead in range(1, data.shape[axis]):
+        yield np.asarray(data[(slice(None),) * axis + (lead,)], dtype=np.float64)
+
+
+def lead_errors(
+    truth: h5py.Dataset, forecasts: Mapping[str, h5py.Dataset | Array], axis: int = 1, scale: Any = 1.0, power: int = 2
+) -> dict[str, Array]:
+    """Return the mean errors `[lead]` of forecasts in units of `scale`: root mean square, or absolute for power 1.
+
+    `axis` is that of leads. A forecast is a variable of the file, or the same values at all leads. Reads lead by lead.
+    """
+    found: dict[str, Array] = {}
+    for name, forecast in forecasts.items():
+        given = each_lead(forecast, axis) if isinstance(forecast, h5py.Dataset) else repeat(forecast)
+        means = [np.mean(np.abs((a - b) / scale) ** power) for a, b in zip(given, each_lead(truth, axis), strict=False)]
+        found[name] = np.array(means) ** (1 / power)
     return found
 
 

@@ -22,7 +22,7 @@ from tests.oracles.runge_kutta import TABLEAUX
 pytestmark = pytest.mark.mpi
 
 SHAPE, TIMES, STEP_SIZE = (7, 9), [0.0, 0.3, 0.7, 1.2], 0.1
-POINT = (5, 7, 1)
+POINT, JUMP = (5, 7, 1), 0.45
 
 
 class Pulses(nn.Module):
@@ -89,6 +89,8 @@ def test_events_over_ranks_are_those_of_the_whole_with_their_gradients(kind: str
         partition=partition,
         step_size=STEP_SIZE,
         trajectory=budget,
+        jumps=[JUMP],
+        observe=lambda t, u: (u, flow(t, u)),
     )
     wanted = solve_plain(
         flow.whole,
@@ -97,11 +99,20 @@ def test_events_over_ranks_are_those_of_the_whole_with_their_gradients(kind: str
         [PlainEvent(lambda t, u: value(kind, u) - pulses.level * level, direction, pulses.reset)],
         TABLEAUX["4"],
         STEP_SIZE,
+        {JUMP: flow.whole},
     )
     outputs, times, before, after, end = wanted.all()
+    slopes = torch.stack([flow.whole(time, state) for time, state in zip(t, outputs, strict=True)])
     assert len(solution.which) == len(wanted.which) > 0
     assert distance(solution.event_times, times) < 1e-12
-    fields = ((solution.u, outputs), (solution.u_before, before), (solution.u_after, after), (solution.u_end, end))
+    states, observed = solution.u
+    fields = (
+        (states, outputs),
+        (observed, slopes),
+        (solution.u_before, before),
+        (solution.u_after, after),
+        (solution.u_end, end),
+    )
     for found, expected in fields:
         assert distance(found, here(expected, partition)) < 1e-12
     weights = [random(*expected.shape, seed=4) for _, expected in fields]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import xarray
 from mpi4py import MPI
 
-from pnode_dist import Mesh
+from pnode_dist import ForecastProblem, Mesh
 from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.train.run import build_problem
@@ -118,6 +119,18 @@ def test_the_gradient_check_finds_the_derivative_of_one_rank(name: str, director
     assert result.state_size == alone.state_size
 
 
+def errors_of_whole(problem: ForecastProblem) -> list[dict[str, float]]:
+    """The errors at each evaluated lead of forecasts that are held whole. Collective on the state ranks."""
+    batch = problem.held_out_windows(torch.float64)
+    forecasts = {"model": problem.model(batch), "persistence": batch.initial.expand_as(batch.targets)}
+    count = len(batch.starts) * math.prod(batch.samples.partition.global_shape)
+    means = {}
+    for name, forecast in forecasts.items():
+        penalties = problem.penalty(problem.reported(forecast - batch.targets)).flatten(1).sum(dim=1)
+        means[name] = problem.mesh.sum(penalties, over="state") / count
+    return [{name: problem.figure(mean[lead - 1]) for name, mean in means.items()} for lead in problem.leads]
+
+
 @EVERY
 @pytest.mark.usefixtures("undrawn")
 def test_the_evaluation_is_that_of_one_rank(name: str, directory: Path, mesh: Mesh) -> None:
@@ -133,6 +146,9 @@ def test_the_evaluation_is_that_of_one_rank(name: str, directory: Path, mesh: Me
             with torch.no_grad():
                 table = problem.evaluate(problem.model, to)
             assert all(other == table for other in COMM.allgather(table))
+            if isinstance(problem, ForecastProblem):
+                for row, errors in zip(table[problem.error], errors_of_whole(problem), strict=True):
+                    assert [row[name] for name in errors] == pytest.approx(list(errors.values()), rel=1e-12)
             tables.append(dict(numbers_in(table)))
             with xarray.open_dataset(to / "forecast.h5", engine="h5netcdf") as data:
                 files.append(data.load())

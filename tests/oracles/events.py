@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,12 +63,18 @@ def solve_plain(
     events: Sequence[PlainEvent],
     table: Tableau,
     step_size: float,
+    jumps: Mapping[float, Callable[..., Any]] | None = None,
 ) -> PlainSolution:
-    """Solve through the times `t`, with events in between, which must not happen at one time."""
-    found = PlainSolution([u0])
+    """Solve through the times `t`, with events in between, which must not happen at one time.
+
+    `jumps` are times at which func is replaced by another function. They are constants, between the first and the last
+    output.
+    """
+    found, pieces = PlainSolution([u0]), jumps or {}
     now, u = t[0], u0
     sides = _sides(events, now, u)
-    for target in t[1:]:
+    stops = [*t[1:], *(torch.tensor(time, dtype=torch.float64) for time in pieces if time not in t.tolist())]
+    for target in sorted(stops, key=lambda stop: abs((stop - t[0]).item())):
         while now.item() != target.item():
             arrived = True
             begin = now
@@ -97,7 +103,9 @@ def solve_plain(
                 sides = _sides(events, now, u)
             if arrived:
                 break
-        found.outputs.append(u)
+        if target.item() in t.tolist():
+            found.outputs.append(u)
+        func = pieces.get(target.item(), func)
     found.end = u
     return found
 

@@ -50,12 +50,17 @@ class _Seen:
 
 
 class Flattened:
-    """An observation with its values as a tuple. `name` is that of the function in errors."""
+    """An observation with its values as a tuple. `name` is that of the function in errors.
+
+    Raises `TypeError` if the observation is no function.
+    """
 
     holds_values_of_func = True
     """Mark this class as holding values that f reads, see `pnode_dist.ode.recomputation.bindings`."""
 
     def __init__(self, observe: Observation, is_tuple: bool, name: str = "observe") -> None:
+        if not callable(observe):
+            raise TypeError(f"{name} must be callable as {name}(t, u, *args), got {type(observe).__name__}")
         self.observe, self.is_tuple, self.name = observe, is_tuple, name
         self._seen = _Seen()
 
@@ -134,8 +139,6 @@ def observed(func: Function, observe: Observation | None, is_tuple: bool) -> Fun
     """Return `func` with an observation, or `func` itself. Raises `TypeError` if the observation is no function."""
     if observe is None:
         return func
-    if not callable(observe):
-        raise TypeError(f"observe must be callable as observe(t, u, *args), got {type(observe).__name__}")
     return Observed(func, Flattened(observe, is_tuple))
 
 

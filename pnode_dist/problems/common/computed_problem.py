@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,9 +11,10 @@ import torch
 
 from pnode_dist.partition.batch import BatchPartition
 from pnode_dist.problems.common.forecast_data import SplitData, Start, TrajectoryData, Windows
-from pnode_dist.problems.common.forecast_file import coordinates
+from pnode_dist.problems.common.forecast_file import TRUTH, ForecastFile, coordinates
 from pnode_dist.problems.common.forecast_problem import ForecastProblem
-from pnode_dist.report.dataset_file import OtherChannels, Variable, write_dataset
+from pnode_dist.report.dataset_file import Later, OtherChannels, Variable
+from pnode_dist.report.dataset_stream import DatasetStream
 
 
 class ComputedProblem(ForecastProblem):
@@ -62,39 +63,32 @@ class ComputedProblem(ForecastProblem):
     def _solves_one_by_one(self) -> bool:
         return False
 
-    def stored(self, values: torch.Tensor, batch: Windows) -> Variable:
-        """Forecasts `[lead, window, *local_shape]` with the states that they start from, as a variable of the file.
-
-        Leads after the last one of `values` are missing.
-        """
-        missing = torch.full_like(batch.targets[len(values) :], torch.nan)
-        whole = self.physical(torch.cat([batch.initial[None], values.double(), missing])).transpose(0, 1)
+    def layout(self, batch: Windows) -> Variable:
+        """A variable of the file for forecasts of a batch, with the states that they start from; written later."""
         names, partition = tuple(self.description.dimensions), batch.samples.partition
+        local = tuple(partition.local_shape)
+        leading: tuple[int, ...] = (len(batch.starts), 1 + batch.steps)
         if len(names) < len(partition.global_shape):
-            whole, partition = whole[..., 0], OtherChannels(partition)
-        leading: tuple[str, ...] = ("trajectory", "time")
+            partition, local = OtherChannels(partition), local[:-1]
+        axes: tuple[str, ...] = ("trajectory", "time")
         if "trajectory" in names:
-            whole, leading = whole[0], ("time",)
-        return Variable((*leading, *names), whole, {}, self.file_dtype, partition)
+            axes, leading = axes[1:], leading[1:]
+        return Variable((*axes, *names), Later((*leading, *local)), {}, self.file_dtype, partition)
 
-    def write(
-        self,
-        path: Path,
-        forecasts: Mapping[str, torch.Tensor],
-        batch: Windows,
-        variables: Mapping[str, Variable],
-    ) -> None:
-        """Write `forecast.h5`, with further `variables`. Collective on the world."""
+    def create_file(
+        self, path: Path, batch: Windows, forecasts: Collection[str], others: Mapping[str, Variable]
+    ) -> ForecastFile:
+        """Create `forecast.h5`, with `others`. Collective on the world."""
         data = self.description
         axis = data.dimensions[-1]
         named = {axis: Variable((axis,), np.array(list(data.names)))} if data.names else {}
-        kept = forecasts if self.stores_baselines else {"model": forecasts["model"]}
-        stored = {
-            self.model_variable if name == "model" else name: self.stored(values, batch)
-            for name, values in kept.items()
-        }
-        own = {"time": Variable(("time",), np.asarray(data.times)), "truth": self.stored(batch.targets, batch)}
-        write_dataset(path, {**named, **coordinates(data), **own, **stored, **variables}, self.mesh)
+        kept = forecasts if self.stores_baselines else ("model",)
+        names = {TRUTH: TRUTH, **{name: self.model_variable if name == "model" else name for name in kept}}
+        own = {"time": Variable(("time",), np.asarray(data.times)), **dict.fromkeys(names.values(), self.layout(batch))}
+        stream = DatasetStream(path, {**named, **coordinates(data), **own, **others}, self.mesh)
+        single = "trajectory" in data.dimensions
+        scalar = len(data.dimensions) < len(batch.samples.partition.global_shape)
+        return ForecastFile(stream, batch, names, self.physical, single, scalar)
 
 
 class EnsembleProblem(ComputedProblem):
@@ -131,17 +125,10 @@ class EnsembleProblem(ComputedProblem):
         part: torch.Tensor = torch.as_tensor(whole)[1:, None][(..., *partition.owned_slices(partition.comm.rank))]
         return part
 
-    def write(
-        self,
-        path: Path,
-        forecasts: Mapping[str, torch.Tensor],
-        batch: Windows,
-        variables: Mapping[str, Variable],
-    ) -> None:
-        """Write `forecast.h5`, with the units of the errors and further `variables`. Collective on the world."""
+    def variables(self, batch: Windows) -> Mapping[str, Variable]:
+        """The units of the errors, as a variable of the file."""
         scaling = self._parts.scaling
-        scale = Variable(("component",), self.moments[1] if scaling is None else scaling.scale)
-        super().write(path, forecasts, batch, {"scale": scale, **variables})
+        return {"scale": Variable(("component",), self.moments[1] if scaling is None else scaling.scale)}
 
     def gradcheck_starts(self) -> list[Start]:
         """The first and the last window."""

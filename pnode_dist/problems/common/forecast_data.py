@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -128,31 +129,58 @@ class Samples:
 class Windows:
     """Stretches of trajectories that are solved together, or in groups of equal times.
 
-    `initial` `[window, *local_shape]` are the states at `starts`, and `targets` `[lead, window, *local_shape]` those 1,
-    2, ... samples later. `weights`, shaped like `targets`, is 0 for what is missing; None: nothing is. `times` are
-    those of each window, its start first.
+    `initial` `[window, *local_shape]` are the states at `starts`, and `steps` is the number of samples ahead. `times`
+    are those of each window, its start first. States are of the dtype of `initial`.
     """
 
     samples: Samples
     starts: tuple[Start, ...]
+    steps: int
     initial: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor | None
     times: tuple[tuple[float, ...], ...]
+
+    def target(self, lead: int) -> torch.Tensor:
+        """The states `[window, *local_shape]` at `lead` samples after the starts, from 1 to `steps`."""
+        return self._ahead(self.samples.values, lead)
+
+    def weight(self, lead: int) -> torch.Tensor | None:
+        """A mask shaped like `target(lead)`, 0 for what is missing; None: nothing is."""
+        return None if self.samples.present is None else self._ahead(self.samples.present, lead)
+
+    @cached_property
+    def targets(self) -> torch.Tensor:
+        """The states at all leads, `[lead, window, *local_shape]`, made at the first access."""
+        return torch.stack([self.target(lead) for lead in self.leads])
+
+    @cached_property
+    def weights(self) -> torch.Tensor | None:
+        """The masks at all leads, shaped like `targets`."""
+        found = [mask for mask in map(self.weight, self.leads) if mask is not None]
+        return torch.stack(found) if found else None
+
+    @property
+    def leads(self) -> range:
+        """The leads of the targets: 1, 2, ..."""
+        return range(1, self.steps + 1)
+
+    def part(self, begin: int, end: int, dtype: torch.dtype) -> Windows:
+        """The windows `begin` to `end`, in `dtype`."""
+        return windows(self.samples, self.starts[begin:end], self.steps, dtype)
+
+    def _ahead(self, values: torch.Tensor, lead: int) -> torch.Tensor:
+        trajectory, first = _indices(self.starts)
+        return values[trajectory, first + lead].to(self.initial.dtype)
 
 
 def windows(samples: Samples, starts: Sequence[Start], steps: int, dtype: torch.dtype) -> Windows:
     """The windows of `steps` samples that begin at `starts`, in `dtype`."""
-    trajectory, first = torch.tensor(tuple(starts), dtype=torch.int64).reshape(-1, 2).unbind(1)
-
-    def ahead(values: torch.Tensor) -> torch.Tensor:
-        return torch.stack([values[trajectory, first + lead] for lead in range(1, steps + 1)]).to(dtype)
-
     times = tuple(tuple(samples.times[start : start + steps + 1].tolist()) for _, start in starts)
-    weights = None if samples.present is None else ahead(samples.present)
-    return Windows(
-        samples, tuple(starts), samples.values[trajectory, first].to(dtype), ahead(samples.values), weights, times
-    )
+    return Windows(samples, tuple(starts), steps, samples.values[_indices(starts)].to(dtype), times)
+
+
+def _indices(starts: Sequence[Start]) -> tuple[torch.Tensor, torch.Tensor]:
+    trajectory, first = torch.tensor(tuple(starts), dtype=torch.int64).reshape(-1, 2).unbind(1)
+    return trajectory, first
 
 
 def samples_of(data: TrajectoryData, partition: Partition, mesh: Mesh, source: str, missing: str) -> Samples:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from torch import nn
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.problems.common.forecast_data import Windows
+
+Take = Callable[[int, Sequence[int], torch.Tensor], None]
+"""A function of a lead, the numbers of some windows, and their states `[window, *local_shape]` at that lead."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Rollouts(nn.Module):
     """
 
     time_dependent = False
+    evaluated_in: torch.dtype | None = None
+    """The dtype of the windows that an evaluation gives it; None: the configured one."""
 
     def solve_of(self, count: int) -> NeuralODE:
         """The solve of so many windows."""
@@ -60,6 +67,25 @@ class Rollouts(nn.Module):
         order = torch.tensor([number for group in groups for number in group.windows]).argsort()
         return torch.cat(rollouts, dim=1)[:, order]
 
+    def stream(self, batch: Windows, take: Take) -> None:
+        """Hand the states of each lead to `take`, in place of `forward`. No gradient.
+
+        A subclass with a `forward` of its own is computed whole, unless it replaces this method by `follow`.
+        """
+        if type(self).forward is Rollouts.forward:
+            self.follow(batch, take)
+            return
+        for lead, states in zip(batch.leads, self(batch), strict=True):
+            take(lead, range(len(batch.starts)), states)
+
+    def follow(self, batch: Windows, take: Take) -> None:
+        """Solve the windows, and hand the states of each lead to `take` while the solves go on. No gradient."""
+        initial = self.initial(batch)
+        for group in self.groups(batch):
+            case = self.case(batch, initial, group)
+            with consumed(case.solve, group.windows, take):
+                case.solve(case.state, case.times, *case.args)
+
     def groups(self, batch: Windows) -> Iterator[Group]:
         """The windows that can be solved together; one group without windows for an empty batch."""
         if not batch.starts:
@@ -78,8 +104,25 @@ class Rollouts(nn.Module):
 
     def _from_zero(self, batch: Windows) -> tuple[float, ...]:
         """The times of the first window, from 0 on."""
-        times = batch.samples.times[: len(batch.targets) + 1]
+        times = batch.samples.times[: batch.steps + 1]
         return tuple((times - times[0]).tolist())
+
+
+@contextmanager
+def consumed(solve: NeuralODE, windows: Sequence[int], take: Take) -> Iterator[None]:
+    """Let the outputs of `solve` after the first, which is the initial state, be given to `take`."""
+    leads = count()
+
+    def consume(time: float, states: torch.Tensor) -> None:
+        if lead := next(leads):
+            take(lead, windows, states)
+
+    before = solve.on_output
+    solve.on_output = consume
+    try:
+        yield
+    finally:
+        solve.on_output = before
 
 
 class ForecastModel(Rollouts):

@@ -55,10 +55,10 @@ def _name(file: h5py.File, axis: int) -> str:
     return str(scale.name).rpartition("/")[2]
 
 
-def _first_forecast(file: h5py.File, name: str, kept: Sequence[int]) -> Array:
-    """The first forecast `[lead, *kept axes]` with the first entry along every other axis."""
+def _first_forecast(file: h5py.File, name: str, shown: Array, kept: Sequence[int]) -> Array:
+    """The first forecast at the `shown` leads, `[lead, *kept axes]`, the first entry along every other axis."""
     data = file[name]
-    index = tuple(slice(None) if axis == 1 or axis in kept else 0 for axis in range(data.ndim))
+    index = tuple(shown if axis == 1 else slice(None) if axis in kept else 0 for axis in range(data.ndim))
     found: Array = np.asarray(data[index], dtype=np.float64)
     return found
 
@@ -85,7 +85,7 @@ def _channel(file: h5py.File) -> str:
 def _draw_maps(figure: SubFigure, file: h5py.File, axes: Sequence[int]) -> None:
     """Truth, forecast and their difference, one below the other, a column for each of some leads."""
     shown, times = _shown_leads(file), _times(file)
-    truth, forecast = (_first_forecast(file, name, axes)[shown] for name in ("truth", "forecast"))
+    truth, forecast = (_first_forecast(file, name, shown, axes) for name in ("truth", "forecast"))
     low, high = np.nanpercentile(truth, [0.5, 99.5])
 
     def draw_one(axis: Axes, values: Array, **colours: Any) -> Any:
@@ -99,12 +99,12 @@ def _draw_maps(figure: SubFigure, file: h5py.File, axes: Sequence[int]) -> None:
 def _draw_profiles(figure: SubFigure, file: h5py.File, along: int) -> None:
     """Truth and forecast along the axis, a panel for each of some leads."""
     shown, times = _shown_leads(file), _times(file)
-    truth, forecast = (_first_forecast(file, name, [along]) for name in ("truth", "forecast"))
+    truth, forecast = (_first_forecast(file, name, shown, [along]) for name in ("truth", "forecast"))
     places = np.asarray(file[_name(file, along)])
     panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
-    for lead, axis in zip(shown, panels, strict=True):
-        axis.plot(places, truth[lead], color="#2b2b2b", linewidth=1.6, label="truth")
-        axis.plot(places, forecast[lead], color=MODEL_COLOUR, linewidth=1.6, linestyle="--", label="forecast")
+    for number, (lead, axis) in enumerate(zip(shown, panels, strict=True)):
+        axis.plot(places, truth[number], color="#2b2b2b", linewidth=1.6, label="truth")
+        axis.plot(places, forecast[number], color=MODEL_COLOUR, linewidth=1.6, linestyle="--", label="forecast")
         axis.set_title(f"+ {times[lead]:g}", fontsize=10, fontweight="normal", loc="center")
         axis.set_xlabel(_name(file, along))
         axis.grid(alpha=0.25)
@@ -115,20 +115,36 @@ def _draw_profiles(figure: SubFigure, file: h5py.File, along: int) -> None:
 def _draw_series(figure: SubFigure, file: h5py.File) -> None:
     """Truth and forecast of the entries that vary most, over time."""
     times = _times(file)
+    entries = np.sort(np.argsort(-_spread(file), kind="stable")[:_LINES])
+    places = [tuple(map(int, np.unravel_index(entry, file["truth"].shape[2:]))) for entry in entries]
     truth, forecast = (
-        np.asarray(file[name][0], dtype=np.float64).reshape(len(times), -1) for name in ("truth", "forecast")
+        np.stack([np.asarray(file[name][(0, slice(None), *place)], dtype=np.float64) for place in places], axis=1)
+        for name in ("truth", "forecast")
     )
-    spread = np.nan_to_num(np.nanstd(truth, axis=0))
-    entries = np.sort(np.argsort(-spread, kind="stable")[:_LINES])
     panels = figure.subplots(1, len(entries), squeeze=False)[0]
-    for entry, axis in zip(entries, panels, strict=True):
-        axis.plot(times, truth[:, entry], color="#2b2b2b", linewidth=1.6, label="truth")
-        axis.plot(times, forecast[:, entry], color=MODEL_COLOUR, linewidth=1.6, linestyle="--", label="forecast")
-        place = np.unravel_index(entry, file["truth"].shape[2:])
+    for number, (place, axis) in enumerate(zip(places, panels, strict=True)):
+        axis.plot(times, truth[:, number], color="#2b2b2b", linewidth=1.6, label="truth")
+        axis.plot(times, forecast[:, number], color=MODEL_COLOUR, linewidth=1.6, linestyle="--", label="forecast")
         axis.set_title(f"entry {', '.join(str(number) for number in place)}", fontsize=10, fontweight="normal")
         axis.set_xlabel("time since the start")
         axis.grid(alpha=0.25)
     panels[0].legend(fontsize=9)
+
+
+def _spread(file: h5py.File) -> Array:
+    """The standard deviation of each entry of the first true trajectory over time, read lead by lead; 0 without any."""
+    truth = file["truth"]
+    count = mean = squares = np.zeros(int(np.prod(truth.shape[2:])))
+    for lead in range(truth.shape[1]):
+        values = np.asarray(truth[0, lead], dtype=np.float64).ravel()
+        there = np.isfinite(values)
+        count = count + there
+        # Updated means, as sums of squares lose the digits of a small spread.
+        step = np.where(there, values - mean, 0.0)
+        mean = mean + step / np.maximum(count, 1)
+        squares = squares + step * np.where(there, values - mean, 0.0)
+    spread: Array = np.sqrt(squares / np.maximum(count, 1))
+    return spread
 
 
 def _draw_errors(axis: Axes, result: Mapping[str, Any]) -> None:

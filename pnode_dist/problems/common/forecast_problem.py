@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel
 from torch import nn
 
+from pnode_dist.config.definition import ProblemDefinition
 from pnode_dist.config.tables import Config, EvaluationConfig
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
@@ -20,32 +20,34 @@ from pnode_dist.ode.methods import gradient_refusal, resolve
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition import protocol
-from pnode_dist.partition.protocol import Partition
 from pnode_dist.problems.common.batches import check_replicas, shared
 from pnode_dist.problems.common.forecast_data import (
     Samples,
-    SplitData,
     Start,
-    TrajectoryData,
     Windows,
-    joined,
-    samples_of,
     windows,
 )
-from pnode_dist.problems.common.forecast_errors import mean_share, means_by_lead
-from pnode_dist.problems.common.forecast_file import write_forecast
+from pnode_dist.problems.common.forecast_errors import Judged, LeadMeans, mean_share
+from pnode_dist.problems.common.forecast_file import TRUTH, ForecastFile, create_forecast
 from pnode_dist.problems.common.forecast_model import ForecastModel, Rollouts
-from pnode_dist.problems.common.forecast_parts import Parts, Scaling, moments, split
+from pnode_dist.problems.common.forecast_stream import Forecast, Reduction, Row, each_lead
 from pnode_dist.problems.common.served_forecast import served_forecasts, source_of
 from pnode_dist.problems.common.solver import check_checkpoint
-from pnode_dist.problems.common.tables import ForecastTable
-from pnode_dist.problems.common.trainable import FORECAST, TrainableProblem
+from pnode_dist.problems.common.trainable import FORECAST
+from pnode_dist.problems.common.trajectory_problem import TrajectoryProblem
 from pnode_dist.report.dataset_file import Variable
 from pnode_dist.train.served_model import ServedModel
 from pnode_dist.verify.gradcheck import GradcheckCase
 
+_FORMER = {
+    "mean_penalties": "judged(name, forecast, batch)",
+    "rollouts": "judged(name, forecast, batch)",
+    "write": "variables(batch) for further variables of the file, or create_file for another file",
+}
+"""Methods of earlier versions, which held whole forecasts, and what takes their place."""
 
-class ForecastProblem(TrainableProblem):
+
+class ForecastProblem(TrajectoryProblem):
     """A forecast of trajectories, of which a subclass gives three things.
 
     - `build_partition()`: the distribution of a state over the state ranks, any of `pnode_dist`'s partitions.
@@ -63,21 +65,19 @@ class ForecastProblem(TrainableProblem):
     that is reported, root mean square (`rmse`) or mean absolute (`mae`).
     """
 
-    ProblemConfig: ClassVar[type[Any]] = ForecastTable
     EvaluationConfig: ClassVar[type[Any]] = EvaluationConfig
-    normalised: ClassVar[bool] = False
     plots = "pnode_dist.problems.common.forecast_plot"
     time_dependent: ClassVar[bool] = False
     error: ClassVar[Literal["rmse", "mae"]] = "rmse"
     _must_define: ClassVar[tuple[str, ...]] = ("build_partition", "load_data", "build_right_hand_side")
 
-    def build_partition(self) -> Partition:
-        """The distribution of a state over the state ranks. Collective on the state ranks."""
-        raise NotImplementedError
-
-    def load_data(self) -> Any:
-        """The trajectories, see the class. Collective on the world."""
-        raise NotImplementedError
+    @classmethod
+    def problem_definition(cls) -> ProblemDefinition:
+        """The definition by which a configuration finds this class. Raises `ConfigurationError` if it is incomplete."""
+        for name, now in _FORMER.items():
+            if cls._defines(name):
+                raise ConfigurationError(f"{cls.__name__}.{name}: is not called: must be {now}")
+        return super().problem_definition()
 
     def build_right_hand_side(self) -> Any:
         """f of du/dt = f(t, u), with parameters drawn from the run's seed. Collective on the state ranks."""
@@ -87,133 +87,6 @@ class ForecastProblem(TrainableProblem):
         super().__init__(config, mesh, dtype)
         self._check_data()
         _ = self.model
-
-    # Data
-
-    @classmethod
-    def _problem_table(cls) -> type[Any]:
-        """The class of the table `[problem]`, with the keys of every forecast."""
-        table = cls.ProblemConfig
-        if isinstance(table, type) and issubclass(table, BaseModel) and not issubclass(table, ForecastTable):
-            return type(
-                table.__name__, (table, ForecastTable), {"__module__": table.__module__, "__doc__": table.__doc__}
-            )
-        return table
-
-    @cached_property
-    def partition(self) -> Partition:
-        """The distribution of a state over the state ranks."""
-        found: Any = self.build_partition()
-        if not hasattr(found, "owned_slices"):
-            raise ConfigurationError(f"{self._of('build_partition')}: returned {type(found).__name__}, not a partition")
-        given: Partition = found
-        return given
-
-    @cached_property
-    def data(self) -> TrajectoryData | SplitData:
-        """The trajectories as `load_data` gave them."""
-        found: Any = self.load_data()
-        if isinstance(found, Iterator):
-            return joined(found, self._of("load_data"))
-        return found if isinstance(found, TrajectoryData | SplitData) else self.from_other(found)
-
-    def from_other(self, data: Any) -> TrajectoryData:
-        """The trajectories in what `load_data` returned, where that is an array or an xarray object."""
-        module = type(data).__module__
-        if module.partition(".")[0] == "xarray" or module.endswith("common.gridded"):
-            from pnode_dist.problems.common.xarray_data import trajectory_of
-
-            given: TrajectoryData = trajectory_of(data, self.partition, self._of("load_data"))
-            return given
-        if hasattr(data, "__array__"):
-            return TrajectoryData(data)
-        raise ConfigurationError(
-            f"{self._of('load_data')}: returned {type(data).__name__}: must be a TrajectoryData, a SplitData, an "
-            "array, an xarray object, or a generator of TrajectoryData"
-        )
-
-    @property
-    def description(self) -> TrajectoryData:
-        """The data's names, units and coordinates."""
-        return self.data.training if isinstance(self.data, SplitData) else self.data
-
-    @property
-    def units(self) -> str:  # type: ignore[override]
-        """The units of the errors; none where entries have different units, whose errors are in standard deviations."""
-        units = self.description.units
-        return units if isinstance(units, str) else (units[0] if len(set(units)) == 1 else "")
-
-    def validation_partition(self) -> Partition:
-        """The distribution of the trajectories that are held out, where `load_data` splits them. Default: the same."""
-        return self.partition
-
-    @property
-    def missing(self) -> str:
-        """`[problem] missing`, where the table has that key."""
-        return getattr(self.settings, "missing", "refuse")
-
-    @cached_property
-    def _parts(self) -> Parts:
-        source = self._of("load_data")
-
-        def found(data: TrajectoryData, partition: Partition) -> Samples:
-            return samples_of(data, partition, self.mesh, source, self.missing)
-
-        if isinstance(self.data, SplitData):
-            training = found(self.data.training, self.partition)
-            parts = Parts(training, found(self.data.validation, self.validation_partition()), in_time=False)
-        else:
-            parts = split(found(self.data, self.partition), self.settings.validation, self.settings.window)
-        return parts.scaled(self.build_scaling(parts.training))
-
-    def build_scaling(self, learnt: Samples) -> Scaling | None:
-        """The units of the states that are solved for; None: those of the data. Collective on the world.
-
-        `learnt` are the training samples in the data's units. Default: mean and standard deviation if `normalised`.
-        """
-        return Scaling(*moments(learnt, self.mesh)) if self.normalised else None
-
-    @property
-    def samples(self) -> Samples:
-        """This rank's part of the training samples, in the units that are solved for."""
-        return self._parts.training
-
-    @property
-    def held_out(self) -> Samples:
-        """This rank's part of the samples for validation, in the units that are solved for."""
-        return self._parts.held_out
-
-    @property
-    def is_split_in_time(self) -> bool:
-        """True if the validation samples are the last times of the only trajectory."""
-        return self._parts.in_time
-
-    def physical(self, states: torch.Tensor) -> torch.Tensor:
-        """States in the data's units, in float64."""
-        scaling = self._parts.scaling
-        return states.double() if scaling is None else scaling.physical(states)
-
-    @cached_property
-    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel over `samples`, float64."""
-        return moments(self.samples, self.mesh)
-
-    @cached_property
-    def leads(self) -> tuple[int, ...]:
-        """The evaluated leads in samples: those of `[evaluation] leads`, of its default those that fit."""
-        most, reason = self._longest_lead
-        evaluation: Any = self.config.evaluation
-        leads: tuple[int, ...] = evaluation.leads
-        if max(leads) > most and "leads" not in evaluation.model_fields_set:
-            return tuple(lead for lead in leads if lead <= most) or (most,)
-        if max(leads) > most:
-            raise ConfigurationError(f"[evaluation] leads = {list(leads)}: must be at most {most}, {reason}")
-        return leads
-
-    @property
-    def _longest_lead(self) -> tuple[int, str]:
-        """The longest lead that can be evaluated, and why."""
-        return self.held_out.length - 1, "the samples that are held out after the first start"
 
     def _check_data(self) -> None:
         window: int = self.settings.window
@@ -302,35 +175,18 @@ class ForecastProblem(TrainableProblem):
             raise ConfigurationError(f"{self._of('load_data')}: no state that is held out is complete at its start")
         return windows(held_out, starts, steps, dtype)
 
-    def rollouts(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
-        """Forecasts `[lead, start, *local_shape]` of what is held out, and what they are to be, both in float64."""
-        batch, size = self.held_out_windows(torch.float64), self.config.training.batch_size
-        steps = len(batch.targets)
-        parts = [
-            model(windows(batch.samples, batch.starts[first : first + size], steps, self.dtype)).detach().double()
-            for first in range(0, len(batch.starts), size)
-        ]
-        return torch.cat(parts, dim=1), batch
-
-    def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
-        """Forecasts that the model is to beat, shaped like the targets of `batch`."""
-        return {
-            "persistence": batch.initial.expand_as(batch.targets),
-            "training_mean": self.moments[0].expand_as(batch.targets),
-        }
+    def baselines(self, batch: Windows) -> Mapping[str, Forecast]:
+        """Forecasts that the model is to beat: functions of the lead, models, or tensors like `batch.targets`."""
+        mean = self.moments[0].expand_as(batch.initial)
+        return {"persistence": lambda lead: batch.initial, "training_mean": lambda lead: mean}
 
     def reported(self, error: torch.Tensor) -> torch.Tensor:
-        """Errors of states in `units`: those of the data, or standard deviations where the entries' units differ."""
+        """Errors `[window, *local_shape]` in `units`, or standard deviations where the entries' units differ."""
         units = self.description.units
         if not isinstance(units, str) and len(set(units)) > 1:
             return error / self.moments[1]
         scaling = self._parts.scaling
         return error if scaling is None else error * scaling.scale
-
-    def mean_penalties(self, forecast: torch.Tensor, batch: Windows) -> torch.Tensor:
-        """The mean square or absolute error of each lead `[lead]`, in `units`. Collective on the state ranks."""
-        penalties = self.penalty(self.reported(forecast - batch.targets[: len(forecast)]))
-        return means_by_lead(penalties, batch, self.mesh)
 
     def figure(self, mean: torch.Tensor) -> float:
         """The reported error of a mean square or absolute error."""
@@ -338,22 +194,44 @@ class ForecastProblem(TrainableProblem):
 
     def validation(self, model: nn.Module) -> dict[str, float]:
         """The errors of forecasts of what is held out: over all leads, and at each evaluated lead."""
-        forecast, batch = self.rollouts(model)
-        means = self.mean_penalties(forecast, batch)
+        means = self.judged("model", model, self.held_out_windows(torch.float64)).means
         return {
             f"validation_{self.error}": self.figure(means.mean()),
             **{f"lead_{lead}": self.figure(means[lead - 1]) for lead in self.leads},
         }
 
+    def judged(
+        self,
+        name: str,
+        forecast: Forecast,
+        batch: Windows,
+        takers: Sequence[Callable[[str, Row], None]] = (),
+        size: int | None = None,
+    ) -> Judged:
+        """Compute a forecast lead by lead, add up its errors, and give each part of it to the `takers`.
+
+        A model is solved for `size` windows at once, by default those of a training batch. Collective on the state
+        ranks.
+        """
+        found = LeadMeans(batch)
+
+        def take(row: Row) -> None:
+            error = row.states - batch.target(row.lead)[list(row.starts)]
+            found.add(row.lead, row.starts, self.penalty(self.reported(error)))
+            for taker in takers:
+                taker(name, row)
+
+        seconds = each_lead(forecast, batch, size or self.config.training.batch_size, self.dtype, take)
+        return Judged(found.result(self.mesh), seconds)
+
     def evaluate(self, model: nn.Module, run_directory: Path) -> dict[str, Any]:
         """The errors of the model and of the baselines at each lead; writes `forecast.h5` and `report.png`."""
-        forecast, batch = self.rollouts(model)
-        forecasts = {"model": forecast, **self.baselines(batch)}
-        return self.report(forecasts, batch, run_directory, self.figures(forecast, batch))
+        batch = self.held_out_windows(torch.float64)
+        return self.report({"model": model, **self.baselines(batch)}, batch, run_directory, self.figures(batch))
 
     def report(
         self,
-        forecasts: Mapping[str, torch.Tensor],
+        forecasts: Mapping[str, Forecast],
         batch: Windows,
         run_directory: Path,
         figures: Mapping[str, Any],
@@ -361,9 +239,24 @@ class ForecastProblem(TrainableProblem):
     ) -> dict[str, Any]:
         """The table of an evaluation, with its files written: further `figures`, and `variables` of the file.
 
-        Collective on the world.
+        No forecast is held whole: errors, figures and file are made lead by lead. Collective on the world.
         """
-        means = {name: self.mean_penalties(value, batch) for name, value in forecasts.items()}
+        takers = [figure.add for figure in figures.values() if isinstance(figure, Reduction)]
+        others = {**self.variables(batch), **(variables or {})}
+        with self.create_file(run_directory / FORECAST, batch, forecasts, others) as file:
+            means = {
+                name: self.judged(name, forecast, batch, [file.write, *takers]).means
+                for name, forecast in forecasts.items()
+            }
+            self.write_truth(batch, file)
+        return self.illustrated(self.table(means, batch, figures), run_directory)
+
+    def write_truth(self, batch: Windows, file: ForecastFile) -> None:
+        """Write what the forecasts were to be. Collective on the state ranks."""
+        each_lead(batch.target, batch, len(batch.starts), self.dtype, partial(file.write, TRUTH))
+
+    def table(self, means: Mapping[str, torch.Tensor], batch: Windows, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """The table of an evaluation: mean errors `[lead]` by forecast, further `figures`. Collective on the world."""
         rows = [
             {
                 "lead": lead,
@@ -372,39 +265,40 @@ class ForecastProblem(TrainableProblem):
             }
             for lead in self.leads
         ]
-        result = {
+        found = {name: one.result() if isinstance(one, Reduction) else one for name, one in figures.items()}
+        return {
             "problem": self.name,
             "units": self.units,
-            **figures,
+            **found,
             "training": _described(self.samples),
-            "validation": f"{len(batch.starts)} forecasts of {len(batch.targets)} samples",
+            "validation": f"{len(batch.starts)} forecasts of {batch.steps} samples",
             self.error: rows,
             "all_leads": {name: self.figure(mean.mean()) for name, mean in means.items()},
         }
-        self.write(run_directory / FORECAST, forecasts, batch, variables or {})
-        return self.illustrated(result, run_directory)
 
-    def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
-        """Further figures of an evaluation, by name. Collective on the world."""
+    def figures(self, batch: Windows) -> Mapping[str, Any]:
+        """Further figures of an evaluation by name, or objects that compute them from the forecasts (`Reduction`).
+
+        Collective on the world.
+        """
         return {}
 
     def lead_time(self, batch: Windows, lead: int) -> dict[str, float]:
         """The column of the table that gives a lead as a time."""
         return {"time": batch.times[0][lead] - batch.times[0][0]}
 
-    def write(
-        self,
-        path: Path,
-        forecasts: Mapping[str, torch.Tensor],
-        batch: Windows,
-        variables: Mapping[str, Variable],
-    ) -> None:
-        """Write `forecast.h5`, with further `variables`. Collective on the world."""
-        physical = dataclasses.replace(
-            batch, initial=self.physical(batch.initial), targets=self.physical(batch.targets)
-        )
-        forecast = self.physical(forecasts["model"])
-        write_forecast(path, forecast, physical, self.description, self.units, self.mesh, variables)
+    def variables(self, batch: Windows) -> Mapping[str, Variable]:
+        """Further variables of `forecast.h5`. Collective on the world."""
+        return {}
+
+    def create_file(
+        self, path: Path, batch: Windows, forecasts: Collection[str], others: Mapping[str, Variable]
+    ) -> ForecastFile:
+        """Create the file of forecasts of these names, which are then written lead by lead, with `others`.
+
+        Collective on the world.
+        """
+        return create_forecast(path, batch, self.description, self.units, self.physical, self.mesh, others)
 
     # Cases
 
@@ -437,9 +331,6 @@ class ForecastProblem(TrainableProblem):
     def gradcheck_starts(self) -> list[Start]:
         """The starts of the windows of `gradcheck_case`: the first one."""
         return self.samples.starts(self.settings.window)[:1]
-
-    def _of(self, method: str) -> str:
-        return f"{type(self).__name__}.{method}"
 
 
 def _described(samples: Samples) -> str:

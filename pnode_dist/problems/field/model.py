@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from pnode_dist.nn import Conv2d
 from pnode_dist.nn.activation import ACTIVATIONS
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.common.forecast_model import Take, consumed
 from pnode_dist.problems.common.own_times import own_time, slopes
 from pnode_dist.problems.common.time_axis import TimeAxis
 from pnode_dist.problems.field.config import FieldModelConfig
@@ -29,36 +31,62 @@ _SMALLEST_EIGENVALUE = 1e-6
 
 @dataclass(frozen=True)
 class Windows:
-    """A batch of time windows of the field.
+    """A batch of time windows of `steps` steps of the field.
 
-    `initial` `[window, ny_local, nx_local, channel]` are the states at the time indices `starts`. `phase` `[window]`
-    are the positions of these times in the seasonal cycle. `targets` `[lead, window, ny_local, nx_local, channel]` are
-    the states 1, 2, ... steps later. States are normalised. `present`, shaped like `targets`, is 1 at a value and 0
-    elsewhere, or None if no value inside is missing. `elapsed` `[window, 1 + lead]` are the times since each start for
-    unequal steps, else None.
+    `initial` `[window, ny_local, nx_local, channel]` are the states at the time indices `starts`, normalised. `phase`
+    `[window]` are the positions of these times in the seasonal cycle. `elapsed` `[window, 1 + lead]` are the times
+    since each start for unequal steps, else None. States are of the dtype of `initial`.
     """
 
+    field: Field
     starts: tuple[int, ...]
+    steps: int
     initial: torch.Tensor
     phase: torch.Tensor
-    targets: torch.Tensor
-    present: torch.Tensor | None
     elapsed: torch.Tensor | None
 
+    @property
+    def leads(self) -> range:
+        """The leads of the targets: 1, 2, ..."""
+        return range(1, self.steps + 1)
 
-def windows(field: Field, starts: list[int] | tuple[int, ...], steps: int, dtype: torch.dtype) -> Windows:
+    def target(self, lead: int) -> torch.Tensor:
+        """Return the states `[window, ny_local, nx_local, channel]` at `lead` steps after the starts."""
+        return self._ahead(self.field.values, lead)
+
+    def mask(self, lead: int) -> torch.Tensor | None:
+        """Return 1 at a value of `target(lead)` and 0 elsewhere, or None if no value inside is missing."""
+        return None if self.field.present is None else self._ahead(self.field.present, lead)
+
+    @cached_property
+    def targets(self) -> torch.Tensor:
+        """The states at all leads, `[lead, window, ny_local, nx_local, channel]`, made at the first access."""
+        return torch.stack([self.target(lead) for lead in self.leads])
+
+    @cached_property
+    def present(self) -> torch.Tensor | None:
+        """The masks at all leads, shaped like `targets`."""
+        found = [mask for mask in map(self.mask, self.leads) if mask is not None]
+        return torch.stack(found) if found else None
+
+    def part(self, begin: int, end: int, dtype: torch.dtype) -> Windows:
+        """Return the windows `begin` to `end`, in `dtype`."""
+        return windows(self.field, self.starts[begin:end], self.steps, dtype)
+
+    def _ahead(self, values: torch.Tensor, lead: int) -> torch.Tensor:
+        return values[torch.tensor(self.starts, dtype=torch.int64) + lead].to(self.initial.dtype)
+
+
+def windows(field: Field, starts: Sequence[int], steps: int, dtype: torch.dtype) -> Windows:
     """Return the windows of `steps` steps that begin at the time indices `starts`."""
     first = torch.tensor(starts, dtype=torch.int64)
-    targets = torch.stack([field.values[first + lead] for lead in range(1, steps + 1)])
     phase = torch.from_numpy(field.time.phases)[first]
-    present = elapsed = None
-    if field.present is not None:
-        present = torch.stack([field.present[first + lead] for lead in range(1, steps + 1)]).to(dtype)
+    elapsed = None
     if not field.time.regular:
         values = torch.from_numpy(field.time.values)
         later = first.reshape(-1, 1) + torch.arange(steps + 1)
         elapsed = (values[later] - values[first].reshape(-1, 1)).to(dtype)
-    return Windows(tuple(starts), field.values[first].to(dtype), phase.to(dtype), targets.to(dtype), present, elapsed)
+    return Windows(field, tuple(starts), steps, field.values[first].to(dtype), phase.to(dtype), elapsed)
 
 
 def number_of_harmonics(model: FieldModelConfig, time: TimeAxis, known: Sequence[int]) -> int:
@@ -258,9 +286,14 @@ class FieldModel(nn.Module):
         forecast: torch.Tensor = states[1:]
         return forecast
 
+    def stream(self, batch: Windows, take: Take) -> None:
+        """Hand the states of each lead to `take` while the solve goes on, in place of `forward`. No gradient."""
+        with consumed(self.solve, range(len(batch.starts)), take):
+            self.solve(batch.initial, self.times(batch), *self.arguments(batch))
+
     def times(self, batch: Windows) -> list[float]:
         """Return the output times of the windows' solve, since the start or on the common clock."""
-        return [number * self.interval for number in range(len(batch.targets) + 1)]
+        return [number * self.interval for number in range(batch.steps + 1)]
 
     def arguments(self, batch: Windows) -> tuple[torch.Tensor, ...]:
         """Return the arguments of the right-hand side besides time and state."""

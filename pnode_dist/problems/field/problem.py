@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,13 @@ from pnode_dist.ode.methods import gradient_refusal, resolve
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.batches import check_replicas, shared
+from pnode_dist.problems.common.forecast_file import TRUTH
+from pnode_dist.problems.common.forecast_stream import Forecast, Row, each_lead
 from pnode_dist.problems.common.served_forecast import ForecastSource, served_forecasts, some
 from pnode_dist.problems.common.solver import check_budget, neural_ode
 from pnode_dist.problems.field.assimilation import Known, evaluated, inverse_of, known_window, take_trained
 from pnode_dist.problems.field.data import Field, Source, open_source, read_field
-from pnode_dist.problems.field.forecast_file import Forecast, write_forecast
+from pnode_dist.problems.field.forecast_file import ForecastFile
 from pnode_dist.problems.field.model import FieldModel, Tendency, Windows, number_of_harmonics, windows
 from pnode_dist.report.picture import draw
 from pnode_dist.runs.directory import ANALYSIS, METRICS
@@ -151,8 +153,8 @@ class FieldProblem:
 
         With several variables, also returns the error of each over all leads.
         """
-        forecast, batch = self._forecast(model)
-        squares, terms = self._squares(forecast, batch), self._terms(batch)
+        batch = self._held_out()
+        squares, terms = self._squares(model, batch), self._terms(batch)
         figures = {"validation_rmse": _root(squares, terms)}
         for lead in self.config.evaluation.leads:
             figures[f"lead_{lead}"] = _root(squares[lead - 1], terms[lead - 1])
@@ -239,9 +241,12 @@ class FieldProblem:
         the training part. Anomaly persistence adds the start's departure from climatology. Damped persistence scales
         this departure by its lag-one correlation in the training part, to the power of the lead.
         """
-        forecast, batch = self._forecast(model)
-        forecasts = {"model": forecast, **baselines(self.field, batch, self.mesh)}
-        squares = {name: self._squares(value, batch) for name, value in forecasts.items()}
+        batch = self._held_out()
+        with ForecastFile(run_directory / FORECAST, batch, self.partition, self.mesh) as file:
+            squares = {"model": self._squares(model, batch, partial(file.write, "forecast"))}
+            for name, forecast in baselines(self.field, batch, self.mesh).items():
+                squares[name] = self._squares(forecast, batch)
+            each_lead(batch.target, batch, len(batch.starts), self.dtype, partial(file.write, TRUTH))
         terms, leads = self._terms(batch), self.config.evaluation.leads
         rows = [
             {"lead": lead, **{name: _root(value[lead - 1], terms[lead - 1]) for name, value in squares.items()}}
@@ -262,7 +267,6 @@ class FieldProblem:
             result["missing"] = self.field.missing()
         if self.field.channels > 1:
             result["channels"] = self._by_channel(squares, terms)
-        self._write(forecast, batch, run_directory)
         result["forecast"] = str(run_directory / FORECAST)
         return {**result, "report": draw(run_directory / REPORT, lambda path: self._draw(path, result), self.mesh)}
 
@@ -271,27 +275,33 @@ class FieldProblem:
 
         draw_report(path, path.with_name(FORECAST), path.with_name("metrics.jsonl"), result)
 
-    def _forecast(self, model: nn.Module) -> tuple[torch.Tensor, Windows]:
-        """Return forecasts `[lead, start, ny_local, nx_local, channel]` of the validation part, and their windows."""
+    def _held_out(self) -> Windows:
+        """Return the windows of all forecasts of the validation part, in float64."""
         longest = max(self.config.evaluation.leads)
-        starts = forecast_starts(self.config, self.field)
-        size = self.config.training.batch_size
-        parts = []
-        for first in range(0, len(starts), size):
-            parts.append(model(windows(self.field, list(starts[first : first + size]), longest, self.dtype)).detach())
-        return torch.cat(parts, dim=1), windows(self.field, list(starts), longest, torch.float64)
+        return windows(self.field, forecast_starts(self.config, self.field), longest, torch.float64)
 
-    def _squares(self, forecast: torch.Tensor, batch: Windows) -> torch.Tensor:
-        """Return sums of square errors `[lead, channel]` in the units of the errors. Collective on the state ranks."""
-        weights = self.field.inside if batch.present is None else batch.present
-        error = (forecast.double() - batch.targets) * self.field.figure_scale * weights
-        return self.mesh.sum(error.square().sum(dim=(1, 2, 3)), over="state")
+    def _squares(self, forecast: Forecast, batch: Windows, take: Callable[[Row], None] | None = None) -> torch.Tensor:
+        """Return sums of square errors `[lead, channel]` of a forecast in the units of the errors.
+
+        The forecast is computed lead by lead, and given to `take`. Collective on the state ranks.
+        """
+        squares = torch.zeros(batch.steps, self.field.channels, dtype=torch.float64)
+
+        def add(row: Row) -> None:
+            starts, mask = list(row.starts), batch.mask(row.lead)
+            weights = self.field.inside if mask is None else mask[starts]
+            error = (row.states - batch.target(row.lead)[starts]) * self.field.figure_scale * weights
+            squares[row.lead - 1] += error.square().sum(dim=(0, 1, 2))
+            if take is not None:
+                take(row)
+
+        each_lead(forecast, batch, self.config.training.batch_size, self.dtype, add)
+        return self.mesh.sum(squares, over="state")
 
     def _terms(self, batch: Windows) -> torch.Tensor:
         """Return the numbers of values `[lead, channel]` in these sums, over all state ranks."""
         starts = torch.tensor(batch.starts, dtype=torch.int64)
-        leads = range(1, len(batch.targets) + 1)
-        return torch.stack([self.field.counts[starts + lead].sum(dim=0) for lead in leads])
+        return torch.stack([self.field.counts[starts + lead].sum(dim=0) for lead in batch.leads])
 
     def _by_channel(self, squares: dict[str, torch.Tensor], terms: torch.Tensor) -> list[dict[str, Any]]:
         """Return the errors of each channel at each lead, in its own units."""
@@ -311,18 +321,6 @@ class FieldProblem:
             for lead in self.config.evaluation.leads
         ]
 
-    def _write(self, forecast: torch.Tensor, batch: Windows, run_directory: Path) -> None:
-        outside = self.field.inside == 0
-
-        def stored(values: torch.Tensor) -> torch.Tensor:
-            return self.field.physical(values).masked_fill(outside, math.nan)
-
-        truth = stored(batch.targets)
-        if batch.present is not None:
-            truth = truth.masked_fill(batch.present == 0, math.nan)
-        contents = Forecast(self.field, batch.starts, stored(forecast).transpose(0, 1), truth.transpose(0, 1))
-        write_forecast(run_directory / FORECAST, contents, self.partition, self.mesh)
-
 
 def _root(squares: torch.Tensor, terms: torch.Tensor) -> float:
     """Return the root mean square over all entries, or NaN without entries."""
@@ -330,13 +328,30 @@ def _root(squares: torch.Tensor, terms: torch.Tensor) -> float:
     return math.sqrt(squares.sum().item() / total) if total else math.nan
 
 
-def baselines(field: Field, batch: Windows, mesh: Mesh) -> dict[str, torch.Tensor]:
-    """Return the simple forecasts for each lead of the windows, normalised and shaped like the targets.
+def baselines(field: Field, batch: Windows, mesh: Mesh) -> dict[str, Callable[[int], torch.Tensor]]:
+    """Return the simple forecasts of the windows as functions of the lead, normalised.
 
     Damping uses each channel's lag-one correlation of the training part's departures from climatology, to the power of
     the lead. Collective on the state ranks.
     """
     climatology = field.climatology()
+    correlation = _lag_one_correlation(field, climatology, mesh)
+    starts = torch.tensor(batch.starts)
+    start = field.values[starts]
+    departure = start - climatology[starts]
+    return {
+        "persistence": lambda lead: start,
+        "climatology": lambda lead: climatology[starts + lead],
+        "anomaly_persistence": lambda lead: climatology[starts + lead] + departure,
+        "damped_persistence": lambda lead: climatology[starts + lead] + departure * correlation**lead,
+    }
+
+
+def _lag_one_correlation(field: Field, climatology: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Return the correlation `[channel]` of successive departures from climatology in the training part.
+
+    Collective on the state ranks.
+    """
     weights = field.inside if field.present is None else field.present[: field.training]
     departures = (field.values - climatology)[: field.training] * weights
     products, squares = departures[:-1] * departures[1:], departures[:-1].square()
@@ -345,14 +360,4 @@ def baselines(field: Field, batch: Windows, mesh: Mesh) -> dict[str, torch.Tenso
         squares = squares * field.present[1 : field.training]
     moments = torch.stack([products.sum(dim=(0, 1, 2)), squares.sum(dim=(0, 1, 2))])
     covariance, variance = mesh.sum(moments, over="state")
-    correlation = torch.where(variance > 0, covariance / variance, torch.zeros_like(variance))
-    starts = torch.tensor(batch.starts)
-    usual = torch.stack([climatology[starts + lead] for lead in range(1, len(batch.targets) + 1)])
-    start = field.values[starts]
-    damping = correlation ** torch.arange(1, len(usual) + 1).reshape(-1, 1, 1, 1, 1)
-    return {
-        "persistence": start.expand_as(usual),
-        "climatology": usual,
-        "anomaly_persistence": usual + (start - climatology[starts]),
-        "damped_persistence": usual + (start - climatology[starts]) * damping,
-    }
+    return torch.where(variance > 0, covariance / variance, torch.zeros_like(variance))

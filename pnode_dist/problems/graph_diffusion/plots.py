@@ -19,8 +19,9 @@ from pnode_dist.report.panels import (
     draw_comparison,
     draw_errors,
     draw_training,
+    each_lead,
+    lead_errors,
     report_figure,
-    root_mean_squares,
 )
 
 _SIZE = (13.5, 11.0)
@@ -51,7 +52,7 @@ def _draw_maps(figure: Any, file: h5py.File) -> None:
     times = file["time"][:]
     # The spread of heat slows down with time, so show more early samples.
     shown = np.unique(((len(times) - 1) * np.linspace(0, 1, _COLUMNS) ** 2).round().astype(int))
-    truth, forecast = (file[name][0][shown].astype(np.float64) for name in ("truth", "model"))
+    truth, forecast = (file[name][0, shown].astype(np.float64) for name in ("truth", "model"))
     highest = float(np.percentile(truth, 99.5))
     titles = [f"t = {times[number]:g}" for number in shown]
 
@@ -83,8 +84,7 @@ def _draw_mesh(axis: Axes, file: h5py.File, values: Any, **colours: Any) -> Any:
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
     """Draw the root mean square errors of all rollouts against time."""
-    truth = file["truth"][:, 1:].astype(np.float64)
-    errors = {name: root_mean_squares(file[name][:, 1:] - truth, (0, 2)) for name in _CURVES}
+    errors = lead_errors(file["truth"], {name: file[name] for name in _CURVES})
     draw_errors(axis, file["time"][1:], errors, _CURVES)
     axis.set_yscale("log")
     low, high = axis.get_ylim()
@@ -100,7 +100,9 @@ def _draw_conductivities(axis: Axes, file: h5py.File) -> None:
     axis.axhline(file["conductivity_constant"][()], color=OTHER_COLOUR, linestyle="-.", label="linear, fitted")
     # The conductivity is learnt only at temperatures that occur, so draw their histogram behind it.
     occurring = axis.twinx()
-    counts, _, _ = occurring.hist(file["truth"][:].ravel(), bins=temperature, color=_SUPPORT_COLOUR)
+    truth = file["truth"]
+    found = [np.histogram(values, temperature)[0] for values in (truth[:, 0], *each_lead(truth))]
+    counts, _, _ = occurring.hist(temperature[:-1], temperature, weights=np.sum(found, axis=0), color=_SUPPORT_COLOUR)
     occurring.set_yscale("log")
     occurring.set_ylim(0.5, float(np.max(counts)) ** 2)
     occurring.yaxis.set_visible(False)

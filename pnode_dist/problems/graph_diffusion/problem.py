@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition.graph import GraphPartition
 from pnode_dist.problems.common.computed_problem import ComputedProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Windows
 from pnode_dist.problems.common.forecast_model import ForecastModel
 from pnode_dist.problems.common.forecast_parts import Scaling
+from pnode_dist.problems.common.forecast_stream import Forecast, Row
 from pnode_dist.problems.graph_diffusion.config import DiffusionParameters
 from pnode_dist.problems.graph_diffusion.data import constant_conductivity, trajectories
 from pnode_dist.problems.graph_diffusion.mesh import IrregularMesh, irregular_mesh
@@ -86,38 +87,34 @@ class GraphDiffusionProblem(ComputedProblem):
         flux = LearntFlux(self.config.model, self.conductivity / length**2, length, self.config.run.seed)
         return Diffusion(self.partition, flux, self.lengths)
 
-    def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
+    def baselines(self, batch: Windows) -> Mapping[str, Forecast]:
         """Return persistence and linear diffusion."""
         linear = Diffusion(self.partition, Flux(DiffusionParameters((self.conductivity, 0.0))), self.lengths)
-        forecast, _ = self.rollouts(self.build_model(linear.to(self.dtype)))
-        return {"persistence": batch.initial.expand_as(batch.targets), "linear": forecast}
+        return {"persistence": lambda lead: batch.initial, "linear": self.build_model(linear.to(self.dtype))}
 
-    def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
+    def figures(self, batch: Windows) -> Mapping[str, Any]:
         """Return the sizes of the mesh, the fitted conductivity and `heat_drift`.
 
         `heat_drift` is the largest relative change of a rollout's total heat.
         """
         # Start from the rounded initial state of the model: rounding changes the total heat as well.
         initial = batch.initial.to(self.dtype).double()
-        heat = self.mesh.sum(torch.cat([initial[None], forecast]).sum(dim=(2, 3)), over="state")
         return {
             "nodes": self.config.problem.nodes,
             "edges": self.partition.global_edges,
             "edges_between_ranks": self.partition.edge_cut,
             "linear_conductivity": self.conductivity,
-            "heat_drift": float((heat / heat[0] - 1).abs().max()),
+            "heat_drift": HeatDrift(initial, batch.steps, self.mesh),
         }
 
-    def write(
-        self, path: Path, forecasts: Mapping[str, torch.Tensor], batch: Windows, variables: Mapping[str, Variable]
-    ) -> None:
-        """Write `forecast.h5` with the mesh and the conductivities."""
+    def variables(self, batch: Windows) -> Mapping[str, Variable]:
+        """Return the mesh and the conductivities, as variables of the file. Collective on the world."""
         mesh = {
             "x": Variable(("node",), self.nodes.points[:, 0]),
             "y": Variable(("node",), self.nodes.points[:, 1]),
             "edge_index": Variable(("end", "edge"), self.nodes.edge_index),
         }
-        super().write(path, forecasts, batch, {**variables, **mesh, **self._conductivities()})
+        return {**mesh, **self._conductivities()}
 
     def _conductivities(self) -> dict[str, Variable]:
         """Return the true, the learnt and the constant conductivity. Collective on the world.
@@ -143,3 +140,22 @@ class GraphDiffusionProblem(ComputedProblem):
             "conductivity_learnt": Variable(("temperature",), learnt.double().squeeze(-1)),
             "conductivity_constant": Variable((), self.conductivity),
         }
+
+
+class HeatDrift:
+    """The largest relative change of the total heat of the model's forecasts, from the `initial` states."""
+
+    def __init__(self, initial: torch.Tensor, steps: int, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._heat = torch.zeros(1 + steps, len(initial), dtype=torch.float64)
+        self._heat[0] = initial.sum(dim=(1, 2))
+
+    def add(self, name: str, row: Row) -> None:
+        """Take the states of the model at one lead."""
+        if name == "model":
+            self._heat[row.lead, list(row.starts)] = row.states.sum(dim=(1, 2))
+
+    def result(self) -> float:
+        """Return the change. Collective on the state ranks."""
+        heat = self._mesh.sum(self._heat, over="state")
+        return float((heat / heat[0] - 1).abs().max())

@@ -17,8 +17,8 @@ from pnode_dist.report.panels import (
     draw_comparison,
     draw_errors,
     draw_training,
+    lead_errors,
     report_figure,
-    root_mean_squares,
 )
 
 _SIZE = (12.0, 9.4)
@@ -43,9 +43,7 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
 def _draw_maps(figure: Any, file: h5py.File) -> None:
     times = file["time"][:]
     shown = np.unique(np.linspace(0, len(times) - 1, _COLUMNS).round().astype(int))
-    truth, forecast = (
-        file[name][0, :, :, :, _SHOWN_SPECIES][shown].astype(np.float64) for name in ("truth", "forecast")
-    )
+    truth, forecast = (file[name][0, shown, :, :, _SHOWN_SPECIES].astype(np.float64) for name in ("truth", "forecast"))
     # The domain is periodic: it ends one spacing after the last point.
     extent = (0.0, len(file["x"]) * file["x"][1], 0.0, len(file["y"]) * file["y"][1])
 
@@ -63,13 +61,13 @@ def _draw_maps(figure: Any, file: h5py.File) -> None:
 
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
-    truth = file["truth"][:].astype(np.float64)
+    truth = file["truth"]
     candidates = {
-        "forecast": file["forecast"][:, 1:],
-        "persistence": truth[:, :1],
+        "forecast": file["forecast"],
+        "persistence": truth[:, 0].astype(np.float64),
         "training_mean": file["training_mean"][:],
     }
-    errors = {name: root_mean_squares(value - truth[:, 1:], (0, 2, 3, 4)) for name, value in candidates.items()}
+    errors = lead_errors(truth, candidates)
     draw_errors(axis, file["time"][1:], errors, _CURVES)
     # Limit the axis, so that a diverged rollout does not flatten the other curves.
     simple = max(float(errors[name].max()) for name in ("persistence", "training_mean"))

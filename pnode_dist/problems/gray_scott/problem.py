@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.inverse import Inverse
@@ -80,7 +79,7 @@ class GrayScottProblem(ComputedProblem):
         seed = self.config.run.seed
         return right_hand_side(self.partition, model.channels, model.layers, self.dtype, model.activation, rate, seed)
 
-    def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
+    def figures(self, batch: Windows) -> Mapping[str, Any]:
         """Return the names of the species and the shape of the grid."""
         return {"species": list(SPECIES), "grid": list(self.config.problem.shape)}
 
@@ -108,9 +107,6 @@ class GrayScottProblem(ComputedProblem):
         drawn = draw(run_directory / FORECAST_PICTURE, picture, self.mesh)
         return {"problem": self.name, **figures, "analysis": str(file), "report": drawn}
 
-    def write(
-        self, path: Path, forecasts: Mapping[str, torch.Tensor], batch: Windows, variables: Mapping[str, Variable]
-    ) -> None:
-        """Write `forecast.h5` with the means of the training trajectories."""
-        mean = Variable(("species",), self.physical(self.moments[0]))
-        super().write(path, forecasts, batch, {**variables, "training_mean": mean})
+    def variables(self, batch: Windows) -> Mapping[str, Variable]:
+        """Return the means of the training trajectories, as a variable of the file."""
+        return {"training_mean": Variable(("species",), self.physical(self.moments[0]))}

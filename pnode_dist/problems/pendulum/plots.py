@@ -19,8 +19,9 @@ from pnode_dist.report.panels import (
     draw_errors,
     draw_training,
     draw_trajectories,
+    each_lead,
+    lead_errors,
     report_figure,
-    root_mean_squares,
 )
 
 _SIZE = (13.0, 8.2)
@@ -69,8 +70,7 @@ def _draw_component(axis: Axes, file: h5py.File, component: int, title: str) -> 
 
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
-    truth = file["truth"][1:]
-    errors = {name: root_mean_squares((file[name][1:] - truth) / file["scale"][:], (1, 2)) for name in _CURVES}
+    errors = lead_errors(file["truth"], {name: file[name] for name in _CURVES}, axis=0, scale=file["scale"][:])
     draw_errors(axis, file["time"][1:], errors, _CURVES, "root mean square error (normalised)", "time (s)")
     axis.set_yscale("log")
     axis.set_ylim(top=60)
@@ -79,15 +79,15 @@ def _draw_errors(axis: Axes, file: h5py.File) -> None:
 
 def _draw_drift(axis: Axes, file: h5py.File) -> None:
     """Draw the relative change of the rod's length in the rollouts, and their speed along the rod."""
-    times, states = file["time"][1:], file["forecast"][:]
-    distance = np.linalg.norm(states[..., :2], axis=-1)
-    along = (states[..., :2] * states[..., 2:4]).sum(axis=-1) / distance
-    stretch = np.abs(distance / distance[:1] - 1).max(axis=1)[1:]
+    times, states = file["time"][1:], file["forecast"]
+    first, stretch, speed = np.linalg.norm(states[0, :, :2], axis=-1), [], []
+    for state in each_lead(states, axis=0):
+        distance = np.linalg.norm(state[:, :2], axis=-1)
+        stretch.append(np.abs(distance / first - 1).max())
+        speed.append(np.abs((state[:, :2] * state[:, 2:4]).sum(axis=-1) / distance).max())
     floor = np.finfo(np.float64).eps
     axis.plot(times, np.maximum(stretch, floor), color=MODEL_COLOUR, linewidth=2.2, label="change of length, relative")
-    axis.plot(
-        times, np.maximum(np.abs(along).max(axis=1)[1:], floor), color="#e8a33d", label="speed along the rod (m/s)"
-    )
+    axis.plot(times, np.maximum(speed, floor), color="#e8a33d", label="speed along the rod (m/s)")
     axis.set_yscale("log")
     axis.set_title("Largest drift of the rollouts")
     axis.set_xlabel("time (s)")

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.problems.common.computed_problem import EnsembleProblem
 from pnode_dist.problems.common.forecast_data import SplitData, Windows
+from pnode_dist.problems.common.forecast_stream import Forecast, Row
 from pnode_dist.problems.pendulum.data import Motions, generate
 from pnode_dist.problems.pendulum.model import ConstrainedMotion, PendulumModel, TrueForce, mass_matrix, right_hand_side
 from pnode_dist.problems.pendulum.physics import COMPONENTS
@@ -53,26 +55,25 @@ class PendulumProblem(EnsembleProblem):
         """Build rollouts that begin with consistent tensions."""
         return PendulumModel(self.build_solve(func))
 
-    def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
+    def baselines(self, batch: Windows) -> Mapping[str, Forecast]:
         """Return the baseline forecasts, the motion without air, and the solve with the true force."""
-        true = self.build_model(ConstrainedMotion(TrueForce(self.config.problem.parameters)))
-        with torch.no_grad():
-            true_force = true(batch)
+        true_force = self.build_model(ConstrainedMotion(TrueForce(self.config.problem.parameters)))
+        true_force.evaluated_in = torch.float64
         return {
             **super().baselines(batch),
             "vacuum": self.held_out_part(self.motions.vacuum),
             "true_force": true_force,
         }
 
-    def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
+    def figures(self, batch: Windows) -> Mapping[str, Any]:
         """Return the errors of the learnt force and the drift of the rod's length."""
-        return {"force": self._force_errors(batch.targets), "drift": self._drift(forecast)}
+        return {"force": self._force_errors(batch), "drift": RodDrift(self.config.problem.length, self.mesh)}
 
     def lead_time(self, batch: Windows, lead: int) -> dict[str, float]:
         """Return the lead in seconds."""
         return {"seconds": batch.times[0][lead]}
 
-    def _force_errors(self, truth: torch.Tensor) -> dict[str, float]:
+    def _force_errors(self, batch: Windows) -> dict[str, float]:
         """Return the root mean square error of the learnt force and the root mean square of the true drag.
 
         Both are over the validation states, in m/s^2 (the mass is 1). The drag is the part of the force beside gravity.
@@ -81,26 +82,36 @@ class PendulumProblem(EnsembleProblem):
         parameters = self.config.problem.parameters
         motion = self.model.solve.func
         assert isinstance(motion, ConstrainedMotion)
-        learnt = motion.force(truth.to(self.dtype)).detach().double()
-        true = TrueForce(parameters)(truth)
-        drag = true - true.new_tensor([0.0, -parameters.gravity])
-        squares = torch.stack([(learnt - true).square().sum(), drag.square().sum()])
-        count = self.config.problem.validation * len(truth)
+        squares = torch.zeros(2, dtype=torch.float64)
+        for lead in batch.leads:
+            truth = batch.target(lead)
+            learnt = motion.force(truth.to(self.dtype)).detach().double()
+            true = TrueForce(parameters)(truth)
+            drag = true - true.new_tensor([0.0, -parameters.gravity])
+            squares += torch.stack([(learnt - true).square().sum(), drag.square().sum()])
+        count = self.config.problem.validation * batch.steps
         error, size = (self.mesh.sum(squares, over="state") / count).sqrt().tolist()
         return {"error": error, "drag": size}
 
-    def _drift(self, rollout: torch.Tensor) -> dict[str, float]:
-        """Return the largest relative change of the rod's length and the largest speed along the rod in m/s.
 
-        Collective on the world.
-        """
-        position, velocity = rollout[..., 0:2], rollout[..., 2:4]
+class RodDrift:
+    """The largest relative change of the rod's length and the largest speed along the rod in m/s, of the model."""
+
+    def __init__(self, length: float, mesh: Mesh) -> None:
+        self._length, self._mesh = length, mesh
+        self._largest = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, name: str, row: Row) -> None:
+        """Take the states of the model at one lead."""
+        if name != "model" or not row.states.numel():
+            return
+        position, velocity = row.states[..., 0:2], row.states[..., 2:4]
         distance = position.norm(dim=-1)
         along = (position * velocity).sum(dim=-1) / distance
-        zero = torch.zeros(1, dtype=torch.float64)
-        largest = [
-            torch.cat([value.abs().flatten(), zero]).max()
-            for value in (distance / self.config.problem.length - 1, along)
-        ]
-        longest, speed = self.mesh.max(torch.stack(largest)).tolist()
+        found = torch.stack([(distance / self._length - 1).abs().max(), along.abs().max()])
+        self._largest = torch.maximum(self._largest, found)
+
+    def result(self) -> dict[str, float]:
+        """Return both. Collective on the world."""
+        longest, speed = self._mesh.max(self._largest).tolist()
         return {"length": longest, "radial_speed": speed}

@@ -69,5 +69,5 @@ class RobertsonModel(ForecastModel):
         Its times are decades since the starts of the windows; f receives the start times as an argument.
         """
         begin = torch.tensor([times[0] for times in batch.times], dtype=batch.initial.dtype)
-        clock = tuple(number * self.decades for number in range(len(batch.targets) + 1))
+        clock = tuple(number * self.decades for number in range(batch.steps + 1))
         yield Group(tuple(range(len(batch.starts))), clock, (begin[:, None, None],))

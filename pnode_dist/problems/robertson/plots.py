@@ -19,6 +19,7 @@ from pnode_dist.report.panels import (
     draw_errors,
     draw_training,
     draw_trajectories,
+    lead_errors,
     report_figure,
 )
 
@@ -90,8 +91,8 @@ def _draw_species(axis: Axes, file: h5py.File, number: int) -> None:
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
     """Draw the mean absolute scaled errors of the rollouts and of simple forecasts against time."""
-    truth, width = file["truth"][1:], file["scale"][:]
-    errors = {name: (np.abs(file[name][1:] - truth) / width).mean(axis=(1, 2)) for name in _CURVES}
+    forecasts = {name: file[name] for name in _CURVES}
+    errors = lead_errors(file["truth"], forecasts, axis=0, scale=file["scale"][:], power=1)
     times = file["time"][1:]
     draw_errors(axis, times, errors, _CURVES, "mean absolute error (scaled)", "time")
     axis.set_xscale("log")

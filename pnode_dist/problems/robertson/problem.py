@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,18 @@ from torch import nn
 
 from pnode_dist.problems.common.computed_problem import EnsembleProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Windows
-from pnode_dist.problems.common.forecast_errors import mean_share, means_by_lead
+from pnode_dist.problems.common.forecast_errors import mean_share
 from pnode_dist.problems.common.forecast_parts import Scaling
-from pnode_dist.problems.robertson.comparison import FINELY, RIVAL, SolveOutcome, outcomes_of
+from pnode_dist.problems.common.forecast_stream import Forecast, Row
+from pnode_dist.problems.common.trainable import FORECAST
+from pnode_dist.problems.robertson.comparison import RIVAL, Comparison, pursuits_of
 from pnode_dist.problems.robertson.data import decades, fastest_rate, generate, range_of, sample_times
 from pnode_dist.problems.robertson.model import LogTimeRate, RobertsonModel, right_hand_side
 from pnode_dist.problems.robertson.physics import SPECIES
-from pnode_dist.report.dataset_file import Variable
+from pnode_dist.report.dataset_file import Later, Variable
 
 if TYPE_CHECKING:
+    from pnode_dist.distributed.mesh import Mesh
     from pnode_dist.problems.robertson.config import RobertsonRun
 
 
@@ -65,12 +67,14 @@ class RobertsonProblem(EnsembleProblem):
         """Build rollouts in the logarithm of time."""
         return RobertsonModel(self.build_solve(func), decades(self.config.problem))
 
-    def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
+    def baselines(self, batch: Windows) -> Mapping[str, Forecast]:
         """Return persistence and the mean of the training trajectories at the same time."""
-        learnt = self.samples.values[0, 1:]
-        total = self.mesh.sum(learnt.sum(dim=1), over="state") / self.partition.global_shape[0]
-        mean = total[:, None, None].expand_as(batch.targets)
-        return {"persistence": batch.initial.expand_as(batch.targets), "training_mean": mean}
+
+        def training_mean(lead: int) -> torch.Tensor:
+            total = self.mesh.sum(self.samples.values[0, lead].sum(dim=0), over="state")
+            return (total / self.partition.global_shape[0]).expand_as(batch.initial)
+
+        return {"persistence": lambda lead: batch.initial, "training_mean": training_mean}
 
     def reported(self, error: torch.Tensor) -> torch.Tensor:
         """Return the errors of scaled concentrations unchanged."""
@@ -91,53 +95,39 @@ class RobertsonProblem(EnsembleProblem):
         of the trained solver, of steps that are 16 times finer, and of the rival, an explicit method with error
         control.
         """
-        forecast, batch = self.rollouts(model)
-        forecasts = {"model": forecast, **self.baselines(batch)}
-        pursuits = outcomes_of(self.config, self.model, batch, self.dtype)
-        figures = {
-            "all_leads_from_1_0_0": {name: self._first_error(values, batch) for name, values in forecasts.items()},
-            "solves": self._compared(pursuits, batch),
-        }
-        samples = self.config.problem.times
-        variables = {
-            f"steps_{name}": Variable(("time",), [*pursuit.steps, *[math.nan] * (samples - len(pursuit.steps))])
-            for name, pursuit in pursuits.items()
-        }
-        variables[RIVAL] = self.stored(pursuits[RIVAL].states[1:], batch)
-        return self.report(forecasts, batch, run_directory, figures, variables)
+        batch = self.held_out_windows(torch.float64)
+        forecasts, first = {"model": model, **self.baselines(batch)}, FirstErrors(batch, self.mesh)
+        pursuits = pursuits_of(self.config, self.model, batch, self.dtype)
+        compared = Comparison(pursuits, next(self.model.groups(batch)).times, batch)
+        steps = Variable(("time",), Later((1 + batch.steps,)), dtype="f8")
+        others = {**self.variables(batch), **{f"steps_{name}": steps for name in pursuits}}
+        with self.create_file(run_directory / FORECAST, batch, (*forecasts, RIVAL), others) as file:
+            compared.advance(file.write)
+            for name, pursuit in pursuits.items():
+                file.stream.write(f"steps_{name}", (slice(0, len(pursuit.steps)),), pursuit.steps)
+            means = {
+                name: self.judged(name, forecast, batch, [file.write, first.add]).means
+                for name, forecast in forecasts.items()
+            }
+            self.write_truth(batch, file)
+        figures = {"all_leads_from_1_0_0": first, "solves": compared.rows(self.sample_times(), self.mesh)}
+        return self.illustrated(self.table(means, batch, figures), run_directory)
 
-    def _first_error(self, rollout: torch.Tensor, batch: Windows) -> float:
-        """Return the mean absolute scaled error of the first validation trajectory. Collective on the state ranks."""
-        own = 1 if batch.samples.partition.comm.rank == 0 else 0
-        first = (rollout - batch.targets).abs()[:, 0, :own]
-        return self.mesh.sum(first.sum(), over="state").item() / (len(batch.targets) * len(SPECIES))
 
-    def _compared(self, pursuits: Mapping[str, SolveOutcome], batch: Windows) -> list[dict[str, Any]]:
-        """Return one row for each solve of the trained model. Collective on the state ranks.
+class FirstErrors:
+    """The mean absolute scaled error of the first validation trajectory, over all leads, of each forecast."""
 
-        A row holds the cost on this rank, the time and reason of an early end, and the errors relative to the truth and
-        to the solve with fine steps.
-        """
+    def __init__(self, batch: Windows, mesh: Mesh) -> None:
+        self._batch, self._mesh = batch, mesh
+        self._owned = 1 if batch.samples.partition.comm.rank == 0 else 0
+        self._sums: dict[str, torch.Tensor] = {}
 
-        def error(states: torch.Tensor, truth: torch.Tensor) -> float | None:
-            means = means_by_lead((states - truth[: len(states)]).abs(), batch, self.mesh)
-            return means.mean().item() if len(states) else None
+    def add(self, name: str, row: Row) -> None:
+        """Take the states of a forecast at one lead."""
+        error = (row.states - self._batch.target(row.lead)).abs()[0, : self._owned]
+        self._sums[name] = self._sums.get(name, torch.zeros(1, dtype=torch.float64)) + error.sum()
 
-        fine = pursuits[FINELY].states[1:].double()
-        rows = []
-        for name, pursuit in pursuits.items():
-            states, cost = pursuit.states[1:].double(), pursuit.cost
-            rows.append(
-                {
-                    "solve": name,
-                    "steps": cost.forward_steps,
-                    "rejected": cost.rejected_steps,
-                    "evaluations": cost.function_evaluations,
-                    "newton_iterations": cost.newton_iterations,
-                    "reached_time": self.sample_times()[pursuit.reached],
-                    "mae": error(states, batch.targets),
-                    "mae_to_fine_steps": error(states, fine),
-                    "stopped": pursuit.stopped,
-                }
-            )
-        return rows
+    def result(self) -> dict[str, float]:
+        """Return the error by forecast. Collective on the state ranks."""
+        count = self._batch.steps * len(SPECIES)
+        return {name: self._mesh.sum(total, over="state").item() / count for name, total in self._sums.items()}

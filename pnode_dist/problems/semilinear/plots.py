@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from pnode_dist.report.panels import (
     PERSISTENCE,
     draw_errors,
     draw_training,
+    lead_errors,
     report_figure,
-    root_mean_squares,
 )
 
 _SIZE = (12.0, 9.4)
+_MOST_ROWS = 2000
 _CURVES: dict[str, dict[str, Any]] = {
     "model": {"label": "neural ODE", **CURVE},
     "explicit": {"label": "the same, explicit", "color": "#e6a11a", "linestyle": ":", "linewidth": 2.4, "zorder": 4},
@@ -47,11 +49,13 @@ def draw_report(path: Path, forecast: Path, metrics_file: Path, result: Mapping[
 
 def _draw_maps(figure: Any, file: h5py.File) -> None:
     """Draw truth, rollout and their difference side by side, with time upwards."""
-    truth, rollout = (file[name][0].astype(np.float64) for name in ("truth", "model"))
+    # More rows than the picture has are not seen.
+    every = math.ceil(file["truth"].shape[1] / _MOST_ROWS)
+    truth, rollout = (file[name][0, ::every].astype(np.float64) for name in ("truth", "model"))
     largest = float(np.abs(truth).max()) or 1.0
     # Show a diverged rollout at the end of the scale.
     difference = np.nan_to_num(rollout - truth, nan=2 * largest, posinf=2 * largest, neginf=-2 * largest)
-    x, time = file["x"][:], file["time"][:]
+    x, time = file["x"][:], file["time"][::every]
     extent = (0.0, len(x) * x[1], time[0], time[-1])
     axes = figure.subplots(1, 3, sharey=True)
     for axis, name, values in zip(
@@ -75,8 +79,7 @@ def _draw_maps(figure: Any, file: h5py.File) -> None:
 
 def _draw_errors(axis: Axes, file: h5py.File) -> None:
     """Draw the root mean square errors of all rollouts against time."""
-    truth = file["truth"][:, 1:].astype(np.float64)
-    errors = {name: root_mean_squares(file[name][:, 1:] - truth, (0, 2)) for name in _CURVES}
+    errors = lead_errors(file["truth"], {name: file[name] for name in _CURVES})
     draw_errors(axis, file["time"][1:], errors, _CURVES, time="time since the first sample")
     axis.set_yscale("log")
     # Limit the axis, so that a diverged or an exact rollout does not flatten the other curves.

@@ -7,7 +7,6 @@ the equation.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,9 @@ from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.rhs.split import SplitFunction
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.computed_problem import ComputedProblem
-from pnode_dist.problems.common.forecast_data import Samples, SplitData, Windows
+from pnode_dist.problems.common.forecast_data import Samples, SplitData
 from pnode_dist.problems.common.forecast_parts import Scaling
+from pnode_dist.problems.common.trainable import FORECAST
 from pnode_dist.problems.semilinear.data import generate
 from pnode_dist.problems.semilinear.equation import Convection, linear_stencil
 from pnode_dist.problems.semilinear.model import LearntConvection, SemilinearModel, learnt_convection
@@ -98,32 +98,34 @@ class SemilinearProblem(ComputedProblem):
         model by the true equation, with the model's method and steps. `costs` compares their solves.
         """
         problem, term = self.config.problem, self.model.term
-        batch = self.held_out_windows(self.dtype)
-        step = self._largest_stable_step(batch)
+        batch = self.held_out_windows(torch.float64)
+        step, count = self._largest_stable_step(batch.initial[:1].to(self.dtype)), len(batch.starts)
 
         def explicitly(count: int) -> NeuralODE:
             return NeuralODE(self._split(term, count), method=EXPLICIT, step_size=step, partition=self.partition)
 
-        forecasts, costs = {}, []
-        for name, rollouts in (
-            ("model", self.model),
-            ("explicit", SemilinearModel(term, explicitly)),
-            ("equation", self.build_model(Convection(self.partition, problem.equation.length, self.scale))),
-        ):
-            solve = rollouts.solve_of(len(batch.starts))
-            began = time.perf_counter()
-            forecasts[name] = rollouts(batch).detach().double()
-            costs.append(
-                {
-                    "rollout": name,
-                    "method": solve.method,
-                    "largest_step": step if name == "explicit" else solve.step_size,
-                    "steps": solve.last_solve.forward_steps,
-                    "seconds": self.mesh.max(torch.tensor(time.perf_counter() - began)).item(),
-                }
-            )
-        truth = self.held_out_windows(torch.float64)
-        forecasts["persistence"] = truth.initial.expand_as(truth.targets)
+        models = {
+            "model": self.model,
+            "explicit": SemilinearModel(term, explicitly),
+            "equation": self.build_model(Convection(self.partition, problem.equation.length, self.scale)),
+        }
+        means, costs = {}, []
+        names = (*models, "persistence")
+        with self.create_file(run_directory / FORECAST, batch, names, self.variables(batch)) as file:
+            for name, rollouts in models.items():
+                solve = rollouts.solve_of(count)
+                means[name], seconds = self.judged(name, rollouts, batch, [file.write], size=count)
+                costs.append(
+                    {
+                        "rollout": name,
+                        "method": solve.method,
+                        "largest_step": step if name == "explicit" else solve.step_size,
+                        "steps": solve.last_solve.forward_steps,
+                        "seconds": self.mesh.max(torch.tensor(seconds)).item(),
+                    }
+                )
+            means["persistence"] = self.judged("persistence", lambda lead: batch.initial, batch, [file.write]).means
+            self.write_truth(batch, file)
         figures = {
             "equation": problem.equation.title,
             "points": problem.points,
@@ -131,11 +133,11 @@ class SemilinearProblem(ComputedProblem):
             "deviation": self.scale,
             "costs": costs,
         }
-        return self.report(forecasts, truth, run_directory, figures)
+        return self.illustrated(self.table(means, batch, figures), run_directory)
 
-    def _largest_stable_step(self, batch: Windows) -> float:
+    def _largest_stable_step(self, initial: torch.Tensor) -> float:
         """Find the largest stable step of the explicit method for the model, from the first validation trajectory."""
         problem = self.config.problem
         guess = -1 / shortest_wave(linear_stencil(problem.equation, problem.points))
         func = self._split(self.model.term, 2)
-        return largest_stable_step(func, batch.initial[:1], EXPLICIT, self.partition, guess)
+        return largest_stable_step(func, initial, EXPLICIT, self.partition, guess)

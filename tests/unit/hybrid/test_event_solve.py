@@ -155,6 +155,119 @@ def test_times_states_and_all_gradients_are_those_of_plain_torch(
     assert distance(found, expected) < 1e-12
 
 
+class Pushed(Switching):
+    """The network, with a push that changes at the jumps: `push` of the number of jumps that are passed."""
+
+    def __init__(self, jumps: list[float]) -> None:
+        super().__init__()
+        self.jumps = jumps
+        self.push = nn.Parameter(random(len(jumps) + 1, 3, seed=8))
+
+    def piece(self, number: int) -> Any:
+        return lambda t, u: super(Pushed, self).forward(t, u) + 2.0 * self.push[number] * (1 + t)
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return self.piece(sum(bool(t > jump) for jump in self.jumps))(t, u)
+
+
+@pytest.mark.parametrize(
+    ("times", "moves"),
+    [(TIMES, True), (TIMES[::-1], True), ([0.0, 0.37, 1.0, 2.0], False)],
+    ids=["forward", "backward", "a jump at an output time"],
+)
+def test_jumps_of_func_between_events_have_the_gradients_of_plain_torch(times: list[float], moves: bool) -> None:
+    jumps = [0.4, 1.0, 1.3]
+    system, u0 = Pushed(jumps), random(2, 3, seed=3).requires_grad_()
+    t = torch.tensor(times, dtype=FLOAT64, requires_grad=moves)
+    event = Event(system.g, reset=system.reset)
+    found = solve_events(system, u0, t, event, method="rk4", step_size=0.11, jumps=jumps)
+    backward = times[-1] < times[0]
+    # The piece after each jump, in the order of the solve.
+    pieces = {jump: system.piece(number if backward else number + 1) for number, jump in enumerate(jumps)}
+    first = system.piece(len(jumps) if backward else 0)
+    wanted = solve_plain(first, u0, t, [PlainEvent(system.g, 0, system.reset)], TABLEAUX["4"], 0.11, pieces)
+    assert len(wanted.times) >= 3
+    assert any(low < time < high for time in found.event_times.tolist() for low, high in ((0.4, 1.0), (1.0, 1.3)))
+    inputs = (u0, *((t,) if moves else ()), *system.parameters())
+    ours = (found.u, found.event_times, found.u_before, found.u_after, found.u_end)
+    assert distance(ours, wanted.all()) < 1e-12
+    losses = (sum((random(*part.shape, seed=9) * part).sum() for part in each) for each in (ours, wanted.all()))
+    ours_by, wanted_by = (gradients(loss, *inputs) for loss in losses)
+    assert distance(ours_by, wanted_by) < 1e-12
+    with torch.no_grad():
+        again = solve_events(system, u0, t, event, method="rk4", step_size=0.11, jumps=jumps)
+    assert distance((again.u,), (found.u.detach(),)) < 1e-14
+
+
+def test_error_control_with_jumps_and_events_is_exact_for_the_pieces() -> None:
+    # du/dt = 1 until 1, then 3, and a fall to 0 at 2: events at 4/3 and 2.
+    solution = solve_events(
+        lambda t, u: torch.where(t > 1.0, 3.0, 1.0) * torch.ones_like(u),
+        torch.zeros(1, dtype=FLOAT64),
+        [0.0, 2.5],
+        Event(lambda t, u: u.sum() - 2.0, reset=lambda t, u: 0 * u),
+        rtol=1e-9,
+        jumps=[1.0],
+    )
+    assert solution.event_times.tolist() == pytest.approx([4 / 3, 2.0], abs=1e-14)
+    assert solution.u_end.item() == pytest.approx(1.5, abs=1e-13)
+
+
+class Seen(nn.Module):
+    """An observation with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(random(3, 2, seed=4))
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"seen": torch.sin(u @ self.weight) * (1 + t), "size": u.square().sum(dim=-1)}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["at all times", "at the end"])
+def test_observations_between_events_have_the_gradients_of_plain_torch(last: bool) -> None:
+    system, seen, u0 = Switching(), Seen(), random(2, 3, seed=3).requires_grad_()
+    t = torch.tensor(TIMES, dtype=FLOAT64, requires_grad=True)
+    event, save = Event(system.g, reset=system.reset), "last" if last else "times"
+
+    def solved() -> EventSolution:
+        return solve_events(system, u0, t, event, method="rk4", step_size=0.11, observe=seen, save=save)
+
+    found = solved()
+    wanted = solve_plain(system, u0, t, [PlainEvent(system.g, 0, system.reset)], TABLEAUX["4"], 0.11)
+    assert len(wanted.times) >= 2
+    if last:
+        plain = seen(t[-1], wanted.end)
+    else:
+        rows = [seen(time, state) for time, state in zip(t, wanted.outputs, strict=True)]
+        plain = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    assert isinstance(found.u, dict)
+    assert found.u.keys() == plain.keys()
+    ours, theirs = ((*u.values(), end) for u, end in ((found.u, found.u_end), (plain, wanted.end)))
+    assert distance(ours, theirs) < 1e-12
+    inputs = (u0, t, *system.parameters(), *seen.parameters())
+    losses = (sum((random(*part.shape, seed=9) * part).sum() for part in each) for each in (ours, theirs))
+    ours_by, theirs_by = (gradients(loss, *inputs) for loss in losses)
+    assert distance(ours_by, theirs_by) < 1e-12
+    with torch.no_grad():
+        again = solved()
+    assert isinstance(again.u, dict)
+    assert distance(tuple(again.u.values()), tuple(part.detach() for part in found.u.values())) < 1e-14
+
+
+def test_an_observation_that_is_no_function_is_one_line() -> None:
+    refused(TypeError, r"observe must be callable as observe\(t, u, \*args\), got int", observe=3)
+
+
+def test_an_output_time_at_a_jump_has_no_gradient_with_events() -> None:
+    refused(
+        ValueError,
+        r"t requires a gradient, and t\[1\] = 1 is one of jumps",
+        jumps=[1.0],
+        t=torch.tensor([0.0, 1.0, 2.0], requires_grad=True),
+    )
+
+
 @pytest.mark.parametrize(
     "trajectory",
     [Trajectory(keep="solution", ram_slots=2), Trajectory(keep="stages"), Trajectory(keep="graph")],
@@ -387,6 +500,7 @@ def test_second_derivatives_of_the_time_of_an_event_are_refused() -> None:
         ({"method": "bdf"}, "method = 'bdf': a step depends on those before it"),
         ({"step_size": -1.0}, "step_size = -1.0: must be positive"),
         ({"t": [0.0, 0.0]}, "t must increase or decrease strictly"),
+        ({"save": "steps"}, "save = 'steps': must be 'times', because a solve with events needs all states"),
     ],
 )
 def test_a_wrong_argument_is_one_line(settings: dict[str, Any], message: str) -> None:

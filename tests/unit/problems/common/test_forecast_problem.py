@@ -140,7 +140,7 @@ def test_a_single_trajectory_is_split_in_time(mesh: Mesh) -> None:
     problem = built(Single, mesh, problem={"type": "own", "validation": 3}, evaluation={"leads": [1, 2]})
     assert problem.is_split_in_time
     assert (problem.samples.length, problem.held_out.length) == (4, 4)
-    _, batch = problem.rollouts(problem.model)
+    batch = problem.held_out_windows(D)
     # Two forecasts of two samples, the first from the last time that is learnt from.
     assert [times[0] for times in batch.times] == [0.75, 1.0]
     trained = {start for share in problem.batches(1) for _, start in share.starts}
@@ -268,7 +268,7 @@ def test_trajectories_may_be_split_by_the_problem(mesh: Mesh) -> None:
     problem = built(Split, mesh, problem={"type": "own"}, evaluation={"leads": [3]})
     values = torch.from_numpy(exact(Vector.times, 4, 3))
     assert torch.equal(problem.samples.values, values[::2])
-    _, batch = problem.rollouts(problem.model)
+    batch = problem.held_out_windows(D)
     assert torch.equal(batch.targets.transpose(0, 1), values[1::2, 1:4])
 
 

@@ -173,7 +173,8 @@ def test_the_damping_comes_from_pairs_that_are_both_there(tmp_path: Path, mesh: 
     correlation = np.nansum(pairs) / np.nansum(np.where(np.isnan(pairs), np.nan, departures[:-1] ** 2))
     start = TRAINING - 1
     batch = windows(problem.field, [start], 2, torch.float64)
-    damped = problem.field.physical(baselines(problem.field, batch, mesh)["damped_persistence"])[:, 0, ..., 0].numpy()
+    forecast = baselines(problem.field, batch, mesh)["damped_persistence"]
+    damped = problem.field.physical(torch.stack([forecast(lead) for lead in (1, 2)]))[:, 0, ..., 0].numpy()
     for number in range(2):
         wanted = usual[(start + number + 1) % 12] + departures[start] * correlation ** (number + 1)
         np.testing.assert_allclose(damped[number][~land()], wanted[~land()], rtol=1e-11)
