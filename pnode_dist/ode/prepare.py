@@ -122,7 +122,7 @@ def _prepared_with(
         raise ConfigurationError(refusal)
     if settings.mass is not None and not table.implicit:
         raise ConfigurationError(
-            f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of beuler, cn, theta"
+            f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of {methods.TAKE_MASS}"
         )
     copies = ComputeCopies({}, (), args)
     if settings.compute_dtype is not None:

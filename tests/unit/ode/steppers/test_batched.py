@@ -13,6 +13,7 @@ from pnode_dist import ConfigurationError, ConvergenceError, NeuralODE, SplitFun
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.steppers.batched import BatchedStepper
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
+from pnode_dist.ode.steppers.irk.stepper import IrkStepper
 from tests.oracles.implicit import Theta, odeint_implicit
 from tests.oracles.right_hand_sides import distance, gradients, identical, random
 from tests.oracles.stiff_right_hand_sides import Constrained, StiffNetwork
@@ -104,7 +105,7 @@ def test_the_default_tolerances_bound_the_difference_to_petsc_s_path(name: str) 
     assert agree(found, wanted, 1e-7)
 
 
-@pytest.mark.parametrize("name", ["beuler", "cn", "arkimex_3", "dirk_es324sal"])
+@pytest.mark.parametrize("name", ["beuler", "cn", "arkimex_3", "dirk_es324sal", "gauss4", "radau5"])
 def test_times_may_run_backward_and_have_gradients(name: str) -> None:
     network, u0 = StiffNetwork(), 0.1 * random(2, 3)
     times = torch.tensor([0.3, 0.25, 0.2], dtype=torch.float64, requires_grad=True)
@@ -155,7 +156,7 @@ def test_algebraic_equations_are_solved_and_differentiated_through(chosen: str, 
     assert agree(gradients(solve, start, parameters), gradients(plain, start, parameters), 1e-11)
 
 
-@pytest.mark.parametrize("name", ["cn", "theta", "arkimex_3", "dirk_es213sal"])
+@pytest.mark.parametrize("name", ["cn", "theta", "arkimex_3", "dirk_es213sal", "radau5"])
 def test_the_gradient_has_the_same_bits_under_every_budget(name: str) -> None:
     network, u0 = StiffNetwork(), random(4, 3)
 
@@ -214,7 +215,7 @@ def test_float32_functions_are_solved_to_their_own_precision() -> None:
     assert agree(found, gradients(lambda u: solve(u, None), u0, parameters), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["beuler", "dirk_s212"])
+@pytest.mark.parametrize("name", ["beuler", "dirk_s212", "gauss4"])
 def test_samples_that_depend_on_one_another_are_left_to_petsc(name: str) -> None:
     coupled, u0 = Coupled(), random(4, 3)
     node = NeuralODE(coupled, method=name, step_size=0.1)
@@ -383,10 +384,12 @@ def test_samples_of_too_many_components_and_unknown_values_are_refused() -> None
         ({"options": {"snes_rtol": 1e-12}}, BatchedStepper),
         ({"options": {"ksp_rtol": 1e-12}}, ImplicitStepper),
         ({"preconditioner": "block"}, ImplicitStepper),
+        ({"method": "radau5"}, BatchedStepper),
+        ({"method": "radau5", "newton": "petsc"}, IrkStepper),
     ],
 )
 def test_auto_is_a_batch_unless_something_of_petsc_s_is_given(keywords: dict[str, Any], kind: type) -> None:
-    node = NeuralODE(StiffNetwork(), method="cn", step_size=0.1, **keywords)
+    node = NeuralODE(StiffNetwork(), **{"method": "cn", "step_size": 0.1, **keywords})
     node(random(2, 3), TIMES)
     assert type(stepper_of(node)) is kind
 
