@@ -36,7 +36,7 @@ class Method:
     """A time-stepping method.
 
     - `name`: the usual name. `family`: PETSc's type of solver (see `FAMILIES`). `petsc_name`: the name in the family;
-      empty if PETSc takes no part in the steps.
+      empty if no TS of PETSc's takes the steps.
     - `fsal`: the last stage is the first of the next step.
     - `last_stage_weighs`: the last stage contributes to the step's result. Otherwise it serves the error estimate
       alone, and explicit steps of fixed size do not evaluate it.

@@ -239,6 +239,7 @@ class BatchedStepper(SingleStepper):
             tableau = tableau.without_explicit_part
         samples, widths = self._split
         stage = None
+        # Of all stages at once the compiled code was slower than the loop: one factorisation serves several iterations.
         if bound.whole is not None and self.comm.size == 1 and not self._stacks:
             stage = compiled_stage(bound.whole, implicit, self.layout, samples, widths)
         return BatchProblem(

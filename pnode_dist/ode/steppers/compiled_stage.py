@@ -99,7 +99,9 @@ class StageCode:
         update, norms = _solved(blocks, residual), _norms(residual)
         first = torch.where(first < 0.0, norms, first)
         enough = torch.maximum(first * tolerances[0], tolerances[1] * reach.abs())
-        return update, norms, (norms <= enough) | (_norms(update) <= tolerances[2] * _norms(y)), first
+        done = (norms <= enough) | (_norms(update) <= tolerances[2] * _norms(y))
+        # The tolerance of an infinite residual is infinite.
+        return update, norms, done & torch.isfinite(norms), first
 
     def _linearised(
         self,

@@ -20,7 +20,13 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.linearisation import Point
 from pnode_dist.ode.rhs.mass import MassMatrix
 from pnode_dist.ode.steppers.adjoint_sums import AdjointSums
-from pnode_dist.ode.steppers.base import PetscOptions, SingleStepper, options_database, set_from_options
+from pnode_dist.ode.steppers.base import (
+    PetscOptions,
+    SingleStepper,
+    options_database,
+    refused_options,
+    set_from_options,
+)
 from pnode_dist.ode.steppers.current_state import VecState
 from pnode_dist.ode.steppers.implicit_ts import failure_of, newton_tolerances, reason_name
 from pnode_dist.ode.steppers.irk.equations import StackedStages
@@ -72,7 +78,7 @@ class IrkStepper(SingleStepper):
         # None once PETSc has read all options.
         self._unread: set[str] | None = read_at_set_up(options)
         self.monitored = set_from_options(self._ts, self._options, self._unread)
-        with options_database(self._options, self._unread):
+        with options_database(self._options, self._unread), refused_options():
             self._snes.setFromOptions()
             self._preconditioner.set_from_options()
         check_read(self._unread, later=True)

@@ -261,8 +261,10 @@ def test_newton_s_method_that_fails_is_an_error_with_petsc_s_reason() -> None:
     assert "\n" not in str(caught.value)
     node.options = {}
     assert torch.isfinite(node(random(2, 3), TIMES)).all()
-    with pytest.raises(ConvergenceError, match="DIVERGED_FUNCTION_NANORINF"):
-        odeint(lambda t, u: -u * math.nan, random(2, 3), TIMES, method="beuler", newton="batch")
+    for value, compile in ((math.nan, False), (math.inf, False), (math.inf, "aot_eager")):
+        wrong = NeuralODE(lambda t, u, v=value: -u * v, method="beuler", newton="batch", compile=compile)
+        with pytest.raises(ConvergenceError, match="DIVERGED_FUNCTION_NANORINF"):
+            wrong(random(2, 3), TIMES)
 
 
 def test_one_sample_that_fails_fails_the_step() -> None:
@@ -355,7 +357,7 @@ def test_an_operation_without_a_rule_for_batches_is_differentiated_in_turn() -> 
     ("keywords", "reason"),
     [
         ({"method": "rk4"}, "method = 'rk4' is explicit and solves no equations: must be 'auto'"),
-        ({"method": "bdf"}, "method = 'bdf' is not of the families theta, arkimex or dirk: must be 'auto' or"),
+        ({"method": "bdf"}, "method = 'bdf' is not of the families theta, arkimex, dirk or irk: must be 'auto' or"),
         ({"compute_dtype": torch.bfloat16}, r"f computes in torch\.bfloat16, too coarse to tell samples apart"),
         ({"rtol": 1e-3}, r"steps with error control \(rtol, atol\) are PETSc's"),
         ({"preconditioner": "block"}, "a preconditioner is for PETSc's linear solvers"),
