@@ -163,12 +163,18 @@ def methods() -> str:
 {parts}"""
 
 
+_WITHOUT_TS = {
+    "irk": "PETSc's SNES solves their equations; its TSIRK takes no part",
+    "symplectic": "PETSc takes no part in their steps",
+}
+
+
 def _family(family: Any) -> Iterator[str]:
     found = [method for method in METHODS.values() if method.family == family]
     if not found:
         return
     yield f"## {FAMILIES[family][0].upper()}{FAMILIES[family][1:]}\n"
-    yield f"PETSc's family `{family}`.\n" if found[0].petsc_name else "PETSc takes no part in their steps.\n"
+    yield f"PETSc's family `{family}`.\n" if found[0].petsc_name else f"{_WITHOUT_TS[family]}.\n"
     yield "| method | PETSc's name | order | stages | error | stiffly accurate | adjoint | source |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for method in found:

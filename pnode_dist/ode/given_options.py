@@ -88,6 +88,7 @@ _OWN = {
     "theta": r"ts_theta_\w+",
     "arkimex": r"ts_arkimex_\w+",
     "dirk": r"ts_(dirk|arkimex)_\w+",
+    "irk": r"(?!)",
     "rosw": r"ts_rosw_\w+",
     "bdf": r"ts_bdf_\w+",
 }
@@ -166,7 +167,7 @@ def _refusal(name: str, family: str, adaptive: bool) -> str | None:
         return "adjoint steps are taken outside of TSAdjointSolve, which alone reads it"
     if bare.startswith("ts_adapt_"):
         return None if adaptive else "sizes of steps are adapted with rtol= or atol= only"
-    if bare == "ts_type" and family == "symplectic":
+    if bare == "ts_type" and family in ("symplectic", "irk"):
         return "choose the method by name"
     if bare.startswith("ts_monitor") or bare == "ts_type" or re.fullmatch(_OWN[family], bare):
         return None

@@ -13,18 +13,20 @@ from typing import Literal
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.system.compatibility import petsc4py_version, petsc_release
 
-Family = Literal["rk", "theta", "arkimex", "dirk", "rosw", "bdf", "ssp", "symplectic"]
+Family = Literal["rk", "theta", "arkimex", "dirk", "irk", "rosw", "bdf", "ssp", "symplectic"]
 FAMILIES: dict[Family, str] = {
     "rk": "explicit Runge-Kutta",
     "theta": "implicit, one stage or two; also for mass matrices and DAEs",
     "arkimex": "additive Runge-Kutta: one part of the right-hand side implicit, the other explicit",
     "dirk": "diagonally implicit Runge-Kutta",
+    "irk": "fully implicit Runge-Kutta, all stages as one system; also for mass matrices and DAEs",
     "rosw": "linearly implicit (Rosenbrock-W)",
     "bdf": "backward differentiation formulas",
     "ssp": "explicit, strong stability preserving",
     "symplectic": "explicit, symplectic for separable systems of pairs (q, p)",
 }
-_WITH_ADJOINT: tuple[Family, ...] = ("rk", "theta", "arkimex", "dirk")
+_WITH_ADJOINT: tuple[Family, ...] = ("rk", "theta", "arkimex", "dirk", "irk")
+TAKE_MASS = "beuler, cn, theta, radau3, radau5, gauss4 or gauss6"
 ADJOINT_FLOORS: dict[Family, tuple[int, int]] = {"dirk": (3, 26)}
 """The first PETSc with an adjoint of a family, where older ones that are supported crash in it."""
 
@@ -34,7 +36,7 @@ class Method:
     """A time-stepping method.
 
     - `name`: the usual name. `family`: PETSc's type of solver (see `FAMILIES`). `petsc_name`: the name in the family;
-      empty if PETSc takes no part in the steps.
+      empty if no TS of PETSc's takes the steps.
     - `fsal`: the last stage is the first of the next step.
     - `last_stage_weighs`: the last stage contributes to the step's result. Otherwise it serves the error estimate
       alone, and explicit steps of fixed size do not evaluate it.
@@ -97,6 +99,10 @@ def _own_dirk(name: str, order: int, stages: int, estimates: bool, source: str) 
     return Method(name, "dirk", name, order, stages, False, True, estimates, True, "verified", source)
 
 
+def _irk(name: str, order: int, stages: int, stiff: bool, source: str) -> Method:
+    return Method(name, "irk", "", order, stages, False, True, False, stiff, "verified", source)
+
+
 def _symplectic(name: str, order: int, evaluations: int, source: str) -> Method:
     return Method(name, "symplectic", "", order, evaluations, False, True, False, False, "verified", source)
 
@@ -114,6 +120,8 @@ _KVAERNO = "Kvaerno, BIT 44 (2004)"
 _RALSTON = "Ralston, Math. Comp. 16 (1962)"
 _HNW = "Hairer, Norsett & Wanner, Solving ODEs I (1993), sec. II.10"
 _YOSHIDA = "Yoshida, Phys. Lett. A 150 (1990)"
+_BUTCHER = "Butcher, Math. Comp. 18 (1964), Gauss points; A-stable and symplectic"
+_EHLE = "Ehle, BIT 8 (1968), Radau IIA; L-stable"
 _HW = "Hairer & Wanner, Solving ODEs II (1996), sec. IV.7"
 
 METHODS: dict[str, Method] = {
@@ -182,6 +190,10 @@ METHODS: dict[str, Method] = {
         _own_dirk("sdirk2", 2, 2, False, "Alexander, SIAM J. Numer. Anal. 14 (1977), L-stable"),
         _own_dirk("kvaerno4", 4, 5, True, f"{_KVAERNO}, ESDIRK4/3 with local extrapolation"),
         _own_dirk("kvaerno5", 5, 7, True, f"{_KVAERNO}, ESDIRK5/4 with local extrapolation"),
+        _irk("gauss4", 4, 2, False, _BUTCHER),
+        _irk("gauss6", 6, 3, False, _BUTCHER),
+        _irk("radau3", 3, 2, True, _EHLE),
+        _irk("radau5", 5, 3, True, _EHLE),
         _forward_only(
             "bdf", "bdf", 2, 1, False, "Curtiss & Hirschfelder 1952; the order is PETSc's option ts_bdf_order"
         ),
@@ -209,17 +221,8 @@ METHODS: dict[str, Method] = {
     )
 }
 
-OTHER_NAMES = {"ssp22": "heun", "trbdf2": "dirk_es213sal", "kvaerno3": "dirk_es324sal"}
+OTHER_NAMES = {"ssp22": "heun", "gauss2": "theta", "trbdf2": "dirk_es213sal", "kvaerno3": "dirk_es324sal"}
 """Further usual names of methods."""
-_RADAU, _GAUSS = "is L-stable, of the same order", "is A-stable, of the same order"
-_FULLY_IMPLICIT = {
-    "radau3": ("kvaerno3", _RADAU),
-    "radau5": ("kvaerno5", _RADAU),
-    "gauss2": ("theta", "is the same method"),
-    "gauss4": ("kvaerno4", f"{_GAUSS}; for pairs (q, p) 'yoshida4' is symplectic"),
-    "gauss6": ("dirk_es648sa", f"{_GAUSS}; for pairs (q, p) 'yoshida6' is symplectic"),
-}
-"""Methods whose stages are one coupled system, with a method to use instead and its merit."""
 _EXPLICIT = {method.petsc_name: method for method in METHODS.values() if method.family == "rk"}
 
 
@@ -239,14 +242,8 @@ def resolve(name: str) -> Method:
     """Return the method of a usual name (`rk4`, `cn`, `arkimex_3`) or of TSRK's own name (`4`).
 
     `rk4` is the classical method; torchdiffeq's `rk4` is Kutta's 3/8 rule, `rk4_38`.
-    Raises `ConfigurationError` with the allowed names, and for Gauss and Radau methods with the one to use instead.
+    Raises `ConfigurationError` with the allowed names.
     """
-    if name in _FULLY_IMPLICIT:
-        instead, merit = _FULLY_IMPLICIT[name]
-        raise ConfigurationError(
-            f"method = {name!r}: the coupled stages of Gauss and Radau methods are not solved here: use {instead!r}, "
-            f"which {merit}"
-        )
     name = OTHER_NAMES.get(name, name)
     if name in METHODS:
         return METHODS[name]

@@ -71,8 +71,8 @@ def _obstacle(
     adaptive: bool,
 ) -> str | None:
     """Return the reason why the equations cannot be solved as a batch; None if they can."""
-    if method.family not in ("theta", "arkimex", "dirk"):
-        return f"method = {method.name!r} is not of the families theta, arkimex or dirk"
+    if method.family not in ("theta", "arkimex", "dirk", "irk"):
+        return f"method = {method.name!r} is not of the families theta, arkimex, dirk or irk"
     if adaptive:
         return "steps with error control (rtol, atol) are PETSc's"
     if preconditioner is not None:
@@ -86,7 +86,7 @@ def _obstacle(
     masses = mass if isinstance(mass, tuple | list) else (mass,)
     if any(isinstance(part, PETSc.Mat) for part in masses):
         return "mass is a PETSc.Mat"
-    if mass is not None and method.family != "theta":
+    if mass is not None and method.family not in ("theta", "irk"):
         return f"method = {method.name!r} takes no mass matrix"
     if layout.compute_dtype not in (torch.float32, torch.float64):
         return f"f computes in {layout.compute_dtype}, too coarse to tell samples apart"
@@ -100,8 +100,10 @@ def _obstacle(
         if any(shape[:1] != partition.local_shape[:1] for shape in layout.shapes):
             return "the first axis of the state is not that of the partition's samples"
         samples = -(-partition.global_shape[0] // partition.comm.size)
-    if samples * components**2 > _MOST_ENTRIES:
-        return f"{samples} samples of {components} components need more than {_MOST_ENTRIES} entries of blocks"
+    # The blocks of a fully implicit method have a row for each component of each stage.
+    rows = components * (method.stages if method.family == "irk" else 1)
+    if samples * rows**2 > _MOST_ENTRIES:
+        return f"{samples} samples of {rows} unknowns need more than {_MOST_ENTRIES} entries of blocks"
     given = [name.removeprefix("-") for name in options]
     given += [name for name in PETSc.Options().getAll() if _OF_SOLVERS.match(name)]
     others = sorted(set(given) - _ITS_OPTIONS)

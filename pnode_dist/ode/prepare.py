@@ -126,7 +126,7 @@ def _prepared_with(
         raise ConfigurationError(refusal)
     if settings.mass is not None and not table.implicit:
         raise ConfigurationError(
-            f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of beuler, cn, theta"
+            f"mass: method = {table.name!r} is explicit and takes no mass matrix: must be one of {methods.TAKE_MASS}"
         )
     copies = ComputeCopies({}, (), args)
     if settings.compute_dtype is not None:
@@ -183,7 +183,7 @@ def _prepared_with(
         took = automatic.next_solve(solver.stepper.comm)
         settings = settings if automatic.compiles else replace(settings, compiler=None)
     # Older releases of torch cannot order the exchanges of f in compiled code.
-    compiles_steps = newton == "batch" or (
+    compiles_steps = (newton == "batch" and table.family != "irk") or (
         table.family in ("rk", "symplectic") and (solver.stepper.comm.size == 1 or TRACES_OBJECTS)
     )
     surroundings, carried = None, NOTHING_CARRIED
@@ -195,7 +195,7 @@ def _prepared_with(
         copies.args,
         replace(parameters, tensors=copies.of(parameters.tensors)) if copies.by_original else parameters,
         copies,
-        {} if compiles_steps or settings.compiler is None else settings.compiler.compiled(func, table),
+        {} if compiles_steps or settings.compiler is None else settings.compiler.compiled(func, table, newton),
         watched=torch.is_grad_enabled() and not needs_gradient,
         needs_time_gradient=needs_time_gradient,
         checks_parameters=solver.checks_parameters(),

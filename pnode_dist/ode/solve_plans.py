@@ -170,6 +170,8 @@ def _compile(solve: Solve, start: float, size: float, attempts: bool) -> int:
         longest = None
     else:
         scheme = stepper.to_compile()
+        if scheme is None:
+            return 1
         state, make = (stepper.joined_state,), partial(traced_implicit, scheme, *stepper.limits_and_mass)
         # A segment holds the states of the stages of all of its steps. The map between steps comes after a segment.
         longest = max(_JOINED_BYTES // max(scheme.solved_stages * state[0].nbytes, 1), 1) if between is None else 1

@@ -30,6 +30,7 @@ from pnode_dist.ode.steppers.batched_samples import split_of
 from pnode_dist.ode.steppers.embedded import EmbeddedAttempts
 from pnode_dist.ode.steppers.explicit import ExplicitStepper
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
+from pnode_dist.ode.steppers.irk.stepper import IrkStepper
 from pnode_dist.ode.steppers.preconditioner import Preconditioner
 from pnode_dist.ode.steppers.ssp import SspStepper
 from pnode_dist.ode.steppers.symplectic import SymplecticStepper
@@ -118,7 +119,9 @@ class Solver:
                 return ExplicitStepper(comm, layout, method, parameter_sizes, options)
             matrix = mass_matrix(mass, layout)
 
-            def by_petsc() -> ImplicitStepper:
+            def by_petsc() -> ImplicitStepper | IrkStepper:
+                if method.family == "irk":
+                    return IrkStepper(comm, layout, method, parameter_sizes, options, partition, matrix, preconditioner)
                 return ImplicitStepper(
                     comm, layout, method, parameter_sizes, options, partition, matrix, preconditioner, linear
                 )
@@ -211,9 +214,14 @@ class Solver:
     def _chooses_sizes(self, control: ErrorControl) -> bool:
         """Return True if PETSc's adaptors take no part. Raises `ConfigurationError` if one was asked for that cannot.
 
-        They combine no two error estimates.
+        They combine no two error estimates. Fully implicit methods have none.
         """
         stepper = self.stepper
+        if stepper.method.family == "irk":
+            raise ConfigurationError(
+                f"method = {stepper.method.name!r}: has no error estimate to adapt steps to (rtol, atol): give "
+                "step_size, or use kvaerno5, kvaerno4 or dirk_es648sa"
+            )
         if control.rule is not None and not isinstance(stepper, ExplicitStepper) and control.adaptor == "pid":
             raise ConfigurationError(
                 f"adaptor = 'pid': PETSc chooses the steps of method = {stepper.method.name!r}: must be basic or dsp"

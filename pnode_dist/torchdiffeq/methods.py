@@ -42,21 +42,20 @@ METHODS = {
         NamedMethod("implicit_euler", "beuler", False),
         NamedMethod("implicit_midpoint", "theta", False),
         NamedMethod("trapezoid", "cn", False),
+        NamedMethod("gl4", "gauss4", False),
+        NamedMethod("gl6", "gauss6", False),
+        NamedMethod("radauIIA3", "radau3", False),
+        NamedMethod("radauIIA5", "radau5", False),
         NamedMethod("sdirk2", "sdirk2", False),
         NamedMethod("trbdf2", "dirk_es213sal", False),
     )
 }
 _MULTISTEP = "is a multistep method, and those here have no gradient: use 'rk4' with the same steps, or 'dopri5'"
-_NO_IMPLICIT = "its tableau has no counterpart here: use"
 REFUSED = {
     "explicit_adams": _MULTISTEP,
     "implicit_adams": _MULTISTEP,
     "fixed_adams": _MULTISTEP,
-    "scipy_solver": "has no gradient: use 'dopri5', or 'trapezoid' or 'trbdf2' for stiff problems",
-    "radauIIA3": f"{_NO_IMPLICIT} pnode_dist.odeint with method='dirk_es324sal', of the same order and also L-stable",
-    "radauIIA5": f"{_NO_IMPLICIT} pnode_dist.odeint with method='arkimex_5', or 'dirk_es648sa' of order 6",
-    "gl4": f"{_NO_IMPLICIT} pnode_dist.odeint with method='arkimex_4', of the same order",
-    "gl6": f"{_NO_IMPLICIT} pnode_dist.odeint with method='dirk_es648sa', of the same order",
+    "scipy_solver": "has no gradient: use 'dopri5', or 'radauIIA5' or 'trbdf2' for stiff problems",
 }
 
 

@@ -18,6 +18,7 @@ FAMILIES = {
     "theta": ["cn", "cn+adaptive", "cn+raises"],
     "arkimex": ["arkimex_3", "arkimex_3+adaptive", "arkimex_3+raises"],
     "dirk": ["dirk_es213sal", "dirk_es213sal+adaptive", "dirk_es213sal+raises"],
+    "irk": ["radau3", "radau3+raises"],
     "rosw": ["rosw_ra34pw2", "rosw_ra34pw2+adaptive"],
     "bdf": ["bdf"],
     "ssp": ["ssp_rks2", "ssp_rks2+raises"],

@@ -13,6 +13,7 @@ from pnode_dist.exchange import global_sum
 from pnode_dist.nn import Conv2d
 from pnode_dist.ode.methods import METHODS
 from tests.oracles.arkimex_tableaux import ARKIMEX
+from tests.oracles.collocation import COLLOCATION, Collocation
 from tests.oracles.dirk_tableaux import DIRK, OWN_DIRK
 from tests.oracles.fields import convolved
 from tests.oracles.implicit import BACKWARD_EULER, CRANK_NICOLSON, MIDPOINT, Theta, diagonal_mass, odeint_implicit
@@ -27,13 +28,14 @@ SHAPE, CHANNELS, BOUNDARY = (4, 3), 2, ("replicate", "periodic")
 # Newton's method to rounding with linear solves that are not; those of the adjoint follow the tolerance of Newton's.
 TIGHT = {"snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 1e-14, "ksp_rtol": 1e-6, "ksp_atol": 1e-50}
 
-ORACLES: dict[str, Theta | ImplicitTableau] = {
+ORACLES: dict[str, Theta | ImplicitTableau | Collocation] = {
     "beuler": BACKWARD_EULER,
     "cn": CRANK_NICOLSON,
     "theta": MIDPOINT,
     **{f"arkimex_{name}": table for name, table in ARKIMEX.items()},
     **{f"dirk_{name}": table for name, table in DIRK.items()},
     **OWN_DIRK,
+    **COLLOCATION,
 }
 
 
@@ -131,7 +133,7 @@ def test_every_implicit_method_with_an_adjoint_has_an_oracle() -> None:
 
 
 # However many stages: PETSc combines vectors, each rank its part. So more than two ranks need not see every table.
-OF_EACH_KIND = ["beuler", "cn", "theta", "arkimex_ars443", "dirk_es324sal"]
+OF_EACH_KIND = ["beuler", "cn", "theta", "arkimex_ars443", "dirk_es324sal", "gauss6", "radau5"]
 
 
 @pytest.mark.parametrize("method", at_night(ORACLES, OF_EACH_KIND) if MPI.COMM_WORLD.size <= 2 else OF_EACH_KIND)
@@ -152,7 +154,7 @@ def test_a_field_has_the_solution_and_gradient_of_the_dense_solve_of_the_whole(
 
 
 @pytest.mark.parametrize("zeros", [False, True], ids=["regular", "singular"])
-@pytest.mark.parametrize("method", ["beuler", "cn", "theta"])
+@pytest.mark.parametrize("method", ["beuler", "cn", "theta", "gauss4", "radau5"])
 def test_a_diagonal_mass_is_that_of_the_whole(method: str, zeros: bool, partition: GridPartition, mesh: Mesh) -> None:
     """With zeros the second channel is algebraic: what the stiff part makes of the first."""
     flow = Flow(partition)
@@ -182,7 +184,7 @@ def scratch(tmp_path: Path, comm: MPI.Comm) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["arkimex_l2", "dirk_es213sal"])
+@pytest.mark.parametrize("method", ["arkimex_l2", "dirk_es213sal", "radau3"])
 def test_the_gradient_of_a_field_has_the_same_bits_under_every_budget(
     method: str, partition: GridPartition, scratch: Path
 ) -> None:
@@ -206,7 +208,7 @@ def test_the_gradient_of_a_field_has_the_same_bits_under_every_budget(
 
 
 @pytest.mark.parametrize("samples", [4, 1], ids=["uneven", "some ranks own nothing"])
-@pytest.mark.parametrize("method", ["beuler", "arkimex_3", "dirk_s212"])
+@pytest.mark.parametrize("method", ["beuler", "arkimex_3", "dirk_s212", "radau3"])
 def test_samples_coupled_by_their_mean_are_solved_together(
     method: str, samples: int, mesh: Mesh, comm: MPI.Comm
 ) -> None:

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 
+from tests.oracles.collocation import Collocation
 from tests.oracles.implicit_tableaux import ImplicitTableau, Row
 from tests.oracles.runge_kutta import steps_between
 
@@ -137,11 +138,30 @@ def _stage(f: Field, time: torch.Tensor, base: torch.Tensor, reach: torch.Tensor
     return root(lambda x: mass @ (x - base) - reach * f(time, x), base)
 
 
+def collocation_step(
+    f: Field, t: torch.Tensor, u: torch.Tensor, h: torch.Tensor, table: Collocation, mass: torch.Tensor
+) -> torch.Tensor:
+    """The state at t + h from the vector `u` at t of M du/dt = f(t, u): one system for the slopes of all stages.
+
+    A singular mass matrix wants a method whose matrix has an inverse, see Hairer & Wanner, section VI.1.
+    """
+    matrix = torch.tensor(table.matrix, dtype=u.dtype)
+
+    def residual(slopes: torch.Tensor) -> torch.Tensor:
+        rows = slopes.reshape(len(table.nodes), -1)
+        values = [f(t + c * h, u + h * (a @ rows)) for c, a in zip(table.nodes, matrix, strict=True)]
+        return (rows @ mass.T - torch.stack(values)).reshape(-1)
+
+    guess = torch.zeros(len(table.nodes) * u.numel(), dtype=u.dtype)
+    slopes = root(residual, guess).reshape(len(table.nodes), -1)
+    return u + h * (torch.tensor(table.weights, dtype=u.dtype) @ slopes)
+
+
 def odeint_implicit(
     func: Field,
     u0: torch.Tensor,
     t: Sequence[float] | torch.Tensor,
-    method: Theta | ImplicitTableau,
+    method: Theta | ImplicitTableau | Collocation,
     step_size: float | None = None,
     *,
     explicit: Field | None = None,
@@ -169,6 +189,8 @@ def odeint_implicit(
             start = begin + k * size
             if isinstance(method, Theta):
                 state = theta_step(implicit_part, start, state, size, method, matrix)
+            elif isinstance(method, Collocation):
+                state = collocation_step(implicit_part, start, state, size, method, matrix)
             else:
                 state = additive_step(implicit_part, explicit_part, start, state, size, method, matrix)
         outputs.append(state)

@@ -8,6 +8,7 @@ import torch
 from scipy.integrate import solve_ivp
 
 from tests.oracles.arkimex_tableaux import ARKIMEX
+from tests.oracles.collocation import COLLOCATION, Collocation
 from tests.oracles.differences import directional_derivative
 from tests.oracles.dirk_tableaux import DIRK
 from tests.oracles.implicit import (
@@ -34,12 +35,22 @@ THETAS = {
     "theta 0.6": (Theta(0.6, endpoint=False), 1),
     "theta 0.6 endpoint": (Theta(0.6, endpoint=True), 1),
 }
-METHODS: dict[str, tuple[Theta | ImplicitTableau, int]] = {
+METHODS: dict[str, tuple[Theta | ImplicitTableau | Collocation, int]] = {
     **THETAS,
     **{f"arkimex {name}": (table, table.order) for name, table in ARKIMEX.items()},
     **{f"dirk {name}": (table, table.order) for name, table in DIRK.items()},
+    **{name: (table, table.order) for name, table in COLLOCATION.items()},
 }
-GRADIENT_METHODS = [*THETAS, "dirk s212", "dirk es213sal", "arkimex l2", "arkimex ars122", "arkimex 3"]
+GRADIENT_METHODS = [
+    *THETAS,
+    "dirk s212",
+    "dirk es213sal",
+    "arkimex l2",
+    "arkimex ars122",
+    "arkimex 3",
+    "gauss4",
+    "radau5",
+]
 START = torch.tensor([1.0, 0.5], dtype=torch.float64)
 
 
@@ -120,12 +131,16 @@ def test_a_step_of_linear_decay_is_the_stability_function_of_the_method(name: st
     if isinstance(method, Theta):
         wanted = (1 + (1 - method.theta) * z) / (1 - method.theta * z)
     else:
-        stages = len(method.implicit)
-        matrix = torch.zeros(stages, stages, dtype=torch.float64)
-        for i, row in enumerate(method.implicit):
-            matrix[i, : i + 1] = torch.tensor(row, dtype=torch.float64)
-        identity = torch.eye(stages, dtype=torch.float64)
-        weights = torch.tensor(method.implicit_weights, dtype=torch.float64)
+        rows, row_of_weights = (
+            (method.matrix, method.weights)
+            if isinstance(method, Collocation)
+            else (method.implicit, method.implicit_weights)
+        )
+        matrix = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        for i, row in enumerate(rows):
+            matrix[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+        identity = torch.eye(len(rows), dtype=torch.float64)
+        weights = torch.tensor(row_of_weights, dtype=torch.float64)
         factors = [1 + x * weights @ torch.linalg.solve(identity - x * matrix, torch.ones_like(weights)) for x in z]
         wanted = torch.stack(factors)
     assert distance(found, wanted) <= 1e-11
@@ -165,7 +180,7 @@ def algebraic_part(constrained: Constrained, t: torch.Tensor, differential: torc
     return root(residual, torch.zeros(math.prod(shape), dtype=torch.float64)).reshape(shape)
 
 
-@pytest.mark.parametrize("name", [*THETAS, "dirk s212", "dirk 657a"])
+@pytest.mark.parametrize("name", [*THETAS, "dirk s212", "dirk 657a", "radau3", "gauss4"])
 def test_an_algebraic_equation_is_solved_out_of_the_system(name: str) -> None:
     """Of the differential variables the numbers are those of the system with the algebraic one put in."""
     method, _ = METHODS[name]
@@ -232,7 +247,12 @@ def oscillated() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "step_size", "tolerance"),
-    [("dirk es325sal", 0.025, 2e-6), ("dirk es8516sal", 0.05, 1e-6), ("arkimex 5", 0.025, 1e-5)],
+    [
+        ("dirk es325sal", 0.025, 2e-6),
+        ("dirk es8516sal", 0.05, 1e-6),
+        ("arkimex 5", 0.025, 1e-5),
+        ("radau5", 0.025, 1e-6),
+    ],
 )
 def test_a_stiff_oscillator_is_solved_as_radau_solves_it(
     name: str, step_size: float, tolerance: float, oscillated: torch.Tensor

@@ -81,16 +81,17 @@ class Compiler:
         made: Callable[..., Any] = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
         return made
 
-    def compiled(self, func: Function, method: Method) -> dict[int, Function]:
+    def compiled(self, func: Function, method: Method, newton: str = "petsc") -> dict[int, Function]:
         """Return the compiled functions of the parts of `func`, by the identity of the part.
 
-        A part that PETSc treats implicitly is not compiled: products with its Jacobian are derivatives of
-        vector-Jacobian products, which compiled code lacks. Raises `ConfigurationError` if no part is left.
+        With PETSc's Newton method (`newton`) a part that the method treats implicitly is not compiled: products with
+        its Jacobian are derivatives of vector-Jacobian products, which compiled code lacks. Raises
+        `ConfigurationError` if no part is left.
         """
         parts: tuple[Function, ...] = (func,)
         if method.family == "arkimex" and isinstance(func, SplitFunction):
             parts = (func.implicit, func.explicit)
-        if method.implicit:
+        if method.implicit and newton == "petsc":
             if len(parts) == 1:
                 raise ConfigurationError(
                     f"compile: method = {method.name!r} treats all of f implicitly, which takes second derivatives "

@@ -258,6 +258,16 @@ class ErrorsOfFunc:
         return stepper
 
 
+@contextmanager
+def refused_options() -> Iterator[None]:
+    """Raise `ConfigurationError` for options that PETSc refuses within the context."""
+    try:
+        yield
+    except PETSc.Error as error:
+        reason = str(error).strip().splitlines()[-1].partition("] ")[2]
+        raise ConfigurationError(f"petsc options: {reason}") from None
+
+
 def set_from_options(ts: PETSc.TS, options: PetscOptions, unread: set[str]) -> bool:
     """Set up `ts` from PETSc's options, without step-size control. Returns True if they ask for monitors.
 
@@ -265,11 +275,8 @@ def set_from_options(ts: PETSc.TS, options: PetscOptions, unread: set[str]) -> b
     """
     # petsc4py has no TSAdapt object: the options database is the way to turn step control off.
     with options_database({**options, "ts_adapt_type": "none"}, unread):
-        try:
+        with refused_options():
             ts.setFromOptions()
-        except PETSc.Error as error:
-            reason = str(error).strip().splitlines()[-1].partition("] ")[2]
-            raise ConfigurationError(f"petsc options: {reason}") from None
         return any(name.startswith("ts_monitor") for name in PETSc.Options().getAll())
 
 

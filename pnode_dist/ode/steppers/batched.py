@@ -33,12 +33,15 @@ from pnode_dist.ode.steppers.compiled_segment import CompiledSegments, CompiledT
 from pnode_dist.ode.steppers.current_state import TensorState
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
 from pnode_dist.ode.steppers.implicit_ts import chosen_method, newton_tolerances, set_type, theta_variant
+from pnode_dist.ode.steppers.irk import batch
+from pnode_dist.ode.steppers.irk.stepper import IrkStepper
+from pnode_dist.ode.steppers.irk.tableau import IRK_TABLES, IrkTableau
 from pnode_dist.ode.steppers.tape import Tape, stages_of
 from pnode_dist.ode.steppers.traced_implicit import ImplicitStep
 
 
 class BatchedStepper(SingleStepper):
-    """A stepper of the families `theta`, `arkimex` and `dirk` for small samples that do not depend on one another.
+    """A stepper of implicit Runge-Kutta and theta methods for small samples that do not depend on one another.
 
     `split` divides the state into samples. At the first step of a solve the derivative of f is compared with its
     blocks. If samples depend on one another, the solve's steps are those of `by_petsc()`; with `only` that is an error.
@@ -56,7 +59,7 @@ class BatchedStepper(SingleStepper):
         options: PetscOptions,
         split: Split,
         mass: MassMatrix | None,
-        by_petsc: Callable[[], ImplicitStepper],
+        by_petsc: Callable[[], ImplicitStepper | IrkStepper],
         only: bool,
     ) -> None:
         super().__init__(comm, layout)
@@ -67,25 +70,29 @@ class BatchedStepper(SingleStepper):
         self._split, self._only = split, only
         self._mass = None if mass is None else mass_blocks(mass, layout, split)
         self._by_petsc = by_petsc
-        self._other: ImplicitStepper | None = None
+        self._other: ImplicitStepper | IrkStepper | None = None
         self._other_has_begun = False
         self._sums = AdjointSums(layout, len(parameter_sizes))
         self._problem: BatchProblem | None = None
         self._compiled: BatchedSegments | None = None
         self.error: BaseException | None = None
 
-    def to_compile(self) -> ImplicitStep:
-        """Return what a compiled step is traced of."""
+    def to_compile(self) -> ImplicitStep | None:
+        """Return what a compiled step is traced of; None for methods whose stages are one system."""
         problem = self._problem
         assert problem is not None
+        if self._stacks:
+            # Compiled code of all stages at once was slower: one factorisation serves several iterations.
+            return None
         split = Split(problem.samples, problem.widths)
-        return ImplicitStep(problem.implicit, problem.explicit, self.layout, problem.tableau, split)
+        return ImplicitStep(problem.implicit, problem.explicit, self.layout, problem.additive, split)
 
     def use_compiled(self, compiled: CompiledSegments | None) -> None:
         """Take segments by compiled code from now on, where it converges."""
         self._compiled = None
-        if compiled is not None:
-            self._compiled = BatchedSegments(compiled, self.to_compile(), self._tolerances, self.comm)
+        step = None if compiled is None else self.to_compile()
+        if compiled is not None and step is not None:
+            self._compiled = BatchedSegments(compiled, step, self._tolerances, self.comm)
 
     @property
     def limits_and_mass(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -209,8 +216,8 @@ class BatchedStepper(SingleStepper):
     ) -> torch.Tensor:
         try:
             if tape is None:
-                return advance(problem, time, size, state)
-            after, stages = record(problem, time, size, state, level)
+                return (batch.advance if self._stacks else advance)(problem, time, size, state)
+            after, stages = (batch.record if self._stacks else record)(problem, time, size, state, level)
         except ConvergenceError as error:
             raise ConvergenceError(f"step {number} {error}") from None
         tape.extend(stages)
@@ -231,7 +238,8 @@ class BatchedStepper(SingleStepper):
         tape.clear()
         self.stepping = True
         try:
-            before, found = pull_back(problem, time, size, stages, problem.joined(sums.adjoint))
+            pulled_back = batch.pull_back if self._stacks else pull_back
+            before, found = pulled_back(problem, time, size, stages, problem.joined(sums.adjoint))
         except ConvergenceError as error:
             raise ConvergenceError(f"the adjoint of step {number} {error}") from None
         finally:
@@ -323,6 +331,11 @@ class BatchedStepper(SingleStepper):
         return self.bound
 
     @property
+    def _stacks(self) -> bool:
+        """True if all stages of a step are one system."""
+        return isinstance(self._tableau, IrkTableau)
+
+    @property
     def _is_coupled(self) -> bool:
         return self._bound.coupled is True
 
@@ -331,7 +344,7 @@ class BatchedStepper(SingleStepper):
         implicit, explicit = bound.func, None
         if self.method.family == "arkimex" and isinstance(bound.func, SplitFunction):
             implicit, explicit = bound.func.implicit, bound.func.explicit
-        else:
+        elif isinstance(tableau, AdditiveTableau):
             tableau = tableau.without_explicit_part
         return BatchProblem(
             bound,
@@ -356,6 +369,9 @@ class BatchedStepper(SingleStepper):
         counts = bound.counts()
         bound.coupled = are_coupled(problem, time + size / 3, size, state)
         bound.count_from(counts)
+        if bound.coupled:
+            # PETSc's Newton method takes second derivatives, which compiled code lacks.
+            bound.compiled = {key: made for key, made in bound.compiled.items() if key != id(problem.implicit)}
         if bound.coupled and self._only:
             raise ConfigurationError(
                 "newton = 'batch': the derivative of func has entries between samples of the state (its first axis): "
@@ -373,7 +389,7 @@ class BatchedStepper(SingleStepper):
             self.current.set_flat(other.current.flat)
 
     @contextmanager
-    def _by_petsc_alone(self) -> Iterator[ImplicitStepper]:
+    def _by_petsc_alone(self) -> Iterator[ImplicitStepper | IrkStepper]:
         """Bind f to PETSc's stepper within the context. Make that stepper at the first use. Collective then."""
         if self._other is None:
             self._other = self._by_petsc()
@@ -386,13 +402,13 @@ class BatchedStepper(SingleStepper):
             yield other
         finally:
             # f may lead to objects that hold the stepper, in a reference cycle through PETSc.
-            other.function.bound = None
+            other.callbacks.bound = None
             self.failed = other.failed
 
 
 def _configured(
     method: Method, options: PetscOptions, dtype: torch.dtype
-) -> tuple[Method, AdditiveTableau, NewtonTolerances, tuple[float, bool]]:
+) -> tuple[Method, AdditiveTableau | IrkTableau, NewtonTolerances, tuple[float, bool]]:
     """Return the method, its table, the tolerances, and theta with its variant, as PETSc reads them from the options.
 
     Not collective. Raises `ConfigurationError` for options that PETSc refuses.
@@ -403,16 +419,21 @@ def _configured(
     given = {name: value for name, value in defaults.items() if not database.hasName(name)} | dict(options)
     ts = PETSc.TS().create(comm=PETSc.COMM_SELF)
     ts.setProblemType(PETSc.TS.ProblemType.NONLINEAR)
-    set_type(ts, method)
+    if method.family != "irk":
+        set_type(ts, method)
     unread = read_at_set_up(options)
     set_from_options(ts, given, unread)
     snes = ts.getSNES()
     with options_database(given, unread):
         snes.setFromOptions()
     check_read(unread)
-    method = chosen_method(ts, method)
     variant = theta_variant(ts)
-    tableau = theta_tableau(*variant) if method.family == "theta" else petsc_tableau(method)
+    tableau: AdditiveTableau | IrkTableau
+    if method.family == "irk":
+        tableau = IRK_TABLES[method.name]
+    else:
+        method = chosen_method(ts, method)
+        tableau = theta_tableau(*variant) if method.family == "theta" else petsc_tableau(method)
     relative, absolute, step, iterations = snes.getTolerances()
     ts.destroy()
     return method, tableau, NewtonTolerances(relative, absolute, step, iterations), variant

@@ -132,8 +132,10 @@ def solve(
         update = factors.solve(residual)
         if first is None or before is None:
             first = before = norms
-        done = (norms <= torch.clamp(first * tolerances.relative, min=least)) | (
-            _norms(update) <= tolerances.step * _norms(y)
+        # The tolerance of an infinite residual is infinite.
+        done = torch.isfinite(norms) & (
+            (norms <= torch.clamp(first * tolerances.relative, min=least))
+            | (_norms(update) <= tolerances.step * _norms(y))
         )
         worst = _worst(done, norms, before, comm)
         if worst >= 1.0 and iteration:

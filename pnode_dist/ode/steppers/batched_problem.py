@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from mpi4py import MPI
@@ -14,6 +15,7 @@ from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.steppers.additive_tableau import AdditiveTableau
 from pnode_dist.ode.steppers.batched_newton import NewtonTolerances
 from pnode_dist.ode.steppers.batched_samples import parts_of
+from pnode_dist.ode.steppers.irk.tableau import IrkTableau
 from pnode_dist.ode.steppers.traced_implicit import ROUNDING
 from pnode_dist.petsc import vectors
 
@@ -35,7 +37,7 @@ class BatchProblem:
     widths: tuple[int, ...]
     implicit: Function
     explicit: Function | None
-    tableau: AdditiveTableau
+    tableau: AdditiveTableau | IrkTableau
     mass: torch.Tensor | None
     tolerances: NewtonTolerances
 
@@ -43,6 +45,25 @@ class BatchProblem:
     def components(self) -> int:
         """The number of components of a sample."""
         return sum(self.widths)
+
+    @property
+    def additive(self) -> AdditiveTableau:
+        """The method, whose stages are solved one after the other."""
+        assert isinstance(self.tableau, AdditiveTableau)
+        return self.tableau
+
+    @property
+    def irk(self) -> IrkTableau:
+        """The method, whose stages are solved at once."""
+        assert isinstance(self.tableau, IrkTableau)
+        return self.tableau
+
+    @cached_property
+    def mass_of_stages(self) -> torch.Tensor:
+        """W (x) M `[1 or sample, row, column]` of a method whose stages are solved at once."""
+        mass = torch.eye(self.components, dtype=vectors.scalar_dtype()).unsqueeze(0) if self.mass is None else self.mass
+        size = self.irk.stages * self.components
+        return torch.einsum("ij,sab->siajb", self.irk.inverse, mass).reshape(len(mass), size, size)
 
     def joined(self, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Return parts of a state, or of a product with f's derivative, as `[sample, component]`. None is zero."""

@@ -17,7 +17,7 @@ from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.rhs import products
 from pnode_dist.ode.rhs.evaluation import Function, StageGraph, StageState
 from pnode_dist.ode.rhs.products import Cotangents, step_cotangents
-from pnode_dist.ode.steppers.batched_newton import Factors, StageEquations, factored, solve
+from pnode_dist.ode.steppers.batched_newton import Factors, Solution, StageEquations, factored, solve
 from pnode_dist.ode.steppers.batched_problem import (
     BatchProblem,
     holds,
@@ -53,16 +53,21 @@ def record(
     after it that of the explicit part if there is one. At the `level` "stages" they are states, else graphs.
     """
     tape: list[Stage] = []
-    keep = _stage_state if level == "stages" else _stage_graph
-    return _stages(problem, time, size, state, lambda *place: tape.append(keep(problem, *place))), tape
+    return _stages(problem, time, size, state, keeper(problem, tape, level)), tape
 
 
 Keep = Callable[[Function | None, float, torch.Tensor], None]
 
 
+def keeper(problem: BatchProblem, tape: list[Stage], level: str) -> Keep:
+    """Return the function that appends an evaluation to `tape`: as a state at the `level` "stages", else as a graph."""
+    keep = _stage_state if level == "stages" else _stage_graph
+    return lambda *place: tape.append(keep(problem, *place))
+
+
 def _stages(problem: BatchProblem, time: float, size: float, state: torch.Tensor, keep: Keep | None) -> torch.Tensor:
     """Take a step. Call `keep` for each evaluation on the tape: function, time and state; None is one without use."""
-    tableau, explicit, mass = problem.tableau, problem.explicit, problem.mass
+    tableau, explicit, mass = problem.additive, problem.explicit, problem.mass
     slopes: list[torch.Tensor | None] = []
     explicit_slopes: list[torch.Tensor | None] = []
     start = multiplied(mass, state)
@@ -110,7 +115,7 @@ def pull_back(
     y' + h a_ii J^T nu for M = 1. The adjoint before the step is the sum of all M^T B'_i, and of lambda if the result
     is a sum of slopes.
     """
-    tableau, explicit, mass = problem.tableau, problem.explicit, problem.mass
+    tableau, explicit, mass = problem.additive, problem.explicit, problem.mass
     found: list[list[torch.Tensor | None]] = []
     bases: list[torch.Tensor | None] = [None] * tableau.stages
     last = tableau.stages - 1
@@ -127,7 +132,7 @@ def pull_back(
         before = adjoint
 
     def differentiated(graph: StageGraph, vector: torch.Tensor, states: bool = True) -> torch.Tensor:
-        state, parameters = _product(problem, graph, vector, time, states)
+        state, parameters = product_of(problem, graph, vector, time, states)
         found.append(parameters)
         return state
 
@@ -138,13 +143,13 @@ def pull_back(
             entry = tape.pop()
             side = _cotangent(size, explicit_weights[i], adjoint, tableau.explicit, bases, i)
             if entry is not None and side is not None:
-                stage = _sum(stage, differentiated(_graph(problem, entry, explicit), side))
+                stage = _sum(stage, differentiated(graph_of(problem, entry, explicit), side))
         entry = tape.pop()
         slope = _cotangent(size, weights[i], adjoint, tableau.implicit, bases, i)
         if entry is None or (stage is None and slope is None):
             bases[i] = stage
             continue
-        graph = _graph(problem, entry, problem.implicit)
+        graph = graph_of(problem, entry, problem.implicit)
         if diagonal == 0:
             if slope is not None:
                 stage = _sum(stage, differentiated(graph, slope))
@@ -189,10 +194,23 @@ def _solved(
         base,
         problem.mass,
     )
+    found = solved(problem, time, size, equations, guess, factors)
+    return found.states, found.factors
+
+
+def solved(
+    problem: BatchProblem,
+    time: float,
+    size: float,
+    equations: StageEquations,
+    guess: torch.Tensor,
+    factors: Factors | None = None,
+) -> Solution:
+    """Solve equations of a step, see `batched_newton.solve`. Raises `ConvergenceError` on all ranks."""
     found = solve(equations, guess, factors, problem.tolerances, problem.comm)
     problem.bound.newton_iterations += found.iterations
     if found.failure is not None:
-        residual = found.residual / abs(reach)
+        residual = found.residual / abs(equations.reach)
         if problem.comm.size > 1:
             residual = float(np.sqrt(problem.comm.allreduce(residual**2)))
         raise ConvergenceError(
@@ -200,7 +218,7 @@ def _solved(
             f"{found.iterations} iterations, residual {residual:.3g}: make step_size smaller, change snes_rtol, "
             "snes_atol, snes_stol or snes_max_it of options, or use newton = 'petsc'"
         )
-    return found.states, found.factors
+    return found
 
 
 def _slope(problem: BatchProblem, func: Function, when: float, states: torch.Tensor) -> torch.Tensor:
@@ -224,13 +242,13 @@ def _stage_state(problem: BatchProblem, func: Function | None, when: float, stat
 # Details of the adjoint
 
 
-def _graph(problem: BatchProblem, stage: Stage, func: Function) -> StageGraph:
+def graph_of(problem: BatchProblem, stage: Stage, func: Function) -> StageGraph:
     """Return the graph of an evaluation on a tape. Recompute it if the tape has its state. Collective if f is."""
     assert stage is not None
     return stage if isinstance(stage, StageGraph) else problem.bound.recomputed_graph(stage, func, problem.layout)
 
 
-def _product(
+def product_of(
     problem: BatchProblem, graph: StageGraph, vector: torch.Tensor, start: float, states: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """Multiply the transposed derivatives with respect to state and parameters by a vector. Collective if f is.
@@ -259,13 +277,32 @@ def _solved_transposed(
     where samples depend on one another. Raises `ConvergenceError` on all ranks if the refinement does not converge.
     """
     factors = factored(jacobians(problem, graph), reach, problem.mass)
+    return refined(
+        problem, time, size, factors, problem.mass, side, lambda vector: differentiated(graph, reach * vector)
+    )
+
+
+def refined(
+    problem: BatchProblem,
+    time: float,
+    size: float,
+    factors: Factors,
+    mass: torch.Tensor | None,
+    side: torch.Tensor,
+    pulled_back: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Solve (`mass` - K)^T nu = side, with `factors` of the blocks. `pulled_back` multiplies by K^T.
+
+    Returns nu and K^T nu. Collective on the problem's ranks. Raises `ConvergenceError` on all of them if the refinement
+    does not converge.
+    """
     eps = torch.finfo(problem.layout.compute_dtype).eps
     nu = product = None
     residual = side
     for _ in range(_REFINEMENTS):
         change = factors.solve(residual, transposed=True)
-        pulled = differentiated(graph, reach * change)
-        moved = multiplied_transposed(problem.mass, change)
+        pulled = pulled_back(change)
+        moved = multiplied_transposed(mass, change)
         residual = residual - moved + pulled
         nu, product = _sum(nu, change), _sum(product, pulled)
         assert nu is not None

@@ -54,8 +54,9 @@ class TracedStep:
     `evaluations` and `vjps` are the numbers of those of f in a step and in its adjoint. `turns` makes the turns of a
     segment, and `constants` come before f's extra arguments. `maps`: the step ends with the map between steps.
 
-    `refusal` tells why the step cannot be compiled, given the right-hand side, a state, and the start and size of a step;
-    None if nothing is known against it. It is collective if f is, and raises `RuntimeError` if f writes into its state.
+    `refusal` tells why the step cannot be compiled, given the right-hand side, a state, and the start and size of a
+    step; None if nothing is known against it. It is collective if f is, and raises `RuntimeError` if f writes into its
+    state.
     """
 
     run: Step

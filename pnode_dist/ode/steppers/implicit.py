@@ -12,7 +12,7 @@ from petsc4py import PETSc
 
 from pnode_dist.errors import ConfigurationError, ConvergenceError
 from pnode_dist.ode.given_options import check_read, check_read_by_all, read_at_set_up
-from pnode_dist.ode.methods import Method, has_adjoint
+from pnode_dist.ode.methods import TAKE_MASS, Method, has_adjoint
 from pnode_dist.ode.rhs.evaluation import BoundFunction, StageState
 from pnode_dist.ode.rhs.layout import Parts, StateLayout
 from pnode_dist.ode.rhs.linearisation import Part, Place, Point
@@ -85,7 +85,7 @@ class ImplicitStepper(SingleStepper):
         if mass is not None and method.family in ("arkimex", "dirk"):
             raise ConfigurationError(
                 f"mass: method = {method.name!r}: PETSc's adjoint of it takes no mass matrix but the identity: must be "
-                "one of beuler, cn, theta, or forward only bdf or one of rosw"
+                f"one of {TAKE_MASS}, or forward only bdf or one of rosw"
             )
         self.method = method
         self.mass = mass
@@ -193,7 +193,9 @@ class ImplicitStepper(SingleStepper):
         with self.errors_of_func():
             reason = self.attempt(self._ts, number, time, size)
             if reason < 0:
-                raise ConvergenceError(f"step {number} at t = {time:.6g}, {size:.3g} long: {failure_of(self._ts)}")
+                raise ConvergenceError(
+                    f"step {number} at t = {time:.6g}, {size:.3g} long: {failure_of(self._ts.getSNES())}"
+                )
             self._store_fingerprint(self.current.parts)
             if tape is not None:
                 tape.extend(self.stage_tape(self._ts, time, size, level))

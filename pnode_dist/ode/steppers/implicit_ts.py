@@ -177,9 +177,8 @@ def theta_variant(ts: PETSc.TS) -> tuple[float, bool]:
     return 0.0, False
 
 
-def failure_of(ts: PETSc.TS) -> str:
+def failure_of(snes: PETSc.SNES) -> str:
     """Describe why the equations of a step could not be solved."""
-    snes = ts.getSNES()
     ksp = snes.getKSP()
     reason = snes.getConvergedReason()
     text = (

@@ -23,6 +23,7 @@ from pnode_dist.problems.common.batches import shared
 from pnode_dist.problems.common.computed_problem import ComputedProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Start, Windows, windows
 from pnode_dist.problems.common.forecast_parts import Scaling, moments
+from pnode_dist.problems.common.forecast_stream import Forecast
 from pnode_dist.problems.common.trainable import FORECAST
 from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky
 from pnode_dist.problems.qg.closures import Scales, closure, scales_of
@@ -220,15 +221,12 @@ class QGProblem(ComputedProblem):
 
     # Evaluation
 
-    def baselines(self, batch: Windows) -> Mapping[str, torch.Tensor]:
-        """Forecast by persistence, without a closure, and with the published closures. Collective on the world."""
-        found = {"persistence": batch.initial.expand_as(batch.targets)}
-        for name, added in self.closures().items():
-            with torch.no_grad():
-                found[name], _ = self.rollouts(self.build_model(self.tendency(added)))
-        return found
+    def baselines(self, batch: Windows) -> Mapping[str, Forecast]:
+        """Forecast by persistence, without a closure, and with the published closures."""
+        models = {name: self.build_model(self.tendency(added)) for name, added in self.closures().items()}
+        return {"persistence": lambda lead: batch.initial, **models}
 
-    def figures(self, forecast: torch.Tensor, batch: Windows) -> dict[str, Any]:
+    def figures(self, batch: Windows) -> Mapping[str, Any]:
         """Return the grids, and the number of parameters of the closure."""
         problem = self.config.problem
         figures: dict[str, Any] = {
@@ -245,8 +243,9 @@ class QGProblem(ComputedProblem):
         Writes `forecast.h5` and `report.png`, and of long runs the film `free_runs.gif`.
         """
         samples = int(self.config.evaluation.free_run / self.config.problem.interval)
-        forecast, batch = self.rollouts(model)
-        forecasts, figures = {"model": forecast, **self.baselines(batch)}, self.figures(forecast, batch)
+        batch = self.held_out_windows(torch.float64)
+        forecasts: dict[str, Forecast] = {"model": model, **self.baselines(batch)}
+        figures = self.figures(batch)
         if not samples:
             return self.report(forecasts, batch, run_directory, figures)
         days = self.config.problem.interval / HOURS

@@ -1,7 +1,6 @@
 """The table of methods: what it holds, what it is called, and what is said to a wrong name."""
 
 import math
-import re
 
 import petsc4py
 import pytest
@@ -66,16 +65,11 @@ def test_an_unknown_name_is_answered_with_all_that_are_known(wrong: str) -> None
         assert name in message or (f"{family}_<" in message and table in message)
 
 
-@pytest.mark.parametrize("name", ["radau3", "radau5", "gauss2", "gauss4", "gauss6"])
-def test_a_fully_implicit_method_is_refused_with_one_of_its_order(name: str) -> None:
-    with pytest.raises(
-        ConfigurationError, match=f"^method = '{name}': the coupled stages of Gauss and Radau"
-    ) as caught:
-        resolve(name)
-    instead = re.findall(r"'(\w+)'", str(caught.value).partition(" use ")[2])
-    assert [resolve(other).order for other in instead] == [int(name[-1])] * len(instead)
-    assert resolve(instead[0]).implicit
-    assert "\n" not in str(caught.value)
+def test_gauss_of_one_stage_is_the_implicit_midpoint_rule() -> None:
+    assert resolve("gauss2") is resolve("theta")
+    u0 = torch.ones(1, dtype=torch.float64)
+    (_, end) = odeint(lambda t, u: -u, u0, [0.0, 0.5], method="gauss2", step_size=0.5)
+    torch.testing.assert_close(end, u0 * 0.75 / 1.25, rtol=1e-8, atol=0)
 
 
 def test_a_near_miss_is_recognised() -> None:
@@ -101,8 +95,8 @@ def test_petsc_s_dirk_solves_forward_and_refuses_gradients_below_petsc_3_26(
         solve("petsc")
     assert str(caught.value) == (
         f"method = 'dirk_es324sal': its gradient needs PETSc 3.26 or newer and found {version}: solve small "
-        "systems with newton = 'batch', others under torch.no_grad(), or choose a method of the families rk, theta or "
-        "arkimex"
+        "systems with newton = 'batch', others under torch.no_grad(), or choose a method of the families rk, "
+        "theta, arkimex or irk"
     )
 
 

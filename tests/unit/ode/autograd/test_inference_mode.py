@@ -12,7 +12,7 @@ from pnode_dist import NeuralODE, odeint
 from pnode_dist.ode.methods import METHODS
 from tests.oracles.right_hand_sides import Network, distance, random
 
-NAMES = ["rk4", "ssp_rks2", "beuler", "cn", "theta", "arkimex_3", "dirk_es213sal", "rosw_ra34pw2", "bdf"]
+NAMES = ["rk4", "ssp_rks2", "beuler", "cn", "theta", "arkimex_3", "dirk_es213sal", "radau3", "rosw_ra34pw2", "bdf"]
 EVERY_METHOD = pytest.mark.parametrize("name", NAMES)
 # The factor by which a step of size h changes du/dt = -u.
 FACTORS = {

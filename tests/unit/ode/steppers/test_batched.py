@@ -13,6 +13,7 @@ from pnode_dist import ConfigurationError, ConvergenceError, NeuralODE, SplitFun
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.steppers.batched import BatchedStepper
 from pnode_dist.ode.steppers.implicit import ImplicitStepper
+from pnode_dist.ode.steppers.irk.stepper import IrkStepper
 from tests.oracles.implicit import Theta, odeint_implicit
 from tests.oracles.right_hand_sides import distance, gradients, identical, random
 from tests.oracles.stiff_right_hand_sides import Constrained, StiffNetwork
@@ -104,7 +105,7 @@ def test_the_default_tolerances_bound_the_difference_to_petsc_s_path(name: str) 
     assert agree(found, wanted, 1e-7)
 
 
-@pytest.mark.parametrize("name", ["beuler", "cn", "arkimex_3", "dirk_es324sal"])
+@pytest.mark.parametrize("name", ["beuler", "cn", "arkimex_3", "dirk_es324sal", "gauss4", "radau5"])
 def test_times_may_run_backward_and_have_gradients(name: str) -> None:
     network, u0 = StiffNetwork(), 0.1 * random(2, 3)
     times = torch.tensor([0.3, 0.25, 0.2], dtype=torch.float64, requires_grad=True)
@@ -155,7 +156,7 @@ def test_algebraic_equations_are_solved_and_differentiated_through(chosen: str, 
     assert agree(gradients(solve, start, parameters), gradients(plain, start, parameters), 1e-11)
 
 
-@pytest.mark.parametrize("name", ["cn", "theta", "arkimex_3", "dirk_es213sal"])
+@pytest.mark.parametrize("name", ["cn", "theta", "arkimex_3", "dirk_es213sal", "radau5"])
 def test_the_gradient_has_the_same_bits_under_every_budget(name: str) -> None:
     network, u0 = StiffNetwork(), random(4, 3)
 
@@ -214,7 +215,7 @@ def test_float32_functions_are_solved_to_their_own_precision() -> None:
     assert agree(found, gradients(lambda u: solve(u, None), u0, parameters), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["beuler", "dirk_s212"])
+@pytest.mark.parametrize("name", ["beuler", "dirk_s212", "gauss4"])
 def test_samples_that_depend_on_one_another_are_left_to_petsc(name: str) -> None:
     coupled, u0 = Coupled(), random(4, 3)
     node = NeuralODE(coupled, method=name, step_size=0.1)
@@ -260,8 +261,10 @@ def test_newton_s_method_that_fails_is_an_error_with_petsc_s_reason() -> None:
     assert "\n" not in str(caught.value)
     node.options = {}
     assert torch.isfinite(node(random(2, 3), TIMES)).all()
-    with pytest.raises(ConvergenceError, match="DIVERGED_FUNCTION_NANORINF"):
-        odeint(lambda t, u: -u * math.nan, random(2, 3), TIMES, method="beuler", newton="batch")
+    for value, compile in ((math.nan, False), (math.inf, False), (math.inf, "aot_eager")):
+        wrong = NeuralODE(lambda t, u, v=value: -u * v, method="beuler", newton="batch", compile=compile)
+        with pytest.raises(ConvergenceError, match="DIVERGED_FUNCTION_NANORINF"):
+            wrong(random(2, 3), TIMES)
 
 
 def test_one_sample_that_fails_fails_the_step() -> None:
@@ -354,7 +357,7 @@ def test_an_operation_without_a_rule_for_batches_is_differentiated_in_turn() -> 
     ("keywords", "reason"),
     [
         ({"method": "rk4"}, "method = 'rk4' is explicit and solves no equations: must be 'auto'"),
-        ({"method": "bdf"}, "method = 'bdf' is not of the families theta, arkimex or dirk: must be 'auto' or"),
+        ({"method": "bdf"}, "method = 'bdf' is not of the families theta, arkimex, dirk or irk: must be 'auto' or"),
         ({"compute_dtype": torch.bfloat16}, r"f computes in torch\.bfloat16, too coarse to tell samples apart"),
         ({"rtol": 1e-3}, r"steps with error control \(rtol, atol\) are PETSc's"),
         ({"preconditioner": "block"}, "a preconditioner is for PETSc's linear solvers"),
@@ -383,10 +386,12 @@ def test_samples_of_too_many_components_and_unknown_values_are_refused() -> None
         ({"options": {"snes_rtol": 1e-12}}, BatchedStepper),
         ({"options": {"ksp_rtol": 1e-12}}, ImplicitStepper),
         ({"preconditioner": "block"}, ImplicitStepper),
+        ({"method": "radau5"}, BatchedStepper),
+        ({"method": "radau5", "newton": "petsc"}, IrkStepper),
     ],
 )
 def test_auto_is_a_batch_unless_something_of_petsc_s_is_given(keywords: dict[str, Any], kind: type) -> None:
-    node = NeuralODE(StiffNetwork(), method="cn", step_size=0.1, **keywords)
+    node = NeuralODE(StiffNetwork(), **{"method": "cn", "step_size": 0.1, **keywords})
     node(random(2, 3), TIMES)
     assert type(stepper_of(node)) is kind
 

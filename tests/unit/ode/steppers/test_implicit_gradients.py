@@ -13,6 +13,7 @@ from pnode_dist.ode import adaptive_pass
 from pnode_dist.ode.methods import METHODS
 from pnode_dist.ode.time_grid import TimeGrid
 from tests.oracles.arkimex_tableaux import ARKIMEX
+from tests.oracles.collocation import COLLOCATION, Collocation
 from tests.oracles.differences import directional_derivative
 from tests.oracles.dirk_tableaux import DIRK, OWN_DIRK
 from tests.oracles.implicit import (
@@ -34,16 +35,27 @@ from tests.tiers import at_night
 TIGHT = {"snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 1e-14, "ksp_rtol": 1e-13, "ksp_atol": 1e-50}
 TIMES, STEP_SIZE = [0.0, 0.2, 0.5], 0.2
 
-ORACLES: dict[str, Theta | ImplicitTableau] = {
+ORACLES: dict[str, Theta | ImplicitTableau | Collocation] = {
     "beuler": BACKWARD_EULER,
     "cn": CRANK_NICOLSON,
     "theta": MIDPOINT,
     **{f"arkimex_{name}": table for name, table in ARKIMEX.items()},
     **{f"dirk_{name}": table for name, table in DIRK.items()},
     **OWN_DIRK,
+    **COLLOCATION,
 }
 # All methods are compared with plain torch.
-OF_EACH_KIND = ["beuler", "cn", "theta", "arkimex_3", "arkimex_ars443", "dirk_s212", "dirk_es324sal"]
+OF_EACH_KIND = [
+    "beuler",
+    "cn",
+    "theta",
+    "arkimex_3",
+    "arkimex_ars443",
+    "dirk_s212",
+    "dirk_es324sal",
+    "gauss4",
+    "radau5",
+]
 SPLIT = [name for name in ORACLES if name.startswith("arkimex")]
 THETAS: dict[str, tuple[dict[str, Any], Theta]] = {
     "midpoint": ({}, MIDPOINT),
@@ -89,7 +101,9 @@ def test_values_and_gradients_are_those_of_plain_torch(name: str, network: Stiff
     assert agree(gradients(solve, u0, parameters), wanted)
 
 
-@pytest.mark.parametrize("name", ["beuler", "cn", "theta", "arkimex_ars122", "arkimex_3", "dirk_s212", "dirk_es325sal"])
+@pytest.mark.parametrize(
+    "name", ["beuler", "cn", "theta", "arkimex_ars122", "arkimex_3", "dirk_s212", "dirk_es325sal", "gauss6"]
+)
 def test_time_may_run_backward(name: str, u0: torch.Tensor) -> None:
     network, other, times = Network(), Network(seed=1), [0.5, 0.2, 0.0]
     parameters, additive = [*network.parameters(), *other.parameters()], name in SPLIT
@@ -138,7 +152,7 @@ def test_parameters_may_be_in_either_part_of_a_split_function(
     assert agree(found, gradients(plain, u0, parameters))
 
 
-@pytest.mark.parametrize("name", ["rk4", "cn", "dirk_es213sal"])
+@pytest.mark.parametrize("name", ["rk4", "cn", "dirk_es213sal", "radau3"])
 def test_other_methods_integrate_the_sum_of_a_split_function(
     name: str, network: StiffNetwork, u0: torch.Tensor
 ) -> None:
@@ -211,10 +225,11 @@ MASSES = {
     "diagonal": torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64).expand(2, 3),
     "dense": torch.eye(3, dtype=torch.float64) + 0.3 * random(3, 3, seed=2),
 }
-MASS_METHODS: dict[str, tuple[str, dict[str, Any], Theta]] = {
+MASS_METHODS: dict[str, tuple[str, dict[str, Any], Theta | Collocation]] = {
     "beuler": ("beuler", {}, BACKWARD_EULER),
     "cn": ("cn", {}, CRANK_NICOLSON),
     **{f"theta {choice}": ("theta", *THETAS[choice]) for choice in ("midpoint", "0.6", "0.6 endpoint")},
+    **{name: (name, {}, COLLOCATION[name]) for name in ("gauss4", "radau5")},
 }
 
 
@@ -274,7 +289,7 @@ def test_algebraic_equations_are_solved_and_differentiated_through(chosen: str, 
     assert agree(gradients(solve, start, parameters), gradients(plain, start, parameters))
 
 
-@pytest.mark.parametrize("name", ["cn", "theta", "arkimex_3", "dirk_es213sal"])
+@pytest.mark.parametrize("name", ["cn", "theta", "arkimex_3", "dirk_es213sal", "radau3"])
 def test_the_gradient_has_the_same_bits_under_every_budget(name: str, network: StiffNetwork, u0: torch.Tensor) -> None:
     function, parameters = split(network), list(network.parameters())
 
@@ -328,7 +343,7 @@ def test_a_stiff_part_far_faster_than_the_step_leaves_the_gradient_exact(u0: tor
     with torch.no_grad():
         decay.logarithms_of_rates.add_(4.0)
     parameters = list(decay.parameters())
-    for name in ("beuler", "dirk_es325sal", "arkimex_prssp2"):
+    for name in ("beuler", "dirk_es325sal", "arkimex_prssp2", "gauss4", "radau5"):
 
         def solve(u: torch.Tensor, name: str = name) -> torch.Tensor:
             return odeint(decay, u, TIMES, method=name, step_size=STEP_SIZE, options=TIGHT)
