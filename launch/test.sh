@@ -13,8 +13,9 @@
 #
 # --ranks NUMBERS  the numbers of ranks that tests marked mpi run at
 # --no-lint        without ruff, mypy and lint-imports
-# --every-case     Of a test with many cases up to four run, two of them at 3 ranks and one at 4 ranks, unless this is given.
-#                  With it, and with arguments for pytest, all of them run at every number of ranks
+# --every-case     Of a test with many cases up to four run, two of them at 3 ranks and one at 4 ranks, and a test of one case
+#                  at 3 ranks or at 4, unless this is given. With it, and with arguments for pytest, all of them run at every
+#                  number of ranks
 # --image          also build the image of docker/Dockerfile, and check a gradient in it
 # Arguments for pytest begin with a path, or stand after --; they select tests in place of the tier's parts. Tests that are
 # left out are counted at the end of each part.
