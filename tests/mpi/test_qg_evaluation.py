@@ -21,7 +21,7 @@ from tests.unit.problems.qg.plain_qg import COARSE, INTERVAL, config
 pytestmark = pytest.mark.mpi
 
 SAMPLES = 2
-RUNS = ["truth", "model", "no_closure", "smagorinsky", "backscatter"]
+RUNS = ["truth", "model", "no_closure", "smagorinsky", "backscatter", "zanna_bolton"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_long_runs_are_scored_as_whole_fields_are(mesh: Mesh, place: Path, monke
     with h5py.File(place / "forecast.h5") as file:
         assert list(file["free_run"].asstr()[:]) == RUNS
         # The truth has more samples.
-        assert file["free_run_q"].shape == (5, 5, *COARSE, 2)
+        assert file["free_run_q"].shape == (6, 5, *COARSE, 2)
         for number, name in enumerate(RUNS):
             q = gathered[name].q if name != "truth" else gathered[name].q[0]
             np.testing.assert_allclose(file["free_run_q"][number, : len(q)], q, rtol=1e-6, atol=1e-12)

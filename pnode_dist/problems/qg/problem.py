@@ -24,7 +24,7 @@ from pnode_dist.problems.common.computed_problem import ComputedProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Start, Windows, windows
 from pnode_dist.problems.common.forecast_parts import Scaling, moments
 from pnode_dist.problems.common.trainable import FORECAST
-from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky
+from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky, ZannaBolton
 from pnode_dist.problems.qg.closures import Scales, closure, scales_of
 from pnode_dist.problems.qg.data import FineRuns, partition_of
 from pnode_dist.problems.qg.evaluation import Run, evaluated
@@ -182,6 +182,7 @@ class QGProblem(ComputedProblem):
             "no_closure": None,
             "smagorinsky": Smagorinsky(self.partition, parameters, dtype=self.dtype),
             "backscatter": Backscatter(self.partition, parameters, dtype=self.dtype),
+            "zanna_bolton": ZannaBolton(self.partition, parameters, dtype=self.dtype),
         }
 
     # Training
