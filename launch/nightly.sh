@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs everything, which takes hours: all tests in every case, the image and clusters included, the quick tests with every
-# declared Python and torch (launch/matrix.sh), then every command that README.md and docs/ show, once, as it is shown
+# Runs everything, which takes hours: all tests in every case, the image and clusters included, gradients at 8 to 64 ranks
+# (of 180 MB each), the quick tests with every declared Python and torch (launch/matrix.sh), then every command that README.md and docs/ show, once, as it is shown
 # there: all trainings in their full length, and all benchmarks.
 #
 #   launch/nightly.sh [--overwrite] [--no-tests] [--list]
@@ -48,7 +48,13 @@ shown='
     inside {marked = 0}
 '
 commands=()
-[ "$tests" = no ] || commands=("launch/test.sh --nightly" launch/matrix.sh)
+if [ "$tests" = yes ]; then
+    commands=("launch/test.sh --nightly")
+    for ranks in 8 16 27 64; do
+        commands+=("timeout -k 10 1800 launch/test.sh --nightly --no-lint --ranks $ranks tests/mpi/test_many_ranks.py")
+    done
+    commands+=(launch/matrix.sh)
+fi
 while read -r command; do
     # The first has run all tests, and a training does not begin where another one has left its results.
     case $command in

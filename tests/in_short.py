@@ -24,6 +24,7 @@ def a_quarter(subject: Callable[..., Any]) -> Callable[..., Any]:
 
 
 SMALL: dict[str, dict[str, Any]] = {
+    "fft": {"POINTS": 64, "ROUNDS": 1},
     "halo": {"REPEATS": 1},
     "implicit": {"POINTS": 64, "_SYSTEMS": 8},
     "overhead": {"REPEATS": 1, "STEPS": (5, 10)},
@@ -32,7 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "REPEATS": 1,
         "PROBLEMS": lambda problems: [replace(problem, steps=4, rounds=1) for problem in problems[:2]],
     },
-    "scaling": {"POINTS": 64, "ROUNDS": 1, "SMALL": (6,)},
+    "scaling": {"POINTS": 64, "SPECTRAL_POINTS": 32, "ROUNDS": 1, "SMALL": (6,)},
     "semi-implicit": {"_REPEATS": 1, "_BATCHES": 1, "_SPIN_UP": 5.0, "EXPLICIT": ("euler", "rk4")},
     "serve": {"CLIENTS": 2, "REQUESTS": 5, "LAUNCHES": 1},
     "sync": {"_ROUNDS": 1, "SIZES": {1_000: 2, 100_000: 1}},

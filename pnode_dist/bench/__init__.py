@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 BENCHMARKS = {
     "gradient": "time and exactness of one gradient, against torchdiffeq (one rank)",
+    "fft": "Fourier transforms of a partitioned field against torch's on one core (one or more ranks)",
     "halo": "messages and bytes of halo exchanges against the least (one or more ranks)",
     "implicit": "Newton and Krylov iterations with and without preconditioners (one rank), and on more ranks (several)",
     "semi-implicit": "semi-implicit against explicit steps on a stiff equation: their sizes and an epoch (one rank)",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from pnode_dist.bench import spectral_scaling
 from pnode_dist.bench.cost_model import CostModel, Exchanges, Network, Prediction, Work
 from pnode_dist.bench.report import Check, Report, Row
 from pnode_dist.bench.some_ranks import cores_of, on_first, threads
@@ -28,6 +29,7 @@ EFFICIENCY = 0.9
 LARGEST_GRADIENT_DIFFERENCE = 1e-12
 PREDICTION_ERROR = 0.25
 POINTS = 512
+SPECTRAL_POINTS = 256
 ROUNDS = 3
 SMALL = (8, 32, 128)
 EXACT = 48
@@ -193,7 +195,15 @@ def measured(comm: MPI.Intracomm, odeint: Callable[..., Any], points: int, round
             contention=max(1.0, seconds["independent", comm.size] / seconds["weak", 1] / shared),
             cores=node_cores,
         )
-    return report(parts, seconds, differences, model, used, (part, points))
+    found = report(parts, seconds, differences, model, used, (part, points))
+    network = None if model is None else model.network
+    spectral = spectral_scaling.measured(comm, counts, min(SPECTRAL_POINTS, points), rounds, network, node_cores)
+    return replace(
+        found,
+        checks=[*found.checks, *spectral.checks],
+        notes=[*found.notes, *spectral.notes],
+        further={"scaling, spectral": spectral.rows},
+    )
 
 
 def _of(

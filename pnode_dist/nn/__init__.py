@@ -22,6 +22,7 @@ from pnode_dist.nn.pool import MaxPool1d as MaxPool1d
 from pnode_dist.nn.pool import MaxPool2d as MaxPool2d
 from pnode_dist.nn.pool import MaxPool3d as MaxPool3d
 from pnode_dist.nn.spectral_conv import SpectralConv2d as SpectralConv2d
+from pnode_dist.nn.spectral_filter import SpectralFilter as SpectralFilter
 from pnode_dist.nn.stack import Stack as Stack
 from pnode_dist.nn.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
 from pnode_dist.nn.upsample import Upsample as Upsample
@@ -48,6 +49,7 @@ __all__ = [
     "MessagePassing",
     "Poisson",
     "SpectralConv2d",
+    "SpectralFilter",
     "Stack",
     "SyncBatchNorm",
     "Upsample",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.recomputation.fingerprint import fingerprint
 from pnode_dist.ode.rhs.evaluation import BoundFunction, MapTape
 from pnode_dist.ode.rhs.layout import Parts
@@ -129,10 +130,19 @@ def take(stepper: Stepper, segment: Segment, between: BetweenSteps | None) -> No
 
 
 def take_with_tape(stepper: Stepper, segment: Segment, level: str, between: BetweenSteps | None) -> Tape:
-    """Advance over a segment, and apply the map after it, if there is one. Returns the tape. Collective."""
+    """Advance over a segment, and apply the map after it, if there is one. Returns the tape. Collective.
+
+    Raises `ConfigurationError` if the graphs of several steps can no longer be one, although those before could.
+    """
     tape = stepper.record(segment, level)
-    if between is not None and not (stepper.maps(segment) or isinstance(tape[0], GraphTape)):
-        tape.append(between.record(stepper, segment, level))
+    if between is None or stepper.maps(segment) or isinstance(tape[0], GraphTape):
+        return tape
+    if len(segment) > 1:
+        raise ConfigurationError(
+            f"between_steps: at t = {segment.starts[0]:.6g} func begins to differentiate with respect to its "
+            "parameters, so several steps with the map between them have no common graph: use trajectory keep = 'stages'"
+        )
+    tape.append(between.record(stepper, segment, level))
     return tape
 
 

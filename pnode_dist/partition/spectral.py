@@ -39,7 +39,9 @@ class SpectralPartition:
     def __init__(self, grid: GridPartition, half: bool = True) -> None:
         axes, ranks = len(grid.shape), grid.comm.size
         if axes < 2:
-            raise ConfigurationError(f"spectrum: shape = {grid.shape}: must have two or three axes")
+            raise ConfigurationError(
+                f"spectrum: shape = {grid.shape}: must have two or three axes; torch.fft transforms a line on one rank"
+            )
         self.grid, self.half, self.comm = grid, half, grid.comm
         self.shape = (*grid.shape[:-1], grid.shape[-1] // 2 + 1) if half else grid.shape
         if self.shape[0] < ranks or self.shape[1] < ranks:

@@ -93,6 +93,14 @@ def test_a_run_measures_every_number_of_ranks_and_predicts_it(monkeypatch: pytes
     differences = [check for check in report.checks if check.name.startswith("gradient")]
     assert len(differences) == len(counts) - 1
     assert all(check.holds for check in differences)
+    spectral = report.further["scaling, spectral"]
+    for kind in ("strong", "weak"):
+        rows = [row for row in spectral if row["what"] == kind]
+        assert [row["ranks"] for row in rows] == counts
+        assert all(math.isfinite(float(row["predicted"])) == (COMM.size > 1) for row in rows)
+    differences = [check for check in report.checks if check.name.startswith("spectral gradient")]
+    assert len(differences) == len(counts) - 1
+    assert all(check.holds for check in differences)
     assert all(row == other for row, other in zip(_timings(report), COMM.bcast(_timings(report)), strict=True))
 
 

@@ -106,6 +106,7 @@ def test_it_has_the_loss_and_gradient_of_the_whole_field(settings: dict[str, Any
     assert distance([mesh.sum(part) for part in gradient[1:]], wanted[1:]) <= 1e-12
 
 
+@pytest.mark.nightly
 def test_second_derivatives_are_those_of_the_whole_field(mesh: Mesh) -> None:
     partition = GridPartition(mesh, SHAPE, channels=2, boundary=BOUNDARY)
     models = Models(partition)

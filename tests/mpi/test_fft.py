@@ -31,6 +31,7 @@ from pnode_dist.system.torch_internals import TRACES_OBJECTS
 from tests.mpi.grids import block
 from tests.mpi.test_compiled_exchange import assert_same_when_compiled
 from tests.mpi.test_exchange import inner, positive
+from tests.oracles import mpi4py_fft
 from tests.oracles.right_hand_sides import distance, random
 from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
@@ -152,6 +153,30 @@ def test_transforms_of_two_axes_are_those_of_torch(mesh: Mesh) -> None:
     # A half spectrum that is not that of a real field: torch ignores what no real field has, and so do the ranks.
     wanted = torch.fft.irfft2(spectral[:, :6], s=(7, 10), dim=dim)
     assert distance(irfft2(block(half.blocks, spectral[:, :6]), half), block(grid, wanted)) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", ["real", "complex"])
+@pytest.mark.parametrize("shape", mpi4py_fft.SHAPES, ids=str)
+def test_a_transform_is_that_of_mpi4py_fft(shape: tuple[int, ...], kind: str, mesh: Mesh) -> None:
+    spectrum = SpectralPartition(GridPartition(mesh, shape), half=kind == "real")
+    x = torch.from_numpy(mpi4py_fft.field(shape, kind)).unsqueeze(-1)
+    wanted = torch.from_numpy(mpi4py_fft.spectrum(shape, kind)).unsqueeze(-1)
+    found = (rfftn if kind == "real" else fftn)(block(spectrum.grid, x), spectrum)
+    assert distance(found, block(spectrum.blocks, wanted)) <= 1e-13
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_batch_without_a_field_has_an_empty_transform_and_gradient(half: bool, mesh: Mesh) -> None:
+    spectrum = SpectralPartition(GridPartition(mesh, (8, 10), 2), half)
+    there, back = (rfft2, irfft2) if half else (fft2, ifft2)
+    x = torch.zeros(3, 0, *spectrum.grid.local_shape, dtype=torch.float64, requires_grad=True)
+    spectral = there(x, spectrum)
+    assert spectral.shape == (3, 0, *spectrum.local_shape)
+    found = back(spectral, spectrum)
+    assert found.shape == x.shape
+    found.abs().sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
 
 
 def test_a_transform_keeps_single_precision(mesh: Mesh) -> None:

@@ -98,8 +98,11 @@ def test_every_other_command_is_run_in_short_for_every_change() -> None:
 def test_every_command_is_run_in_full_at_night() -> None:
     listed = subprocess.run([ROOT / "launch/nightly.sh", "--list"], capture_output=True, text=True, check=True)
     at_night = [line.removesuffix(" --overwrite") for line in listed.stdout.splitlines()]
-    assert at_night[:2] == ["launch/test.sh --nightly", "launch/matrix.sh"]
-    assert at_night[2:] == [command for command in COMMANDS if command != "launch/test.sh"]
+    many = ["timeout -k 10 1800 launch/test.sh --nightly --no-lint --ranks", "tests/mpi/test_many_ranks.py"]
+    assert at_night[0] == "launch/test.sh --nightly"
+    assert at_night[1:5] == [f" {ranks} ".join(many) for ranks in (8, 16, 27, 64)]
+    assert at_night[5] == "launch/matrix.sh"
+    assert at_night[6:] == [command for command in COMMANDS if command != "launch/test.sh"]
 
 
 def test_every_other_benchmark_has_a_short_form() -> None:

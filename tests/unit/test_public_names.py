@@ -70,6 +70,7 @@ OF_0_1_0 = {
         "MaxPool3d",
         "MessagePassing",
         "SpectralConv2d",
+        "SpectralFilter",
         "Stack",
         "SyncBatchNorm",
         "Upsample",

@@ -114,8 +114,9 @@ class OnGraph:
 
     def mapped(self, time: float, state: Parts) -> Parts:
         """Return the map between steps at `time` and `state`. Gradients must be enabled. Collective if it is."""
-        bound = self._bound
-        values = owned(bound.mapped(self._layout, time, _watched(bound, state)))
+        bound, layout = self._bound, self._layout
+        inputs = tuple(part.to(layout.device, layout.dtype) for part in _watched(bound, state))
+        values = owned(tuple(map(layout.scalar, bound.mapped(layout, time, inputs))))
         if bound.differentiates:
             raise CannotJoinError
         return values

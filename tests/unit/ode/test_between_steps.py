@@ -20,6 +20,7 @@ from tests.oracles.implicit import BACKWARD_EULER, CRANK_NICOLSON, odeint_implic
 from tests.oracles.right_hand_sides import Network, distance, gradients, random
 from tests.oracles.runge_kutta import TABLEAUX
 from tests.oracles.symplectic import verlet
+from tests.tiers import at_night
 
 D = torch.float64
 TIMES, STEP_SIZE = [0.0, 0.4, 0.5, 1.0], 0.1
@@ -40,6 +41,7 @@ class Filter(nn.Module):
 
 
 FILTER = Filter()
+LEVELS = at_night(["graph", "stages", "solution"], but=["graph", "solution"])
 PARAMETERS = [*FUNC.parameters(), *FILTER.parameters()]
 Solved = tuple[torch.Tensor, ...]
 
@@ -114,7 +116,7 @@ IMPLICIT: dict[str, tuple[Step, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("level", ["graph", "stages", "solution"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", IMPLICIT)
 def test_an_implicit_solve_has_the_gradient_of_plain_torch(name: str, level: str) -> None:
     step, settings = IMPLICIT[name]
@@ -126,7 +128,7 @@ def test_an_implicit_solve_has_the_gradient_of_plain_torch(name: str, level: str
     assert distance(solved, by_hand) <= 1e-11
 
 
-@pytest.mark.parametrize("level", ["graph", "stages", "solution"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_symplectic_solve_of_a_pair_has_the_gradient_of_plain_torch(level: str) -> None:
     strength = torch.tensor(0.7, dtype=D, requires_grad=True)
 
@@ -179,7 +181,7 @@ ADAPTIVE: dict[str, tuple[Step, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("level", ["graph", "stages", "solution"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_accepted_steps_are_mapped_with_the_gradient_of_plain_torch(name: str, level: str) -> None:
     step, settings = ADAPTIVE[name]
@@ -218,12 +220,12 @@ COMPILED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", COMPILED.values(), ids=COMPILED)
-def test_compiled_steps_are_mapped_alike(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", at_night(COMPILED, but=["given steps", "error control"]))
+def test_compiled_steps_are_mapped_alike(name: str) -> None:
     def states(found: Any) -> torch.Tensor:
         return found if isinstance(found, torch.Tensor) else found.u + found.integral[:, None, None]
 
-    settings = {"between_steps": FILTER, **settings}
+    settings = {"between_steps": FILTER, **COMPILED[name]}
     plain, compiled = NeuralODE(FUNC, **settings), NeuralODE(FUNC, **settings, compile="eager")
     by_hand, solved = (
         gradients(lambda u, node=node: states(node(u, TIMES)), U0, PARAMETERS) for node in (plain, compiled)
@@ -231,7 +233,7 @@ def test_compiled_steps_are_mapped_alike(settings: dict[str, Any]) -> None:
     assert distance(solved, by_hand) <= 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_another_map_compiles_the_steps_anew() -> None:
     node = NeuralODE(FUNC, step_size=0.1, compile="eager", between_steps=lambda t, u: 0.5 * u)
     first = node(U0, TIMES)
@@ -269,7 +271,7 @@ def test_outputs_observations_and_the_last_state_are_those_after_the_map() -> No
         assert distance(last, gradients(lambda u: odeint(FUNC, u, TIMES, **settings)[-1], U0, PARAMETERS)) <= 1e-12
 
 
-@pytest.mark.parametrize("level", ["graph", "stages", "solution"])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("method", ["rk4", "cn", "beuler"])
 def test_a_running_cost_is_that_of_the_steps_before_the_map(method: str, level: str) -> None:
     def cost(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -383,13 +385,52 @@ def test_the_map_gets_the_extra_arguments_and_the_ends_of_the_steps() -> None:
     assert distance(gradient, 3 * 4.0 * U0.sum()) <= 1e-14
 
 
-def test_jumps_and_times_that_decrease_are_mapped_alike() -> None:
-    def plain(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        return FUNC(t, u)
+def test_at_a_jump_and_in_decreasing_time_the_map_gets_the_end_of_the_step_itself() -> None:
+    seen: list[float] = []
 
-    jumped = odeint(plain, U0, [1.0, 0.0], step_size=0.25, jumps=[0.5], between_steps=FILTER)
+    def between(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        seen.append(float(t))
+        return FILTER(t, u)
+
+    jumped = odeint(FUNC, U0, [1.0, 0.0], step_size=0.25, jumps=[0.5], between_steps=between)
     states = mapped_solve(explicit, FILTER, U0, in_equal_steps(torch.tensor([1.0, 0.0], dtype=D), 0.25))
     assert distance(jumped, torch.stack(states)) <= 1e-13
+    assert list(dict.fromkeys(seen))[:4] == [0.75, 0.5, 0.25, 0.0]
+
+
+@pytest.mark.parametrize("method", ["rk4", "cn"])
+def test_it_computes_in_the_type_of_u0_whatever_f_and_the_steps_have(method: str) -> None:
+    seen: set[torch.dtype] = set()
+
+    def between(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        seen.update({t.dtype, u.dtype})
+        return u * 0.5
+
+    u0 = U0.float().requires_grad_()
+    settings: dict[str, Any] = {"method": method, "compute_dtype": torch.float64, "between_steps": between}
+    last = odeint(lambda t, u: 0 * u, u0, [0.0, 1.0], step_size=0.25, save="last", **settings)
+    (gradient,) = torch.autograd.grad(last.sum(), u0)
+    assert seen == {torch.float32}
+    assert torch.equal(last.detach(), u0.detach() / 16)
+    assert torch.equal(gradient, torch.full_like(u0, 1 / 16))
+
+
+def test_inference_mode_has_the_same_states() -> None:
+    wanted = odeint(FUNC, U0, TIMES, step_size=STEP_SIZE, between_steps=FILTER).detach()
+    with torch.inference_mode():
+        assert torch.equal(odeint(FUNC, U0, TIMES, step_size=STEP_SIZE, between_steps=FILTER), wanted)
+
+
+def test_transforms_differentiate_with_respect_to_what_the_map_closes_over() -> None:
+    def last(strength: torch.Tensor) -> torch.Tensor:
+        def between(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+            return u - strength * torch.tanh(u)
+
+        return odeint(FUNC, U0, [0.0, 0.3], step_size=0.1, between_steps=between, save="last").sin().sum()
+
+    strength = torch.tensor(0.2, dtype=D, requires_grad=True)
+    (wanted,) = torch.autograd.grad(last(strength), strength)
+    assert distance(torch.func.grad(last)(strength.detach()), wanted) <= 1e-13
 
 
 def test_random_numbers_of_the_map_are_drawn_again_in_recomputed_steps() -> None:
@@ -433,6 +474,26 @@ def test_its_tape_is_charged_to_the_budget() -> None:
         return node.last_solve.graph_bytes
 
     assert kept(between_steps=between) - kept() >= 10 * 4 * 4000 * 8
+
+
+def test_a_func_that_differentiates_later_on_is_refused_where_graphs_were_joined() -> None:
+    weight = torch.tensor(0.5, dtype=D, requires_grad=True)
+
+    def func(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        if t < 0.55:
+            return -weight * u
+        (slope,) = torch.autograd.grad((weight * weight * u.square()).sum(), weight, create_graph=True)
+        return -slope * u
+
+    def gradient(keep: str) -> torch.Tensor:
+        settings: dict[str, Any] = {"between_steps": lambda t, u: 0.9 * u, "trajectory": Trajectory(keep=keep)}
+        last = odeint(func, U0, [0.0, 1.0], step_size=0.1, save="last", **settings)
+        (found,) = torch.autograd.grad(last.sum(), weight)
+        return found
+
+    with pytest.raises(ConfigurationError, match=r"between_steps: at t = .* no common graph: use trajectory keep"):
+        gradient("auto")
+    assert bool(gradient("stages").isfinite())
 
 
 def _in_place(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
