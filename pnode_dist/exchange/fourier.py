@@ -7,6 +7,7 @@ the derivatives of real transforms are right without further weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -104,6 +105,8 @@ def _all_axes(spectrum: SpectralPartition) -> list[int]:
 
 def _transformed(name: str, x: torch.Tensor, spectrum: SpectralPartition, norm: Norm) -> torch.Tensor:
     _check(name, tuple(x.shape), spectrum.grid)
+    if _is_empty(x):
+        return _of_no_field(lambda one: _transformed(name, one, spectrum, norm), x, spectrum)
     if spectrum.comm.size == 1:
         # One call of torch has the same bits, and takes less time than two.
         whole: torch.Tensor = (torch.fft.rfftn if spectrum.half else torch.fft.fftn)(
@@ -123,6 +126,8 @@ def _transformed(name: str, x: torch.Tensor, spectrum: SpectralPartition, norm: 
 
 def _restored(name: str, spectral: torch.Tensor, spectrum: SpectralPartition, norm: Norm) -> torch.Tensor:
     _check(name, tuple(spectral.shape), spectrum.blocks)
+    if _is_empty(spectral):
+        return _of_no_field(lambda one: _restored(name, one, spectrum, norm), spectral, spectrum)
     if spectrum.comm.size == 1:
         inverse = torch.fft.irfftn if spectrum.half else torch.fft.ifftn
         whole: torch.Tensor = inverse(spectral, s=spectrum.grid.shape, dim=_all_axes(spectrum), norm=norm)
@@ -135,3 +140,19 @@ def _restored(name: str, spectral: torch.Tensor, spectrum: SpectralPartition, no
     else:
         field = torch.fft.ifftn(lines, dim=inner, norm=norm)
     return redistribute(field, spectrum.slabs, spectrum.grid)
+
+
+def _is_empty(x: torch.Tensor) -> bool:
+    """Return True for a batch without a field, as replicas without a sample have."""
+    return x.numel() == 0 and x.shape[-1] > 0
+
+
+def _of_no_field(
+    transform: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, spectrum: SpectralPartition
+) -> torch.Tensor:
+    """Return the transform of an empty batch, which MKL refuses, as a part of that of one field. Collective."""
+    axes = len(spectrum.shape) + 1
+    leading, block = x.shape[:-axes], x.shape[-axes:]
+    one = torch.cat([x.reshape(0, *block), x.new_zeros(1, *block)])
+    none = transform(one)[:0]
+    return none.reshape(*leading, *none.shape[1:])

@@ -165,6 +165,20 @@ def test_a_transform_is_that_of_mpi4py_fft(shape: tuple[int, ...], kind: str, me
     assert distance(found, block(spectrum.blocks, wanted)) <= 1e-13
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_a_batch_without_a_field_has_an_empty_transform_and_gradient(half: bool, mesh: Mesh) -> None:
+    spectrum = SpectralPartition(GridPartition(mesh, (8, 10), 2), half)
+    there, back = (rfft2, irfft2) if half else (fft2, ifft2)
+    x = torch.zeros(3, 0, *spectrum.grid.local_shape, dtype=torch.float64, requires_grad=True)
+    spectral = there(x, spectrum)
+    assert spectral.shape == (3, 0, *spectrum.local_shape)
+    found = back(spectral, spectrum)
+    assert found.shape == x.shape
+    found.abs().sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
 def test_a_transform_keeps_single_precision(mesh: Mesh) -> None:
     spectrum = SpectralPartition(GridPartition(mesh, (8, 10)))
     whole = random(8, 10, 1, dtype=torch.float32)
