@@ -179,6 +179,14 @@ WRONG: dict[str, tuple[str, str, str]] = {
         TOML,
         r"Own\.write: is not called: must be variables\(batch\) for further variables of the file, or create_file",
     ),
+    "figures of an earlier version": (
+        changed(
+            "    def build_partition(self)",
+            "    def figures(self, forecast, batch):\n        pass\n\n    def build_partition(self)",
+        ),
+        TOML,
+        r"Own\.figures: must take self and batch: a figure of forecasts is an object with methods add",
+    ),
     "nothing to learn": (
         changed("torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))", "0.3"),
         TOML,

@@ -22,14 +22,6 @@ def mean_share(penalties: torch.Tensor, batch: Windows, mesh: Mesh) -> torch.Ten
     return share_of_mean((penalties * batch.weights).sum(), int(total.item()), mesh)
 
 
-def means_by_lead(penalties: torch.Tensor, batch: Windows, mesh: Mesh) -> torch.Tensor:
-    """The mean `[lead]` of `penalties` `[lead, window, *local_shape]` of a batch. Collective on the state ranks."""
-    found = LeadMeans(batch)
-    for lead, values in enumerate(penalties, start=1):
-        found.add(lead, range(len(batch.starts)), values)
-    return found.result(mesh)
-
-
 class Judged(NamedTuple):
     """The mean errors `[lead]` of a forecast, and the seconds that it took without what was done with it."""
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -77,6 +78,11 @@ class ForecastProblem(TrajectoryProblem):
         for name, now in _FORMER.items():
             if cls._defines(name):
                 raise ConfigurationError(f"{cls.__name__}.{name}: is not called: must be {now}")
+        if len(signature(cls.figures).parameters) != 2:
+            raise ConfigurationError(
+                f"{cls.__name__}.figures: must take self and batch: a figure of forecasts is an object with methods "
+                "add(name, row) and result()"
+            )
         return super().problem_definition()
 
     def build_right_hand_side(self) -> Any:
@@ -211,13 +217,20 @@ class ForecastProblem(TrajectoryProblem):
         """Compute a forecast lead by lead, add up its errors, and give each part of it to the `takers`.
 
         A model is solved for `size` windows at once, by default those of a training batch. Collective on the state
-        ranks.
+        ranks. Raises `ConfigurationError` for a forecast of another shape than the targets.
         """
         found = LeadMeans(batch)
+        if isinstance(forecast, torch.Tensor) and len(forecast) != batch.steps:
+            raise ConfigurationError(f"{self._of('baselines')}: {name!r} has {len(forecast)} leads, not {batch.steps}")
 
         def take(row: Row) -> None:
-            error = row.states - batch.target(row.lead)[list(row.starts)]
-            found.add(row.lead, row.starts, self.penalty(self.reported(error)))
+            target = batch.target(row.lead)[list(row.starts)]
+            if row.states.shape != target.shape:
+                raise ConfigurationError(
+                    f"{self._of('baselines')}: {name!r} has shape {tuple(row.states.shape)} at a lead: must be "
+                    f"{tuple(target.shape)}"
+                )
+            found.add(row.lead, row.starts, self.penalty(self.reported(row.states - target)))
             for taker in takers:
                 taker(name, row)
 

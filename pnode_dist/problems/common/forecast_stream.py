@@ -84,7 +84,7 @@ def each_lead(
             _each_lead_of_model(forecast, batch, size, dtype, timed)
         else:
             every = range(len(batch.starts))
-            for lead in batch.leads[: len(forecast) if isinstance(forecast, torch.Tensor) else None]:
+            for lead in batch.leads:
                 timed(lead, every, forecast[lead - 1] if isinstance(forecast, torch.Tensor) else forecast(lead))
     return time.perf_counter() - began - spent
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,10 +16,12 @@ from torch import nn
 
 from pnode_dist.distributed.sharding import Shard, shards_of
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.ode.autograd.transforms import transforming
 from pnode_dist.partition import protocol
 from pnode_dist.partition.protocol import Partition
 from pnode_dist.problems.common.forecast_data import Start, windows
 from pnode_dist.problems.common.forecast_parts import Parts
+from pnode_dist.problems.common.forecast_stream import Streaming
 from pnode_dist.train.served_model import Settings, SummedModel, Vectors
 
 MOST_NUMBERS = 100_000
@@ -151,19 +154,24 @@ class _Forecast(SummedModel):
             )
         return _Asked(start, tuple(leads), output)
 
-    def _outputs(self, states: torch.Tensor, asked: _Asked) -> Vectors:
-        """Return this rank's share of the output of a forecast `[lead, 1, *local_shape]`."""
-        chosen = self._physical(states[[lead - 1 for lead in asked.leads]]).flatten(1)
-        if asked.output == STATE:
+    def _of_lead(self, state: torch.Tensor, output: str) -> torch.Tensor:
+        """Return this rank's share of the output at one lead, from the state `[1, *local_shape]`."""
+        chosen = self._physical(state).flatten()
+        if output == STATE:
             partition = self._source.partition
             every = torch.arange(self._size).reshape(partition.global_shape)
             own = every[partition.owned_slices(self.comm.rank)].flatten()
-            whole = torch.zeros(len(chosen), self._size, dtype=chosen.dtype)
-            return [whole.index_add(1, own, chosen).flatten()]
-        by_channel = chosen.reshape(len(chosen), -1, self._channels)
+            return torch.zeros(self._size, dtype=chosen.dtype).index_add(0, own, chosen)
+        by_channel = chosen.reshape(-1, self._channels)
         # A value that is never there may be anything, also not a number.
         counted = torch.where(self._weights > 0, by_channel, 0.0)
-        return [(counted.sum(dim=1) / self._counts).flatten()]
+        return counted.sum(dim=0) / self._counts
+
+    def _outputs(self, asked: _Asked, batch: Any, parameters: Mapping[str, torch.Tensor] | None = None) -> Vectors:
+        """Return this rank's share of the output of the forecast of a batch, with other values of parameters."""
+        forecast = _Outputs(self._model, asked.leads, partial(self._of_lead, output=asked.output))
+        given = {f"model.{name}": value for name, value in (parameters or {}).items()}
+        return [torch.func.functional_call(forecast, given, (batch,))]
 
     def _batch(self, asked: _Asked) -> Any:
         return self._source.windows(asked.start, max(asked.leads))
@@ -208,8 +216,7 @@ class ForecastOfParameters(_Forecast):
         wholes = [self._parameters[name] for name in names]
         parts = torch.split(inputs[0], [protocol.count(whole.shape) for whole in wholes])
         values = {name: whole.own(part) for name, whole, part in zip(names, wholes, parts, strict=True)}
-        states: torch.Tensor = torch.func.functional_call(self._model, values, (self._batch(asked),))
-        return self._outputs(states, asked)
+        return self._outputs(asked, self._batch(asked), values)
 
     def _chosen(self, config: Settings) -> list[str]:
         names = config.get("parameters", list(self._parameters))
@@ -254,7 +261,7 @@ class ForecastOfInitialState(_Forecast):
         batch = self._batch(asked)
         perturbation = torch.tensordot(inputs[0], self._modes[: self._count(config)], dims=1)
         initial = batch.initial + perturbation.to(batch.initial.dtype)
-        return self._outputs(self._model(dataclasses.replace(batch, initial=initial)), asked)
+        return self._outputs(asked, dataclasses.replace(batch, initial=initial))
 
     def _count(self, config: Settings) -> int:
         most = len(self._modes)
@@ -283,6 +290,28 @@ def principal_components(states: torch.Tensor, comm: MPI.Comm, most: int = _MOST
     weights = torch.from_numpy(np.ascontiguousarray(comm.bcast(found)))
     modes = weights.T @ flat / math.sqrt(len(flat))
     return modes.reshape(-1, *states.shape[1:])
+
+
+class _Outputs(nn.Module):
+    """The outputs of a model's forecast at some leads, one after the other, without derivatives lead by lead."""
+
+    def __init__(self, model: nn.Module, leads: Sequence[int], output: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.leads, self.output = model, leads, output
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        """Return the outputs as one vector."""
+        if torch.is_grad_enabled() or transforming() or not isinstance(self.model, Streaming):
+            states = self.model(batch)
+            return torch.cat([self.output(states[lead - 1]) for lead in self.leads])
+        found: dict[int, torch.Tensor] = {}
+
+        def take(lead: int, starts: Sequence[int], state: torch.Tensor) -> None:
+            if lead in self.leads:
+                found[lead] = self.output(state)
+
+        self.model.stream(batch, take)
+        return torch.cat([found[lead] for lead in self.leads])
 
 
 @dataclass(frozen=True)

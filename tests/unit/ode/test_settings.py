@@ -98,6 +98,7 @@ def test_settings_cannot_be_changed_in_place() -> None:
         ("stepsize", r"did you mean step_size\?"),
         ("budget", "must be one of method, step_size, .*preserve_rng_state, .*"),
         ("dtype", r"did you mean state_dtype\?"),
+        ("events", r"pnode_dist\.solve_events\(func, u0, t, events\) solves with events"),
     ],
 )
 @pytest.mark.parametrize("call", ["odeint", "NeuralODE"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pnode_dist import ForecastProblem, Mesh, TrajectoryData
+from pnode_dist import ConfigurationError, ForecastProblem, Mesh, TrajectoryData
 from pnode_dist.problems.common.forecast_model import ForecastModel
 from pnode_dist.problems.common.forecast_stream import Row, each_lead
 from tests.unit.problems.common.test_forecast_problem import D, Decay, Vector, built, exact
@@ -158,6 +158,28 @@ def test_a_problem_is_a_forecast_problem_with_any_writer(mesh: Mesh, tmp_path: P
     problem.evaluate(problem.model, tmp_path)
     assert written[:6] == [("model", lead) for lead in range(1, 7)]
     assert written[-7:] == [*[("truth", lead) for lead in range(1, 7)], ("closed", 0)]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "message"),
+    [
+        (torch.zeros(5, 1, 3), "'wrong' has 5 leads, not 6"),
+        (torch.zeros(6, 1, 2), r"'wrong' has shape \(1, 2\) at a lead: must be \(1, 3\)"),
+        (lambda lead: torch.zeros(()), r"'wrong' has shape \(\) at a lead: must be \(1, 3\)"),
+    ],
+    ids=["too few leads", "too few entries", "a number"],
+)
+def test_a_baseline_of_another_shape_is_refused_and_leaves_no_file(
+    baseline: Any, message: str, mesh: Mesh, tmp_path: Path
+) -> None:
+    class Wrong(Vector):
+        def baselines(self, batch: Any) -> Any:
+            return {"wrong": baseline}
+
+    problem = built(Wrong, mesh, problem={"type": "own"})
+    with pytest.raises(ConfigurationError, match=f"^Wrong.baselines: {message}$"):
+        problem.evaluate(problem.model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def draw_report(*given: Any) -> None:

@@ -84,6 +84,32 @@ def test_a_method_without_adjoint_refuses_derivatives_and_evaluates(tmp_path: Pa
             assert model.evaluate(at, {})[0].isfinite().all()
 
 
+@pytest.mark.parametrize("output", ["means", "state"])
+def test_an_evaluation_has_the_outputs_of_the_whole_forecast_lead_by_lead(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, found = configured(written(tmp_path), ())
+    with Mesh() as mesh:
+        problem: Any = build_problem(config, mesh, D, found)
+        for model in problem.served():
+            asked = {"leads": [3, 1, 3], "output": output}
+            at = [torch.full((size,), 0.3, dtype=D) for size in model.input_sizes(asked)]
+            # With gradients the forecast is held whole.
+            expected = model.shares(at, asked)[0].detach()
+            assert len(expected) == model.output_sizes(asked)[0]
+            with monkeypatch.context() as patched:
+                patched.setattr(problem.model, "stream", None)
+                with pytest.raises(TypeError):
+                    model.evaluate(at, asked)
+            assert torch.equal(model.evaluate(at, asked)[0], expected)
+            if model.name == "forecast_of_parameters":
+                # At the parameter that the model has.
+                whole = problem.physical(problem.model(problem.held_out_windows(D)))
+                chosen = whole[[2, 0, 2], 0]
+                wanted = chosen.mean(dim=-1, keepdim=True) if output == "means" else chosen
+                torch.testing.assert_close(expected, wanted.flatten(), rtol=1e-12, atol=0)
+
+
 def test_the_size_of_components_is_the_variance_of_the_states() -> None:
     torch.manual_seed(0)
     states = torch.randn(40, 2, 3, dtype=D) * torch.tensor([3.0, 1.0, 0.2], dtype=D)

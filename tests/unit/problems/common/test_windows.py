@@ -6,7 +6,7 @@ import torch
 
 from pnode_dist import BatchPartition, Mesh
 from pnode_dist.problems.common.forecast_data import Samples, windows
-from pnode_dist.problems.common.forecast_errors import mean_share, means_by_lead
+from pnode_dist.problems.common.forecast_errors import LeadMeans, mean_share
 
 TRAJECTORIES, TIMES, ENTRIES = 3, 6, 4
 WHOLE = torch.from_numpy(np.random.default_rng(0).normal(size=(TRAJECTORIES, TIMES, ENTRIES, 1)))
@@ -32,5 +32,9 @@ def test_a_window_holds_the_samples_from_its_start_on(mesh: Mesh) -> None:
 
 def test_means_are_over_windows_and_all_entries(mesh: Mesh) -> None:
     batch = windows(samples(mesh), [(0, 0), (1, 2)], 3, torch.float64)
-    np.testing.assert_allclose(means_by_lead(batch.targets, batch, mesh), batch.targets.mean(dim=(1, 2, 3)), rtol=1e-13)
+    means = LeadMeans(batch)
+    for lead in (3, 1, 2):
+        for number in range(len(batch.starts)):
+            means.add(lead, [number], batch.target(lead)[number : number + 1])
+    np.testing.assert_allclose(means.result(mesh), batch.targets.mean(dim=(1, 2, 3)), rtol=1e-13)
     assert mean_share(batch.targets, batch, mesh).item() == pytest.approx(batch.targets.mean().item(), rel=1e-12)
