@@ -45,7 +45,8 @@ class FlowDynamics(nn.Module):
 
     dz/dt = v and d log p/dt = -tr(dv/dz) (R. T. Q. Chen et al.: Neural ordinary differential equations, NeurIPS 2018,
     theorem 1). `charges` names further parts of the state, `[sample]` each, that are integrals over time: `kinetic` of
-    |v|^2, `jacobian` of the squared Frobenius norm of dv/dz (RNODE).
+    |v|^2, `jacobian` of the squared Frobenius norm of dv/dz (RNODE). They are parts of the state because they share the
+    derivatives of v: as a running cost, `integrate`, they would need a second evaluation.
 
     With noise e `[sample, dimension]`, of zero mean and unit covariance and the same during a solve, e.(dv/dz) e and
     |(dv/dz) e|^2 are unbiased estimates of trace and norm (M. F. Hutchinson 1990; FFJORD, section 3.1). Without noise

@@ -9,7 +9,7 @@ from torch import nn
 
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.problems.common.forecast_data import Samples, Start, Windows
-from pnode_dist.problems.common.forecast_model import ForecastModel
+from pnode_dist.problems.common.forecast_model import ForecastModel, Take
 from pnode_dist.problems.qg.physics import QGTendency
 
 HOUR = 3600.0
@@ -66,3 +66,7 @@ class QGModel(ForecastModel):
         if isinstance(batch, ForcingBatch):
             return self.closed(batch.initial)
         return super().forward(batch)
+
+    def stream(self, batch: Windows, take: Take) -> None:
+        """Hand the states of each lead to `take` while the solve goes on, in place of `forward`. No gradient."""
+        self.follow(batch, take)
