@@ -124,12 +124,13 @@ def odeint(
 
     Method
         `method` is one of `pnode_dist.ode.methods.METHODS`, by default `rk4`, or `dopri5` with error control. Methods
-        of the families `theta`, `arkimex` and `dirk` solve equations in every step. With `arkimex` the parts of a
-        `SplitFunction` are treated implicitly and explicitly. The family `symplectic` takes a state (q, p) with dq/dt
-        of p and dp/dt of q alone, best as a `Separable`. `mass` is a constant matrix M for theta methods, which
-        may be singular (see `mass_matrix`). `preconditioner` is that of the linear systems: `block`, `assembled`, or an
-        object of `pnode_dist.ode.steppers.preconditioner`. `options` are PETSc options for the solver, such as
-        `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`. An option that PETSc does not read is an error.
+        of the families `theta`, `arkimex`, `dirk` and `irk` solve equations in every step. With `arkimex` the parts of
+        a `SplitFunction` are treated implicitly and explicitly. The family `symplectic` takes a state (q, p) with dq/dt
+        of p and dp/dt of q alone, best as a `Separable`. `mass` is a constant matrix M for the families `theta` and
+        `irk`, which may be singular (see `mass_matrix`). `preconditioner` is that of the linear systems: `block`,
+        `assembled`, or an object of `pnode_dist.ode.steppers.preconditioner`. `options` are PETSc options for the
+        solver, such as `{"ts_monitor": None, "snes_rtol": 1e-10, "pc_type": "gamg"}`. An option that PETSc does not
+        read is an error.
         `newton` chooses the solver of the equations: "petsc", or "batch" for samples (the first axis of the state) of
         at most 48 components that do not depend on one another. Their dense systems are then factored at once. "auto"
         is "batch" where that is possible.
