@@ -24,6 +24,7 @@ METHODS = [
     {"method": "arkimex_3", "step_size": 0.5},
     {"method": "arkimex_3", "rtol": 1e-3},
     {"method": "dirk_es213sal", "step_size": 0.5},
+    {"method": "radau3", "step_size": 0.5, "newton": "petsc"},
 ]
 EVERY_METHOD = pytest.mark.parametrize("settings", METHODS, ids=lambda settings: "+".join(settings))
 

@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cn adaptive": {"method": "cn", "rtol": 1e-2},
     "arkimex": {"method": "arkimex_3", "step_size": 0.5},
     "dirk": {"method": "dirk_es213sal", "step_size": 0.5},
+    "irk": {"method": "radau3", "step_size": 0.5, "newton": "petsc"},
 }
 USES = ["reversed", "dropped", "without a gradient", "twice", "raised"]
 

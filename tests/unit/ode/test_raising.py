@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dirk": {"method": "dirk_es213sal", "step_size": 0.5},
     "dirk adaptive": {"method": "dirk_es213sal", "rtol": 1e-2},
     "dirk s": {"method": "dirk_s212", "step_size": 0.5},
+    "irk": {"method": "radau3", "step_size": 0.5, "newton": "petsc"},
     "rosw": {"method": "rosw_ra34pw2", "step_size": 0.5},
     "bdf": {"method": "bdf", "step_size": 0.25},
 }

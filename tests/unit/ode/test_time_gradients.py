@@ -7,6 +7,7 @@ import torch
 
 from pnode_dist import NeuralODE, SplitFunction, Trajectory
 from tests.oracles.arkimex_tableaux import ARKIMEX
+from tests.oracles.collocation import COLLOCATION
 from tests.oracles.implicit import CRANK_NICOLSON, odeint_implicit
 from tests.oracles.right_hand_sides import Network, random
 
@@ -54,15 +55,20 @@ def test_it_is_that_of_plain_torch_for_explicit_steps(times: list[float], keep: 
         assert torch.allclose(value, other, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("method", ["cn", "arkimex_3"])
-def test_it_is_that_of_the_dense_oracle_for_implicit_steps(method: str) -> None:
+ORACLES = {"cn": CRANK_NICOLSON, "arkimex_3": ARKIMEX["3"], "gauss4": COLLOCATION["gauss4"]}
+
+
+@pytest.mark.parametrize("newton", ["auto", "petsc"])
+@pytest.mark.parametrize("method", ORACLES)
+def test_it_is_that_of_the_dense_oracle_for_implicit_steps(method: str, newton: str) -> None:
     f, g, u0 = Clocked(), Clocked(), random(2, 3).requires_grad_()
     t = torch.tensor(TIMES, dtype=torch.float64, requires_grad=True)
     split = method.startswith("arkimex")
     func = SplitFunction(implicit=f, explicit=g) if split else f
-    node = NeuralODE(func, method=method, step_size=0.15, options=TIGHT)
+    options = TIGHT if newton == "petsc" else {"snes_rtol": 1e-13, "snes_stol": 1e-15}
+    node = NeuralODE(func, method=method, step_size=0.15, options=options, newton=newton)
     (found,) = torch.autograd.grad(objective(node(u0, t)), t)
-    states = odeint_implicit(f, u0, t, ARKIMEX["3"] if split else CRANK_NICOLSON, 0.15, explicit=g if split else None)
+    states = odeint_implicit(f, u0, t, ORACLES[method], 0.15, explicit=g if split else None)
     (wanted,) = torch.autograd.grad(objective(states), t)
     assert torch.allclose(found, wanted, rtol=1e-10)
 

@@ -94,6 +94,11 @@ def test_given_steps_and_their_gradients_are_torchdiffeq_s_to_rounding(
         ("trapezoid", lambda z: (1 + z / 2) / (1 - z / 2)),
         # R(z) of TR-BDF2 and of Alexander's method, with g = 1 - 1 / sqrt(2).
         ("sdirk2", lambda z, g=1 - 2**-0.5: (1 + (1 - 2 * g) * z) / (1 - g * z) ** 2),
+        # Pade approximations of the exponential function.
+        ("gl4", lambda z: (1 + z / 2 + z**2 / 12) / (1 - z / 2 + z**2 / 12)),
+        ("gl6", lambda z: (1 + z / 2 + z**2 / 10 + z**3 / 120) / (1 - z / 2 + z**2 / 10 - z**3 / 120)),
+        ("radauIIA3", lambda z: (1 + z / 3) / (1 - 2 * z / 3 + z**2 / 6)),
+        ("radauIIA5", lambda z: (1 + 2 * z / 5 + z**2 / 20) / (1 - 3 * z / 5 + 3 * z**2 / 20 - z**3 / 60)),
         ("trbdf2", lambda z, g=1 - 2**-0.5: (1 + (1 - 2 * g) * z) / (1 - g * z) ** 2),
     ],
 )

@@ -16,7 +16,7 @@ from tests.oracles.right_hand_sides import random
 
 INTERVAL = [0.0, 1.0]
 METHODS = pytest.mark.parametrize(
-    "method", ["euler", "rk4", "dopri5", "beuler", "cn", "theta", "arkimex_3", "dirk_s212"]
+    "method", ["euler", "rk4", "dopri5", "beuler", "cn", "theta", "arkimex_3", "dirk_s212", "radau3"]
 )
 
 

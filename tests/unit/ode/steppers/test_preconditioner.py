@@ -42,7 +42,7 @@ def assert_near(found: list[torch.Tensor], wanted: list[torch.Tensor], rtol: flo
         assert torch.allclose(value, other, rtol=rtol, atol=rtol * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("method", ["cn", "beuler", "arkimex_3", "dirk_es213sal"])
+@pytest.mark.parametrize("method", ["cn", "beuler", "arkimex_3", "dirk_es213sal", "radau5"])
 def test_the_inverse_of_each_sample_leaves_few_iterations_forward_and_transposed(method: str) -> None:
     u0 = random(40, 3)
     plain = NeuralODE(Stiff(), method=method, step_size=0.05, options=TIGHT)
