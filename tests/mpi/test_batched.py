@@ -23,7 +23,9 @@ TIGHT = {"snes_rtol": 1e-14, "snes_atol": 1e-15, "snes_stol": 1e-15}
 
 
 @pytest.mark.parametrize("samples", [5, 1], ids=["uneven", "some ranks own nothing"])
-@pytest.mark.parametrize("method", at_night(["beuler", "cn", "theta", "arkimex_3", "dirk_es324sal"], ["beuler"]))
+@pytest.mark.parametrize(
+    "method", at_night(["beuler", "cn", "theta", "arkimex_3", "dirk_es324sal", "radau5"], ["beuler", "radau5"])
+)
 def test_a_batch_has_the_values_and_gradients_of_the_dense_solve(method: str, samples: int, mesh: Mesh) -> None:
     partition = BatchPartition(mesh, samples, (3,))
     network, whole = StiffNetwork(), random(samples, 3).requires_grad_()

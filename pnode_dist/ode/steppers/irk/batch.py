@@ -66,7 +66,7 @@ def pull_back(
         return torch.cat(pieces, dim=1)
 
     factors = factored(_diagonal(problem, graphs), size, problem.mass_of_stages)
-    side = torch.einsum("j,sa->sja", tableau.ends, adjoint).reshape(samples, -1)
+    side = torch.einsum("j,sa->sja", tableau.ends, adjoint).flatten(1)
     nu, _ = refined(problem, time, size, factors, problem.mass_of_stages, side, pulled_back)
     summed = torch.einsum("i,sia->sa", tableau.row_sums, nu.view(samples, tableau.stages, problem.components))
     before = multiplied_transposed(problem.mass, summed)
@@ -79,7 +79,7 @@ def _step(problem: BatchProblem, time: float, size: float, state: torch.Tensor, 
     """Take a step. Call `keep` for each stage: function, time and state."""
     tableau, samples = problem.irk, problem.samples
     times = [time + node * size for node in tableau.nodes]
-    base = torch.einsum("i,sa->sia", tableau.row_sums, multiplied(problem.mass, state)).reshape(samples, -1)
+    base = torch.einsum("i,sa->sia", tableau.row_sums, multiplied(problem.mass, state)).flatten(1)
     equations = StageEquations(
         partial(_value, problem, times), partial(_linearised, problem, times), size, base, problem.mass_of_stages
     )
