@@ -83,7 +83,8 @@ class SolverSettings:
     options: PetscOptions | None = None
     """PETSc options of the solver, by name without the dash; None is the value of an option without one."""
     mass: Mass | None = None
-    """The constant matrix M of M du/dt = func(t, u), for theta methods. It may be singular, see `mass_matrix`."""
+    """The constant matrix M of M du/dt = func(t, u), for theta, Gauss and Radau methods. It may be singular, see
+    `mass_matrix`."""
     preconditioner: Preconditioner | str | None = None
     """The preconditioner of the linear systems of implicit methods: `none`, `block`, `assembled`, or an object of
     `pnode_dist.ode.steppers.preconditioner`."""

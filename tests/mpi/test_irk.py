@@ -13,6 +13,7 @@ from tests.oracles.collocation import COLLOCATION
 from tests.oracles.fields import convolved
 from tests.oracles.implicit import odeint_implicit
 from tests.oracles.right_hand_sides import distance, identical, random
+from tests.tiers import at_night
 
 pytestmark = pytest.mark.mpi
 
@@ -43,7 +44,7 @@ def grid(mesh: Mesh) -> GridPartition:
     return GridPartition(mesh, SHAPE, channels=1, boundary="periodic")
 
 
-@pytest.mark.parametrize("method", ["gauss4", "radau5"])
+@pytest.mark.parametrize("method", at_night(["gauss4", "radau5"], ["radau5"]))
 def test_a_preconditioned_field_is_the_dense_solve_of_the_whole(method: str, grid: GridPartition, mesh: Mesh) -> None:
     diffusion, whole = Diffusion(grid), random(*SHAPE, 1).requires_grad_()
     options = {**TIGHT, "pc_type": "bjacobi", "sub_pc_type": "lu"}

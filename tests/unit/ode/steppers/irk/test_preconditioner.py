@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from pnode_dist import ConfigurationError, GridPartition, Mesh, NeuralODE, Traje
 from pnode_dist.nn import Conv2d
 from pnode_dist.ode.steppers.preconditioner import Approximate, UserPC
 from tests.oracles.right_hand_sides import gradients, identical, random
+from tests.unit.ode.steppers.test_batched import stepper_of
 
 RATES = torch.tensor([1.0, 30.0, 900.0], dtype=torch.float64)
 TIMES = [0.0, 0.1, 0.3]
@@ -57,6 +59,29 @@ def test_exact_inverses_of_a_stage_leave_few_iterations_at_any_stiffness(method:
     _, wanted = solved(method=method, options={"ksp_rtol": 1e-12, "snes_rtol": 1e-12})
     for value, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["gauss4", "radau5"])
+def test_it_inverts_the_triangle_of_stages_and_its_transpose(method: str) -> None:
+    node, _ = solved(method=method, preconditioner="block", step_size=0.1)
+    stepper = stepper_of(node)
+    tableau, pc = stepper.tableau, stepper._preconditioner
+    size = 6 * tableau.stages
+    given, found = PETSc.Vec().createSeq(size), PETSc.Vec().createSeq(size)
+
+    def columns(apply: Callable[[Any, PETSc.Vec, PETSc.Vec], None]) -> torch.Tensor:
+        made = []
+        for unit in np.eye(size):
+            given.setArray(unit)
+            apply(None, given, found)
+            made.append(torch.tensor(found.getArray()))
+        return torch.stack(made, dim=1)
+
+    ones = torch.eye(6, dtype=torch.float64)
+    stiff = torch.kron(torch.eye(tableau.stages, dtype=torch.float64), torch.diag(RATES.repeat(2)))
+    wanted = torch.linalg.inv(torch.kron(10 * tableau.triangle, ones) + stiff)
+    torch.testing.assert_close(columns(pc.apply), wanted, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(columns(pc.applyTranspose), wanted.T, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize(
