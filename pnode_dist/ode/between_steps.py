@@ -140,7 +140,7 @@ def take_with_tape(stepper: Stepper, segment: Segment, level: str, between: Betw
     if len(segment) > 1:
         raise ConfigurationError(
             f"between_steps: at t = {segment.starts[0]:.6g} func begins to differentiate with respect to its "
-            "parameters, so several steps with the map between them have no common graph: use trajectory keep = 'stages'"
+            "parameters, so several steps with the map between them have no common graph: use keep = 'stages'"
         )
     tape.append(between.record(stepper, segment, level))
     return tape

@@ -188,7 +188,7 @@ def test_the_forcing_closes_the_coarse_equations(problem: QGProblem) -> None:
 
 def test_a_free_run_without_a_closure_is_that_of_numpy(problem: QGProblem) -> None:
     runs = problem.free_runs(2)
-    assert set(runs) == {"truth", "model", "no_closure", "smagorinsky", "backscatter"}
+    assert set(runs) == {"truth", "model", "no_closure", "smagorinsky", "backscatter", "zanna_bolton"}
     states = runs["no_closure"].q
     assert (runs["no_closure"].blown_up, len(states)) == (None, 3)
     assert not runs["no_closure"].forcing.any()

@@ -14,7 +14,7 @@ from torch import nn
 from pnode_dist import GridPartition, Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange import global_sum, irfft2
-from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky
+from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky, ZannaBolton
 from pnode_dist.problems.qg.config import EDDY, JET, QGParameters
 from pnode_dist.problems.qg.physics import QGTendency
 from tests.oracles.right_hand_sides import random
@@ -24,7 +24,11 @@ pytestmark = pytest.mark.mpi
 # Written by pyqg_reference.py beside it.
 FILE = Path(__file__).parents[1] / "oracles" / "pyqg_reference.npz"
 PARAMETERS = {"eddy": replace(EDDY, L=4e5), "jet": replace(JET, L=4e5)}
-CLOSURES: dict[str, Callable[..., nn.Module]] = {"smagorinsky": Smagorinsky, "backscatter": Backscatter}
+CLOSURES: dict[str, Callable[..., nn.Module]] = {
+    "smagorinsky": Smagorinsky,
+    "backscatter": Backscatter,
+    "zanna_bolton": ZannaBolton,
+}
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +126,10 @@ def test_a_fluid_at_rest_stays_at_rest_and_differentiable(kind: str, grid: GridP
     assert all(slope is None or bool(slope.isfinite().all()) for slope in slopes)
 
 
-def test_a_negative_constant_is_refused(grid: GridPartition) -> None:
+def test_a_constant_out_of_range_is_refused(grid: GridPartition) -> None:
     with pytest.raises(ConfigurationError, match=r"closure: constant = -0\.1: must be at least 0"):
         Smagorinsky(grid, constant=-0.1)
     with pytest.raises(ConfigurationError, match=r"closure: returned = -1\.0: must be at least 0"):
         Backscatter(grid, returned=-1.0)
+    with pytest.raises(ConfigurationError, match=r"closure: constant = inf: must be finite"):
+        ZannaBolton(grid, constant=float("inf"))

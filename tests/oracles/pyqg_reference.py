@@ -15,7 +15,7 @@ import numpy as np
 import pyqg
 import xarray as xr
 from pyqg.diagnostic_tools import calc_ispec
-from pyqg.parameterizations import BackscatterBiharmonic, Smagorinsky
+from pyqg.parameterizations import BackscatterBiharmonic, Smagorinsky, ZannaBolton2020
 from pyqg_parameterization_benchmarks.online_metrics import diagnostic_differences, diagnostic_similarities
 
 FILE = Path(__file__).with_name("pyqg_reference.npz")
@@ -94,7 +94,11 @@ def main() -> None:
     q = 1e-5 * (0.2 + np.random.default_rng(0).standard_normal((2, POINTS, POINTS)))
     found = {"q": last(q)}
     for name, changed in CONFIGURATIONS.items():
-        parameterisations = {"smagorinsky": Smagorinsky(), "backscatter": BackscatterBiharmonic()}
+        parameterisations = {
+            "smagorinsky": Smagorinsky(),
+            "backscatter": BackscatterBiharmonic(),
+            "zanna_bolton": ZannaBolton2020(),
+        }
         for kind, parameterisation in parameterisations.items():
             model = pyqg.QGModel(nx=POINTS, L=LENGTH, log_level=0, parameterization=parameterisation, **changed)
             model.q = q

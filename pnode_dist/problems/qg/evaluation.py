@@ -85,13 +85,14 @@ def evaluation_of(
 ) -> tuple[dict[str, Any], dict[str, Variable]]:
     """Return the figures of long runs, and the variables of the file. `runs` are whole, in numpy. Not collective.
 
-    A run that blew up has no scores, and none has any if the run without closure did. Raises `ConfigurationError` if
-    `runs` lack the truth or the run without closure.
+    Statistics are of the second half of each run, as in the benchmark: the first half begins at the truth. A run that
+    blew up has no scores, and none has any if the run without closure did. Raises `ConfigurationError` if `runs` lack
+    the truth or the run without closure.
     """
     for name in (TRUTH, BASELINE):
         if name not in runs:
             raise ConfigurationError(f"evaluation: runs = {', '.join(runs)}: must have {name}")
-    statistics = {name: diagnose(run.q, parameters, run.forcing) for name, run in runs.items() if run.blown_up is None}
+    statistics = {name: _late(run, parameters) for name, run in runs.items() if run.blown_up is None}
     scores: dict[str, dict[str, float]] = {}
     if BASELINE in statistics:
         truth, baseline = statistics[TRUTH], statistics[BASELINE]
@@ -119,6 +120,13 @@ def evaluation_of(
         **_densities(runs, statistics),
     }
     return {"free_runs": ends, "scores": table}, variables
+
+
+def _late(run: Run, parameters: QGParameters) -> Diagnostics:
+    """Return the statistics of the second half of a run, at least of one sample."""
+    times = run.q.shape[-4]
+    late = (..., slice(times // 2, None), *[slice(None)] * 3)
+    return diagnose(run.q[late], parameters, None if run.forcing is None else run.forcing[late], times)
 
 
 def _longest(runs: Mapping[str, Run]) -> int:

@@ -35,6 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "model": {"label": "learnt", "color": MODEL_COLOUR, "linewidth": 2.2, "zorder": 3},
     "smagorinsky": {"label": "Smagorinsky", "color": "#33a02c", "linestyle": "-."},
     "backscatter": {"label": "backscatter", "color": "#e6a11a", "linestyle": ":", "linewidth": 2.2},
+    "zanna_bolton": {"label": "Zanna-Bolton", "color": "#8e5ea2", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
 }
 """The label and the style of each run."""
 

@@ -23,7 +23,7 @@ from pnode_dist.problems.common.computed_problem import ComputedProblem
 from pnode_dist.problems.common.forecast_data import Samples, SplitData, Start, Windows, windows
 from pnode_dist.problems.common.forecast_parts import Scaling, moments
 from pnode_dist.problems.common.trainable import FORECAST
-from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky
+from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky, ZannaBolton
 from pnode_dist.problems.qg.closures import Scales, closure, scales_of
 from pnode_dist.problems.qg.data import FineRuns, partition_of
 from pnode_dist.problems.qg.evaluation import Run, evaluated
@@ -178,6 +178,7 @@ class QGProblem(ComputedProblem):
             "no_closure": None,
             "smagorinsky": Smagorinsky(self.partition, parameters, dtype=self.dtype),
             "backscatter": Backscatter(self.partition, parameters, dtype=self.dtype),
+            "zanna_bolton": ZannaBolton(self.partition, parameters, dtype=self.dtype),
         }
 
     # Training
@@ -262,12 +263,12 @@ class QGProblem(ComputedProblem):
     def free_runs(self, samples: int) -> Mapping[str, Run]:
         """Run on from the first held-out state with the learnt closure, with none, and with the published ones.
 
-        Returns so many samples after the first, as far as they are finite, and the held-out trajectories as the truth,
-        in 1/s, float64. Collective on the world.
+        Returns so many samples after the first, as far as they are finite, and those that the held-out trajectories
+        have as the truth, in 1/s, float64. Collective on the world.
         """
         held_out = slice(self.config.problem.trajectories, None)
         truth, subgrid = self.trajectories
-        found = {"truth": Run(truth[held_out], subgrid[held_out])}
+        found = {"truth": Run(truth[held_out, : samples + 1], subgrid[held_out, : samples + 1])}
         initial, interval = self.held_out.values[0, 0].to(self.dtype), self.config.problem.interval
         models = {name: self.build_model(self.tendency(added)) for name, added in self.closures().items()}
         assert isinstance(self.model, QGModel)

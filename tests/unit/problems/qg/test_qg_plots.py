@@ -68,6 +68,7 @@ def test_forecasts_are_drawn_without_long_runs(tmp_path: Path, mesh: Mesh) -> No
     assert coloured(picture) > 0.05
 
 
+@pytest.mark.slow
 def test_long_runs_their_statistics_and_scores_are_drawn(tmp_path: Path, mesh: Mesh) -> None:
     before = dict(matplotlib.rcParams)
     picture = draw(tmp_path, mesh, runs())
@@ -81,6 +82,7 @@ def test_long_runs_their_statistics_and_scores_are_drawn(tmp_path: Path, mesh: M
     assert all(part.any() for part in np.array_split(changed[: 4 * len(changed) // 5], 3))
 
 
+@pytest.mark.slow
 def test_runs_without_scores_are_drawn(tmp_path: Path, mesh: Mesh) -> None:
     given = runs()
     given["no_closure"] = Run(given["no_closure"].q[:1], None, 0.5)
