@@ -184,6 +184,7 @@ class NeuralODE(nn.Module):
 
     The keyword arguments are those of `odeint`: the fields of `settings`, a `SolverSettings`. Each is an attribute of
     the module too, and may be changed between calls: `node.method = "dopri5"` replaces `settings` by a changed copy.
+    func and `between_steps` are submodules if they are modules.
     `forward(u0, t, *args)` returns the outputs of `odeint`. `last_solve` holds the counts
     of the last call, and after its backward pass also those of that. `last_plan` is the plan of the last call, None
     without gradients or with error control. Set `fixed_plan` to one of the candidates of `plan` to use it for all
@@ -365,6 +366,15 @@ class NeuralODE(nn.Module):
         elif name == "settings":
             value = merged(value, {}, "NeuralODE")
         super().__setattr__(name, value)
+        if name == "settings":
+            self._register(value.between_steps)
+
+    def _register(self, between: Any) -> None:
+        """Make the map between steps a submodule if it is a module, so that its parameters are trained with f's."""
+        if isinstance(between, nn.Module):
+            super().__setattr__("between_steps", between)
+        elif "between_steps" in self._modules:
+            super().__delattr__("between_steps")
 
     def __dir__(self) -> list[str]:
         """Return the names of all attributes, the fields of `settings` included."""

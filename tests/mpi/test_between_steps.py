@@ -13,6 +13,7 @@ from pnode_dist import GridPartition, Mesh, NeuralODE, Trajectory, odeint
 from pnode_dist.errors import DisagreementError
 from pnode_dist.exchange import global_sum
 from pnode_dist.nn import Conv2d
+from pnode_dist.system.torch_internals import TRACES_OBJECTS
 from tests.mpi.grids import block
 from tests.oracles.between_steps import Step, in_equal_steps, mapped_solve
 from tests.oracles.events import step as explicit_step
@@ -131,3 +132,19 @@ def test_a_map_on_some_ranks_alone_is_an_error_on_all(mesh: Mesh) -> None:
     between = models.between if mesh.state_comm.rank == 0 else None
     with pytest.raises(DisagreementError, match="between_steps"):
         odeint(models, local, TIMES, step_size=STEP_SIZE, partition=partition, between_steps=between)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.skipif(not TRACES_OBJECTS, reason="this torch cannot compile exchanges")
+def test_compiled_steps_with_a_map_that_communicates_are_the_same(mesh: Mesh) -> None:
+    partition = GridPartition(mesh, SHAPE, channels=2, boundary=BOUNDARY)
+    models = Models(partition)
+    local = partition.scatter(random(*SHAPE, 2)).requires_grad_()
+
+    def solved(**compiled: Any) -> list[torch.Tensor]:
+        node = NeuralODE(models, step_size=STEP_SIZE, partition=partition, between_steps=models.between, **compiled)
+        states = node(local, TIMES)
+        return [states.detach(), *torch.autograd.grad(states.sin().sum(), [local, *models.parameters()])]
+
+    assert distance(solved(compile="eager"), solved()) <= 1e-12

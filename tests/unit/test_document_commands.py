@@ -77,9 +77,10 @@ def test_the_comparison_of_methods_runs_with_a_small_network(
 
 
 def in_full(command: str) -> str:
-    """A command of .ci/run as the documents show it: there trainings are of few epochs, and benchmarks small."""
+    """A command of .ci/run as the documents show it: there trainings and their data are short, and benchmarks small."""
     command = command.replace("python tests/in_short.py ", "pnode-dist ")
-    return re.sub(r"( --set (training\.epochs|inverse\.iterations)=\d+)$", "", command)
+    short = r"training\.epochs|inverse\.iterations|problem\.spin_up|problem\.times"
+    return re.sub(rf"( --set ({short})=[\d.]+)+$", "", command)
 
 
 def test_every_other_command_is_run_in_short_for_every_change() -> None:

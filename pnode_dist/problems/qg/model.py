@@ -10,7 +10,7 @@ from torch import nn
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.problems.common.forecast_data import Samples, Start, Windows
 from pnode_dist.problems.common.forecast_model import ForecastModel, Take
-from pnode_dist.problems.qg.physics import QGTendency
+from pnode_dist.problems.qg.physics import QGTendency, SmallScaleFilter
 
 HOUR = 3600.0
 
@@ -56,10 +56,17 @@ class ForcingBatch:
 class QGModel(ForecastModel):
     """Rollouts of windows, and for a `ForcingBatch` the forcing by the closure, `[state, *local_shape]` in 1/s^2."""
 
-    def __init__(self, solve: NeuralODE, tendency: ScaledTendency) -> None:
+    def __init__(self, solve: NeuralODE, tendency: ScaledTendency, small_scales: SmallScaleFilter) -> None:
         super().__init__(solve)
+        # The solve applies it, and does not take it to another device.
+        self.small_scales = small_scales
         # Not registered a second time: the solve holds it.
         self.closed = tendency.closed
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
+        return self.small_scales.factors.device
 
     def forward(self, batch: Windows | ForcingBatch) -> torch.Tensor:
         """Return the states at the leads 1, 2, ... of the windows, or the forcing. Collective on the state ranks."""

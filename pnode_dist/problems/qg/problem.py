@@ -15,7 +15,6 @@ from torch import nn
 
 from pnode_dist.distributed.gradients import share_of_mean
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition import protocol
 from pnode_dist.partition.grid import GridPartition
@@ -166,15 +165,12 @@ class QGProblem(ComputedProblem):
         equations = QGTendency(self.partition, self.config.problem.parameters, added, self.dtype)
         return ScaledTendency(equations, self.scale.to(self.dtype))
 
-    def build_solve(self, func: Any) -> NeuralODE:
-        """Build the configured solve of `func`, with the filter after each step."""
+    def build_model(self, func: ScaledTendency) -> QGModel:
+        """Build the rollouts of windows and the forcing of states with `func`, with the filter after each step."""
         small_scales = SmallScaleFilter(self.partition, self.config.problem.parameters, self.dtype)
         trajectory = self.config.trajectory.build(self._solves)
-        return self.neural_ode(func, self.partition, trajectory=trajectory, between_steps=small_scales)
-
-    def build_model(self, func: ScaledTendency) -> QGModel:
-        """Build the rollouts of windows and the forcing of states with `func`."""
-        return QGModel(self.build_solve(func), func)
+        solve = self.neural_ode(func, self.partition, trajectory=trajectory, between_steps=small_scales)
+        return QGModel(solve, func, small_scales)
 
     def closures(self) -> Mapping[str, Closure | None]:
         """Return the closures that the learnt one is compared with."""
@@ -282,10 +278,10 @@ class QGProblem(ComputedProblem):
             def keep(
                 _: int, state: torch.Tensor, model: QGModel = model, states: Any = states, forcing: Any = forcing
             ) -> None:
-                states.append(self.physical(state))
-                forcing.append(model.closed(state).double())
+                states.append(self.physical(state.cpu()))
+                forcing.append(model.closed(state).double().cpu())
 
-            end = free_run(model.solve, initial, interval, samples, self.partition, keep)
+            end = free_run(model.solve, initial.to(model.device), interval, samples, self.partition, keep)
             found[name] = Run(torch.stack(states), torch.stack(forcing), end.blown_up)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -474,6 +475,20 @@ def test_its_tape_is_charged_to_the_budget() -> None:
         return node.last_solve.graph_bytes
 
     assert kept(between_steps=between) - kept() >= 10 * 4 * 4000 * 8
+
+
+def test_a_map_that_is_a_module_is_a_submodule() -> None:
+    node = NeuralODE(FUNC, step_size=STEP_SIZE, between_steps=FILTER)
+    assert {id(parameter) for parameter in node.parameters()} == {id(parameter) for parameter in PARAMETERS}
+    assert "between_steps.mix" in node.state_dict()
+    other = copy.deepcopy(node)
+    assert other.between_steps is dict(other.named_children())["between_steps"]
+    assert other.between_steps is not FILTER
+    assert distance(other(U0, TIMES), node(U0, TIMES)) == 0.0
+    for between in (lambda t, u: u, None):
+        node.between_steps = between
+        assert node.between_steps is between
+        assert len(list(node.parameters())) == len(list(FUNC.parameters()))
 
 
 def test_a_func_that_differentiates_later_on_is_refused_where_graphs_were_joined() -> None:
