@@ -28,7 +28,13 @@ further values: the function of several steps returns these of all steps, stacke
 
 def looping(backend: Backend) -> Backend:
     """Return a backend of torch.compile that runs a traced step in a loop over its turns, and compiles that."""
-    return lambda step, inputs: backend(_scan(_Step(step)), inputs)
+
+    def compile_loop(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        step = _Step(graph)
+        # torch 2.13 generates code with an error for a loop of one turn.
+        return backend(_copies(step, 1) if step.count(inputs) == 1 else _scan(step), inputs)
+
+    return compile_loop
 
 
 def repeating(backend: Backend) -> Backend:
@@ -36,8 +42,7 @@ def repeating(backend: Backend) -> Backend:
 
     def compile_copies(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         step = _Step(graph)
-        number = step.placeholders.index(step.turns[0])
-        return backend(_copies(step, int(inputs[number].shape[0])), inputs)
+        return backend(_copies(step, int(step.count(inputs))), inputs)
 
     return compile_copies
 
@@ -61,6 +66,10 @@ class _Step:
     def turns(self) -> list[fx.Node]:
         """The inputs with an entry for each step that the step depends on, in order."""
         return self._of(TURNS)
+
+    def count(self, inputs: Sequence[Any]) -> Any:
+        """Return the number of steps for these inputs, an integer or a symbol of torch's."""
+        return inputs[self.placeholders.index(self.turns[0])].shape[0]
 
     @property
     def others(self) -> list[fx.Node]:

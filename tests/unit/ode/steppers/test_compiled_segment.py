@@ -108,6 +108,11 @@ def test_one_compilation_serves_every_number_of_steps() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.nightly
+def test_generated_code_takes_single_steps_between_outputs() -> None:
+    assert compared(Network(), random(2, 3), True, step_size=0.5) <= 1e-14
+
+
 def test_after_precompile_solves_compile_nothing() -> None:
     from torch._dynamo.utils import counters
 
