@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs everything, which takes hours: all tests in every case, the image and clusters included, gradients at 8 to 64 ranks
-# (of 180 MB each), the quick tests with every declared Python and torch (launch/matrix.sh), then every command that README.md and docs/ show, once, as it is shown
-# there: all trainings in their full length, and all benchmarks.
+# (of 180 MB each), the quick tests with every declared Python and torch (launch/matrix.sh), then every command that
+# README.md and docs/ show, once, as it is shown there: all trainings in their full length, and all benchmarks.
 #
 #   launch/nightly.sh [--overwrite] [--no-tests] [--list]
 #
