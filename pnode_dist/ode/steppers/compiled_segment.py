@@ -53,6 +53,7 @@ class TracedStep:
 
     `evaluations` and `vjps` are the numbers of those of f in a step and in its adjoint. `turns` makes the turns of a
     segment, and `constants` come before f's extra arguments. `maps`: the step ends with the map between steps.
+    `always_with_tape`: without a tape the same code runs, and its graph is dropped.
 
     `refusal` tells why the step cannot be compiled, given the right-hand side, a state, and the start and size of a
     step; None if nothing is known against it. It is collective if f is, and raises `RuntimeError` if f writes into its
@@ -65,6 +66,7 @@ class TracedStep:
     refusal: Callable[[BoundFunction, Parts, float, float], str | None]
     turns: Callable[[Segment], Turns] = starts_and_sizes
     maps: bool = False
+    always_with_tape: bool = False
     constants: tuple[Any, ...] = ()
 
 
@@ -156,6 +158,8 @@ class CompiledSegments:
 
     def run(self, bound: BoundFunction, state: Parts, turns: Turns) -> Parts:
         """Return the state after the steps, and the further results of all steps."""
+        if self._step.always_with_tape and not torch.is_inference_mode_enabled():
+            return self.run_with_tape(bound, state, turns)[0]
         bound.evaluations += self._step.evaluations * len(turns[0])
         with torch.no_grad():
             return self._steps(bound, state, turns)
