@@ -15,9 +15,9 @@ from torch import nn
 from pnode_dist import Mesh, odeint
 from pnode_dist.distributed.gradients import parallel
 from pnode_dist.errors import ConfigurationError
+from pnode_dist.partition.grid import GridPartition
 from pnode_dist.problems.common.forecast_data import windows
 from pnode_dist.problems.qg.closures import closure
-from pnode_dist.problems.qg.data import partition_of
 from pnode_dist.problems.qg.physics import QGTendency
 from pnode_dist.problems.qg.problem import QGProblem
 from pnode_dist.verify.gradcheck import gradcheck
@@ -69,7 +69,7 @@ def deviations(values: torch.Tensor) -> torch.Tensor:
 
 def same_closure(problem: QGProblem) -> nn.Module:
     """The closure with the parameters of the problem's, for the whole grid."""
-    one_rank = partition_of(Mesh(1, problem.mesh.size), COARSE)
+    one_rank = GridPartition(MPI.COMM_SELF, COARSE, 2, ("periodic", "periodic"), 1)
     model = problem.config.model
     found = closure(
         "cnn",

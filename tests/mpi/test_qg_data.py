@@ -57,7 +57,7 @@ def test_samples_are_the_filtered_states_and_forcings_of_numpy(directory: Path, 
     found = runs(directory, mesh)
     q, forcing = found.trajectories()
     assert q.shape == forcing.shape == (2, 3, *found.coarse.local_shape)
-    whole = initial_state(partition_of(Mesh(1, mesh.size), FINE), 1e-5, 0, 1)
+    whole = initial_state(GridPartition(MPI.COMM_SELF, FINE, 2, ("periodic", "periodic"), 1), 1e-5, 0, 1)
     state = np.moveaxis(whole.numpy(), -1, 0)
     for steps in range(5 + 2 * 3 + 1):
         if steps >= 5 and (steps - 5) % 3 == 0:

@@ -76,7 +76,7 @@ def each_lead(
     def timed(lead: int, starts: Sequence[int], states: torch.Tensor) -> None:
         nonlocal spent
         given = time.perf_counter()
-        take(Row(lead, starts, states.detach().double()))
+        take(Row(lead, starts, states.detach().cpu().double()))
         spent += time.perf_counter() - given
 
     with torch.no_grad():
