@@ -32,7 +32,7 @@ def gradient(function: Any, u0: torch.Tensor, parameters: list[Any], **keywords:
 
 
 @pytest.mark.parametrize("backend", at_night(["aot_eager", "inductor"], ["aot_eager"]))
-@pytest.mark.parametrize("method", at_night(["beuler", "cn", "dirk_es213sal", "radau3", "arkimex_3"], ["arkimex_3"]))
+@pytest.mark.parametrize("method", at_night(["beuler", "cn", "dirk_es213sal", "radau3", "arkimex_3"], ["beuler"]))
 def test_compiled_steps_have_the_gradients_of_eager_ones(method: str, backend: str) -> None:
     network, u0 = StiffNetwork(), random(4, 3)
     split = SplitFunction(implicit=network.stiff, explicit=network.other)
