@@ -42,11 +42,6 @@ Step = Callable[[Parts, Turns, tuple[Any, ...]], Parts]
 """A step that torch can trace, see `step_loop`, as a function of the state, its turns and f's extra arguments."""
 
 
-def starts_and_sizes(segment: Segment) -> Turns:
-    """Return the turns of steps that need nothing but their times."""
-    return segment.tensors()
-
-
 @dataclass(frozen=True)
 class TracedStep:
     """A step to compile, of which a segment has several.
@@ -64,7 +59,7 @@ class TracedStep:
     evaluations: int
     vjps: int
     refusal: Callable[[BoundFunction, Parts, float, float], str | None]
-    turns: Callable[[Segment], Turns] = starts_and_sizes
+    turns: Callable[[Segment], Turns] = Segment.tensors
     maps: bool = False
     always_with_tape: bool = False
     constants: tuple[Any, ...] = ()

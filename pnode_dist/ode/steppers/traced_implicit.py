@@ -42,7 +42,7 @@ ROUNDING = 1e3
 
 @dataclass(frozen=True)
 class ImplicitStep:
-    """What a step is traced of: the parts of the right-hand side, the method, and the samples of a state.
+    """The parts of the right-hand side, the method and the samples of a state, of which a step is traced.
 
     `explicit` is None if all of the right-hand side is implicit.
     """

@@ -1,4 +1,4 @@
-"""What pictures compute from a file lead by lead, compared with the same of the whole variables."""
+"""Figures that pictures compute from a file lead by lead are those of the whole variables."""
 
 from __future__ import annotations
 
