@@ -6,6 +6,8 @@ machine learning ocean subgrid parameterizations in an idealized model, J. Adv. 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -77,6 +79,18 @@ class Coarsening(nn.Module):
         spectral = torch.fft.fft(redistribute(lines, self._rows, self._columns), dim=-3)
         low = torch.cat([spectral.narrow(-3, 0, half), spectral.narrow(-3, spectral.shape[-3] - half, half)], dim=-3)
         return irfft2(self.factors * low, self.spectrum)
+
+
+def refined(coarsening: Coarsening, field: torch.Tensor) -> torch.Tensor:
+    """Return the field on the fine grid that has the waves of a coarse one, damped as by the filter. Collective.
+
+    It is the transpose of `coarsening`, times the ratio of the numbers of points. No gradient.
+    """
+    fine, coarse = coarsening.fine, coarsening.coarse
+    with torch.enable_grad():
+        zero = torch.zeros(fine.local_shape, dtype=field.dtype, requires_grad=True)
+        (transposed,) = torch.autograd.grad(coarsening(zero), zero, field)
+    return transposed * (math.prod(fine.shape) / math.prod(coarse.shape))
 
 
 def subgrid_forcing(

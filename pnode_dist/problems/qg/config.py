@@ -5,6 +5,7 @@ Nothing here imports torch or PETSc, so that a configuration is validated at onc
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
@@ -102,7 +103,10 @@ class QGConfig(ComputedTable):
     interval: Positive
     """Time between samples, in hours, a whole number of `fine_step`."""
     spin_up: NotNegative
-    """The time before the first sample, in hours, a whole number of `fine_step`."""
+    """The time on the fine grid before the first sample, in hours, a whole number of `fine_step`."""
+    coarse_spin_up: NotNegative = 0.0
+    """Time on the coarse grid before `spin_up`, in hours, in steps that are longer as its cells are. Turbulence that has
+    grown there fills the fine grid in a shorter `spin_up`."""
     amplitude: Positive = 1e-6
     """Size of the initial noise in the upper layer's potential vorticity, in 1/s. pyqg's is 1e-6."""
     L: Positive | None = None
@@ -175,9 +179,26 @@ class QGConfig(ComputedTable):
         return round(self.spin_up / self.fine_step), round(self.interval / self.fine_step)
 
     @property
+    def coarse_steps(self) -> tuple[int, float]:
+        """Steps of `coarse_spin_up`, and their size in s: at most that of the fine grid times the ratio of the cells."""
+        longest = self.fine_step * self.fine[1] / self.shape[1]
+        count = math.ceil(self.coarse_spin_up / longest * (1 - _NEAR))
+        return count, self.coarse_spin_up / max(count, 1) * _HOUR
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """All that the samples of a trajectory depend on, but its number and the number of samples."""
-        names = ("shape", "fine", "operator", "interval", "fine_step", "spin_up", "amplitude", "seed")
+        names = (
+            "shape",
+            "fine",
+            "operator",
+            "interval",
+            "fine_step",
+            "spin_up",
+            "coarse_spin_up",
+            "amplitude",
+            "seed",
+        )
         return {**{name: getattr(self, name) for name in names}, **asdict(self.parameters)}
 
     def window_of(self, epoch: int) -> int:

@@ -27,7 +27,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.odeint import odeint
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.partition.protocol import Partition
-from pnode_dist.problems.qg.coarsening import Coarsening, subgrid_forcing
+from pnode_dist.problems.qg.coarsening import Coarsening, refined, subgrid_forcing
 from pnode_dist.problems.qg.config import QGConfig
 from pnode_dist.problems.qg.physics import LAYERS, QGTendency, SmallScaleFilter, initial_state
 from pnode_dist.report.dataset_file import Variable, write_dataset
@@ -117,8 +117,20 @@ class FineRuns:
         """Return a trajectory as far as its file has it, or at its start."""
         path = self.path(number)
         if not self.mesh.broadcast_object(path.exists()):
-            return Trajectory(initial_state(self.fine, self.config.amplitude, self.config.seed, number))
+            return Trajectory(self._initial(number))
         return agreed(self.mesh, lambda: self._read(path))
+
+    @torch.no_grad()
+    def _initial(self, number: int) -> torch.Tensor:
+        """Return noise on the fine grid, or what has grown from noise on the coarse one, on the fine grid."""
+        count, size = self.config.coarse_steps
+        grid = self.coarse if count else self.fine
+        noise = initial_state(grid, self.config.amplitude, self.config.seed, number)
+        if not count:
+            return noise
+        small_scales = SmallScaleFilter(self.coarse, self.config.parameters)
+        grown = _solved(self.coarse_equations, small_scales, noise, count, size)
+        return refined(self.coarsening, grown)
 
     def _complete(self, one: Trajectory, number: int, advance: Advance) -> None:
         """Compute and write the samples that are missing."""
@@ -135,27 +147,12 @@ class FineRuns:
                 self._write(one, number)
                 saved = time.monotonic()
             steps = (spin_up - one.steps) % every or every
-            one.state = self._after(one.state, steps)
+            one.state = _solved(self.equations, self.small_scales, one.state, steps, self.config.step_seconds)
             one.steps += steps
             self._check_finite(one)
             advance(steps)
         if one.steps > began or not self.mesh.broadcast_object(self.path(number).exists()):
             self._write(one, number)
-
-    @torch.no_grad()
-    def _after(self, q: torch.Tensor, steps: int) -> torch.Tensor:
-        """Return q after so many classical Runge-Kutta steps, each followed by the filter."""
-        size = self.config.step_seconds
-        return odeint(
-            self.equations,
-            q,
-            [0.0, steps * size],
-            method="rk4",
-            step_size=size,
-            partition=self.fine,
-            between_steps=self.small_scales,
-            last_only=True,
-        )
 
     @torch.no_grad()
     def _sample(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,6 +213,23 @@ def partition_of(mesh: Mesh, shape: tuple[int, int], width: int = 1) -> GridPart
     Raises `ConfigurationError` on all ranks for fewer than `width` rows on some rank.
     """
     return GridPartition(mesh, shape, len(LAYERS), ("periodic", "periodic"), width, (mesh.state_ranks, 1))
+
+
+@torch.no_grad()
+def _solved(
+    equations: QGTendency, small_scales: SmallScaleFilter, q: torch.Tensor, steps: int, size: float
+) -> torch.Tensor:
+    """Return q after so many classical Runge-Kutta steps of `size` seconds, each followed by the filter. Collective."""
+    return odeint(
+        equations,
+        q,
+        [0.0, steps * size],
+        method="rk4",
+        step_size=size,
+        partition=equations.partition,
+        between_steps=small_scales,
+        last_only=True,
+    )
 
 
 def _part(stored: h5py.Dataset, partition: Partition) -> torch.Tensor:
