@@ -241,6 +241,9 @@ class TrainingConfig(Table):
 
     epochs: Count
     """Passes over the training data."""
+    start_from: Annotated[StrictStr, Field(min_length=1)] | None = None
+    """The run directory whose trained parameters training starts from, for fine-tuning. Default: parameters drawn from
+    `[run] seed`."""
     optimiser: Annotated[StrictStr, AfterValidator(_choice_or_path("adamw", "sgd")), _examples("adamw", "sgd")] = (
         "adamw"
     )

@@ -19,6 +19,7 @@ from mpi4py import MPI
 from torch import nn
 
 from pnode_dist.config.tables import Config
+from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.distributed.sharding import gather_state_dict, shards_of
 from pnode_dist.errors import ConfigurationError
@@ -228,6 +229,19 @@ def save_parameters(model: nn.Module, path: Path, mesh: Mesh) -> None:
     if mesh.is_root and whole is not None:
         parameters = {name: value.detach().cpu().clone() for name, value in whole.items()}
         write_atomically(path, lambda file: torch.save(parameters, file))
+
+
+def take_trained(key: str, trained: str | None, model: nn.Module, mesh: Mesh) -> None:
+    """Load the parameters of the run that a `key` of the configuration names, if any. Collective on the world.
+
+    Raises `ConfigurationError` on all ranks if they cannot be read or do not match the model.
+    """
+    if trained is None:
+        return
+    try:
+        agreed(mesh, lambda: load_parameters(model, Path(trained) / MODEL))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{key} = {trained!r}: {error}") from None
 
 
 def load_parameters(model: nn.Module, path: Path) -> None:

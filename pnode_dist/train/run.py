@@ -65,9 +65,11 @@ def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome
             resume.choose_start, request.resume, config, request.overwrite, found.sha256, request.accept_changed_problem
         )
         # Reject an invalid start before reading the data.
-        run_directory.on_root(mesh, choose)
+        is_new = run_directory.on_root(mesh, choose).snapshot is None
         device = device_of(config.training.device, mesh)
         problem = build_problem(config, mesh, found=found)
+        if is_new:
+            run_directory.take_trained("[training] start_from", config.training.start_from, problem.model, mesh)
         place(problem.model, device)
         with user_code("in the loss of the first batch", found.file, _fallback(found)):
             loop.check_first_batch(problem, config.training)

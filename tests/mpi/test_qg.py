@@ -81,13 +81,13 @@ def same_closure(problem: QGProblem) -> nn.Module:
         dtype=torch.float64,
         seed=7,
     )
-    learnt = problem.model.solve.func.equations.closure
+    learnt = problem.model.solve.func.closure
     found.load_state_dict(learnt.state_dict())
     return found
 
 
 def assert_gradients(problem: QGProblem, expected: nn.Module) -> None:
-    learnt = problem.model.solve.func.equations.closure
+    learnt = problem.model.solve.func.closure
     for value, wanted in zip(learnt.parameters(), expected.parameters(), strict=True):
         assert wanted.grad is not None
         scale = wanted.grad.abs().max().item()
@@ -104,9 +104,11 @@ def test_scales_are_those_of_the_whole_grid(problem: QGProblem, whole: tuple[tor
     torch.testing.assert_close(found, deviations(forcing), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("applied", ["stages", "steps"])
 def test_the_online_loss_and_its_gradient_are_those_of_plain_torch(
-    problem: QGProblem, mesh: Mesh, whole: tuple[torch.Tensor, torch.Tensor]
+    mesh: Mesh, place: Path, whole: tuple[torch.Tensor, torch.Tensor], applied: str
 ) -> None:
+    problem = QGProblem(config(place, model={"applied": applied}), mesh, torch.float64)
     model = parallel(problem.model, mesh)
     share = problem.loss(model, windows(problem.samples, STARTS, WINDOW, torch.float64))
     problem.model.zero_grad()
@@ -119,7 +121,7 @@ def test_the_online_loss_and_its_gradient_are_those_of_plain_torch(
     )
     change = deviations(resolved(scaled.diff(dim=1)))
     expected = same_closure(problem)
-    error = resolved(rollout(initial, scale, WINDOW, expected) - targets) / change
+    error = resolved(rollout(initial, scale, WINDOW, expected, applied) - targets) / change
     loss = error.square().mean()
     loss.backward()  # type: ignore[no-untyped-call]
     assert mesh.sum(share).item() == pytest.approx(loss.item(), rel=1e-9)
@@ -187,7 +189,7 @@ def test_the_forcing_closes_the_coarse_equations(problem: QGProblem) -> None:
 
 
 def test_a_free_run_without_a_closure_is_that_of_numpy(problem: QGProblem) -> None:
-    runs = problem.free_runs(2)
+    runs = problem.free_runs(2, INTERVAL)
     assert set(runs) == {"truth", "model", "no_closure", "smagorinsky", "backscatter", "zanna_bolton"}
     states = runs["no_closure"].q
     assert (runs["no_closure"].blown_up, len(states)) == (None, 3)
@@ -202,9 +204,29 @@ def test_a_free_run_without_a_closure_is_that_of_numpy(problem: QGProblem) -> No
     assert not torch.allclose(runs["smagorinsky"].q[2], states[2], rtol=1e-3, atol=0)
 
 
+def test_long_runs_have_samples_at_their_interval_and_all_of_the_truth(
+    problem: QGProblem, whole: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    dense, sparse = problem.free_runs(4, INTERVAL), problem.free_runs(5, 2 * INTERVAL)
+    torch.testing.assert_close(sparse["no_closure"].q[:3], dense["no_closure"].q[::2], rtol=1e-12, atol=0)
+    assert len(sparse["no_closure"].q) == 6
+    rows = slice(*problem.partition.owned[0])
+    assert torch.equal(dense["truth"].q, whole[0][TRAINING:, :, rows])
+    assert torch.equal(sparse["truth"].forcing, whole[1][TRAINING:, ::2, rows])
+
+
+@pytest.mark.parametrize(
+    "solver", [{"step_size": 3.0}, {"step_size": STEP, "rtol": 1e-3}, {"step_size": STEP, "jumps": (1.0,)}, {}]
+)
+def test_a_closure_between_steps_needs_steps_of_one_size(solver: dict[str, Any], mesh: Mesh, place: Path) -> None:
+    given = {"step_size": None, **solver}
+    with pytest.raises(ConfigurationError, match=r'^\[model\] applied = "steps": needs steps of one size: \[solver\]'):
+        QGProblem(config(place, model={"applied": "steps"}, solver=given), mesh, torch.float64)
+
+
 def test_a_free_run_that_blows_up_is_reported_with_its_day(problem: QGProblem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem, "closures", lambda: {"growing": lambda q, u, v: 0.1 * q})
-    run = problem.free_runs(20)["growing"]
+    run = problem.free_runs(20, INTERVAL)["growing"]
     assert run.blown_up is not None
     assert run.blown_up == pytest.approx(len(run.q) * INTERVAL / 24)
     assert len(run.q) < 21

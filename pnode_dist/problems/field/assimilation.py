@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.inverse import Control, Gaussian, GridCovariance, Inverse, Observation
@@ -22,7 +21,6 @@ from pnode_dist.problems.common.uncertainty import deviations_of
 from pnode_dist.problems.field.data import Field
 from pnode_dist.problems.field.forecast_file import write_states
 from pnode_dist.problems.field.model import FieldModel, SeasonalCycle, windows
-from pnode_dist.runs.directory import MODEL, load_parameters
 from pnode_dist.train.problem import Inversion
 from pnode_dist.verify.gradcheck import state_direction
 
@@ -146,20 +144,6 @@ def inverse_of(config: FieldRun, field: Field, model: FieldModel, known: Known) 
         places = torch.nonzero(flat.isfinite()).flatten()
         observations.append(Observation(time, Entries(places), flat[places], variance[places]))
     return Inverse(node, [control], observations)
-
-
-def take_trained(config: FieldRun, model: FieldModel, mesh: Mesh) -> None:
-    """Load the parameters of the run `[inverse] trained` into the model, if the key is given. Collective on the world.
-
-    Raises `ConfigurationError` on all ranks if they cannot be read or do not match the model.
-    """
-    trained = config.inverse.trained
-    if trained is None:
-        return
-    try:
-        agreed(mesh, lambda: load_parameters(model, Path(trained) / MODEL))
-    except ConfigurationError as error:
-        raise ConfigurationError(f"[inverse] trained = {trained!r}: {error}") from None
 
 
 def evaluated(config: FieldRun, field: Field, mesh: Mesh, known: Known, found: Inversion, path: Path) -> dict[str, Any]:

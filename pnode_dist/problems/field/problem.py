@@ -28,12 +28,12 @@ from pnode_dist.problems.common.forecast_file import TRUTH
 from pnode_dist.problems.common.forecast_stream import Forecast, Row, each_lead
 from pnode_dist.problems.common.served_forecast import ForecastSource, served_forecasts, some
 from pnode_dist.problems.common.solver import check_budget, neural_ode
-from pnode_dist.problems.field.assimilation import Known, evaluated, inverse_of, known_window, take_trained
+from pnode_dist.problems.field.assimilation import Known, evaluated, inverse_of, known_window
 from pnode_dist.problems.field.data import Field, Source, open_source, read_field
 from pnode_dist.problems.field.forecast_file import ForecastFile
 from pnode_dist.problems.field.model import FieldModel, Tendency, Windows, number_of_harmonics, windows
 from pnode_dist.report.picture import draw
-from pnode_dist.runs.directory import ANALYSIS, METRICS
+from pnode_dist.runs.directory import ANALYSIS, METRICS, take_trained
 from pnode_dist.train.problem import Inversion
 from pnode_dist.train.served_model import ServedModel
 from pnode_dist.verify.gradcheck import GradcheckCase
@@ -214,7 +214,7 @@ class FieldProblem:
     def inverse(self) -> Inverse:
         """Return the inverse problem of the initial state of a window, in float64. Collective on the world."""
         known = self.known
-        take_trained(self.config, self.model, self.mesh)
+        take_trained("[inverse] trained", self.config.inverse.trained, self.model, self.mesh)
         return inverse_of(self.config, self.field, self.model, known)
 
     def evaluate_inverse(self, found: Inversion, run_directory: Path) -> dict[str, Any]:

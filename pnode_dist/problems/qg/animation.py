@@ -23,16 +23,17 @@ _LARGEST_FILE = 2_000_000
 def draw_animation(path: Path, forecast: Path) -> None:
     """Write the upper layer's potential vorticity of truth, model and run without closure as a GIF of at most 2 MB.
 
-    `forecast` is the file with the long runs. The film ends with the samples of the truth. A run that blew up keeps its
-    last finite state. Frames are left out evenly where there are many, or where the file would be larger. Call on one
-    rank.
+    `forecast` is the file with the long runs. The film ends with the truth, or with the longest of the others. A run
+    that blew up keeps its last finite state. Frames are left out evenly where there are many, or where the file would
+    be larger. Call on one rank.
     """
     with h5py.File(forecast, "r") as file:
         names = [name for name in _SHOWN if name in names_of(file)]
         places = [names_of(file).index(name) for name in names]
         states = [_held(file["free_run_q"][place, ..., 0]) for place in places]
         days = file["sample_time"][:]
-        samples = int(np.isfinite(file["free_run_q"][places[0], :, 0, 0, 0]).sum())
+        lengths = [int(np.isfinite(file["free_run_q"][place, :, 0, 0, 0]).sum()) for place in places]
+    samples = min(lengths[0], max(lengths[1:], default=lengths[0]))
     count = min(_FRAMES, samples)
     while True:
         chosen = np.unique(np.linspace(0, samples - 1, count).round().astype(int))

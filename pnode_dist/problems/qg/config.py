@@ -71,6 +71,11 @@ _HOUR = 3600.0
 _NEAR = 1e-9
 
 
+def is_multiple(value: float, unit: float) -> bool:
+    """Return True for a whole number of units, up to rounding."""
+    return abs(value / unit - round(value / unit)) <= _NEAR * max(1.0, value / unit)
+
+
 class QGConfig(ComputedTable):
     """The table `[problem]` with `type = "qg"`: quasi-geostrophic turbulence, computed on a fine grid.
 
@@ -105,7 +110,7 @@ class QGConfig(ComputedTable):
     spin_up: NotNegative
     """The time on the fine grid before the first sample, in hours, a whole number of `fine_step`."""
     coarse_spin_up: NotNegative = 0.0
-    """Time on the coarse grid before `spin_up`, in hours, in steps that are longer as its cells are. Turbulence that has
+    """Time on the coarse grid before `spin_up`, in hours. Its steps are longer, as its cells are. Turbulence that has
     grown there fills the fine grid in a shorter `spin_up`."""
     amplitude: Positive = 1e-6
     """Size of the initial noise in the upper layer's potential vorticity, in 1/s. pyqg's is 1e-6."""
@@ -157,7 +162,7 @@ class QGConfig(ComputedTable):
     @classmethod
     def _whole_steps(cls, value: float, others: ValidationInfo) -> float:
         step = others.data.get("fine_step")
-        if step is not None and abs(value / step - round(value / step)) > _NEAR * max(1.0, value / step):
+        if step is not None and not is_multiple(value, step):
             raise ValueError(f"must be a whole number of fine_step = {step:g}")
         return value
 
@@ -180,7 +185,7 @@ class QGConfig(ComputedTable):
 
     @property
     def coarse_steps(self) -> tuple[int, float]:
-        """Steps of `coarse_spin_up`, and their size in s: at most that of the fine grid times the ratio of the cells."""
+        """Steps of `coarse_spin_up`, and their size in s: at most that of the fine grid times the ratio of cells."""
         longest = self.fine_step * self.fine[1] / self.shape[1]
         count = math.ceil(self.coarse_spin_up / longest * (1 - _NEAR))
         return count, self.coarse_spin_up / max(count, 1) * _HOUR
@@ -222,6 +227,11 @@ class QGModelConfig(ModelTable):
     """The number of convolutions of `cnn`, including the first and the last. Default: 4."""
     kernel: Count | None = None
     """Points along each axis of the kernels of `cnn`, odd. Default: 3."""
+    applied: Literal["stages", "steps"] = "stages"
+    """`stages` adds the forcing to the right-hand side, in each stage of the method. `steps` adds it times the step
+    after each step, as a splitting of first order: an evaluation for each step in place of one for each stage. It needs
+    steps of one size, `[solver] step_size`, that divides `interval`. The published closures are applied the same
+    way."""
     momentum: bool = True
     """The forcing is the divergence of learnt fluxes, so that its mean over the domain is zero."""
 
@@ -240,7 +250,9 @@ class QGEvaluationConfig(EvaluationConfig):
 
     free_run: NotNegative = 0.0
     """Length of the runs that go on from the first held-out state with each closure, in hours, rounded down to whole
-    intervals. 0: none."""
+    intervals. 0: none. They may be longer than the held-out trajectories."""
+    free_run_interval: Positive | None = None
+    """Time between the samples of these runs, in hours, a whole number of `[problem] interval`, the default."""
 
 
 class QGRun(ForecastRun):
@@ -249,3 +261,13 @@ class QGRun(ForecastRun):
     problem: QGConfig
     model: QGModelConfig = QGModelConfig()
     evaluation: QGEvaluationConfig = QGEvaluationConfig()
+
+    @field_validator("evaluation")
+    @classmethod
+    def _whole_intervals(cls, value: QGEvaluationConfig, others: ValidationInfo) -> QGEvaluationConfig:
+        problem, given = others.data.get("problem"), value.free_run_interval
+        if problem is not None and given is not None and not is_multiple(given, problem.interval):
+            raise ValueError(
+                f"free_run_interval = {given:g} must be a whole number of [problem] interval = {problem.interval:g}"
+            )
+        return value

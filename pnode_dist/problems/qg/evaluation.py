@@ -85,14 +85,18 @@ def evaluation_of(
 ) -> tuple[dict[str, Any], dict[str, Variable]]:
     """Return the figures of long runs, and the variables of the file. `runs` are whole, in numpy. Not collective.
 
-    Statistics are of the second half of each run, as in the benchmark: the first half begins at the truth. A run that
-    blew up has no scores, and none has any if the run without closure did. Raises `ConfigurationError` if `runs` lack
-    the truth or the run without closure.
+    Statistics are of the second half of each run, as in the benchmark, because a run begins at the truth, and of all of
+    the truth. A run that blew up has no scores, and none has any if the run without closure did. Raises
+    `ConfigurationError` if `runs` lack the truth or the run without closure.
     """
     for name in (TRUTH, BASELINE):
         if name not in runs:
             raise ConfigurationError(f"evaluation: runs = {', '.join(runs)}: must have {name}")
-    statistics = {name: _late(run, parameters) for name, run in runs.items() if run.blown_up is None}
+    statistics = {
+        name: _statistics(run, parameters, after=0.0 if name == TRUTH else 0.5)
+        for name, run in runs.items()
+        if run.blown_up is None
+    }
     scores: dict[str, dict[str, float]] = {}
     if BASELINE in statistics:
         truth, baseline = statistics[TRUTH], statistics[BASELINE]
@@ -122,10 +126,10 @@ def evaluation_of(
     return {"free_runs": ends, "scores": table}, variables
 
 
-def _late(run: Run, parameters: QGParameters) -> Diagnostics:
-    """Return the statistics of the second half of a run, at least of one sample."""
+def _statistics(run: Run, parameters: QGParameters, after: float) -> Diagnostics:
+    """Return the statistics of a run after a part of its length, at least of one sample."""
     times = run.q.shape[-4]
-    late = (..., slice(times // 2, None), *[slice(None)] * 3)
+    late = (..., slice(int(after * times), None), *[slice(None)] * 3)
     return diagnose(run.q[late], parameters, None if run.forcing is None else run.forcing[late], times)
 
 

@@ -26,10 +26,11 @@ from pnode_dist.problems.common.forecast_stream import Forecast
 from pnode_dist.problems.common.trainable import FORECAST
 from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky, ZannaBolton
 from pnode_dist.problems.qg.closures import Scales, closure, scales_of
+from pnode_dist.problems.qg.config import is_multiple
 from pnode_dist.problems.qg.data import FineRuns, partition_of
 from pnode_dist.problems.qg.evaluation import Run, evaluated
 from pnode_dist.problems.qg.free_runs import HOURS, free_run
-from pnode_dist.problems.qg.model import ForcingBatch, QGModel, ScaledTendency
+from pnode_dist.problems.qg.model import ForcingBatch, QGModel, ScaledTendency, StepClosure
 from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, ResolvedWaves, SmallScaleFilter
 from pnode_dist.report.picture import draw
 from pnode_dist.runs.directory import FREE_RUNS
@@ -162,15 +163,34 @@ class QGProblem(ComputedProblem):
 
     def tendency(self, added: Closure | None) -> ScaledTendency:
         """Build the coarse equations with a closure, or with none, in the units of the solve. Not collective."""
-        equations = QGTendency(self.partition, self.config.problem.parameters, added, self.dtype)
-        return ScaledTendency(equations, self.scale.to(self.dtype))
+        inside, between = (None, added) if self._step_hours else (added, None)
+        equations = QGTendency(self.partition, self.config.problem.parameters, inside, self.dtype)
+        return ScaledTendency(equations, self.scale.to(self.dtype), between)
 
     def build_model(self, func: ScaledTendency) -> QGModel:
         """Build the rollouts of windows and the forcing of states with `func`, with the filter after each step."""
         small_scales = SmallScaleFilter(self.partition, self.config.problem.parameters, self.dtype)
-        trajectory = self.config.trajectory.build(self._solves)
-        solve = self.neural_ode(func, self.partition, trajectory=trajectory, between_steps=small_scales)
+        trajectory, hours = self.config.trajectory.build(self._solves), self._step_hours
+        mapped = small_scales if hours is None or func.closure is None else StepClosure(func, small_scales, hours)
+        solve = self.neural_ode(func, self.partition, trajectory=trajectory, between_steps=mapped)
         return QGModel(solve, func, small_scales)
+
+    @property
+    def _step_hours(self) -> float | None:
+        """The step of closures that are applied between steps; None: they are a part of the right-hand side.
+
+        Raises `ConfigurationError` for steps that have not all the same size.
+        """
+        if self.config.model.applied == "stages":
+            return None
+        solver, interval = self.config.solver, self.config.problem.interval
+        size = solver.step_size
+        if size is None or solver.rtol or solver.atol or solver.jumps or not is_multiple(interval, size):
+            raise ConfigurationError(
+                f'[model] applied = "steps": needs steps of one size: [solver] step_size must divide [problem] '
+                f"interval = {interval:g}, without rtol, atol and jumps"
+            )
+        return size
 
     def closures(self) -> Mapping[str, Closure | None]:
         """Return the closures that the learnt one is compared with."""
@@ -239,16 +259,16 @@ class QGProblem(ComputedProblem):
 
         Writes `forecast.h5` and `report.png`, and of long runs the film `free_runs.gif`.
         """
-        samples = int(self.config.evaluation.free_run / self.config.problem.interval)
+        problem, evaluation = self.config.problem, self.config.evaluation
+        interval = evaluation.free_run_interval or problem.interval
+        samples = int(evaluation.free_run / interval)
         batch = self.held_out_windows(torch.float64)
         forecasts: dict[str, Forecast] = {"model": model, **self.baselines(batch)}
         figures = self.figures(batch)
         if not samples:
             return self.report(forecasts, batch, run_directory, figures)
-        days = self.config.problem.interval / HOURS
-        found, variables = evaluated(
-            self.free_runs(samples), self.config.problem.parameters, days, self.partition, self.mesh
-        )
+        runs = self.free_runs(samples, interval)
+        found, variables = evaluated(runs, problem.parameters, interval / HOURS, self.partition, self.mesh)
         result = self.report(forecasts, batch, run_directory, {**figures, **found}, variables)
 
         def film(path: Path) -> None:
@@ -259,16 +279,17 @@ class QGProblem(ComputedProblem):
 
         return {**result, "film": draw(run_directory / FREE_RUNS, film, self.mesh)}
 
-    def free_runs(self, samples: int) -> Mapping[str, Run]:
+    def free_runs(self, samples: int, interval: float) -> Mapping[str, Run]:
         """Run on from the first held-out state with the learnt closure, with none, and with the published ones.
 
-        Returns so many samples after the first, as far as they are finite, and those that the held-out trajectories
-        have as the truth, in 1/s, float64. Collective on the world.
+        Returns so many samples after the first, `interval` hours apart, as far as they are finite, and all samples at
+        that distance of the held-out trajectories as the truth, in 1/s, float64. Collective on the world.
         """
-        held_out = slice(self.config.problem.trajectories, None)
+        problem = self.config.problem
+        held_out = slice(problem.trajectories, None), slice(None, None, round(interval / problem.interval))
         truth, subgrid = self.trajectories
-        found = {"truth": Run(truth[held_out, : samples + 1], subgrid[held_out, : samples + 1])}
-        initial, interval = self.held_out.values[0, 0].to(self.dtype), self.config.problem.interval
+        found = {"truth": Run(truth[held_out], subgrid[held_out])}
+        initial = self.held_out.values[0, 0].to(self.dtype)
         models = {name: self.build_model(self.tendency(added)) for name, added in self.closures().items()}
         assert isinstance(self.model, QGModel)
         for name, model in {"model": self.model, **models}.items():

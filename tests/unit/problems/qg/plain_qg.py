@@ -119,15 +119,24 @@ def _weighted(q: torch.Tensor, weight: Callable[[torch.Tensor], torch.Tensor]) -
     return _restored(_transformed(q) * weight(beyond)[..., None], shape)
 
 
-def rollout(initial: torch.Tensor, scale: torch.Tensor, leads: int, closure: Closure | None = None) -> torch.Tensor:
-    """States `[lead, window, y, x, 2]` in units of `scale`, by Runge-Kutta steps with the filter after each."""
+def rollout(
+    initial: torch.Tensor, scale: torch.Tensor, leads: int, closure: Closure | None = None, applied: str = "stages"
+) -> torch.Tensor:
+    """States `[lead, window, y, x, 2]` in units of `scale`, by Runge-Kutta steps with the filter after each.
+
+    The closure is a part of the tendency, or with `applied="steps"` an Euler step of its own before the filter.
+    """
     q, found, size = initial * scale, [], STEP * 3600
+    inside = closure if applied == "stages" else None
     for _ in range(leads):
         for _ in range(round(INTERVAL / STEP)):
-            first = tendency(q, closure)
-            second = tendency(q + size / 2 * first, closure)
-            third = tendency(q + size / 2 * second, closure)
-            fourth = tendency(q + size * third, closure)
-            q = damped(q + size / 6 * (first + 2 * second + 2 * third + fourth))
+            first = tendency(q, inside)
+            second = tendency(q + size / 2 * first, inside)
+            third = tendency(q + size / 2 * second, inside)
+            fourth = tendency(q + size * third, inside)
+            q = q + size / 6 * (first + 2 * second + 2 * third + fourth)
+            if applied == "steps" and closure is not None:
+                q = q + size * closure(q, *velocities(q))
+            q = damped(q)
         found.append(q / scale)
     return torch.stack(found)

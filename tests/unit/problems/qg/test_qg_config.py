@@ -38,6 +38,20 @@ def test_steps_are_counted_from_hours() -> None:
     assert problem(fine_step=0.5, interval=1.5).step_seconds == 1800.0
 
 
+def test_steps_on_the_coarse_grid_are_longer_as_its_cells_are() -> None:
+    assert problem().coarse_steps == (0, 0.0)
+    assert problem(coarse_spin_up=40.0).coarse_steps == (10, 4 * 3600.0)
+    assert problem(coarse_spin_up=41.0).coarse_steps == (11, pytest.approx(41 * 3600 / 11))
+
+
+def test_samples_of_long_runs_are_samples_of_the_truth(tmp_path: Path) -> None:
+    assert config(tmp_path, evaluation={"free_run_interval": 12.0}).evaluation.free_run_interval == 12.0
+    with pytest.raises(
+        ValidationError, match=r"free_run_interval = 6 must be a whole number of \[problem\] interval = 4"
+    ):
+        config(tmp_path, evaluation={"free_run_interval": 6.0})
+
+
 def test_stages_of_the_curriculum_follow_each_other() -> None:
     found = problem(window=4, curriculum=[[2, 1], [1, 3]])
     assert [found.window_of(epoch) for epoch in range(1, 7)] == [1, 1, 3, 4, 4, 4]

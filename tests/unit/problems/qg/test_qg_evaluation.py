@@ -41,6 +41,11 @@ def runs() -> dict[str, Run]:
     }
 
 
+def all_of(run: Run) -> Diagnostics:
+    """The statistics of all samples."""
+    return diagnose(run.q, EDDY, run.forcing)
+
+
 def late(run: Run) -> Diagnostics:
     """The statistics of the second half: two of four samples."""
     half = (..., slice(2, 4), slice(None), slice(None), slice(None))
@@ -50,8 +55,7 @@ def late(run: Run) -> Diagnostics:
 def test_the_scores_are_those_of_the_statistics_of_each_run() -> None:
     given = runs()
     figures, _ = evaluation_of(given, EDDY, 0.5)
-    found = {name: late(given[name]) for name in ("truth", "no_closure", "model")}
-    wanted = similarities(found["model"], found["truth"], found["no_closure"])
+    wanted = similarities(late(given["model"]), all_of(given["truth"]), late(given["no_closure"]))
     assert {row["statistic"]: row["model"] for row in figures["scores"]} == wanted
     assert all(row.keys() == {"statistic", "model"} for row in figures["scores"])
     ends = {row.pop("of"): row for row in figures["free_runs"]}
