@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,29 @@ def test_point_values_have_the_gradient_of_those_of_all_states(mpirun: Run, rank
     numbers, others = (run.stdout.splitlines()[0].split(": ")[1].split() for run in (found, wanted))
     assert len(numbers) == 4
     assert [float(number) for number in numbers] == pytest.approx([float(other) for other in others], rel=1e-12)
+
+
+@pytest.mark.parametrize("ranks", at_night([1, 2], but=[2]))
+def test_a_gradient_within_a_budget_is_that_through_all_steps(mpirun: Run, ranks: int) -> None:
+    program = str(EXAMPLES / "long_gradient/turbulence.py")
+    found = mpirun(ranks, "python", program, "24", "40", "64KiB", "128KiB")
+    wanted = mpirun(1, "python", program, "24", "40", "naive")
+    assert found.returncode == wanted.returncode == 0, found.stderr + wanted.stderr
+    numbers, others = (run.stdout.splitlines()[0].split(": ")[1].split() for run in (found, wanted))
+    assert len(numbers) == 4
+    assert [float(number) for number in numbers] == pytest.approx([float(other) for other in others], rel=1e-11)
+    steps, recomputed, adjoint = (int(word) for word in re.findall(r"\d+", found.stdout.splitlines()[2]))
+    assert (steps, adjoint) == (40, 40)
+    assert recomputed > 20
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+def test_the_gradient_through_5000_steps_stays_within_the_budget(mpirun: Run) -> None:
+    program = str(EXAMPLES / "long_gradient/turbulence.py")
+    finished = mpirun(2, "python", program, "512", "5000", "32MiB", "2GiB", "float32", timeout=7000)
+    assert finished.returncode == 0, finished.stderr
+    assert float(finished.stdout.split()[-2]) < 256
 
 
 @pytest.mark.nightly

@@ -13,7 +13,10 @@ import numpy as np
 Arrays = dict[str, "np.typing.NDArray[Any]"]
 
 OURS, COMPILED, PLAIN, DIFFRAX = "pnode_dist", "pnode_dist compiled", "plain torch", "diffrax"
+PYQG = "pyqg-jax"
 SOLVERS = (OURS, COMPILED, PLAIN, "torchdiffeq", "torchdiffeq adjoint", "torchode", DIFFRAX, "diffrax backsolve")
+LENGTH, VORTICITY = 5e5, 1e-5
+"""The side of the turbulent domain in m, and the unit of its state in 1/s."""
 RATES = (0.5, 100.0, 1000.0)
 """Rates of the three reactions of the kinetics, per unit of time."""
 
@@ -23,7 +26,8 @@ class PeerCase:
     """A problem to solve from time 0 to `end`, and to differentiate.
 
     The loss is the mean square of the final state. `kind` names the right-hand side: `perceptron`, `convolution`,
-    `flow` (velocity and the exact trace of its Jacobian) or `kinetics`. `shape` is that of the state, `hidden` the
+    `flow` (velocity and the exact trace of its Jacobian), `kinetics` or `turbulence` (two quasi-geostrophic layers, in
+    hours, with pyqg's filter after each step). `shape` is that of the state, `hidden` the
     width of the hidden layer. `method` is this project's name of the method; `steps` the number of equal steps, 0 with
     error control at `tolerance`. For implicit methods `tolerance` is that of Newton's method. `checkpoints` limits the
     stored states. `rounds` is the number of interleaved repeats.
@@ -72,6 +76,7 @@ CASES = (
     PeerCase("stiff euler", "kinetics", (64, 3), 0, "beuler", 20, "float64", tolerance=1e-10),
     PeerCase("stiff esdirk", "kinetics", (64, 3), 0, "dirk_es324sal", 20, "float64", tolerance=1e-10),
     PeerCase("stiff imex", "kinetics", (64, 3), 0, "arkimex_3", 20, "float64", tolerance=1e-10),
+    PeerCase("turbulence", "turbulence", (32, 32, 2), 0, "rk4", 24, "float64", end=96.0),
 )
 
 
@@ -84,10 +89,13 @@ def solvers_of(case: PeerCase) -> tuple[str, ...]:
     """Return the solvers that can compute a case.
 
     torchdiffeq and torchode have no implicit Runge-Kutta method with adjoint of these tables; torchode takes batches
-    of vectors; only this project and diffrax limit the number of checkpoints, and the continuous adjoints need none.
+    of vectors; pyqg-jax has the equations of `turbulence` alone; only this project and diffrax limit the number of
+    checkpoints, and the continuous adjoints need none.
     """
     if case.is_implicit:
         return (OURS, COMPILED, DIFFRAX)
+    if case.kind == "turbulence":
+        return (OURS, COMPILED, PLAIN, PYQG)
     if case.checkpoints:
         return (OURS, COMPILED, PLAIN, "torchdiffeq adjoint", DIFFRAX)
     left_out = set()
@@ -117,6 +125,8 @@ def arrays_of(case: PeerCase) -> Arrays:
         state = random.uniform(0.5, 1.0, case.shape) * np.array([1.0, 0.01, 0.1])
         return {"u0": state, "log_rates": np.log(np.array(RATES))}
     state = random.standard_normal(case.shape).astype(dtype)
+    if case.kind == "turbulence":
+        return {"u0": state}
     if case.kind == "convolution":
         channels = case.shape[1]
         layers = layer(1, case.hidden, channels, 3, 3) | layer(2, case.hidden, case.hidden, 3, 3)

@@ -16,7 +16,10 @@ from pathlib import Path
 
 from pnode_dist.errors import ConfigurationError
 
-PINS = ("diffrax==0.7.2", "equinox==0.13.8", "jax==0.10.2", "jaxlib==0.10.2", "lineax==0.1.1", "optimistix==0.1.0")
+PINS = (
+    *("diffrax==0.7.2", "equinox==0.13.8", "jax==0.10.2", "jaxlib==0.10.2", "lineax==0.1.1", "optimistix==0.1.0"),
+    "pyqg-jax==0.8.1",
+)
 VARIABLE = "PNODE_DIST_PEERS_PYTHON"
 _TIMEOUT = 1200.0
 

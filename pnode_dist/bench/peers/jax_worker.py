@@ -1,6 +1,6 @@
 """diffrax's side of the comparison: `python jax_worker.py CASE SOLVER CORE`. Runs in an environment without pnode_dist.
 
-Solvers are `diffrax` with its default adjoint, and `diffrax backsolve`, the continuous adjoint.
+Solvers are `diffrax` with its default adjoint, `diffrax backsolve`, the continuous adjoint, and `pyqg-jax`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import optimistix
 
 # Found beside this file: pnode_dist itself cannot be imported here.
-from cases import Arrays, PeerCase, arrays_of, case_of
+from cases import LENGTH, PYQG, VORTICITY, Arrays, PeerCase, arrays_of, case_of
 from diffrax._local_interpolation import ThirdOrderHermitePolynomialInterpolation
 from diffrax._solver.runge_kutta import AbstractERK, ButcherTableau
 from serving import Solved, serve
@@ -90,11 +90,58 @@ def solver_of(case: PeerCase) -> Any:
     return {"rk4": Classical, "dopri5": diffrax.Dopri5}[case.method]()
 
 
+def turbulent_end(case: PeerCase) -> Any:
+    """Return the solve of turbulence with pyqg-jax's tendency and filter, from a dictionary of the initial state.
+
+    pyqg-jax has no classical Runge-Kutta method, so the steps are written out.
+    """
+    from pyqg_jax.qg_model import QGModel
+    from pyqg_jax.state import Precision
+
+    ny, nx, _ = case.shape
+    model = QGModel(nx=nx, ny=ny, L=LENGTH, W=LENGTH * ny / nx, precision=Precision.DOUBLE)
+    blank, size = model.create_initial_state(jax.random.key(0)), 3600 * case.size
+
+    def rate(q: Any) -> Any:
+        return model.get_updates(blank.update(q=q)).q
+
+    def step(q: Any, _: None) -> Any:
+        first = rate(q)
+        second = rate(q + size / 2 * first)
+        third = rate(q + size / 2 * second)
+        fourth = rate(q + size * third)
+        after = q + size / 6 * (first + 2 * second + 2 * third + fourth)
+        return model.postprocess_state(blank.update(q=after)).q, None
+
+    def end_of(arrays: Any) -> Any:
+        q, _ = jax.lax.scan(step, jnp.moveaxis(arrays["u0"], -1, 0) * VORTICITY, None, length=case.steps)
+        return jnp.moveaxis(q, 0, -1) / VORTICITY
+
+    return end_of
+
+
 def prepare(case: PeerCase, solver: str) -> Solved:
     """Return the compiled solve, and the compiled solve with its gradient."""
     if case.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     arrays = {name: jnp.asarray(value) for name, value in arrays_of(case).items()}
+    end_of = turbulent_end(case) if solver == PYQG else diffrax_end(case, solver)
+
+    def loss(arrays: Any) -> Any:
+        end = end_of(arrays)
+        return jnp.mean(jnp.square(end)), end
+
+    forward, gradient = jax.jit(end_of), jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    def solved() -> Arrays:
+        (_, end), found = jax.block_until_ready(gradient(arrays))
+        return {"end": np.asarray(end), **{name: np.asarray(value) for name, value in found.items()}}
+
+    return lambda: jax.block_until_ready(forward(arrays)), solved
+
+
+def diffrax_end(case: PeerCase, solver: str) -> Any:
+    """Return diffrax's solve, a function of a dictionary of the initial state and the parameters."""
     function = FUNCTIONS[case.kind]
     term: Any = diffrax.ODETerm(function)
     if case.method == "arkimex_3":
@@ -128,17 +175,7 @@ def prepare(case: PeerCase, solver: str) -> Solved:
         # Each of the small systems is solved by itself.
         return jax.vmap(of)(arrays["u0"]) if case.is_implicit else of(arrays["u0"])
 
-    def loss(arrays: Any) -> Any:
-        end = end_of(arrays)
-        return jnp.mean(jnp.square(end)), end
-
-    forward, gradient = jax.jit(end_of), jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-    def solved() -> Arrays:
-        (_, end), found = jax.block_until_ready(gradient(arrays))
-        return {"end": np.asarray(end), **{name: np.asarray(value) for name, value in found.items()}}
-
-    return lambda: jax.block_until_ready(forward(arrays)), solved
+    return end_of
 
 
 if __name__ == "__main__":

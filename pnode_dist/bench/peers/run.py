@@ -20,7 +20,7 @@ from mpi4py import MPI
 
 from pnode_dist.bench.peers.cases import CASES, COMPILED, DIFFRAX, OURS, PLAIN, Arrays, PeerCase, solvers_of
 from pnode_dist.bench.peers.environment import python_with_diffrax
-from pnode_dist.bench.peers.worker import Worker, WorkerError
+from pnode_dist.bench.peers.worker import Worker, WorkerError, is_of_jax
 from pnode_dist.bench.report import Check, Report, Row
 from pnode_dist.errors import ConfigurationError
 
@@ -184,7 +184,7 @@ def run(cases: Sequence[str] | None = None) -> Report:
     least: list[Row] = []
     checks: list[Check] = []
     for case in wanted:
-        pythons = {solver: with_diffrax if solver.startswith(DIFFRAX) else own for solver in solvers_of(case)}
+        pythons = {solver: with_diffrax if is_of_jax(solver) else own for solver in solvers_of(case)}
         found, failed = measure(case, {solver: python for solver, python in pythons.items() if python}, core)
         rows += rows_of(case, found)
         least += least_of(case, found)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from mpi4py import MPI
 from torch import nn
 
 from pnode_dist.bench.gradient import classical_rk4
-from pnode_dist.bench.peers.cases import Arrays, PeerCase, arrays_of, case_of, solvers_of
+from pnode_dist.bench.peers.cases import LENGTH, VORTICITY, Arrays, PeerCase, arrays_of, case_of, solvers_of
 from pnode_dist.bench.peers.serving import Solved, serve
 from pnode_dist.bench.torchode_classical import classical
 from pnode_dist.checkpointing.budget import CheckpointBudget
 from pnode_dist.ode.odeint import NeuralODE
 from pnode_dist.ode.rhs.split import SplitFunction
+from pnode_dist.partition.grid import GridPartition
+from pnode_dist.problems.qg.config import QGParameters
+from pnode_dist.problems.qg.physics import QGTendency, SmallScaleFilter
 
 Solve = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
@@ -97,11 +102,28 @@ class Kinetics(nn.Module):
         return self.slow(t, u) + self.fast(t, u)
 
 
+class Turbulence(nn.Module):
+    """Two quasi-geostrophic layers in units of `VORTICITY` and hours, and the filter between the steps."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        super().__init__()
+        ny, nx, layers = arrays["u0"].shape
+        grid = GridPartition(MPI.COMM_SELF, (ny, nx), layers, "periodic", 0)
+        parameters = QGParameters(L=LENGTH)
+        self.equations, self.small_scales = QGTendency(grid, parameters), SmallScaleFilter(grid, parameters)
+
+    def forward(self, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """du/dt."""
+        rate: torch.Tensor = self.equations(t, u * VORTICITY)
+        return rate * (3600 / VORTICITY)
+
+
 FUNCTIONS: dict[str, type[nn.Module]] = {
     "perceptron": Perceptron,
     "convolution": Convolution,
     "flow": Flow,
     "kinetics": Kinetics,
+    "turbulence": Turbulence,
 }
 
 
@@ -127,10 +149,20 @@ def plain_dopri5(func: nn.Module, u: torch.Tensor, steps: int, end: float) -> to
     return u
 
 
+def plain_turbulence(case: PeerCase, func: nn.Module, u: torch.Tensor) -> torch.Tensor:
+    """Solve by classical Runge-Kutta steps in plain torch, with the filter after each."""
+    assert isinstance(func, Turbulence)
+    for _ in range(case.steps):
+        u = func.small_scales(0.0, classical_rk4(lambda t, u: case.size * func(t, u), u, 1))
+    return u
+
+
 def plain_torch(case: PeerCase) -> Solve:
     """Return plain steps, differentiated by back-propagation."""
     if case.method == "dopri5":
         return lambda func, u0: plain_dopri5(func, u0, case.steps, case.end)
+    if case.kind == "turbulence":
+        return partial(plain_turbulence, case)
     # The functions do not depend on time, so a longer time is a larger function.
     return lambda func, u0: classical_rk4(lambda t, u: case.end * func(t, u), u0, case.steps)
 
@@ -143,6 +175,8 @@ def ours(case: PeerCase, func: nn.Module, compiled: bool) -> Solve:
         keywords |= {"options": options, "newton": "batch"}
     elif not case.steps:
         keywords |= {"rtol": case.tolerance, "atol": case.tolerance}
+    if isinstance(func, Turbulence):
+        keywords["between_steps"] = func.small_scales
     budget = CheckpointBudget(ram="4GiB")
     if case.checkpoints:
         # The initial state is one more checkpoint.

@@ -11,8 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pnode_dist.bench.peers.cases import DIFFRAX, PYQG
+
 _TIMEOUT = 1800.0
 """Seconds that the longest answer may take: a first call compiles."""
+
+
+def is_of_jax(solver: str) -> bool:
+    """Return True for a solver in the environment of JAX."""
+    return solver.startswith(DIFFRAX) or solver == PYQG
 
 
 class WorkerError(Exception):
@@ -36,7 +43,7 @@ class Worker:
     def __enter__(self) -> Worker:
         # diffrax's environment has no pnode_dist to find the module in.
         program = [str(Path(__file__).with_name("jax_worker.py"))]
-        if not self.solver.startswith("diffrax"):
+        if not is_of_jax(self.solver):
             program = ["-m", "pnode_dist.bench.peers.torch_worker"]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(

@@ -41,6 +41,36 @@ def test_fit_does_what_the_command_does(config: Path) -> None:
     assert fitted.outcome.steps == len(losses(Path("python")))
 
 
+def test_fine_tuning_goes_on_from_the_parameters_of_another_run(config: Path) -> None:
+    fit(None, config)
+    still = ["training.learning_rate=1e-300", "training.epochs=1"]
+    fit(None, config, overrides=["run.directory=tuned", 'training.start_from="runs/own"', *still])
+    fit(None, config, overrides=["run.directory=anew", *still])
+    assert parameters(Path("tuned")) == parameters(Path("runs/own"))
+    assert parameters(Path("anew")) != parameters(Path("runs/own"))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [("runs/none", "there is no such file"), ("other", "holds other parameters than the configured model has")],
+)
+def test_parameters_that_cannot_be_taken_end_the_run(config: Path, given: str, reason: str) -> None:
+    Path("other").mkdir()
+    torch.save({"unknown": torch.zeros(1)}, "other/model.pt")
+    with pytest.raises(ConfigurationError, match=rf"^\[training\] start_from = '{given}': {given}/model.pt: {reason}"):
+        fit(None, config, overrides=[f'training.start_from="{given}"'])
+    assert not Path("runs/own").exists()
+
+
+def test_a_resumed_run_needs_no_parameters_of_another_one(config: Path) -> None:
+    fit(None, config, overrides=["run.directory=first", "training.epochs=1"])
+    tuned = ["run.directory=tuned", 'training.start_from="first"']
+    fit(None, config, overrides=[*tuned, "training.epochs=1"])
+    Path("first/model.pt").unlink()
+    fitted = fit(None, config, overrides=[*tuned, "training.epochs=2"], resume="auto")
+    assert fitted.outcome.steps == len(losses(Path("tuned")))
+
+
 def test_evaluate_gives_the_figures_that_the_command_prints(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fit(None, config)
     result = evaluate("runs/own")

@@ -17,7 +17,8 @@ EXACT = [case for case in CASES if case.steps and not case.is_implicit]
 
 def small(case: PeerCase) -> PeerCase:
     """The case in float64 with few points and steps. Its method and right-hand side are the same."""
-    shape = (1, 2, 6, 5) if case.kind == "convolution" else (3, case.shape[1])
+    small_fields = {"convolution": (1, 2, 6, 5), "turbulence": (8, 6, 2)}
+    shape = small_fields.get(case.kind, (3, case.shape[1]))
     return dataclasses.replace(case, shape=shape, hidden=4, dtype="float64", steps=6 if case.steps else 0, end=1.0)
 
 
