@@ -215,6 +215,12 @@ def test_long_runs_have_samples_at_their_interval_and_all_of_the_truth(
     assert torch.equal(sparse["truth"].forcing, whole[1][TRAINING:, ::2, rows])
 
 
+def test_the_published_closures_are_those_that_are_asked_for(mesh: Mesh, place: Path) -> None:
+    problem = QGProblem(config(place, evaluation={"compared": ("backscatter",)}), mesh, torch.float64)
+    assert list(problem.closures()) == ["no_closure", "backscatter"]
+    assert set(problem.baselines(problem.held_out_windows(torch.float64))) == {"persistence", *problem.closures()}
+
+
 @pytest.mark.parametrize(
     "solver", [{"step_size": 3.0}, {"step_size": STEP, "rtol": 1e-3}, {"step_size": STEP, "jumps": (1.0,)}, {}]
 )

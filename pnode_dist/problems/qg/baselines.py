@@ -7,6 +7,7 @@ in m/s, each `[..., ny_local, nx_local, 2]`, for the forcing of dq/dt in 1/s2.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -167,6 +168,14 @@ class ZannaBolton(_Derivatives):
         sheared, stretched = rfft2(products, self.spectrum).chunk(2, dim=-1)
         curl = (self.along_y**2 - self.along_x**2) * stretched - 2 * self.along_x * self.along_y * sheared
         return irfft2(self.constant * curl, self.spectrum)
+
+
+PUBLISHED: Mapping[str, type[Smagorinsky | Backscatter | ZannaBolton]] = {
+    "smagorinsky": Smagorinsky,
+    "backscatter": Backscatter,
+    "zanna_bolton": ZannaBolton,
+}
+"""The published closures by their names in a configuration."""
 
 
 def _not_negative(name: str, value: float) -> float:

@@ -17,6 +17,7 @@ from pnode_dist.problems.common.tables import ComputedTable, Layers
 
 Points = Annotated[int, Field(ge=4, strict=True)]
 Operator = Literal["sharp", "gaussian"]
+Published = Literal["smagorinsky", "backscatter", "zanna_bolton"]
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,9 @@ class QGEvaluationConfig(EvaluationConfig):
     free_run: NotNegative = 0.0
     """Length of the runs that go on from the first held-out state with each closure, in hours, rounded down to whole
     intervals. 0: none. They may be longer than the held-out trajectories."""
+    compared: tuple[Published, ...] = ("smagorinsky", "backscatter", "zanna_bolton")
+    """The published closures that the learnt one is compared with, besides none: `smagorinsky`, `backscatter` and
+    `zanna_bolton`."""
     free_run_interval: Positive | None = None
     """Time between the samples of these runs, in hours, a whole number of `[problem] interval`, the default."""
 

@@ -24,7 +24,7 @@ from pnode_dist.problems.common.forecast_data import Samples, SplitData, Start, 
 from pnode_dist.problems.common.forecast_parts import Scaling, moments
 from pnode_dist.problems.common.forecast_stream import Forecast
 from pnode_dist.problems.common.trainable import FORECAST
-from pnode_dist.problems.qg.baselines import Backscatter, Smagorinsky, ZannaBolton
+from pnode_dist.problems.qg.baselines import PUBLISHED
 from pnode_dist.problems.qg.closures import Scales, closure, scales_of
 from pnode_dist.problems.qg.config import is_multiple
 from pnode_dist.problems.qg.data import FineRuns, partition_of
@@ -195,12 +195,10 @@ class QGProblem(ComputedProblem):
     def closures(self) -> Mapping[str, Closure | None]:
         """Return the closures that the learnt one is compared with."""
         parameters = self.config.problem.parameters
-        return {
-            "no_closure": None,
-            "smagorinsky": Smagorinsky(self.partition, parameters, dtype=self.dtype),
-            "backscatter": Backscatter(self.partition, parameters, dtype=self.dtype),
-            "zanna_bolton": ZannaBolton(self.partition, parameters, dtype=self.dtype),
-        }
+        found: dict[str, Closure | None] = {"no_closure": None}
+        for name in self.config.evaluation.compared:
+            found[name] = PUBLISHED[name](self.partition, parameters, dtype=self.dtype)
+        return found
 
     # Training
 
