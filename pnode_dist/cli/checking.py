@@ -134,7 +134,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from pnode_dist.train.run import build_problem, mesh_of
 
     with mesh_of(config) as mesh, output(arguments.json, mesh.is_root) as emit:
-        case = build_problem(config, mesh, found=found).solve_case()
+        case = build_problem(config, mesh, found=found, planned=True).solve_case()
         plans = planning.plan_case(case)
         measured = planning.measure(case, plans.candidates) if arguments.measure and not arguments.sweep else None
         result: dict[str, Any] = plans.as_dict()

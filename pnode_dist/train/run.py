@@ -105,17 +105,24 @@ def run(config: Config, found: Registered, request: RunRequest) -> tuple[Outcome
 
 
 def build_problem(
-    config: Config, mesh: Mesh, dtype: torch.dtype | None = None, found: Registered | None = None
+    config: Config,
+    mesh: Mesh,
+    dtype: torch.dtype | None = None,
+    found: Registered | None = None,
+    planned: bool = False,
 ) -> Problem:
     """Build the configured problem with a model in `dtype`, by default `[training] dtype`. Collective on the world.
 
-    `found` is the problem named by the configuration, if already resolved. Raises `ConfigurationError` on all ranks if
-    the data or the number of ranks do not fit the configuration, or for an error in a user-defined problem.
+    `found` is the problem named by the configuration, if already resolved. With `planned` the sizes of its data are
+    enough: a problem whose data take long to compute has a method `planned` that builds it with others. Raises
+    `ConfigurationError` on all ranks if the data or the number of ranks do not fit the configuration, or for an error
+    in a user-defined problem.
     """
     dtype = dtype or getattr(torch, config.training.dtype)
     found = found or resolve(config.kind, Path())
     with user_code(f"while {found.name} is built", found.file, _fallback(found)):
-        problem: Problem = found.definition.builder()(config, mesh, dtype)
+        build = found.definition.builder()
+        problem: Problem = (getattr(build, "planned", build) if planned else build)(config, mesh, dtype)
     return problem
 
 

@@ -215,6 +215,16 @@ def test_long_runs_have_samples_at_their_interval_and_all_of_the_truth(
     assert torch.equal(sparse["truth"].forcing, whole[1][TRAINING:, ::2, rows])
 
 
+def test_a_plan_needs_no_fine_runs(problem: QGProblem, mesh: Mesh, tmp_path: Path) -> None:
+    case, real = QGProblem.planned(config(tmp_path), mesh, torch.float64).solve_case(), problem.solve_case()
+    assert not (tmp_path / "data").exists()
+    assert (case.state.shape, case.state.dtype, case.times) == (real.state.shape, real.state.dtype, real.times)
+    counts = [sum(value.numel() for value in one.solve.parameters()) for one in (case, real)]
+    assert counts[0] == counts[1] > 0
+    with torch.no_grad():
+        assert bool(torch.isfinite(case.solve(case.state, case.times)).all())
+
+
 def test_the_published_closures_are_those_that_are_asked_for(mesh: Mesh, place: Path) -> None:
     problem = QGProblem(config(place, evaluation={"compared": ("backscatter",)}), mesh, torch.float64)
     assert list(problem.closures()) == ["no_closure", "backscatter"]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pnode_dist.distributed.gradients import share_of_mean
+from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.ode.planning import SolveCase
 from pnode_dist.partition import protocol
@@ -30,8 +31,8 @@ from pnode_dist.problems.qg.config import is_multiple
 from pnode_dist.problems.qg.data import FineRuns, partition_of
 from pnode_dist.problems.qg.evaluation import Run, evaluated
 from pnode_dist.problems.qg.free_runs import HOURS, free_run
-from pnode_dist.problems.qg.model import ForcingBatch, QGModel, ScaledTendency, StepClosure
-from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, ResolvedWaves, SmallScaleFilter
+from pnode_dist.problems.qg.model import HOUR, ForcingBatch, QGModel, ScaledTendency, StepClosure
+from pnode_dist.problems.qg.physics import LAYERS, Closure, QGTendency, ResolvedWaves, SmallScaleFilter, initial_state
 from pnode_dist.report.picture import draw
 from pnode_dist.runs.directory import FREE_RUNS
 
@@ -72,6 +73,17 @@ class QGProblem(ComputedProblem):
     def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:
         """q in 1/s and sub-grid forcing in 1/s^2, `[trajectory, time, *local_shape]`. Collective on the world."""
         return FineRuns(self.config.problem, self.partition, self.mesh).trajectories()
+
+    @classmethod
+    def planned(cls, config: QGRun, mesh: Mesh, dtype: torch.dtype) -> QGProblem:
+        """Build the problem with noise in place of the fine runs, for `pnode-dist plan`. Collective on the world."""
+        problem, batch = config.problem, config.training.batch_size
+        few = {"trajectories": 1, "validation": 1, "times": problem.window + batch}
+        changed = {
+            "problem": problem.model_copy(update=few),
+            "evaluation": config.evaluation.model_copy(update={"leads": (1,)}),
+        }
+        return PlannedQG(config.model_copy(update=changed), mesh, dtype)
 
     def load_data(self) -> SplitData:
         """Read or compute all trajectories. Collective on the world."""
@@ -318,3 +330,15 @@ class QGProblem(ComputedProblem):
             return self.loss(self.model, batch)
         states = dataclasses.replace(self.forcing_batch(batch.starts), initial=batch.initial)
         return self.loss(self.model, states)
+
+
+class PlannedQG(QGProblem):
+    """The problem with noise in place of the fine runs: its solves have the same sizes."""
+
+    @cached_property
+    def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise in 1/s and in 1/s^2, in the shape of q and of the forcing. Not collective."""
+        problem = self.config.problem
+        upper = initial_state(self.partition, problem.amplitude, problem.seed)
+        noise = (upper + upper.flip(-1)).expand(2, problem.times, *self.partition.local_shape)
+        return noise, noise / HOUR
