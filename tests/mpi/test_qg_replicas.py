@@ -113,7 +113,9 @@ def test_only_missing_trajectories_are_shared_among_replicas(
 def test_a_cut_run_goes_on_with_other_numbers_of_replicas(
     directory: Path, replicas: Mesh, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = runs(directory / "whole", replicas, **SHARED).trajectories()
+    # At least two for each replica, so that all are cut in the same part.
+    shared = {**SHARED, "validation": 3}
+    expected = runs(directory / "whole", replicas, **shared).trajectories()
     monkeypatch.setattr(data, "SAVE_SECONDS", -1.0)
     inner = data._solved
     calls = 0
@@ -122,20 +124,20 @@ def test_a_cut_run_goes_on_with_other_numbers_of_replicas(
         nonlocal calls
         calls += 1
         if calls == 5:
-            # In the second trajectory of each replica, which has a file of its first part.
+            # In the second part of a replica's second trajectory, whose first part is written.
             raise CutError
         return inner(*given)
 
     monkeypatch.setattr(data, "_solved", cut)
     with pytest.raises(CutError):
-        runs(directory / "cut", replicas, **SHARED).trajectories()
+        runs(directory / "cut", replicas, **shared).trajectories()
     monkeypatch.setattr(data, "_solved", inner)
     bars = shown(monkeypatch)
-    runs(directory / "cut", mesh, **SHARED).trajectories()
+    runs(directory / "cut", mesh, **shared).trajectories()
     ((_, done, advances),) = bars
     assert done > 0
-    assert done + sum(advances) == 5 * STEPS
-    found = runs(directory / "cut", replicas, **SHARED).trajectories()
+    assert done + sum(advances) == 6 * STEPS
+    found = runs(directory / "cut", replicas, **shared).trajectories()
     for values, resumed in zip(expected, found, strict=True):
         # The fine runs went on over other numbers of state ranks.
         torch.testing.assert_close(values, resumed, rtol=0, atol=1e-11 * values.abs().max().item())

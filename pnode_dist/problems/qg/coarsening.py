@@ -34,7 +34,8 @@ class Coarsening(nn.Module):
     - `gaussian` (operator 2) removes the same waves, and damps the others by exp(-kappa^2 w^2 / 24), with the radial
       wave number kappa and a width w of two coarse cells.
     - `diffusion` (operator 3) smooths on the fine grid, about as a Gaussian with a width of one coarse cell does, and
-      takes the mean over the fine points of each coarse cell. Short waves are damped, and not removed.
+      takes the mean over the fine points of each coarse cell. Short waves are damped, and not removed. The values are
+      those of the centres of cells.
 
     Both partitions divide the same domain over the same ranks. No rank holds a whole field. Raises
     `ConfigurationError` unless the coarse grid has an even number of points along both axes, in the proportion of the
