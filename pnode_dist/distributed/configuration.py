@@ -7,21 +7,21 @@ from typing import TypeVar
 
 import torch
 
-from pnode_dist.distributed.mesh import Mesh
+from pnode_dist.distributed.mesh import Extent, Mesh
 from pnode_dist.errors import ConfigurationError
 
 Result = TypeVar("Result")
 
 
-def agreed(mesh: Mesh, action: Callable[[], Result]) -> Result:
-    """Run `action` on every rank. Raises a `ConfigurationError` of any rank on all. Collective on the world."""
+def agreed(mesh: Mesh, action: Callable[[], Result], over: Extent = "world") -> Result:
+    """Run `action` on every rank of `over`. Raises a `ConfigurationError` of any rank on all. Collective on `over`."""
     result: Result | None = None
     failure: ConfigurationError | None = None
     try:
         result = action()
     except ConfigurationError as error:
         failure = error
-    first = int(mesh.max(torch.tensor([0 if failure is None else mesh.size - mesh.rank])).item())
+    first = int(mesh.max(torch.tensor([0 if failure is None else mesh.size - mesh.rank]), over).item())
     if first:
-        raise ConfigurationError(mesh.broadcast_object(str(failure), source=mesh.size - first))
+        raise ConfigurationError(mesh.broadcast_object(str(failure), source=mesh.size - first, over=over))
     return result  # type: ignore[return-value]

@@ -272,10 +272,15 @@ class Mesh:
         dist.all_reduce(result, operation, group=self._group(over))
         return result
 
-    def broadcast_object(self, value: Any, source: int = 0) -> Any:
-        """Send a picklable Python object from rank `source` to every rank. Collective on the world."""
-        box = [value if self.rank == source else None]
-        dist.broadcast_object_list(box, src=source, group=self.world_group)
+    def broadcast_object(self, value: Any, source: int | None = None, over: Extent = "world") -> Any:
+        """Send a picklable Python object to every rank of `over`. Collective on `over`.
+
+        `source` is the number in the world of the rank that sends, by default the lowest one of `over`.
+        """
+        group = self._group(over)
+        sender = dist.get_global_rank(group, 0) if source is None else source
+        box = [value if self.rank == sender else None]
+        dist.broadcast_object_list(box, src=sender, group=group)
         return box[0]
 
     def gather_object(self, value: Any) -> list[Any] | None:

@@ -18,7 +18,7 @@ import torch
 
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.partition.protocol import Index, Partition
-from pnode_dist.report.turns import in_turn, write_failure
+from pnode_dist.report.turns import Writers, in_turn, write_failure
 
 _BARE = "This is a netCDF dimension but not a netCDF variable."
 
@@ -74,13 +74,14 @@ def write_dataset(
     mesh: Mesh,
     attributes: Mapping[str, Any] | None = None,
     bare: Collection[str] = (),
+    over: Writers = "world",
 ) -> None:
-    """Write the variables and the global `attributes` as one file. Collective on the world.
+    """Write the variables and the global `attributes` as one file. Collective on `over`.
 
     A dimension without a coordinate gets the numbers 0, 1, ..., unless `bare` names it. NaN marks missing values of
-    floating types.
+    floating types. With `over="state"` each replica writes a file of its own.
 
-    Raises `ConfigurationError` on all ranks when the file cannot be written.
+    Raises `ConfigurationError` on all ranks of `over` when the file cannot be written.
     """
 
     def create() -> None:
@@ -95,6 +96,7 @@ def write_dataset(
         lambda: _write_part(path, variables),
         partitioned[0] if partitioned else None,
         mesh,
+        over,
     )
 
 

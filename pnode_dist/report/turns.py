@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from pnode_dist.distributed.configuration import agreed
 from pnode_dist.distributed.mesh import Mesh
 from pnode_dist.errors import ConfigurationError
 from pnode_dist.partition.protocol import Partition
 
+Writers = Literal["world", "state"]
+"""The ranks that write a file: all ranks one file, or the state ranks of each replica a file of their own."""
+
 
 def in_turn(
-    create: Callable[[], None], write_part: Callable[[], None], partition: Partition | None, mesh: Mesh
+    create: Callable[[], None],
+    write_part: Callable[[], None],
+    partition: Partition | None,
+    mesh: Mesh,
+    over: Writers = "world",
 ) -> None:
-    """Call `create` on rank 0, then `write_part` on the ranks of the first replica in turn. Collective on the world.
+    """Call `create` on the first rank of `over`, then `write_part` on its state ranks in turn. Collective on `over`.
 
-    Without a partition there are no parts to write. A `ConfigurationError` of any rank is raised on all.
+    Of the world the first replica writes the parts. Without a partition there are no parts to write. A
+    `ConfigurationError` of any rank is raised on all ranks of `over`.
     """
-    agreed(mesh, lambda: create() if mesh.is_root else None)
+    first = mesh.is_root if over == "world" else mesh.state_rank == 0
+    agreed(mesh, lambda: create() if first else None, over)
     if partition is None:
         return
     for turn in range(partition.comm.size):
-        mine = mesh.replica == 0 and partition.comm.rank == turn
-        agreed(mesh, lambda mine=mine: write_part() if mine else None)  # type: ignore[misc]
+        mine = partition.comm.rank == turn and (over == "state" or mesh.replica == 0)
+        agreed(mesh, lambda mine=mine: write_part() if mine else None, over)  # type: ignore[misc]
 
 
 def write_failure(path: Path, error: OSError) -> ConfigurationError:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 from pnode_dist import Mesh
+from pnode_dist.distributed.configuration import agreed
+from pnode_dist.distributed.mesh import Extent
 from pnode_dist.errors import ConfigurationError
 from tests.mpi.conftest import SPLITS
 
@@ -74,6 +76,22 @@ def test_an_object_comes_from_the_rank_that_is_asked(split: Mesh) -> None:
     for source in range(split.size):
         found = split.broadcast_object({"from": split.rank, "text": "é" * split.rank}, source=source)
         assert found == {"from": source, "text": "é" * source}
+
+
+@pytest.mark.parametrize("over", ["world", "state", "data"])
+def test_objects_and_errors_stay_within_their_extent(over: Extent, split: Mesh) -> None:
+    ranks = {"world": split.world_group, "state": split.state_group, "data": split.data_group}[over]
+    members = dist.get_process_group_ranks(ranks)
+    assert split.broadcast_object(split.rank, over=over) == members[0]
+    assert split.broadcast_object(split.rank, source=members[-1], over=over) == members[-1]
+
+    def fail() -> None:
+        if split.rank in (members[-1], split.size - 1):
+            raise ConfigurationError(f"rank {split.rank} cannot go on")
+
+    with pytest.raises(ConfigurationError, match=f"^rank {members[-1]} cannot go on$"):
+        agreed(split, fail, over)
+    assert agreed(split, lambda: split.rank, over) == split.rank
 
 
 def test_a_barrier_waits_for_all(split: Mesh) -> None:

@@ -53,12 +53,19 @@ class CutError(Exception):
     """The end of a run in the middle."""
 
 
-def test_samples_are_the_filtered_states_and_forcings_of_numpy(directory: Path, mesh: Mesh) -> None:
-    found = runs(directory, mesh)
+@pytest.mark.parametrize("coarse_spin_up", [0.0, 10.0])
+def test_samples_are_the_filtered_states_and_forcings_of_numpy(
+    coarse_spin_up: float, directory: Path, mesh: Mesh
+) -> None:
+    found = runs(directory, mesh, coarse_spin_up=coarse_spin_up)
     q, forcing = found.trajectories()
     assert q.shape == forcing.shape == (2, 3, *found.coarse.local_shape)
-    whole = initial_state(GridPartition(MPI.COMM_SELF, FINE, 2, ("periodic", "periodic"), 1), 1e-5, 0, 1)
-    state = np.moveaxis(whole.numpy(), -1, 0)
+    noise = GridPartition(MPI.COMM_SELF, COARSE if coarse_spin_up else FINE, 2, ("periodic", "periodic"), 1)
+    state = np.moveaxis(initial_state(noise, 1e-5, 0, 1).numpy(), -1, 0)
+    if coarse_spin_up:
+        for _ in range(3):
+            state = quasi_geostrophic.step(state, 4e5, 12_000.0)
+        state = quasi_geostrophic.refined(state, FINE, "sharp")
     for steps in range(5 + 2 * 3 + 1):
         if steps >= 5 and (steps - 5) % 3 == 0:
             low = quasi_geostrophic.coarsened(state, COARSE, "sharp")
@@ -77,7 +84,7 @@ def test_samples_are_read_and_not_computed_again(directory: Path, mesh: Mesh, mo
     def refuse(*_: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(FineRuns, "_after", refuse)
+    monkeypatch.setattr(data, "_solved", refuse)
     monkeypatch.setattr(FineRuns, "_write", refuse)
     again = runs(directory, mesh).trajectories()
     fewer = runs(directory, mesh, times=2, trajectories=1).trajectories()
@@ -95,19 +102,19 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(
 ) -> None:
     expected = runs(directory / "whole", mesh).trajectories()
     monkeypatch.setattr(data, "SAVE_SECONDS", -1.0)
-    inner = FineRuns._after
+    inner = data._solved
     calls: list[int] = []
 
     def run(until: int) -> tuple[torch.Tensor, torch.Tensor]:
         calls.clear()
 
-        def cut(self: FineRuns, q: torch.Tensor, steps: int) -> torch.Tensor:
-            calls.append(steps)
+        def cut(*given: Any) -> torch.Tensor:
+            calls.append(given[3])
             if len(calls) == until:
                 raise CutError
-            return inner(self, q, steps)
+            return inner(*given)
 
-        monkeypatch.setattr(FineRuns, "_after", cut)
+        monkeypatch.setattr(data, "_solved", cut)
         return runs(directory / "cut", mesh).trajectories()
 
     # In the spin-up, and between the samples of the second trajectory.
@@ -129,7 +136,15 @@ def test_more_samples_go_on_from_the_last_state(directory: Path, mesh: Mesh) -> 
 
 
 @pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"rek": 1e-7}, {"operator": "gaussian"}, {"fine_step": 1.0}, {"spin_up": 12.0}]
+    "changed",
+    [
+        {"seed": 1},
+        {"rek": 1e-7},
+        {"operator": "gaussian"},
+        {"fine_step": 1.0},
+        {"spin_up": 12.0},
+        {"coarse_spin_up": 12.0},
+    ],
 )
 def test_other_parameters_have_a_folder_of_their_own(changed: dict[str, Any], directory: Path, mesh: Mesh) -> None:
     assert runs(directory, mesh, **changed).folder != runs(directory, mesh).folder

@@ -82,16 +82,30 @@ def step(q: Field, length: float, size: float, constants: Mapping[str, float] = 
     return filtered(q + size / 6 * (first + 2 * second + 2 * third + fourth), constants["filterfac"])
 
 
-def coarsened(field: Field, shape: tuple[int, int], operator: str) -> Field:
-    """The field `[..., ny, nx]` on a coarser grid, wave by wave, without the waves of half its points."""
+def coarse_factor(m: int, n: int, shape: tuple[int, int], operator: str) -> float:
+    """The factor of a wave, m times along y and n times along x, in a filter to a grid of so many points."""
+    radians = 2 * np.pi * np.hypot(m / shape[0], n / shape[1])
+    return float(damping(radians) if operator == "sharp" else np.exp(-(radians**2) * 4 / 24))
+
+
+def resampled(field: Field, shape: tuple[int, int], coarse: tuple[int, int], operator: str) -> Field:
+    """The field `[..., ny, nx]` on another grid, with the damped waves of fewer than half the coarse points."""
     spectrum = np.fft.fft2(field) / (field.shape[-1] * field.shape[-2])
     ny, nx = shape
     y, x = np.arange(ny)[:, None] / ny, np.arange(nx) / nx
     result = np.zeros((*field.shape[:-2], ny, nx))
-    for m in range(-ny // 2 + 1, ny // 2):
-        for n in range(-nx // 2 + 1, nx // 2):
-            radians = 2 * np.pi * np.hypot(m / ny, n / nx)
-            factor = damping(radians) if operator == "sharp" else np.exp(-(radians**2) * 4 / 24)
+    for m in range(-coarse[0] // 2 + 1, coarse[0] // 2):
+        for n in range(-coarse[1] // 2 + 1, coarse[1] // 2):
             wave = np.exp(2j * np.pi * (m * y + n * x))
-            result += (factor * spectrum[..., m, n, None, None] * wave).real
+            result += (coarse_factor(m, n, coarse, operator) * spectrum[..., m, n, None, None] * wave).real
     return result
+
+
+def coarsened(field: Field, shape: tuple[int, int], operator: str) -> Field:
+    """The field `[..., ny, nx]` on a coarser grid, wave by wave, without the waves of half its points."""
+    return resampled(field, shape, shape, operator)
+
+
+def refined(field: Field, shape: tuple[int, int], operator: str) -> Field:
+    """The field `[..., ny, nx]` of a coarse grid on a finer one, wave by wave, without the waves of half its points."""
+    return resampled(field, shape, (field.shape[-2], field.shape[-1]), operator)

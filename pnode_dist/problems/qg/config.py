@@ -16,7 +16,7 @@ from pnode_dist.config.tables import Count, EvaluationConfig, Finite, ForecastRu
 from pnode_dist.problems.common.tables import ComputedTable, Layers
 
 Points = Annotated[int, Field(ge=4, strict=True)]
-Operator = Literal["sharp", "gaussian"]
+Operator = Literal["sharp", "gaussian", "diffusion"]
 Published = Literal["smagorinsky", "backscatter", "zanna_bolton"]
 
 
@@ -94,7 +94,8 @@ class QGConfig(ComputedTable):
     fine: tuple[Points, Points]
     """Points of the fine grid along y and x, in the proportion of `shape`, and more."""
     operator: Operator = "sharp"
-    """The filter from the fine grid to the coarse one: `sharp` (operator 1 of the benchmark) or `gaussian` (2)."""
+    """The filter from the fine grid to the coarse one: `sharp` (operator 1 of the benchmark), `gaussian` (2), or
+    `diffusion` (3), which needs points of `fine` in whole multiples of `shape`."""
     objective: Literal["online", "offline"] = "online"
     """`online` learns from windows of coarse states through the solve, `offline` by regression on the sub-grid forcing
     of the states at which windows start."""
@@ -149,6 +150,14 @@ class QGConfig(ComputedTable):
             raise ValueError(f"must be in the proportion of shape = {list(shape)}, and more points")
         return value
 
+    @field_validator("operator")
+    @classmethod
+    def _whole_cells(cls, value: Operator, others: ValidationInfo) -> Operator:
+        shape, fine = others.data.get("shape"), others.data.get("fine")
+        if value == "diffusion" and shape is not None and fine is not None and fine[0] % shape[0]:
+            raise ValueError(f"needs fine = {list(fine)} to be a whole multiple of shape = {list(shape)}")
+        return value
+
     @field_validator("curriculum")
     @classmethod
     def _within_window(cls, value: tuple[tuple[int, int], ...], others: ValidationInfo) -> tuple[tuple[int, int], ...]:
@@ -186,7 +195,7 @@ class QGConfig(ComputedTable):
 
     @property
     def coarse_steps(self) -> tuple[int, float]:
-        """Steps of `coarse_spin_up`, and their size in s: at most that of the fine grid times the ratio of cells."""
+        """Steps of `coarse_spin_up`, and their size in s: at most `fine_step` times the ratio of the cells."""
         longest = self.fine_step * self.fine[1] / self.shape[1]
         count = math.ceil(self.coarse_spin_up / longest * (1 - _NEAR))
         return count, self.coarse_spin_up / max(count, 1) * _HOUR

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -56,7 +57,7 @@ class Trajectory:
 class FineRuns:
     """The runs on the fine grid of a configuration. Collective on the world, as are its methods.
 
-    `coarse` is the partition of the samples. Replicas compute the same.
+    `coarse` is the partition of the samples. Each replica computes its share of the trajectories.
     """
 
     def __init__(self, config: QGConfig, coarse: GridPartition, mesh: Mesh) -> None:
@@ -74,25 +75,23 @@ class FineRuns:
     def trajectories(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return q in 1/s and the sub-grid forcing in 1/s^2 of all trajectories, training trajectories first.
 
-        Both are `[trajectory, time, ny_local, nx_local, 2]`, float64, on the coarse grid. Samples are read from the
-        folder as far as they are there, and else computed and written. Runs on other numbers of ranks differ by
-        rounding, which turbulence amplifies; samples that are read are the same on all.
+        Both are `[trajectory, time, ny_local, nx_local, 2]`, float64, on the coarse grid. Trajectories that the folder
+        lacks are computed first, each by one of the replicas, and written. Runs on other numbers of state ranks differ
+        by rounding, which turbulence amplifies; samples that are read are the same on all.
 
         Raises `ConfigurationError` on all ranks for a folder that cannot be written, a file that cannot be read or was
         computed from other parameters, and a solution that is not finite.
         """
         agreed(self.mesh, self._make_folder)
-        count = self.config.trajectories + self.config.validation
-        found = [self._started(number) for number in range(count)]
-        total, done = count * self._last, sum(min(one.steps, self._last) for one in found)
-        with _shown(self.mesh, total, done) as advance:
-            for number, one in enumerate(found):
-                self._complete(one, number, advance)
-        times = self.config.times
-        return (
-            torch.stack([torch.stack(one.q[:times]) for one in found]),
-            torch.stack([torch.stack(one.forcing[:times]) for one in found]),
-        )
+        numbers = range(self.config.trajectories + self.config.validation)
+        found = agreed(self.mesh, lambda: self._begun(numbers) if self.mesh.is_root else None)
+        begun: dict[int, tuple[int, int]] = self.mesh.broadcast_object(found)
+        missing = [number for number in numbers if number not in begun or begun[number][1] < self.config.times]
+        done = sum(min(steps, self._last) for steps, _ in begun.values())
+        with _shown(self.mesh, len(numbers) * self._last, done) as advance:
+            self._compute(missing, set(begun), advance)
+        q, forcing = zip(*agreed(self.mesh, lambda: [self._samples(number) for number in numbers]), strict=True)
+        return torch.stack(q), torch.stack(forcing)
 
     def path(self, number: int) -> Path:
         """Return the file of a trajectory."""
@@ -113,46 +112,66 @@ class FineRuns:
                     f"[problem] data = {self.config.data!r}: cannot be written: {error.strerror or error}"
                 ) from None
 
-    def _started(self, number: int) -> Trajectory:
-        """Return a trajectory as far as its file has it, or at its start."""
-        path = self.path(number)
-        if not self.mesh.broadcast_object(path.exists()):
-            return Trajectory(self._initial(number))
-        return agreed(self.mesh, lambda: self._read(path))
+    def _compute(self, missing: list[int], begun: set[int], advance: Advance) -> None:
+        """Compute and write the `missing` trajectories. Those in `begun` have a file and go on from its state.
 
-    @torch.no_grad()
-    def _initial(self, number: int) -> torch.Tensor:
+        All ranks meet after each part of the work. An error of one replica is raised on all there, and a replica that
+        has finished waits for others no longer than a part takes.
+        """
+        parts = self._parts(missing[self.mesh.replica :: self.mesh.data_replicas], begun)
+        busy = 1
+        while busy:
+            steps = agreed(self.mesh, lambda: next(parts, None))
+            taken = torch.tensor([steps or 0, int(steps is not None)])
+            together, busy = self.mesh.sum(taken, over="data").tolist()
+            advance(together)
+
+    def _parts(self, numbers: list[int], begun: set[int]) -> Iterator[int]:
+        """Compute and write trajectories, and yield the number of fine steps after each part of the work.
+
+        Collective on the state ranks.
+        """
+        for number in numbers:
+            if number in begun:
+                one = agreed(self.mesh, partial(self._read, number), over="state")
+            else:
+                one = Trajectory((yield from self._initial(number)))
+            yield from self._complete(one, number)
+
+    def _initial(self, number: int) -> Generator[int, None, torch.Tensor]:
         """Return noise on the fine grid, or what has grown from noise on the coarse one, on the fine grid."""
         count, size = self.config.coarse_steps
         grid = self.coarse if count else self.fine
-        noise = initial_state(grid, self.config.amplitude, self.config.seed, number)
+        q = initial_state(grid, self.config.amplitude, self.config.seed, number)
         if not count:
-            return noise
+            return q
         small_scales = SmallScaleFilter(self.coarse, self.config.parameters)
-        grown = _solved(self.coarse_equations, small_scales, noise, count, size)
-        return refined(self.coarsening, grown)
+        _, every = self.config.steps
+        for first in range(0, count, every):
+            q = _solved(self.coarse_equations, small_scales, q, min(every, count - first), size)
+            yield 0
+        return refined(self.coarsening, q)
 
-    def _complete(self, one: Trajectory, number: int, advance: Advance) -> None:
-        """Compute and write the samples that are missing."""
+    def _complete(self, one: Trajectory, number: int) -> Iterator[int]:
+        """Compute and write the samples that are missing, and yield the number of steps after each part."""
         spin_up, every = self.config.steps
-        began, saved = one.steps, time.monotonic()
-        while len(one.q) < self.config.times:
+        saved = time.monotonic()
+        while True:
             if one.steps >= spin_up and len(one.q) == (one.steps - spin_up) // every:
                 q, forcing = self._sample(one.state)
                 one.q.append(q)
                 one.forcing.append(forcing)
-                if len(one.q) == self.config.times:
-                    break
-            if self.mesh.broadcast_object(time.monotonic() - saved > SAVE_SECONDS):
+            if len(one.q) == self.config.times:
+                break
+            if self.mesh.broadcast_object(time.monotonic() - saved > SAVE_SECONDS, over="state"):
                 self._write(one, number)
                 saved = time.monotonic()
             steps = (spin_up - one.steps) % every or every
             one.state = _solved(self.equations, self.small_scales, one.state, steps, self.config.step_seconds)
             one.steps += steps
             self._check_finite(one)
-            advance(steps)
-        if one.steps > began or not self.mesh.broadcast_object(self.path(number).exists()):
-            self._write(one, number)
+            yield steps
+        self._write(one, number)
 
     @torch.no_grad()
     def _sample(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,27 +179,49 @@ class FineRuns:
 
     def _check_finite(self, one: Trajectory) -> None:
         wrong = not bool(torch.isfinite(one.state).all())
-        if self.mesh.max(torch.tensor([int(wrong)])).item():
+        if self.mesh.max(torch.tensor([int(wrong)]), over="state").item():
             hours = one.steps * self.config.fine_step
             raise ConfigurationError(
                 f"[problem] fine_step = {self.config.fine_step:g}: the solution on the fine grid is not finite "
                 f"{hours:g} hours after its start: must be shorter"
             )
 
-    def _read(self, path: Path) -> Trajectory:
-        """Return this rank's part of a file. Not collective."""
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[h5py.File]:
+        """Open the file of a trajectory. Not collective, nor are the functions that use it."""
+        path = self.path(number)
         try:
             with h5py.File(path, "r") as file:
                 if file.attrs["recipe"] != self.recipe:
                     raise ConfigurationError(f"{path}: was computed from other parameters: remove it, or move it away")
-                q, forcing = (list(_part(file[name], self.coarse)) for name in ("q", "forcing"))
-                return Trajectory(_part(file["state"], self.fine), int(file.attrs["steps"]), q, forcing)
+                yield file
         except (OSError, KeyError) as error:
             raise ConfigurationError(f"{path}: is no readable trajectory: {error}: remove it") from None
 
+    def _begun(self, numbers: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """Return the numbers of steps and of samples of each trajectory that has a file."""
+        found = {}
+        for number in numbers:
+            if self.path(number).exists():
+                with self._opened(number) as file:
+                    found[number] = int(file.attrs["steps"]), len(file["q"])
+        return found
+
+    def _read(self, number: int) -> Trajectory:
+        """Return this rank's part of a trajectory as far as its file has it."""
+        with self._opened(number) as file:
+            q, forcing = (list(_part(file[name], self.coarse)) for name in ("q", "forcing"))
+            return Trajectory(_part(file["state"], self.fine), int(file.attrs["steps"]), q, forcing)
+
+    def _samples(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this rank's part of the samples q and forcing of a trajectory, `[time, ny_local, nx_local, 2]`."""
+        with self._opened(number) as file:
+            q, forcing = (_part(file[name], self.coarse, self.config.times) for name in ("q", "forcing"))
+            return q, forcing
+
     def _write(self, one: Trajectory, number: int) -> None:
         path = self.path(number)
-        unfinished = path.with_name(f".{path.name}.{self.mesh.broadcast_object(os.getpid())}")
+        unfinished = path.with_name(f".{path.name}.{self.mesh.broadcast_object(os.getpid(), over='state')}")
         count, (ny, nx) = len(one.q), self.coarse.shape
         empty = torch.empty(0, *self.coarse.local_shape, dtype=torch.float64)
         axes = ("time", "y", "x", "layer")
@@ -198,10 +239,10 @@ class FineRuns:
         }
         attributes = {"recipe": self.recipe, "steps": one.steps, "trajectory": number}
         try:
-            write_dataset(unfinished, variables, self.mesh, attributes)
-            agreed(self.mesh, lambda: _replace(unfinished, path) if self.mesh.is_root else None)
+            write_dataset(unfinished, variables, self.mesh, attributes, over="state")
+            agreed(self.mesh, lambda: _replace(unfinished, path) if self.mesh.state_rank == 0 else None, over="state")
         except ConfigurationError:
-            if self.mesh.is_root:
+            if self.mesh.state_rank == 0:
                 with suppress(OSError):
                     unfinished.unlink(missing_ok=True)
             raise
@@ -232,10 +273,10 @@ def _solved(
     )
 
 
-def _part(stored: h5py.Dataset, partition: Partition) -> torch.Tensor:
-    """Return this rank's part of a stored array, float64."""
+def _part(stored: h5py.Dataset, partition: Partition, entries: int | None = None) -> torch.Tensor:
+    """Return this rank's part of a stored array, float64, of its leading axis the first `entries`."""
     owned = partition.owned_slices(partition.comm.rank)
-    leading = (slice(None),) * (stored.ndim - len(owned))
+    leading = (slice(entries),) * (stored.ndim - len(owned))
     return torch.from_numpy(np.asarray(stored[(*leading, *owned)], dtype=np.float64))
 
 

@@ -38,10 +38,13 @@ def test_steps_are_counted_from_hours() -> None:
     assert problem(fine_step=0.5, interval=1.5).step_seconds == 1800.0
 
 
-def test_steps_on_the_coarse_grid_are_longer_as_its_cells_are() -> None:
+def test_steps_on_the_coarse_grid_are_as_long_as_its_cells_allow() -> None:
+    # Cells are twice as long, and so are steps: at most 4 hours.
+    assert problem(coarse_spin_up=12.0).coarse_steps == (3, 4 * 3600.0)
+    assert problem(coarse_spin_up=10.0).coarse_steps == (3, pytest.approx(12_000.0, rel=1e-15))
+    assert problem(coarse_spin_up=0.3, fine_step=0.1).coarse_steps == (2, pytest.approx(540.0, rel=1e-15))
+    assert problem(coarse_spin_up=0.6, fine_step=0.1).coarse_steps == (3, pytest.approx(720.0, rel=1e-15))
     assert problem().coarse_steps == (0, 0.0)
-    assert problem(coarse_spin_up=40.0).coarse_steps == (10, 4 * 3600.0)
-    assert problem(coarse_spin_up=41.0).coarse_steps == (11, pytest.approx(41 * 3600 / 11))
 
 
 def test_samples_of_long_runs_are_samples_of_the_truth(tmp_path: Path) -> None:
@@ -69,7 +72,8 @@ def test_stages_of_the_curriculum_follow_each_other() -> None:
         ({"curriculum": [[1, 3]]}, "curriculum\n.*must have windows of at most 2, which is window"),
         ({"curriculum": [[1, 1]], "objective": "offline"}, 'curriculum\n.*needs objective = "online"'),
         ({"configuration": "ring"}, "configuration\n.*'eddy' or 'jet'"),
-        ({"operator": "real"}, "operator\n.*'sharp' or 'gaussian'"),
+        ({"operator": "real"}, "operator\n.*'sharp', 'gaussian' or 'diffusion'"),
+        ({"operator": "diffusion", "fine": (20, 30)}, r"operator\n.*needs fine = \[20, 30\] to be a whole multiple of"),
         ({"rd": 0.0}, "rd\n.*greater than 0"),
         ({"unknown": 1}, "unknown\n.*not permitted"),
     ],
