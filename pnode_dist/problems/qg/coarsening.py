@@ -52,7 +52,7 @@ class Coarsening(nn.Module):
             )
         self.fine, self.coarse = fine, coarse
         self.spectrum = SpectralPartition(coarse)
-        self._slabs = SpectralPartition(fine).slabs
+        self._slabs = SpectralPartition(fine).stages[0].before
         columns = self.spectrum.shape[1]
         rows, parts = (
             [stop - start for start, stop in ranges]
