@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -77,7 +77,7 @@ class _SpectralConv(nn.Module):
         mixed = spectral.new_zeros(*spectral.shape[:-1], self.weight.shape[2])
         axes = "zyx"[-self._axes :]
         for weight, (block, kept) in zip(self.weight, self._parts, strict=True):
-            place = (..., *block, slice(None))
+            place: tuple[Any, ...] = (..., *block, slice(None))
             mixed[place] = torch.einsum(f"...{axes}i,io{axes}->...{axes}o", spectral[place], weight[(..., *kept)])
         return irfftn(mixed, self.spectrum)
 
