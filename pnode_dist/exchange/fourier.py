@@ -134,10 +134,7 @@ def _check(name: str, shape: tuple[int, ...], partition: GridPartition) -> None:
 def _transformed(name: str, x: torch.Tensor, spectrum: SpectralPartition, norm: Norm) -> torch.Tensor:
     _check(name, tuple(x.shape), spectrum.grid)
     axes = len(spectrum.shape)
-    if spectrum.comm.size == 1:
-        # One call of torch has the same bits, and takes less time than one for each stage.
-        return _forward(x, _from_end(range(axes), axes), spectrum.half, norm)
-    if axes == 1:
+    if not spectrum.stages:
         lines = _forward(to_lines(x, spectrum.grid), [-1], spectrum.half, norm)
         return from_lines(lines, spectrum.blocks, _numbering(x))
     blocks = spectrum.grid
@@ -150,9 +147,7 @@ def _transformed(name: str, x: torch.Tensor, spectrum: SpectralPartition, norm: 
 def _restored(name: str, spectral: torch.Tensor, spectrum: SpectralPartition, norm: Norm) -> torch.Tensor:
     _check(name, tuple(spectral.shape), spectrum.blocks)
     axes, shape = len(spectrum.shape), spectrum.grid.shape
-    if spectrum.comm.size == 1:
-        return _inverse(spectral, _from_end(range(axes), axes), spectrum.half, norm, shape)
-    if axes == 1:
+    if not spectrum.stages:
         lines = _inverse(to_lines(spectral, spectrum.blocks), [-1], spectrum.half, norm, shape)
         return from_lines(lines, spectrum.grid, _numbering(spectral))
     x, blocks = spectral, spectrum.blocks

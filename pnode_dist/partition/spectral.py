@@ -47,11 +47,11 @@ class SpectralPartition:
       the pencils are slabs, which are the default where the grid has enough points for them. Otherwise the default is
       the most even p and q.
 
-    A rank's part of a spectrum is `[..., *local, channels]`, complex, with all wave numbers of the first axis, unless
-    there is only one. Of three axes slabs have all wave numbers of the last axis too. `owned` is this rank's range of
-    indices along each axis, and `blocks` are those of all ranks. `stages` are the local transforms, in the order of the
-    forward transform; there are none for one axis, whose lines are divided by their number. Transforms are periodic
-    whatever the boundary rules of the grid are.
+    A rank's part of a spectrum is `[..., *local, channels]`, complex. Slabs have all wave numbers of all axes but the
+    second, pencils all of the first axis. `owned` is this rank's range of indices along each axis, and `blocks` are
+    those of all ranks. `stages` are the local transforms, in the order of the forward transform. There are none for one
+    axis on several ranks, which divide the lines by their number. Transforms are periodic whatever the boundary rules
+    of the grid are.
 
     Raises `ConfigurationError` if a rank would own no wave number, or nothing in a stage, and for `processes` of other
     grids than those of three axes or another number of ranks.
@@ -63,12 +63,8 @@ class SpectralPartition:
         if processes is not None and len(grid.shape) != 3:
             raise ConfigurationError(f"spectrum: processes = {tuple(processes)}: is for grids of three axes")
         self.processes = self._default_processes() if processes is None else self._checked(tuple(processes))
-        if len(grid.shape) == 1:
-            self.stages: tuple[Stage, ...] = ()
-            self.blocks = self._divided(_even(self.shape[0], self.comm.size))
-        else:
-            self.stages = self._new_stages()
-            self.blocks = self.stages[-1].after
+        self.stages = _merged(self._new_stages())
+        self.blocks = self.stages[-1].after if self.stages else self._divided(_even(self.shape[0], self.comm.size))
 
     def _default_processes(self) -> tuple[int, ...]:
         """Return the ranks along the first axes of the field: slabs if possible, else the most even pencils."""
@@ -113,24 +109,29 @@ class SpectralPartition:
             )
         return processes
 
-    def _new_stages(self) -> tuple[Stage, ...]:
-        grid, (rows, columns) = self.grid, self.processes
+    def _new_stages(self) -> list[Stage]:
+        """Return a local transform for each axis, from the last to the first. None for a line on several ranks."""
+        grid, half = self.grid, self.half
+        if len(grid.shape) == 1:
+            return [Stage(grid, self._divided([self.shape[0]]), (0,), half)] if self.comm.size == 1 else []
+        rows, columns = self.processes
         first = (rows, columns, *[1] * (len(grid.shape) - 2))
         before = grid
         if grid.processes != first:
             before = GridPartition(self.comm, grid.shape, grid.channels, stencil_width=0, processes=first)
         along_first, along_second = (_lengths(before.ranges[axis]) for axis in (0, 1))
-        waves = [[n] for n in self.shape]
-        if columns == 1:
-            spectral = self._divided(along_first, *waves[1:])
-            inner = tuple(range(1, len(grid.shape)))
-            last = self._divided(waves[0], _even(self.shape[1], rows), *waves[2:])
-            return Stage(before, spectral, inner, self.half), Stage(last, last, (0,))
-        ends = _even(self.shape[2], columns)
-        spectral = self._divided(along_first, along_second, waves[2])
-        middle = self._divided(along_first, waves[1], ends)
-        last = self._divided(waves[0], _even(self.shape[1], rows), ends)
-        return Stage(before, spectral, (2,), self.half), Stage(middle, middle, (1,)), Stage(last, last, (0,))
+        whole = [[n] for n in self.shape]
+        seconds = _even(self.shape[1], rows)
+        if len(grid.shape) == 2:
+            last = self._divided(whole[0], seconds)
+            return [Stage(before, self._divided(along_first, whole[1]), (1,), half), Stage(last, last, (0,))]
+        thirds = _even(self.shape[2], columns)
+        middle, last = self._divided(along_first, whole[1], thirds), self._divided(whole[0], seconds, thirds)
+        return [
+            Stage(before, self._divided(along_first, along_second, whole[2]), (2,), half),
+            Stage(middle, middle, (1,)),
+            Stage(last, last, (0,)),
+        ]
 
     def _divided(self, *ownership: Sequence[int]) -> GridPartition:
         """Return blocks of the spectrum with these numbers of points along each axis."""
@@ -244,6 +245,17 @@ class SpectralPartition:
         shape = [1] * (len(self.shape) + 1)
         shape[axis] = len(values)
         return values.view(shape)
+
+
+def _merged(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Join stages between which no values move: torch transforms several axes faster together."""
+    found: list[Stage] = []
+    for stage in stages:
+        if found and found[-1].after.ranges == stage.before.ranges:
+            former = found.pop()
+            stage = Stage(former.before, stage.after, (*stage.axes, *former.axes), former.half)
+        found.append(stage)
+    return tuple(found)
 
 
 def _lengths(ranges: Sequence[tuple[int, int]]) -> list[int]:
