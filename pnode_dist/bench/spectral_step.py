@@ -101,17 +101,14 @@ class SpectralStep:
         """Return the seconds of all transposes of a step and of their adjoints, each measured alone. Collective."""
         spectrum, total = self.spectrum, 0.0
         complex_type = self.state.dtype.to_complex()
+        rows = spectrum.stages[0].after
         for fields in TRANSFORMED:
-            lines = torch.zeros(*spectrum.slab_spectrum.local_shape[:-1], fields, dtype=complex_type)
+            lines = torch.zeros(*rows.local_shape[:-1], fields, dtype=complex_type)
             found = []
             for _ in range(_EXCHANGES):
                 self.comm.Barrier()
                 began = time.perf_counter()
-                redistribute(
-                    redistribute(lines, spectrum.slab_spectrum, spectrum.blocks),
-                    spectrum.blocks,
-                    spectrum.slab_spectrum,
-                )
+                redistribute(redistribute(lines, rows, spectrum.blocks), spectrum.blocks, rows)
                 found.append(time.perf_counter() - began)
             total += min(found)
         return STEPS * STAGES * total

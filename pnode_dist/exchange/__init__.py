@@ -9,7 +9,7 @@ differentiate the same exchanges.
 """
 
 from pnode_dist.exchange.blocks import gather, scatter
-from pnode_dist.exchange.fourier import fft2, fftn, ifft2, ifftn, irfft2, irfftn, rfft2, rfftn
+from pnode_dist.exchange.fourier import fft, fft2, fftn, ifft, ifft2, ifftn, irfft, irfft2, irfftn, rfft, rfft2, rfftn
 from pnode_dist.exchange.graph_ghosts import with_ghosts
 from pnode_dist.exchange.grid_halo import halo, neighbour_halo, pad_edges
 from pnode_dist.exchange.redistribution import redistribute
@@ -17,14 +17,17 @@ from pnode_dist.exchange.sums import global_sum, mesh_sum
 from pnode_dist.exchange.vectors import gather_vector, reduce_vector
 
 __all__ = [
+    "fft",
     "fft2",
     "fftn",
     "gather",
     "gather_vector",
     "global_sum",
     "halo",
+    "ifft",
     "ifft2",
     "ifftn",
+    "irfft",
     "irfft2",
     "irfftn",
     "mesh_sum",
@@ -32,6 +35,7 @@ __all__ = [
     "pad_edges",
     "redistribute",
     "reduce_vector",
+    "rfft",
     "rfft2",
     "rfftn",
     "scatter",

@@ -1,19 +1,22 @@
 """Discrete Fourier transforms of a partitioned field, with the names and the results of torch.fft.
 
-A transform is torch's own along the axes of which a rank has whole lines, a redistribution, and torch's own along the
-first axis. So all derivatives are torch's and the transpose of a redistribution, and the sums over conjugate pairs in
-the derivatives of real transforms are right without further weights.
+A transform is a sequence of stages: torch's own transform along the axes of which a rank has whole lines, and a
+redistribution to the blocks of the next stage. The inverse goes through the stages backwards. On a grid of one axis the
+lines of all fields and channels are divided over the ranks. So all derivatives are torch's and the transpose of a
+redistribution, and the sums over conjugate pairs in the derivatives of real transforms are right without further
+weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 
 from pnode_dist.errors import ConfigurationError
-from pnode_dist.exchange.redistribution import redistribute
+from pnode_dist.exchange.redistribution import from_lines, redistribute, to_lines
 from pnode_dist.partition.grid import GridPartition
 from pnode_dist.partition.spectral import SpectralPartition
 
@@ -58,34 +61,68 @@ def irfftn(spectral: torch.Tensor, spectrum: SpectralPartition, norm: Norm = "ba
 
 
 def fft2(x: torch.Tensor, spectrum: SpectralPartition, norm: Norm = "backward") -> torch.Tensor:
-    """Return `fftn` on a grid of two axes. Collective. Raises `ConfigurationError` for a grid of three axes."""
+    """Return `fftn` on a grid of two axes. Collective. Raises `ConfigurationError` for a grid of other axes."""
     _require("fft2", spectrum, half=False, axes=2)
     return _transformed("fft2", x, spectrum, norm)
 
 
 def ifft2(spectral: torch.Tensor, spectrum: SpectralPartition, norm: Norm = "backward") -> torch.Tensor:
-    """Return `ifftn` on a grid of two axes. Collective. Raises `ConfigurationError` for a grid of three axes."""
+    """Return `ifftn` on a grid of two axes. Collective. Raises `ConfigurationError` for a grid of other axes."""
     _require("ifft2", spectrum, half=False, axes=2)
     return _restored("ifft2", spectral, spectrum, norm)
 
 
 def rfft2(x: torch.Tensor, spectrum: SpectralPartition, norm: Norm = "backward") -> torch.Tensor:
-    """Return `rfftn` on a grid of two axes. Collective. Raises `ConfigurationError` for a grid of three axes."""
+    """Return `rfftn` on a grid of two axes. Collective. Raises `ConfigurationError` for a grid of other axes."""
     _require("rfft2", spectrum, half=True, axes=2)
     return _transformed("rfft2", x, spectrum, norm)
 
 
 def irfft2(spectral: torch.Tensor, spectrum: SpectralPartition, norm: Norm = "backward") -> torch.Tensor:
-    """Return `irfftn` on a grid of two axes. Collective. Raises `ConfigurationError` for a grid of three axes."""
+    """Return `irfftn` on a grid of two axes. Collective. Raises `ConfigurationError` for a grid of other axes."""
     _require("irfft2", spectrum, half=True, axes=2)
     return _restored("irfft2", spectral, spectrum, norm)
+
+
+def fft(x: torch.Tensor, spectrum: SpectralPartition, norm: Norm = "backward") -> torch.Tensor:
+    """Return `fftn` on a grid of one axis. Collective. Raises `ConfigurationError` for a grid of other axes.
+
+    Each field of the batch and each channel has one line. The ranks transform whole lines, an even share of all. So a
+    rank holds `lines / ranks` lines of n points, and with fewer lines than ranks some ranks only wait: a transform of
+    one line takes as long as on one rank. Two ranks exchange at most two messages in each direction.
+    """
+    _require("fft", spectrum, half=False, axes=1)
+    return _transformed("fft", x, spectrum, norm)
+
+
+def ifft(spectral: torch.Tensor, spectrum: SpectralPartition, norm: Norm = "backward") -> torch.Tensor:
+    """Return `ifftn` on a grid of one axis. Collective. Raises `ConfigurationError` for a grid of other axes."""
+    _require("ifft", spectrum, half=False, axes=1)
+    return _restored("ifft", spectral, spectrum, norm)
+
+
+def rfft(x: torch.Tensor, spectrum: SpectralPartition, norm: Norm = "backward") -> torch.Tensor:
+    """Return `rfftn` on a grid of one axis. Collective. Raises `ConfigurationError` for a grid of other axes.
+
+    The ranks transform whole lines, an even share of all, as in `fft`.
+    """
+    _require("rfft", spectrum, half=True, axes=1)
+    return _transformed("rfft", x, spectrum, norm)
+
+
+def irfft(spectral: torch.Tensor, spectrum: SpectralPartition, norm: Norm = "backward") -> torch.Tensor:
+    """Return `irfftn` on a grid of one axis. Collective. Raises `ConfigurationError` for a grid of other axes."""
+    _require("irfft", spectrum, half=True, axes=1)
+    return _restored("irfft", spectral, spectrum, norm)
 
 
 def _require(name: str, spectrum: SpectralPartition, half: bool, axes: int | None = None) -> None:
     if spectrum.half != half:
         raise ConfigurationError(f"{name}: spectrum has half = {spectrum.half}: must be {half}")
     if axes is not None and len(spectrum.shape) != axes:
-        raise ConfigurationError(f"{name}: spectrum of shape {spectrum.shape}: must have {axes} axes")
+        raise ConfigurationError(
+            f"{name}: spectrum of shape {spectrum.shape}: must have {axes} {'axis' if axes == 1 else 'axes'}"
+        )
 
 
 def _check(name: str, shape: tuple[int, ...], partition: GridPartition) -> None:
@@ -94,65 +131,62 @@ def _check(name: str, shape: tuple[int, ...], partition: GridPartition) -> None:
         raise ValueError(f"{name}: got shape {shape}, this rank owns [..., {', '.join(map(str, own))}, channels]")
 
 
-def _inner_axes(spectrum: SpectralPartition) -> list[int]:
-    """Return the axes of which a slab has whole lines, counted from the end."""
-    return list(range(-len(spectrum.shape), -1))
-
-
-def _all_axes(spectrum: SpectralPartition) -> list[int]:
-    return [-1 - len(spectrum.shape), *_inner_axes(spectrum)]
-
-
 def _transformed(name: str, x: torch.Tensor, spectrum: SpectralPartition, norm: Norm) -> torch.Tensor:
     _check(name, tuple(x.shape), spectrum.grid)
-    if _is_empty(x):
-        return _of_no_field(lambda one: _transformed(name, one, spectrum, norm), x, spectrum)
-    if spectrum.comm.size == 1:
-        # One call of torch has the same bits, and takes less time than two.
-        whole: torch.Tensor = (torch.fft.rfftn if spectrum.half else torch.fft.fftn)(
-            x, dim=_all_axes(spectrum), norm=norm
-        )
-        return whole
-    field = redistribute(x, spectrum.grid, spectrum.slabs)
-    inner = _inner_axes(spectrum)
-    if spectrum.half:
-        lines = torch.fft.rfftn(field, dim=inner, norm=norm)
-    else:
-        lines = torch.fft.fftn(field, dim=inner, norm=norm)
-    blocks = redistribute(lines, spectrum.slab_spectrum, spectrum.blocks)
-    spectral: torch.Tensor = torch.fft.fft(blocks, dim=-1 - len(spectrum.shape), norm=norm)
-    return spectral
+    axes = len(spectrum.shape)
+    if not spectrum.stages:
+        lines = _forward(to_lines(x, spectrum.grid), [-1], spectrum.half, norm)
+        return from_lines(lines, spectrum.blocks, _numbering(x))
+    blocks = spectrum.grid
+    for stage in spectrum.stages:
+        field = redistribute(x, blocks, stage.before)
+        x, blocks = _forward(field, _from_end(stage.axes, axes), stage.half, norm), stage.after
+    return x
 
 
 def _restored(name: str, spectral: torch.Tensor, spectrum: SpectralPartition, norm: Norm) -> torch.Tensor:
     _check(name, tuple(spectral.shape), spectrum.blocks)
-    if _is_empty(spectral):
-        return _of_no_field(lambda one: _restored(name, one, spectrum, norm), spectral, spectrum)
-    if spectrum.comm.size == 1:
-        inverse = torch.fft.irfftn if spectrum.half else torch.fft.ifftn
-        whole: torch.Tensor = inverse(spectral, s=spectrum.grid.shape, dim=_all_axes(spectrum), norm=norm)
-        return whole
-    blocks = torch.fft.ifft(spectral, dim=-1 - len(spectrum.shape), norm=norm)
-    lines = redistribute(blocks, spectrum.blocks, spectrum.slab_spectrum)
-    inner = _inner_axes(spectrum)
-    if spectrum.half:
-        field = torch.fft.irfftn(lines, s=spectrum.grid.shape[1:], dim=inner, norm=norm)
-    else:
-        field = torch.fft.ifftn(lines, dim=inner, norm=norm)
-    return redistribute(field, spectrum.slabs, spectrum.grid)
+    axes, shape = len(spectrum.shape), spectrum.grid.shape
+    if not spectrum.stages:
+        lines = _inverse(to_lines(spectral, spectrum.blocks), [-1], spectrum.half, norm, shape)
+        return from_lines(lines, spectrum.grid, _numbering(spectral))
+    x, blocks = spectral, spectrum.blocks
+    for stage in reversed(spectrum.stages):
+        modes = redistribute(x, blocks, stage.after)
+        sizes = [shape[axis] for axis in stage.axes]
+        x, blocks = _inverse(modes, _from_end(stage.axes, axes), stage.half, norm, sizes), stage.before
+    return redistribute(x, blocks, spectrum.grid)
 
 
-def _is_empty(x: torch.Tensor) -> bool:
-    """Return True for a batch without a field, as replicas without a sample have."""
-    return x.numel() == 0 and x.shape[-1] > 0
+def _numbering(x: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape `[..., channels]` of the lines of a field of one axis."""
+    return (*x.shape[:-2], x.shape[-1])
 
 
-def _of_no_field(
-    transform: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, spectrum: SpectralPartition
-) -> torch.Tensor:
-    """Return the transform of an empty batch, which MKL refuses, as a part of that of one field. Collective."""
-    axes = len(spectrum.shape) + 1
-    leading, block = x.shape[:-axes], x.shape[-axes:]
+def _from_end(axes: Sequence[int], number: int) -> list[int]:
+    """Return axes of a grid of `number` axes, counted from the end of `[..., *local, channels]`."""
+    return [axis - number - 1 for axis in axes]
+
+
+def _forward(x: torch.Tensor, dim: list[int], half: bool, norm: Norm) -> torch.Tensor:
+    transform = torch.fft.rfftn if half else torch.fft.fftn
+    return _of_any_number(partial(transform, dim=dim, norm=norm), x, dim[0])
+
+
+def _inverse(x: torch.Tensor, dim: list[int], half: bool, norm: Norm, sizes: Sequence[int]) -> torch.Tensor:
+    transform = torch.fft.irfftn if half else torch.fft.ifftn
+    return _of_any_number(partial(transform, s=sizes, dim=dim, norm=norm), x, dim[0])
+
+
+def _of_any_number(transform: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, first: int) -> torch.Tensor:
+    """Return the transform of all fields, of which the axes from `first` on are the last ones. There may be none.
+
+    MKL refuses a transform of no field. A rank without lines, or a replica without a sample, transforms one of zeros
+    and drops it, so that its derivatives take part in the exchanges.
+    """
+    if x.numel() > 0:
+        return transform(x)
+    leading, block = x.shape[:first], x.shape[first:]
     one = torch.cat([x.reshape(0, *block), x.new_zeros(1, *block)])
     none = transform(one)[:0]
     return none.reshape(*leading, *none.shape[1:])

@@ -1,7 +1,11 @@
-"""Redistribution of a field from one partition of a grid to another, for operations that need whole lines of points."""
+"""Redistribution of a field from one partition of a grid to another, for operations that need whole lines of points.
+
+On a grid of one axis each batch index and channel has one line. `to_lines` divides the lines over the ranks.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,6 +18,7 @@ from pnode_dist.errors import ConfigurationError
 from pnode_dist.exchange.compiled import exchange, is_compiled, number_of
 from pnode_dist.exchange.linear_map import linear_map
 from pnode_dist.partition.grid import GridPartition
+from pnode_dist.partition.protocol import even_ranges
 from pnode_dist.system.torch_internals import evaluated_while_tracing
 
 _TAG = 3
@@ -38,6 +43,37 @@ def redistribute(x: torch.Tensor, source: GridPartition, target: GridPartition) 
     if plan.unchanged:
         return x
     return linear_map(x, partial(_moved, plan=plan), partial(_moved, plan=plan.reverse))
+
+
+def to_lines(x: torch.Tensor, partition: GridPartition) -> torch.Tensor:
+    """Return this rank's share of the lines of a field on a grid of one axis, `[lines, points]`. Collective.
+
+    `x` is `[..., local, channels]`. The leading axes and the channels, flattened in the order `[..., channels]`, number
+    the lines. The ranks have consecutive ones, whose numbers differ by at most one; with fewer lines than ranks the
+    last ranks have none. Two ranks exchange at most one message in each direction. The adjoint is `from_lines`.
+    """
+    points, channels = x.shape[-2:]
+    lines = x.movedim(-1, -2).reshape(math.prod(x.shape[:-2]) * channels, points, 1)
+    if is_compiled():
+        moved = exchange(lines, *_registered_lines(len(lines), partition, forward=True))
+    else:
+        plan = _line_plan(partition, len(lines))
+        moved = linear_map(lines, partial(_moved, plan=plan), partial(_moved, plan=plan.reverse))
+    return moved.squeeze(-1)
+
+
+def from_lines(lines: torch.Tensor, partition: GridPartition, numbering: Sequence[int]) -> torch.Tensor:
+    """Return this rank's block `[..., local, channels]` of a field of which the lines are given. Inverse of `to_lines`.
+
+    `lines` is `[lines, points]`, and `numbering` the shape `[..., channels]` of the numbers of all lines. Collective.
+    """
+    count = math.prod(numbering)
+    if is_compiled():
+        moved = exchange(lines.unsqueeze(-1), *_registered_lines(count, partition, forward=False))
+    else:
+        plan = _line_plan(partition, count).reverse
+        moved = linear_map(lines.unsqueeze(-1), partial(_moved, plan=plan), partial(_moved, plan=plan.reverse))
+    return moved.reshape(*numbering, moved.shape[-2]).movedim(-2, -1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -89,6 +125,28 @@ def _new_plan(source: GridPartition, target: GridPartition) -> _Plan:
         tuple(_common_boxes(target, source)),
         source.processes == target.processes and source.ranges == target.ranges,
     )
+
+
+def _line_plan(partition: GridPartition, count: int) -> _Plan:
+    """Return the plan from blocks of points `[lines, local points]` to shares of `count` lines `[lines, points]`."""
+    key = ("lines", count)
+    found: _Plan | None = partition.rims.get(key)
+    if found is None:
+        comm, ((begin, end),), (points,) = partition.comm, partition.owned, partition.shape
+        shares = even_ranges(count, comm.size)
+        first, last = shares[comm.rank]
+        # A rank without lines sends its points to the others, and receives nothing.
+        sent = [(rank, (slice(*share), slice(0, end - begin))) for rank, share in enumerate(shares)]
+        received = [(rank, (slice(0, last - first), slice(*own))) for rank, own in enumerate(partition.ranges[0])]
+        found = partition.rims[key] = _Plan(
+            comm,
+            (count, end - begin),
+            (last - first, points),
+            tuple((rank, box) for rank, box in sent if shares[rank][0] < shares[rank][1]),
+            tuple(received) if first < last else (),
+            comm.size == 1,
+        )
+    return found
 
 
 def _common_boxes(own: GridPartition, other: GridPartition) -> list[tuple[int, Box]]:
@@ -159,6 +217,16 @@ def _registered(
     forward, transpose = partial(_moved_by, plan=plan), partial(_moved_by, plan=plan.reverse)
     number = number_of(source, _key(target), forward, transpose)
     return number, (*shape[: len(shape) - 1 - len(plan.before)], *plan.after, shape[-1])
+
+
+@evaluated_while_tracing
+def _registered_lines(count: int, partition: GridPartition, forward: bool) -> tuple[int, tuple[int, ...]]:
+    """Return the number of the map to or from shares of `count` lines, and the shape of its result."""
+    plan = _line_plan(partition, count)
+    if not forward:
+        plan = plan.reverse
+    there, back = partial(_moved_by, plan=plan), partial(_moved_by, plan=plan.reverse)
+    return number_of(partition, ("lines", count, forward), there, back), (*plan.after, 1)
 
 
 def _moved_by(x: torch.Tensor, _: GridPartition, plan: _Plan) -> torch.Tensor:

@@ -21,7 +21,9 @@ from pnode_dist.nn.pool import AvgPool3d as AvgPool3d
 from pnode_dist.nn.pool import MaxPool1d as MaxPool1d
 from pnode_dist.nn.pool import MaxPool2d as MaxPool2d
 from pnode_dist.nn.pool import MaxPool3d as MaxPool3d
+from pnode_dist.nn.spectral_conv import SpectralConv1d as SpectralConv1d
 from pnode_dist.nn.spectral_conv import SpectralConv2d as SpectralConv2d
+from pnode_dist.nn.spectral_conv import SpectralConv3d as SpectralConv3d
 from pnode_dist.nn.spectral_filter import SpectralFilter as SpectralFilter
 from pnode_dist.nn.stack import Stack as Stack
 from pnode_dist.nn.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
@@ -48,7 +50,9 @@ __all__ = [
     "MaxPool3d",
     "MessagePassing",
     "Poisson",
+    "SpectralConv1d",
     "SpectralConv2d",
+    "SpectralConv3d",
     "SpectralFilter",
     "Stack",
     "SyncBatchNorm",

@@ -19,7 +19,16 @@ from tests.tiers import cases_by_test, leave_out
 
 TIMEOUT, PATIENCE = 300, 60
 _verdicts = MPI.COMM_WORLD.Dup()
-_AT_EVERY_SIZE = {"test_conv", "test_exchange", "test_fft", "test_graph", "test_grid_axes", "test_partition"}
+_AT_EVERY_SIZE = {
+    "test_conv",
+    "test_exchange",
+    "test_fft",
+    "test_fft_one_axis",
+    "test_fft_pencils",
+    "test_graph",
+    "test_grid_axes",
+    "test_partition",
+}
 _SIZE = MPI.COMM_WORLD.size
 # Every way to write the number of ranks as state ranks times replicas.
 SPLITS = [(state, _SIZE // state) for state in range(1, _SIZE + 1) if _SIZE % state == 0]

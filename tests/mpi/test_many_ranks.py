@@ -16,7 +16,7 @@ from torch import nn
 
 from pnode_dist import DensePartition, GraphPartition, GridPartition, NeuralODE, SpectralPartition, Trajectory
 from pnode_dist.bench import halo as bench
-from pnode_dist.exchange import irfft2, rfft2, with_ghosts
+from pnode_dist.exchange import irfft2, irfftn, rfft2, rfftn, with_ghosts
 from pnode_dist.nn import Conv2d, Conv3d, GraphConv, Linear
 from tests.mpi.grids import block
 from tests.oracles.graphs import random_edges
@@ -182,3 +182,30 @@ def test_a_transform_sends_each_rank_one_message_with_what_it_owns_afterwards() 
     counting.reset()
     torch.autograd.grad(modes.abs().sum(), x)
     assert (counting.messages, counting.bytes) == (COMM.size - 1, columns * (67 - rows) * 2 * 16)
+
+
+def test_pencils_send_one_message_to_each_rank_of_a_row_and_of_a_column() -> None:
+    counting, shape = bench.CountingComm(COMM), (16, 16, 32)
+    rows, columns = processes = SpectralPartition(GridPartition(COMM, shape)).processes
+    grid = GridPartition(counting, shape, processes=(rows, columns, 1))
+    spectrum = SpectralPartition(grid, processes=processes)
+    whole = random(*shape, 1)
+    counting.reset()
+    modes = rfftn(block(grid, whole), spectrum)
+    assert counting.messages == rows - 1 + columns - 1
+    wanted = torch.fft.rfftn(whole, dim=(-4, -3, -2))
+    assert close(modes, block(spectrum.blocks, wanted), wanted) <= 1e-12
+    assert close(irfftn(modes, spectrum), block(grid, whole), whole) <= 1e-12
+
+
+@pytest.mark.parametrize("lines", [3, 100])
+def test_lines_are_transformed_on_fewer_or_more_ranks(lines: int) -> None:
+    spectrum = SpectralPartition(GridPartition(COMM, (131,)))
+    whole = random(131, lines)
+    x = block(spectrum.grid, whole).clone().requires_grad_()
+    alone = whole.clone().requires_grad_()
+    modes, wanted = rfftn(x, spectrum), torch.fft.rfft(alone, dim=-2)
+    assert close(modes.detach(), block(spectrum.blocks, wanted.detach()), wanted.detach()) <= 1e-12
+    (theirs,) = torch.autograd.grad(wanted.abs().pow(3).sum(), alone)
+    (mine,) = torch.autograd.grad(modes.abs().pow(3).sum(), x)
+    assert close(mine, block(spectrum.grid, theirs), theirs) <= 1e-12

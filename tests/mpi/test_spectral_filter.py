@@ -17,7 +17,7 @@ from tests.oracles.runge_kutta import TABLEAUX, odeint_plain
 
 pytestmark = pytest.mark.mpi
 
-SHAPES = [(8, 11), (9, 8), (6, 5, 7)]
+SHAPES = [(8, 11), (9,), (9, 8), (6, 5, 7)]
 
 
 def damping(shape: tuple[int, ...], half: bool) -> torch.Tensor:

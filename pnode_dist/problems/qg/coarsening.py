@@ -92,7 +92,7 @@ class _SpectralFilter(nn.Module):
         super().__init__()
         self.fine, self._kept = fine, coarse.shape[0] // 2
         self.spectrum = SpectralPartition(coarse)
-        self._slabs = SpectralPartition(fine).slabs
+        self._slabs = SpectralPartition(fine).stages[0].before
         columns = self.spectrum.shape[1]
         rows, parts = (_lengths(ranges) for ranges in (self._slabs.ranges[0], self.spectrum.blocks.ranges[1]))
         shape = (fine.shape[0], columns)
