@@ -16,7 +16,7 @@ from pnode_dist import Mesh
 from pnode_dist.problems.qg import problem as module
 from pnode_dist.problems.qg.evaluation import Run, evaluation_of
 from pnode_dist.problems.qg.problem import QGProblem
-from tests.unit.problems.qg.plain_qg import COARSE, INTERVAL, config
+from tests.unit.problems.qg.plain_qg import COARSE, INTERVAL, TIMES, config
 
 pytestmark = pytest.mark.mpi
 
@@ -44,7 +44,7 @@ def test_long_runs_are_scored_as_whole_fields_are(mesh: Mesh, place: Path, monke
     result: dict[str, Any] = problem.evaluate(problem.model, place)
     assert result["film"] == str(place / "free_runs.gif")
 
-    comm, runs = problem.partition.comm, problem.free_runs(SAMPLES)
+    comm, runs = problem.partition.comm, problem.free_runs(SAMPLES, INTERVAL)
     gathered = {name: Run(whole(run.q, comm), whole(run.forcing, comm), run.blown_up) for name, run in runs.items()}
     assert list(gathered) == RUNS
     wanted, _ = evaluation_of(gathered, problem.config.problem.parameters, INTERVAL / 24)
@@ -58,7 +58,7 @@ def test_long_runs_are_scored_as_whole_fields_are(mesh: Mesh, place: Path, monke
     comm.Barrier()
     with h5py.File(place / "forecast.h5") as file:
         assert list(file["free_run"].asstr()[:]) == RUNS
-        assert file["free_run_q"].shape == (6, SAMPLES + 1, *COARSE, 2)
+        assert file["free_run_q"].shape == (6, max(SAMPLES + 1, TIMES), *COARSE, 2)
         for number, name in enumerate(RUNS):
             q = gathered[name].q if name != "truth" else gathered[name].q[0]
             np.testing.assert_allclose(file["free_run_q"][number, : len(q)], q, rtol=1e-6, atol=1e-12)
@@ -66,12 +66,11 @@ def test_long_runs_are_scored_as_whole_fields_are(mesh: Mesh, place: Path, monke
 
 def test_the_forcing_of_a_long_run_is_that_of_its_states(mesh: Mesh, place: Path) -> None:
     problem = QGProblem(config(place), mesh, torch.float64)
-    runs = problem.free_runs(1)
+    runs = problem.free_runs(1, INTERVAL)
     truth, subgrid = problem.trajectories
     held_out = problem.config.problem.trajectories
-    # The truth has as many samples as the runs.
-    assert torch.equal(runs["truth"].q, truth[held_out:, :2])
-    assert torch.equal(runs["truth"].forcing, subgrid[held_out:, :2])
+    assert torch.equal(runs["truth"].q, truth[held_out:])
+    assert torch.equal(runs["truth"].forcing, subgrid[held_out:])
     for name, added in problem.closures().items():
         tendency = problem.tendency(added)
         states = runs[name].q / problem.scale
