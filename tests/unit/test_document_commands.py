@@ -79,7 +79,8 @@ def test_the_comparison_of_methods_runs_with_a_small_network(
 def in_full(command: str) -> str:
     """A command of .ci/run as the documents show it: there trainings and their data are short, and benchmarks small."""
     command = command.replace("python tests/in_short.py ", "pnode-dist ")
-    short = r"training\.epochs|inverse\.iterations|problem\.spin_up|problem\.times"
+    problem = r"problem\.(spin_up|coarse_spin_up|trajectories|validation|times)"
+    short = rf"training\.epochs|inverse\.iterations|evaluation\.free_run|{problem}"
     return re.sub(rf"( --set ({short})=[\d.]+)+$", "", command)
 
 
