@@ -241,9 +241,6 @@ class TrainingConfig(Table):
 
     epochs: Count
     """Passes over the training data."""
-    start_from: Annotated[StrictStr, Field(min_length=1)] | None = None
-    """The run directory whose trained parameters training starts from, for fine-tuning. Default: parameters drawn from
-    `[run] seed`."""
     optimiser: Annotated[StrictStr, AfterValidator(_choice_or_path("adamw", "sgd")), _examples("adamw", "sgd")] = (
         "adamw"
     )
@@ -284,6 +281,9 @@ class TrainingConfig(Table):
     keep: Literal["last", "best"] = "last"
     """The parameters that the run saves: those of the last epoch, or those with the lowest validation error. With
     `best` report errors on a separate test set, because validation data have chosen the parameters."""
+    start_from: Annotated[StrictStr, Field(min_length=1)] | None = None
+    """The run directory whose trained parameters training starts from, for fine-tuning. Default: parameters drawn from
+    `[run] seed`."""
 
     @field_validator("optimiser_options", "schedule_options")
     @classmethod
