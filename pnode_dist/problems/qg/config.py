@@ -265,7 +265,16 @@ class QGEvaluationConfig(EvaluationConfig):
     """The published closures that the learnt one is compared with, besides none: `smagorinsky`, `backscatter` and
     `zanna_bolton`."""
     free_run_interval: Positive | None = None
-    """Time between the samples of these runs, in hours, a whole number of `[problem] interval`, the default."""
+    """Time between the samples of these runs, in hours, a whole number of `[problem] interval`, the default. At most
+    `free_run`."""
+
+    @field_validator("free_run_interval")
+    @classmethod
+    def _is_used(cls, value: float | None, others: ValidationInfo) -> float | None:
+        length = others.data.get("free_run")
+        if value is not None and length is not None and value > length:
+            raise ValueError(f"must be at most free_run = {length:g}")
+        return value
 
 
 class QGRun(ForecastRun):

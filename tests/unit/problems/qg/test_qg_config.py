@@ -48,11 +48,14 @@ def test_steps_on_the_coarse_grid_are_as_long_as_its_cells_allow() -> None:
 
 
 def test_samples_of_long_runs_are_samples_of_the_truth(tmp_path: Path) -> None:
-    assert config(tmp_path, evaluation={"free_run_interval": 12.0}).evaluation.free_run_interval == 12.0
-    with pytest.raises(
-        ValidationError, match=r"free_run_interval = 6 must be a whole number of \[problem\] interval = 4"
+    long = {"free_run": 12.0}
+    assert config(tmp_path, evaluation=long | {"free_run_interval": 12.0}).evaluation.free_run_interval == 12.0
+    for interval, message in (
+        (6.0, r"free_run_interval = 6 must be a whole number of \[problem\] interval = 4"),
+        (16.0, r"free_run_interval\n.*must be at most free_run = 12"),
     ):
-        config(tmp_path, evaluation={"free_run_interval": 6.0})
+        with pytest.raises(ValidationError, match=message):
+            config(tmp_path, evaluation=long | {"free_run_interval": interval})
 
 
 def test_stages_of_the_curriculum_follow_each_other() -> None:
