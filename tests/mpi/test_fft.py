@@ -254,19 +254,24 @@ def test_the_adjoint_of_a_transform_is_its_transpose(shape: tuple[int, ...], mes
     assert_transposed(SpectralPartition(GridPartition(mesh, shape)))
 
 
-def test_a_tangent_is_transformed_like_its_value(mesh: Mesh) -> None:
-    spectrum = SpectralPartition(GridPartition(mesh, (7, 10)))
-    whole, tangent = random(7, 10, 2), random(7, 10, 2, seed=2)
+@pytest.mark.parametrize("shape", [(10,), (7, 10)], ids=str)
+def test_functional_transforms_of_torch_pass_through(shape: tuple[int, ...], mesh: Mesh) -> None:
+    spectrum = SpectralPartition(GridPartition(mesh, shape))
+    axes = list(range(-len(shape) - 1, -1))
+    whole, tangent = random(*shape, 2), random(*shape, 2, seed=2)
     local, along = block(spectrum.grid, whole).contiguous(), block(spectrum.grid, tangent).contiguous()
-    wanted = block(spectrum.blocks, torch.fft.rfft2(tangent, dim=(-3, -2)))
+    wanted = block(spectrum.blocks, torch.fft.rfftn(tangent, dim=axes))
     with forward_ad.dual_level():
-        dual = forward_ad.unpack_dual(rfft2(forward_ad.make_dual(local, along), spectrum)).tangent
+        dual = forward_ad.unpack_dual(rfftn(forward_ad.make_dual(local, along), spectrum)).tangent
         assert dual is not None
         assert distance(dual, wanted) <= 1e-12
-    by_func = torch.func.jvp(lambda x: rfft2(x, spectrum), (local,), (along,))[1]
+    by_func = torch.func.jvp(lambda x: rfftn(x, spectrum), (local,), (along,))[1]
     assert distance(by_func, wanted) <= 1e-12
-    batch = torch.func.vmap(lambda x: rfft2(x, spectrum))(torch.stack([local, along]))
+    batch = torch.func.vmap(lambda x: rfftn(x, spectrum))(torch.stack([local, along]))
     assert distance(batch[1], wanted) <= 1e-12
+    pulled = torch.func.grad(lambda x: rfftn(x, spectrum).abs().square().sum())(local)
+    alone = torch.func.grad(lambda x: torch.fft.rfftn(x, dim=axes).abs().square().sum())(whole)
+    assert distance(pulled, block(spectrum.grid, alone)) <= 1e-12
 
 
 def test_second_derivatives_are_those_of_the_whole_field(mesh: Mesh) -> None:

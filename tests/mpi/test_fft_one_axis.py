@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from mpi4py import MPI
-from torch.autograd import forward_ad
 
 from pnode_dist import GridPartition, Mesh, NeuralODE, SpectralPartition, Trajectory
 from pnode_dist.errors import ConfigurationError
@@ -92,24 +91,6 @@ def test_a_batch_without_a_field_has_an_empty_transform_and_gradient(half: bool,
     assert found.shape == x.shape
     (gradient,) = torch.autograd.grad(found.abs().sum(), x)
     assert gradient.shape == x.shape
-
-
-def test_a_tangent_is_transformed_like_its_value(mesh: Mesh) -> None:
-    spectrum = SpectralPartition(GridPartition(mesh, (10,)))
-    whole, tangent = random(10, 2), random(10, 2, seed=2)
-    local, along = block(spectrum.grid, whole).contiguous(), block(spectrum.grid, tangent).contiguous()
-    wanted = block(spectrum.blocks, torch.fft.rfft(tangent, dim=-2))
-    with forward_ad.dual_level():
-        dual = forward_ad.unpack_dual(rfft(forward_ad.make_dual(local, along), spectrum)).tangent
-        assert dual is not None
-        assert distance(dual, wanted) <= 1e-12
-    by_func = torch.func.jvp(lambda x: rfft(x, spectrum), (local,), (along,))[1]
-    assert distance(by_func, wanted) <= 1e-12
-    batch = torch.func.vmap(lambda x: rfft(x, spectrum))(torch.stack([local, along]))
-    assert distance(batch[1], wanted) <= 1e-12
-    pulled = torch.func.grad(lambda x: rfft(x, spectrum).abs().square().sum())(local)
-    alone = torch.func.grad(lambda x: torch.fft.rfft(x, dim=-2).abs().square().sum())(whole)
-    assert distance(pulled, block(spectrum.grid, alone)) <= 1e-12
 
 
 def test_second_derivatives_are_those_of_the_whole_field(mesh: Mesh) -> None:

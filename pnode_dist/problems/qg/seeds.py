@@ -34,8 +34,11 @@ def scores_of(directory: Path) -> Mapping[str, Mapping[str, float]]:
 
 
 def together(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
-    """Return a row for each statistic, and for their means: the mean, the least and the largest score of the learnt
-    closures, and the scores of the published ones, from the first run that has them."""
+    """Return a row for each statistic, and for the means of all distributions and of all spectra.
+
+    It has the mean, the least and the largest score of the learnt closures, and the score of each published one in the
+    first run that has it.
+    """
     published: dict[str, Mapping[str, float]] = {}
     for run in runs:
         published = {name: values for name, values in run.items() if name != _LEARNT} | published
@@ -54,7 +57,7 @@ def together(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> list[dict[str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table in Markdown, and of how many statistics the mean of the learnt closures is the best."""
+    """Print the table in Markdown, and in how many statistics the mean is above the score of each published closure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dirs", metavar="RUN_DIR", type=Path, nargs="+", help="an evaluated run")
     try:
